@@ -1,0 +1,256 @@
+"""The command line: `most-ray COMMAND --help`. Thin: flags to calls, errors to one paragraph and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import track
+
+from most_ray import config as configuration
+from most_ray.errors import ConfigError, UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors name the nearest known flag or command; no abbreviations, so that a typo never becomes another flag."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        keywords.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=130))
+        super().__init__(*args, allow_abbrev=False, **keywords)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("--"):
+                name = word[2:].split("=", 1)[0]
+                raise ConfigError(f"--{name}", None, "is no known flag.", nearest(name, getattr(parsed, "known_flags", [])))
+        if unknown:
+            raise ConfigError("argument", unknown[0], "belongs to no flag.")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("command line", None, f"{message}.", f"See `{self.prog} --help`.")
+
+    def flag_names(self) -> list[str]:
+        return [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(where: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        command: Parser = where.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    prepare = commands.add_parser("prepare", help="make records", description="Make records.").add_subparsers(
+        dest="what", metavar="WHAT", required=True, parser_class=Parser
+    )
+    _units_flags(add(prepare, "units", _prepare_units, "a folder of audio and transcripts.tsv (path, text, ...) to ASR records"))
+    tts = add(prepare, "tts", _prepare_tts, "ASR records to TTS records")
+    tts.add_argument("--input_dir", type=Path, required=True, help="directory of ASR records")
+    tts.add_argument("--output_dir", type=Path, required=True, help="where the TTS records go")
+    tts.add_argument("--dataset_name", required=True, help="goes into the records' metadata")
+    tts.add_argument("--file_pattern", default="*", help="which files to convert (default: *)")
+
+    init = add(commands, "init-model", _init_model, "a starting model with its tokenizer")
+    init.add_argument("--preset", help="size of a new model (tiny)")
+    init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
+    init.add_argument("--records", type=Path, nargs="+", default=[], help="directories of records whose text the tokenizer learns")
+    init.add_argument("--output", type=Path, required=True, help="where the model goes")
+    init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+
+    train = add(commands, "train", _train, "a training run in OUTPUT_DIR/NAME; the same name resumes")
+    train.add_argument("--config", type=Path, help="YAML file with any of the keys below; flags overrule it")
+    configuration.add_flags(train)
+
+    plan = add(commands, "plan", _plan, "which records each step will hold, without training")
+    plan.add_argument("--config", type=Path, help="the run's YAML file")
+    plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
+    plan.add_argument("--trace", type=Path, required=True, help="file for the lines that --trace_records would write")
+    configuration.add_flags(plan)
+
+    evaluate = add(commands, "evaluate", _evaluate, "word error rates and losses of a model")
+    evaluate.add_argument("--model", required=True, help="model folder or hub name")
+    evaluate.add_argument("--asr_dirs", type=Path, nargs="+", default=[], help="directories of ASR records")
+    evaluate.add_argument("--tts_dirs", type=Path, nargs="+", default=[], help="directories of TTS records")
+    evaluate.add_argument("--output", type=Path, required=True, help="JSON file for figures, references and hypotheses")
+    evaluate.add_argument("--batch_size", type=int, default=64, help="records decoded at once (default: 64)")
+    evaluate.add_argument("--max_new_tokens", type=int, default=256, help="length cap of an output (default: 256)")
+    evaluate.add_argument("--max_rejected_fraction", type=float, default=0.01, help="largest share of bad records (default: 0.01)")
+    evaluate.add_argument("--store_dir", type=Path, help="where token stores are kept (default: beside the output)")
+
+    export = add(commands, "export", _export, "a checkpoint to Hugging Face layout")
+    export.add_argument("--checkpoint", type=Path, required=True, help="a step-... folder of a run's checkpoints/")
+    export.add_argument("--output", type=Path, required=True, help="where the model goes")
+    _remember_flags(parser)
+    return parser
+
+
+def _remember_flags(parser: Parser) -> None:
+    parser.set_defaults(known_flags=parser.flag_names())
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _remember_flags(command)
+
+
+def _units_flags(parser: Parser) -> None:
+    parser.add_argument("--corpus", choices=["folder"], default="folder", help="layout of the input (default: folder)")
+    parser.add_argument("--input", type=Path, required=True, help="the corpus")
+    parser.add_argument("--output", type=Path, required=True, help="folder for records.jsonl.gz, units.json and kmeans.npy")
+    parser.add_argument("--features", choices=["mfcc"], default="mfcc", help="features under the units (default: mfcc)")
+    parser.add_argument("--kmeans", type=Path, help="centroids (.npy) to use")
+    parser.add_argument("--fit_kmeans", type=int, metavar="K", help="fit K centroids to the selected recordings instead")
+    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="take only such rows; != excludes, commas list")
+    parser.add_argument("--perturb", default="1.0", help="speeds at which each recording is taken, as 0.9,1.0,1.1 (default: 1.0)")
+    parser.add_argument("--speaker_column", default="speaker", help="column that tells speakers apart (default: speaker)")
+    parser.add_argument("--name", help="data set name, the start of each id (default: the input folder's)")
+    parser.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
+    parser.add_argument("--seed", type=int, default=0, help="of the k-means (default: 0)")
+
+
+def _prepare_units(args: argparse.Namespace) -> int:
+    from most_ray.speech.corpora import parse_condition
+    from most_ray.speech.prepare import UnitsJob, prepare_units
+
+    try:
+        perturb = tuple(float(speed) for speed in args.perturb.split(","))
+    except ValueError as error:
+        raise ConfigError("perturb", args.perturb, "is not a list of numbers as 0.9,1.0,1.1.") from error
+    job = UnitsJob(
+        input=args.input,
+        output=args.output,
+        kmeans=args.kmeans,
+        fit_kmeans=args.fit_kmeans,
+        where=[parse_condition(text) for text in args.where],
+        perturb=perturb,
+        speaker_column=args.speaker_column,
+        name=args.name,
+        keep_repeats=args.keep_repeats,
+        seed=args.seed,
+    )
+    console = Console()
+    counts = prepare_units(job, lambda items, what, n: _tracked(items, what, n, console))
+    print(f"{counts['records']} records ({counts['hours']:.2f} h) of {counts['speakers']} speakers in {args.output}")
+    if counts["rejected"]:
+        print(f"{counts['rejected']} recordings were set aside: {args.output / 'rejected.jsonl'}")
+    return 0
+
+
+def _tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterable[Any]:
+    return track(items, what, total=total, console=console, disable=not console.is_terminal)
+
+
+def _prepare_tts(args: argparse.Namespace) -> int:
+    from most_ray.speech.prepare import prepare_tts
+
+    counts = prepare_tts(args.input_dir, args.output_dir, args.dataset_name, args.file_pattern)
+    print(f"{counts['records']} TTS records from {counts['files']} files in {args.output_dir}")
+    if counts["rejected"]:
+        print(f"{counts['rejected']} records were set aside: {args.output_dir / 'rejected.jsonl'}")
+    return 0
+
+
+def _init_model(args: argparse.Namespace) -> int:
+    from most_ray.model.build import from_deepseek, init_model
+    from most_ray.service.trainer import texts_of
+
+    if (args.preset is None) == (args.from_deepseek is None):
+        raise ConfigError("preset", args.preset, "or from_deepseek, exactly one of them, says what to start from.")
+    if args.preset:
+        if not args.records:
+            raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
+        model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), args.output, args.seed)
+    else:
+        model = from_deepseek(args.from_deepseek, args.output)
+    print(f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size}: {args.output}")
+    return 0
+
+
+def _config(args: argparse.Namespace) -> configuration.RunConfig:
+    return configuration.load_config(args.config, configuration.flag_values(args))
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from most_ray.service.report import print_summary
+    from most_ray.service.trainer import run_training
+
+    console = Console()
+    print_summary(run_training(config, console), console)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from most_ray.service.trainer import prepare_run
+
+    first, _, last = args.steps.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        raise ConfigError("steps", args.steps, "is not a range FROM:TO.")
+    plan = prepare_run(config).plan
+    args.trace.parent.mkdir(parents=True, exist_ok=True)
+    with args.trace.open("w", encoding="utf-8") as sink:
+        for step in range(max(1, int(first)), int(last) + 1):
+            sink.write(json.dumps({"step": step, "records": plan.record_ids(plan.step(step))}, ensure_ascii=False) + "\n")
+    print(f"steps {max(1, int(first))} to {last}: {args.trace}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if not args.asr_dirs and not args.tts_dirs:
+        raise ConfigError("asr_dirs", None, "or tts_dirs is needed: name at least one directory of records.")
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ConfigError(name, getattr(args, name), "must be at least 1.")
+    from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, require_model, write_result
+
+    require_model(args.model)
+    settings = EvaluationSettings(args.batch_size, args.max_new_tokens, max_rejected_fraction=args.max_rejected_fraction)
+    store_dir = args.store_dir or args.output.parent / "store"
+    result = evaluate_model(args.model, args.asr_dirs, args.tts_dirs, settings, store_dir.absolute())
+    write_result(result, args.output)
+    for name, section in result["sets"].items():
+        wer = f"WER {section['errors']['wer']:.2%}  " if "errors" in section else ""
+        print(f"{name}: {wer}loss {section['loss']:.4f}  perplexity {section['perplexity']:.3f}  records {section['records']}")
+        if section["rejected"]:
+            print(f"{name}: {section['rejected']} records were set aside, see {section['rejected_file']}")
+    print(f"selections across the modality border: {result['routing']['leaked']}\n{args.output}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from most_ray.train.export import export_checkpoint
+
+    export_checkpoint(args.checkpoint, args.output)
+    print(args.output)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. 0: done; 2: something that the user can mend."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    try:
+        args = build_parser().parse_args(argv)
+        return int(args.run(args))
+    except UserError as error:
+        print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("most-ray: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

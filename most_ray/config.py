@@ -1,0 +1,297 @@
+"""The one place of defaults: frozen dataclasses, filled from a YAML file and flags of the same names. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from most_ray.errors import ConfigError, nearest
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A field with its default and the line that --help shows."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is trained."""
+
+    model_name_or_path: str = option("tiny", "directory in Hugging Face or MoST layout, hub name, or the name of a preset (tiny)")
+    use_modality_aware_routing: bool | None = option(None, "text tokens to text experts, audio tokens to audio experts")
+    text_expert_indices: tuple[int, ...] | None = option(None, "routed experts of text tokens, as 0,1,2,3 (default: the model's)")
+    audio_expert_indices: tuple[int, ...] | None = option(None, "routed experts of audio tokens, as 4,5,6,7 (default: the model's)")
+    aux_loss_alpha: float | None = option(None, "weight of the load-balancing loss (default: the model's)")
+    seq_aux: bool | None = option(None, "balance experts within each record rather than over the batch (default: the model's)")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What it is trained and validated on."""
+
+    train_asr_dirs: tuple[str, ...] = option((), "directories of ASR records")
+    train_tts_dirs: tuple[str, ...] = option((), "directories of TTS records")
+    train_text_dirs: tuple[str, ...] = option((), "directories of text-only records")
+    val_asr_dirs: tuple[str, ...] = option((), "directories of ASR records for word error rates; a set is called by its folder")
+    val_tts_dirs: tuple[str, ...] = option((), "directories of TTS records for validation loss")
+    asr_tts_mix_ratio: float = option(0.5, "share of ASR among the ASR and TTS records trained on (0.5 = equal)")
+    text_mix_ratio: float = option(0.0, "share of text-only records among all records trained on")
+    train_asr_weights: tuple[float, ...] | None = option(None, "weight of each ASR directory among them (default: by size)")
+    train_tts_weights: tuple[float, ...] | None = option(None, "weight of each TTS directory among them (default: by size)")
+    train_text_weights: tuple[float, ...] | None = option(None, "weight of each text directory among them (default: by size)")
+    max_seq_length: int = option(2048, "tokens in a packed row; longer records are rejected, never cut")
+    max_rejected_fraction: float = option(0.01, "a source with a larger share of bad records ends the run before training")
+    store_dir: str | None = option(None, "where token stores are kept (default: OUTPUT_DIR/store)")
+    trace_records: str | None = option(None, "file that gets, per optimizer step, the ids of the records trained on")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """How it is trained."""
+
+    train_batch_size: int = option(1, "packed rows per worker and forward pass")
+    gradient_accumulation_steps: int = option(16, "sets the default of global_batch_size")
+    global_batch_size: int | None = option(
+        None, "records per optimizer step over all workers (default: train_batch_size x gradient_accumulation_steps x workers)"
+    )
+    max_steps: int | None = option(None, "optimizer steps of the whole run (default: from epochs)")
+    epochs: float = option(1.0, "without max_steps: until every training source has been seen this often")
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up")
+    warmup_ratio: float = option(0.0, "the same as a share of all steps, where warmup_steps is 0")
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices (norms have none)")
+    adam_beta1: float = option(0.9, "AdamW beta1")
+    adam_beta2: float = option(0.95, "AdamW beta2")
+    adam_epsilon: float = option(1e-8, "AdamW epsilon")
+    max_grad_norm: float = option(1.0, "gradient norm to clip to (0: off)")
+    fp16: bool = option(False, "float16 autocast with loss scaling")
+    bf16: bool = option(False, "bfloat16 autocast")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    seed: int = option(0, "seed of initialisation, mixing and shuffling")
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """Where it is trained."""
+
+    num_workers: int | None = option(None, "training processes (default: one per GPU, or 1)")
+    ep_size: int = option(1, "expert-parallel size; divides the workers and the experts")
+    dp_replicate_size: int = option(1, "replicas of the sharded model (HSDP)")
+    use_gpu: bool | None = option(None, "train on GPUs (default: where there are any)")
+    threads_per_worker: int | None = option(None, "CPU threads of each worker (default: the machine's cores shared out)")
+    max_failures: int = option(3, "restarts of the worker group before the run is given up")
+    ray_address: str | None = option(None, "cluster to use (default: the one of RAY_ADDRESS, else one on this machine)")
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """What is kept."""
+
+    output_dir: str = option("runs", "where runs are kept; a run's folder is OUTPUT_DIR/NAME")
+    name: str = option("run", "the run's name; the same name resumes")
+    save_steps: int = option(1000, "steps between checkpoints")
+    keep_last: int = option(2, "checkpoints to keep")
+    resume_from_checkpoint: str | None = option(None, "checkpoint of another run to start from")
+    ignore_optimizer_state: bool = option(False, "with resume_from_checkpoint: take only the weights and start at step 0")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How it is judged."""
+
+    eval_steps: int | None = option(None, "steps between evaluations of a checkpoint (default: only at the end)")
+    eval_batch_size: int = option(64, "records decoded at once")
+    max_new_tokens: int = option(256, "length cap of a decoded output")
+
+
+@dataclass(frozen=True)
+class TrackingOptions:
+    """What is written down."""
+
+    logging_steps: int = option(1, "steps between lines of metrics.jsonl")
+    wandb_project: str | None = option(None, "Weights & Biases project (default: not used)")
+    wandb_mode: Literal["online", "offline", "disabled"] = option("online", "how Weights & Biases is used")
+
+
+@dataclass(frozen=True)
+class RunConfig(
+    TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelOptions, OptimizerOptions, DataOptions, ModelOptions
+):
+    """Everything that a training run is asked for."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+SECTIONS = (
+    ModelOptions,
+    DataOptions,
+    OptimizerOptions,
+    ParallelOptions,
+    CheckpointOptions,
+    EvaluationOptions,
+    TrackingOptions,
+)
+_HINTS = typing.get_type_hints(RunConfig)
+_FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
+
+
+def _choices(hint: Any) -> tuple[Any, bool]:
+    """A field's type without its None, and whether None is allowed."""
+    if isinstance(hint, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """A YAML value or a flag's text as the field's type."""
+    hint, optional = _choices(_HINTS[name])
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+        if optional:
+            return None
+        raise ConfigError(name, value, "needs a value.")
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        return tuple(_scalar(name, typing.get_args(hint)[0], part) for part in parts if part != "")
+    if origin is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise ConfigError(name, value, "is not one of its choices.", nearest(str(value), options))
+        return value
+    return _scalar(name, hint, value)
+
+
+def _scalar(name: str, hint: type, value: Any) -> Any:
+    if hint is bool:
+        truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(str(value).lower())
+        if truth is None:
+            raise ConfigError(name, value, "is neither true nor false.")
+        return truth
+    if hint is str:
+        if isinstance(value, list | dict | bool):
+            raise ConfigError(name, value, "is not a string.")
+        return str(value)
+    if isinstance(value, bool | list | dict) or (hint is int and isinstance(value, float) and not value.is_integer()):
+        raise ConfigError(name, value, f"is not {'a whole number' if hint is int else 'a number'}.")
+    try:
+        return hint(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(name, value, f"is not {'a whole number' if hint is int else 'a number'}.") from error
+
+
+def config_from(values: Mapping[str, Any]) -> RunConfig:
+    """A checked RunConfig from names and values.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest known one), a value of the wrong type or outside its range.
+    """
+    for name in values:
+        if name not in _FIELDS:
+            raise ConfigError(str(name), None, "is no known flag or configuration key.", nearest(str(name), _FIELDS))
+    config = RunConfig(**{name: _coerce(name, value) for name, value in values.items()})
+    _check(config)
+    return config
+
+
+def _check(config: RunConfig) -> None:
+    at_least_one = (
+        "train_batch_size gradient_accumulation_steps max_seq_length save_steps keep_last logging_steps eval_batch_size "
+        "max_new_tokens ep_size dp_replicate_size global_batch_size max_steps num_workers eval_steps threads_per_worker"
+    )
+    for name in at_least_one.split():
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(name, value, "must be at least 1.")
+    for name in ("asr_tts_mix_ratio", "text_mix_ratio", "max_rejected_fraction", "warmup_ratio"):
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            raise ConfigError(name, getattr(config, name), "must lie in 0..1.")
+    for name in ("learning_rate", "epochs", "adam_epsilon"):
+        if not getattr(config, name) > 0:
+            raise ConfigError(name, getattr(config, name), "must be above 0.")
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_failures", "seed"):
+        if getattr(config, name) < 0:
+            raise ConfigError(name, getattr(config, name), "must not be negative.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ConfigError(name, getattr(config, name), "must lie in 0..1, without the 1.")
+    if config.fp16 and config.bf16:
+        raise ConfigError("fp16", True, "and bf16 exclude each other.", "Choose one.")
+    if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
+        raise ConfigError("name", config.name, "must be a plain folder name.", "Put the path into output_dir.")
+    for task in ("asr", "tts", "text"):
+        weights, dirs = getattr(config, f"train_{task}_weights"), getattr(config, f"train_{task}_dirs")
+        if weights is not None and (len(weights) != len(dirs) or min(weights, default=0) <= 0):
+            raise ConfigError(f"train_{task}_weights", weights, f"needs one positive weight for each of {len(dirs)} directories.")
+    if config.ignore_optimizer_state and not config.resume_from_checkpoint:
+        raise ConfigError("ignore_optimizer_state", True, "needs resume_from_checkpoint, the weights to start from.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("config", str(path), f"is not YAML ({' '.join(str(error).split())}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError("config", str(path), "holds no `key: value` lines.")
+    return {str(key): value for key, value in values.items()}
+
+
+def write_yaml(config: RunConfig, path: Path) -> None:
+    """The whole configuration, defaults included, readable by `read_yaml`."""
+    values = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items() if name in _FIELDS
+    }
+    ordered = {f.name: values[f.name] for section in SECTIONS for f in dataclasses.fields(section)}
+    path.write_text(yaml.safe_dump(ordered, sort_keys=False), encoding="utf-8")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One `--flag` per field, grouped and with its default in --help. Absent flags leave the namespace untouched."""
+    for section in SECTIONS:
+        group = parser.add_argument_group(str(section.__doc__).rstrip(".").lower())
+        for f in dataclasses.fields(section):
+            hint, _ = _choices(_HINTS[f.name])
+            shown = "none" if f.default is None or f.default == () else f.default
+            text = f.metadata["help"]
+            keywords: dict[str, Any] = {
+                "help": text if "(default" in text else f"{text} (default: {shown})",
+                "default": argparse.SUPPRESS,
+                "metavar": f.name.upper(),
+            }
+            if hint is bool:
+                keywords.update(nargs="?", const="true", metavar="true|false")
+            elif typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
+                keywords.update(nargs="+")
+            group.add_argument(f"--{f.name}", **keywords)
+
+
+def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given."""
+    return {name: value for name, value in vars(namespace).items() if name in _FIELDS}
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> RunConfig:
+    """A file's values, overruled by flags."""
+    values = read_yaml(path) if path else {}
+    return config_from({**values, **dict(flags)})

@@ -1,0 +1,102 @@
+"""A step's packs as arrays: what one rank trains on.
+
+Shapes: M forward passes, B rows per pass, S tokens per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from most_ray.data.plan import Plan, PlanSpec
+from most_ray.template import IGNORE, task_index
+
+TEXT, AUDIO, PADDING = 0, 1, 2  # marks of tokens; the model's routing uses the same
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which ids are audio, and which one fills rows up."""
+
+    first_audio: int
+    last_audio: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step of one rank; every rank has the same number of forward passes.
+
+    input_ids, labels, positions int32 and modality, task int8, all (M, B, S). Positions restart at each record; labels are IGNORE
+    where unsupervised; task is that of the token's record (-1 in padding).
+    n_supervised, n_records, n_tokens: of the whole step over all ranks. record_ids: of this rank.
+    """
+
+    step: int
+    input_ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    modality: np.ndarray
+    task: np.ndarray
+    n_supervised: int
+    n_records: int
+    n_tokens: int
+    record_ids: list[str]
+
+
+def forward_shape(n_packs: int, world_size: int, max_rows: int) -> tuple[int, int]:
+    """(M, B): the fewest forward passes of at most `max_rows` rows each, with as few empty rows as may be; equal on every rank."""
+    per_rank = max(1, -(-n_packs // world_size))
+    passes = -(-per_rank // max_rows)
+    return passes, -(-per_rank // passes)
+
+
+def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int, layout: TokenLayout) -> Batch:
+    """What `rank` of `world_size` trains on in `step`. Pack p goes to rank p mod world_size."""
+    step_plan = plan.step(step)
+    length = plan.spec.max_seq_length
+    passes, rows = forward_shape(len(step_plan.packs), world_size, max_rows)
+    n_rows = passes * rows
+    input_ids = np.full((n_rows, length), layout.pad, np.int32)
+    labels = np.full((n_rows, length), IGNORE, np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (n_rows, 1))
+    modality = np.full((n_rows, length), PADDING, np.int8)
+    task = np.full((n_rows, length), -1, np.int8)
+    ids: list[str] = []
+    for row, pack in enumerate(step_plan.packs[rank::world_size]):
+        start = 0
+        for index in pack:
+            store = plan.stores[step_plan.sources[index]]
+            record = int(step_plan.rows[index])
+            tokens = store.input_ids(record)
+            end = start + len(tokens)
+            input_ids[row, start:end] = tokens
+            supervised = start + int(store.prompt_lengths[record])
+            labels[row, supervised:end] = input_ids[row, supervised:end]
+            positions[row, start:end] = np.arange(len(tokens))
+            modality[row, start:end] = (tokens >= layout.first_audio) & (tokens <= layout.last_audio)
+            task[row, start:end] = task_index(store.task)  # type: ignore[arg-type]
+            ids.append(store.record_id(record))
+            start = end
+        positions[row, start:] -= start
+    shape = (passes, rows, length)
+    return Batch(
+        step=step,
+        input_ids=input_ids.reshape(shape),
+        labels=labels.reshape(shape),
+        positions=positions.reshape(shape),
+        modality=modality.reshape(shape),
+        task=task.reshape(shape),
+        n_supervised=step_plan.n_supervised,
+        n_records=plan.spec.global_batch_size,
+        n_tokens=step_plan.n_tokens,
+        record_ids=sorted(ids),
+    )
+
+
+@lru_cache(maxsize=4)
+def open_plan(spec: PlanSpec) -> Plan:
+    """A plan, made once per process."""
+    return Plan(spec)

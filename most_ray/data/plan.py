@@ -1,0 +1,208 @@
+"""The plan: which records each optimizer step holds and how they are packed. A pure function of lengths, weights and seed.
+
+A step is `global_batch_size` consecutive records of the mixture, packed among themselves. So every step is known without the ones
+before it, the mix is exact after every step, and nothing depends on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from most_ray.config import RunConfig
+from most_ray.data.mixture import Mixture, integer_weights
+from most_ray.data.packing import PACKER_VERSION, best_fit
+from most_ray.data.store import TokenStore, open_store
+from most_ray.errors import CheckpointError, ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class PlanSpec:
+    """All that a plan is made from; small, picklable, and JSON when written down."""
+
+    stores: tuple[str, ...]
+    weights: tuple[int, ...]
+    seed: int
+    global_batch_size: int
+    max_seq_length: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step.
+
+    sources, rows: where its records lie, int64 (records,), in mixture order.
+    packs: indices into them, one list per packed row.
+    n_supervised: supervised tokens of the whole step; n_tokens: all its tokens.
+    """
+
+    step: int
+    sources: np.ndarray
+    rows: np.ndarray
+    packs: list[list[int]]
+    n_supervised: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands in its data: everything before `step` has been trained on, nothing after. `step` alone decides."""
+
+    fingerprint: str
+    epoch: float
+    step: int
+
+
+class Plan:
+    """`step(k)` for any k, in any order, in constant time."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self.spec = spec
+        self.stores: list[TokenStore] = [open_store(path) for path in spec.stores]
+        self.mixture = Mixture(spec.weights, [len(store) for store in self.stores], spec.seed)
+
+    @cached_property
+    def ingredients(self) -> dict[str, Any]:
+        """What the order of records follows from, by name: two runs with equal ingredients train on equal batches."""
+        return {
+            "sources": [[store.name, store.task, store.manifest["content"]] for store in self.stores],
+            "vocabulary": self.stores[0].manifest["vocabulary"],
+            "weights": list(self.spec.weights),
+            "seed": self.spec.seed,
+            "global_batch_size": self.spec.global_batch_size,
+            "max_seq_length": self.spec.max_seq_length,
+            "packer": PACKER_VERSION,
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(json.dumps(self.ingredients, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def step(self, k: int) -> StepPlan:
+        """The k-th optimizer step, counted from 1."""
+        size = self.spec.global_batch_size
+        sources, rows = self.mixture.locate((k - 1) * size, k * size)
+        lengths = np.empty(size, np.int64)
+        prompts = np.empty(size, np.int64)
+        for source, store in enumerate(self.stores):
+            chosen = sources == source
+            lengths[chosen] = store.lengths[rows[chosen]]
+            prompts[chosen] = store.prompt_lengths[rows[chosen]]
+        packs = best_fit(lengths.tolist(), self.spec.max_seq_length)
+        return StepPlan(k, sources, rows, packs, int((lengths - prompts).sum()), int(lengths.sum()))
+
+    def record_ids(self, plan: StepPlan) -> list[str]:
+        """Ids of the step's records, sorted: one line of a trace."""
+        return sorted(self.stores[s].record_id(int(r)) for s, r in zip(plan.sources, plan.rows, strict=True))
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """Steps after which every source has been seen at least `epochs` times."""
+        return -(-self.mixture.records_for_epochs(epochs) // self.spec.global_batch_size)
+
+    def cursor(self, step: int) -> Cursor:
+        """Epoch: passes over the least seen source."""
+        counts = self.mixture.counts(step * self.spec.global_batch_size)
+        epoch = min(int(count) / size for count, size in zip(counts, self.mixture.sizes, strict=True))
+        return Cursor(self.fingerprint, epoch, step)
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """Records trained on per source after `step` steps."""
+        counts = self.mixture.counts(step * self.spec.global_batch_size)
+        return {f"{store.task}/{store.name}": int(count) for store, count in zip(self.stores, counts, strict=True)}
+
+
+def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any]) -> None:
+    """A run may go on only over the data it began with.
+
+    Raises:
+        CheckpointError: names what changed.
+    """
+    if cursor.fingerprint == plan.fingerprint:
+        return
+    now = json.loads(json.dumps(plan.ingredients))
+    changed = sorted(key for key in now if now[key] != ingredients.get(key)) or ["plan"]
+    raise CheckpointError(
+        "data",
+        ", ".join(changed),
+        "changed since the checkpoint was written, so the run cannot go on exactly.",
+        "Restore it, or give the run another name (with resume_from_checkpoint and ignore_optimizer_state to keep the weights).",
+    )
+
+
+def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int, ...]:
+    """Integer weights of the sources: the kinds share by asr_tts_mix_ratio and text_mix_ratio, sources of a kind by their weights.
+
+    Raises:
+        ConfigError: a ratio gives a share to a kind without data, or none to a kind that has data.
+    """
+    ratio, text = Fraction(str(config.asr_tts_mix_ratio)), Fraction(str(config.text_mix_ratio))
+    present = {store.task for store in stores}
+    shares = {"asr": (1 - text) * ratio, "tts": (1 - text) * (1 - ratio), "text": text}
+    if "tts" not in present or "asr" not in present:
+        # One speech task alone takes the whole speech share: the ratio is between two.
+        shares["asr"], shares["tts"] = ((1 - text), Fraction(0)) if "asr" in present else (Fraction(0), (1 - text))
+        if not present & {"asr", "tts"}:
+            shares = {"asr": Fraction(0), "tts": Fraction(0), "text": Fraction(1)}
+    for task, name in (("asr", "asr_tts_mix_ratio"), ("tts", "asr_tts_mix_ratio"), ("text", "text_mix_ratio")):
+        if task in present and shares[task] <= 0:
+            raise ConfigError(name, getattr(config, name), f"gives no share to train_{task}_dirs.", "Leave them out or change it.")
+        if task not in present and shares[task] > 0:
+            raise ConfigError(name, getattr(config, name), f"asks for {task} records, but train_{task}_dirs is empty.")
+    weights: list[Fraction] = []
+    for task in ("asr", "tts", "text"):
+        of_kind = [store for store in stores if store.task == task]
+        given = getattr(config, f"train_{task}_weights") or [len(store) for store in of_kind]
+        parts = [Fraction(str(weight)) for weight in given]
+        weights += [shares[task] * part / sum(parts, Fraction(0)) for part in parts]
+    return integer_weights(weights)
+
+
+def make_spec(config: RunConfig, stores: Sequence[TokenStore], n_workers: int) -> PlanSpec:
+    """The plan of a run. `stores` in the order asr, tts, text.
+
+    Raises:
+        ConfigError, DataError: there is nothing to train on, or the units of the sources were made differently.
+    """
+    if not stores:
+        raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
+    check_units(stores)
+    batch = config.global_batch_size or config.train_batch_size * config.gradient_accumulation_steps * n_workers
+    return PlanSpec(
+        stores=tuple(str(store.directory) for store in stores),
+        weights=source_weights(config, stores),
+        seed=config.seed,
+        global_batch_size=batch,
+        max_seq_length=config.max_seq_length,
+    )
+
+
+def check_units(stores: Sequence[TokenStore]) -> str | None:
+    """The one identity of all units that are trained on, or None where no source tells.
+
+    Raises:
+        DataError: two sources were made with different features, k-means or repeat removal.
+    """
+    known = [(store, units_identity(store.manifest["units"])) for store in stores if store.manifest.get("units")]
+    for store, identity in known[1:]:
+        if identity != known[0][1]:
+            raise DataError(
+                "units",
+                store.manifest["source"],
+                f"were made differently from those of {known[0][0].manifest['source']} (features, k-means, rate or repeats differ).",
+                "Prepare both with the same k-means file and options.",
+            )
+    return known[0][1] if known else None
+
+
+def units_identity(manifest: dict[str, Any]) -> str:
+    """Digest of what makes units mean the same: the manifest's `identity` part."""
+    return hashlib.blake2b(json.dumps(manifest.get("identity", manifest), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+

@@ -1,0 +1,112 @@
+"""The configuration of MoST: DeepSeek-V2 plus token ranges, expert groups and auxiliary losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
+
+from most_ray.errors import ConfigError
+
+FIRST_AUDIO_TOKEN = 100002  # text is 0..100001 in the original vocabulary
+LAST_AUDIO_TOKEN = 100503  # 500 units and the two audio markers
+
+
+@strict
+class MostConfig(DeepseekV2Config):
+    """DeepSeek-V2 with a modality-aware router.
+
+    Args:
+        use_modality_aware_routing: restrict each token to the experts of its modality; off, the model is plain DeepSeek-V2.
+        text_expert_indices, audio_expert_indices: the routed experts of each group. Default: the first and the second half.
+        first_audio_token, last_audio_token: ids in this closed range are audio, all others text.
+        aux_loss_alpha: weight of the load-balancing loss (0 turns it off).
+        seq_aux: balance within each record (sequence-wise, DeepSeek-V2 eq. 12-16) instead of over the batch.
+
+    Raises:
+        ConfigError: a group is empty, an expert is in both or in none, top-k does not fit into a group.
+    """
+
+    model_type = "most"
+
+    use_modality_aware_routing: bool = True
+    text_expert_indices: list[int] | None = None
+    audio_expert_indices: list[int] | None = None
+    first_audio_token: int = FIRST_AUDIO_TOKEN
+    last_audio_token: int = LAST_AUDIO_TOKEN
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.use_modality_aware_routing and self.text_expert_indices is None and self.audio_expert_indices is None:
+            half = self.n_routed_experts // 2
+            self.text_expert_indices = list(range(half))
+            self.audio_expert_indices = list(range(half, self.n_routed_experts))
+        # Not left to the library's own validation hook, which would wrap the error and hide what the user can mend.
+        check_experts(
+            n_routed_experts=self.n_routed_experts,
+            top_k=self.num_experts_per_tok,
+            modality_aware=self.use_modality_aware_routing,
+            text=self.text_expert_indices,
+            audio=self.audio_expert_indices,
+            n_group=self.n_group if self.topk_method == "group_limited_greedy" else None,
+            topk_group=self.topk_group,
+        )
+        super().__post_init__(**kwargs)
+
+
+@strict
+class OriginalMostConfig(MostConfig):
+    """The same under the original's `model_type`, so that its checkpoint folders load as they are."""
+
+    model_type = "MoST"
+
+
+def check_experts(
+    *,
+    n_routed_experts: int,
+    top_k: int | None,
+    modality_aware: bool,
+    text: Sequence[int] | None,
+    audio: Sequence[int] | None,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+) -> None:
+    """Rules between the expert groups and top-k.
+
+    Raises:
+        ConfigError: names the field, what it holds, the rule and the remedy.
+    """
+    if top_k is None or not 1 <= top_k <= n_routed_experts:
+        raise ConfigError("num_experts_per_tok", top_k, f"must lie in 1..{n_routed_experts} (n_routed_experts).")
+    if not modality_aware:
+        return
+    groups = {"text_expert_indices": list(text or ()), "audio_expert_indices": list(audio or ())}
+    for name, group in groups.items():
+        modality = name.split("_", 1)[0]
+        if not group:
+            raise ConfigError(name, group, f"{modality} tokens would have no expert.", "Name at least top-k experts.")
+        outside = [expert for expert in group if expert not in range(n_routed_experts)]
+        if outside or len(set(group)) != len(group) or not all(isinstance(expert, int) for expert in group):
+            raise ConfigError(name, group, f"must hold different experts out of 0..{n_routed_experts - 1}.")
+        if top_k > len(group):
+            raise ConfigError(
+                "num_experts_per_tok", top_k, f"is more than the {len(group)} experts of {name}.", "Lower it or widen the group."
+            )
+        if n_group and topk_group:
+            size = n_routed_experts // n_group
+            usable = sorted(filter(None, (sum(expert // size == g for expert in group) for g in range(n_group))))
+            if sum(usable[:topk_group]) < top_k:
+                raise ConfigError(
+                    "topk_group", topk_group, f"can leave a {modality} token fewer than {top_k} experts of {name}.", "Raise it."
+                )
+    both = sorted(set(groups["text_expert_indices"]) & set(groups["audio_expert_indices"]))
+    if both:
+        raise ConfigError(
+            "text_expert_indices", groups["text_expert_indices"], f"experts {both} are in audio_expert_indices too.", "Split them."
+        )
+    unused = sorted(set(range(n_routed_experts)) - set(groups["text_expert_indices"]) - set(groups["audio_expert_indices"]))
+    if unused:
+        raise ConfigError("audio_expert_indices", groups["audio_expert_indices"], f"experts {unused} are in no group.", "Assign them.")

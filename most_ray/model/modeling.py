@@ -1,0 +1,277 @@
+"""MostForCausalLM: transformers' DeepSeek-V2 with the modality-aware router, balance losses and a loss per supervised token.
+
+Shapes: B packs, S positions, D hidden, E experts, L layers with experts, N supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
+    DeepseekV2Attention,
+    DeepseekV2DecoderLayer,
+    DeepseekV2ForCausalLM,
+    DeepseekV2Model,
+    DeepseekV2Moe,
+    DeepseekV2PreTrainedModel,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from most_ray.data.batch import PADDING
+from most_ray.model.configuration import MostConfig, OriginalMostConfig
+from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of
+from most_ray.template import IGNORE
+
+
+@dataclass
+class MostModelOutput(MoeModelOutputWithPast):
+    """aux_loss: scalar, summed over layers as RouterStats.aux_loss; expert_load: (L, 2, E)."""
+
+    aux_loss: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
+
+
+@dataclass
+class MostCausalLMOutput(MoeCausalLMOutputWithPast):
+    """`loss` is the mean over supervised tokens plus the weighted balance loss, of which `aux_loss` is the latter part alone.
+
+    With `token_losses_only`: token_losses (N,) float32 and aux_sum (unweighted sums), no loss and no logits.
+    """
+
+    aux_sum: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
+
+
+class MostMoe(DeepseekV2Moe):
+    """Shared experts for every token, routed experts by modality. Padding is not routed: it costs nothing and counts nowhere."""
+
+    def __init__(self, config: MostConfig) -> None:
+        super().__init__(config)
+        self.gate = MostRouter(config)
+
+    def forward(self, hidden_states: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, RouterStats]:
+        flat = hidden_states.view(-1, hidden_states.shape[-1])
+        tokens = flat if routing.tokens is None else flat[routing.tokens]
+        _, weights, indices, probabilities = self.gate(tokens, routing.allowed)
+        routed = self.experts(tokens, indices, weights.to(tokens.dtype)).to(flat.dtype)
+        if routing.tokens is not None:
+            routed = torch.zeros_like(flat).index_copy(0, routing.tokens, routed)
+        output = routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+        if self.training and self.config.aux_loss_alpha > 0:
+            aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux)
+        else:
+            aux_loss = probabilities.new_zeros(())
+        return output, RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
+
+
+class MostDecoderLayer(DeepseekV2DecoderLayer):
+    """The library's layer, with the routing handed to its experts and their statistics handed back."""
+
+    def __init__(self, config: MostConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if isinstance(self.mlp, DeepseekV2Moe):
+            self.mlp = MostMoe(config)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, RouterStats | None]:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, MostMoe):
+            output, stats = self.mlp(normed, routing)
+            return hidden_states + output, stats
+        return hidden_states + self.mlp(normed), None
+
+
+class MostPreTrainedModel(DeepseekV2PreTrainedModel):
+    config: MostConfig
+    config_class = MostConfig
+    _no_split_modules = ["MostDecoderLayer"]
+    # The library looks for its decorator in this file's source; the experts that carry it are imported from DeepSeek-V2.
+    _can_set_experts_implementation_cached_value = True
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(MostDecoderLayer, index=0),
+        "attentions": DeepseekV2Attention,
+        "router_logits": OutputRecorder(MostRouter, index=0),
+    }
+
+
+class MostModel(MostPreTrainedModel, DeepseekV2Model):
+    """The decoder stack."""
+
+    def __init__(self, config: MostConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList([MostDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        modality: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MostModelOutput:
+        """`modality` (B, S): TEXT, AUDIO or PADDING per token; from the ids (and a 2-d attention mask) where it is not given."""
+        if modality is None:
+            if input_ids is None:
+                raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
+            modality = modality_of(input_ids, self.config)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                modality = modality.masked_fill(attention_mask[:, -modality.shape[1] :] == 0, PADDING)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        packed = position_ids if past_key_values is None and attention_mask is None else None
+        routing = make_routing(modality, packed, self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        stats: list[RouterStats] = []
+        for layer in self.layers:
+            hidden_states, layer_stats = layer(
+                hidden_states,
+                routing=routing,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return MostModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            aux_loss=torch.stack([s.aux_loss for s in stats]).sum() if stats else hidden_states.new_zeros(()),
+            expert_load=torch.stack([s.load for s in stats]) if stats else None,
+        )
+
+
+class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
+    """MoST with its language-model head."""
+
+    def __init__(self, config: MostConfig) -> None:
+        super().__init__(config)
+        self.model = MostModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        modality: torch.Tensor | None = None,
+        token_losses_only: bool = False,
+        **kwargs: Any,
+    ) -> MostCausalLMOutput:
+        """Next-token prediction; `labels` (B, S) are aligned with input_ids and shifted here, IGNORE where unsupervised.
+
+        `token_losses_only` runs the head on supervised positions alone and returns their losses one by one, in row order: what
+        a trainer needs that divides by the global number of tokens.
+        """
+        outputs: MostModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            modality=modality,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if labels is not None and token_losses_only:
+            targets = labels[:, 1:]
+            supervised = targets != IGNORE
+            logits = self.lm_head(hidden_states[:, :-1][supervised])
+            losses = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+            return MostCausalLMOutput(aux_sum=outputs.aux_loss, token_losses=losses, expert_load=outputs.expert_load)
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        loss = aux_loss = None
+        if labels is not None:
+            targets = labels[:, 1:].reshape(-1)
+            loss = F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, ignore_index=IGNORE)
+            # aux_loss is a sum over rows (sequence-wise) or tokens (batch-wise): the mean is what the original adds.
+            units = hidden_states.shape[0] if self.config.seq_aux else hidden_states.shape[:2].numel()
+            aux_loss = self.config.aux_loss_alpha * outputs.aux_loss / units
+            loss = loss + aux_loss
+        return MostCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            aux_sum=outputs.aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_load=outputs.expert_load,
+        )
+
+
+class OriginalMostForCausalLM(MostForCausalLM):
+    """The same class for folders whose config says `"model_type": "MoST"`."""
+
+    config_class = OriginalMostConfig
+    config: OriginalMostConfig
+
+
+def register_auto_classes() -> None:
+    """Make transformers' auto classes and weight conversion (per-expert keys <-> fused experts) know MoST."""
+    for config_class, model_class in ((MostConfig, MostForCausalLM), (OriginalMostConfig, OriginalMostForCausalLM)):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        mapping = get_checkpoint_conversion_mapping("deepseek_v2")
+        register_checkpoint_conversion_mapping(config_class.model_type, mapping, overwrite=True)
+
+
+# At import, so that whoever has the classes, by whatever way, has them registered (see most_ray/__init__.py).
+register_auto_classes()

@@ -1,0 +1,49 @@
+"""What can be known to fail before a worker starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from most_ray.config import RunConfig
+from most_ray.errors import ConfigError
+
+
+def check_places(config: RunConfig) -> None:
+    """The run's folder can be written to, the trace's folder too, and W&B has a key where it is to be online.
+
+    Raises:
+        ConfigError: one of them is not so.
+    """
+    if "://" in config.output_dir:
+        raise ConfigError("output_dir", config.output_dir, "is a URI; this version keeps runs on a mounted path.", "Mount the storage.")
+    probe = config.run_dir / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError("output_dir", config.output_dir, f"cannot be written to ({error.strerror}).") from error
+    if shutil.disk_usage(config.run_dir).free < 1 << 28:
+        raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
+    if config.trace_records:
+        try:
+            Path(config.trace_records).parent.mkdir(parents=True, exist_ok=True)
+            with Path(config.trace_records).open("ab"):
+                pass
+        except OSError as error:
+            raise ConfigError("trace_records", config.trace_records, f"cannot be written to ({error.strerror}).") from error
+    if config.wandb_project and config.wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
+        raise ConfigError(
+            "wandb_mode", "online", "needs a key.", "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
+        )
+
+
+def _has_netrc() -> bool:
+    netrc = Path.home() / ".netrc"
+    try:
+        return "wandb" in netrc.read_text(encoding="utf-8")
+    except OSError:
+        return False

@@ -1,0 +1,54 @@
+"""The training loop. It takes batches and a reporter; where they come from and lead to is not its business."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from most_ray.data.batch import Batch
+from most_ray.train.metrics import Meter
+from most_ray.train.state import TrainState
+from most_ray.train.step import Precision, run_step
+
+
+class Reporter(Protocol):
+    """What the loop tells the world. Called on every rank, in the same order."""
+
+    def trained(self, batch: Batch) -> None:
+        """One optimizer step was made on this batch."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A line of metrics is due."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    total_steps: int
+    logging_steps: int
+    max_grad_norm: float
+    precision: Precision
+    device: torch.device
+
+
+def train(
+    state: TrainState, batches: Iterable[Batch], settings: LoopSettings, reporter: Reporter, at_step: Callable[[TrainState], None]
+) -> None:
+    """Train until `settings.total_steps`; `at_step` runs after every optimizer step (checkpoints, evaluations)."""
+    meter = Meter(state.model_config)
+    iterator = iter(batches)
+    while state.step < settings.total_steps:
+        waiting = time.perf_counter()
+        batch = next(iterator)
+        waited = time.perf_counter() - waiting
+        if batch.step != state.step + 1:
+            raise RuntimeError(f"the data stream gave step {batch.step} where step {state.step + 1} was due")
+        result = run_step(state, batch, settings.precision, settings.max_grad_norm, settings.device)
+        reporter.trained(batch)
+        meter.add(result, batch.n_tokens, waited)
+        if state.step % settings.logging_steps == 0 or state.step == settings.total_steps:
+            reporter.log(meter.line())
+        at_step(state)

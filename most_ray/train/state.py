@@ -1,0 +1,89 @@
+"""Everything of a run that must survive a restart, in one place."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import get_scheduler
+
+from most_ray.config import OptimizerOptions
+from most_ray.model.configuration import MostConfig
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018), decided by the global gradient norm, so alike on every rank."""
+
+    scale: float = 1.0
+    growth_interval: int = 2000
+    good_steps: int = 0
+    enabled: bool = False
+
+    def update(self, finite: bool) -> None:
+        if not self.enabled:
+            return
+        if not finite:
+            self.scale, self.good_steps = max(1.0, self.scale / 2), 0
+        else:
+            self.good_steps += 1
+            if self.good_steps % self.growth_interval == 0:
+                self.scale *= 2
+
+
+@dataclass
+class TrainState:
+    """A model in training. `step` optimizer steps have been made."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loss_scale: LossScale
+    step: int = 0
+    skipped_in_row: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_config(self) -> MostConfig:
+        return self.model.config  # type: ignore[return-value]
+
+
+def make_state(model: nn.Module, options: OptimizerOptions, total_steps: int) -> TrainState:
+    """Optimizer with state, schedule and loss scale for a model that is already laid out over its ranks."""
+    optimizer = make_optimizer(model, options)
+    warmup = options.warmup_steps or round(options.warmup_ratio * total_steps)
+    name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    scale = LossScale(scale=2.0**16, enabled=True) if options.fp16 else LossScale()
+    return TrainState(model, optimizer, scheduler, scale)
+
+
+def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
+    """AdamW, fused; its moments exist from the start, so that a checkpoint can be read into them.
+
+    Parameters on different meshes (dense and expert) go into different groups: one fused call takes one mesh.
+    """
+    groups: dict[tuple[Any, bool], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups[mesh, parameter.dim() > 1].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "weight_decay": options.weight_decay if decays else 0.0} for (_, decays), params in groups.items()],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
