@@ -1,0 +1,33 @@
+# Every target sets up .venv by itself. On a machine without a GPU the CPU build of torch saves some gigabytes:
+#   make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: train test check format digits-data clean
+
+train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
+	$(BIN)/most-ray train --config jobs/configs/digits.yaml
+
+test: .venv/.installed  ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/.installed  ## lint, format, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed  ## what `check` would complain of, mended where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+digits-data: .venv/.installed  ## jobs/data/digits from the recordings: make digits-data FSDD=DIR
+	BIN=$(BIN) sh jobs/data/digits/make.sh "$(FSDD)"
+
+.venv/.installed: pyproject.toml .ci/venv.sh .ci/get_pip.py
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh .ci/venv.sh
+
+clean:  ## everything that was made, runs included
+	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

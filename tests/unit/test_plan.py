@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from most_ray.config import config_from
+from most_ray.data.batch import PADDING, TokenLayout, forward_shape, rank_batch
+from most_ray.data.plan import Cursor, Plan, check_cursor, check_units, make_spec, source_weights
+from most_ray.errors import CheckpointError, ConfigError, DataError
+from most_ray.template import IGNORE
+from tests.support.builders import IDS, asr, make_plan, make_store, text, tts, write_records
+
+LAYOUT = TokenLayout(IDS.unit_base, IDS.end_audio, IDS.pad)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return make_plan(tmp_path)
+
+
+def test_steps_do_not_depend_on_the_ones_before(plan: Plan) -> None:
+    """Promise 2: any step at once. In and out of order, in another process's plan: the same."""
+    forward = [plan.record_ids(plan.step(k)) for k in range(1, 40)]
+    other = Plan(plan.spec)
+    assert [other.record_ids(other.step(k)) for k in range(39, 0, -1)] == forward[::-1]
+    assert len(plan.record_ids(plan.step(1_000_000))) == plan.spec.global_batch_size
+
+
+def test_each_source_is_seen_once_per_epoch(plan: Plan) -> None:
+    """Nothing twice, nothing left out, over epoch boundaries (promise 37)."""
+    steps = 60
+    seen: dict[str, int] = {}
+    for k in range(1, steps + 1):
+        for record_id in plan.record_ids(plan.step(k)):
+            seen[record_id] = seen.get(record_id, 0) + 1
+    consumed = plan.consumed(steps)
+    for store, (name, count) in zip(plan.stores, consumed.items(), strict=True):
+        times = [seen.get(store.record_id(row), 0) for row in range(len(store))]
+        assert sum(times) == count, name
+        assert max(times) - min(times) <= 1
+
+
+def test_the_mix_is_exact_after_every_step(plan: Plan) -> None:
+    for step in range(1, 50):
+        total = step * plan.spec.global_batch_size
+        asr_count, tts_count = plan.consumed(step).values()
+        assert asr_count + tts_count == total
+        assert abs(asr_count - total * 3 / 5) < 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_ranks_share_a_step_out_whatever_their_number(plan: Plan, world: int) -> None:
+    """The same records in the same packs at any world size; every rank makes the same number of passes (promise 6)."""
+    for step in range(1, 12):
+        batches = [rank_batch(plan, step, rank, world, 2, LAYOUT) for rank in range(world)]
+        assert len({batch.input_ids.shape for batch in batches}) == 1
+        assert sorted(sum((batch.record_ids for batch in batches), [])) == plan.record_ids(plan.step(step))
+        supervised = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        assert supervised == batches[0].n_supervised
+        assert sum(int((batch.modality != PADDING).sum()) for batch in batches) == batches[0].n_tokens
+
+
+def test_a_batch_holds_its_records_as_they_are(plan: Plan) -> None:
+    batch = rank_batch(plan, 3, 0, 1, 3, LAYOUT)
+    ids = batch.input_ids.reshape(-1, plan.spec.max_seq_length)
+    positions = batch.positions.reshape(ids.shape)
+    tokens = {tuple(store.input_ids(row).tolist()) for store in plan.stores for row in range(len(store))}
+    count = 0
+    for row, position, mark in zip(ids, positions, batch.modality.reshape(ids.shape), strict=True):
+        starts = [*np.flatnonzero(position == 0).tolist(), len(row)]
+        for start, stop in zip(starts, starts[1:], strict=False):
+            if mark[start] != PADDING:
+                assert tuple(row[start:stop].tolist()) in tokens
+                assert position[start:stop].tolist() == list(range(stop - start))
+                count += 1
+            else:
+                assert stop == len(row), "padding only at the end"
+    assert count == plan.spec.global_batch_size
+    audio = (batch.input_ids >= IDS.unit_base) & (batch.input_ids <= IDS.end_audio)
+    assert ((batch.modality == 1) == audio).all()
+
+
+@pytest.mark.parametrize(("packs", "world", "rows", "expected"), [(13, 1, 8, (2, 7)), (12, 4, 8, (1, 3)), (1, 4, 2, (1, 1)), (9, 2, 2, (3, 2))])
+def test_forward_passes_are_few_and_full(packs: int, world: int, rows: int, expected: tuple[int, int]) -> None:
+    assert forward_shape(packs, world, rows) == expected
+
+
+def test_a_changed_ingredient_is_named(plan: Plan, tmp_path: Path) -> None:
+    ingredients = plan.ingredients
+    check_cursor(plan, plan.cursor(7), ingredients)
+    other = Plan(replace(plan.spec, seed=1, global_batch_size=8))
+    with pytest.raises(CheckpointError, match="global_batch_size, seed"):
+        check_cursor(other, Cursor(plan.fingerprint, 0.0, 7), ingredients)
+
+
+def test_epochs(plan: Plan) -> None:
+    steps = plan.steps_for_epochs(1.0)
+    assert plan.cursor(steps).epoch >= 1.0 > plan.cursor(steps - 1).epoch
+
+
+def test_weights_of_kinds_and_sources(tmp_path: Path) -> None:
+    a = make_store(tmp_path, "a", [asr(i) for i in range(10)])
+    b = make_store(tmp_path, "b", [asr(i) for i in range(30)])
+    t = make_store(tmp_path, "t", [tts(i) for i in range(5)], "tts")
+    x = make_store(tmp_path, "x", [text(i) for i in range(5)], "text")
+    assert source_weights(config_from({}), [a, b, t]) == (1, 3, 4)
+    assert source_weights(config_from({"asr_tts_mix_ratio": 0.8}), [a, b, t]) == (1, 3, 1)
+    stage1 = config_from({"text_mix_ratio": 0.2})
+    assert source_weights(stage1, [a, t, x]) == (2, 2, 1)
+    given = config_from({"train_asr_dirs": ["a", "b"], "train_asr_weights": [1, 1]})
+    assert source_weights(given, [a, b, t]) == (1, 1, 2)
+    assert source_weights(config_from({}), [a]) == (1,)
+    assert source_weights(config_from({}), [x]) == (1,)
+    with pytest.raises(ConfigError, match="text_mix_ratio"):
+        source_weights(stage1, [a, t])
+    with pytest.raises(ConfigError, match="text_mix_ratio"):
+        source_weights(config_from({}), [a, t, x])
+    with pytest.raises(ConfigError, match="asr_tts_mix_ratio"):
+        source_weights(config_from({"asr_tts_mix_ratio": 0}), [a, t])
+    with pytest.raises(ConfigError, match="no training data"):
+        make_spec(config_from({}), [], 1)
+
+
+def test_sources_with_different_units_are_not_mixed(tmp_path: Path) -> None:
+    """Promise 27."""
+    stores = []
+    for name, hash_ in (("a", "1"), ("b", "2")):
+        write_records(tmp_path / name, [asr(1)])
+        (tmp_path / name / "units.json").write_text(f'{{"identity": {{"kmeans": "{hash_}"}}}}')
+        stores.append(make_store(tmp_path, name, [asr(1)]))
+    with pytest.raises(DataError, match="made differently"):
+        check_units(stores)
+    assert check_units(stores[:1]) == check_units([stores[0], stores[0]])
