@@ -238,6 +238,9 @@ def _export(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. 0: done; 2: something that the user can mend."""
+    # Read when torch loads, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on
+    # an idle machine, and on a busy one a step is up to 25 times faster (tests/benchmarks/RESULTS.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
@@ -160,7 +161,7 @@ def load_model(
             model, info = MostForCausalLM.from_pretrained(
                 path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **keywords
             )
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({_line(error)}).") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):

@@ -81,7 +81,7 @@ def save(
             "format": FORMAT,
             "step": state.step,
             "cursor": asdict(cursor),
-            "scheduler": {k: v for k, v in state.scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"},
+            "scheduler": {"last_epoch": state.scheduler.last_epoch},
             "loss_scale": asdict(state.loss_scale),
             "n_tensors": len([name for name in tensors if name.startswith("model.")]),
             **extra,
@@ -111,12 +111,20 @@ def load(directory: Path, state: TrainState, with_optimizer: bool = True) -> dic
     read_tensors(directory, live)
     if with_optimizer:
         state.step = content["step"]
-        state.scheduler.load_state_dict({**state.scheduler.state_dict(), **content["scheduler"]})
+        _set_schedule(state, content["scheduler"]["last_epoch"])
         state.loss_scale = LossScale(**content["loss_scale"]) if state.loss_scale.enabled else state.loss_scale
-        for group, rate in zip(state.optimizer.param_groups, state.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
         _restore_random_state(directory)
     return content
+
+
+def _set_schedule(state: TrainState, last_epoch: int) -> None:
+    """The schedule is a function of one number; rates per parameter group are made anew, for another layout has other groups."""
+    scheduler = state.scheduler
+    scheduler.last_epoch = last_epoch
+    rates = [base * factor(last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler._last_lr = rates
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def read_tensors(directory: Path, live: dict[str, torch.Tensor]) -> None:

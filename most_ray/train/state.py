@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,11 +41,10 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     loss_scale: LossScale
     step: int = 0
     skipped_in_row: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model_config(self) -> MostConfig:

@@ -5,6 +5,7 @@ A rank that fails or hangs ends the others; nothing waits for a collective that 
 
 from __future__ import annotations
 
+import io
 import multiprocessing as mp
 import os
 import queue
@@ -32,7 +33,9 @@ def _rank_main(rank: int, world: int, port: int, function: Callable[..., Any], a
     try:
         if world > 1:
             dist.init_process_group("gloo", rank=rank, world_size=world)
-        results.put((rank, None, function(*args)))
+        buffer = io.BytesIO()
+        torch.save(function(*args), buffer)  # as bytes: tensors in a queue die with the process that made them
+        results.put((rank, None, buffer.getvalue()))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
     finally:
@@ -63,7 +66,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, deadline: fl
                 raise AssertionError(f"ranks {missing} of {world} did not end within {deadline:.0f} s") from None
             if failure:
                 raise AssertionError(f"rank {rank} of {world} failed:\n{failure}")
-            answers[rank] = value
+            answers[rank] = torch.load(io.BytesIO(value), weights_only=False)
     finally:
         for process in processes:
             process.join(timeout=5 if len(answers) == world else 0)
