@@ -47,6 +47,9 @@ class DataOptions:
     train_asr_weights: tuple[float, ...] | None = option(None, "weight of each ASR directory among them (default: by size)")
     train_tts_weights: tuple[float, ...] | None = option(None, "weight of each TTS directory among them (default: by size)")
     train_text_weights: tuple[float, ...] | None = option(None, "weight of each text directory among them (default: by size)")
+    unit_swap_prob: float = option(0.0, "share of the input units of ASR records swapped for a near unit, redrawn at every use")
+    unit_replace_prob: float = option(0.0, "share of them replaced by any unit")
+    unit_drop_prob: float = option(0.0, "share of them left out")
     max_seq_length: int = option(2048, "tokens in a packed row; longer records are rejected, never cut")
     max_rejected_fraction: float = option(0.01, "a source with a larger share of bad records ends the run before training")
     store_dir: str | None = option(None, "where token stores are kept (default: OUTPUT_DIR/store)")
@@ -68,6 +71,7 @@ class OptimizerOptions:
     lr_scheduler: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up")
     warmup_ratio: float = option(0.0, "the same as a share of all steps, where warmup_steps is 0")
+    asr_loss_weight: float = option(1.0, "weight of a supervised ASR token's loss, against 1 for TTS and text tokens")
     weight_decay: float = option(0.01, "AdamW weight decay of matrices (norms have none)")
     adam_beta1: float = option(0.9, "AdamW beta1")
     adam_beta2: float = option(0.95, "AdamW beta2")
@@ -142,6 +146,7 @@ SECTIONS = (
     EvaluationOptions,
     TrackingOptions,
 )
+UNIT_NOISE = ("unit_swap_prob", "unit_replace_prob", "unit_drop_prob")
 _HINTS = typing.get_type_hints(RunConfig)
 _FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
 
@@ -214,10 +219,10 @@ def _check(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(name, value, "must be at least 1.")
-    for name in ("asr_tts_mix_ratio", "text_mix_ratio", "max_rejected_fraction", "warmup_ratio"):
+    for name in ("asr_tts_mix_ratio", "text_mix_ratio", "max_rejected_fraction", "warmup_ratio", *UNIT_NOISE):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise ConfigError(name, getattr(config, name), "must lie in 0..1.")
-    for name in ("learning_rate", "epochs", "adam_epsilon"):
+    for name in ("learning_rate", "epochs", "adam_epsilon", "asr_loss_weight"):
         if not getattr(config, name) > 0:
             raise ConfigError(name, getattr(config, name), "must be above 0.")
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_failures", "seed"):

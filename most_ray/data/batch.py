@@ -10,7 +10,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from most_ray.data.noise import noisy_units
 from most_ray.data.plan import Plan, PlanSpec
+from most_ray.records import N_UNITS
 from most_ray.template import IGNORE, task_index
 
 TEXT, AUDIO, PADDING = 0, 1, 2  # marks of tokens; the model's routing uses the same
@@ -23,6 +25,7 @@ class TokenLayout:
     first_audio: int
     last_audio: int
     pad: int
+    unit_base: int
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Batch:
 
     input_ids, labels, positions int32 and modality, task int8, all (M, B, S). Positions restart at each record; labels are IGNORE
     where unsupervised; task is that of the token's record (-1 in padding).
-    n_supervised, n_records, n_tokens: of the whole step over all ranks. record_ids: of this rank.
+    n_supervised (by task, in the order of records.TASKS), n_records, n_tokens: of the whole step over all ranks. record_ids: of this
+    rank.
     """
 
     step: int
@@ -40,7 +44,7 @@ class Batch:
     positions: np.ndarray
     modality: np.ndarray
     task: np.ndarray
-    n_supervised: int
+    n_supervised: list[int]
     n_records: int
     n_tokens: int
     record_ids: list[str]
@@ -71,9 +75,13 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
             store = plan.stores[step_plan.sources[index]]
             record = int(step_plan.rows[index])
             tokens = store.input_ids(record)
+            supervised_length = len(tokens) - int(store.prompt_lengths[record])
+            if plan.spec.noise.any and store.task == "asr":
+                place = (step - 1) * plan.spec.global_batch_size + index
+                tokens = _heard(tokens, supervised_length, plan, int(step_plan.sources[index]), place, layout)
             end = start + len(tokens)
             input_ids[row, start:end] = tokens
-            supervised = start + int(store.prompt_lengths[record])
+            supervised = end - supervised_length
             labels[row, supervised:end] = input_ids[row, supervised:end]
             positions[row, start:end] = np.arange(len(tokens))
             modality[row, start:end] = (tokens >= layout.first_audio) & (tokens <= layout.last_audio)
@@ -94,6 +102,15 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
         n_tokens=step_plan.n_tokens,
         record_ids=sorted(ids),
     )
+
+
+def _heard(tokens: np.ndarray, supervised: int, plan: Plan, source: int, place: int, layout: TokenLayout) -> np.ndarray:
+    """An ASR record's tokens with noise on its input units; all else stays."""
+    prompt = tokens[: len(tokens) - supervised]
+    is_unit = (prompt >= layout.unit_base) & (prompt < layout.unit_base + N_UNITS)
+    first, last = np.flatnonzero(is_unit)[[0, -1]]
+    units = noisy_units(prompt[first : last + 1] - layout.unit_base, plan.spec.noise, plan.neighbours[source], plan.spec.seed, place)
+    return np.concatenate([tokens[:first], units + layout.unit_base, tokens[last + 1 :]])
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from most_ray.data.hashing import mix_keys, splitmix
+
 MAX_PERIOD = 1 << 18  # of the pattern of sources; weights that would need a longer one are rounded to multiples of 1 / MAX_PERIOD
 _BLOCK = 256  # rows that stay together on disk: reads are near-sequential
 _WINDOW = 256 * _BLOCK  # rows shuffled among each other; smaller sources are shuffled whole
@@ -104,7 +106,7 @@ def shuffled_rows(positions: np.ndarray, size: int, seed: int, source: int) -> n
     rows = np.empty_like(positions)
     for epoch in np.unique(epochs):
         in_epoch = epochs == epoch
-        rows[in_epoch] = _epoch_rows(offsets[in_epoch], size, _mix(seed, source, int(epoch)))
+        rows[in_epoch] = _epoch_rows(offsets[in_epoch], size, mix_keys(seed, source, int(epoch)))
     return rows
 
 
@@ -119,7 +121,7 @@ def _epoch_rows(offsets: np.ndarray, size: int, key: int) -> np.ndarray:
     for window in np.unique(windows[offsets < whole]):
         chosen = (windows == window) & (offsets < whole)
         start = int(window) * _WINDOW
-        inside = _permutation(_mix(key, int(window)), min(_WINDOW, whole - start))
+        inside = _permutation(mix_keys(key, int(window)), min(_WINDOW, whole - start))
         shuffled = start + inside[offsets[chosen] - start]
         rows[chosen] = blocks[shuffled // _BLOCK] * _BLOCK + shuffled % _BLOCK
     return (rows + key % size) % size
@@ -128,21 +130,4 @@ def _epoch_rows(offsets: np.ndarray, size: int, key: int) -> np.ndarray:
 @lru_cache(maxsize=32)
 def _permutation(key: int, n: int) -> np.ndarray:
     """A permutation of 0..n-1, the same on every machine and with every numpy: the order of hashed numbers."""
-    return np.argsort(_splitmix(np.arange(n, dtype=np.uint64) + np.uint64(key)), kind="stable")
-
-
-def _splitmix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014), elementwise."""
-    with np.errstate(over="ignore"):
-        x = x * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def _mix(*numbers: int) -> int:
-    """One 62-bit key from several numbers."""
-    key = 0
-    for number in numbers:
-        key = int(_splitmix(np.array([key ^ (number * 0x632BE59BD9B4E019 + 0x1234567)  & (2**64 - 1)], dtype=np.uint64))[0])
-    return key >> 2
+    return np.argsort(splitmix(np.arange(n, dtype=np.uint64) + np.uint64(key)), kind="stable")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -18,9 +18,11 @@ import numpy as np
 
 from most_ray.config import RunConfig
 from most_ray.data.mixture import Mixture, integer_weights
+from most_ray.data.noise import UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError
+from most_ray.records import TASKS
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class PlanSpec:
     seed: int
     global_batch_size: int
     max_seq_length: int
+    noise: UnitNoise = UnitNoise()
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,14 @@ class StepPlan:
 
     sources, rows: where its records lie, int64 (records,), in mixture order.
     packs: indices into them, one list per packed row.
-    n_supervised: supervised tokens of the whole step; n_tokens: all its tokens.
+    n_supervised: supervised tokens of the whole step by task, in the order of records.TASKS; n_tokens: all its tokens (before noise).
     """
 
     step: int
     sources: np.ndarray
     rows: np.ndarray
     packs: list[list[int]]
-    n_supervised: int
+    n_supervised: list[int]
     n_tokens: int
 
 
@@ -67,6 +70,8 @@ class Plan:
         self.spec = spec
         self.stores: list[TokenStore] = [open_store(path) for path in spec.stores]
         self.mixture = Mixture(spec.weights, [len(store) for store in self.stores], spec.seed)
+        self._tasks = np.array([TASKS.index(store.task) for store in self.stores])
+        self.neighbours = [unit_neighbours(store) for store in self.stores]
 
     @cached_property
     def ingredients(self) -> dict[str, Any]:
@@ -79,6 +84,7 @@ class Plan:
             "global_batch_size": self.spec.global_batch_size,
             "max_seq_length": self.spec.max_seq_length,
             "packer": PACKER_VERSION,
+            "noise": asdict(self.spec.noise),
         }
 
     @cached_property
@@ -96,7 +102,9 @@ class Plan:
             lengths[chosen] = store.lengths[rows[chosen]]
             prompts[chosen] = store.prompt_lengths[rows[chosen]]
         packs = best_fit(lengths.tolist(), self.spec.max_seq_length)
-        return StepPlan(k, sources, rows, packs, int((lengths - prompts).sum()), int(lengths.sum()))
+        supervised = np.zeros(len(TASKS), np.int64)
+        np.add.at(supervised, self._tasks[sources], lengths - prompts)
+        return StepPlan(k, sources, rows, packs, supervised.tolist(), int(lengths.sum()))
 
     def record_ids(self, plan: StepPlan) -> list[str]:
         """Ids of the step's records, sorted: one line of a trace."""
@@ -180,7 +188,23 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], n_workers: int) -
         seed=config.seed,
         global_batch_size=batch,
         max_seq_length=config.max_seq_length,
+        noise=_noise(config, stores),
     )
+
+
+def _noise(config: RunConfig, stores: Sequence[TokenStore]) -> UnitNoise:
+    noise = UnitNoise(config.unit_swap_prob, config.unit_replace_prob, config.unit_drop_prob)
+    if noise.swap > 0 and any(store.task == "asr" and unit_neighbours(store) is None for store in stores):
+        raise ConfigError(
+            "unit_swap_prob", noise.swap, "needs units.json beside the ASR records, which says which units are near each other.", "Set it to 0."
+        )
+    return noise
+
+
+def unit_neighbours(store: TokenStore) -> np.ndarray | None:
+    """Near units of each unit, int64 (n_units, k), where the store's records came with them."""
+    table = (store.manifest.get("units") or {}).get("neighbours")
+    return None if table is None else np.array(table, dtype=np.int64)
 
 
 def check_units(stores: Sequence[TokenStore]) -> str | None:

@@ -40,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 16,
         "v_head_dim": 32,
         "max_position_embeddings": 4096,
+        "norm_topk_prob": True,
         "aux_loss_alpha": 0.001,
     },
 }

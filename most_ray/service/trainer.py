@@ -106,7 +106,7 @@ def prepare_run(config: RunConfig) -> Prepared:
         run_dir=str(run_dir),
         model_path=model_path,
         plan=spec,
-        layout=TokenLayout(model_config.first_audio_token, model_config.last_audio_token, vocabulary.ids.pad),
+        layout=TokenLayout(model_config.first_audio_token, model_config.last_audio_token, vocabulary.ids.pad, vocabulary.ids.unit_base),
         topology=topology,
         total_steps=total_steps,
         threads=threads,

@@ -79,7 +79,7 @@ def train_worker(job: WorkerJob) -> None:
     _resume(job, state, plan, run_dir)
     reporter = RunReporter(job, plan, state.step, rank)
     saver = Saver(job, plan, run_dir, rank, attempt, reporter)
-    settings = LoopSettings(job.total_steps, job.config.logging_steps, job.config.max_grad_norm, _precision(job.config), device)
+    settings = LoopSettings(job.total_steps, job.config.logging_steps, job.config.max_grad_norm, _precision(job.config), device, job.config.asr_loss_weight)
     stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size)
     try:
         train(state, job.stream(stream, state.step + 1, job.total_steps), settings, reporter, saver.at_step)

@@ -23,11 +23,13 @@ class MfccSettings:
     low_freq: float = 60.0
     high_freq: float = 3800.0
     delta_order: int = 2
+    trim: float | None = 5.5  # cut ends whose mean log mel energy is that far below the recording's 95th percentile; None: keep all
+    keep_every: int = 2  # of the frames; differences are taken before, at the full rate
 
     @property
     def rate_hz(self) -> float:
         """Frames, and so units before repeats are removed, per second."""
-        return 1000.0 / self.frame_shift_ms
+        return 1000.0 / (self.frame_shift_ms * self.keep_every)
 
 
 def mfcc(samples: np.ndarray, settings: MfccSettings) -> np.ndarray:
@@ -55,7 +57,15 @@ def mfcc(samples: np.ndarray, settings: MfccSettings) -> np.ndarray:
     if extractor.num_frames_ready == 0:
         return np.zeros((0, width), np.float32)
     static = np.stack([extractor.get_frame(i) for i in range(extractor.num_frames_ready)]).astype(np.float32)
-    if settings.delta_order == 0:
-        return static
-    options_delta = knf.DeltaOptions(order=settings.delta_order, window=2)
-    return np.asarray(knf.compute_deltas(options_delta, static), dtype=np.float32)
+    if settings.trim is not None:
+        static = trim_ends(static, static[:, 0] / np.sqrt(settings.num_mels), settings.trim)
+    if settings.delta_order:
+        options_delta = knf.DeltaOptions(order=settings.delta_order, window=2)
+        static = np.asarray(knf.compute_deltas(options_delta, static), dtype=np.float32)
+    return static[settings.keep_every // 2 :: settings.keep_every]
+
+
+def trim_ends(frames: np.ndarray, energy: np.ndarray, depth: float) -> np.ndarray:
+    """Frames (frames, features) from the first to the last whose log energy (frames,) is within `depth` of its 95th percentile."""
+    loud = np.flatnonzero(energy > np.percentile(energy, 95) - depth)
+    return frames[loud[0] : loud[-1] + 1] if len(loud) else frames

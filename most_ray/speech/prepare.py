@@ -143,7 +143,7 @@ def _write(
     output.mkdir(parents=True, exist_ok=True)
     write_jsonl_gz(output / "records.jsonl.gz", records)
     np.save(output / "kmeans.npy", centroids)
-    (output / "units.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (output / "units.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     (output / "rejected.jsonl").unlink(missing_ok=True)
     if rejected:
         (output / "rejected.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")

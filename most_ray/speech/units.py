@@ -84,9 +84,18 @@ def remove_repeats(units: np.ndarray) -> np.ndarray:
     return units[np.concatenate([[True], units[1:] != units[:-1]])] if len(units) else units
 
 
+def neighbours_of(centroids: np.ndarray, count: int = 8) -> list[list[int]]:
+    """The nearest other units of each unit, nearest first: what `unit_swap_prob` chooses from."""
+    c = centroids.astype(np.float64)
+    distances = (c**2).sum(axis=1)[None, :] - 2.0 * c @ c.T
+    np.fill_diagonal(distances, np.inf)
+    return np.argsort(distances, axis=1, kind="stable")[:, : min(count, len(c) - 1)].tolist()
+
+
 def manifest_of(settings: MfccSettings, centroids: np.ndarray, repeats_removed: bool) -> dict[str, Any]:
     """What the units mean. Records with equal `identity` may be trained on together; anything else is refused."""
     return {
+        "neighbours": neighbours_of(centroids),
         "version": MANIFEST_VERSION,
         "identity": {
             "features": "mfcc",

@@ -32,6 +32,7 @@ class LoopSettings:
     max_grad_norm: float
     precision: Precision
     device: torch.device
+    asr_loss_weight: float = 1.0
 
 
 def train(
@@ -46,7 +47,7 @@ def train(
         waited = time.perf_counter() - waiting
         if batch.step != state.step + 1:
             raise RuntimeError(f"the data stream gave step {batch.step} where step {state.step + 1} was due")
-        result = run_step(state, batch, settings.precision, settings.max_grad_norm, settings.device)
+        result = run_step(state, batch, settings.precision, settings.max_grad_norm, settings.device, settings.asr_loss_weight)
         reporter.trained(batch)
         meter.add(result, batch.n_tokens, waited)
         if state.step % settings.logging_steps == 0 or state.step == settings.total_steps:

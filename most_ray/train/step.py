@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from most_ray.data.batch import Batch
 from most_ray.errors import UserError
 from most_ray.records import TASKS
+from most_ray.template import IGNORE
 from most_ray.train.state import TrainState
 
 _SKIP_LIMIT = 20
@@ -58,15 +59,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def run_step(state: TrainState, batch: Batch, precision: Precision, max_grad_norm: float, device: torch.device) -> StepResult:
+def run_step(
+    state: TrainState, batch: Batch, precision: Precision, max_grad_norm: float, device: torch.device, asr_loss_weight: float = 1.0
+) -> StepResult:
     """Train on one batch.
 
-    The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), plus the
-    balance loss divided by the step's records (or tokens). FSDP averages gradients over ranks, so each rank's part is multiplied by
+    The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), ASR tokens
+    counting `asr_loss_weight` times in both, plus the balance loss divided by the step's records (or tokens). FSDP averages gradients over ranks, so each rank's part is multiplied by
     their number: the update is the one a single worker would make.
     """
     model, config, ranks = state.model, state.model_config, world_size()
     model.train()
+    weights = torch.ones(len(TASKS), device=device)
+    weights[TASKS.index("asr")] = asr_loss_weight
+    denominator = sum(count * float(weight) for count, weight in zip(batch.n_supervised, weights, strict=True))
     n_aux = batch.n_records if config.seq_aux else batch.n_tokens
     loss_sums = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
     token_counts = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
@@ -87,9 +93,9 @@ def run_step(state: TrainState, batch: Batch, precision: Precision, max_grad_nor
                 token_losses_only=True,
             )
         aux = config.aux_loss_alpha * output.aux_sum / n_aux
-        loss = output.token_losses.sum() / batch.n_supervised + aux
+        tasks = task[:, 1:][labels[:, 1:] != IGNORE]
+        loss = (output.token_losses * weights[tasks]).sum() / denominator + aux
         (loss * (ranks * state.loss_scale.scale)).backward()
-        tasks = task[:, 1:][labels[:, 1:] != -100]
         loss_sums.index_add_(0, tasks, output.token_losses.detach().double())
         token_counts.index_add_(0, tasks, torch.ones_like(tasks, dtype=torch.float64))
         aux_total += aux.detach()

@@ -113,7 +113,7 @@ def test_packed_records_have_the_loss_they_have_alone(plan: Plan, attention: str
         aux += output.aux_sum.double()
         load += output.expert_load
         count += len(output.token_losses)
-    assert packed["count"] == count == step.n_supervised
+    assert packed["count"] == count == sum(step.n_supervised)
     torch.testing.assert_close(packed["loss"], loss, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(packed["aux"], aux, rtol=1e-5, atol=1e-5)
     assert torch.equal(packed["load"], load)
