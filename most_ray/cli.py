@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -22,8 +23,9 @@ class Parser(argparse.ArgumentParser):
     """Errors name the nearest known flag or command; no abbreviations, so that a typo never becomes another flag."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
+        keywords["allow_abbrev"] = False
         keywords.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=130))
-        super().__init__(*args, allow_abbrev=False, **keywords)
+        super().__init__(*args, **keywords)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -242,6 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # an idle machine, and on a busy one a step is up to 25 times faster (tests/benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # progress is seen as it happens, in a log file too
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     try:

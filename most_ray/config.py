@@ -127,9 +127,7 @@ class TrackingOptions:
 
 
 @dataclass(frozen=True)
-class RunConfig(
-    TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelOptions, OptimizerOptions, DataOptions, ModelOptions
-):
+class RunConfig(TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelOptions, OptimizerOptions, DataOptions, ModelOptions):
     """Everything that a training run is asked for."""
 
     @property

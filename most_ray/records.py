@@ -152,9 +152,7 @@ def record_files(directory: Path, pattern: str = "*") -> list[Path]:
     if not directory.is_dir():
         raise DataError("directory", str(directory), "does not exist.", "Check the path.")
     files = sorted(
-        path
-        for path in directory.rglob(pattern)
-        if path.is_file() and path.name.endswith(RECORD_SUFFIXES) and path.name not in NOT_RECORDS
+        path for path in directory.rglob(pattern) if path.is_file() and path.name.endswith(RECORD_SUFFIXES) and path.name not in NOT_RECORDS
     )
     if not files:
         raise DataError("directory", str(directory), f"holds no records ({', '.join(RECORD_SUFFIXES)}).")
@@ -223,7 +221,7 @@ def _read_values(stream: BinaryIO) -> Iterator[object]:
             in_data, builder = in_data or value == "data", None
         elif prefix == "" and event == "end_map":
             in_data = False
-        elif event == "start_map" and prefix in ("", "item") or (in_data and prefix == "data.item" and event == "start_map"):
+        elif (event == "start_map" and prefix in ("", "item")) or (in_data and prefix == "data.item" and event == "start_map"):
             builder, base = ObjectBuilder(), prefix
             builder.event(event, value)
         elif event in scalars and prefix in ("", "item", "data.item"):

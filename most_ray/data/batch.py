@@ -85,7 +85,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
             labels[row, supervised:end] = input_ids[row, supervised:end]
             positions[row, start:end] = np.arange(len(tokens))
             modality[row, start:end] = (tokens >= layout.first_audio) & (tokens <= layout.last_audio)
-            task[row, start:end] = task_index(store.task)  # type: ignore[arg-type]
+            task[row, start:end] = task_index(store.task)
             ids.append(store.record_id(record))
             start = end
         positions[row, start:] -= start

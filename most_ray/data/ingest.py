@@ -71,9 +71,7 @@ def ingest_directory(directory: Path, task: Task, vocabulary: Vocabulary, max_se
     return store
 
 
-def _write_store(
-    files: Sequence[Path], task: Task, vocabulary: Vocabulary, limit: int, target: Path, manifest: dict[str, object]
-) -> None:
+def _write_store(files: Sequence[Path], task: Task, vocabulary: Vocabulary, limit: int, target: Path, manifest: dict[str, object]) -> None:
     writer = StoreWriter(target)
     try:
         for batch in _batched(_good_records(files, task, writer), _BATCH):
@@ -107,9 +105,7 @@ def _good_records(files: Sequence[Path], task: Task, writer: StoreWriter) -> Ite
                 yield str(path), index, record
 
 
-def _batched(
-    items: Iterator[tuple[str, int, Record]], size: int
-) -> Iterator[list[tuple[str, int, Record]]]:
+def _batched(items: Iterator[tuple[str, int, Record]], size: int) -> Iterator[list[tuple[str, int, Record]]]:
     while batch := list(itertools.islice(items, size)):
         yield batch
 

@@ -26,6 +26,9 @@ class UnitNoise:
         return self.swap > 0 or self.replace > 0 or self.drop > 0
 
 
+NO_NOISE = UnitNoise()
+
+
 def noisy_units(units: np.ndarray, noise: UnitNoise, neighbours: np.ndarray | None, seed: int, index: int) -> np.ndarray:
     """Units (units,) as heard at global index `index` of the run; never longer, never empty.
 

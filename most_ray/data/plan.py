@@ -18,7 +18,7 @@ import numpy as np
 
 from most_ray.config import RunConfig
 from most_ray.data.mixture import Mixture, integer_weights
-from most_ray.data.noise import UnitNoise
+from most_ray.data.noise import NO_NOISE, UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError
@@ -34,7 +34,7 @@ class PlanSpec:
     seed: int
     global_batch_size: int
     max_seq_length: int
-    noise: UnitNoise = UnitNoise()
+    noise: UnitNoise = NO_NOISE
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,10 @@ def _noise(config: RunConfig, stores: Sequence[TokenStore]) -> UnitNoise:
     noise = UnitNoise(config.unit_swap_prob, config.unit_replace_prob, config.unit_drop_prob)
     if noise.swap > 0 and any(store.task == "asr" and unit_neighbours(store) is None for store in stores):
         raise ConfigError(
-            "unit_swap_prob", noise.swap, "needs units.json beside the ASR records, which says which units are near each other.", "Set it to 0."
+            "unit_swap_prob",
+            noise.swap,
+            "needs units.json beside the ASR records, which says which units are near each other.",
+            "Set it to 0.",
         )
     return noise
 
@@ -228,5 +231,3 @@ def check_units(stores: Sequence[TokenStore]) -> str | None:
 def units_identity(manifest: dict[str, Any]) -> str:
     """Digest of what makes units mean the same: the manifest's `identity` part."""
     return hashlib.blake2b(json.dumps(manifest.get("identity", manifest), sort_keys=True).encode(), digest_size=8).hexdigest()
-
-

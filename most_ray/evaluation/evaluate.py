@@ -138,7 +138,11 @@ def teacher_forced(model: MostForCausalLM, store: TokenStore, tokens_per_batch: 
             labels[index, int(store.prompt_lengths[row]) : len(tokens)] = tokens[int(store.prompt_lengths[row]) :]
             mask[index, : len(tokens)] = 1
         output = model(
-            input_ids=input_ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False, token_losses_only=True
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            labels=labels.to(device),
+            use_cache=False,
+            token_losses_only=True,
         )
         total += float(output.token_losses.double().sum())
         count += len(output.token_losses)

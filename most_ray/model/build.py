@@ -201,7 +201,10 @@ def check_units(config: MostConfig, units: str | None, path: str) -> None:
     stored = getattr(config, "units_identity", None)
     if stored is not None and units is not None and stored != units:
         raise CheckpointError(
-            "units", units, f"of the records differ from those that {path} was trained on ({stored!r}).", "Prepare them with its k-means."
+            "units",
+            units,
+            f"of the records differ from those that {path} was trained on ({stored!r}).",
+            "Prepare them with its k-means.",
         )
 
 

@@ -105,7 +105,10 @@ def check_experts(
     both = sorted(set(groups["text_expert_indices"]) & set(groups["audio_expert_indices"]))
     if both:
         raise ConfigError(
-            "text_expert_indices", groups["text_expert_indices"], f"experts {both} are in audio_expert_indices too.", "Split them."
+            "text_expert_indices",
+            groups["text_expert_indices"],
+            f"experts {both} are in audio_expert_indices too.",
+            "Split them.",
         )
     unused = sorted(set(range(n_routed_experts)) - set(groups["text_expert_indices"]) - set(groups["audio_expert_indices"]))
     if unused:

@@ -6,7 +6,7 @@ Shapes: B packs, S positions, D hidden, E experts, L layers with experts, N supe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +81,14 @@ class MostMoe(DeepseekV2Moe):
 class MostDecoderLayer(DeepseekV2DecoderLayer):
     """The library's layer, with the routing handed to its experts and their statistics handed back."""
 
+    mlp: nn.Module
+
     def __init__(self, config: MostConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if isinstance(self.mlp, DeepseekV2Moe):
             self.mlp = MostMoe(config)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: torch.Tensor,
         routing: Routing,
@@ -113,10 +115,10 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
 class MostPreTrainedModel(DeepseekV2PreTrainedModel):
     config: MostConfig
     config_class = MostConfig
-    _no_split_modules = ["MostDecoderLayer"]
+    _no_split_modules: ClassVar = ["MostDecoderLayer"]
     # The library looks for its decorator in this file's source; the experts that carry it are imported from DeepSeek-V2.
     _can_set_experts_implementation_cached_value = True
-    _can_record_outputs = {
+    _can_record_outputs: ClassVar = {
         "hidden_states": OutputRecorder(MostDecoderLayer, index=0),
         "attentions": DeepseekV2Attention,
         "router_logits": OutputRecorder(MostRouter, index=0),
@@ -243,6 +245,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             loss = F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, ignore_index=IGNORE)
             # aux_loss is a sum over rows (sequence-wise) or tokens (batch-wise): the mean is what the original adds.
             units = hidden_states.shape[0] if self.config.seq_aux else hidden_states.shape[:2].numel()
+            assert outputs.aux_loss is not None
             aux_loss = self.config.aux_loss_alpha * outputs.aux_loss / units
             loss = loss + aux_loss
         return MostCausalLMOutput(

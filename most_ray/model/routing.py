@@ -15,7 +15,6 @@ from most_ray.data.batch import AUDIO, PADDING, TEXT
 from most_ray.model.configuration import MostConfig
 
 
-
 class Routing(NamedTuple):
     """What every layer's router must know of the batch; made once per forward pass and handed down as an argument.
 
@@ -82,7 +81,8 @@ class MostRouter(DeepseekV2TopkRouter):
     def forward(
         self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(T, D) -> logits (T, E), weights (T, K), expert indices (T, K), probabilities (T, E) with 0 at experts that are not allowed; floats are float32."""
+        """(T, D) -> logits (T, E), weights (T, K), expert indices (T, K), probabilities (T, E) with 0 at experts that are not allowed;
+        the floats are float32 whatever the autocast."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())
         # Over all experts, then masked, as in the original: the other group's share is lost, not handed round.

@@ -16,7 +16,7 @@ from most_ray.template import TokenIds, Vocabulary
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜pad｜>"
 BEGIN_AUDIO, END_AUDIO = "<|begin_of_audio|>", "<|end_of_audio|>"
-AUDIO_TOKENS = tuple(f"[Hu{unit}]" for unit in range(N_UNITS)) + (BEGIN_AUDIO, END_AUDIO)
+AUDIO_TOKENS = (*(f"[Hu{unit}]" for unit in range(N_UNITS)), BEGIN_AUDIO, END_AUDIO)
 
 
 class TextEncoder:
@@ -67,7 +67,10 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
     missing = [token for token in AUDIO_TOKENS if token not in vocabulary]
     if missing:
         raise CheckpointError(
-            "tokenizer", missing[0], f"is not in the vocabulary ({len(missing)} audio tokens are missing).", "Use init-model first."
+            "tokenizer",
+            missing[0],
+            f"is not in the vocabulary ({len(missing)} audio tokens are missing).",
+            "Use init-model first.",
         )
     base = vocabulary["[Hu0]"]
     if any(vocabulary[f"[Hu{unit}]"] != base + unit for unit in range(N_UNITS)):
@@ -75,9 +78,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise CheckpointError("tokenizer", None, "has no begin- or end-of-sentence token.")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return TokenIds(
-        tokenizer.bos_token_id, tokenizer.eos_token_id, pad, vocabulary[BEGIN_AUDIO], vocabulary[END_AUDIO], unit_base=base
-    )
+    return TokenIds(tokenizer.bos_token_id, tokenizer.eos_token_id, pad, vocabulary[BEGIN_AUDIO], vocabulary[END_AUDIO], unit_base=base)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:

@@ -88,6 +88,6 @@ def encode_batch(batch: Batch) -> bytes:
 
 
 def decode_batch(payload: bytes) -> Batch:
-    arrays = unpack_arrays(payload)
-    rest = json.loads(arrays.pop("rest").tobytes())
-    return Batch(**arrays, **rest)
+    values: dict[str, Any] = unpack_arrays(payload)
+    rest = json.loads(values.pop("rest").tobytes())
+    return Batch(**values, **rest)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from most_ray.errors import ConfigError, UserError
 from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
-from most_ray.records import RecordError, parse_record, read_raw, record_files
+from most_ray.records import TASKS, RecordError, parse_record, read_raw, record_files
 from most_ray.service.journal import read_journal
 from most_ray.service.preflight import check_places
 from most_ray.service.stream import TASK_CPUS
@@ -42,7 +41,6 @@ from most_ray.train.export import export_checkpoint
 from most_ray.train.topology import plan_topology
 
 logger = logging.getLogger(__name__)
-_TASKS = ("asr", "tts", "text")
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Prepared:
     n_rejected: int
 
 
-class RunIncomplete(UserError):
+class RunIncompleteError(UserError):
     """The workers ended short of the goal."""
 
     kind = "training failed"
@@ -83,14 +81,14 @@ def prepare_run(config: RunConfig) -> Prepared:
     vocabulary = vocabulary_of(load_tokenizer(model_path))
     store_dir = _store_dir(config)
     stores = [
-        ingest_directory(Path(directory), task, vocabulary, config.max_seq_length, store_dir)  # type: ignore[arg-type]
-        for task in _TASKS
+        ingest_directory(Path(directory), task, vocabulary, config.max_seq_length, store_dir)
+        for task in TASKS
         for directory in getattr(config, f"train_{task}_dirs")
     ]
     settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_seq_length, config.max_rejected_fraction)
     validation_stores: list[TokenStore] = [
-        ingest_directory(Path(directory), task, vocabulary, settings.max_seq_length, store_dir)  # type: ignore[arg-type]
-        for task in ("asr", "tts")
+        ingest_directory(Path(directory), task, vocabulary, settings.max_seq_length, store_dir)
+        for task in TASKS[:2]
         for directory in getattr(config, f"val_{task}_dirs")
     ]
     n_rejected = check_rejected(stores + validation_stores, config.max_rejected_fraction, run_dir / "rejected.jsonl")
@@ -152,7 +150,7 @@ def _model_path(config: RunConfig, run_dir: Path) -> str:
 
 def training_texts(config: RunConfig, limit: int = 200_000) -> Iterator[str]:
     """Texts of the training records, for a tokenizer: at most `limit` records of each directory."""
-    for task in _TASKS:
+    for task in TASKS:
         for directory in getattr(config, f"train_{task}_dirs"):
             yield from texts_of(Path(directory), limit)
 
@@ -207,11 +205,14 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     summary = run_summary(run_dir / "summary.json")
     last = checkpoint.step_dir(run_dir / "checkpoints", job.total_steps)
     if summary and summary.get("step") == job.total_steps and prepared.done_steps >= job.total_steps:
-        console.print(f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.", highlight=False)
+        console.print(f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.", highlight=False, soft_wrap=True)
         return summary
     if prepared.done_steps > job.total_steps:
         raise ConfigError(
-            "max_steps", job.total_steps, f"lies behind the run's newest checkpoint (step {prepared.done_steps}).", "Raise it or rename the run."
+            "max_steps",
+            job.total_steps,
+            f"lies behind the run's newest checkpoint (step {prepared.done_steps}).",
+            "Raise it or rename the run.",
         )
     write_yaml(config, run_dir / "config.yaml")
     describe(prepared, console)
@@ -219,7 +220,7 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     if prepared.done_steps < job.total_steps:
         _fit(prepared, console)
     if not (last / checkpoint.COMMIT).exists():
-        raise RunIncomplete("step", job.total_steps, "was not reached: no checkpoint of the last step was completed.")
+        raise RunIncompleteError("step", job.total_steps, "was not reached: no checkpoint of the last step was completed.")
     trained = time.monotonic() - started
     export_checkpoint(last, run_dir / "export")
     summary = finish_run(prepared, trained, last)
@@ -230,14 +231,18 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
 def describe(prepared: Prepared, console: Console) -> None:
     job = prepared.job
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in prepared.plan.stores)
-    console.print(f"Run {job.run_dir}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}", highlight=False)
+    console.print(
+        f"Run {job.run_dir}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}", highlight=False, soft_wrap=True
+    )
     if prepared.n_rejected:
-        console.print(f"{prepared.n_rejected} records were set aside: {job.run_dir}/rejected.jsonl", highlight=False)
+        console.print(f"{prepared.n_rejected} records were set aside: {job.run_dir}/rejected.jsonl", highlight=False, soft_wrap=True)
     cursor = prepared.plan.cursor(prepared.done_steps)
     consumed = prepared.plan.consumed(prepared.done_steps)
     verb = "Resuming" if prepared.done_steps else "Starting"
     console.print(
-        f"{verb} after step {prepared.done_steps}, epoch {cursor.epoch:.3f}, records trained on {consumed}, exact: yes", highlight=False
+        f"{verb} after step {prepared.done_steps}, epoch {cursor.epoch:.3f}, records trained on {consumed}, exact: yes",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -253,21 +258,29 @@ def start_ray(config: RunConfig, n_workers: int, use_gpu: bool) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(
-                num_cpus=n_workers + 2,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=512 << 20,
-                _node_ip_address="127.0.0.1",
-            )
+            ray.init(**local_ray_options(n_workers))
     resources = ray.cluster_resources()
     needed = {"GPU": float(n_workers)} if use_gpu else {"CPU": n_workers + TASK_CPUS}
     for name, amount in needed.items():
         if resources.get(name, 0.0) < amount:
             raise ConfigError(
-                "num_workers", n_workers, f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.", "Use fewer workers."
+                "num_workers",
+                n_workers,
+                f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
+                "Use fewer workers.",
             )
+
+
+def local_ray_options(n_workers: int) -> dict[str, Any]:
+    """A Ray on this machine, on loopback, with logical CPUs for the workers, their data tasks and an evaluation."""
+    return {
+        "num_cpus": n_workers + 2,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "object_store_memory": 512 << 20,
+        "_node_ip_address": "127.0.0.1",
+    }
 
 
 def _set_ray_environment() -> None:
@@ -287,9 +300,11 @@ def _fit(prepared: Prepared, console: Console) -> None:
     start_ray(config, n_workers, prepared.use_gpu)
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=job,  # type: ignore[arg-type]
+        train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=n_workers, use_gpu=prepared.use_gpu, resources_per_worker={"CPU": 1.0, **({"GPU": 1.0} if prepared.use_gpu else {})}
+            num_workers=n_workers,
+            use_gpu=prepared.use_gpu,
+            resources_per_worker={"CPU": 1.0, **({"GPU": 1.0} if prepared.use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name="ray", storage_path=job.run_dir, failure_config=ray.train.FailureConfig(max_failures=config.max_failures)
@@ -312,7 +327,12 @@ def _user_error(error: BaseException) -> UserError:
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
         logger.error("rank %d: %s", rank, failure)
-    return RunIncomplete("workers", None, f"failed for good: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}")
+    return RunIncompleteError("workers", None, f"failed for good: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}")
+
+
+def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
+    """About `count` of the items, evenly spaced."""
+    return items[:: max(1, len(items) // count)][:count]
 
 
 def finish_run(prepared: Prepared, seconds: float, last: Path) -> dict[str, Any]:
@@ -333,12 +353,11 @@ def finish_run(prepared: Prepared, seconds: float, last: Path) -> dict[str, Any]
     }
     if job.validation:
         torch.set_num_threads(os.cpu_count() or 1)
-        settings = replace(job.validation.settings)
         result = evaluate_model(
             str(run_dir / "export"),
             [Path(p) for p in job.validation.asr_dirs],
             [Path(p) for p in job.validation.tts_dirs],
-            settings,
+            job.validation.settings,
             Path(job.validation.store_dir),
         )
         write_result(result, run_dir / "evaluation.json")
@@ -348,6 +367,6 @@ def finish_run(prepared: Prepared, seconds: float, last: Path) -> dict[str, Any]
             name: {key: value for key, value in section.items() if key != "hypotheses"} for name, section in result["sets"].items()
         }
         summary["samples"] = [
-            {"set": name, **sample} for name, section in result["sets"].items() for sample in section.get("hypotheses", [])[:5]
+            {"set": name, **sample} for name, section in result["sets"].items() for sample in _spread(section.get("hypotheses", []), 5)
         ]
-    return json.loads(json.dumps(summary))  # type: ignore[no-any-return]
+    return summary

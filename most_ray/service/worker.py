@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -79,7 +80,14 @@ def train_worker(job: WorkerJob) -> None:
     _resume(job, state, plan, run_dir)
     reporter = RunReporter(job, plan, state.step, rank)
     saver = Saver(job, plan, run_dir, rank, attempt, reporter)
-    settings = LoopSettings(job.total_steps, job.config.logging_steps, job.config.max_grad_norm, _precision(job.config), device, job.config.asr_loss_weight)
+    settings = LoopSettings(
+        job.total_steps,
+        job.config.logging_steps,
+        job.config.max_grad_norm,
+        _precision(job.config),
+        device,
+        job.config.asr_loss_weight,
+    )
     stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size)
     try:
         train(state, job.stream(stream, state.step + 1, job.total_steps), settings, reporter, saver.at_step)
@@ -143,19 +151,25 @@ def _resume(job: WorkerJob, state: TrainState, plan: Plan, run_dir: Path) -> Non
 
 
 class RunReporter:
-    """Rank 0 writes metrics.jsonl, the trace and W&B."""
+    """Rank 0 writes metrics.jsonl, evaluations.jsonl, the trace and W&B."""
 
     def __init__(self, job: WorkerJob, plan: Plan, resume_step: int, rank: int) -> None:
         self._plan, self._rank = plan, rank
         self._tracing = job.config.trace_records is not None
-        self._metrics = self._trace = self._wandb = None
+        self._metrics = self._trace = self._evaluations = self._wandb = None
         if rank == 0:
             self._metrics = Journal(Path(job.run_dir) / "metrics.jsonl", resume_step)
+            self._evaluations = Journal(Path(job.run_dir) / "evaluations.jsonl", resume_step)
             self._wandb = Wandb(job.config, job.run_dir)
             if job.config.trace_records:
                 self._trace = Journal(Path(job.config.trace_records), resume_step)
             cursor = plan.cursor(resume_step)
-            logger.info("starting after step %d, epoch %.3f, records %s, exact: yes", resume_step, cursor.epoch, plan.consumed(resume_step))
+            logger.info(
+                "starting after step %d, epoch %.3f, records %s, exact: yes",
+                resume_step,
+                cursor.epoch,
+                plan.consumed(resume_step),
+            )
 
     def trained(self, batch: Batch) -> None:
         if not self._tracing:
@@ -165,7 +179,7 @@ class RunReporter:
             ids = [[] for _ in range(dist.get_world_size())] if self._rank == 0 else []
             dist.gather_object(batch.record_ids, ids if self._rank == 0 else None, dst=0)
         if self._trace:
-            self._trace.write({"step": batch.step, "records": sorted(sum(ids, []))})
+            self._trace.write({"step": batch.step, "records": sorted(itertools.chain.from_iterable(ids))})
 
     def log(self, line: dict[str, Any]) -> None:
         if self._metrics and self._wandb:
@@ -174,11 +188,13 @@ class RunReporter:
             self._wandb.log(line)
 
     def evaluation(self, step: int, wer: dict[str, float], losses: dict[str, float]) -> None:
-        if self._wandb:
-            self._wandb.log({"step": step, "wer": wer, "validation_loss": losses})
+        line = {"step": step, "wer": wer, "validation_loss": losses}
+        if self._evaluations and self._wandb:
+            self._evaluations.write(line)
+            self._wandb.log(line)
 
     def close(self) -> None:
-        for journal in (self._metrics, self._trace):
+        for journal in (self._metrics, self._trace, self._evaluations):
             if journal:
                 journal.close()
         if self._wandb:
@@ -216,9 +232,7 @@ class Saver:
         def may_commit() -> bool:
             return (self._run_dir / ".attempt").read_text(encoding="utf-8") == self._attempt
 
-        checkpoint.save(
-            checkpoint.step_dir(checkpoints, state.step), state, self._plan.cursor(state.step), extra, may_commit, write_more
-        )
+        checkpoint.save(checkpoint.step_dir(checkpoints, state.step), state, self._plan.cursor(state.step), extra, may_commit, write_more)
         if self._rank == 0:
             checkpoint.keep_last(checkpoints, job.config.keep_last)
 

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from most_ray.errors import ConfigError, DataError
-from most_ray.records import ASR_INSTRUCTION, N_UNITS, RecordError, asr_to_tts, parse_record, read_raw, record_files, units_to_text
+from most_ray.records import (
+    ASR_INSTRUCTION,
+    N_UNITS,
+    RecordError,
+    asr_to_tts,
+    parse_record,
+    read_raw,
+    record_files,
+    units_to_text,
+)
 from most_ray.speech.audio import load_audio
 from most_ray.speech.corpora import Condition, Utterance, read_folder, select
 from most_ray.speech.features import MfccSettings, mfcc
@@ -138,7 +147,11 @@ def _record(utterance: Utterance, speed: float, units: np.ndarray, n_frames: int
 
 
 def _write(
-    output: Path, records: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]], manifest: Mapping[str, Any], centroids: np.ndarray
+    output: Path,
+    records: Sequence[Mapping[str, Any]],
+    rejected: Sequence[Mapping[str, Any]],
+    manifest: Mapping[str, Any],
+    centroids: np.ndarray,
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_jsonl_gz(output / "records.jsonl.gz", records)

@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from most_ray.data.plan import Cursor
 from most_ray.errors import CheckpointError
@@ -54,7 +57,12 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def save(
-    directory: Path, state: TrainState, cursor: Cursor, extra: dict[str, Any], may_commit: Callable[[], bool], write_more: Callable[[Path], None]
+    directory: Path,
+    state: TrainState,
+    cursor: Cursor,
+    extra: dict[str, Any],
+    may_commit: Callable[[], bool],
+    write_more: Callable[[Path], None],
 ) -> None:
     """Write a checkpoint; every rank calls it.
 
@@ -73,7 +81,9 @@ def save(
         directory.mkdir(parents=True)
     _barrier()
     tensors = {**_contiguous(_tensors(state)), **_random_state(rank)}
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True), no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True), no_dist=not dist.is_initialized())
     _barrier()
     allowed = True
     if rank == 0:
@@ -107,7 +117,7 @@ def load(directory: Path, state: TrainState, with_optimizer: bool = True) -> dic
         CheckpointError: incomplete, or a tensor is missing or of another shape.
     """
     content = read_state(directory)
-    live = _tensors(state) if with_optimizer else _model_tensors(state.model)
+    live = _tensors(state) if with_optimizer else model_tensors(state.model)
     read_tensors(directory, live)
     if with_optimizer:
         state.step = content["step"]
@@ -130,25 +140,39 @@ def _set_schedule(state: TrainState, last_epoch: int) -> None:
 def read_tensors(directory: Path, live: dict[str, torch.Tensor]) -> None:
     """Fill live tensors (plain or sharded) from a checkpoint, exactly those asked for."""
     reader = HuggingFaceStorageReader(str(directory))
-    stored = reader.read_metadata().state_dict_metadata
+    stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if _is_tensor(entry)}
     missing = sorted(name for name in live if name not in stored)
     if missing:
         raise CheckpointError("checkpoint", str(directory), f"lacks {len(missing)} tensors, the first being {missing[0]}.")
     for name, tensor in live.items():
-        if tuple(stored[name].size) != tuple(tensor.shape):
+        if stored[name] != tuple(tensor.shape):
             raise CheckpointError(
-                "checkpoint", str(directory), f"holds {name} in shape {tuple(stored[name].size)}, the model has {tuple(tensor.shape)}."
+                "checkpoint",
+                str(directory),
+                f"holds {name} in shape {stored[name]}, the model has {tuple(tensor.shape)}.",
             )
     unread = sorted(name for name in stored if name.startswith("model.") and name not in live)
     if unread:
         raise CheckpointError("checkpoint", str(directory), f"holds {len(unread)} tensors unknown to the model, the first {unread[0]}.")
     targets = _contiguous(live)
-    dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
+    _dcp_load(targets, reader, alone=not dist.is_initialized())
     with torch.no_grad():
         for name, tensor in live.items():
-            if targets[name] is not tensor:
+            filled = targets[name]
+            if filled is not tensor:
                 assert isinstance(tensor, DTensor)
-                tensor.copy_(targets[name].redistribute(placements=tensor.placements))
+                assert isinstance(filled, DTensor)
+                tensor.copy_(filled.redistribute(placements=tensor.placements))
+
+
+def _dcp_load(targets: dict[str, torch.Tensor], reader: HuggingFaceStorageReader, alone: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(targets, storage_reader=reader, no_dist=alone)
+
+
+def _is_tensor(entry: Any) -> TypeGuard[TensorStorageMetadata]:
+    return isinstance(entry, TensorStorageMetadata)
 
 
 def keep_last(checkpoints: Path, count: int) -> None:
@@ -158,17 +182,13 @@ def keep_last(checkpoints: Path, count: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors under their checkpoint names; shares memory with the model."""
     return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors under their checkpoint names; shares memory with the model."""
-    return _model_tensors(model)
-
-
 def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    tensors = _model_tensors(state.model)
+    tensors = model_tensors(state.model)
     for name, parameter in state.model.named_parameters():
         for moment, value in sorted(state.optimizer.state.get(parameter, {}).items()):
             tensors[f"optimizer.{name}.{moment}"] = value
@@ -182,7 +202,7 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     def plain(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
-        placements = [Shard(p.dim) if type(p).__name__ == "_StridedShard" else p for p in tensor.placements]
+        placements = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
         return tensor if placements == list(tensor.placements) else tensor.redistribute(placements=placements)
 
     return {name: plain(tensor) for name, tensor in tensors.items()}
@@ -201,7 +221,7 @@ def _restore_random_state(directory: Path) -> None:
     reader = HuggingFaceStorageReader(str(directory))
     stored = reader.read_metadata().state_dict_metadata
     states = {name: value for name, value in _random_state(rank).items() if name in stored}
-    dcp.load(states, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+    _dcp_load(states, HuggingFaceStorageReader(str(directory)), alone=True)
     for name, value in states.items():
         (torch.set_rng_state if ".cpu." in name else torch.cuda.set_rng_state)(value)
 

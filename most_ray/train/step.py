@@ -24,7 +24,7 @@ from most_ray.train.state import TrainState
 _SKIP_LIMIT = 20
 
 
-class TrainingDiverged(UserError):
+class TrainingDivergedError(UserError):
     """The gradients stay non-finite."""
 
     kind = "training error"
@@ -60,13 +60,18 @@ def world_size() -> int:
 
 
 def run_step(
-    state: TrainState, batch: Batch, precision: Precision, max_grad_norm: float, device: torch.device, asr_loss_weight: float = 1.0
+    state: TrainState,
+    batch: Batch,
+    precision: Precision,
+    max_grad_norm: float,
+    device: torch.device,
+    asr_loss_weight: float = 1.0,
 ) -> StepResult:
     """Train on one batch.
 
     The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), ASR tokens
-    counting `asr_loss_weight` times in both, plus the balance loss divided by the step's records (or tokens). FSDP averages gradients over ranks, so each rank's part is multiplied by
-    their number: the update is the one a single worker would make.
+    counting `asr_loss_weight` times in both, plus the balance loss divided by the step's records (or tokens). FSDP averages gradients
+    over ranks, so each rank's part is multiplied by their number: the update is the one a single worker would make.
     """
     model, config, ranks = state.model, state.model_config, world_size()
     model.train()
@@ -138,7 +143,7 @@ def _update(state: TrainState, max_grad_norm: float) -> tuple[float, bool]:
     else:
         state.skipped_in_row += 1
         if state.skipped_in_row >= _SKIP_LIMIT:
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 "gradient norm", float(norm), f"has not been finite for {_SKIP_LIMIT} steps.", "Lower learning_rate or use bf16."
             )
     state.loss_scale.update(finite)

@@ -29,7 +29,10 @@ def plan_topology(world_size: int, ep_size: int, dp_replicate_size: int, n_exper
     replicas = [size for size in range(1, world_size + 1) if world_size % size == 0]
     if dp_replicate_size not in replicas:
         raise TopologyError(
-            "dp_replicate_size", dp_replicate_size, f"must divide the number of workers ({world_size}).", f"Use one of {replicas}."
+            "dp_replicate_size",
+            dp_replicate_size,
+            f"must divide the number of workers ({world_size}).",
+            f"Use one of {replicas}.",
         )
     fsdp = world_size // dp_replicate_size
     fitting = [size for size in range(1, fsdp + 1) if fsdp % size == 0 and n_experts % size == 0]

@@ -68,7 +68,12 @@ def parallel(setting: Setting) -> dict[Any, Any]:
     return {key: value for world in LAYOUTS for key, value in run_ranks(world, every_layout, setting, world)[0].items()}
 
 
-CASES = [(topology, variant) for layouts in LAYOUTS.values() for topology in layouts for variant in (*VARIANTS, "apart", "only_text", "recomputed")]
+CASES = [
+    (topology, variant)
+    for layouts in LAYOUTS.values()
+    for topology in layouts
+    for variant in (*VARIANTS, "apart", "only_text", "recomputed")
+]
 
 
 @pytest.mark.parametrize(("topology", "variant"), CASES)

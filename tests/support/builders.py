@@ -14,7 +14,7 @@ from most_ray.data.store import TokenStore
 from most_ray.records import ASR_INSTRUCTION, TTS_INSTRUCTION, units_to_text
 from most_ray.template import TokenIds, Vocabulary
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 IDS = TokenIds(bos=0, eos=1, pad=2, begin_audio=800, end_audio=801, unit_base=300)
 
 
@@ -36,11 +36,23 @@ def asr(index: int, units: int = 5, text: str | None = None) -> dict[str, Any]:
 
 def tts(index: int, units: int = 5) -> dict[str, Any]:
     record = asr(index, units)
-    return {**record, "id": f"tts_{record['id']}", "instruction": TTS_INSTRUCTION, "input": record["output"], "output": record["input"]}
+    return {
+        **record,
+        "id": f"tts_{record['id']}",
+        "instruction": TTS_INSTRUCTION,
+        "input": record["output"],
+        "output": record["input"],
+    }
 
 
 def text(index: int) -> dict[str, Any]:
-    return {"id": f"text_{index}", "instruction": "Repeat.", "input": WORDS[index % 10], "output": WORDS[index % 10], "metadata": {}}
+    return {
+        "id": f"text_{index}",
+        "instruction": "Repeat.",
+        "input": WORDS[index % 10],
+        "output": WORDS[index % 10],
+        "metadata": {},
+    }
 
 
 def write_records(directory: Path, records: list[Any], name: str = "records.jsonl") -> Path:

@@ -27,7 +27,12 @@ def _free_port() -> int:
 
 def _rank_main(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
     try:
@@ -36,7 +41,7 @@ def _rank_main(rank: int, world: int, port: int, function: Callable[..., Any], a
         buffer = io.BytesIO()
         torch.save(function(*args), buffer)  # as bytes: tensors in a queue die with the process that made them
         results.put((rank, None, buffer.getvalue()))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
         results.put((rank, traceback.format_exc(), None))
     finally:
         if dist.is_initialized():

@@ -47,9 +47,7 @@ def steps(
     state: TrainState, plan: Plan, count: int, *, max_rows: int = 2, clip: float = 1.0, dtype: torch.dtype | None = None
 ) -> list[StepResult]:
     """The next `count` optimizer steps."""
-    return [
-        run_step(state, batch_of(plan, state.step + 1, max_rows), Precision(dtype), clip, CPU) for _ in range(count)
-    ]
+    return [run_step(state, batch_of(plan, state.step + 1, max_rows), Precision(dtype), clip, CPU) for _ in range(count)]
 
 
 def loss_of(result: StepResult) -> float:
@@ -57,9 +55,7 @@ def loss_of(result: StepResult) -> float:
 
 
 def full_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in state.model.named_parameters()
-    }
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in state.model.named_parameters()}
 
 
 def spy_gradients(state: TrainState) -> dict[str, torch.Tensor]:

@@ -100,7 +100,11 @@ def test_nothing_is_pickled(model_dir: str, plan: Plan, tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan: Plan, tmp_path: Path) -> None:
     save_to(tmp_path / "c", make(model_dir), plan)
-    for changes, message in (({"n_routed_experts": 4}, "in shape"), ({"num_hidden_layers": 4}, "lacks"), ({"num_hidden_layers": 2}, "unknown")):
+    for changes, message in (
+        ({"n_routed_experts": 4}, "in shape"),
+        ({"num_hidden_layers": 4}, "lacks"),
+        ({"num_hidden_layers": 2}, "unknown"),
+    ):
         other = tmp_path / message.split()[-1]
         tiny_model(**changes, **({"text_expert_indices": None} if "n_routed_experts" in changes else {})).save_pretrained(other)
         with pytest.raises(CheckpointError, match=message):

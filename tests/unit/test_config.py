@@ -10,12 +10,32 @@ from most_ray import config as configuration
 from most_ray.config import RunConfig, add_flags, config_from, flag_values, load_config, read_yaml, write_yaml
 from most_ray.errors import ConfigError
 
-ORIGINAL_FLAGS = (
-    "model_name_or_path train_asr_dirs train_tts_dirs val_asr_dirs val_tts_dirs output_dir wandb_project train_batch_size "
-    "gradient_accumulation_steps fp16 use_modality_aware_routing text_expert_indices audio_expert_indices resume_from_checkpoint "
-    "ignore_optimizer_state ep_size asr_tts_mix_ratio save_steps eval_steps bf16 gradient_checkpointing learning_rate warmup_steps "
-    "lr_scheduler"
-).split()
+ORIGINAL_FLAGS = [
+    "model_name_or_path",
+    "train_asr_dirs",
+    "train_tts_dirs",
+    "val_asr_dirs",
+    "val_tts_dirs",
+    "output_dir",
+    "wandb_project",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "fp16",
+    "use_modality_aware_routing",
+    "text_expert_indices",
+    "audio_expert_indices",
+    "resume_from_checkpoint",
+    "ignore_optimizer_state",
+    "ep_size",
+    "asr_tts_mix_ratio",
+    "save_steps",
+    "eval_steps",
+    "bf16",
+    "gradient_checkpointing",
+    "learning_rate",
+    "warmup_steps",
+    "lr_scheduler",
+]
 
 
 def parse(*words: str) -> dict[str, Any]:
@@ -46,12 +66,10 @@ def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     text = " ".join(parser.format_help().split())
     for name in RunConfig.__dataclass_fields__:
         after = text.split(f" --{name} ", 2)[-1]
-        assert f"--{name}" in text and "(default" in after.split(" --", 1)[0] or "sets the default" in after, name
+        assert (f"--{name}" in text and "(default" in after.split(" --", 1)[0]) or "sets the default" in after, name
 
 
-@pytest.mark.parametrize(
-    ("key", "near"), [("learnig_rate", "learning_rate"), ("train_asr_dir", "train_asr_dirs"), ("epsize", "ep_size")]
-)
+@pytest.mark.parametrize(("key", "near"), [("learnig_rate", "learning_rate"), ("train_asr_dir", "train_asr_dirs"), ("epsize", "ep_size")])
 def test_an_unknown_key_names_the_nearest_known_one(key: str, near: str) -> None:
     """Promise 38: a typo never becomes a default."""
     with pytest.raises(ConfigError, match=f"{key}.*Did you mean '{near}'"):

@@ -17,7 +17,10 @@ def test_a_restart_leaves_each_step_once(tmp_path: Path) -> None:
     for step in range(6, 10):
         journal.write({"step": step, "attempt": 2})
     journal.close()
-    assert [(line["step"], line["attempt"]) for line in read_journal(path)] == [*((s, 1) for s in range(1, 6)), *((s, 2) for s in range(6, 10))]
+    assert [(line["step"], line["attempt"]) for line in read_journal(path)] == [
+        *((s, 1) for s in range(1, 6)),
+        *((s, 2) for s in range(6, 10)),
+    ]
 
 
 def test_a_torn_first_line_and_a_missing_file(tmp_path: Path) -> None:

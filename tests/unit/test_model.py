@@ -84,9 +84,7 @@ def forward_batch(model: MostForCausalLM, plan: Plan, step: int, rows: int) -> d
             "labels": batch.labels[index],
             "modality": batch.modality[index],
         }
-        output = model(
-            **{k: torch.from_numpy(v.astype(np.int64)) for k, v in arrays.items()}, use_cache=False, token_losses_only=True
-        )
+        output = model(**{k: torch.from_numpy(v.astype(np.int64)) for k, v in arrays.items()}, use_cache=False, token_losses_only=True)
         totals["loss"] += output.token_losses.double().sum()
         totals["aux"] += output.aux_sum.double()
         totals["load"] += output.expert_load

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_ranks_share_a_step_out_whatever_their_number(plan: Plan, world: int) ->
     for step in range(1, 12):
         batches = [rank_batch(plan, step, rank, world, 2, LAYOUT) for rank in range(world)]
         assert len({batch.input_ids.shape for batch in batches}) == 1
-        assert sorted(sum((batch.record_ids for batch in batches), [])) == plan.record_ids(plan.step(step))
+        assert sorted(i for batch in batches for i in batch.record_ids) == plan.record_ids(plan.step(step))
         supervised = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
         assert supervised == sum(batches[0].n_supervised)
         assert sum(int((batch.modality != PADDING).sum()) for batch in batches) == batches[0].n_tokens
@@ -71,7 +72,7 @@ def test_a_batch_holds_its_records_as_they_are(plan: Plan) -> None:
     count = 0
     for row, position, mark in zip(ids, positions, batch.modality.reshape(ids.shape), strict=True):
         starts = [*np.flatnonzero(position == 0).tolist(), len(row)]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             if mark[start] != PADDING:
                 assert tuple(row[start:stop].tolist()) in tokens
                 assert position[start:stop].tolist() == list(range(stop - start))
@@ -83,7 +84,9 @@ def test_a_batch_holds_its_records_as_they_are(plan: Plan) -> None:
     assert ((batch.modality == 1) == audio).all()
 
 
-@pytest.mark.parametrize(("packs", "world", "rows", "expected"), [(13, 1, 8, (2, 7)), (12, 4, 8, (1, 3)), (1, 4, 2, (1, 1)), (9, 2, 2, (3, 2))])
+@pytest.mark.parametrize(
+    ("packs", "world", "rows", "expected"), [(13, 1, 8, (2, 7)), (12, 4, 8, (1, 3)), (1, 4, 2, (1, 1)), (9, 2, 2, (3, 2))]
+)
 def test_forward_passes_are_few_and_full(packs: int, world: int, rows: int, expected: tuple[int, int]) -> None:
     assert forward_shape(packs, world, rows) == expected
 

@@ -93,7 +93,8 @@ def test_sequence_balance_is_a_sum_over_records_however_they_are_packed() -> Non
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]])
     packed = balance_loss(indices, probabilities, make_routing(marks, positions, config), True)
     alone = sum(
-        balance_loss(indices[a:b], probabilities[a:b], make_routing(marks[:, a:b], None, config), True) for a, b in ((0, 5), (5, 9), (9, 12))
+        balance_loss(indices[a:b], probabilities[a:b], make_routing(marks[:, a:b], None, config), True)
+        for a, b in ((0, 5), (5, 9), (9, 12))
     )
     torch.testing.assert_close(packed, alone)
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from most_ray.data.plan import Plan
 from most_ray.train.state import LossScale
-from most_ray.train.step import Precision, TrainingDiverged, run_step
+from most_ray.train.step import Precision, TrainingDivergedError, run_step
 from tests.support.builders import make_plan, tiny_model
 from tests.support.training import CPU, batch_of, full_weights, loss_of, make, steps
 
@@ -133,7 +132,7 @@ def test_a_non_finite_gradient_changes_nothing(model_dir: str, plan: Plan) -> No
 def test_gradients_that_stay_non_finite_end_the_run(model_dir: str, plan: Plan) -> None:
     state = make(model_dir)
     poison(state)
-    with pytest.raises(TrainingDiverged, match="not been finite for 20 steps"):
+    with pytest.raises(TrainingDivergedError, match="not been finite for 20 steps"):
         steps(state, plan, 30)
 
 

@@ -7,7 +7,8 @@ from most_ray.train.topology import plan_topology
 
 
 @pytest.mark.parametrize(
-    ("world", "ep", "replicas", "expected"), [(1, 1, 1, (1, 1, 1)), (4, 2, 1, (1, 4, 2)), (8, 2, 2, (2, 4, 2)), (4, 4, 1, (1, 4, 4))]
+    ("world", "ep", "replicas", "expected"),
+    [(1, 1, 1, (1, 1, 1)), (4, 2, 1, (1, 4, 2)), (8, 2, 2, (2, 4, 2)), (4, 4, 1, (1, 4, 4))],
 )
 def test_layouts(world: int, ep: int, replicas: int, expected: tuple[int, int, int]) -> None:
     topology = plan_topology(world, ep, replicas, 8)

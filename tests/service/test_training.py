@@ -1,0 +1,255 @@
+"""Whole runs on the digits records, through Ray Train, on the tests' one cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import most_ray  # noqa: F401
+from most_ray.cli import main
+from most_ray.config import RunConfig, load_config
+from most_ray.errors import CheckpointError, ConfigError
+from most_ray.service.journal import read_journal
+from most_ray.service.trainer import run_training
+from tests.conftest import ROOT
+
+STEPS = 20
+CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
+
+
+def config_of(folder: Path, name: str, **changes: Any) -> RunConfig:
+    os.chdir(ROOT)
+    values = {"max_steps": STEPS, "save_steps": 8, "output_dir": str(folder), "name": name, "warmup_steps": 5}
+    return load_config(CONFIG, {**values, "trace_records": str(folder / f"{name}.trace"), **changes})
+
+
+def run(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return run_training(config_of(folder, name, **changes), Console(quiet=True))
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    lines = read_journal(folder / name / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> dict[str, Any]:
+    """The uninterrupted run of one worker."""
+    return run(folder, "reference")
+
+
+def test_a_run_leaves_what_it_promises(folder: Path, reference: dict[str, Any]) -> None:
+    run_dir = folder / "reference"
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "export", "summary.json", "rejected.jsonl", "evaluation.json"):
+        assert (run_dir / name).exists(), name
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert set(summary["wer"]) == {"test_takes", "test_speaker"} and summary["step"] == STEPS
+    assert summary["sets"]["asr/test_takes"]["records"] == 200 and summary["sets"]["asr/test_speaker"]["records"] == 500
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-000000016", "step-000000020"]
+    assert (run_dir / "checkpoints" / "step-000000020" / "tokenizer.json").exists()
+    assert load_config(run_dir / "config.yaml").max_steps == STEPS
+    line = read_journal(run_dir / "metrics.jsonl")[-1]
+    assert {
+        "loss",
+        "asr_loss",
+        "tts_loss",
+        "aux_loss",
+        "learning_rate",
+        "tokens_per_second",
+        "mix",
+        "expert_load",
+        "leaked",
+    } <= set(line)
+    assert losses(folder, "reference")[-1] < losses(folder, "reference")[0] - 0.5
+
+
+def test_no_token_leaked(reference: dict[str, Any], folder: Path) -> None:
+    """Over the whole evaluation and the whole training."""
+    load = reference["routing"]["expert_load"]
+    assert reference["routing"]["leaked"] == 0
+    assert sum(load["text"][:4]) > 0 and sum(load["audio"][4:]) > 0 and sum(load["text"][4:]) == sum(load["audio"][:4]) == 0
+    assert all(line["leaked"] == 0 for line in read_journal(folder / "reference" / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize(("workers", "ep"), [(2, 2), (4, 2), (4, 4)])
+def test_any_number_of_workers_trains_the_same(folder: Path, reference: dict[str, Any], workers: int, ep: int) -> None:
+    """The same records in the same steps, losses to 1e-4 in float32."""
+    name = f"w{workers}e{ep}"
+    run(folder, name, num_workers=workers, ep_size=ep, val_asr_dirs=[])
+    assert losses(folder, name) == pytest.approx(losses(folder, "reference"), abs=1e-4)
+    assert (folder / f"{name}.trace").read_bytes() == (folder / "reference.trace").read_bytes()
+
+
+def test_the_plan_command_writes_the_same_trace(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    words = ["--config", str(CONFIG), "--output_dir", str(tmp_path), "--steps", f"0:{STEPS}", "--trace", str(tmp_path / "t")]
+    assert main(["plan", *words]) == 0
+    assert (tmp_path / "t").read_bytes() == (folder / "reference.trace").read_bytes()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, reference: dict[str, Any], ray_cluster: str) -> None:
+    """Promises 1 and 36: SIGKILL to the driver, the same command again: no gap, no repeat, the same losses; on two workers, then one."""
+    command = [
+        sys.executable,
+        "-m",
+        "most_ray.cli",
+        "train",
+        "--config",
+        str(CONFIG),
+        "--max_steps",
+        str(STEPS),
+        "--save_steps",
+        "5",
+    ]
+    command += [
+        "--output_dir",
+        str(folder),
+        "--name",
+        "killed",
+        "--warmup_steps",
+        "5",
+        "--val_asr_dirs",
+        "jobs/data/digits/test_takes",
+    ]
+    command += ["--trace_records", str(folder / "killed.trace"), "--num_workers", "2", "--ep_size", "2"]
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    moment = random.randrange(6, 15)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        timer = threading.Timer(150, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        shown = next((line for line in process.stdout if line.startswith("step ") and int(line[5:].split("/")[0]) >= moment), None)
+        process.send_signal(signal.SIGKILL)
+        timer.cancel()
+    assert shown is not None and "step 20/20" not in shown, f"not killed in time, at step {moment}: {shown}"
+    done = subprocess.run(
+        [*command, "--num_workers", "1", "--ep_size", "1"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, f"killed at step {moment}: {done.stderr}"
+    assert "Resuming after step" in done.stdout
+    assert (folder / "killed.trace").read_bytes() == (folder / "reference.trace").read_bytes()
+    assert losses(folder, "killed") == pytest.approx(losses(folder, "reference"), abs=1e-4)
+
+
+def test_a_complete_run_is_left_alone(folder: Path, reference: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "reference" / "metrics.jsonl").read_bytes()
+    words = [
+        "--config",
+        str(CONFIG),
+        "--max_steps",
+        str(STEPS),
+        "--output_dir",
+        str(folder),
+        "--name",
+        "reference",
+        "--save_steps",
+        "8",
+    ]
+    assert main(["train", *words, "--warmup_steps", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "is complete" in shown and "Export:" in shown.replace("\n", "")
+    assert (folder / "reference" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Promises 18 and 23: transformers loads it; `most-ray evaluate` and the run agree; so does another batch size (promise 24)."""
+    export = folder / "reference" / "export"
+    model = AutoModelForCausalLM.from_pretrained(export)
+    assert type(model).__name__ == "MostForCausalLM"
+    sets = [str(ROOT / "jobs/data/digits" / name) for name in ("test_takes", "test_speaker")]
+    words = ["evaluate", "--model", str(export), "--asr_dirs", *sets, "--output", str(tmp_path / "e.json"), "--batch_size", "7"]
+    assert main(words) == 0
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["wer"] == reference["wer"] and result["routing"]["leaked"] == 0
+    of_the_run = json.loads((folder / "reference" / "evaluation.json").read_text())
+    for name in ("asr/test_takes", "asr/test_speaker"):
+        assert result["sets"][name]["hypotheses"] == of_the_run["sets"][name]["hypotheses"]
+        assert len({h["id"] for h in result["sets"][name]["hypotheses"]}) == result["sets"][name]["records"]
+    again = tmp_path / "again"
+    assert main(["export", "--checkpoint", str(folder / "reference/checkpoints/step-000000020"), "--output", str(again)]) == 0
+    assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
+
+
+def test_starting_from_another_runs_checkpoint(folder: Path, reference: dict[str, Any]) -> None:
+    """resume_from_checkpoint goes on at its step; with ignore_optimizer_state a new run begins from its weights."""
+    place = str(folder / "reference" / "checkpoints" / "step-000000016")
+    run(folder, "onward", resume_from_checkpoint=place, val_asr_dirs=[], model_name_or_path=str(folder / "reference" / "init"))
+    assert [line["step"] for line in read_journal(folder / "onward" / "metrics.jsonl")] == [17, 18, 19, 20]
+    assert [line["loss"] for line in read_journal(folder / "onward" / "metrics.jsonl")] == losses(folder, "reference")[16:]
+    model = str(folder / "reference" / "init")
+    changes = {"resume_from_checkpoint": place, "ignore_optimizer_state": True, "model_name_or_path": model, "val_asr_dirs": []}
+    run(folder, "fresh", **changes, max_steps=2, seed=5)
+    assert losses(folder, "fresh")[0] < losses(folder, "reference")[0] - 0.5
+
+
+def test_a_run_does_not_go_on_over_other_data(folder: Path, reference: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="global_batch_size"):
+        run(folder, "reference", max_steps=30, global_batch_size=32)
+    with pytest.raises(CheckpointError, match="noise"):
+        run(folder, "reference", max_steps=30, unit_drop_prob=0.0)
+    with pytest.raises(ConfigError, match="behind the run's newest checkpoint"):
+        run(folder, "reference", max_steps=10)
+
+
+def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> None:
+    """eval_steps: a committed checkpoint is scored beside training, the training is none the different; bf16 and recomputation run."""
+    run(folder, "evaluated", eval_steps=10, val_asr_dirs=["jobs/data/digits/test_takes"])
+    result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
+    assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
+    assert losses(folder, "evaluated") == losses(folder, "reference")
+    scored = read_journal(folder / "evaluated" / "evaluations.jsonl")
+    assert [line["step"] for line in scored] == [10] and scored[0]["wer"] == result["wer"]
+
+
+def test_half_precision_and_recomputation(folder: Path, reference: dict[str, Any]) -> None:
+    run(
+        folder,
+        "half",
+        bf16=True,
+        gradient_checkpointing=True,
+        val_asr_dirs=[],
+        max_steps=4,
+        wandb_project="tests",
+        wandb_mode="offline",
+    )
+    assert losses(folder, "half") == pytest.approx(losses(folder, "reference")[:4], rel=0.02)
+    assert list((folder / "half" / "wandb").glob("offline-run-*"))
+
+
+def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
+    """A weight file that went bad after the checks: the run ends, exit code 2 and the worker's own words, no traceback."""
+    from safetensors.torch import load_file, save_file
+
+    config = config_of(folder, "broken", max_failures=0, val_asr_dirs=[])
+    from most_ray.service.trainer import prepare_run
+
+    prepare_run(config)
+    weights = folder / "broken" / "init" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = torch.zeros(3)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+        run_training(config, Console(quiet=True))

@@ -1,0 +1,148 @@
+"""Wrong uses: one paragraph that says what to do, exit code 2, no traceback, before any worker starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from most_ray.cli import main
+from tests.conftest import ROOT
+from tests.support.builders import asr, tts, write_records
+
+CONFIG = str(ROOT / "jobs" / "configs" / "digits.yaml")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("most_ray.service.trainer._fit", lambda *_: pytest.fail("workers were started"), raising=True)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("most-ray: ") and "Traceback" not in captured.err and captured.err.count("\n") == 1
+    return captured.err
+
+
+def train(tmp_path: Path, *words: str) -> list[str]:
+    return ["train", "--config", CONFIG, "--output_dir", str(tmp_path / "runs"), "--max_steps", "2", *words]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_worker", "2"], "Did you mean 'num_workers'"),
+        (["--train_asr_dirs", "nowhere"], "train_asr_dirs = 'nowhere': does not exist"),
+        (["--val_asr_dirs", "nowhere"], "val_asr_dirs = 'nowhere': does not exist"),
+        (["--num_workers", "4", "--ep_size", "3"], "Use one of [1, 2, 4]"),
+        (["--num_workers", "3", "--ep_size", "2"], "Use one of [1]"),
+        (["--model_name_or_path", "./nowhere"], "model_name_or_path"),
+        (["--text_expert_indices", "0,1,2", "--audio_expert_indices", "4,5,6,7"], "experts [3] are in no group"),
+        (["--text_expert_indices", "0", "--audio_expert_indices", "1,2,3,4,5,6,7"], "more than the 1 experts"),
+        (["--max_seq_length", "30"], "max_rejected_fraction"),
+        (["--max_seq_length", "100000"], "beyond the model's 4096 positions"),
+        (["--asr_tts_mix_ratio", "1"], "gives no share to train_tts_dirs"),
+        (["--learning_rate", "fast"], "is not a number"),
+        (["--resume_from_checkpoint", "/nowhere"], "missing or was never completed"),
+        (["--output_dir", "/proc/no"], "cannot be written to"),
+        (["--output_dir", "s3://bucket/x"], "is a URI"),
+        (["--wandb_project", "p"], "needs a key"),
+        (["--trace_records", "/proc/x/y"], "trace_records"),
+        (["--use_gpu"], "no GPU"),
+        (["stray"], "belongs to no flag"),
+    ],
+)
+def test_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    import torch
+
+    if words == ["--use_gpu"] and torch.cuda.is_available():
+        words, message = ["stray"], "belongs to no flag"
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert message in refused(capsys, *train(tmp_path, *words))
+
+
+def test_a_typo_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("max_step: 3\n")
+    assert "Did you mean 'max_steps'" in refused(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+    assert "cannot be read" in refused(capsys, "train", "--config", str(tmp_path / "none.yaml"))
+
+
+def test_bad_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [asr(i) for i in range(95)]
+    bad = [{**asr(200), "input": "[Hu500]"}, {**asr(201), "output": ""}, {"id": "x"}, asr(202, units=2000), tts(5)]
+    write_records(tmp_path / "asr", good + bad)
+    words = [
+        "train",
+        "--train_asr_dirs",
+        str(tmp_path / "asr"),
+        "--output_dir",
+        str(tmp_path / "runs"),
+        "--max_seq_length",
+        "512",
+    ]
+    assert "5 of 100 records" in refused(capsys, *words)
+    lines = [json.loads(line) for line in (tmp_path / "runs/run/rejected.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all(set(line) >= {"file", "index", "reason"} for line in lines)
+    (tmp_path / "asr" / "broken.json").write_text('[{"id": 1}, oops')
+    assert "broken.json': is not JSON at byte 12" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["evaluate", "--model", "./none", "--asr_dirs", "jobs/data/digits/test_takes", "--output", "/tmp/x.json"],
+            "does not exist",
+        ),
+        (["evaluate", "--model", "x", "--output", "/tmp/x.json"], "at least one directory"),
+        (["export", "--checkpoint", "none", "--output", "/tmp/x"], "never completed"),
+        (["init-model", "--output", "/tmp/x"], "exactly one"),
+        (
+            ["init-model", "--preset", "tinny", "--records", "jobs/data/digits/test_takes", "--output", "/tmp/x"],
+            "Did you mean 'tiny'",
+        ),
+        (["prepare", "tts", "--input_dir", "none", "--output_dir", "/tmp/x", "--dataset_name", "d"], "does not exist"),
+        (["prepare", "units", "--input", "none", "--output", "/tmp/x"], "exactly one"),
+        (["prepare", "units", "--input", "none", "--output", "/tmp/x", "--fit_kmeans", "20"], "does not exist"),
+        (["prepare", "units", "--input", "x", "--output", "/tmp/x", "--fit_kmeans", "501"], "2..500"),
+        (
+            ["prepare", "units", "--input", "x", "--output", "/tmp/x", "--fit_kmeans", "5", "--perturb", "0.9,9"],
+            "between 0.5 and 2",
+        ),
+        (["plan", "--config", CONFIG, "--steps", "5", "--trace", "/tmp/x"], "FROM:TO"),
+        (["trian"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_other_commands(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert message in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["evaluate"], ["prepare"], ["prepare", "units"], ["prepare", "tts"], ["init-model"], ["export"], ["plan"]],
+)
+def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([*command, "--help"])
+    assert done.value.code == 0 and "usage: most-ray" in capsys.readouterr().out
+
+
+def test_the_program_itself_says_it_on_stderr() -> None:
+    done = subprocess.run([sys.executable, "-m", "most_ray.cli", "train", "--epsize", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and "Did you mean 'ep_size'" in done.stderr
+
+
+def test_init_model_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_records(tmp_path / "r", [asr(i) for i in range(5)])
+    assert main(["init-model", "--preset", "tiny", "--records", str(tmp_path / "r"), "--output", str(tmp_path / "m")]) == 0
+    assert "parameters" in capsys.readouterr().out and (tmp_path / "m" / "config.json").exists()
