@@ -160,7 +160,13 @@ def load_model(
     with quiet_transformers():
         try:
             model, info = MostForCausalLM.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **keywords
+                path,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **keywords,
             )
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({_line(error)}).") from error

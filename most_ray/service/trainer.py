@@ -122,6 +122,8 @@ def prepare_run(config: RunConfig) -> Prepared:
 
 
 def _check_directories(config: RunConfig) -> None:
+    if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
+        raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
     for name in ("train_asr_dirs", "train_tts_dirs", "train_text_dirs", "val_asr_dirs", "val_tts_dirs"):
         directories = getattr(config, name)
         for directory in directories:

@@ -55,4 +55,4 @@ def test_blocks_stay_small_and_start_up_does_not_grow(plan: Plan, tmp_path: Path
     spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2)
     assert 1 <= stream.steps_per_block(spec) <= 64
     large = StreamSpec(replace(plan.spec, global_batch_size=4096, max_seq_length=4096), LAYOUT, 0, 8, 8)
-    assert stream.steps_per_block(large) == 1
+    assert stream.steps_per_block(large) <= 2

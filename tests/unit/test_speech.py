@@ -76,7 +76,7 @@ def test_other_recordings_get_the_same_units(corpus: Path, tmp_path: Path) -> No
 def test_bad_recordings_are_set_aside(corpus: Path, tmp_path: Path) -> None:
     (corpus / "0.flac").write_bytes(b"no audio")
     (corpus / "1.flac").unlink()
-    soundfile.write(corpus / "2.flac", np.zeros(0, np.float32), 8000)
+    soundfile.write(corpus / "2.flac", np.zeros(0, np.float32), 8000, format="WAV")  # an empty FLAC cannot be opened
     records = prepare(corpus, tmp_path / "out", "--fit_kmeans", "5")
     assert len(records) == 5
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]

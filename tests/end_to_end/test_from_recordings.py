@@ -1,0 +1,102 @@
+"""As a user does it, command by command: recordings and published units in, word error rates out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from most_ray.cli import main
+
+
+def test_from_a_folder_of_recordings_to_a_word_error_rate(
+    shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Promise 28: one's own recordings, units fitted on them, both tasks, a run, a score; the whole way in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    source = str(shared / "data" / "fsdd")
+    units = ["prepare", "units", "--corpus", "folder", "--input", source, "--features", "mfcc"]
+    assert main([*units, "--output", "asr", "--fit_kmeans", "50", "--where", "speaker=george", "split=train"]) == 0
+    assert main([*units, "--output", "val", "--kmeans", "asr/kmeans.npy", "--where", "speaker=george", "split=test"]) == 0
+    assert main(["prepare", "tts", "--input_dir", "asr", "--output_dir", "tts", "--dataset_name", "george"]) == 0
+    train = [
+        "train",
+        "--train_asr_dirs",
+        "asr",
+        "--train_tts_dirs",
+        "tts",
+        "--val_asr_dirs",
+        "val",
+        "--val_tts_dirs",
+        "tts",
+        "--name",
+        "mine",
+    ]
+    small = [
+        "--max_steps",
+        "12",
+        "--global_batch_size",
+        "32",
+        "--max_seq_length",
+        "256",
+        "--learning_rate",
+        "3e-3",
+        "--train_batch_size",
+        "8",
+    ]
+    assert main([*train, *small]) == 0
+    shown = capsys.readouterr().out
+    assert "Word error rate" in shown and "Expert load" in shown and "Checkpoint:" in shown
+    summary = json.loads(Path("runs/mine/summary.json").read_text())
+    assert set(summary["wer"]) == {"val"} and summary["sets"]["tts/tts"]["perplexity"] > 1
+    assert main(["evaluate", "--model", "runs/mine/export", "--asr_dirs", "val", "--output", "e.json"]) == 0
+    assert json.loads(Path("e.json").read_text())["wer"] == summary["wer"]
+
+
+def test_other_units_than_the_ones_trained_on_are_refused(
+    shared: Path, ray_cluster: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Promise 27."""
+    monkeypatch.chdir(tmp_path)
+    source = str(shared / "data" / "fsdd")
+    main(["prepare", "units", "--input", source, "--output", "other", "--fit_kmeans", "30", "--where", "speaker=lucas", "split=test"])
+    train = [
+        "train",
+        "--train_asr_dirs",
+        str(digits / "test_takes"),
+        "--max_steps",
+        "1",
+        "--global_batch_size",
+        "8",
+        "--max_seq_length",
+        "256",
+    ]
+    assert main([*train, "--name", "one"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--model", "runs/one/export", "--asr_dirs", "other", "--output", "e.json"]) == 2
+    assert "units" in capsys.readouterr().err
+    assert main([*train, "other", "--name", "two"]) == 2
+    assert "made differently" in capsys.readouterr().err
+
+
+def test_published_librispeech_units_train(shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of units per record, repeats kept, one JSON list; long rows."""
+    monkeypatch.chdir(tmp_path)
+    source = str(shared / "data" / "librispeech_units")
+    train = [
+        "train",
+        "--train_asr_dirs",
+        source,
+        "--name",
+        "libri",
+        "--max_steps",
+        "2",
+        "--global_batch_size",
+        "4",
+        "--max_seq_length",
+        "2048",
+    ]
+    assert main([*train, "--num_workers", "2", "--ep_size", "2", "--gradient_checkpointing"]) == 0
+    lines = [json.loads(line) for line in Path("runs/libri/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["tokens"] > 1500
