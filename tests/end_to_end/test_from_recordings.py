@@ -76,7 +76,7 @@ def test_other_units_than_the_ones_trained_on_are_refused(
     capsys.readouterr()
     assert main(["evaluate", "--model", "runs/one/export", "--asr_dirs", "other", "--output", "e.json"]) == 2
     assert "units" in capsys.readouterr().err
-    assert main([*train, "other", "--name", "two"]) == 2
+    assert main([*train, "--name", "two", "--train_asr_dirs", str(digits / "test_takes"), "other"]) == 2
     assert "made differently" in capsys.readouterr().err
 
 
