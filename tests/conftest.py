@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: busy cores are the rule in tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("busy", deadline=None)  # cores are shared: a slow example is no failure
+settings.load_profile("busy")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 

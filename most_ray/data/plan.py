@@ -172,7 +172,7 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
     return integer_weights(weights)
 
 
-def make_spec(config: RunConfig, stores: Sequence[TokenStore], n_workers: int) -> PlanSpec:
+def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size: int) -> PlanSpec:
     """The plan of a run. `stores` in the order asr, tts, text.
 
     Raises:
@@ -181,12 +181,11 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], n_workers: int) -
     if not stores:
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
     check_units(stores)
-    batch = config.global_batch_size or config.train_batch_size * config.gradient_accumulation_steps * n_workers
     return PlanSpec(
         stores=tuple(str(store.directory) for store in stores),
         weights=source_weights(config, stores),
         seed=config.seed,
-        global_batch_size=batch,
+        global_batch_size=global_batch_size,
         max_seq_length=config.max_seq_length,
         noise=_noise(config, stores),
     )

@@ -92,12 +92,15 @@ def prepare_run(config: RunConfig) -> Prepared:
         for directory in getattr(config, f"val_{task}_dirs")
     ]
     n_rejected = check_rejected(stores + validation_stores, config.max_rejected_fraction, run_dir / "rejected.jsonl")
-    spec = make_spec(config, stores, n_workers)
+    start = _starting_point(config, run_dir)
+    spec = make_spec(config, stores, _global_batch_size(config, n_workers, start))
     units = one_unit_identity(stores + validation_stores)
     check_units(model_config, units, model_path)
     plan = Plan(spec)
     total_steps = config.max_steps or plan.steps_for_epochs(config.epochs)
-    done = _place(config, plan, run_dir)
+    if start:
+        check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"])
+    done = int(start["step"]) if start else 0
     threads = config.threads_per_worker or (1 if use_gpu else max(1, (os.cpu_count() or 1) // n_workers))
     job = WorkerJob(
         config=config,
@@ -180,20 +183,24 @@ def _devices(config: RunConfig) -> tuple[bool, int]:
     return use_gpu, config.num_workers or (max(1, gpus) if use_gpu else 1)
 
 
-def _place(config: RunConfig, plan: Plan, run_dir: Path) -> int:
-    """Steps behind the checkpoint that the run will go on from, which must belong to the same data."""
+def _starting_point(config: RunConfig, run_dir: Path) -> dict[str, Any] | None:
+    """state.json of the checkpoint whose step the run will go on from; None where it begins anew."""
     own = checkpoint.committed(run_dir / "checkpoints")
     if own:
-        directory = own[-1]
-    elif config.resume_from_checkpoint:
-        directory = Path(config.resume_from_checkpoint)
-    else:
-        return 0
-    content = checkpoint.read_state(directory)
-    if not own and config.ignore_optimizer_state:
-        return 0
-    check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"])
-    return int(content["step"])
+        return checkpoint.read_state(own[-1])
+    if config.resume_from_checkpoint:
+        content = checkpoint.read_state(Path(config.resume_from_checkpoint))
+        return None if config.ignore_optimizer_state else content
+    return None
+
+
+def _global_batch_size(config: RunConfig, n_workers: int, start: dict[str, Any] | None) -> int:
+    """Where it is not given, a run that goes on keeps what it began with, whatever its number of workers is now."""
+    if config.global_batch_size:
+        return config.global_batch_size
+    if start:
+        return int(start["ingredients"]["global_batch_size"])
+    return config.train_batch_size * config.gradient_accumulation_steps * n_workers
 
 
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:

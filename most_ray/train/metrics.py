@@ -44,7 +44,7 @@ class Meter:
     def line(self) -> dict[str, Any]:
         """The line, and a new start.
 
-        loss: mean cross-entropy over all supervised tokens; asr_loss, tts_loss, text_loss: over those of one task;
+        loss: mean cross-entropy over all supervised tokens, unweighted; asr_loss, tts_loss, text_loss: over those of one task;
         aux_loss: weighted balance loss, mean over steps; expert_load: selections by modality and expert, summed over layers;
         expert_max_over_mean: busiest expert of a modality's group over the group's mean; leaked: selections across the border.
         """

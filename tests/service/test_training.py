@@ -253,3 +253,13 @@ def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         run_training(config, Console(quiet=True))
+
+
+def test_a_run_that_goes_on_keeps_its_global_batch_size(folder: Path, reference: dict[str, Any]) -> None:
+    """Where the size was never named, another number of workers must not change it."""
+    from most_ray.service.trainer import prepare_run
+
+    changes = {"global_batch_size": None, "train_batch_size": 2, "gradient_accumulation_steps": 4, "val_asr_dirs": []}
+    run(folder, "unnamed", max_steps=2, **changes)
+    assert prepare_run(config_of(folder, "unnamed", max_steps=4, num_workers=2, **changes)).job.plan.global_batch_size == 8
+    assert prepare_run(config_of(folder, "another", max_steps=4, num_workers=2, **changes)).job.plan.global_batch_size == 16
