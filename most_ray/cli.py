@@ -217,6 +217,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, require_model, write_result
 
     require_model(args.model)
+    if args.output.is_dir():
+        raise ConfigError("output", str(args.output), "is a folder.", "Name a file.")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = EvaluationSettings(args.batch_size, args.max_new_tokens, max_rejected_fraction=args.max_rejected_fraction)
     store_dir = args.store_dir or args.output.parent / "store"
     result = evaluate_model(args.model, args.asr_dirs, args.tts_dirs, settings, store_dir.absolute())
@@ -254,6 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except UserError as error:
         print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        logging.getLogger("most_ray").debug("", exc_info=True)
+        print(f"most-ray: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("most-ray: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

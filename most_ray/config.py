@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,7 @@ def _choices(hint: Any) -> tuple[Any, bool]:
 def _coerce(name: str, value: Any) -> Any:
     """A YAML value or a flag's text as the field's type."""
     hint, optional = _choices(_HINTS[name])
-    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
         if optional:
             return None
         raise ConfigError(name, value, "needs a value.")
@@ -183,15 +184,20 @@ def _scalar(name: str, hint: type, value: Any) -> Any:
             raise ConfigError(name, value, "is neither true nor false.")
         return truth
     if hint is str:
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(name, value, "holds a NUL character.")
         if isinstance(value, list | dict | bool):
             raise ConfigError(name, value, "is not a string.")
         return str(value)
     if isinstance(value, bool | list | dict) or (hint is int and isinstance(value, float) and not value.is_integer()):
         raise ConfigError(name, value, f"is not {'a whole number' if hint is int else 'a number'}.")
     try:
-        return hint(value)
+        number = hint(value)
     except (TypeError, ValueError) as error:
         raise ConfigError(name, value, f"is not {'a whole number' if hint is int else 'a number'}.") from error
+    if not math.isfinite(number):
+        raise ConfigError(name, value, "is not finite.")
+    return number
 
 
 def config_from(values: Mapping[str, Any]) -> RunConfig:
@@ -226,6 +232,8 @@ def _check(config: RunConfig) -> None:
     for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_failures", "seed"):
         if getattr(config, name) < 0:
             raise ConfigError(name, getattr(config, name), "must not be negative.")
+    if config.aux_loss_alpha is not None and config.aux_loss_alpha < 0:
+        raise ConfigError("aux_loss_alpha", config.aux_loss_alpha, "must not be negative.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ConfigError(name, getattr(config, name), "must lie in 0..1, without the 1.")

@@ -69,10 +69,11 @@ def parse_units(text: str) -> np.ndarray:
     """
     if not _UNITS_ONLY.fullmatch(text):
         raise RecordError("mixes speech units with other text")
-    units = np.array([int(number) for number in _UNIT.findall(text)], dtype=np.int64)
-    if units.max() >= N_UNITS:
-        raise RecordError(f"unit [Hu{units.max()}] is outside 0..{N_UNITS - 1}")
-    return units.astype(np.int32)
+    numbers = _UNIT.findall(text)
+    outside = next((number for number in numbers if len(number) > 9 or int(number) >= N_UNITS), None)
+    if outside is not None:
+        raise RecordError(f"unit [Hu{outside[:20]}] is outside 0..{N_UNITS - 1}")
+    return np.array(numbers, dtype=np.int32)
 
 
 def parse_record(raw: object) -> Record:
@@ -91,6 +92,9 @@ def parse_record(raw: object) -> Record:
     for name in _REQUIRED[1:]:
         if not isinstance(raw[name], str):
             raise RecordError(f"field {name!r} is {type(raw[name]).__name__}, not a string")
+    for name in ("id", *_REQUIRED[1:]):
+        if not _encodable(record_id if name == "id" else raw[name]):
+            raise RecordError(f"field {name!r} holds half a surrogate pair, which is no text")
     metadata = raw.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise RecordError(f"field 'metadata' is {type(metadata).__name__}, not an object")
@@ -107,6 +111,14 @@ def parse_record(raw: object) -> Record:
     if isinstance(sides["input"], str) and not sides["input"].strip() and not isinstance(sides["output"], str):
         raise RecordError("has speech to produce but an empty input")
     return Record(record_id, raw["instruction"], sides["input"], sides["output"], metadata)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def record_to_json(record: Record) -> dict[str, Any]:
@@ -160,7 +172,7 @@ def record_files(directory: Path, pattern: str = "*") -> list[Path]:
 
 
 # Files that the project itself writes beside records.
-NOT_RECORDS = frozenset({"units.json", "rejected.jsonl", "manifest.json"})
+NOT_RECORDS = frozenset({"units.json", "rejected.jsonl"})
 
 
 def open_maybe_gzip(path: Path) -> BinaryIO:
@@ -196,7 +208,7 @@ def _read_lines(stream: BinaryIO) -> Iterator[tuple[int, object]]:
         if line.strip():
             try:
                 value: object = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 position = offset + (error.pos if isinstance(error, json.JSONDecodeError) else 0)
                 value = RecordError(f"is not JSON at byte {position} ({error})")
             yield index, value
@@ -212,7 +224,9 @@ def _read_values(stream: BinaryIO) -> Iterator[object]:
     scalars = ("string", "number", "boolean", "null")
     events = ijson.parse(io.BufferedReader(_AsRaw(stream), _CHUNK), multiple_values=True, use_float=True)
     for prefix, event, value in events:
-        if builder is not None and not (base == prefix == "" and event == "map_key" and value == "data"):
+        # A top-level "data" wraps records, unless the object has shown an id before it and so is a record itself.
+        wrapper = base == prefix == "" and event == "map_key" and value == "data"
+        if builder is not None and not (wrapper and "id" not in builder.value):
             builder.event(event, value)
             if event in ("end_map", "end_array") and prefix == base:
                 yield builder.value

@@ -58,7 +58,7 @@ def ingest_directory(directory: Path, task: Task, vocabulary: Vocabulary, max_se
         "vocabulary": vocabulary.fingerprint(),
         "units": units_manifest(directory),
     }
-    keys = {key: manifest[key] for key in ("task", "content", "max_seq_length", "vocabulary")}
+    keys = {key: manifest[key] for key in ("task", "content", "max_seq_length", "vocabulary", "units")}
     key = hashlib.blake2b(json.dumps(keys, sort_keys=True).encode(), digest_size=8).hexdigest()
     target = store_root / f"{re.sub(r'[^A-Za-z0-9_-]', '_', directory.name)}-{key}"
     if not (target / "manifest.json").exists():
@@ -66,8 +66,9 @@ def ingest_directory(directory: Path, task: Task, vocabulary: Vocabulary, max_se
         _write_store(files, task, vocabulary, max_seq_length, target, manifest)
     store = TokenStore(target)
     if len(store) == 0:
-        reason = json.loads((target / "rejected.jsonl").read_text(encoding="utf-8").splitlines()[0])["reason"]
-        raise DataError("directory", str(directory), f"holds no usable {task} record; the first one {reason}.")
+        lines = (target / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+        why = f"; the first one {json.loads(lines[0])['reason']}" if lines else ""
+        raise DataError("directory", str(directory), f"holds no usable {task} record{why}.")
     return store
 
 

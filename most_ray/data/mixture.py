@@ -20,7 +20,8 @@ _WINDOW = 256 * _BLOCK  # rows shuffled among each other; smaller sources are sh
 
 
 def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """The smallest integers in the ratio of the weights; rounded where their sum would exceed MAX_PERIOD."""
+    """The smallest integers in the ratio of the weights. Where their sum would exceed MAX_PERIOD they are rounded: shares are then exact
+    for the rounded weights, which differ from the given ones by less than 1 / MAX_PERIOD."""
     total = sum(weights, Fraction(0))
     shares = [weight / total for weight in weights]
     common = math.lcm(*(share.denominator for share in shares))

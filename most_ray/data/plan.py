@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,11 +86,12 @@ class Plan:
             "max_seq_length": self.spec.max_seq_length,
             "packer": PACKER_VERSION,
             "noise": asdict(self.spec.noise),
+            "neighbours": _digest([None if n is None else n.tolist() for n in self.neighbours]) if self.spec.noise.swap else None,
         }
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.blake2b(json.dumps(self.ingredients, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return _digest(self.ingredients)
 
     def step(self, k: int) -> StepPlan:
         """The k-th optimizer step, counted from 1."""
@@ -123,7 +125,29 @@ class Plan:
     def consumed(self, step: int) -> dict[str, int]:
         """Records trained on per source after `step` steps."""
         counts = self.mixture.counts(step * self.spec.global_batch_size)
-        return {f"{store.task}/{store.name}": int(count) for store, count in zip(self.stores, counts, strict=True)}
+        return {name: int(count) for name, count in zip(self.names, counts, strict=True)}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What each source is called: task and folder."""
+        tasks = [store.task for store in self.stores]
+        folders = distinct_names([Path(store.manifest["source"]) for store in self.stores], tasks)
+        return [f"{task}/{folder}" for task, folder in zip(tasks, folders, strict=True)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def distinct_names(directories: Sequence[Path], groups: Sequence[str]) -> list[str]:
+    """Each directory's last name, with as many of those above it as tell it apart from the others of its group."""
+    parts = [directory.absolute().parts[1:] or ("root",) for directory in directories]
+    names = []
+    for index, own in enumerate(parts):
+        others = [other for i, other in enumerate(parts) if i != index and groups[i] == groups[index]]
+        depth = next((d for d in range(1, len(own)) if all(other[-d:] != own[-d:] for other in others)), len(own))
+        names.append("/".join(own[-depth:]))
+    return names
 
 
 def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any]) -> None:
@@ -229,4 +253,4 @@ def check_units(stores: Sequence[TokenStore]) -> str | None:
 
 def units_identity(manifest: dict[str, Any]) -> str:
     """Digest of what makes units mean the same: the manifest's `identity` part."""
-    return hashlib.blake2b(json.dumps(manifest.get("identity", manifest), sort_keys=True).encode(), digest_size=8).hexdigest()
+    return _digest(manifest.get("identity", manifest))

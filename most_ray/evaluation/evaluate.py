@@ -13,11 +13,12 @@ import torch
 
 from most_ray.data.ingest import check_rejected, ingest_directory
 from most_ray.data.plan import check_units as one_unit_identity
+from most_ray.data.plan import distinct_names
 from most_ray.data.store import TokenStore
 from most_ray.errors import CheckpointError, DataError
 from most_ray.evaluation.decode import count_routing, greedy
 from most_ray.evaluation.wer import NORMALISER, word_errors
-from most_ray.model.build import check_template, check_units, load_model
+from most_ray.model.build import check_template, check_units, load_model, read_config
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.routing import load_summary
 from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
@@ -29,14 +30,7 @@ from most_ray.template import template_hash, units_of
 class EvaluationSettings:
     batch_size: int = 64
     max_new_tokens: int = 256
-    max_seq_length: int = 4096
     max_rejected_fraction: float = 0.01
-
-
-def set_names(directories: Sequence[Path]) -> list[str]:
-    """What each set is called: its folder, with the folder above where two are alike."""
-    names = [directory.name for directory in directories]
-    return [f"{d.parent.name}/{d.name}" if names.count(name) > 1 else name for d, name in zip(directories, names, strict=True)]
 
 
 def evaluate_model(
@@ -46,9 +40,10 @@ def evaluate_model(
     tokenizer = load_tokenizer(model_path)
     vocabulary = vocabulary_of(tokenizer)
     stores: list[tuple[Task, TokenStore]] = []
+    limit = read_config(model_path).max_position_embeddings
     for task, directories in (("asr", asr_dirs), ("tts", tts_dirs)):
         for directory in directories:
-            store = ingest_directory(directory, task, vocabulary, settings.max_seq_length, store_root)  # type: ignore[arg-type]
+            store = ingest_directory(directory, task, vocabulary, limit, store_root)  # type: ignore[arg-type]
             stores.append((task, store))  # type: ignore[arg-type]
     check_rejected([store for _, store in stores], settings.max_rejected_fraction, store_root / "rejected.jsonl")
     model = load_model(model_path)
@@ -56,7 +51,7 @@ def evaluate_model(
     check_units(model.config, one_unit_identity([store for _, store in stores]), model_path)
     if torch.cuda.is_available():
         model.to("cuda")
-    names = set_names(list(asr_dirs)) + set_names(list(tts_dirs))
+    names = distinct_names([*asr_dirs, *tts_dirs], [task for task, _ in stores])
     sets = [(name, task, store) for name, (task, store) in zip(names, stores, strict=True)]
     result = evaluate(model, tokenizer, sets, settings)
     return {"model": model_path, **result}

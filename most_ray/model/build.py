@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
@@ -141,7 +142,10 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
             merged["text_expert_indices"] = sorted(experts - set(overrides.audio_expert_indices or ()))
         if overrides.audio_expert_indices is None:
             merged["audio_expert_indices"] = sorted(experts - set(overrides.text_expert_indices or ()))
-    return MostConfig(**merged)
+    try:
+        return MostConfig(**merged)
+    except StrictDataclassError as error:
+        raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({_line(error)}).") from error
 
 
 def load_model(

@@ -95,6 +95,6 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
         CheckpointError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError("model_name_or_path", str(directory), f"has no usable tokenizer ({error}).") from error

@@ -11,8 +11,11 @@ class Journal:
     """JSON Lines with a "step" in each. Opening it at step k drops every line beyond k, and a last line cut off by a crash, so that
     after any number of restarts each step stands there once."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, ordered: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not ordered:  # lines come as things end, not by step; there are few
+            kept = [line for line in read_journal(path) if line["step"] <= resume_step]
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
         keep = _length_up_to(path, resume_step)
         self._stream = path.open("ab")
         self._stream.truncate(keep)

@@ -31,10 +31,13 @@ def check_places(config: RunConfig) -> None:
     if config.trace_records:
         try:
             Path(config.trace_records).parent.mkdir(parents=True, exist_ok=True)
-            with Path(config.trace_records).open("ab"):
-                pass
+            with Path(config.trace_records).open("a+b") as stream:
+                stream.seek(0)
+                first = stream.readline(1 << 26)
         except OSError as error:
             raise ConfigError("trace_records", config.trace_records, f"cannot be written to ({error.strerror}).") from error
+        if first and not first.startswith(b'{"step"'):
+            raise ConfigError("trace_records", config.trace_records, "exists and is no trace.", "Name another file.")
     if config.wandb_project and config.wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
         raise ConfigError(
             "wandb_mode", "online", "needs a key.", "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."

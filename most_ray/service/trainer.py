@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from rich.console import Console
 
 from most_ray.config import RunConfig, write_yaml
 from most_ray.data.batch import TokenLayout
-from most_ray.data.ingest import check_rejected, ingest_directory
+from most_ray.data.ingest import check_rejected, content_hash, ingest_directory
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
-from most_ray.errors import ConfigError, UserError
+from most_ray.errors import CheckpointError, ConfigError, UserError
 from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
@@ -34,7 +36,7 @@ from most_ray.service.preflight import check_places
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.telemetry import ProgressWatcher
 from most_ray.service.validation import ValidationJob
-from most_ray.service.worker import WorkerJob, overrides_of, run_summary, train_worker
+from most_ray.service.worker import WorkerJob, claim_run, overrides_of, run_summary, train_worker
 from most_ray.template import template_texts
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
@@ -68,6 +70,12 @@ def prepare_run(config: RunConfig) -> Prepared:
     """
     check_places(config)
     _check_directories(config)
+    # Workers have another working directory: what they open themselves must not depend on it.
+    config = replace(
+        config,
+        trace_records=_absolute(config.trace_records),
+        resume_from_checkpoint=_absolute(config.resume_from_checkpoint),
+    )
     run_dir = config.run_dir.absolute()
     model_path = _model_path(config, run_dir)
     use_gpu, n_workers = _devices(config)
@@ -85,14 +93,14 @@ def prepare_run(config: RunConfig) -> Prepared:
         for task in TASKS
         for directory in getattr(config, f"train_{task}_dirs")
     ]
-    settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_seq_length, config.max_rejected_fraction)
+    settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_rejected_fraction)
     validation_stores: list[TokenStore] = [
-        ingest_directory(Path(directory), task, vocabulary, settings.max_seq_length, store_dir)
+        ingest_directory(Path(directory), task, vocabulary, model_config.max_position_embeddings, store_dir)
         for task in TASKS[:2]
         for directory in getattr(config, f"val_{task}_dirs")
     ]
     n_rejected = check_rejected(stores + validation_stores, config.max_rejected_fraction, run_dir / "rejected.jsonl")
-    start = _starting_point(config, run_dir)
+    start = _starting_point(config, run_dir, vocabulary.fingerprint())
     spec = make_spec(config, stores, _global_batch_size(config, n_workers, start))
     units = one_unit_identity(stores + validation_stores)
     check_units(model_config, units, model_path)
@@ -106,6 +114,7 @@ def prepare_run(config: RunConfig) -> Prepared:
         config=config,
         run_dir=str(run_dir),
         model_path=model_path,
+        driver="",
         plan=spec,
         layout=TokenLayout(model_config.first_audio_token, model_config.last_audio_token, vocabulary.ids.pad, vocabulary.ids.unit_base),
         topology=topology,
@@ -122,6 +131,10 @@ def prepare_run(config: RunConfig) -> Prepared:
         else None,
     )
     return Prepared(job, plan, done, use_gpu, n_rejected)
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path else None
 
 
 def _check_directories(config: RunConfig) -> None:
@@ -146,11 +159,23 @@ def _model_path(config: RunConfig, run_dir: Path) -> str:
         local = Path(config.model_name_or_path)
         return str(local.absolute()) if local.exists() else config.model_name_or_path
     directory = run_dir / "init"
-    if not (directory / "config.json").exists():
+    if checkpoint.committed(run_dir / "checkpoints") and (directory / "config.json").exists():
+        return str(directory)  # the run has begun with it
+    made_from = {"preset": config.model_name_or_path, "seed": config.seed, "content": _training_content(config)}
+    note = directory / "made_from.json"
+    if not note.exists() or json.loads(note.read_text(encoding="utf-8")) != made_from:
         temporary = run_dir / ".init.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
         init_model(config.model_name_or_path, training_texts(config), temporary, config.seed)
+        (temporary / note.name).write_text(json.dumps(made_from), encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
     return str(directory)
+
+
+def _training_content(config: RunConfig) -> list[str]:
+    directories = [Path(d) for task in TASKS for d in getattr(config, f"train_{task}_dirs")]
+    return [content_hash(record_files(directory), directory) for directory in directories]
 
 
 def training_texts(config: RunConfig, limit: int = 200_000) -> Iterator[str]:
@@ -183,14 +208,22 @@ def _devices(config: RunConfig) -> tuple[bool, int]:
     return use_gpu, config.num_workers or (max(1, gpus) if use_gpu else 1)
 
 
-def _starting_point(config: RunConfig, run_dir: Path) -> dict[str, Any] | None:
+def _starting_point(config: RunConfig, run_dir: Path, vocabulary: dict[str, str]) -> dict[str, Any] | None:
     """state.json of the checkpoint whose step the run will go on from; None where it begins anew."""
     own = checkpoint.committed(run_dir / "checkpoints")
     if own:
         return checkpoint.read_state(own[-1])
     if config.resume_from_checkpoint:
         content = checkpoint.read_state(Path(config.resume_from_checkpoint))
-        return None if config.ignore_optimizer_state else content
+        if not config.ignore_optimizer_state:
+            return content
+        if content["ingredients"]["vocabulary"] != vocabulary:
+            raise CheckpointError(
+                "resume_from_checkpoint",
+                config.resume_from_checkpoint,
+                "was trained with another tokenizer or template than model_name_or_path's, so its embeddings would mean other tokens.",
+                "Name that run's init or export folder as model_name_or_path.",
+            )
     return None
 
 
@@ -265,11 +298,14 @@ def start_ray(config: RunConfig, n_workers: int, use_gpu: bool) -> None:
     if not ray.is_initialized():
         _set_ray_environment()
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
         else:
             ray.init(**local_ray_options(n_workers))
     resources = ray.cluster_resources()
-    needed = {"GPU": float(n_workers)} if use_gpu else {"CPU": n_workers + TASK_CPUS}
+    needed = {"CPU": n_workers + TASK_CPUS, **({"GPU": float(n_workers)} if use_gpu else {})}
     for name, amount in needed.items():
         if resources.get(name, 0.0) < amount:
             raise ConfigError(
@@ -304,7 +340,8 @@ def _set_ray_environment() -> None:
 
 
 def _fit(prepared: Prepared, console: Console) -> None:
-    job, config = prepared.job, prepared.job.config
+    config = prepared.job.config
+    job = replace(prepared.job, driver=claim_run(Path(prepared.job.run_dir)))
     n_workers = job.topology.world_size
     start_ray(config, n_workers, prepared.use_gpu)
     trainer = TorchTrainer(
@@ -320,10 +357,19 @@ def _fit(prepared: Prepared, console: Console) -> None:
         ),
     )
     with ProgressWatcher(Path(job.run_dir) / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _user_error(error) from error
+        for losses_left in range(config.max_failures, -1, -1):
+            try:
+                trainer.fit()
+                return
+            except TrainingFailedError as error:
+                raise _user_error(error) from error
+            except ray.exceptions.RayError as error:
+                # The controller of the workers itself was lost (out of memory, its node gone): the next one goes on from the last
+                # checkpoint, like the same command would.
+                reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+                if losses_left == 0:
+                    raise RunIncompleteError("workers", None, f"were lost for good: {reason}") from error
+                console.print(f"The workers were lost ({reason}); going on from the last checkpoint.", highlight=False, soft_wrap=True)
 
 
 def _user_error(error: BaseException) -> UserError:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import ray.exceptions
 
+from most_ray.errors import UserError
 from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
 from most_ray.train.export import export_checkpoint
 
@@ -53,7 +55,12 @@ class Validation:
         done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=None if wait else 0)
         for reference in done:
             step, model_dir = self._running.pop(reference)
-            scores = ray.get(reference)
+            try:
+                scores = ray.get(reference)
+            except (ray.exceptions.RayError, UserError) as error:
+                # Training does not depend on it; the weights stay in evaluations/ for most-ray evaluate.
+                logger.error("evaluation of step %d failed: %s", step, str(error).strip().splitlines()[-1])
+                continue
             shutil.rmtree(model_dir, ignore_errors=True)
             logger.info("evaluation of step %d: %s", step, json.dumps(scores["wer"]))
             self._report(step, scores["wer"], scores["loss"])

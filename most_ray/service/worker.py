@@ -22,6 +22,7 @@ from transformers.distributed import DistributedConfig
 from most_ray.config import RunConfig
 from most_ray.data.batch import Batch, TokenLayout, open_plan
 from most_ray.data.plan import Cursor, Plan, PlanSpec, check_cursor
+from most_ray.errors import CheckpointError
 from most_ray.model.build import RoutingOverrides, config_json, load_model
 from most_ray.model.tokenizer import load_tokenizer
 from most_ray.service.journal import Journal
@@ -45,6 +46,7 @@ class WorkerJob:
     config: RunConfig
     run_dir: str
     model_path: str
+    driver: str
     plan: PlanSpec
     layout: TokenLayout
     topology: Topology
@@ -76,7 +78,7 @@ def train_worker(job: WorkerJob) -> None:
     state = make_state(model, job.config, job.total_steps)
     plan = open_plan(job.plan)
     run_dir = Path(job.run_dir)
-    attempt = _take_over(run_dir, rank)
+    attempt = _take_over(run_dir, job.driver, rank)
     _resume(job, state, plan, run_dir)
     reporter = RunReporter(job, plan, state.step, rank)
     saver = Saver(job, plan, run_dir, rank, attempt, reporter)
@@ -123,14 +125,27 @@ def _build_model(job: WorkerJob, device: torch.device) -> torch.nn.Module:
     return model
 
 
-def _take_over(run_dir: Path, rank: int) -> str:
-    """Mark the run as this attempt's; an older one that still lives somewhere can no longer commit a checkpoint."""
-    attempt = [uuid.uuid4().hex]
-    if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+def claim_run(run_dir: Path) -> str:
+    """Make the run this driver's; workers of an older one can neither commit a checkpoint nor begin again. Returns the driver's mark."""
+    mark = uuid.uuid4().hex
+    (run_dir / ".attempt").write_text(f"{mark}.0", encoding="utf-8")
+    return mark
+
+
+def _take_over(run_dir: Path, driver: str, rank: int) -> str:
+    """Mark the run as this attempt's, where it is still the driver's: an older attempt that lives on can no longer commit.
+
+    Raises:
+        CheckpointError: a newer driver runs under the same name.
+    """
+    attempt = [""]
+    if rank == 0 and (run_dir / ".attempt").read_text(encoding="utf-8").startswith(f"{driver}."):
+        attempt = [f"{driver}.{uuid.uuid4().hex}"]
         (run_dir / ".attempt").write_text(attempt[0], encoding="utf-8")
     if dist.is_initialized():
         dist.broadcast_object_list(attempt, src=0)
+    if not attempt[0]:
+        raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
     return attempt[0]
 
 
@@ -138,13 +153,13 @@ def _resume(job: WorkerJob, state: TrainState, plan: Plan, run_dir: Path) -> Non
     """Load what the run goes on from. Rank 0 decides, once per attempt, from commit markers; weights and data follow the same number."""
     config = job.config
     own = checkpoint.committed(run_dir / "checkpoints")
-    place = [str(own[-1]) if own else config.resume_from_checkpoint]
+    decision = [str(own[-1]) if own else config.resume_from_checkpoint, not own and config.ignore_optimizer_state]
     if dist.is_initialized():
-        dist.broadcast_object_list(place, src=0)
-    if place[0] is None:
+        dist.broadcast_object_list(decision, src=0)
+    place, fresh = decision
+    if place is None:
         return
-    directory = Path(place[0])
-    fresh = not own and config.ignore_optimizer_state
+    directory = Path(str(place))
     content = checkpoint.load(directory, state, with_optimizer=not fresh)
     if not fresh:
         check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"])
@@ -159,7 +174,7 @@ class RunReporter:
         self._metrics = self._trace = self._evaluations = self._wandb = None
         if rank == 0:
             self._metrics = Journal(Path(job.run_dir) / "metrics.jsonl", resume_step)
-            self._evaluations = Journal(Path(job.run_dir) / "evaluations.jsonl", resume_step)
+            self._evaluations = Journal(Path(job.run_dir) / "evaluations.jsonl", resume_step, ordered=False)
             self._wandb = Wandb(job.config, job.run_dir)
             if job.config.trace_records:
                 self._trace = Journal(Path(job.config.trace_records), resume_step)

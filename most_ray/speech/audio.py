@@ -27,6 +27,8 @@ def load_audio(path: Path, sample_rate: int, speed: float = 1.0) -> np.ndarray:
     if samples.shape[0] == 0:
         raise DataError("recording", str(path), "holds no samples.")
     mono = samples.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise DataError("recording", str(path), "holds samples that are not finite.")
     source_rate = rate * speed
     if source_rate != sample_rate:
         mono = soxr.resample(mono, source_rate, sample_rate)

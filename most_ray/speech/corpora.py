@@ -55,6 +55,10 @@ def read_folder(directory: Path, prefix: str) -> list[Utterance]:
         raise DataError("input", str(directory), "does not exist.", "Check the path.")
     if not table.is_file():
         raise DataError("input", str(directory), "holds no transcripts.tsv.", "Write one with the columns path and text, tab-separated.")
+    try:
+        table.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError("transcripts.tsv", str(table), f"is not UTF-8 at byte {error.start}.") from error
     utterances: dict[str, Utterance] = {}
     with table.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)

@@ -94,6 +94,8 @@ def prepare_units(job: UnitsJob, progress: Callable[[Iterable[Any], str, int], I
     for keys in speakers.values():
         statistics: SpeakerStatistics = speaker_statistics([features[key] for key in keys])
         normalised |= {key: statistics.apply(features[key]) for key in keys if key[0] in chosen}
+    if not normalised:
+        raise DataError("where", str(job.input), f"selects no usable recording; the first one set aside {rejected[0]['reason']}.")
     if centroids is None:
         centroids = fit_kmeans(np.concatenate(list(normalised.values())), job.fit_kmeans or 0, job.seed)
     elif centroids.shape[1] != next(iter(normalised.values())).shape[1]:
@@ -157,9 +159,7 @@ def _write(
     write_jsonl_gz(output / "records.jsonl.gz", records)
     np.save(output / "kmeans.npy", centroids)
     (output / "units.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    (output / "rejected.jsonl").unlink(missing_ok=True)
-    if rejected:
-        (output / "rejected.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")
+    _write_rejected(output, rejected)
 
 
 def write_jsonl_gz(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
@@ -184,6 +184,7 @@ def prepare_tts(input_dir: Path, output_dir: Path, dataset: str, pattern: str = 
         DataError: no record files, or one that is not JSON.
     """
     counts = {"records": 0, "rejected": 0, "files": 0}
+    written: set[Path] = set()
     rejected: list[dict[str, Any]] = []
     root = input_dir if input_dir.is_dir() else input_dir.parent
     for path in record_files(input_dir, pattern):
@@ -203,13 +204,23 @@ def prepare_tts(input_dir: Path, output_dir: Path, dataset: str, pattern: str = 
                     yield asr_to_tts(raw, dataset, stamp)
 
         relative = path.relative_to(root)
-        target = output_dir / relative.parent / f"{relative.name.split('.')[0]}.jsonl.gz"
+        target = output_dir / relative.parent / f"{relative.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}.jsonl.gz"
+        if target in written:
+            raise DataError("input_dir", str(path), f"would be written to {target}, which another file was written to.", "Rename one.")
+        written.add(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         counts["records"] += write_jsonl_gz(target, converted())
         counts["files"] += 1
     if (root / "units.json").exists():
         shutil.copy(root / "units.json", output_dir / "units.json")
-    if rejected:
-        (output_dir / "rejected.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")
+    _write_rejected(output_dir, rejected)
     counts["rejected"] = len(rejected)
+    if counts["records"] == 0:
+        raise DataError("input_dir", str(input_dir), f"holds no ASR record; {len(rejected)} others are in {output_dir / 'rejected.jsonl'}.")
     return counts
+
+
+def _write_rejected(output: Path, rejected: Sequence[Mapping[str, Any]]) -> None:
+    (output / "rejected.jsonl").unlink(missing_ok=True)
+    if rejected:
+        (output / "rejected.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rejected), encoding="utf-8")

@@ -18,7 +18,9 @@ from typing import Any, TypeGuard
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
@@ -68,13 +70,15 @@ def save(
 
     Args:
         extra: goes into state.json.
-        may_commit: asked on rank 0 just before the marker is written: False if another attempt has taken over the run.
+        may_commit: asked on rank 0 before anything is touched and again before the marker is written: False if another attempt has
+            taken over the run.
         write_more: called on rank 0 with the folder, for the tokenizer and configuration.
 
     Raises:
         CheckpointError: another attempt has taken over.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
+    _require_turn(rank != 0 or (may_commit() and not (directory / COMMIT).exists()))
     if rank == 0:
         if directory.exists():
             shutil.rmtree(directory)  # left by an attempt that died before its commit
@@ -103,8 +107,19 @@ def save(
             marker = directory / f".{COMMIT}"
             marker.write_text(json.dumps({"step": state.step}), encoding="utf-8")
             marker.rename(directory / COMMIT)
-    _barrier()
-    if not (directory / COMMIT).exists():
+    _require_turn(allowed)
+
+
+def _require_turn(allowed: bool) -> None:
+    """Rank 0's answer, on every rank.
+
+    Raises:
+        CheckpointError: another attempt has taken over, or has committed this very step.
+    """
+    answer = [allowed]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    if not answer[0]:
         raise CheckpointError("attempt", None, "has been replaced by a newer one of the same run; its checkpoint was not committed.")
 
 
@@ -122,7 +137,9 @@ def load(directory: Path, state: TrainState, with_optimizer: bool = True) -> dic
     if with_optimizer:
         state.step = content["step"]
         _set_schedule(state, content["scheduler"]["last_epoch"])
-        state.loss_scale = LossScale(**content["loss_scale"]) if state.loss_scale.enabled else state.loss_scale
+        stored_scale = LossScale(**content["loss_scale"])
+        if state.loss_scale.enabled and stored_scale.enabled:
+            state.loss_scale = stored_scale  # a run that was not in float16 before begins with a fresh scale
         _restore_random_state(directory)
     return content
 
@@ -140,7 +157,13 @@ def _set_schedule(state: TrainState, last_epoch: int) -> None:
 def read_tensors(directory: Path, live: dict[str, torch.Tensor]) -> None:
     """Fill live tensors (plain or sharded) from a checkpoint, exactly those asked for."""
     reader = HuggingFaceStorageReader(str(directory))
-    stored = {name: tuple(entry.size) for name, entry in reader.read_metadata().state_dict_metadata.items() if _is_tensor(entry)}
+    try:
+        metadata = reader.read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise CheckpointError(
+            "checkpoint", str(directory), f"has a damaged file ({error}).", "Delete it to go on from an older one."
+        ) from error
+    stored = {name: tuple(entry.size) for name, entry in metadata.items() if _is_tensor(entry)}
     missing = sorted(name for name in live if name not in stored)
     if missing:
         raise CheckpointError("checkpoint", str(directory), f"lacks {len(missing)} tensors, the first being {missing[0]}.")
@@ -168,7 +191,10 @@ def read_tensors(directory: Path, live: dict[str, torch.Tensor]) -> None:
 def _dcp_load(targets: dict[str, torch.Tensor], reader: HuggingFaceStorageReader, alone: bool) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(targets, storage_reader=reader, no_dist=alone)
+        try:
+            dcp.load(targets, storage_reader=reader, no_dist=alone)
+        except (CheckpointException, SafetensorError) as error:
+            raise CheckpointError("checkpoint", str(reader.path), f"has a damaged file ({' '.join(str(error).split())[:200]}).") from error
 
 
 def _is_tensor(entry: Any) -> TypeGuard[TensorStorageMetadata]:

@@ -21,7 +21,12 @@ from tests.support.training import full_weights, kind_of, loss_of, make, save_to
 
 LAYOUTS = {2: [(1, 2, 1), (1, 2, 2)], 4: [(1, 4, 2), (2, 2, 2), (1, 4, 4)]}
 STEPS = 4
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "clipped": {"clip": 0.1}, "accumulated": {"max_rows": 1}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"clip": 0.1},
+    "accumulated": {"max_rows": 1},
+    "weighted": {"asr_weight": 7.0},
+}
 
 
 @dataclass(frozen=True)

@@ -188,20 +188,32 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
     for name in ("asr/test_takes", "asr/test_speaker"):
         assert result["sets"][name]["hypotheses"] == of_the_run["sets"][name]["hypotheses"]
         assert len({h["id"] for h in result["sets"][name]["hypotheses"]}) == result["sets"][name]["records"]
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "notes.txt").write_text("keep me")
+    checkpoint = folder / "reference" / "checkpoints" / "step-000000020"
+    for place in (tmp_path / "precious", folder):
+        assert main(["export", "--checkpoint", str(checkpoint), "--output", str(place)]) == 2
+    assert (tmp_path / "precious" / "notes.txt").exists() and checkpoint.exists()
     again = tmp_path / "again"
     assert main(["export", "--checkpoint", str(folder / "reference/checkpoints/step-000000020"), "--output", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
 
 
 def test_starting_from_another_runs_checkpoint(folder: Path, reference: dict[str, Any]) -> None:
-    """resume_from_checkpoint goes on at its step; with ignore_optimizer_state a new run begins from its weights."""
-    place = str(folder / "reference" / "checkpoints" / "step-000000016")
-    run(folder, "onward", resume_from_checkpoint=place, val_asr_dirs=[], model_name_or_path=str(folder / "reference" / "init"))
+    """resume_from_checkpoint goes on at its step; with ignore_optimizer_state a new run begins from its weights. Paths may be relative."""
+    place = os.path.relpath(folder / "reference" / "checkpoints" / "step-000000016", ROOT)
+    trace = os.path.relpath(folder / "onward.trace", ROOT)
+    changes = {"resume_from_checkpoint": place, "val_asr_dirs": [], "model_name_or_path": str(folder / "reference" / "init")}
+    run(folder, "onward", trace_records=trace, **changes)
+    assert [line["step"] for line in read_journal(folder / "onward.trace")] == [17, 18, 19, 20]
     assert [line["step"] for line in read_journal(folder / "onward" / "metrics.jsonl")] == [17, 18, 19, 20]
     assert [line["loss"] for line in read_journal(folder / "onward" / "metrics.jsonl")] == losses(folder, "reference")[16:]
     model = str(folder / "reference" / "init")
     changes = {"resume_from_checkpoint": place, "ignore_optimizer_state": True, "model_name_or_path": model, "val_asr_dirs": []}
     run(folder, "fresh", **changes, max_steps=2, seed=5)
+    other = {**changes, "model_name_or_path": "tiny", "train_asr_dirs": ["jobs/data/digits/test_takes"], "train_tts_dirs": []}
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        run(folder, "stranger", **other, max_steps=2)
     assert losses(folder, "fresh")[0] < losses(folder, "reference")[0] - 0.5
 
 

@@ -44,10 +44,17 @@ def batch_of(plan: Plan, step: int, max_rows: int = 2) -> Batch:
 
 
 def steps(
-    state: TrainState, plan: Plan, count: int, *, max_rows: int = 2, clip: float = 1.0, dtype: torch.dtype | None = None
+    state: TrainState,
+    plan: Plan,
+    count: int,
+    *,
+    max_rows: int = 2,
+    clip: float = 1.0,
+    dtype: torch.dtype | None = None,
+    asr_weight: float = 1.0,
 ) -> list[StepResult]:
     """The next `count` optimizer steps."""
-    return [run_step(state, batch_of(plan, state.step + 1, max_rows), Precision(dtype), clip, CPU) for _ in range(count)]
+    return [run_step(state, batch_of(plan, state.step + 1, max_rows), Precision(dtype), clip, CPU, asr_weight) for _ in range(count)]
 
 
 def loss_of(result: StepResult) -> float:

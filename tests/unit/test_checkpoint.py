@@ -92,6 +92,31 @@ def test_an_attempt_that_was_replaced_cannot_commit(model_dir: str, plan: Plan, 
     assert not (tmp_path / "c" / checkpoint.COMMIT).exists()
 
 
+def test_a_replaced_attempt_leaves_the_newer_ones_checkpoint_alone(model_dir: str, plan: Plan, tmp_path: Path) -> None:
+    state = make(model_dir)
+    save_to(tmp_path / "c", state, plan)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+    for may_commit in (lambda: False, lambda: True):
+        with pytest.raises(CheckpointError, match="replaced by a newer one"):
+            checkpoint.save(tmp_path / "c", state, plan.cursor(0), {}, may_commit, lambda _: None)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == before
+
+
+def test_float16_after_float32_begins_with_a_fresh_scale(model_dir: str, plan: Plan, tmp_path: Path) -> None:
+    save_to(tmp_path / "c", make(model_dir), plan)
+    state = make(model_dir, fp16=True)
+    checkpoint.load(tmp_path / "c", state)
+    assert state.loss_scale.enabled and state.loss_scale.scale == 2.0**16
+
+
+def test_a_damaged_file_is_named(model_dir: str, plan: Plan, tmp_path: Path) -> None:
+    save_to(tmp_path / "c", make(model_dir), plan)
+    shard = next((tmp_path / "c").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(tmp_path / "c", make(model_dir))
+
+
 def test_nothing_is_pickled(model_dir: str, plan: Plan, tmp_path: Path) -> None:
     save_to(tmp_path / "c", make(model_dir), plan)
     names = sorted(path.name for path in (tmp_path / "c").iterdir())

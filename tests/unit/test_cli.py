@@ -54,6 +54,7 @@ def train(tmp_path: Path, *words: str) -> list[str]:
         (["--wandb_project", "p"], "needs a key"),
         (["--trace_records", "/proc/x/y"], "trace_records"),
         (["--use_gpu"], "no GPU"),
+        (["--trace_records", "README.md"], "exists and is no trace"),
         (["stray"], "belongs to no flag"),
     ],
 )

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from most_ray.data.plan import distinct_names
 from most_ray.evaluation.decode import count_routing, greedy
-from most_ray.evaluation.evaluate import set_names, teacher_forced
+from most_ray.evaluation.evaluate import teacher_forced
 from most_ray.evaluation.wer import word_errors
 from most_ray.template import IGNORE
 from tests.support.builders import IDS, asr, make_store, tiny_model
@@ -72,4 +73,8 @@ def test_word_errors_are_counted_over_the_set() -> None:
 
 
 def test_sets_are_told_apart() -> None:
-    assert set_names([Path("a/test"), Path("b/test"), Path("c/dev")]) == ["a/test", "b/test", "dev"]
+    groups = ["asr"] * 3
+    assert distinct_names([Path("/a/test"), Path("/b/test"), Path("/c/dev")], groups) == ["a/test", "b/test", "dev"]
+    assert distinct_names([Path("/x/a/t"), Path("/y/a/t")], groups) == ["x/a/t", "y/a/t"]
+    assert distinct_names([Path("/a/t"), Path("/b/t")], ["asr", "tts"]) == ["t", "t"]
+    assert distinct_names([Path(".")], ["asr"]) == [Path.cwd().name]

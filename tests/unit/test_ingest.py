@@ -62,6 +62,15 @@ def test_nothing_usable_is_an_error_with_the_first_reason(tmp_path: Path) -> Non
         ingest_directory(tmp_path / "a", "asr", char_vocabulary(), 100, tmp_path / "store")
 
 
+def test_empty_files_are_an_error_and_new_units_a_new_store(tmp_path: Path) -> None:
+    write_records(tmp_path / "a", [])
+    with pytest.raises(DataError, match="no usable asr record"):
+        ingest_directory(tmp_path / "a", "asr", char_vocabulary(), 100, tmp_path / "store")
+    first = make_store(tmp_path, "b", [asr(1)])
+    (tmp_path / "b" / "units.json").write_text('{"identity": {"kmeans": "1"}}')
+    assert make_store(tmp_path, "b", [asr(1)]).directory != first.directory
+
+
 def test_an_interrupted_ingest_leaves_no_store(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [asr(0)])
     (tmp_path / "a" / "z.json").write_text("[1, oops")

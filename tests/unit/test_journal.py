@@ -23,6 +23,15 @@ def test_a_restart_leaves_each_step_once(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_that_come_out_of_order_are_filtered(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "e.jsonl", 0, ordered=False)
+    for step in (20, 10, 30):
+        journal.write({"step": step})
+    journal.close()
+    Journal(tmp_path / "e.jsonl", 15, ordered=False).close()
+    assert read_journal(tmp_path / "e.jsonl") == [{"step": 10}]
+
+
 def test_a_torn_first_line_and_a_missing_file(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     assert read_journal(path) == []

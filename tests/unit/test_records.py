@@ -57,9 +57,9 @@ def test_single_object(tmp_path: Path) -> None:
 
 
 def test_a_metadata_key_called_data_is_no_wrapper(tmp_path: Path) -> None:
-    record = {**RECORDS[0], "metadata": {"data": [1, {"x": 2}]}}
-    (tmp_path / "one.json").write_text(json.dumps(record))
-    assert [raw for _, raw in read_raw(tmp_path / "one.json")] == [record]
+    for record in ({**RECORDS[0], "metadata": {"data": [1, {"x": 2}]}}, {**RECORDS[0], "data": [1]}):
+        (tmp_path / "one.json").write_text(json.dumps(record))
+        assert [raw for _, raw in read_raw(tmp_path / "one.json")] == [record]
 
 
 def test_a_large_list_is_streamed(tmp_path: Path) -> None:
@@ -119,6 +119,9 @@ def test_binary_in_a_list_file_is_an_error(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"input": "[Hu500]"}, "outside 0..499"),
+        ({"input": "[Hu1][Hu" + "9" * 5000 + "]"}, "outside 0..499"),
+        ({"output": "half \ud83d"}, "surrogate"),
+        ({"id": "\ud83d"}, "'id' holds half a surrogate"),
         ({"input": "[Hu1] and text [Hu2]"}, "mixes speech units"),
         ({"output": " "}, "empty output"),
         ({"output": 7}, "'output' is int"),

@@ -178,6 +178,21 @@ def test_nobody_heard_the_unheard_speaker(digits: Path) -> None:
     assert "lucas" not in speakers["train_asr"] | speakers["train_tts"] | speakers["test_takes"]
 
 
+def test_conversion_never_writes_two_files_into_one(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    with gzip.open(digits / "test_takes" / "records.jsonl.gz", "rt") as lines:
+        content = next(lines)
+    for name in ("train.clean.100.json", "train.clean.360.json"):
+        (source / name).write_text(content)
+    words = ["prepare", "tts", "--input_dir", str(source), "--output_dir", str(tmp_path / "out"), "--dataset_name", "d"]
+    assert main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.clean.100.jsonl.gz", "train.clean.360.jsonl.gz"]
+    (source / "train.clean.100.jsonl").write_text(content)
+    assert main(words) == 2
+    assert "another file" in capsys.readouterr().err
+
+
 def test_conversion_is_repeatable(digits: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         words = ["prepare", "tts", "--input_dir", str(digits / "test_takes"), "--output_dir", str(tmp_path / name), "--dataset_name", "d"]

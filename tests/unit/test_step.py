@@ -53,6 +53,25 @@ def test_the_loss_is_the_models_own(model_dir: str, plan: Plan) -> None:
     assert torch.equal(result.load, expected["load"])
 
 
+def test_the_weight_of_asr_tokens(model_dir: str, plan: Plan) -> None:
+    """Gradients are those of (w * ASR sum + TTS sum) / (w * ASR tokens + TTS tokens), put together by hand from two runs."""
+    from tests.support.training import spy_gradients
+
+    gradients = []
+    for weight in (1.0, 1e-9, 7.0):
+        state = make(model_dir, aux_loss_alpha=0.0)
+        state.model_config.aux_loss_alpha = 0.0
+        seen = spy_gradients(state)
+        result = steps(state, plan, 1, clip=0.0, asr_weight=weight)[0]
+        gradients.append(dict(seen))
+    asr_tokens, tts_tokens = result.token_counts[:2]
+    for name, both in gradients[0].items():
+        tts = gradients[1][name] * tts_tokens
+        asr = both * (asr_tokens + tts_tokens) - tts
+        expected = (7.0 * asr + tts) / (7.0 * asr_tokens + tts_tokens)
+        torch.testing.assert_close(gradients[2][name], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_losses_are_told_apart_by_task(model_dir: str, plan: Plan) -> None:
     result = steps(make(model_dir), plan, 1)[0]
     step = plan.step(1)
