@@ -19,7 +19,7 @@ from tests.support.builders import asr, make_plan, make_store, text, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.training import full_weights, kind_of, loss_of, make, save_to, steps, trajectory
 
-LAYOUTS = {2: [(1, 2, 1), (1, 2, 2)], 4: [(1, 4, 2), (2, 2, 2), (1, 4, 4)]}
+LAYOUTS = {2: [(1, 2, 1), (2, 1, 1), (1, 2, 2)], 4: [(2, 2, 1), (1, 4, 2), (2, 2, 2), (1, 4, 4)]}
 STEPS = 4
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
