@@ -35,7 +35,7 @@ def ray_cluster() -> Iterator[str]:
     """The one local Ray of all tests that need it; its address."""
     import ray
 
-    from most_ray.service.trainer import local_ray_options
+    from most_ray.service.cluster import local_ray_options
 
     ray.init(**local_ray_options(4))
     yield ray.get_runtime_context().gcs_address

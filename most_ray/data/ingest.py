@@ -85,7 +85,7 @@ def _write_store(files: Sequence[Path], task: Task, vocabulary: Vocabulary, limi
                     kept.append(item)
             writer.add(kept_ids, kept)
         writer.commit(manifest)
-    except BaseException:
+    except BaseException:  # whatever it was, and Ctrl-C: no half-written folder stays, and the error goes on
         writer.abort()
         raise
 

@@ -30,14 +30,14 @@ from most_ray.errors import CheckpointError, ConfigError, UserError
 from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
-from most_ray.records import TASKS, RecordError, parse_record, read_raw, record_files
+from most_ray.records import TASKS, RecordError, Task, parse_record, read_raw, record_files
+from most_ray.service.cluster import start_ray
 from most_ray.service.journal import read_journal
 from most_ray.service.preflight import check_places
-from most_ray.service.stream import TASK_CPUS
 from most_ray.service.telemetry import ProgressWatcher
 from most_ray.service.validation import ValidationJob
 from most_ray.service.worker import WorkerJob, claim_run, overrides_of, run_summary, train_worker
-from most_ray.template import template_texts
+from most_ray.template import Vocabulary, template_texts
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
 from most_ray.train.topology import plan_topology
@@ -88,17 +88,9 @@ def prepare_run(config: RunConfig) -> Prepared:
         )
     vocabulary = vocabulary_of(load_tokenizer(model_path))
     store_dir = _store_dir(config)
-    stores = [
-        ingest_directory(Path(directory), task, vocabulary, config.max_seq_length, store_dir)
-        for task in TASKS
-        for directory in getattr(config, f"train_{task}_dirs")
-    ]
-    settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_rejected_fraction)
-    validation_stores: list[TokenStore] = [
-        ingest_directory(Path(directory), task, vocabulary, model_config.max_position_embeddings, store_dir)
-        for task in TASKS[:2]
-        for directory in getattr(config, f"val_{task}_dirs")
-    ]
+    stores = _ingest(config, "train", TASKS, vocabulary, config.max_seq_length, store_dir)
+    # As `most-ray evaluate` does it: a record that the model can read is scored, however long the rows of training are.
+    validation_stores = _ingest(config, "val", ("asr", "tts"), vocabulary, model_config.max_position_embeddings, store_dir)
     n_rejected = check_rejected(stores + validation_stores, config.max_rejected_fraction, run_dir / "rejected.jsonl")
     start = _starting_point(config, run_dir, vocabulary.fingerprint())
     spec = make_spec(config, stores, _global_batch_size(config, n_workers, start))
@@ -110,6 +102,7 @@ def prepare_run(config: RunConfig) -> Prepared:
         check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"])
     done = int(start["step"]) if start else 0
     threads = config.threads_per_worker or (1 if use_gpu else max(1, (os.cpu_count() or 1) // n_workers))
+    settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_rejected_fraction)
     job = WorkerJob(
         config=config,
         run_dir=str(run_dir),
@@ -147,6 +140,15 @@ def _check_directories(config: RunConfig) -> None:
                 raise ConfigError(name, directory, "does not exist.", "Check the path; it is taken from where the command runs.")
         if len(set(directories)) != len(directories):
             raise ConfigError(name, directories, "names a directory twice.")
+
+
+def _ingest(config: RunConfig, use: str, tasks: Sequence[Task], vocabulary: Vocabulary, limit: int, store_dir: Path) -> list[TokenStore]:
+    """Token stores of the `train_..._dirs` or `val_..._dirs`, in the order of the tasks."""
+    return [
+        ingest_directory(Path(directory), task, vocabulary, limit, store_dir)
+        for task in tasks
+        for directory in getattr(config, f"{use}_{task}_dirs")
+    ]
 
 
 def _store_dir(config: RunConfig) -> Path:
@@ -286,57 +288,6 @@ def describe(prepared: Prepared, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def start_ray(config: RunConfig, n_workers: int, use_gpu: bool) -> None:
-    """Join the cluster that is named, or start one on this machine with room for the workers and their data tasks.
-
-    Raises:
-        ConfigError: the cluster is smaller than the workers need.
-    """
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        _set_ray_environment()
-        if address:
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
-        else:
-            ray.init(**local_ray_options(n_workers))
-    resources = ray.cluster_resources()
-    needed = {"CPU": n_workers + TASK_CPUS, **({"GPU": float(n_workers)} if use_gpu else {})}
-    for name, amount in needed.items():
-        if resources.get(name, 0.0) < amount:
-            raise ConfigError(
-                "num_workers",
-                n_workers,
-                f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
-                "Use fewer workers.",
-            )
-
-
-def local_ray_options(n_workers: int) -> dict[str, Any]:
-    """A Ray on this machine, on loopback, with logical CPUs for the workers, their data tasks and an evaluation."""
-    return {
-        "num_cpus": n_workers + 2,
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "object_store_memory": 512 << 20,
-        "_node_ip_address": "127.0.0.1",
-    }
-
-
-def _set_ray_environment() -> None:
-    """Quiet, and nothing sent anywhere."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_DEDUP_LOGS": "1",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "0"),
-    }.items():
-        os.environ.setdefault(name, value)
 
 
 def _fit(prepared: Prepared, console: Console) -> None:

@@ -105,7 +105,7 @@ def run_step(
         token_counts.index_add_(0, tasks, torch.ones_like(tasks, dtype=torch.float64))
         aux_total += aux.detach()
         load = output.expert_load if load is None else load + output.expert_load
-    load = torch.zeros((0, 2, config.n_routed_experts), device=device, dtype=torch.long) if load is None else load
+    assert load is not None, "a step has at least one forward pass"
     totals = torch.cat([loss_sums, token_counts, aux_total.view(1), load.double().view(-1)])
     if ranks > 1:
         dist.all_reduce(totals)

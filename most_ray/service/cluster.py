@@ -1,0 +1,64 @@
+"""Ray for a run: the cluster that is named, or one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from most_ray.config import RunConfig
+from most_ray.errors import ConfigError
+from most_ray.service.stream import TASK_CPUS
+
+
+def start_ray(config: RunConfig, n_workers: int, use_gpu: bool) -> None:
+    """Join the cluster that is named, or start one on this machine with room for the workers and their data tasks.
+
+    Raises:
+        ConfigError: the cluster is smaller than the workers need.
+    """
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    if not ray.is_initialized():
+        _set_ray_environment()
+        if address:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
+        else:
+            ray.init(**local_ray_options(n_workers))
+    resources = ray.cluster_resources()
+    needed = {"CPU": n_workers + TASK_CPUS, **({"GPU": float(n_workers)} if use_gpu else {})}
+    for name, amount in needed.items():
+        if resources.get(name, 0.0) < amount:
+            raise ConfigError(
+                "num_workers",
+                n_workers,
+                f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
+                "Use fewer workers.",
+            )
+
+
+def local_ray_options(n_workers: int) -> dict[str, Any]:
+    """A Ray on this machine, on loopback, with logical CPUs for the workers, their data tasks and an evaluation."""
+    return {
+        "num_cpus": n_workers + 2,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "object_store_memory": 512 << 20,
+        "_node_ip_address": "127.0.0.1",
+    }
+
+
+def _set_ray_environment() -> None:
+    """Quiet, and nothing sent anywhere."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "0"),
+    }.items():
+        os.environ.setdefault(name, value)
