@@ -121,21 +121,6 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def record_to_json(record: Record) -> dict[str, Any]:
-    """The record as a JSON object in the original's form."""
-
-    def side(value: str | np.ndarray) -> str:
-        return value if isinstance(value, str) else units_to_text(value.tolist())
-
-    return {
-        "id": record.id,
-        "instruction": record.instruction,
-        "input": side(record.input),
-        "output": side(record.output),
-        "metadata": dict(record.metadata),
-    }
-
-
 def asr_to_tts(raw: Mapping[str, Any], dataset: str, timestamp: dt.datetime) -> dict[str, Any]:
     """An ASR record (JSON object) as the TTS record of the same utterance: sides swapped, `tts_` before the id, metadata kept."""
     return {

@@ -9,20 +9,8 @@ import torch
 from most_ray.data.plan import Plan
 from most_ray.errors import CheckpointError
 from most_ray.train import checkpoint
-from tests.support.builders import make_plan, tiny_model
+from tests.support.builders import tiny_model
 from tests.support.training import full_weights, loss_of, make, save_to, steps
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return make_plan(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("options", [{}, {"fp16": True}])

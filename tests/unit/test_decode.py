@@ -35,15 +35,16 @@ def test_it_is_the_librarys_greedy_decoding(prompts: list[np.ndarray]) -> None:
         assert greedy(model, prompts, stop, caps, batch_size) == expected
 
 
-def test_every_selection_is_counted_and_padding_is_not(prompts: list[np.ndarray]) -> None:
+def test_every_selection_is_counted_and_neither_padding_nor_ended_rows_are(prompts: list[np.ndarray]) -> None:
     model = tiny_model(3).eval()
+    caps = [2 + index % 4 for index in range(len(prompts))]  # rows of a batch end at different times
     loads = []
     for batch_size in (1, 11):
         with count_routing(model) as count:
-            produced = greedy(model, prompts, [], [3] * len(prompts), batch_size)
+            produced = greedy(model, prompts, [], caps, batch_size)
         loads.append(count.load)
-    assert all(len(output) == 3 for output in produced)
-    tokens = sum(len(prompt) + 2 for prompt in prompts)  # the last token is produced, not read
+    assert [len(output) for output in produced] == caps
+    tokens = sum(len(prompt) + cap - 1 for prompt, cap in zip(prompts, caps, strict=True))  # the last one is produced, not read
     assert torch.equal(loads[0], loads[1]) and int(loads[0].sum()) == tokens * 2 * 2
     assert int(loads[0][:, 0, 4:].sum()) == int(loads[0][:, 1, :4].sum()) == 0
 

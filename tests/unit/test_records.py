@@ -19,7 +19,6 @@ from most_ray.records import (
     parse_units,
     read_raw,
     record_files,
-    record_to_json,
     units_to_text,
 )
 from tests.support.builders import asr, tts
@@ -157,11 +156,6 @@ def test_tasks() -> None:
 @given(st.lists(st.integers(0, 499), min_size=1, max_size=50))
 def test_units_round_trip(units: list[int]) -> None:
     assert parse_units(units_to_text(units)).tolist() == units
-
-
-def test_record_round_trip() -> None:
-    for raw in (asr(3), tts(3)):
-        assert record_to_json(parse_record(raw)) == raw
 
 
 def test_conversion_to_tts_keeps_metadata_and_swaps_sides() -> None:

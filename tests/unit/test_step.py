@@ -10,20 +10,7 @@ import torch
 from most_ray.data.plan import Plan
 from most_ray.train.state import LossScale
 from most_ray.train.step import Precision, TrainingDivergedError, run_step
-from tests.support.builders import make_plan, tiny_model
 from tests.support.training import CPU, batch_of, full_weights, loss_of, make, steps
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    return make_plan(tmp_path_factory.mktemp("data"))
 
 
 def test_accumulation_is_one_large_batch(model_dir: str, plan: Plan) -> None:
