@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -63,6 +64,12 @@ def build_parser() -> Parser:
     tts.add_argument("--dataset_name", required=True, help="goes into the records' metadata")
     tts.add_argument("--file_pattern", default="*", help="which files to convert (default: *)")
 
+    store = add(prepare, "store", _prepare_store, "the token stores of a run's records, as `train` makes them at its first start")
+    store.description = _STORE_HELP
+    store.add_argument("--config", type=Path, help="YAML file with any of the keys below; flags overrule it")
+    store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare it with its checksum")
+    configuration.add_flags(store)
+
     init = add(commands, "init-model", _init_model, "a starting model with its tokenizer")
     init.add_argument("--preset", help="size of a new model (tiny)")
     init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
@@ -82,13 +89,13 @@ def build_parser() -> Parser:
 
     evaluate = add(commands, "evaluate", _evaluate, "word error rates and losses of a model")
     evaluate.add_argument("--model", required=True, help="model folder or hub name")
-    evaluate.add_argument("--asr_dirs", type=Path, nargs="+", default=[], help="directories of ASR records")
-    evaluate.add_argument("--tts_dirs", type=Path, nargs="+", default=[], help="directories of TTS records")
+    evaluate.add_argument("--asr_dirs", nargs="+", default=[], help="directories of ASR records, paths or URIs")
+    evaluate.add_argument("--tts_dirs", nargs="+", default=[], help="directories of TTS records, paths or URIs")
     evaluate.add_argument("--output", type=Path, required=True, help="JSON file for figures, references and hypotheses")
     evaluate.add_argument("--batch_size", type=int, default=64, help="records decoded at once (default: 64)")
     evaluate.add_argument("--max_new_tokens", type=int, default=256, help="length cap of an output (default: 256)")
     evaluate.add_argument("--max_rejected_fraction", type=float, default=0.01, help="largest share of bad records (default: 0.01)")
-    evaluate.add_argument("--store_dir", type=Path, help="where token stores are kept (default: beside the output)")
+    evaluate.add_argument("--store_dir", help="where token stores are kept (default: beside the output)")
 
     export = add(commands, "export", _export, "a checkpoint to Hugging Face layout")
     export.add_argument("--checkpoint", type=Path, required=True, help="a step-... folder of a run's checkpoints/")
@@ -162,9 +169,27 @@ def _prepare_tts(args: argparse.Namespace) -> int:
     return 0
 
 
+_STORE_HELP = """Records to token stores: every directory of the configuration is read, checked, tokenised once and written to store_dir.
+What is there already is left alone, and where something changed only that is taken in anew. `train` does the same at its first start.
+Large inputs are spread over the cluster, as tasks over files and byte ranges; a run that was stopped goes on where it was. Disk cost: 4
+bytes a token, and per record 20 bytes and its id: 3.4 KB for a record of 820 tokens, against 5.8 KB as JSON; 68 GB for 20 million of them.
+With a store_dir on an object store each node keeps what it reads in MOST_RAY_CACHE_DIR (at most MOST_RAY_CACHE_GB, by default 64)."""
+
+
+def _prepare_store(args: argparse.Namespace) -> int:
+    config = _config(args)
+    from most_ray.service.prepare import make_stores
+    from most_ray.service.report import print_stores
+
+    started = time.monotonic()
+    stores = make_stores(config, verify=args.verify)
+    print_stores(stores, time.monotonic() - started, Console())
+    return 0
+
+
 def _init_model(args: argparse.Namespace) -> int:
     from most_ray.model.build import from_deepseek, init_model
-    from most_ray.service.trainer import texts_of
+    from most_ray.service.prepare import texts_of
 
     if (args.preset is None) == (args.from_deepseek is None):
         raise ConfigError("preset", args.preset, "or from_deepseek, exactly one of them, says what to start from.")
@@ -194,7 +219,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args)
-    from most_ray.service.trainer import prepare_run
+    from most_ray.service.prepare import prepare_run
 
     first, _, last = args.steps.partition(":")
     if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
@@ -221,8 +246,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ConfigError("output", str(args.output), "is a folder.", "Name a file.")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = EvaluationSettings(args.batch_size, args.max_new_tokens, max_rejected_fraction=args.max_rejected_fraction)
-    store_dir = args.store_dir or args.output.parent / "store"
-    result = evaluate_model(args.model, args.asr_dirs, args.tts_dirs, settings, store_dir.absolute())
+    store_dir = args.store_dir or str(args.output.parent.absolute() / "store")
+    result = evaluate_model(args.model, args.asr_dirs, args.tts_dirs, settings, store_dir)
     write_result(result, args.output)
     for name, section in result["sets"].items():
         wer = f"WER {section['errors']['wer']:.2%}  " if "errors" in section else ""

@@ -38,7 +38,7 @@ class ModelOptions:
 class DataOptions:
     """What it is trained and validated on."""
 
-    train_asr_dirs: tuple[str, ...] = option((), "directories of ASR records")
+    train_asr_dirs: tuple[str, ...] = option((), "directories of ASR records, each a path or a URI as s3://bucket/records")
     train_tts_dirs: tuple[str, ...] = option((), "directories of TTS records")
     train_text_dirs: tuple[str, ...] = option((), "directories of text-only records")
     val_asr_dirs: tuple[str, ...] = option((), "directories of ASR records for word error rates; a set is called by its folder")
@@ -48,12 +48,20 @@ class DataOptions:
     train_asr_weights: tuple[float, ...] | None = option(None, "weight of each ASR directory among them (default: by size)")
     train_tts_weights: tuple[float, ...] | None = option(None, "weight of each TTS directory among them (default: by size)")
     train_text_weights: tuple[float, ...] | None = option(None, "weight of each text directory among them (default: by size)")
+    weight_unit: Literal["rows", "tokens"] = option(
+        "rows", "what the mix is exact in: after each record every source is within one of its share"
+    )
     unit_swap_prob: float = option(0.0, "share of the input units of ASR records swapped for a near unit, redrawn at every use")
     unit_replace_prob: float = option(0.0, "share of them replaced by any unit")
     unit_drop_prob: float = option(0.0, "share of them left out")
-    max_seq_length: int = option(2048, "tokens in a packed row; longer records are rejected, never cut")
+    max_seq_length: int = option(2048, "tokens in a packed row; longer records are never cut")
+    overlong: Literal["reject", "set_aside", "split"] = option(
+        "reject", "records longer than that: bad records, set aside without counting as bad, or (text-only ones) split over several rows"
+    )
     max_rejected_fraction: float = option(0.01, "a source with a larger share of bad records ends the run before training")
-    store_dir: str | None = option(None, "where token stores are kept (default: OUTPUT_DIR/store)")
+    store_dir: str | None = option(None, "where token stores are kept, a path or a URI as s3://bucket/store (default: OUTPUT_DIR/store)")
+    data_timeout_s: float = option(600.0, "seconds without a batch after which a run ends, naming the stage that is stuck (0: never)")
+    accept_data_change: bool = option(False, "go on over data, tokenizer, template or batches that changed since the checkpoint")
     trace_records: str | None = option(None, "file that gets, per optimizer step, the ids of the records trained on")
 
 
@@ -67,7 +75,8 @@ class OptimizerOptions:
         None, "records per optimizer step over all workers (default: train_batch_size x gradient_accumulation_steps x workers)"
     )
     max_steps: int | None = option(None, "optimizer steps of the whole run (default: from epochs)")
-    epochs: float = option(1.0, "without max_steps: until every training source has been seen this often")
+    epochs: float = option(1.0, "without max_steps: until the sources of epochs_of have been seen this often")
+    epochs_of: str = option("all", "the source whose epochs count, by its folder as train_asr or asr/train_asr; all: the slowest")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     lr_scheduler: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
     warmup_steps: int = option(0, "steps of linear warm-up")
@@ -229,7 +238,7 @@ def _check(config: RunConfig) -> None:
     for name in ("learning_rate", "epochs", "adam_epsilon", "asr_loss_weight"):
         if not getattr(config, name) > 0:
             raise ConfigError(name, getattr(config, name), "must be above 0.")
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_failures", "seed"):
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_failures", "seed", "data_timeout_s"):
         if getattr(config, name) < 0:
             raise ConfigError(name, getattr(config, name), "must not be negative.")
     if config.aux_loss_alpha is not None and config.aux_loss_alpha < 0:

@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class RecordError(ValueError):
+    """One record breaks a rule. The message is the reason that is kept in rejected.jsonl."""
+
+
 class UserError(ValueError):
     """Base of everything that the command line reports in one paragraph, without a traceback, with exit code 2.
 

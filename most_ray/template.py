@@ -75,34 +75,28 @@ class Encoded(NamedTuple):
 
 
 def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[Encoded]:
-    """Encode records, the text pieces of all of them in one tokenizer call."""
-    texts: list[str] = []
-    for record in records:
-        before = _PIECES["before_input"].format(instruction=record.instruction)
-        if isinstance(record.input, str):
-            texts += [before + record.input + _PIECES["after_input"], ""]
-        else:
-            texts += [before, _PIECES["after_input"]]
-        texts.append(record.output if isinstance(record.output, str) else "")
-    pieces = vocabulary.encode(texts)
+    """Encode records, the distinct text pieces of all of them in one tokenizer call; units become ids by addition alone."""
+    spelled = [template_texts(record) for record in records]
+    distinct = list(dict.fromkeys(text for pieces in spelled for text in pieces))
+    tokens = {text: np.array(ids, np.int32) for text, ids in zip(distinct, vocabulary.encode(distinct), strict=True)}
     ids = vocabulary.ids
+    bos, eos, begin, end = (np.array([token], np.int32) for token in (ids.bos, ids.eos, ids.begin_audio, ids.end_audio))
     encoded = []
-    for index, record in enumerate(records):
-        before_ids, after_ids, output_ids = pieces[3 * index : 3 * index + 3]
-        prompt = [ids.bos, *before_ids]
+    for record, pieces in zip(records, spelled, strict=True):
+        prompt = [bos, tokens[pieces[0]]]
         if not isinstance(record.input, str):
-            prompt += [ids.begin_audio, *(record.input + ids.unit_base).tolist(), ids.end_audio, *after_ids]
+            prompt += [begin, record.input + np.int32(ids.unit_base), end, tokens[pieces[1]]]
         if isinstance(record.output, str):
-            output = [*output_ids, ids.eos]
+            output = [tokens[pieces[-1]], eos]
         else:
-            prompt.append(ids.begin_audio)
-            output = [*(record.output + ids.unit_base).tolist(), ids.end_audio]
-        encoded.append(Encoded(np.array(prompt + output, dtype=np.int32), len(prompt), record.task))
+            prompt.append(begin)
+            output = [record.output + np.int32(ids.unit_base), end]
+        encoded.append(Encoded(np.concatenate([*prompt, *output]), sum(map(len, prompt)), record.task))
     return encoded
 
 
 def template_texts(record: Record) -> list[str]:
-    """The text pieces of a record as the template spells them: what a tokenizer is trained on."""
+    """The text pieces of a record as the template spells them, the output last where it is text: also what a tokenizer is trained on."""
     before = _PIECES["before_input"].format(instruction=record.instruction)
     if isinstance(record.input, str):
         texts = [before + record.input + _PIECES["after_input"]]

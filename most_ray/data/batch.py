@@ -34,8 +34,8 @@ class Batch:
 
     input_ids, labels, positions int32 and modality, task int8, all (M, B, S). Positions restart at each record; labels are IGNORE
     where unsupervised; task is that of the token's record (-1 in padding).
-    n_supervised (by task, in the order of records.TASKS), n_records, n_tokens: of the whole step over all ranks. record_ids: of this
-    rank.
+    n_supervised (by task, in the order of records.TASKS), n_records, n_tokens, n_packs (rows that hold records): of the whole step over
+    all ranks. record_ids: of this rank.
     """
 
     step: int
@@ -47,6 +47,7 @@ class Batch:
     n_supervised: list[int]
     n_records: int
     n_tokens: int
+    n_packs: int
     record_ids: list[str]
 
 
@@ -100,6 +101,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
         n_supervised=step_plan.n_supervised,
         n_records=plan.spec.global_batch_size,
         n_tokens=step_plan.n_tokens,
+        n_packs=len(step_plan.packs),
         record_ids=sorted(ids),
     )
 

@@ -1,137 +1,347 @@
-"""Records to a token store: read, check, encode once. Bad records are set aside with their reasons, never dropped in silence."""
+"""Records to a token store: read, check, encode once. Bad records are set aside with their reasons, never dropped in silence.
+
+A directory is taken in by parts, each a file or a byte range of one (JSON Lines can be entered anywhere; other forms are streamed
+whole). Making a part is a pure function of its bytes and the recipe, and is done once: parts may be made in any order, by any number
+of processes, and what a killed ingest had finished stays.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import io
 import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from most_ray.data.store import StoreWriter, TokenStore
-from most_ray.errors import DataError
-from most_ray.records import Record, RecordError, Task, parse_record, read_raw, record_files
-from most_ray.template import Vocabulary, encode_records
+import numpy as np
+import xxhash
+
+from most_ray import storage
+from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
+from most_ray.errors import DataError, RecordError
+from most_ray.jsonio import MAX_RECORD, read_lines
+from most_ray.records import RECORD_SUFFIXES, Record, Task, is_lines, parse_records, read_with_offsets, record_files
+from most_ray.storage import Entry
+from most_ray.template import Encoded, Vocabulary, encode_records
 
 logger = logging.getLogger(__name__)
-_BATCH = 1024
+Overlong = Literal["reject", "set_aside", "split"]
+RANGE = MAX_RECORD  # bytes of a part's range; no record reaches further than the next one
+_BATCH = 256  # records parsed and encoded at once: their bytes stay in the cache
+_SETTLED_NS = 2 * 10**9  # a file younger than this may change again within its time stamp's resolution
 
 
-def content_hash(files: Sequence[Path], root: Path) -> str:
-    """Digest of names and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        digest.update(f"{path.relative_to(root) if path != root else path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Recipe:
+    """What makes tokens of records, besides their bytes."""
+
+    task: Task
+    vocabulary: Vocabulary
+    max_seq_length: int
+    overlong: Overlong = "reject"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "version": STORE_VERSION,
+            "task": self.task,
+            "vocabulary": self.vocabulary.fingerprint(),
+            "max_seq_length": self.max_seq_length,
+            "overlong": self.overlong,
+        }
 
 
-def units_manifest(directory: Path) -> dict[str, object] | None:
-    """What the units of a directory's records were made with, where its maker wrote that down."""
-    path = (directory if directory.is_dir() else directory.parent) / "units.json"
-    if not path.exists():
-        return None
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError("units manifest", str(path), f"is not JSON ({error}).") from error
-    return loaded if isinstance(loaded, dict) else None
+@dataclass(frozen=True)
+class Part:
+    """One file, or the records that begin in start..stop-1 of it; `place` is where its tokens go."""
+
+    file: str
+    start: int
+    stop: int | None
+    key: str
+    place: str
+    bytes: int
 
 
-def ingest_directory(directory: Path, task: Task, vocabulary: Vocabulary, max_seq_length: int, store_root: Path) -> TokenStore:
-    """The token store of a directory of records of one task: the one that is there, or a new one.
+@dataclass(frozen=True)
+class Ingest:
+    """A directory to take in: what its store is called and which parts it is made of, in order."""
+
+    place: str
+    manifest: dict[str, Any]
+    parts: tuple[Part, ...]
+    missing: tuple[Part, ...]
+
+
+Runner = Callable[[Sequence[Part], Recipe], None]
+
+
+def run_here(parts: Sequence[Part], recipe: Recipe) -> None:
+    """Make the parts one after the other."""
+    for part in parts:
+        make_part(part, recipe)
+
+
+def ingest_directory(
+    directory: str | Path, recipe: Recipe, store_root: str | Path, run: Runner = run_here, note: Callable[[Ingest], None] | None = None
+) -> TokenStore:
+    """The token store of a directory (or URI, or file) of records of one task: the one that is there, or a new one.
+
+    Args:
+        run: makes the parts that are missing.
+        note: told what is about to be made.
 
     Raises:
-        DataError: the directory is missing or holds no good record, or a file is not JSON.
+        DataError: the directory is missing or holds no good record.
     """
-    files = record_files(directory)
-    manifest = {
-        "name": directory.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json"),
-        "source": str(directory),
-        "task": task,
-        "content": content_hash(files, directory),
-        "max_seq_length": max_seq_length,
-        "vocabulary": vocabulary.fingerprint(),
-        "units": units_manifest(directory),
-    }
-    keys = {key: manifest[key] for key in ("task", "content", "max_seq_length", "vocabulary", "units")}
-    key = hashlib.blake2b(json.dumps(keys, sort_keys=True).encode(), digest_size=8).hexdigest()
-    target = store_root / f"{re.sub(r'[^A-Za-z0-9_-]', '_', directory.name)}-{key}"
-    if not (target / "manifest.json").exists():
-        logger.info("making the token store of %s", directory)
-        _write_store(files, task, vocabulary, max_seq_length, target, manifest)
-    store = TokenStore(target)
+    ingest = plan_ingest(directory, recipe, store_root)
+    if note:
+        note(ingest)
+    if ingest.missing:
+        logger.info("making %d of %d parts of the token store of %s", len(ingest.missing), len(ingest.parts), directory)
+        run(ingest.missing, recipe)
+    manifest = storage.join(ingest.place, "manifest.json")
+    if not storage.exists(manifest):
+        _assemble(ingest)
+    store = TokenStore(ingest.place)
     if len(store) == 0:
-        lines = (target / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = store.rejected_lines().splitlines()
         why = f"; the first one {json.loads(lines[0])['reason']}" if lines else ""
-        raise DataError("directory", str(directory), f"holds no usable {task} record{why}.")
+        raise DataError("directory", str(directory), f"holds no usable {recipe.task} record{why}.")
     return store
 
 
-def _write_store(files: Sequence[Path], task: Task, vocabulary: Vocabulary, limit: int, target: Path, manifest: dict[str, object]) -> None:
-    writer = StoreWriter(target)
+def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -> Ingest:
+    """Which parts a directory has and which of them are there."""
+    root, directory = str(store_root), str(directory)
+    entries = record_files(directory)
+    digests = _digests(directory, entries, root)
+    content = digest(json.dumps([[e.name, e.size, digests[e.name]] for e in entries]).encode())
+    base = storage.name_of(directory)
+    manifest = {
+        "name": base.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json"),
+        "source": storage.redact(directory),
+        "content": content,
+        "units": units_manifest(directory),
+        **recipe.fingerprint(),
+    }
+    identity = {key: value for key, value in manifest.items() if key not in ("name", "source")}
+    key = digest(json.dumps(identity, sort_keys=True).encode())[:16]
+    parts = tuple(part for entry in entries for part in _parts(entry, digests[entry.name], recipe, storage.join(root, "parts")))
+    place = storage.join(root, f"{re.sub(r'[^A-Za-z0-9_-]', '_', base)}-{key}")
+    there = {e.name.split("/")[0] for e in storage.list_files(storage.join(root, "parts"), ("part.json",))} if _has_parts(root) else set()
+    unique = {part.key: part for part in parts}
+    return Ingest(place, manifest, parts, tuple(part for part in unique.values() if part.key not in there))
+
+
+def _has_parts(root: str) -> bool:
+    return storage.exists(storage.join(root, "parts"))
+
+
+def content_of(directory: str | Path, store_root: str | Path) -> str:
+    """Digest of names and bytes of a directory's records."""
+    entries = record_files(directory)
+    digests = _digests(str(directory), entries, str(store_root))
+    return digest(json.dumps([[e.name, e.size, digests[e.name]] for e in entries]).encode())
+
+
+def _splits(entry: Entry) -> bool:
+    return is_lines(entry.name) and not entry.name.endswith(".gz")
+
+
+def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, list[str]]:
+    """Digests of each file's ranges, by name. Files that have not changed since their last reading, by size and time stamp, are not read
+    again."""
+    memory = storage.join(root, "files", f"{digest(directory.encode())}.json")
+    known: dict[str, Any] = {}
+    if storage.exists(memory):
+        try:
+            known = read_sealed(memory, "file list").get("files", {})
+        except DataError:
+            known = {}  # a memory of what was read, no more: the files are read again
+    now = time.time_ns()
+    fresh = [e for e in entries if e.name not in known or known[e.name][:2] != [e.size, e.stamp]]
+    with ThreadPoolExecutor() as pool:
+        read = dict(zip((e.name for e in fresh), pool.map(_read_digests, fresh), strict=True))
+    digests = {e.name: read.get(e.name) or known[e.name][2] for e in entries}
+    settled = {e.name: [e.size, e.stamp, digests[e.name]] for e in entries if storage.is_remote(e.place) or _age(e, now) > _SETTLED_NS}
+    if read and settled:
+        storage.write_bytes(memory, seal({"version": STORE_VERSION, "directory": directory, "files": settled}))
+    return digests
+
+
+def _age(entry: Entry, now: int) -> int:
+    return now - int(entry.stamp.split("-")[0])
+
+
+def _read_digests(entry: Entry) -> list[str]:
+    size = RANGE if _splits(entry) else None
+    digests, state, left = [], xxhash.xxh3_128(), size
+    with storage.open_read(entry.place) as stream:
+        while chunk := stream.read(1 << 20 if left is None else min(1 << 20, left)):
+            state.update(chunk)
+            if left is not None:
+                left -= len(chunk)
+                if left == 0:
+                    digests.append(state.hexdigest())
+                    state, left = xxhash.xxh3_128(), size
+    return [*digests, state.hexdigest()]
+
+
+def _parts(entry: Entry, digests: Sequence[str], recipe: Recipe, root: str) -> Iterator[Part]:
+    """The parts of a file. A range's first record depends on the byte before it, its last one on the two ranges behind it."""
+    made_with = json.dumps({**recipe.fingerprint(), "form": _form(entry.name)}, sort_keys=True)
+    n = max(1, -(-entry.size // RANGE)) if _splits(entry) else 1
+    for i in range(n):
+        around = [digests[j] if 0 <= j < len(digests) else "" for j in range(i - 1, i + 3)] if n > 1 else [*digests]
+        key = digest(json.dumps([made_with, i > 0, around]).encode())
+        start, stop = i * RANGE, None if i == n - 1 else (i + 1) * RANGE
+        yield Part(entry.place, start, stop, key, storage.join(root, key), min(entry.size - start, RANGE) if n > 1 else entry.size)
+
+
+def _form(name: str) -> str:
+    return f"{'lines' if is_lines(name) else 'values'}{'.gz' if name.endswith('.gz') else ''}"
+
+
+def make_part(part: Part, recipe: Recipe) -> None:
+    """Read, check and encode one part; nothing where it is there already. Memory does not grow with the part.
+
+    Raises:
+        DataError: storage failed for good.
+    """
+    if storage.exists(storage.join(part.place, "part.json")):
+        return
+    remote = storage.is_remote(part.place)
+    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(part.place).parent
+    writer = PartWriter(scratch)
     try:
-        for batch in _batched(_good_records(files, task, writer), _BATCH):
-            kept_ids, kept = [], []
-            for (file, index, record), item in zip(batch, encode_records([record for _, _, record in batch], vocabulary), strict=True):
-                if len(item.input_ids) > limit:
-                    writer.reject(file, index, f"has {len(item.input_ids)} tokens, more than max_seq_length ({limit})", record.id)
-                else:
-                    kept_ids.append(record.id)
-                    kept.append(item)
-            writer.add(kept_ids, kept)
-        writer.commit(manifest)
-    except BaseException:  # whatever it was, and Ctrl-C: no half-written folder stays, and the error goes on
-        writer.abort()
-        raise
+        n_seen = 0
+        values = enumerate(_values(part))
+        while batch := list(itertools.islice(values, _BATCH)):
+            n_seen += len(batch)
+            _add_batch(writer, recipe, batch)
+        writer.publish(part.place, n_seen)
+    finally:
+        writer.abort()  # whatever happened, Ctrl-C too: no half-written folder stays
+        if remote:
+            scratch.rmdir()
 
 
-def _good_records(files: Sequence[Path], task: Task, writer: StoreWriter) -> Iterator[tuple[str, int, Record]]:
-    for path in files:
-        for index, raw in read_raw(path):
-            try:
-                if isinstance(raw, RecordError):
-                    raise raw
-                record = parse_record(raw)
-                if record.task != task:
-                    raise RecordError(f"is a {record.task} record in a source of {task} records")
-            except RecordError as error:
-                record_id = raw.get("id") if isinstance(raw, dict) else None
-                writer.reject(str(path), index, str(error), None if record_id is None else str(record_id))
-            else:
-                yield str(path), index, record
+def _values(part: Part) -> Iterator[tuple[int, object]]:
+    if part.start == 0 and part.stop is None:
+        yield from read_with_offsets(part.file)
+        return
+    with storage.open_read(part.file) as stream:
+        stream.seek(max(0, part.start - 1), io.SEEK_SET)
+        yield from read_lines(stream, part.start, part.stop)
 
 
-def _batched(items: Iterator[tuple[str, int, Record]], size: int) -> Iterator[list[tuple[str, int, Record]]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def _add_batch(writer: PartWriter, recipe: Recipe, batch: Sequence[tuple[int, tuple[int, object]]]) -> None:
+    good: list[tuple[int, int, Record]] = []
+    for (index, (byte, raw)), record in zip(batch, parse_records([raw for _, (_, raw) in batch]), strict=True):
+        if isinstance(record, RecordError):
+            record_id = raw.get("id") if isinstance(raw, dict) else None
+            writer.reject(index, byte, str(record), None if record_id is None else str(record_id))
+        elif record.task != recipe.task:
+            writer.reject(index, byte, f"is a {record.task} record in a source of {recipe.task} records", record.id)
+        else:
+            good.append((index, byte, record))
+    ids: list[str] = []
+    kept: list[Encoded] = []
+    for (index, byte, record), item in zip(good, encode_records([r for _, _, r in good], recipe.vocabulary), strict=True):
+        if len(item.input_ids) <= recipe.max_seq_length:
+            ids.append(record.id)
+            kept.append(item)
+        elif recipe.overlong == "split" and (pieces := _split(item, recipe.max_seq_length)):
+            ids += [f"{record.id}#{number}" for number in range(1, len(pieces) + 1)]
+            kept += pieces
+        else:
+            reason = f"has {len(item.input_ids)} tokens, more than max_seq_length ({recipe.max_seq_length})"
+            writer.reject(index, byte, reason, record.id, set_aside=recipe.overlong == "set_aside")
+    writer.add(ids, kept)
 
 
-def check_rejected(stores: Sequence[TokenStore], limit: float, report: Path) -> int:
+def _split(item: Encoded, limit: int) -> list[Encoded]:
+    """A long text's output in pieces behind its prompt, every supervised token in one of them; none where speech would have to be cut, for
+    which words belong to which units is not known, or where the prompt leaves less than half of a row."""
+    room = limit - item.prompt_length
+    if item.task != "text" or 2 * room < limit:
+        return []
+    prompt, output = np.split(item.input_ids, [item.prompt_length])
+    cuts = [output[start : start + room] for start in range(0, len(output), room)]
+    return [Encoded(np.concatenate([prompt, cut]), item.prompt_length, item.task) for cut in cuts]
+
+
+def _assemble(ingest: Ingest) -> None:
+    """The store's manifest and index over its parts."""
+    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if storage.is_remote(ingest.place) else storage.local(ingest.place).parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".store-", dir=scratch))
+    totals = dict.fromkeys(("n_records", "n_tokens", "n_seen", "n_rejected", "n_set_aside"), 0)
+    shards: list[dict[str, Any]] = []
+    index: list[np.ndarray] = []
+    seen_of: dict[str, int] = {}
+    with (folder / "rejected.jsonl").open("wb") as sink:
+        for part in ingest.parts:
+            content = read_sealed(storage.join(part.place, "part.json"), "part")
+            shards += [{"part": part.key, **shard} for shard in content["shards"]]
+            index.append(np.load(io.BytesIO(storage.read_bytes(storage.join(part.place, "index.npy"))), allow_pickle=False))
+            for raw in storage.read_bytes(storage.join(part.place, "rejected.jsonl")).splitlines():
+                line = json.loads(raw)
+                line = {"file": part.file, **line, "index": line["index"] + seen_of.get(part.file, 0)}
+                sink.write(json.dumps(line).encode() + b"\n")
+            seen_of[part.file] = seen_of.get(part.file, 0) + content["n_seen"]
+            for name in totals:
+                totals[name] += content[name]
+    lengths, prompts = np.concatenate(index, axis=1)
+    np.save(folder / "lengths.npy", lengths)
+    np.save(folder / "prompt_lengths.npy", prompts)
+    digests = {name: file_digest(folder / name) for name in ("lengths.npy", "prompt_lengths.npy")}
+    (folder / "manifest.json").write_bytes(seal({**ingest.manifest, **totals, "index": digests, "shards": shards}))
+    folder.chmod(0o755)  # made for this user alone; a shared store is read by others
+    storage.publish(folder, ingest.place, "manifest.json")
+    shutil.rmtree(scratch if storage.is_remote(ingest.place) else folder, ignore_errors=True)
+
+
+def units_manifest(directory: str | Path) -> dict[str, object] | None:
+    """What the units of a directory's records were made with, where its maker wrote that down."""
+    folder = str(directory)
+    place = storage.join(storage.parent(folder) if storage.name_of(folder).endswith(RECORD_SUFFIXES) else folder, "units.json")
+    if not storage.exists(place):
+        return None
+    try:
+        loaded = json.loads(storage.read_bytes(place))
+    except ValueError as error:
+        raise DataError("units manifest", place, f"is not JSON ({error}).") from error
+    return loaded if isinstance(loaded, dict) else None
+
+
+def check_rejected(stores: Iterable[TokenStore], limit: float, report: str | Path) -> int:
     """Write every rejected record of the stores to `report` and return their number.
 
     Raises:
-        DataError: a store's share of rejected records is above `limit`.
+        DataError: a store's share of bad records is above `limit`. Records set aside for their length do not count.
     """
-    total = 0
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with report.open("w", encoding="utf-8") as sink:
-        for store in stores:
-            sink.write((store.directory / "rejected.jsonl").read_text(encoding="utf-8"))
-            total += store.manifest["n_rejected"]
+    stores = list(stores)
+    storage.write_bytes(str(report), b"".join(store.rejected_lines() for store in stores))
+    total = sum(store.manifest["n_rejected"] + store.manifest["n_set_aside"] for store in stores)
     for store in stores:
-        rejected = store.manifest["n_rejected"]
-        if rejected > limit * (rejected + len(store)):
-            with (store.directory / "rejected.jsonl").open(encoding="utf-8") as lines:
-                first = json.loads(next(lines))
+        rejected, seen = store.manifest["n_rejected"], store.manifest["n_seen"]
+        if rejected > limit * seen:
+            lines = [json.loads(line) for line in store.rejected_lines().splitlines()]
+            bad = [line for line in lines if not line.get("set_aside")]
+            first = next((line for line in bad if "not JSON at" in line["reason"] or "gzip" in line["reason"]), bad[0])  # the worst of them
             raise DataError(
                 "max_rejected_fraction",
                 limit,
-                f"is exceeded: {rejected} of {rejected + len(store)} records of {store.manifest['source']} are bad; the first, "
+                f"is exceeded: {rejected} of {seen} records of {store.manifest['source']} are bad; the first, "
                 f"{first['file']} record {first['index']}, {first['reason']}.",
                 f"See {report}; mend the records or raise max_rejected_fraction.",
             )

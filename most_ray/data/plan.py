@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from most_ray import storage
 from most_ray.config import RunConfig
-from most_ray.data.mixture import Mixture, integer_weights
+from most_ray.data.mixture import MIXTURE_VERSION, Mixture, integer_weights
 from most_ray.data.noise import NO_NOISE, UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
-from most_ray.errors import CheckpointError, ConfigError, DataError
+from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
 from most_ray.records import TASKS
 
 
@@ -36,6 +37,7 @@ class PlanSpec:
     global_batch_size: int
     max_seq_length: int
     noise: UnitNoise = NO_NOISE
+    weight_unit: Literal["rows", "tokens"] = "rows"
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class Cursor:
 class Plan:
     """`step(k)` for any k, in any order, in constant time."""
 
-    def __init__(self, spec: PlanSpec) -> None:
+    def __init__(self, spec: PlanSpec, stores: Sequence[TokenStore] | None = None) -> None:
+        """`stores`: in place of those that the spec names."""
         self.spec = spec
-        self.stores: list[TokenStore] = [open_store(path) for path in spec.stores]
-        self.mixture = Mixture(spec.weights, [len(store) for store in self.stores], spec.seed)
+        self.stores: list[TokenStore] = [open_store(path) for path in spec.stores] if stores is None else list(stores)
+        self.mixture = Mixture(spec.weights, [store.lengths for store in self.stores], spec.seed, spec.weight_unit)
         self._tasks = np.array([TASKS.index(store.task) for store in self.stores])
         self.neighbours = [unit_neighbours(store) for store in self.stores]
 
@@ -81,6 +84,8 @@ class Plan:
             "sources": [[store.name, store.task, store.manifest["content"]] for store in self.stores],
             "vocabulary": self.stores[0].manifest["vocabulary"],
             "weights": list(self.spec.weights),
+            "weight_unit": self.spec.weight_unit,
+            "mixture": MIXTURE_VERSION,
             "seed": self.spec.seed,
             "global_batch_size": self.spec.global_batch_size,
             "max_seq_length": self.spec.max_seq_length,
@@ -112,9 +117,20 @@ class Plan:
         """Ids of the step's records, sorted: one line of a trace."""
         return sorted(self.stores[s].record_id(int(r)) for s, r in zip(plan.sources, plan.rows, strict=True))
 
-    def steps_for_epochs(self, epochs: float) -> int:
-        """Steps after which every source has been seen at least `epochs` times."""
-        return -(-self.mixture.records_for_epochs(epochs) // self.spec.global_batch_size)
+    def steps_for_epochs(self, epochs: float, of: str = "all") -> int:
+        """Steps after which every source, or the one called `of`, has been seen at least `epochs` times.
+
+        Raises:
+            ConfigError: no source, or more than one, is called so.
+        """
+        source = None
+        if of != "all":
+            found = [i for i, name in enumerate(self.names) if of in (name, name.split("/", 1)[1])]
+            if len(found) != 1:
+                rule = "is no training source." if not found else "is the name of more than one source."
+                raise ConfigError("epochs_of", of, rule, nearest(of, ["all", *self.names]))
+            source = found[0]
+        return -(-self.mixture.records_for_epochs(epochs, source) // self.spec.global_batch_size)
 
     def cursor(self, step: int) -> Cursor:
         """Epoch: passes over the least seen source."""
@@ -127,11 +143,23 @@ class Plan:
         counts = self.mixture.counts(step * self.spec.global_batch_size)
         return {name: int(count) for name, count in zip(self.names, counts, strict=True)}
 
+    def mix(self, step: int) -> dict[str, dict[str, float]]:
+        """What `step` steps have trained on: per source its records, their tokens (before noise), and its share of the unit that weights
+        count, beside the share that was asked for."""
+        n = step * self.spec.global_batch_size
+        counts, tokens = self.mixture.counts(n), self.mixture.tokens(n)
+        amounts = counts if self.spec.weight_unit == "rows" else tokens
+        total, weights = max(1, int(amounts.sum())), sum(self.spec.weights)
+        return {
+            name: {"records": int(c), "tokens": int(t), "share": round(int(a) / total, 9), "target": round(w / weights, 9)}
+            for name, c, t, a, w in zip(self.names, counts, tokens, amounts, self.spec.weights, strict=True)
+        }
+
     @cached_property
     def names(self) -> list[str]:
         """What each source is called: task and folder."""
         tasks = [store.task for store in self.stores]
-        folders = distinct_names([Path(store.manifest["source"]) for store in self.stores], tasks)
+        folders = distinct_names([store.manifest["source"] for store in self.stores], tasks)
         return [f"{task}/{folder}" for task, folder in zip(tasks, folders, strict=True)]
 
 
@@ -139,9 +167,10 @@ def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def distinct_names(directories: Sequence[Path], groups: Sequence[str]) -> list[str]:
-    """Each directory's last name, with as many of those above it as tell it apart from the others of its group."""
-    parts = [directory.absolute().parts[1:] or ("root",) for directory in directories]
+def distinct_names(directories: Sequence[str | Path], groups: Sequence[str]) -> list[str]:
+    """Each directory's (or URI's) last name, with as many of those above it as tell it apart from the others of its group."""
+    full = [str(d) if storage.is_remote(d) else str(storage.local(d).absolute()) for d in directories]
+    parts = [[name for name in place.split("?")[0].split("/") if name] or ["root"] for place in full]
     names = []
     for index, own in enumerate(parts):
         others = [other for i, other in enumerate(parts) if i != index and groups[i] == groups[index]]
@@ -150,22 +179,41 @@ def distinct_names(directories: Sequence[Path], groups: Sequence[str]) -> list[s
     return names
 
 
-def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any]) -> None:
-    """A run may go on only over the data it began with.
+def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any], accept_change: bool = False) -> list[str]:
+    """A run may go on only over the data it began with. Returns what changed: nothing, or, with `accept_change`, the names.
 
     Raises:
         CheckpointError: names what changed.
     """
     if cursor.fingerprint == plan.fingerprint:
-        return
-    now = json.loads(json.dumps(plan.ingredients))
-    changed = sorted(key for key in now if now[key] != ingredients.get(key)) or ["plan"]
+        return []
+    changed = _changes(ingredients, json.loads(json.dumps(plan.ingredients))) or ["plan"]
+    if accept_change:
+        return changed
     raise CheckpointError(
         "data",
         ", ".join(changed),
         "changed since the checkpoint was written, so the run cannot go on exactly.",
-        "Restore it, or give the run another name (with resume_from_checkpoint and ignore_optimizer_state to keep the weights).",
+        "Restore it, go on all the same with --accept_data_change true (at the same step of the new plan), or give the run another name "
+        "(with resume_from_checkpoint and ignore_optimizer_state to keep the weights).",
     )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of the ingredients that differ; of sources and vocabulary, which one and which part."""
+    changed = []
+    for key in sorted(now.keys() | before.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key == "vocabulary" and isinstance(old, dict) and isinstance(new, dict):
+            changed += [{"ids": "token ids"}.get(part, part) for part in sorted(new) if new[part] != old.get(part)]
+        elif key == "sources" and isinstance(old, list) and isinstance(new, list):
+            names = [f"{task}/{name}" for name, task, *_ in [*(s for s in new if s not in old), *(s for s in old if s not in new)]]
+            changed.append(f"sources ({', '.join(dict.fromkeys(names)) or 'their order'})")
+        else:
+            changed.append(key)
+    return changed
 
 
 def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int, ...]:
@@ -190,7 +238,8 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
     weights: list[Fraction] = []
     for task in ("asr", "tts", "text"):
         of_kind = [store for store in stores if store.task == task]
-        given = getattr(config, f"train_{task}_weights") or [len(store) for store in of_kind]
+        sizes = [len(store) if config.weight_unit == "rows" else store.manifest["n_tokens"] for store in of_kind]
+        given = getattr(config, f"train_{task}_weights") or sizes
         parts = [Fraction(str(weight)) for weight in given]
         weights += [shares[task] * part / sum(parts, Fraction(0)) for part in parts]
     return integer_weights(weights)
@@ -206,12 +255,13 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
     check_units(stores)
     return PlanSpec(
-        stores=tuple(str(store.directory) for store in stores),
+        stores=tuple(store.place for store in stores),
         weights=source_weights(config, stores),
         seed=config.seed,
         global_batch_size=global_batch_size,
         max_seq_length=config.max_seq_length,
         noise=_noise(config, stores),
+        weight_unit=config.weight_unit,
     )
 
 

@@ -1,7 +1,11 @@
 """The token store: records of one directory as token ids, in memory-mapped Arrow shards beside a JSON manifest.
 
-A store is complete or is not there: it is written under a temporary name and renamed. Its folder's name ends in a digest of what it
-was made from (content, tokenizer, template, length limit), so that a changed file or tokenizer makes another store.
+Shards belong to parts, and a part is made of one file or byte range of the directory. Parts are named by what they were made from
+(content, tokenizer, template, limits), lie in `parts/` beside the stores, and are shared by them: where one file of a directory
+changes, only its parts are made anew. Parts and stores are complete or are not there: the file that lists the others comes last.
+
+Everything carries checksums: index files are checked when a store is opened, shards by their size then and by every record that is
+read; `verify` reads all of it.
 """
 
 from __future__ import annotations
@@ -16,36 +20,62 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
+from most_ray import storage
+from most_ray.cache import node_cache
 from most_ray.errors import DataError
 from most_ray.template import Encoded
 
-STORE_VERSION = 1
-_SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.large_list(pa.int32())), ("prompt_length", pa.int32())])
-_SHARD_TOKENS = 1 << 26
+STORE_VERSION = 2
+_SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.large_list(pa.int32())), ("checksum", pa.uint64())])
+_SHARD_TOKENS = 1 << 24
+_OPEN_SHARDS = 128  # each holds a file descriptor
+_MADE_ANEW = "the next start makes it anew."
+
+
+def digest(data: Any) -> str:
+    """Of bytes or a contiguous array."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def file_digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            state.update(chunk)
+    return str(state.hexdigest())
+
+
+def record_checksum(record_id: str, tokens: np.ndarray) -> int:
+    return int(xxhash.xxh3_64_intdigest(tokens, seed=xxhash.xxh32_intdigest(record_id)))
 
 
 class TokenStore:
-    """Read access. Arrays are mapped, not loaded: opening costs the same at any size.
+    """Read access. Arrays are mapped, not loaded: opening costs little at any size.
 
     Attributes:
+        place: folder or URI.
         manifest: what the store was made from and holds.
         lengths: tokens of each record, int32 (records,).
         prompt_lengths: unsupervised tokens at the start of each record, int32 (records,).
+
+    Raises:
+        DataError: the store is damaged, of another version, or gone; names the file.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        try:
-            self.manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError("token store", str(directory), f"has no readable manifest ({error}).", "Delete it; it is made anew.") from error
+    def __init__(self, place: str | Path) -> None:
+        self.place = str(place)
+        self._cache = node_cache() if storage.is_remote(self.place) else None
+        self.manifest = read_sealed(storage.join(self.place, "manifest.json"), "token store")
         if self.manifest["version"] != STORE_VERSION:
-            raise DataError("token store", str(directory), f"is of version {self.manifest['version']}, not {STORE_VERSION}.", "Delete it.")
-        self.lengths: np.ndarray = np.load(directory / "lengths.npy", mmap_mode="r")
-        self.prompt_lengths: np.ndarray = np.load(directory / "prompt_lengths.npy", mmap_mode="r")
-        self._batches = [_open_shard(directory / name) for name in self.manifest["shards"]]
-        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+            raise DataError(
+                "token store", self.place, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_MADE_ANEW}"
+            )
+        self.lengths: np.ndarray = self._index("lengths.npy")
+        self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")
+        self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,100 +88,196 @@ class TokenStore:
     def name(self) -> str:
         return str(self.manifest["name"])
 
-    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+    def _fetch(self, place: str) -> Path:
+        return self._cache.fetch(place) if self._cache else storage.local(place)
+
+    def _index(self, name: str) -> np.ndarray:
+        place = storage.join(self.place, name)
+        try:
+            path = self._fetch(place)
+            if file_digest(path) != self.manifest["index"][name]:
+                raise DataError("token store", place, "does not match its checksum.", _remedy(place))
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError("token store", place, f"cannot be read ({error}).", _remedy(place)) from error
+
+    def shard_place(self, index: int) -> str:
+        shard = self.manifest["shards"][index]
+        return storage.join(storage.parent(self.place), "parts", shard["part"], shard["name"])
+
+    def _damaged(self, index: int, why: str) -> DataError:
+        place = self.shard_place(index)
+        copy = f" and this node's copy ({self._cache.directory})" if self._cache else ""
+        return DataError("shard", storage.redact(place), f"{why}.", f"Delete {storage.redact(storage.parent(place))}{copy}; {_MADE_ANEW}")
+
+    def _open_shard(self, index: int) -> pa.RecordBatch:
+        shard, place = self.manifest["shards"][index], self.shard_place(index)
+        try:
+            path = self._fetch(place)
+            size = path.stat().st_size
+            if size != shard["bytes"]:
+                raise self._damaged(index, f"has {size} bytes instead of {shard['bytes']}")
+            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            batch.validate(full=True)  # offsets that lead outside end the process where they are followed
+            return batch
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(index, f"cannot be read ({error})") from error
+
+    def _locate(self, row: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._batches[shard], row - int(self._starts[shard])
+        return shard, row - int(self._starts[shard])
 
     def record_id(self, row: int) -> str:
-        batch, index = self._locate(row)
-        return str(batch.column(0)[index].as_py())
+        shard, index = self._locate(row)
+        return str(self._shard(shard).column(0)[index].as_py())
 
     def input_ids(self, row: int) -> np.ndarray:
-        """Tokens of a record, int32 (tokens,), without a copy."""
-        batch, index = self._locate(row)
+        """Tokens of a record, int32 (tokens,), without a copy, checked.
+
+        Raises:
+            DataError: they are not what was written; names the shard.
+        """
+        shard, index = self._locate(row)
+        batch = self._shard(shard)
         column = batch.column(1)
-        start, stop = column.offsets[index].as_py(), column.offsets[index + 1].as_py()
-        return column.values.slice(start, stop - start).to_numpy()
+        try:
+            start, stop = column.offsets[index].as_py(), column.offsets[index + 1].as_py()
+            tokens: np.ndarray = column.values.slice(start, stop - start).to_numpy()
+            good = len(tokens) == self.lengths[row] and record_checksum(self.record_id(row), tokens) == batch.column(2)[index].as_py()
+        except (ValueError, IndexError, OverflowError, pa.ArrowException) as error:
+            raise self._damaged(shard, f"has broken columns at record {index} ({error})") from error
+        if not good:
+            raise self._damaged(shard, f"is damaged: record {index} does not match its checksum")
+        return tokens
 
+    def verify(self, max_bytes: int | None = None) -> bool:
+        """Check every shard's size and, where all of them have at most `max_bytes`, every byte. Returns whether bytes were checked.
 
-def _open_shard(path: Path) -> pa.RecordBatch:
-    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        Raises:
+            DataError: names the shard.
+        """
+        shards = self.manifest["shards"]
+        whole = max_bytes is None or sum(shard["bytes"] for shard in shards) <= max_bytes
+        for index, shard in enumerate(shards):
+            if self._cache and not whole:
+                continue  # a remote shard's size is checked when it is fetched
+            try:
+                path = self._fetch(self.shard_place(index))
+                size = path.stat().st_size
+            except OSError as error:
+                raise self._damaged(index, f"cannot be read ({error.strerror or error})") from error
+            if size != shard["bytes"]:
+                raise self._damaged(index, f"has {size} bytes instead of {shard['bytes']}")
+            if whole and file_digest(path) != shard["digest"]:
+                raise self._damaged(index, "is damaged: it does not match its checksum")
+        return whole
+
+    def rejected_lines(self) -> bytes:
+        """rejected.jsonl."""
+        return storage.read_bytes(storage.join(self.place, "rejected.jsonl"))
 
 
 @lru_cache(maxsize=64)
-def open_store(directory: str) -> TokenStore:
+def open_store(place: str) -> TokenStore:
     """A store, opened once per process."""
-    return TokenStore(Path(directory))
+    return TokenStore(place)
 
 
-class StoreWriter:
-    """Writes one store; `commit` makes it visible."""
+def _remedy(place: str) -> str:
+    return f"Delete {storage.redact(storage.parent(place))}; {_MADE_ANEW}"
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}")
-        self._temporary.mkdir(parents=True)
-        self._shards: list[str] = []
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """JSON that carries its own digest."""
+    return json.dumps({**content, "digest": digest(json.dumps(content, sort_keys=True).encode())}, indent=1).encode()
+
+
+def read_sealed(place: str, what: str) -> dict[str, Any]:
+    """What `seal` made.
+
+    Raises:
+        DataError: it cannot be read or has changed since.
+    """
+    try:
+        content = json.loads(storage.read_bytes(place))
+        found = content.pop("digest", None)
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(what, place, f"cannot be read ({error}).", _remedy(place)) from error
+    if found != digest(json.dumps(content, sort_keys=True).encode()) and content.get("version", STORE_VERSION) == STORE_VERSION:
+        raise DataError(what, place, "does not match its checksum.", _remedy(place))
+    return dict(content)
+
+
+class PartWriter:
+    """Writes one part into a temporary folder; `publish` makes it visible. Memory: one shard's tokens.
+
+    A part is shard-NNNN.arrow, index.npy (lengths and prompt lengths, int32 (2, records)), rejected.jsonl and, last, part.json.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self.folder = scratch / f".part-{uuid.uuid4().hex[:12]}"
+        self.folder.mkdir(parents=True)
+        self._shards: list[dict[str, Any]] = []
         self._ids: list[str] = []
         self._tokens: list[np.ndarray] = []
-        self._prompts: list[int] = []
         self._buffered = 0
-        self._lengths: list[int] = []
-        self._prompt_lengths: list[int] = []
-        self._rejected: list[dict[str, Any]] = []
+        self._lengths: list[np.ndarray] = []
+        self._prompts: list[int] = []
+        self._rejected = (self.folder / "rejected.jsonl").open("wb")
+        self._counts = {"n_rejected": 0, "n_set_aside": 0}
 
     def add(self, ids: Sequence[str], encoded: Sequence[Encoded]) -> None:
-        for record_id, item in zip(ids, encoded, strict=True):
-            self._ids.append(record_id)
+        self._ids += ids
+        for item in encoded:
             self._tokens.append(item.input_ids)
             self._prompts.append(item.prompt_length)
             self._buffered += len(item.input_ids)
         if self._buffered >= _SHARD_TOKENS:
             self._flush()
 
-    def reject(self, file: str, index: int, reason: str, record_id: str | None = None) -> None:
-        self._rejected.append({"file": file, "index": index, "reason": reason, "id": record_id})
-
-    @property
-    def n_rejected(self) -> int:
-        return len(self._rejected)
+    def reject(self, index: int, byte: int, reason: str, record_id: str | None = None, *, set_aside: bool = False) -> None:
+        self._counts["n_set_aside" if set_aside else "n_rejected"] += 1
+        line = {"index": index, "byte": byte, "reason": reason, "id": record_id} | ({"set_aside": True} if set_aside else {})
+        self._rejected.write(json.dumps(line).encode() + b"\n")
 
     def _flush(self) -> None:
         if not self._ids:
             return
-        lengths = [len(tokens) for tokens in self._tokens]
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(self._tokens), pa.int32()))
-        batch = pa.RecordBatch.from_arrays([pa.array(self._ids), lists, pa.array(self._prompts, pa.int32())], schema=_SCHEMA)
-        name = f"shard-{len(self._shards):05d}.arrow"
-        with pa.OSFile(str(self._temporary / name), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        lengths = np.array([len(tokens) for tokens in self._tokens], np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        flat = np.concatenate(self._tokens)
+        lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.int32()))
+        sums = np.fromiter(map(record_checksum, self._ids, self._tokens), np.uint64, len(self._ids))
+        batch = pa.RecordBatch.from_arrays([pa.array(self._ids, pa.string()), lists, pa.array(sums)], schema=_SCHEMA)
+        path = self.folder / f"shard-{len(self._shards):04d}.arrow"
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             writer.write_batch(batch)
-        self._shards.append(name)
-        self._lengths += lengths
-        self._prompt_lengths += self._prompts
-        self._ids, self._tokens, self._prompts, self._buffered = [], [], [], 0
+        self._shards.append({"name": path.name, "rows": len(lengths), "bytes": path.stat().st_size, "digest": file_digest(path)})
+        self._lengths.append(lengths.astype(np.int32))
+        self._ids, self._tokens, self._buffered = [], [], 0
 
-    def commit(self, manifest: Mapping[str, Any]) -> None:
+    def publish(self, place: str, n_seen: int) -> None:
+        """Give the part its place. `n_seen`: records of the input, good and bad."""
         self._flush()
-        np.save(self._temporary / "lengths.npy", np.array(self._lengths, np.int32))
-        np.save(self._temporary / "prompt_lengths.npy", np.array(self._prompt_lengths, np.int32))
-        with (self._temporary / "rejected.jsonl").open("w", encoding="utf-8") as sink:
-            sink.writelines(json.dumps(entry) + "\n" for entry in self._rejected)
+        self._rejected.close()
+        index = np.stack([np.concatenate([np.zeros(0, np.int32), *self._lengths]), np.array(self._prompts, np.int32)])
+        np.save(self.folder / "index.npy", index)
         content = {
-            **manifest,
             "version": STORE_VERSION,
-            "n_records": len(self._lengths),
-            "n_tokens": int(sum(self._lengths)),
-            "n_rejected": len(self._rejected),
+            "n_records": index.shape[1],
+            "n_tokens": int(index[0].sum(dtype=np.int64)),
+            "n_seen": n_seen,
+            **self._counts,
             "shards": self._shards,
+            "index": file_digest(self.folder / "index.npy"),
         }
-        (self._temporary / "manifest.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        try:
-            self._temporary.rename(self.directory)
-        except OSError:
-            if not (self.directory / "manifest.json").exists():
-                raise
-            self.abort()  # another process made the same store first
+        (self.folder / "part.json").write_bytes(seal(content))
+        storage.publish(self.folder, place, "part.json")
 
     def abort(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._rejected.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from most_ray.data.ingest import check_rejected, ingest_directory
+from most_ray import storage
+from most_ray.data.ingest import Recipe, check_rejected, ingest_directory
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.plan import distinct_names
 from most_ray.data.store import TokenStore
@@ -34,7 +35,7 @@ class EvaluationSettings:
 
 
 def evaluate_model(
-    model_path: str, asr_dirs: Sequence[Path], tts_dirs: Sequence[Path], settings: EvaluationSettings, store_root: Path
+    model_path: str, asr_dirs: Sequence[str], tts_dirs: Sequence[str], settings: EvaluationSettings, store_root: str
 ) -> dict[str, Any]:
     """Score a model folder. See `evaluate`."""
     tokenizer = load_tokenizer(model_path)
@@ -43,9 +44,9 @@ def evaluate_model(
     limit = read_config(model_path).max_position_embeddings
     for task, directories in (("asr", asr_dirs), ("tts", tts_dirs)):
         for directory in directories:
-            store = ingest_directory(directory, task, vocabulary, limit, store_root)  # type: ignore[arg-type]
+            store = ingest_directory(directory, Recipe(task, vocabulary, limit), store_root)  # type: ignore[arg-type]
             stores.append((task, store))  # type: ignore[arg-type]
-    check_rejected([store for _, store in stores], settings.max_rejected_fraction, store_root / "rejected.jsonl")
+    check_rejected([store for _, store in stores], settings.max_rejected_fraction, storage.join(str(store_root), "rejected.jsonl"))
     model = load_model(model_path)
     check_template(model.config, model_path)
     check_units(model.config, one_unit_identity([store for _, store in stores]), model_path)
@@ -69,7 +70,7 @@ def evaluate(
     with count_routing(model) as routing:
         for name, task, store in sets:
             section = {"task": task, "records": len(store), "rejected": store.manifest["n_rejected"]}
-            section["rejected_file"] = str(store.directory / "rejected.jsonl")
+            section["rejected_file"] = storage.join(store.place, "rejected.jsonl")
             section |= teacher_forced(model, store)
             if task == "asr":
                 section |= _decode_asr(model, tokenizer, store, settings)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import string
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -20,17 +24,86 @@ AUDIO_TOKENS = (*(f"[Hu{unit}]" for unit in range(N_UNITS)), BEGIN_AUDIO, END_AU
 
 
 class TextEncoder:
-    """Text to ids in batches. Marker spellings inside a user's text stay text. Picklable, so that ingest tasks can carry it."""
+    """Text to ids in batches. Marker spellings inside a user's text stay text. Picklable, so that ingest tasks can carry it.
+
+    Tokenizers cut a text before they look for tokens, and none in use here ever joins what a single space divides. Where that holds
+    for this tokenizer (probed once, and again on samples), the ids of words are kept: most words come again and again, and a text is
+    put together ten times as fast as it is tokenised.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._first: dict[str, list[int]] = {}  # a text's first word, then those that stand behind a space
+        self._later: dict[str, list[int]] = {}
+        self._by_words = True
+        if not self._agrees(_PROBES):
+            self._by_words = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_first": {}, "_later": {}}
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        if not self._by_words:
+            return self._whole(texts)
+        sample = texts[:: max(1, len(texts) // _SAMPLES)]
+        if not self._agrees(sample):
+            self._by_words = False
+            return self._whole(texts)
+        return self._words(texts)
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _agrees(self, texts: Sequence[str]) -> bool:
+        return self._words(texts) == self._whole(texts)
+
+    def _words(self, texts: Sequence[str]) -> list[list[int]]:
+        if len(self._later) > _CACHED_WORDS:
+            self._first.clear()
+            self._later.clear()
+        divided = [_divide(text) for text in texts]
+        first = {words[0] for words in divided if words} - self._first.keys()
+        later = set(chain.from_iterable(words[1:] for words in divided if words)) - self._later.keys()
+        whole = [text for text, words in zip(texts, divided, strict=True) if words is None]
+        news = iter(self._whole([*first, *(" " + word for word in later), *whole]))
+        self._first |= {word: next(news) for word in first}
+        self._later |= {word: next(news) for word in later}
+        known = self._later.__getitem__
+        return [next(news) if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))] for words in divided]
+
+
+def _divide(text: str) -> list[str] | None:
+    """The words between single spaces; None where the text is not plain enough to be sure of them. Other white space stays inside a
+    word, and so does a space at the very end."""
+    if not text.isascii() or "  " in text:
+        return None
+    words = text.split(" ")
+    if not words[-1] and len(words) > 1:
+        words[-2:] = [words[-2] + " "]
+    if not all(words):
+        return None
+    if not text.isprintable() and any(
+        w[0].isspace() or w[-1].isspace() for w in (words[0].rstrip(" "), *words[1:-1], words[-1].rstrip(" ")) if w
+    ):
+        return None
+    return words
+
+
+def _probes(n: int = 400) -> list[str]:
+    """Texts of every printable character in words of every kind, always the same."""
+    kinds = (string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.digits, string.punctuation, string.printable[:94])
+    draw = random.Random(0)
+    words = ["".join(draw.choices(draw.choice(kinds), k=draw.randint(1, 8))) for _ in range(8 * n)]
+    joined = [" ".join(words[8 * i : 8 * i + draw.randint(1, 8)]) for i in range(n)]
+    return joined + [f"User: Say it.\n{text}\n\nAssistant: " for text in joined[: n // 4]]
+
+
+_PROBES = _probes()
+_SAMPLES = 8  # texts of each batch that are tokenised both ways
+_CACHED_WORDS = 1 << 19
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from most_ray.data.store import TokenStore
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
@@ -52,3 +55,19 @@ def spread(samples: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
         by_set.setdefault(sample["set"], []).append(sample)
     ordered = [row[index] for index in range(max(map(len, by_set.values()), default=0)) for row in by_set.values() if index < len(row)]
     return ordered[:count]
+
+
+def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console) -> None:
+    """What was taken in, and where it lies."""
+    table = Table(title="Token stores")
+    for heading in ("source", "task", "records", "bad", "set aside", "tokens", "MB"):
+        table.add_column(heading, justify="left" if heading in ("source", "task") else "right")
+    for store in stores:
+        m = store.manifest
+        megabytes = sum(shard["bytes"] for shard in m["shards"]) / 1e6
+        numbers = (f"{m['n_records']:,}", f"{m['n_rejected']:,}", f"{m['n_set_aside']:,}", f"{m['n_tokens']:,}", f"{megabytes:,.1f}")
+        table.add_row(store.name, store.task, *numbers)
+    console.print(table)
+    for store in stores:
+        console.print(f"{store.task}/{store.name}: {store.place}", highlight=False, soft_wrap=True)
+    console.print(f"{sum(len(store) for store in stores):,} records in {seconds:.1f} s", highlight=False)

@@ -7,23 +7,41 @@ construction, so no rank can run dry before another.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import ray.data
-from ray.data import DataContext
+from ray.data import DataContext, ExecutionResources
+from ray.experimental import internal_kv
 from safetensors.numpy import load as unpack_arrays
 from safetensors.numpy import save as pack_arrays
 
 from most_ray.data.batch import Batch, TokenLayout, open_plan, rank_batch
 from most_ray.data.plan import PlanSpec
+from most_ray.errors import UserError
 
+logger = logging.getLogger(__name__)
 TASK_CPUS = 0.25  # of one fetching task; small, so that it fits beside the training workers
+_TASKS = 2  # fetching at once
 _BLOCK_BYTES = 4 << 20
 _BLOCKS_PER_DATASET = 256
+_STORE_SHARE = 0.25  # of the cluster's object store, for the streams of all ranks together
+_BYTES_PER_TOKEN = 14  # of the arrays of a batch
 _ARRAYS = ("input_ids", "labels", "positions", "modality", "task")
+
+
+class StreamStalledError(UserError):
+    """Nothing came for `data_timeout_s`."""
+
+    kind = "data stalled"
 
 
 @dataclass(frozen=True)
@@ -35,48 +53,167 @@ class StreamSpec:
     rank: int
     world_size: int
     max_rows: int
+    timeout_s: float = 0.0
 
 
 def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
-    """Batches of steps first..last, in order. Memory and start-up time do not depend on how many there are."""
+    """Batches of steps first..last, in order. Memory and start-up time do not depend on how many there are, nor on the store's size.
+
+    Raises:
+        StreamStalledError: nothing came for `spec.timeout_s` seconds; names the stage that is stuck.
+        DataError: a shard is damaged.
+    """
     chunk = steps_per_block(spec)
     span = chunk * _BLOCKS_PER_DATASET
-    for start in range(first, last + 1, span):
-        yield from _stream_span(spec, start, min(last, start + span - 1), chunk)
+    board = _Board(first)
+
+    def batches() -> Iterator[Batch]:
+        for start in range(first, last + 1, span):
+            yield from _stream_span(spec, start, min(last, start + span - 1), chunk, board)
+
+    yield from watched(batches(), spec.timeout_s, board.stage)
+
+
+def watched(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:
+    """The same batches, one ahead, made on a thread of their own.
+
+    Raises:
+        StreamStalledError: none came for `timeout_s` seconds (0: wait for ever).
+    """
+    made: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(batch: Batch | None, error: BaseException | None) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put((batch, error), timeout=1.0)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def pump() -> None:
+        try:
+            for batch in batches:
+                if not put(batch, None):
+                    return
+            put(None, None)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the batches are taken
+            put(None, error)
+
+    threading.Thread(target=pump, name="stream", daemon=True).start()
+    try:
+        while True:
+            try:
+                batch, error = made.get(timeout=timeout_s or None)
+            except queue.Empty:
+                raise StreamStalledError(
+                    "data_timeout_s", timeout_s, f"passed without a batch: {stage()}.", "The same command goes on from the last checkpoint."
+                ) from None
+            if error is not None:
+                raise _user_cause(error) or error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        stopped.set()
+
+
+def _user_cause(error: BaseException | None) -> UserError | None:
+    """What a user can mend, out of the wrapping that Ray puts around errors of tasks."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+class _Board:
+    """Where fetching tasks say what they are at, for the one who waits for them. Kept in Ray's key-value store; gone with the blocks."""
+
+    def __init__(self, first: int) -> None:
+        self.key = uuid.uuid4().hex
+        self.waiting_for = (first, first)
+
+    def stage(self) -> str:
+        """What holds up the block that is due."""
+        first, last = self.waiting_for
+        what = f"steps {first} to {last}"
+        try:
+            note = internal_kv._internal_kv_get(_note_key(self.key, first))
+            cpus, free = (resources.get("CPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources()))
+        except Exception as error:  # noqa: BLE001 - whatever it is: Ray itself does not answer, which is what is to be said
+            return f"stage cluster: Ray does not answer ({error})"
+        if note is None:
+            return f"stage schedule: the task that fetches {what} has not begun ({free:g} of the cluster's {cpus:g} CPUs are free)"
+        told = json.loads(note)
+        return f"stage {told['stage']}: {what}, on {told['node']} for {time.time() - told['since']:.0f} s"
+
+
+def _note_key(board: str, first: int) -> bytes:
+    return f"most_ray/{board}/{first}".encode()
 
 
 def steps_per_block(spec: StreamSpec) -> int:
     """Steps fetched by one task: as many as make a block of a few megabytes, 64 at the most."""
-    rows = max(1, spec.plan.global_batch_size // spec.world_size)
-    bytes_per_step = min(rows, spec.max_rows * 4) * spec.plan.max_seq_length * 14
-    return int(max(1, min(64, _BLOCK_BYTES // max(1, bytes_per_step))))
+    return int(max(1, min(64, _BLOCK_BYTES // step_bytes(spec))))
 
 
-def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int) -> Iterator[Batch]:
+def step_bytes(spec: StreamSpec) -> int:
+    """About what a step of one rank takes on the wire."""
+    plan = open_plan(spec.plan)
+    tokens = sum(w * store.manifest["n_tokens"] / len(store) for w, store in zip(spec.plan.weights, plan.stores, strict=True))
+    packs = spec.plan.global_batch_size * tokens / sum(spec.plan.weights) / (0.95 * spec.plan.max_seq_length)
+    return int((packs / spec.world_size + 1) * spec.plan.max_seq_length * _BYTES_PER_TOKEN)
+
+
+def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _Board) -> Iterator[Batch]:
     n_blocks = -(-(last - first + 1) // chunk)
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=_store_budget(spec, chunk))
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    board.waiting_for = (first, min(last, first + chunk - 1))
     dataset = ray.data.range(n_blocks, override_num_blocks=n_blocks).map_batches(
         _fetch,
-        fn_kwargs={"spec": spec, "first": first, "last": last, "chunk": chunk},
+        fn_kwargs={"spec": spec, "first": first, "last": last, "chunk": chunk, "board": board.key},
         batch_size=1,
         num_cpus=TASK_CPUS,
-        concurrency=2,
+        concurrency=_TASKS,
     )
     for table in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
         for payload in table.column("payload"):
-            yield decode_batch(payload.as_py())
+            batch = decode_batch(payload.as_py())
+            if (batch.step - first) % chunk == chunk - 1:
+                internal_kv._internal_kv_del(_note_key(board.key, board.waiting_for[0]))
+                board.waiting_for = (batch.step + 1, min(last, batch.step + chunk))
+            yield batch
 
 
-def _fetch(block: dict[str, np.ndarray], spec: StreamSpec, first: int, last: int, chunk: int) -> dict[str, list[Any]]:
+def _store_budget(spec: StreamSpec, chunk: int) -> int:
+    """Bytes of the object store that this rank's blocks may take: enough to keep the tasks busy, and a fair share of it at most, for Ray
+    would give half of the store to each rank."""
+    wanted = 4 * _TASKS * chunk * step_bytes(spec)
+    there = ray.cluster_resources().get("object_store_memory", float(1 << 30))
+    return int(max(1 << 20, min(wanted, there * _STORE_SHARE / spec.world_size)))
+
+
+def _fetch(block: dict[str, np.ndarray], spec: StreamSpec, first: int, last: int, chunk: int, board: str) -> dict[str, list[Any]]:
     """The batches of one block; runs in a Ray task, without torch."""
-    plan = open_plan(spec.plan)
     start = first + int(block["id"][0]) * chunk
+
+    def note(stage: str) -> None:
+        told = {"stage": stage, "node": socket.gethostname(), "since": time.time()}
+        internal_kv._internal_kv_put(_note_key(board, start), json.dumps(told).encode(), overwrite=True)
+
+    note("open (stores and plan)")
+    plan = open_plan(spec.plan)
+    note("read (records from the token store)")
     steps = range(start, min(last, start + chunk - 1) + 1)
-    batches = [rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in steps]
-    return {"payload": [encode_batch(batch) for batch in batches]}
+    payload = [encode_batch(rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout)) for step in steps]
+    note("deliver (the block is made and on its way)")
+    return {"payload": payload}
 
 
 def encode_batch(batch: Batch) -> bytes:

@@ -29,7 +29,7 @@ class ValidationJob:
 
 def score_checkpoint(job: ValidationJob, model_dir: str, output: str) -> dict[str, dict[str, float]]:
     """Evaluate an exported checkpoint and write the result. Returns word error rates and losses per set."""
-    result = evaluate_model(model_dir, [Path(p) for p in job.asr_dirs], [Path(p) for p in job.tts_dirs], job.settings, Path(job.store_dir))
+    result = evaluate_model(model_dir, job.asr_dirs, job.tts_dirs, job.settings, job.store_dir)
     write_result(result, Path(output))
     return {"wer": result["wer"], "loss": {name: section["loss"] for name, section in result["sets"].items()}}
 

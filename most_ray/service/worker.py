@@ -90,7 +90,7 @@ def train_worker(job: WorkerJob) -> None:
         device,
         job.config.asr_loss_weight,
     )
-    stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size)
+    stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
     try:
         train(state, job.stream(stream, state.step + 1, job.total_steps), settings, reporter, saver.at_step)
         saver.finish()
@@ -162,7 +162,7 @@ def _resume(job: WorkerJob, state: TrainState, plan: Plan, run_dir: Path) -> Non
     directory = Path(str(place))
     content = checkpoint.load(directory, state, with_optimizer=not fresh)
     if not fresh:
-        check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"])
+        check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
 
 
 class RunReporter:
@@ -198,7 +198,7 @@ class RunReporter:
 
     def log(self, line: dict[str, Any]) -> None:
         if self._metrics and self._wandb:
-            line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.consumed(line["step"])}
+            line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
             self._metrics.write(line)
             self._wandb.log(line)
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.errors import ConfigError, DataError
+from most_ray import storage
+from most_ray.errors import ConfigError, DataError, RecordError
 from most_ray.records import (
     ASR_INSTRUCTION,
     N_UNITS,
-    RecordError,
     asr_to_tts,
     parse_record,
     read_raw,
@@ -187,7 +187,8 @@ def prepare_tts(input_dir: Path, output_dir: Path, dataset: str, pattern: str = 
     written: set[Path] = set()
     rejected: list[dict[str, Any]] = []
     root = input_dir if input_dir.is_dir() else input_dir.parent
-    for path in record_files(input_dir, pattern):
+    for entry in record_files(input_dir, pattern):
+        path, relative = storage.local(entry.place), Path(entry.name)
         stamp = dt.datetime.fromtimestamp(int(path.stat().st_mtime), tz=dt.UTC)
 
         def converted(path: Path = path, stamp: dt.datetime = stamp) -> Iterable[dict[str, Any]]:
@@ -203,7 +204,6 @@ def prepare_tts(input_dir: Path, output_dir: Path, dataset: str, pattern: str = 
                     assert isinstance(raw, dict)
                     yield asr_to_tts(raw, dataset, stamp)
 
-        relative = path.relative_to(root)
         target = output_dir / relative.parent / f"{relative.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}.jsonl.gz"
         if target in written:
             raise DataError("input_dir", str(path), f"would be written to {target}, which another file was written to.", "Rename one.")

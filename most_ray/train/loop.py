@@ -49,7 +49,7 @@ def train(
             raise RuntimeError(f"the data stream gave step {batch.step} where step {state.step + 1} was due")
         result = run_step(state, batch, settings.precision, settings.max_grad_norm, settings.device, settings.asr_loss_weight)
         reporter.trained(batch)
-        meter.add(result, batch.n_tokens, waited)
+        meter.add(result, batch.n_tokens, batch.n_packs * batch.input_ids.shape[-1], waited)
         if state.step % settings.logging_steps == 0 or state.step == settings.total_steps:
             reporter.log(meter.line())
         at_step(state)

@@ -24,11 +24,12 @@ class Meter:
         self._losses = [0.0] * len(TASKS)
         self._counts = [0] * len(TASKS)
         self._aux = self._norm = self._wait = 0.0
-        self._steps = self._tokens = self._skipped = 0
+        self._steps = self._tokens = self._capacity = self._skipped = 0
         self._load: torch.Tensor | None = None
         self._started = time.perf_counter()
 
-    def add(self, result: StepResult, n_tokens: int, data_wait: float) -> None:
+    def add(self, result: StepResult, n_tokens: int, capacity: int, data_wait: float) -> None:
+        """`capacity`: tokens that the step's rows have room for; `data_wait`: seconds."""
         for index in range(len(TASKS)):
             self._losses[index] += result.loss_sums[index]
             self._counts[index] += result.token_counts[index]
@@ -37,6 +38,7 @@ class Meter:
         self._wait += data_wait
         self._steps += 1
         self._tokens += n_tokens
+        self._capacity += capacity
         self._skipped += result.skipped
         self._load = result.load if self._load is None else self._load + result.load
         self._last = result
@@ -45,7 +47,8 @@ class Meter:
         """The line, and a new start.
 
         loss: mean cross-entropy over all supervised tokens, unweighted; asr_loss, tts_loss, text_loss: over those of one task;
-        aux_loss: weighted balance loss, mean over steps; expert_load: selections by modality and expert, summed over layers;
+        aux_loss: weighted balance loss, mean over steps; fill: share of the packed rows that holds records;
+        expert_load: selections by modality and expert, summed over layers;
         expert_max_over_mean: busiest expert of a modality's group over the group's mean; leaked: selections across the border.
         """
         seconds = max(time.perf_counter() - self._started, 1e-9)
@@ -58,6 +61,7 @@ class Meter:
             "grad_norm": self._norm,
             "learning_rate": self._last.learning_rate,
             "tokens": self._tokens,
+            "fill": self._tokens / max(1, self._capacity),
             "supervised_tokens": sum(self._counts),
             "tokens_per_second": self._tokens / seconds,
             "step_time": seconds / self._steps,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.data.ingest import ingest_directory
+from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.data.store import TokenStore
 from most_ray.records import ASR_INSTRUCTION, TTS_INSTRUCTION, units_to_text
@@ -63,7 +63,7 @@ def write_records(directory: Path, records: list[Any], name: str = "records.json
 
 def make_store(root: Path, name: str, records: list[Any], task: str = "asr", limit: int = 200) -> TokenStore:
     directory = write_records(root / name, records)
-    return ingest_directory(directory, task, char_vocabulary(), limit, root / "store")  # type: ignore[arg-type]
+    return ingest_directory(directory, Recipe(task, char_vocabulary(), limit), root / "store")  # type: ignore[arg-type]
 
 
 def make_plan(root: Path, sizes: tuple[int, int] = (23, 17), batch: int = 6, seed: int = 0, length: int = 200) -> Plan:
@@ -71,7 +71,7 @@ def make_plan(root: Path, sizes: tuple[int, int] = (23, 17), batch: int = 6, see
     rng = np.random.default_rng(1)
     a = make_store(root, "a", [asr(i, int(rng.integers(1, 40))) for i in range(sizes[0])], "asr", length)
     b = make_store(root, "b", [tts(i, int(rng.integers(1, 40))) for i in range(sizes[1])], "tts", length)
-    return Plan(PlanSpec((str(a.directory), str(b.directory)), (3, 2), seed, batch, length))
+    return Plan(PlanSpec((a.place, b.place), (3, 2), seed, batch, length))
 
 
 def tiny_config(**changes: Any) -> Any:

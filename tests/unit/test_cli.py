@@ -94,7 +94,7 @@ def test_bad_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     lines = [json.loads(line) for line in (tmp_path / "runs/run/rejected.jsonl").read_text().splitlines()]
     assert len(lines) == 5 and all(set(line) >= {"file", "index", "reason"} for line in lines)
     (tmp_path / "asr" / "broken.json").write_text('[{"id": 1}, oops')
-    assert "broken.json': is not JSON at byte 12" in refused(capsys, *words)
+    assert "broken.json record 1, is not JSON at byte 12" in refused(capsys, *words)
 
 
 @pytest.mark.parametrize(

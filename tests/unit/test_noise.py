@@ -62,7 +62,7 @@ def test_only_the_input_units_of_asr_records_change(tmp_path: Path, world: int) 
 def test_the_same_record_is_heard_differently_each_time(tmp_path: Path) -> None:
     store = make_store(tmp_path, "a", [asr(0, 30)])
     clean = make_plan(tmp_path / "x")
-    plan = Plan(replace(clean.spec, stores=(str(store.directory),), weights=(1,), global_batch_size=1, noise=UnitNoise(replace=0.5)))
+    plan = Plan(replace(clean.spec, stores=(store.place,), weights=(1,), global_batch_size=1, noise=UnitNoise(replace=0.5)))
     heard = {rank_batch(plan, step, 0, 1, 1, LAYOUT).input_ids.tobytes() for step in range(1, 6)}
     assert len(heard) == 5
 

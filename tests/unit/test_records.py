@@ -2,21 +2,25 @@ from __future__ import annotations
 
 import datetime as dt
 import gzip
+import io
 import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, RecordError
+from most_ray.jsonio import read_lines
 from most_ray.records import (
-    RecordError,
     asr_to_tts,
     parse_record,
+    parse_records,
     parse_units,
+    parse_units_batch,
     read_raw,
     record_files,
     units_to_text,
@@ -74,28 +78,60 @@ def test_a_large_list_is_streamed(tmp_path: Path) -> None:
     assert size > 15e6 and peak < 3e6
 
 
+def read(path: Path) -> tuple[list[object], list[str]]:
+    """Good values, and why the others are none."""
+    values = [raw for _, raw in read_raw(path)]
+    return [v for v in values if not isinstance(v, RecordError)], [str(v) for v in values if isinstance(v, RecordError)]
+
+
 @pytest.mark.parametrize(
     ("content", "offset"),
     [("hello", 0), ("[1, 2, x]", 7), ('{"id": "a", "b" }', 16), ("", 0), ("[" + " " * 100_000 + "?]", 100_001)],
 )
-def test_not_json_names_file_and_byte(tmp_path: Path, content: str, offset: int) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(content)
-    with pytest.raises(DataError, match=rf"bad\.json.*not JSON at byte {offset} "):
-        list(read_raw(path))
+def test_not_json_names_the_byte(tmp_path: Path, content: str, offset: int) -> None:
+    (tmp_path / "bad.json").write_text(content)
+    _, reasons = read(tmp_path / "bad.json")
+    assert len(reasons) == 1 and reasons[0].startswith(f"is not JSON at byte {offset} ")
 
 
-def test_truncated_list_and_gzip(tmp_path: Path) -> None:
-    content = json.dumps(RECORDS)[:-9]
-    (tmp_path / "cut.json").write_text(content)
-    with pytest.raises(DataError, match=f"not JSON at byte {len(content)} "):
-        list(read_raw(tmp_path / "cut.json"))
-    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode())[:-12])
-    with pytest.raises(DataError, match="not a whole gzip"):
-        list(read_raw(tmp_path / "cut.json.gz"))
+def test_truncated_list_and_gzip_keep_what_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "cut.json").write_text(json.dumps(RECORDS)[:-9])
+    good, reasons = read(tmp_path / "cut.json")
+    assert good == RECORDS[:3] and len(reasons) == 1 and "is not JSON at byte" in reasons[0]
+    content = json.dumps([asr(i, units=300) for i in range(500)]).encode()
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(content)[:-5000])
+    good, reasons = read(tmp_path / "cut.json.gz")
+    assert len(good) > 400 and len(reasons) == 1 and "not a whole gzip" in reasons[0]
     (tmp_path / "not.json.gz").write_bytes(b"plain text")
-    with pytest.raises(DataError, match="not a whole gzip"):
-        list(read_raw(tmp_path / "not.json.gz"))
+    assert read(tmp_path / "not.json.gz")[1][0].startswith("is not a whole gzip file")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"\n".join(json.dumps(asr(i, units=300)).encode() for i in range(500)))[:-5000])
+    good, reasons = read(tmp_path / "cut.jsonl.gz")
+    assert len(good) > 400 and "not a whole gzip" in reasons[-1]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("wrap", [lambda text: text, lambda text: '{"version": 2, "data": ' + text + "}"])
+def test_good_records_around_a_broken_one_are_kept(tmp_path: Path, indent: int | None, wrap: Any) -> None:
+    """Every way of breaking one record of a list: its neighbours are there, the damage is told once."""
+    whole = [json.dumps({**record, "metadata": {"a": {"b": [{"c": 1}]}}}, indent=indent) for record in RECORDS]
+    broken = [
+        whole[1][:-1],
+        whole[1][1:],
+        whole[1].replace('"input"', '"input', 1),
+        whole[1].replace(":", "", 1),
+        whole[1][:40],
+        "}",
+        '{"',
+        "tru",
+    ]
+    for text in broken:
+        (tmp_path / "list.json").write_text(wrap("[" + ", ".join([whole[0], text, *whole[2:]]) + "]"))
+        good, reasons = read(tmp_path / "list.json")
+        assert [record["id"] for record in good if isinstance(record, dict) and "id" in record] in (
+            ["utt_0", "utt_2", "utt_3"],
+            ["utt_0", "utt_3"],
+        )
+        assert len(reasons) == 1 and "is not JSON at byte" in reasons[0], (text, reasons)
 
 
 def test_a_bad_line_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -108,10 +144,72 @@ def test_a_bad_line_is_set_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert isinstance(values[3], RecordError)
 
 
-def test_binary_in_a_list_file_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_bytes(b'[{"id": "\xff\xfe"}]')
-    with pytest.raises(DataError, match="not JSON at byte"):
-        list(read_raw(tmp_path / "bad.json"))
+def test_bytes_that_are_not_utf8_cost_one_record(tmp_path: Path) -> None:
+    texts = [json.dumps(record).encode() for record in RECORDS]
+    (tmp_path / "bad.json").write_bytes(b"[" + b",".join([texts[0], texts[1].replace(b"one", b"\xff\xfe"), *texts[2:]]) + b"]")
+    values = [raw for _, raw in read_raw(tmp_path / "bad.json")]
+    parsed = parse_records(values)
+    assert [isinstance(record, RecordError) for record in parsed] == [False, True, False, False]
+    assert "not UTF-8" in str(parsed[1])
+
+
+def test_huge_fields_and_deep_nesting_cost_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("most_ray.jsonio.MAX_RECORD", 1 << 16)
+    monkeypatch.setattr("most_ray.jsonio._CHUNK", 1 << 12)
+    texts = [json.dumps(record) for record in RECORDS]
+    deep = '{"id": "deep", "instruction": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    huge = json.dumps({**RECORDS[0], "metadata": {"x": "y" * 1_000_000}})
+    for bad in (deep, huge):
+        lines = [texts[0], bad, *texts[1:]]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        (tmp_path / "a.json").write_text("[" + ",".join(lines) + "]")
+        for name in ("a.jsonl", "a.json"):
+            good, reasons = read(tmp_path / name)
+            assert good == RECORDS and len(reasons) == 1, (name, reasons)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
+def test_byte_ranges_together_give_every_line_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("most_ray.jsonio._CHUNK", chunk)
+    content = "\n".join([*map(json.dumps, RECORDS), "", "oops", json.dumps(asr(9))]).encode()
+    whole = list(read_lines(io.BytesIO(content)))
+    for size in (1, 13, 100, len(content)):
+        found = []
+        for start in range(0, len(content), size):
+            stream = io.BytesIO(content)
+            stream.seek(max(0, start - 1))
+            found += list(read_lines(stream, start, start + size))
+        assert [(b, str(v)) for b, v in found] == [(b, str(v)) for b, v in whole]
+
+
+@given(st.lists(st.one_of(st.text(max_size=30), st.lists(st.integers(0, 700), max_size=20).map(units_to_text)), max_size=12))
+def test_units_in_batches_are_units_one_by_one(texts: list[str]) -> None:
+    for text, units in zip(texts, parse_units_batch(texts), strict=True):
+        try:
+            expected = parse_units(text)
+        except RecordError as error:
+            assert isinstance(units, RecordError) and str(units) == str(error)
+        else:
+            assert isinstance(units, np.ndarray) and units.dtype == np.int32 and units.tolist() == expected.tolist()
+
+
+def test_units_with_spaces_and_zeros() -> None:
+    texts = [
+        "[Hu1] [Hu2]",
+        "[Hu007]",
+        "[Hu12]x[Hu3]",
+        "[Hu12]]",
+        "[[Hu12]",
+        "[Hu499][Hu500]",
+        "[Hu1",
+        "",
+        "[Hu5]",
+        "[Hu1][Hu2]é",
+        "[hu1]",
+        "[Hu1p]",
+    ]
+    found = [u.tolist() if isinstance(u, np.ndarray) else None for u in parse_units_batch(texts)]
+    assert found == [[1, 2], [7], None, None, None, None, None, None, [5], None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +218,7 @@ def test_binary_in_a_list_file_is_an_error(tmp_path: Path) -> None:
         ({"input": "[Hu500]"}, "outside 0..499"),
         ({"input": "[Hu1][Hu" + "9" * 5000 + "]"}, "outside 0..499"),
         ({"output": "half \ud83d"}, "surrogate"),
-        ({"id": "\ud83d"}, "'id' holds half a surrogate"),
+        ({"id": "\ud83d"}, "'id' holds bytes that are not UTF-8, or half a surrogate"),
         ({"input": "[Hu1] and text [Hu2]"}, "mixes speech units"),
         ({"output": " "}, "empty output"),
         ({"output": 7}, "'output' is int"),
@@ -181,4 +279,5 @@ def test_directories(tmp_path: Path) -> None:
     (tmp_path / "units.json").write_text("{}")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_text("")
-    assert record_files(tmp_path) == [tmp_path / "sub" / "a.jsonl"]
+    assert [entry.place for entry in record_files(tmp_path)] == [str(tmp_path / "sub" / "a.jsonl")]
+    assert [entry.name for entry in record_files(tmp_path / "sub" / "a.jsonl")] == ["a.jsonl"]
