@@ -321,7 +321,8 @@ class _Reader:
 
     def _wrapped(self) -> Generator[tuple[int, object], None, bool]:
         """True where the object could be read as a wrapper to its end."""
-        source, names = self._source, set()
+        source = self._source
+        names: set[bytes] = set()
         opening = source.offset
         while True:
             if source.position < len(source.data) and source.offset == opening:

@@ -48,7 +48,7 @@ def file_digest(path: Path) -> str:
 
 
 def record_checksum(record_id: str, tokens: np.ndarray) -> int:
-    return int(xxhash.xxh3_64_intdigest(tokens, seed=xxhash.xxh32_intdigest(record_id)))
+    return int(xxhash.xxh3_64_intdigest(tokens.data, seed=xxhash.xxh32_intdigest(record_id)))
 
 
 class TokenStore:

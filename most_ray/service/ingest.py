@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -59,4 +60,7 @@ def _make(row: dict[str, Any], recipe: Recipe) -> dict[str, str]:
         make_part(Part(**row), recipe)
     except DataError as error:
         return {"error": error.rule, "field": error.field, "value": str(error.value), "remedy": error.remedy}
+    except OSError as error:
+        reason = f"cannot be read or written on {socket.gethostname()} ({error.strerror or error})."
+        return {"error": reason, "field": "file", "value": str(error.filename or row["file"]), "remedy": "Check it there and run this again."}
     return {"error": "", "field": "", "value": "", "remedy": ""}

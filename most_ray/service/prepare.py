@@ -37,7 +37,7 @@ VERIFIED_BYTES = 8 << 30  # of a run's shards, read through before it starts; la
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that passed every check. `done_steps`: steps behind the newest checkpoint; `accepted`: what changed since, by the user's leave."""
+    """A run that passed every check. `done_steps`: steps behind the newest checkpoint; `accepted`: what changed since."""
 
     job: WorkerJob
     plan: Plan

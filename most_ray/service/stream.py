@@ -26,7 +26,7 @@ from safetensors.numpy import save as pack_arrays
 
 from most_ray.data.batch import Batch, TokenLayout, open_plan, rank_batch
 from most_ray.data.plan import PlanSpec
-from most_ray.errors import UserError
+from most_ray.errors import DataError, UserError
 
 logger = logging.getLogger(__name__)
 TASK_CPUS = 0.25  # of one fetching task; small, so that it fits beside the training workers
@@ -111,21 +111,12 @@ def watched(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]
                     "data_timeout_s", timeout_s, f"passed without a batch: {stage()}.", "The same command goes on from the last checkpoint."
                 ) from None
             if error is not None:
-                raise _user_cause(error) or error
+                raise error
             if batch is None:
                 return
             yield batch
     finally:
         stopped.set()
-
-
-def _user_cause(error: BaseException | None) -> UserError | None:
-    """What a user can mend, out of the wrapping that Ray puts around errors of tasks."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 class _Board:
@@ -183,7 +174,9 @@ def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _Bo
         concurrency=_TASKS,
     )
     for table in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
-        for payload in table.column("payload"):
+        for payload, error in zip(table.column("payload"), table.column("error"), strict=True):
+            if error.as_py():
+                raise DataError(**json.loads(error.as_py()))
             batch = decode_batch(payload.as_py())
             if (batch.step - first) % chunk == chunk - 1:
                 internal_kv._internal_kv_del(_note_key(board.key, board.waiting_for[0]))
@@ -211,9 +204,15 @@ def _fetch(block: dict[str, np.ndarray], spec: StreamSpec, first: int, last: int
     plan = open_plan(spec.plan)
     note("read (records from the token store)")
     steps = range(start, min(last, start + chunk - 1) + 1)
-    payload = [encode_batch(rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout)) for step in steps]
+    payload, error = [], ""
+    try:
+        for step in steps:
+            payload.append(encode_batch(rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout)))
+    except DataError as found:  # as a row behind the good ones: Ray would wrap it until nobody knows it
+        error = json.dumps({"field": found.field, "value": str(found.value), "rule": found.rule, "remedy": found.remedy})
+        payload.append(b"")
     note("deliver (the block is made and on its way)")
-    return {"payload": payload}
+    return {"payload": payload, "error": [*[""] * (len(payload) - 1), error]}
 
 
 def encode_batch(batch: Batch) -> bytes:

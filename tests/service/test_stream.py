@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from most_ray.data.batch import Batch, rank_batch
 from most_ray.data.plan import Plan
+from most_ray.errors import DataError
 from most_ray.service import stream
-from most_ray.service.stream import StreamSpec, decode_batch, encode_batch, stream_batches
+from most_ray.service.stream import StreamSpec, StreamStalledError, decode_batch, encode_batch, stream_batches, watched
 from tests.support.builders import make_plan
 from tests.unit.test_plan import LAYOUT
 
@@ -54,5 +60,71 @@ def test_blocks_stay_small_and_start_up_does_not_grow(plan: Plan, tmp_path: Path
 
     spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2)
     assert 1 <= stream.steps_per_block(spec) <= 64
-    large = StreamSpec(replace(plan.spec, global_batch_size=4096, max_seq_length=4096), LAYOUT, 0, 8, 8)
+    large = StreamSpec(replace(plan.spec, global_batch_size=1 << 17, max_seq_length=4096), LAYOUT, 0, 8, 8)
     assert stream.steps_per_block(large) <= 2
+
+
+def test_a_stream_that_stalls_ends_naming_the_stage() -> None:
+    """Promise 9: no batch for N seconds ends in a named error; batches before it come through."""
+    hold = threading.Event()
+
+    def stalling() -> Iterator[Any]:
+        yield "first"
+        hold.wait(60)
+
+    batches = watched(stalling(), 0.3, lambda: "stage read: steps 3 to 4")
+    assert next(batches) == "first"
+    with pytest.raises(StreamStalledError, match=r"data_timeout_s = 0\.3: passed without a batch: stage read: steps 3 to 4"):
+        next(batches)
+    hold.set()
+
+
+def test_a_batch_is_made_ahead_and_no_more(plan: Plan) -> None:
+    """Prefetch is bounded: the maker stops while nobody takes."""
+    made: list[int] = []
+    ahead = threading.Semaphore(0)
+
+    def counting() -> Iterator[Any]:
+        for number in range(100):
+            made.append(number)
+            ahead.release()
+            yield number
+
+    batches = watched(counting(), 0.0, lambda: "")
+    assert next(batches) == 0
+    for _ in range(3):
+        assert ahead.acquire(timeout=10)
+    assert not ahead.acquire(timeout=0.2) and made == [0, 1, 2]
+    batches.close()
+
+
+def _slow(*_: Any) -> Any:
+    time.sleep(25)
+
+
+def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that cannot be scheduled, and one that reads for ever."""
+    spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2, timeout_s=8.0)
+    monkeypatch.setattr(stream, "TASK_CPUS", 1e4)
+    with pytest.raises(StreamStalledError, match=r"stage schedule: .*steps 1 to .*has not begun \([\d.]+ of the cluster's [\d.]+ CPUs"):
+        next(stream_batches(spec, 1, 10))
+    monkeypatch.setattr(stream, "TASK_CPUS", 0.25)
+    monkeypatch.setattr(stream, "rank_batch", _slow)
+    monkeypatch.setattr(stream._fetch, "__module__", "__main__")  # by value, so that the task has the slow one
+    ray.cloudpickle.register_pickle_by_value(stream)
+    try:
+        with pytest.raises(StreamStalledError, match=r"stage read \(records from the token store\): steps 1 to .*, on .* for \d+ s"):
+            next(stream_batches(spec, 1, 10))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(stream)
+
+
+def test_a_damaged_shard_ends_the_stream_with_its_name(ray_cluster: str, tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    shard = Path(plan.stores[0].shard_place(0))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2, timeout_s=60.0)
+    with pytest.raises(DataError, match=rf"{shard.name}.*damaged"):
+        list(stream_batches(spec, 1, 20))

@@ -169,9 +169,9 @@ def test_ten_thousand_broken_files_cost_no_more_than_the_broken_record(form: str
     texts = [json.dumps(record, indent=1 if form == "pretty" else None) for record in records]
     joint, before, after = ("\n", "", "\n") if form == "lines" else (",\n", "[", "]")
     spans, place = [], len(before)
-    for text in texts:
-        spans.append((place, place + len(text)))
-        place += len(text) + len(joint)
+    for size in map(len, texts):
+        spans.append((place, place + size))
+        place += size + len(joint)
     content = (before + joint.join(texts) + after).encode()
     read = read_lines if form == "lines" else read_values
     for _ in range(10_000):
@@ -288,8 +288,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path, harm: str) -> None:
     with pytest.raises(DataError, match=rf"{shard.name}.*Delete .*{shard.parent.name}"):
         store.verify()
     with pytest.raises(DataError, match=shard.name):
-        for row in range(len(store)):
-            store.input_ids(row)
+        [store.input_ids(row) for row in range(len(store))]
     shutil.rmtree(shard.parent)
     again = ingest(tmp_path / "a")
     assert again.place == store.place and again.verify() and len(again.input_ids(39)) == again.lengths[39]

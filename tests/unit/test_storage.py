@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -401,7 +402,7 @@ def test_cached_names_stay_in_the_cache(memory: str, cache: Cache) -> None:
 
 
 def test_the_cache_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("MOST_RAY_CACHE_DIR", raising=False)
     monkeypatch.delenv("MOST_RAY_CACHE_GB", raising=False)
     cache = node_cache()

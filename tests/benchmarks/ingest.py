@@ -1,0 +1,169 @@
+"""Ingest: records a second on one core, from JSON on disk to a token store on disk, against how the original MoST makes tokens.
+
+The original (`json.load` of a list, then the Hugging Face tokenizer on each record's text with its units spelled out) does it in every
+run and writes nothing; ours reads, checks, tokenises, checksums and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import itertools
+import json
+import pstats
+import re
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from most_ray.data.ingest import Part, Recipe, make_part
+from most_ray.model.tokenizer import train_tokenizer, vocabulary_of
+from most_ray.records import ASR_INSTRUCTION, Record, units_to_text
+from most_ray.template import template_texts
+from tests.benchmarks import common
+
+TOKENS = 820  # of a record: 14 seconds at 50 units a second, and its words
+VOCABULARY = 4000
+RARE = 0.08  # of the words are new: 150,000 words of real English hold some 13,000 distinct ones, the 100 records only 1,800
+
+
+def real_speech() -> tuple[np.ndarray, list[list[str]]]:
+    """Units of speech in one run, and transcripts as words: real ones where they are there."""
+    path = common.SHARED / "data" / "librispeech_units" / "train_instructions.json"
+    if path.exists():
+        records = json.loads(path.read_text(encoding="utf-8"))
+        units = [int(unit) for record in records for unit in re.findall(r"\d+", record["input"])]
+        return np.array(units), [record["output"].split() for record in records]
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("ETAOINSHRDLU"), rng.integers(1, 10))) for _ in range(1800)]
+    common_first = 1 / np.arange(1, len(words) + 1)
+    transcripts = [list(rng.choice(words, 48, p=common_first / common_first.sum())) for _ in range(100)]
+    return np.repeat(rng.integers(0, 500, 43_000), rng.geometric(0.61, 43_000)), transcripts
+
+
+def make_records(n: int, tokens_of: Callable[[str], int]) -> list[dict[str, Any]]:
+    """Distinct ASR records of about `TOKENS` tokens: a stretch of the units, and a transcript in another order with some new words."""
+    units, transcripts = real_speech()
+    endless = np.concatenate([units, units[:TOKENS]])
+    rng = np.random.default_rng(1)
+    records = []
+    for index in range(n):
+        words = [str(word) for word in rng.permutation(transcripts[index % len(transcripts)])]
+        for place in np.flatnonzero(rng.random(len(words)) < RARE):
+            one, other = words[place], words[int(rng.integers(len(words)))]
+            words[place] = one[: 1 + len(one) // 2] + other[len(other) // 2 :] + str(rng.choice(list("SDEY")))
+        output = " ".join(words)
+        n_units = TOKENS - 22 - tokens_of(output)
+        start = int(rng.integers(len(units)))
+        records.append(
+            {
+                "id": f"librispeech_{index:06d}",
+                "instruction": ASR_INSTRUCTION,
+                "input": units_to_text(endless[start : start + n_units].tolist()),
+                "output": output,
+                "metadata": {"speaker_id": index % 251, "split": "train-clean-100", "unit_rate_hz": 50, "deduplicated": False},
+            }
+        )
+    return records
+
+
+class Bench:
+    """The same records as two files, and the ways to make tokens of them."""
+
+    def __init__(self, folder: Path, n: int) -> None:
+        self.folder, self.n = folder, n
+        texts = (" ".join(words) for words in real_speech()[1])
+        spelled = (template_texts(Record("", ASR_INSTRUCTION, np.zeros(1, np.int32), text)) for text in texts)
+        self.tokenizer = train_tokenizer(itertools.chain.from_iterable(spelled), VOCABULARY)
+        records = make_records(n, lambda text: len(self.tokenizer(text)["input_ids"]))
+        self.lines, self.list = folder / "records.jsonl", folder / "records.json"
+        self.lines.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        self.list.write_text(json.dumps(records, indent=2), encoding="utf-8")
+        self.megabytes = self.lines.stat().st_size / 1e6
+        self.words = len({word for record in records for word in record["output"].split()})
+        self._number = 0
+
+    def prepare(self, file: Path) -> Callable[[], None]:
+        """Ours; the encoder is new each time, so no word is known yet."""
+        recipe = Recipe("asr", vocabulary_of(self.tokenizer), 2048)
+        self._number += 1
+        place = self.folder / "store" / "parts" / f"{self._number}"
+        part = Part(str(file), 0, None, place.name, str(place), file.stat().st_size)
+        return lambda: make_part(part, recipe)
+
+    def ours(self, file: Path) -> float:
+        return common.timed(self.prepare(file))
+
+    def tokens(self) -> float:
+        """Tokens of a record, and a check that all of them have come through."""
+        content = json.loads((self.folder / "store" / "parts" / f"{self._number}" / "part.json").read_bytes())
+        assert content["n_records"] == self.n and content["n_rejected"] == 0, content
+        return float(content["n_tokens"] / self.n)
+
+    def original(self) -> float:
+        return common.timed(self._original)
+
+    def _original(self) -> list[np.ndarray]:
+        with self.list.open(encoding="utf-8") as stream:
+            records = json.load(stream)
+        made = []
+        for record in records:
+            text = f"User: {record['instruction']}\n{record['input']}\n\nAssistant: {record['output']}"
+            made.append(np.array(self.tokenizer(text)["input_ids"], np.int32))
+        return made
+
+
+def profile(bench: Bench) -> None:
+    work = bench.prepare(bench.lines)
+    profiler = cProfile.Profile()
+    profiler.runcall(work)
+    statistics_ = pstats.Stats(profiler)
+    statistics_.sort_stats("tottime").print_stats(35)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--records", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="most_ray-bench-") as folder:
+        bench = Bench(Path(folder), arguments.records)
+        if arguments.profile:
+            profile(bench)
+            return
+        ways = {"lines": lambda: bench.ours(bench.lines), "list": lambda: bench.ours(bench.list), "original": bench.original}
+        seconds = common.repeat(ways, arguments.rounds)
+        tokens = bench.tokens()
+    rate = {name: arguments.records / min(values) for name, values in seconds.items()}
+    figures = {
+        **{f"records_per_s_{name}": value for name, value in rate.items()},
+        "mb_per_s_lines": bench.megabytes / min(seconds["lines"]),
+        "tokens_per_record": tokens,
+        "ratio_original": rate["lines"] / rate["original"],
+        "ratio_original_list": rate["list"] / rate["original"],
+        "ratio_original_median": statistics.median(seconds["original"]) / statistics.median(seconds["lines"]),
+        "records": arguments.records,
+        "distinct_words": bench.words,
+        **{f"noise_{name}": common.spread(values) for name, values in seconds.items()},
+    }
+    rows = [[name, rate[name], bench.megabytes / min(values), 1e6 / rate[name], common.spread(values)] for name, values in seconds.items()]
+    common.show(
+        f"Ingest on one core: {arguments.records:,} records of {tokens:.0f} tokens",
+        ["way", "records/s", "MB/s", "µs a record", "median over best - 1"],
+        rows,
+        [
+            f"ratio {figures['ratio_original']:.1f} (lines), {figures['ratio_original_list']:.1f} (list), of the best of {arguments.rounds};"
+            f" MB/s are of the lines file. Vocabulary: byte-level BPE of {VOCABULARY:,} trained on the transcripts, with the units added;"
+            f" {bench.words:,} distinct words."
+        ],
+    )
+    common.write("ingest", figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Token stores of synthetic records, in the store's own format."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from most_ray.data.batch import TokenLayout
+from most_ray.data.plan import PlanSpec
+from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, file_digest, seal
+from most_ray.template import Encoded
+
+ROW = 2048
+LAYOUT = TokenLayout(first_audio=300, last_audio=801, pad=2, unit_base=300)
+TASKS = ("asr", "tts")
+_PART_RECORDS = 20_000
+
+
+class Described(TokenStore):
+    """A store that has lengths and no shards: a record's tokens follow from its row."""
+
+    def record_id(self, row: int) -> str:
+        return f"{self.name}_{row:09d}"
+
+    def input_ids(self, row: int) -> np.ndarray:
+        return (row + np.arange(self.lengths[row], dtype=np.int32)) % 500 + np.int32(LAYOUT.unit_base)
+
+
+def write_store(place: Path, task: str, lengths: np.ndarray, prompts: np.ndarray, shards: Sequence[dict[str, Any]] = ()) -> None:
+    """Index and manifest, as ingest writes them."""
+    place.mkdir(parents=True)
+    np.save(place / "lengths.npy", lengths)
+    np.save(place / "prompt_lengths.npy", prompts)
+    (place / "rejected.jsonl").write_bytes(b"")
+    content = {
+        "name": task,
+        "source": str(place),
+        "content": file_digest(place / "lengths.npy"),
+        "units": None,
+        "version": STORE_VERSION,
+        "task": task,
+        "vocabulary": {"tokenizer": "synthetic", "template": "synthetic", "ids": "synthetic"},
+        "max_seq_length": ROW,
+        "n_records": len(lengths),
+        "n_tokens": int(lengths.sum(dtype=np.int64)),
+        "n_seen": len(lengths),
+        "n_rejected": 0,
+        "n_set_aside": 0,
+        "index": {name: file_digest(place / name) for name in ("lengths.npy", "prompt_lengths.npy")},
+        "shards": list(shards),
+    }
+    (place / "manifest.json").write_bytes(seal(content))
+
+
+def draw_lengths(n: int, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and prompt lengths, int32 (n,) each: 2 to 30 seconds of speech, a twelfth of them words."""
+    lengths = np.random.default_rng(seed).integers(130, 1660, n, dtype=np.int32)
+    words = lengths // 12
+    return lengths, lengths - words if task == "asr" else words
+
+
+def describe(root: Path, n: int) -> None:
+    """An ASR and a TTS source of `n` records each, by their lengths alone."""
+    for seed, task in enumerate(TASKS):
+        write_store(root / task, task, *draw_lengths(n, seed, task))
+
+
+def fill(root: Path, n_bytes: int) -> int:
+    """The same two sources with real shards of `n_bytes` of tokens in all. Returns the bytes of the shards."""
+    total = 0
+    for seed, task in enumerate(TASKS):
+        lengths, prompts = draw_lengths(n_bytes // (2 * 4 * 895), seed, task)
+        tokens = np.random.default_rng(seed).integers(LAYOUT.unit_base, LAYOUT.last_audio, 1 << 22, dtype=np.int32)
+        shards: list[dict[str, Any]] = []
+        for start in range(0, len(lengths), _PART_RECORDS):
+            stop = min(len(lengths), start + _PART_RECORDS)
+            shards += _write_part(root / "parts" / f"{task}{start}", task, start, lengths[start:stop], prompts[start:stop], tokens)
+        write_store(root / task, task, lengths, prompts, shards)
+        total += sum(shard["bytes"] for shard in shards)
+    return total
+
+
+def _write_part(
+    place: Path, task: str, first: int, lengths: np.ndarray, prompts: np.ndarray, tokens: np.ndarray
+) -> list[dict[str, Any]]:
+    writer = PartWriter(place.parent)
+    try:
+        places = np.random.default_rng(first).integers(0, len(tokens) - ROW, len(lengths)).tolist()
+        rows = zip(places, lengths.tolist(), prompts.tolist(), strict=True)
+        writer.add(
+            [f"{task}_{first + i:09d}" for i in range(len(lengths))],
+            [Encoded(tokens[begin : begin + length], prompt, task) for begin, length, prompt in rows],  # type: ignore[arg-type]
+        )
+        writer.publish(str(place), len(lengths))
+    finally:
+        writer.abort()
+    return [{"part": place.name, **shard} for shard in json.loads((place / "part.json").read_bytes())["shards"]]
+
+
+def spec_of(root: Path, unit: str, batch: int = 512) -> PlanSpec:
+    make = functools.partial(PlanSpec, tuple(str(root / task) for task in TASKS), (1, 1), 0, batch, ROW)
+    return make(weight_unit="tokens") if unit == "tokens" else make()

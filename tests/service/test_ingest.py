@@ -1,0 +1,90 @@
+"""Ingest as tasks of Ray Data, and stores on an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from most_ray import storage
+from most_ray.data.batch import rank_batch
+from most_ray.data.ingest import Recipe, ingest_directory
+from most_ray.data.plan import Plan, PlanSpec
+from most_ray.errors import DataError
+from most_ray.service.ingest import spread
+from most_ray.service.stream import StreamSpec, stream_batches
+from tests.support.builders import asr, char_vocabulary, write_records
+from tests.unit.test_plan import LAYOUT
+
+RECIPE = Recipe("asr", char_vocabulary(), 200)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """An S3 bucket on loopback; `%s` stands for a key. All that a task on another node needs to know is in the place itself."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / "cache"))
+    host, port = server.get_host_and_port()
+    system = fs.S3FileSystem(access_key="key", secret_key="secret", endpoint_override=f"http://{host}:{port}", allow_bucket_creation=True)
+    system.create_dir("most-ray")
+    yield f"s3://key:secret@most-ray/%s?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def same(one: Any, two: Any) -> bool:
+    return len(one) == len(two) and all(
+        one.record_id(row) == two.record_id(row) and np.array_equal(one.input_ids(row), two.input_ids(row)) for row in range(len(one))
+    )
+
+
+def test_tasks_make_the_same_store_as_one_process(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("most_ray.data.ingest.RANGE", 4000)
+    records = [asr(i, units=1 + i % 50) for i in range(120)]
+    folder = write_records(tmp_path / "a", [*records[:60], "bad", *records[60:]])
+    write_records(tmp_path / "a", [asr(500)], "more.jsonl")
+    one = ingest_directory(folder, RECIPE, tmp_path / "one")
+    two = ingest_directory(folder, RECIPE, tmp_path / "two", spread)
+    assert len(one.manifest["shards"]) > 5 and same(one, two)
+    assert one.manifest == two.manifest and one.rejected_lines() == two.rejected_lines()
+
+
+def test_what_a_user_can_mend_comes_out_of_a_task(ray_cluster: str, tmp_path: Path) -> None:
+    folder = write_records(tmp_path / "a", [asr(0)])
+
+    def vanishing(parts: Any, recipe: Recipe) -> None:
+        (folder / "records.jsonl").unlink()
+        spread(parts, recipe)
+
+    with pytest.raises(DataError, match=r"records\.jsonl"):
+        ingest_directory(folder, RECIPE, tmp_path / "store", vanishing)
+
+
+def test_records_and_stores_behind_uris(ray_cluster: str, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from an object store, kept on one, streamed from it by tasks: the same batches as from a disk; fetched once per node."""
+    records = [asr(i, units=1 + i % 50) for i in range(60)]
+    folder = write_records(tmp_path / "a", records)
+    storage.write_bytes(bucket % "data/a/records.jsonl", (folder / "records.jsonl").read_bytes())
+    monkeypatch.setattr("most_ray.data.ingest.RANGE", 4000)
+    local = ingest_directory(folder, RECIPE, tmp_path / "store")
+    remote = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", spread)
+    assert remote.place.startswith("s3://") and same(local, remote)
+    assert "secret" not in remote.manifest["source"]
+    assert not list((tmp_path / "store").rglob(".*"))
+    cached = {path: path.stat().st_ino for path in (tmp_path / "cache").iterdir()}
+
+    def untouched(parts: Any, recipe: Recipe) -> None:
+        pytest.fail("a second start makes nothing")
+
+    again = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", untouched)
+    assert again.place == remote.place and same(local, again)
+    assert {path: path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == cached
+    spec = PlanSpec((remote.place,), (1,), 0, 8, 200)
+    plan = Plan(PlanSpec((local.place,), (1,), 0, 8, 200))
+    for batch in stream_batches(StreamSpec(spec, LAYOUT, 0, 1, 2, timeout_s=120.0), 1, 10):
+        assert np.array_equal(batch.input_ids, rank_batch(plan, batch.step, 0, 1, 2, LAYOUT).input_ids)
