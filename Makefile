@@ -4,13 +4,24 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: train test check format digits-data clean
+.PHONY: train test chaos bench check format digits-data clean
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
 
 test: .venv/.installed  ## all tests
 	$(BIN)/python -m pytest
+
+chaos: .venv/.installed  ## whole runs killed, resized and resumed, about 15 minutes: their traces stay equal
+	$(BIN)/python -m pytest tests/chaos
+
+bench: .venv/.installed  ## the benchmarks of the data engine, about 10 minutes: runs/bench/*.json
+	rm -rf runs/bench/digits
+	$(BIN)/python -m tests.benchmarks.ingest
+	$(BIN)/python -m tests.benchmarks.packing
+	$(BIN)/python -m tests.benchmarks.resume
+	$(BIN)/most-ray train --config jobs/configs/digits.yaml --max_steps 60 --output_dir runs/bench --name digits --val_asr_dirs ""
+	$(BIN)/python -m tests.benchmarks.stream --run runs/bench/digits
 
 check: .venv/.installed  ## lint, format, types, layering
 	$(BIN)/ruff check .

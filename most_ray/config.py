@@ -61,7 +61,7 @@ class DataOptions:
     max_rejected_fraction: float = option(0.01, "a source with a larger share of bad records ends the run before training")
     store_dir: str | None = option(None, "where token stores are kept, a path or a URI as s3://bucket/store (default: OUTPUT_DIR/store)")
     data_timeout_s: float = option(600.0, "seconds without a batch after which a run ends, naming the stage that is stuck (0: never)")
-    accept_data_change: bool = option(False, "go on over data, tokenizer, template or batches that changed since the checkpoint")
+    accept_data_change: bool = option(False, "go on over data, units, tokenizer, template or batches that changed since the checkpoint")
     trace_records: str | None = option(None, "file that gets, per optimizer step, the ids of the records trained on")
 
 

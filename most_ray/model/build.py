@@ -199,7 +199,12 @@ def check_template(config: MostConfig, path: str) -> None:
     """
     stored = getattr(config, "template_hash", None)
     if stored is not None and stored != template_hash():
-        raise CheckpointError("template", stored, f"is what {path} was trained with; this version's is {template_hash()!r}.")
+        raise CheckpointError(
+            "template",
+            stored,
+            f"is what {path} was trained with; this version's is {template_hash()!r}.",
+            "To train it on in the new one all the same: --accept_data_change true.",
+        )
 
 
 def check_units(config: MostConfig, units: str | None, path: str) -> None:
@@ -214,7 +219,7 @@ def check_units(config: MostConfig, units: str | None, path: str) -> None:
             "units",
             units,
             f"of the records differ from those that {path} was trained on ({stored!r}).",
-            "Prepare them with its k-means.",
+            "Prepare them with its k-means, or train it on all the same: --accept_data_change true.",
         )
 
 

@@ -62,5 +62,10 @@ def _make(row: dict[str, Any], recipe: Recipe) -> dict[str, str]:
         return {"error": error.rule, "field": error.field, "value": str(error.value), "remedy": error.remedy}
     except OSError as error:
         reason = f"cannot be read or written on {socket.gethostname()} ({error.strerror or error})."
-        return {"error": reason, "field": "file", "value": str(error.filename or row["file"]), "remedy": "Check it there and run this again."}
+        return {
+            "error": reason,
+            "field": "file",
+            "value": str(error.filename or row["file"]),
+            "remedy": "Check it there and run this again.",
+        }
     return {"error": "", "field": "", "value": "", "remedy": ""}

@@ -32,7 +32,7 @@ from most_ray.template import Vocabulary, template_texts
 from most_ray.train import checkpoint
 from most_ray.train.topology import plan_topology
 
-VERIFIED_BYTES = 8 << 30  # of a run's shards, read through before it starts; larger stores are checked record by record as they are read
+VERIFIED_BYTES = 2 << 30  # a store of at most so many is read through before a run starts; a larger one is checked as it is read
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def prepare_run(config: RunConfig) -> Prepared:
     start = _starting_point(config, run_dir, vocabulary.fingerprint())
     spec = make_spec(config, stores, _global_batch_size(config, n_workers, start))
     units = one_unit_identity(stores + validation_stores)
-    check_units(model_config, units, model_path)
+    if not config.accept_data_change:
+        check_units(model_config, units, model_path)
     plan = Plan(spec)
     total_steps = config.max_steps or plan.steps_for_epochs(config.epochs, config.epochs_of)
     accepted = check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"], config.accept_data_change) if start else []
@@ -141,7 +142,8 @@ def open_sources(config: RunConfig, run_dir: Path, use_gpu: bool = False) -> Sou
     """
     model_path = _model_path(config, run_dir)
     model_config = read_config(model_path, overrides_of(config))
-    check_template(model_config, model_path)
+    if not config.accept_data_change:
+        check_template(model_config, model_path)
     vocabulary = vocabulary_of(load_tokenizer(model_path))
     run = runner_of(config, use_gpu)
     store_dir = store_dir_of(config)

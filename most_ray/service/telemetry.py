@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -13,6 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from most_ray.config import RunConfig
+from most_ray.storage import redact
+
+
+def redacted(config: RunConfig) -> RunConfig:
+    """The configuration as it may be written down: without the credentials that URIs of directories can hold."""
+    places = [field.name for field in dataclasses.fields(config) if field.name.endswith(("_dir", "_dirs"))]
+    shown: dict[str, Any] = {}
+    for name in places:
+        value = getattr(config, name)
+        shown[name] = tuple(map(redact, value)) if isinstance(value, tuple) else value and redact(value)
+    return dataclasses.replace(config, **shown)
 
 
 class Wandb:
@@ -31,7 +43,7 @@ class Wandb:
                 resume="allow",
                 mode=config.wandb_mode,
                 dir=run_dir,
-                config={key: value for key, value in vars(config).items() if not key.startswith("wandb")},
+                config={key: value for key, value in vars(redacted(config)).items() if not key.startswith("wandb")},
             )
             self._run.define_metric("*", step_metric="step")
 

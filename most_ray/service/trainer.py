@@ -24,7 +24,7 @@ from most_ray.evaluation.evaluate import evaluate_model, write_result
 from most_ray.service.cluster import start_ray
 from most_ray.service.journal import read_journal
 from most_ray.service.prepare import Prepared, prepare_run
-from most_ray.service.telemetry import ProgressWatcher
+from most_ray.service.telemetry import ProgressWatcher, redacted
 from most_ray.service.worker import claim_run, run_summary, train_worker
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
@@ -58,7 +58,7 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
             f"lies behind the run's newest checkpoint (step {prepared.done_steps}).",
             "Raise it or rename the run.",
         )
-    write_yaml(config, run_dir / "config.yaml")
+    write_yaml(redacted(config), run_dir / "config.yaml")
     describe(prepared, console)
     started = time.monotonic()
     if prepared.done_steps < job.total_steps:

@@ -6,13 +6,12 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -20,37 +19,38 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "runs" / "bench"
-UNITS_PER_SECOND = 50
 
 console = Console(width=120, highlight=False)
 
 
-def repeat(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, the ways taking turns, so that a busy moment of the machine hits all of them. One more round goes before."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+class Took(NamedTuple):
+    """Seconds on the clock, and of processor time: the second is what matters where others use the same cores."""
+
+    wall: float
+    cpu: float
+
+
+def repeat(ways: Mapping[str, Callable[[], Callable[[], object]]], rounds: int) -> dict[str, list[Took]]:
+    """What each way took, the ways taking turns, so that a busy moment of the machine hits all of them. One more round goes before.
+
+    Args:
+        ways: each prepares, which is not timed, and returns the work.
+    """
+    took: dict[str, list[Took]] = {name: [] for name in ways}
     for number in range(rounds + 1):
-        for name, way in ways.items():
+        for name, prepare in ways.items():
+            work = prepare()
             gc.collect()
-            took = way()
+            wall, cpu = time.perf_counter(), time.process_time()
+            work()
             if number:
-                seconds[name].append(took)
-    return seconds
-
-
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+                took[name].append(Took(time.perf_counter() - wall, time.process_time() - cpu))
+    return took
 
 
 def spread(values: Sequence[float]) -> float:
     """How noisy: (median - best) / best."""
     return statistics.median(values) / min(values) - 1
-
-
-def peak_mb() -> float:
-    """The most memory that this process has held, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()) -> None:

@@ -87,7 +87,8 @@ def main() -> None:
         rows,
         [
             f"Step 1,000,000 over step 10: {figures['ratio_step_1000000_over_10']:.2f} (rows), "
-            f"{figures['ratio_step_1000000_over_10_tokens']:.2f} (tokens). Build: {built['seconds']:.1f} s, peak {built['peak_mb']:,.0f} MB.",
+            f"{figures['ratio_step_1000000_over_10_tokens']:.2f} (tokens). "
+            f"Build: {built['seconds']:.1f} s, peak {built['peak_mb']:,.0f} MB.",
             f"Fast forward draws {skipped:,} records, asks for their lengths and drops them: no packing, no reading, no tokenising.",
         ],
     )

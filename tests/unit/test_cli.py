@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,31 @@ def test_init_model_from_records(tmp_path: Path, capsys: pytest.CaptureFixture[s
     write_records(tmp_path / "r", [asr(i) for i in range(5)])
     assert main(["init-model", "--preset", "tiny", "--records", str(tmp_path / "r"), "--output", str(tmp_path / "m")]) == 0
     assert "parameters" in capsys.readouterr().out and (tmp_path / "m" / "config.json").exists()
+
+
+def test_a_damaged_shard_ends_a_run_before_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Truncated or with one bit turned: exit code 2, the shard named, no worker started; the next start makes it anew."""
+    write_records(tmp_path / "asr", [asr(i) for i in range(50)])
+    words = ["--train_asr_dirs", str(tmp_path / "asr"), "--output_dir", str(tmp_path / "runs"), "--max_seq_length", "512"]
+    assert main(["prepare", "store", *words, "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "Token stores" in shown and "50 records in" in shown
+    (shard,) = (tmp_path / "runs/store/parts").rglob("*.arrow")
+    content = shard.read_bytes()
+    for damaged in (content[:-1000], content[:3000] + bytes([content[3000] ^ 1]) + content[3001:]):
+        shard.write_bytes(damaged)
+        said = refused(capsys, "train", *words)
+        assert str(shard) in said and f"Delete {shard.parent}" in said
+    shutil.rmtree(shard.parent)
+    assert main(["prepare", "store", *words, "--verify"]) == 0 and shard.read_bytes() == content
+
+
+def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_records(tmp_path / "asr", [asr(i) for i in range(5)])
+    words = ["plan", "--train_asr_dirs", str(tmp_path / "asr"), "--output_dir", str(tmp_path / "runs"), "--trace", str(tmp_path / "t")]
+    assert "is no training source" in refused(capsys, *words, "--epochs_of", "nobody")
+    assert "weight_unit" in refused(capsys, *words, "--weight_unit", "frames")
+    assert "data_timeout_s" in refused(capsys, *words, "--data_timeout_s", "-1")
+    assert "overlong" in refused(capsys, *words, "--overlong", "cut")
+    assert "nowhere" in refused(capsys, *words, "--train_tts_dirs", "nowhere://x/y")
+    assert "secret" not in refused(capsys, *words, "--train_tts_dirs", "nowhere://key:secret@x/y")

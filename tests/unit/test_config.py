@@ -126,3 +126,11 @@ def test_bad_files(tmp_path: Path, content: str | None, message: str) -> None:
 def test_each_field_stands_in_one_section() -> None:
     names = [name for section in configuration.SECTIONS for name in section.__dataclass_fields__]
     assert sorted(names) == sorted(RunConfig.__dataclass_fields__) and len(set(names)) == len(names)
+
+
+def test_credentials_in_places_are_not_written_down() -> None:
+    from most_ray.service.telemetry import redacted
+
+    config = config_from({"train_asr_dirs": ["s3://key:secret@bucket/a?region=x", "plain/a"], "store_dir": "s3://key:secret@bucket/store"})
+    shown = str(redacted(config))
+    assert "secret" not in shown and "plain/a" in shown and "bucket/a" in shown

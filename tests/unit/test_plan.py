@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,9 +102,60 @@ def test_a_changed_ingredient_is_named(plan: Plan, tmp_path: Path) -> None:
         check_cursor(other, Cursor(plan.fingerprint, 0.0, 7), ingredients)
 
 
+def test_what_changed_is_named_and_may_be_accepted(plan: Plan, tmp_path: Path) -> None:
+    """Data set, tokenizer, template, packer: each by its name; with accept_data_change the run goes on, and is told what changed."""
+    before = json.loads(json.dumps(plan.ingredients))
+    cursor = Cursor("another", 0.5, 7)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"sources": [["a", "asr", "0"], before["sources"][1]]}, "sources (asr/a)"),
+        ({"sources": before["sources"][::-1]}, "sources (their order)"),
+        ({"vocabulary": {**before["vocabulary"], "tokenizer": "0"}}, "tokenizer"),
+        ({"vocabulary": {**before["vocabulary"], "template": "0"}}, "template"),
+        ({"vocabulary": {**before["vocabulary"], "ids": "0"}}, "token ids"),
+        ({"packer": 0}, "packer"),
+        ({"mixture": 0, "weight_unit": "tokens"}, "mixture, weight_unit"),
+    ]
+    for change, name in changes:
+        with pytest.raises(CheckpointError, match=rf"data = '{re.escape(name)}'.*--accept_data_change"):
+            check_cursor(plan, cursor, {**before, **change})
+        assert ", ".join(check_cursor(plan, cursor, {**before, **change}, accept_change=True)) == name
+    assert check_cursor(plan, plan.cursor(3), before) == []
+
+
 def test_epochs(plan: Plan) -> None:
+    """Of the slowest source, or of a named one."""
     steps = plan.steps_for_epochs(1.0)
     assert plan.cursor(steps).epoch >= 1.0 > plan.cursor(steps - 1).epoch
+    for name, size in (("a", 23), ("asr/a", 23), ("tts/b", 17)):
+        steps = plan.steps_for_epochs(2.0, name)
+        full = name if "/" in name else f"asr/{name}"
+        assert plan.consumed(steps)[full] >= 2 * size > plan.consumed(steps - 1)[full]
+    with pytest.raises(ConfigError, match=r"epochs_of = 'asr/b'.*is no training source"):
+        plan.steps_for_epochs(1.0, "asr/b")
+
+
+def test_the_mix_in_tokens(plan: Plan) -> None:
+    """Promise 11: each source within one record's tokens of its share of the tokens, after every step; told in metrics."""
+    by_tokens = Plan(replace(plan.spec, weight_unit="tokens"))
+    longest = max(int(store.lengths.max()) for store in plan.stores)
+    for step in range(1, 60):
+        mix = by_tokens.mix(step)
+        total = sum(part["tokens"] for part in mix.values())
+        assert all(abs(part["tokens"] - part["target"] * total) <= longest for part in mix.values())
+        assert sum(part["records"] for part in mix.values()) == step * plan.spec.global_batch_size
+    taken = [by_tokens.step(k) for k in range(1, 60)]
+    for source, part in enumerate(mix.values()):
+        rows = np.concatenate([p.rows[p.sources == source] for p in taken])
+        assert int(plan.stores[source].lengths[rows].sum()) == part["tokens"] and len(rows) == part["records"]
+    assert [part["target"] for part in mix.values()] == [0.6, 0.4]
+
+
+def test_weights_by_size_count_what_the_unit_counts(tmp_path: Path) -> None:
+    short = make_store(tmp_path, "short", [asr(i, units=5, text="x") for i in range(30)])
+    long = make_store(tmp_path, "long", [asr(i, units=95, text="x") for i in range(10)])
+    assert source_weights(config_from({}), [short, long]) == (3, 1)
+    tokens = source_weights(config_from({"weight_unit": "tokens"}), [short, long])
+    assert tokens[0] * long.manifest["n_tokens"] == tokens[1] * short.manifest["n_tokens"]
 
 
 def test_weights_of_kinds_and_sources(tmp_path: Path) -> None:
