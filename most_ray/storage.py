@@ -132,6 +132,11 @@ def join(place: str, *names: str) -> str:
     return "/".join(part for part in (root, key, *names) if part) + options
 
 
+def absolute(place: str | Path) -> str:
+    """The place in a form that means the same in another process, whatever its working directory."""
+    return str(place) if is_remote(place) else str(local(place).absolute())
+
+
 def parent(place: str) -> str:
     """The folder that a place lies in."""
     if not is_remote(place):

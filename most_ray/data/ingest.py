@@ -120,7 +120,7 @@ def ingest_directory(
 
 def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -> Ingest:
     """Which parts a directory has and which of them are there."""
-    root, directory = str(store_root), str(directory)
+    root, directory = storage.absolute(store_root), storage.absolute(directory)
     entries = record_files(directory)
     digests = _digests(directory, entries, root)
     content = digest(json.dumps([[e.name, e.size, digests[e.name]] for e in entries]).encode())
@@ -147,8 +147,8 @@ def _has_parts(root: str) -> bool:
 
 def content_of(directory: str | Path, store_root: str | Path) -> str:
     """Digest of names and bytes of a directory's records."""
-    entries = record_files(directory)
-    digests = _digests(str(directory), entries, str(store_root))
+    entries = record_files(storage.absolute(directory))
+    digests = _digests(storage.absolute(directory), entries, storage.absolute(store_root))
     return digest(json.dumps([[e.name, e.size, digests[e.name]] for e in entries]).encode())
 
 

@@ -169,7 +169,7 @@ def _digest(value: Any) -> str:
 
 def distinct_names(directories: Sequence[str | Path], groups: Sequence[str]) -> list[str]:
     """Each directory's (or URI's) last name, with as many of those above it as tell it apart from the others of its group."""
-    full = [str(d) if storage.is_remote(d) else str(storage.local(d).absolute()) for d in directories]
+    full = [storage.absolute(directory) for directory in directories]
     parts = [[name for name in place.split("?")[0].split("/") if name] or ["root"] for place in full]
     names = []
     for index, own in enumerate(parts):

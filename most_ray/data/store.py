@@ -114,12 +114,18 @@ class TokenStore:
 
     def _open_shard(self, index: int) -> pa.RecordBatch:
         shard, place = self.manifest["shards"][index], self.shard_place(index)
+
+        def map_it() -> pa.MemoryMappedFile:
+            return pa.memory_map(str(self._fetch(place)))
+
         try:
-            path = self._fetch(place)
-            size = path.stat().st_size
-            if size != shard["bytes"]:
-                raise self._damaged(index, f"has {size} bytes instead of {shard['bytes']}")
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            try:
+                content = storage.with_retries(map_it, place)
+            except FileNotFoundError:
+                content = map_it()  # other files may just have pushed it out of this node's cache
+            if content.size() != shard["bytes"]:
+                raise self._damaged(index, f"has {content.size()} bytes instead of {shard['bytes']}")
+            batch = pa.ipc.open_file(content).get_batch(0)
             batch.validate(full=True)  # offsets that lead outside end the process where they are followed
             return batch
         except (OSError, pa.ArrowException) as error:

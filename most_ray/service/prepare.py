@@ -96,8 +96,8 @@ def prepare_run(config: RunConfig) -> Prepared:
         threads=threads,
         units_identity=units,
         validation=ValidationJob(
-            tuple(map(_absolute_place, config.val_asr_dirs)),
-            tuple(map(_absolute_place, config.val_tts_dirs)),
+            tuple(map(storage.absolute, config.val_asr_dirs)),
+            tuple(map(storage.absolute, config.val_tts_dirs)),
             settings,
             store_dir_of(config),
         )
@@ -178,11 +178,7 @@ def make_stores(config: RunConfig, verify: bool = False) -> list[TokenStore]:
 
 
 def store_dir_of(config: RunConfig) -> str:
-    return _absolute_place(config.store_dir or str(Path(config.output_dir) / "store"))
-
-
-def _absolute_place(place: str) -> str:
-    return place if storage.is_remote(place) else str(storage.local(place).absolute())
+    return storage.absolute(config.store_dir or str(Path(config.output_dir) / "store"))
 
 
 def _model_path(config: RunConfig, run_dir: Path) -> str:

@@ -49,7 +49,8 @@ def test_tasks_make_the_same_store_as_one_process(ray_cluster: str, tmp_path: Pa
     folder = write_records(tmp_path / "a", [*records[:60], "bad", *records[60:]])
     write_records(tmp_path / "a", [asr(500)], "more.jsonl")
     one = ingest_directory(folder, RECIPE, tmp_path / "one")
-    two = ingest_directory(folder, RECIPE, tmp_path / "two", spread)
+    monkeypatch.chdir(tmp_path)  # tasks have another working directory
+    two = ingest_directory("a", RECIPE, "two", spread)
     assert len(one.manifest["shards"]) > 5 and same(one, two)
     assert one.manifest == two.manifest and one.rejected_lines() == two.rejected_lines()
 
