@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -75,24 +76,39 @@ class Encoded(NamedTuple):
 
 
 def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[Encoded]:
-    """Encode records, the distinct text pieces of all of them in one tokenizer call; units become ids by addition alone."""
+    """Encode records, the distinct text pieces of all of them in one tokenizer call; units become ids by addition alone. The arrays
+    are views of one."""
     spelled = [template_texts(record) for record in records]
     distinct = list(dict.fromkeys(text for pieces in spelled for text in pieces))
-    tokens = {text: np.array(ids, np.int32) for text, ids in zip(distinct, vocabulary.encode(distinct), strict=True)}
+    tokens = _arrays(distinct, vocabulary.encode(distinct))
     ids = vocabulary.ids
     bos, eos, begin, end = (np.array([token], np.int32) for token in (ids.bos, ids.eos, ids.begin_audio, ids.end_audio))
-    encoded = []
+    base = np.int32(ids.unit_base)
+    parts: list[np.ndarray] = []
+    sizes: list[tuple[int, int]] = []
     for record, pieces in zip(records, spelled, strict=True):
-        prompt = [bos, tokens[pieces[0]]]
+        first = len(parts)
+        parts += (bos, tokens[pieces[0]])
         if not isinstance(record.input, str):
-            prompt += [begin, record.input + np.int32(ids.unit_base), end, tokens[pieces[1]]]
-        if isinstance(record.output, str):
-            output = [tokens[pieces[-1]], eos]
-        else:
-            prompt.append(begin)
-            output = [record.output + np.int32(ids.unit_base), end]
-        encoded.append(Encoded(np.concatenate([*prompt, *output]), sum(map(len, prompt)), record.task))
+            parts += (begin, record.input + base, end, tokens[pieces[1]])
+        if not isinstance(record.output, str):
+            parts.append(begin)
+        prompt = sum(map(len, parts[first:]))
+        parts += (tokens[pieces[-1]], eos) if isinstance(record.output, str) else (record.output + base, end)
+        sizes.append((prompt, prompt + len(parts[-2]) + 1))
+    flat = np.concatenate([*parts, bos[:0]])
+    encoded, start = [], 0
+    for record, (prompt, size) in zip(records, sizes, strict=True):
+        encoded.append(Encoded(flat[start : start + size], prompt, record.task))
+        start += size
     return encoded
+
+
+def _arrays(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Ids as int32 arrays by their text, made in one go."""
+    flat = np.fromiter(chain.from_iterable(ids), np.int32)
+    ends = list(accumulate(map(len, ids), initial=0))
+    return {text: flat[a:b] for text, (a, b) in zip(texts, pairwise(ends), strict=True)}
 
 
 def template_texts(record: Record) -> list[str]:

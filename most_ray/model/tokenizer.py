@@ -6,10 +6,11 @@ import hashlib
 import random
 import string
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -64,31 +65,55 @@ class TextEncoder:
         if len(self._later) > _CACHED_WORDS:
             self._first.clear()
             self._later.clear()
-        divided = [_divide(text) for text in texts]
-        first = {words[0] for words in divided if words} - self._first.keys()
-        later = set(chain.from_iterable(words[1:] for words in divided if words)) - self._later.keys()
-        whole = [text for text, words in zip(texts, divided, strict=True) if words is None]
-        news = iter(self._whole([*first, *(" " + word for word in later), *whole]))
-        self._first |= {word: next(news) for word in first}
-        self._later |= {word: next(news) for word in later}
         known = self._later.__getitem__
-        return [next(news) if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))] for words in divided]
+        ids: list[list[int]] = []
+        rest: list[tuple[int, list[str] | None]] = []  # texts with words that are new, or that cannot be divided
+        for place, text in enumerate(texts):
+            words = _divide(text)
+            try:
+                ids.append([] if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))])
+            except KeyError:
+                ids.append([])
+                rest.append((place, words))
+            else:
+                if words is None:
+                    rest.append((place, None))
+        divided = [words for _, words in rest if words]
+        self._learn(self._first, {words[0] for words in divided}, "")
+        self._learn(self._later, set(chain.from_iterable(words[1:] for words in divided)), " ")
+        whole = iter(self._whole([texts[place] for place, words in rest if words is None]))
+        for place, words in rest:
+            ids[place] = next(whole) if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))]
+        return ids
+
+    def _learn(self, known: dict[str, list[int]], words: set[str], before: str) -> None:
+        """Tokenise words that are new, many as one text: a call for each would cost several times as much."""
+        new = sorted(words - known.keys())
+        if not before:
+            known |= zip(new, self._whole(new), strict=True)
+            return
+        for start in range(0, len(new), _TOGETHER):
+            some = new[start : start + _TOGETHER]
+            encoding = self._tokenizer.encode(before + before.join(some), add_special_tokens=False)
+            starts = np.fromiter((first for first, _ in encoding.offsets), np.int64)
+            ends = np.cumsum([len(word) + 1 for word in some])
+            cuts = np.searchsorted(starts, ends).tolist()
+            ids = encoding.ids
+            known |= {word: ids[a:b] for word, (a, b) in zip(some, pairwise([0, *cuts]), strict=True)}
 
 
 def _divide(text: str) -> list[str] | None:
     """The words between single spaces; None where the text is not plain enough to be sure of them. Other white space stays inside a
     word, and so does a space at the very end."""
-    if not text.isascii() or "  " in text:
+    if not text.isascii() or "  " in text or not text or text[0] == " ":
         return None
     words = text.split(" ")
-    if not words[-1] and len(words) > 1:
+    if not words[-1]:
         words[-2:] = [words[-2] + " "]
-    if not all(words):
-        return None
-    if not text.isprintable() and any(
-        w[0].isspace() or w[-1].isspace() for w in (words[0].rstrip(" "), *words[1:-1], words[-1].rstrip(" ")) if w
-    ):
-        return None
+    if not text.isprintable():
+        edges = (words[0].rstrip(" "), *words[1:-1], words[-1].rstrip(" "))
+        if any(word[0].isspace() or word[-1].isspace() for word in edges if word):
+            return None
     return words
 
 
@@ -102,8 +127,9 @@ def _probes(n: int = 400) -> list[str]:
 
 
 _PROBES = _probes()
-_SAMPLES = 8  # texts of each batch that are tokenised both ways
+_SAMPLES = 2  # texts of each batch that are tokenised both ways
 _CACHED_WORDS = 1 << 19
+_TOGETHER = 256  # new words that are tokenised as one text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -198,7 +198,7 @@ def main() -> None:
         ["durations", *map(str, BATCHES), "greedy", "padding", "to max", "all at once"],
         rows,
         [
-            f"Mean of sd 7: {figures['mean_tokens']:.0f} tokens. Greedy and padding do not depend on the step; all at once: best fit of all.",
+            f"Mean of sd 7: {figures['mean_tokens']:.0f} tokens. Greedy and padding are the same in all steps; all at once: best fit.",
             f"Durations are a model: normal, mean {MEAN_S} s, cut to {SHORTEST_S:g}..{LONGEST_S:g} s.",
         ],
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -42,6 +43,7 @@ def local_ray(**changes: Any) -> Iterator[None]:
     """A Ray as a run on this machine has it, in a folder of its own, ended whatever happens."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(**{**local_ray_options(max(RANKS)), "_temp_dir": folder, **changes})
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             yield
         finally:
@@ -59,24 +61,23 @@ class Rank:
         next(self._batches)
         return time.perf_counter() - start
 
-    def drain(self) -> list[tuple[float, float]]:
-        """When each of the other batches came, and this rank's share of its tokens."""
-        return [(time.time(), batch.n_tokens / self._world) for batch in self._batches]
+    def drain(self) -> float:
+        """This rank's share of the tokens of all other batches."""
+        return sum(batch.n_tokens for batch in self._batches) / self._world
 
 
 def deliver(spec: StreamSpec, world: int, steps: int) -> tuple[float, float]:
-    """Tokens a second into all ranks together once all of them run, and seconds to the slowest rank's first batch."""
+    """Tokens a second into all ranks together, until the last of them has all, and seconds to the slowest rank's first batch."""
     ranks = [Rank.remote() for _ in range(world)]
     specs = [replace(spec, rank=rank, world_size=world) for rank in range(world)]
     ray.get([rank.first.remote(own, 2) for rank, own in zip(ranks, specs, strict=True)])  # imports, worker processes, open stores
     first = max(ray.get([rank.first.remote(own, steps) for rank, own in zip(ranks, specs, strict=True)]))
-    arrivals = ray.get([rank.drain.remote() for rank in ranks])
+    start = time.perf_counter()
+    tokens = sum(ray.get([rank.drain.remote() for rank in ranks]))
+    seconds = time.perf_counter() - start
     for rank in ranks:
         ray.kill(rank)
-    # Batches that were made ahead before the first quarter do not count, nor the time when some ranks have ended.
-    begin = max(times[len(times) // 4][0] for times in arrivals)
-    end = min(times[-1][0] for times in arrivals)
-    return sum(tokens for times in arrivals for at, tokens in times if begin < at <= end) / (end - begin), first
+    return tokens / seconds, first
 
 
 def in_process(spec: StreamSpec, steps: int) -> float:
@@ -173,6 +174,7 @@ def pass_through(spec: StreamSpec, store_bytes: int) -> tuple[dict[str, float], 
         "peak_object_store_needed_mb": watched.peak_needed / 1e6,
         "object_store_mb": size / 1e6,
         "driver_rss_growth_mb": mean(resident[-quarter:]) - mean(resident[:quarter]),
+        "driver_rss_growth_mb_from_second_quarter": mean(resident[-quarter:]) - mean(resident[quarter : 2 * quarter]),
         "driver_rss_mb": mean(resident[-quarter:]),
         "tokens_per_s_small_object_store": tokens / seconds,
     }
@@ -196,8 +198,8 @@ def data_wait(run: Path) -> tuple[dict[str, float], list[list[object]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, help="folder of a training run with --logging_steps 1")
-    parser.add_argument("--steps", type=int, default=100, help="of 512 records, for tokens a second")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=240, help="of 512 records, for tokens a second")
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="most_ray-bench-") as folder:
