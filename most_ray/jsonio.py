@@ -221,7 +221,7 @@ class _Reader:
                     continue
                 match = _SPACE.match(source.data, end)
                 assert match is not None
-            if match.end() == len(source.data) or source.data[match.end()] in b",]{}[":
+            if match.end() == len(source.data) or source.data[match.end()] in b",]{[":
                 tries += 1
                 try:
                     value = orjson.loads(source.data[source.position : end])

@@ -6,6 +6,7 @@ import hashlib
 import random
 import string
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ class TextEncoder:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._first: dict[str, list[int]] = {}  # a text's first word, then those that stand behind a space
-        self._later: dict[str, list[int]] = {}
+        self._digest = hashlib.blake2b(self._tokenizer.to_str().encode(), digest_size=16).digest()
+        # A text's first word, and those that stand behind a space.
+        self._first, self._later = _known_words(self._digest)
         self._by_words = True
-        if not self._agrees(_PROBES):
-            self._by_words = False
+        self._by_words = self._agrees(_PROBES)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_first": {}, "_later": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_first", "_later")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._first, self._later = _known_words(self._digest)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._by_words:
@@ -100,6 +105,16 @@ class TextEncoder:
             cuts = np.searchsorted(starts, ends).tolist()
             ids = encoding.ids
             known |= {word: ids[a:b] for word, (a, b) in zip(some, pairwise([0, *cuts]), strict=True)}
+
+
+Words = dict[str, list[int]]
+
+
+@lru_cache(maxsize=4)
+def _known_words(digest: bytes) -> tuple[Words, Words]:
+    """The words that this process knows of a tokenizer: the tasks that it runs one after the other share them."""
+    del digest
+    return {}, {}
 
 
 def _divide(text: str) -> list[str] | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import ray.data
-from ray.data import DataContext, ExecutionResources
+from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 from ray.experimental import internal_kv
 from safetensors.numpy import load as unpack_arrays
 from safetensors.numpy import save as pack_arrays
@@ -71,11 +71,11 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         for start in range(first, last + 1, span):
             yield from _stream_span(spec, start, min(last, start + span - 1), chunk, board)
 
-    yield from watched(batches(), spec.timeout_s, board.stage)
+    return watched(batches(), spec.timeout_s, board.stage)
 
 
 def watched(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:
-    """The same batches, one ahead, made on a thread of their own.
+    """The same batches, one ahead, made on a thread of their own from now on.
 
     Raises:
         StreamStalledError: none came for `timeout_s` seconds (0: wait for ever).
@@ -101,22 +101,26 @@ def watched(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]
         except BaseException as error:  # noqa: BLE001 - it is raised where the batches are taken
             put(None, error)
 
+    def take() -> Iterator[Batch]:
+        try:
+            while True:
+                try:
+                    batch, error = made.get(timeout=timeout_s or None)
+                except queue.Empty:
+                    rule = f"passed without a batch: {stage()}."
+                    raise StreamStalledError(
+                        "data_timeout_s", timeout_s, rule, "The same command goes on from the last checkpoint."
+                    ) from None
+                if error is not None:
+                    raise error
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            stopped.set()
+
     threading.Thread(target=pump, name="stream", daemon=True).start()
-    try:
-        while True:
-            try:
-                batch, error = made.get(timeout=timeout_s or None)
-            except queue.Empty:
-                raise StreamStalledError(
-                    "data_timeout_s", timeout_s, f"passed without a batch: {stage()}.", "The same command goes on from the last checkpoint."
-                ) from None
-            if error is not None:
-                raise error
-            if batch is None:
-                return
-            yield batch
-    finally:
-        stopped.set()
+    return take()
 
 
 class _Board:
@@ -171,7 +175,7 @@ def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _Bo
         fn_kwargs={"spec": spec, "first": first, "last": last, "chunk": chunk, "board": board.key},
         batch_size=1,
         num_cpus=TASK_CPUS,
-        concurrency=_TASKS,
+        compute=TaskPoolStrategy(size=_TASKS),
     )
     for table in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
         for payload, error in zip(table.column("payload"), table.column("error"), strict=True):

@@ -74,12 +74,16 @@ def train_worker(job: WorkerJob) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(job.threads)
     _seed(job.config.seed, rank)
-    model = _build_model(job, device)
-    state = make_state(model, job.config, job.total_steps)
     plan = open_plan(job.plan)
     run_dir = Path(job.run_dir)
     attempt = _take_over(run_dir, job.driver, rank)
-    _resume(job, state, plan, run_dir)
+    start = _starting_point(job, run_dir)
+    # The stream fills while the model is built.
+    stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
+    batches = job.stream(stream, start.step + 1, job.total_steps)
+    model = _build_model(job, device)
+    state = make_state(model, job.config, job.total_steps)
+    _resume(start, state, plan, job.config)
     reporter = RunReporter(job, plan, state.step, rank)
     saver = Saver(job, plan, run_dir, rank, attempt, reporter)
     settings = LoopSettings(
@@ -90,9 +94,8 @@ def train_worker(job: WorkerJob) -> None:
         device,
         job.config.asr_loss_weight,
     )
-    stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
     try:
-        train(state, job.stream(stream, state.step + 1, job.total_steps), settings, reporter, saver.at_step)
+        train(state, batches, settings, reporter, saver.at_step)
         saver.finish()
     finally:
         reporter.close()
@@ -149,20 +152,37 @@ def _take_over(run_dir: Path, driver: str, rank: int) -> str:
     return attempt[0]
 
 
-def _resume(job: WorkerJob, state: TrainState, plan: Plan, run_dir: Path) -> None:
-    """Load what the run goes on from. Rank 0 decides, once per attempt, from commit markers; weights and data follow the same number."""
-    config = job.config
-    own = checkpoint.committed(run_dir / "checkpoints")
-    decision = [str(own[-1]) if own else config.resume_from_checkpoint, not own and config.ignore_optimizer_state]
+@dataclass(frozen=True)
+class _Start:
+    """What a run goes on from: a checkpoint (None: nothing), whether only its weights are taken, the step that has been made."""
+
+    place: str | None
+    fresh: bool
+    step: int
+
+
+def _starting_point(job: WorkerJob, run_dir: Path) -> _Start:
+    """Rank 0 decides, once per attempt, from commit markers; weights and data follow the same number."""
+    decision: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        own = checkpoint.committed(run_dir / "checkpoints")
+        place = str(own[-1]) if own else job.config.resume_from_checkpoint
+        fresh = not own and job.config.ignore_optimizer_state
+        decision = [_Start(place, fresh, int(checkpoint.read_state(Path(place))["step"]) if place and not fresh else 0)]
     if dist.is_initialized():
         dist.broadcast_object_list(decision, src=0)
-    place, fresh = decision
-    if place is None:
+    start: _Start = decision[0]
+    return start
+
+
+def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> None:
+    """Load what the run goes on from."""
+    if start.place is None:
         return
-    directory = Path(str(place))
-    content = checkpoint.load(directory, state, with_optimizer=not fresh)
-    if not fresh:
+    content = checkpoint.load(Path(start.place), state, with_optimizer=not start.fresh)
+    if not start.fresh:
         check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
+    assert state.step == start.step, "weights and data go on from the same step"
 
 
 class RunReporter:

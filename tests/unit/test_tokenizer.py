@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from most_ray.model.tokenizer import BOS, EOS, PAD, TextEncoder, add_audio_tokens, train_tokenizer
+from most_ray.model.tokenizer import BOS, EOS, PAD, TextEncoder, _known_words, add_audio_tokens, train_tokenizer
 
 SENTENCES = [
     "CHAPTER ONE MISSUS RACHEL LYNDE IS SURPRISED",
@@ -53,7 +53,9 @@ def kinds() -> dict[str, PreTrainedTokenizerFast]:
         "deepseek": trained(
             models.BPE(),
             bytes_,
-            pre_tokenizers.Sequence([*(pre_tokenizers.Split(r, "isolated") for r in deepseek), pre_tokenizers.ByteLevel(False, use_regex=False)]),
+            pre_tokenizers.Sequence(
+                [*(pre_tokenizers.Split(r, "isolated") for r in deepseek), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            ),
         ),
         "metaspace": trained(models.BPE(unk_token="<unk>"), bpe, pre_tokenizers.Metaspace()),
         "lower case": trained(models.BPE(unk_token="<unk>"), bpe, pre_tokenizers.Whitespace(), normalizers.Lowercase()),
@@ -95,10 +97,14 @@ def test_it_is_used_where_it_holds_and_nowhere_else() -> None:
 
 
 def test_an_encoder_travels_without_its_words() -> None:
+    """What a process has learnt stays there, for the next encoder of the same tokenizer."""
     encoder = TextEncoder(train_tokenizer(SENTENCES, 400))
     expected = encoder(SENTENCES)
-    again = pickle.loads(pickle.dumps(encoder))
-    assert not again._later and again(SENTENCES) == expected
+    sent = pickle.dumps(encoder)
+    again = pickle.loads(sent)
+    assert again._later is encoder._later and again(SENTENCES) == expected
+    _known_words.cache_clear()
+    assert not pickle.loads(sent)._later and pickle.loads(sent)(SENTENCES) == expected
 
 
 def test_decoding_gives_the_text_back() -> None:
