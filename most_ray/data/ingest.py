@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from most_ray import storage
-from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
+from most_ray.data.store import SCRATCH, STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
 from most_ray.errors import DataError, RecordError
 from most_ray.jsonio import MAX_RECORD, read_lines
 from most_ray.records import RECORD_SUFFIXES, Record, Task, is_lines, parse_records, read_with_offsets, record_files
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 Overlong = Literal["reject", "set_aside", "split"]
 RANGE = MAX_RECORD  # bytes of a part's range; no record reaches further than the next one
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the cache
+_STALE_S = 86_400.0
 _SETTLED_NS = 2 * 10**9  # a file younger than this may change again within its time stamp's resolution
 
 
@@ -107,6 +108,7 @@ def ingest_directory(
     if ingest.missing:
         logger.info("making %d of %d parts of the token store of %s", len(ingest.missing), len(ingest.parts), directory)
         run(ingest.missing, recipe)
+        _sweep(storage.parent(ingest.parts[0].place))
     manifest = storage.join(ingest.place, "manifest.json")
     if not storage.exists(manifest):
         _assemble(ingest)
@@ -116,6 +118,15 @@ def ingest_directory(
         why = f"; the first one {json.loads(lines[0])['reason']}" if lines else ""
         raise DataError("directory", str(directory), f"holds no usable {recipe.task} record{why}.")
     return store
+
+
+def _sweep(parts: str) -> None:
+    """Remove what processes that were killed while they made a part have left, a day later: until then one may still be at it."""
+    if storage.is_remote(parts):
+        return
+    for folder in storage.local(parts).glob(f"{SCRATCH}*"):
+        if time.time() - folder.stat().st_mtime > _STALE_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -> Ingest:

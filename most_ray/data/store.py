@@ -28,6 +28,7 @@ from most_ray.errors import DataError
 from most_ray.template import Encoded
 
 STORE_VERSION = 2
+SCRATCH = ".part-"  # begins the names of folders in the making
 _SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.large_list(pa.int32())), ("checksum", pa.uint64())])
 _SHARD_TOKENS = 1 << 24
 _OPEN_SHARDS = 128  # each holds a file descriptor
@@ -225,7 +226,7 @@ class PartWriter:
     """
 
     def __init__(self, scratch: Path) -> None:
-        self.folder = scratch / f".part-{uuid.uuid4().hex[:12]}"
+        self.folder = scratch / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
         self.folder.mkdir(parents=True)
         self._shards: list[dict[str, Any]] = []
         self._ids: list[str] = []

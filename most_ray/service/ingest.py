@@ -39,6 +39,7 @@ def spread(parts: Sequence[Part], recipe: Recipe) -> None:
     Raises:
         DataError: storage failed for good, for some part.
     """
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own progress, which would stand among ours
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,15 @@ def test_a_stopped_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     store = ingest(tmp_path / "a", run=rest)
     assert [store.record_id(row) for row in range(len(store))] == [f"utt_{i}" for i in range(60)]
     assert not list((tmp_path / "store").rglob(".*"))
+
+
+def test_what_a_killed_process_left_is_swept_away_a_day_later(tmp_path: Path) -> None:
+    write_records(tmp_path / "a", [asr(0)])
+    for name, age in ((".part-old", 90_000), (".part-new", 60)):
+        (tmp_path / "store" / "parts" / name).mkdir(parents=True)
+        os.utime(tmp_path / "store" / "parts" / name, (time.time() - age,) * 2)
+    ingest(tmp_path / "a")
+    assert [path.name for path in (tmp_path / "store" / "parts").glob(".*")] == [".part-new"]
 
 
 def test_a_part_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
