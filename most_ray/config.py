@@ -301,6 +301,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             }
             if hint is bool:
                 keywords.update(nargs="?", const="true", metavar="true|false")
+            elif typing.get_origin(hint) is Literal:
+                keywords.update(metavar="|".join(typing.get_args(hint)))
             elif typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
                 keywords.update(nargs="+")
             group.add_argument(f"--{f.name}", **keywords)
