@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 import orjson
@@ -19,10 +19,13 @@ from most_ray.errors import RecordError
 
 MAX_RECORD = 64 << 20  # bytes of one JSON value; a longer one is set aside
 _CHUNK = 1 << 18
-_TRIES = 32  # closing braces tried by the fast parser before the exact one is asked
+_TRIES = 4  # closing braces tried by the fast parser before the object's end is looked for
+_SEARCHED = 16 << 20  # bytes parsed in vain behind one damage; then only what follows a closed value is taken for a record
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"[ \t\r\n]*:[ \t\r\n]*')
-_OBJECT = re.compile(rb'\{[ \t\r\n]*"')
+_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)
+_RECORD = re.compile(rb'\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:')
+_RECORD_BEHIND = re.compile(rb'(?<=[}\]])[ \t\r\n]*,?[ \t\r\n]*\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:')
 _RECORD_KEYS = ("id", "instruction", "input", "output")
 
 
@@ -112,14 +115,22 @@ def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Ite
 
 def _line_value(line: bytes, begin: int) -> object:
     try:
-        return orjson.loads(line)
+        return _parse(line)
     except orjson.JSONDecodeError:
-        pass  # NaN, numbers beyond 64 bits, half surrogate pairs: the exact parser decides
+        pass  # NaN, half surrogate pairs, a byte order mark: the exact parser decides
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         position = begin + (error.pos if isinstance(error, json.JSONDecodeError) else 0)
         return RecordError(f"is not JSON at byte {position} ({error})")
+
+
+def _parse(text: bytes) -> Any:
+    """orjson's value; json's where an id is a number that orjson would round."""
+    value = orjson.loads(text)
+    if type(value) is dict and type(value.get("id")) is float:
+        return json.loads(text)
+    return value
 
 
 def read_values(stream: BinaryIO) -> Iterator[tuple[int, object]]:
@@ -139,7 +150,8 @@ class _Reader:
     def __init__(self, source: _Bytes) -> None:
         self._source = source
         self._recovering = False  # behind damage at the top level, list punctuation may stand alone
-        self._lost = False  # the end was reached in search of a whole record
+        self._lost = False  # the end was reached inside a list or in search of a whole record, and that was told
+        self._entered = self._closed = False  # of an object around records: its "data", its end
 
     def values(self) -> Iterator[tuple[int, object]]:
         source = self._source
@@ -170,7 +182,8 @@ class _Reader:
                 source.position += 1
                 return
             if byte < 0:
-                if not (source.damage or self._lost):
+                told, self._lost = source.damage or self._lost, True
+                if not told:
                     yield source.offset, RecordError(f"is not JSON at byte {source.offset} (the file ends inside a list)")
                 return
             if not first:
@@ -194,44 +207,55 @@ class _Reader:
             if not (isinstance(value, RecordError) and source.damage):
                 yield begin, value
 
-    def _object(self) -> dict[str, Any] | None:
-        """The object that begins here, taken; None where it is broken, or too involved for the fast way. A slice that parses is the
-        object: no proper prefix of a JSON object is one."""
+    def _object(self, budget: int | None = None) -> dict[str, Any] | None:
+        """The object that begins here, taken; None where it is broken or longer than `budget`. A slice that parses is the object: no
+        proper prefix of a JSON object is one."""
         source = self._source
+        budget = MAX_RECORD if budget is None else budget
         seek = source.position
-        tries = 0
-        while tries < _TRIES:
-            end = source.data.find(b"}", seek) + 1
-            if end == 0:
-                if len(source.data) - source.position > MAX_RECORD:
-                    return None
+        for _ in range(_TRIES):
+            while (end := source.data.find(b"}", seek) + 1) == 0:
                 searched = len(source.data) - source.position
-                if not source.more():
+                if searched > budget or not source.more():
                     return None
                 seek = source.position + searched
-                continue
+            if end - source.position > budget:
+                return None
             match = _SPACE.match(source.data, end)
             assert match is not None
-            if match.end() == len(source.data) and not source.ended:
-                relative = end - source.position
-                source.more()
-                end = seek = source.position + relative
-                seek -= 1
-                if not source.ended:
-                    continue
-                match = _SPACE.match(source.data, end)
-                assert match is not None
             if match.end() == len(source.data) or source.data[match.end()] in b",]{[":
-                tries += 1
-                try:
-                    value = orjson.loads(source.data[source.position : end])
-                except orjson.JSONDecodeError:
-                    pass
-                else:
-                    source.position = end
-                    return cast("dict[str, Any]", value)
+                value = self._taken(end)
+                if value is not None:
+                    return value
             seek = end
-        return None
+        length = self._length(budget)
+        return None if length is None else self._taken(source.position + length)
+
+    def _taken(self, end: int) -> dict[str, Any] | None:
+        """The object up to `end`, taken, where it is one."""
+        source = self._source
+        try:
+            value = _parse(source.data[source.position : end])
+        except (ValueError, RecursionError):
+            return None
+        source.position = end
+        return cast("dict[str, Any]", value)
+
+    def _length(self, budget: int) -> int | None:
+        """Bytes of the object that begins here, by its braces outside strings; None where they do not close within `budget`."""
+        source, depth, done = self._source, 0, 0
+        while True:
+            for match in _MARKS.finditer(source.data, source.position + done):
+                mark = match[0]
+                if mark == b"{":
+                    depth += 1
+                elif mark == b"}":
+                    depth -= 1
+                    if depth == 0:
+                        return match.end() - source.position
+                done = match.end() - source.position
+            if len(source.data) - source.position > budget or not source.more():
+                return None
 
     def _exact(self, begin: int) -> object:
         """The value that begins here by the exact parser, taken; a RecordError that says where it breaks, with nothing taken."""
@@ -244,7 +268,7 @@ class _Reader:
             try:
                 value, end = json.JSONDecoder().raw_decode(text)
             except RecursionError:
-                return RecordError(f"is nested too deeply at byte {begin}")
+                return RecordError(f"is not JSON at byte {begin} (nested too deeply)")
             except json.JSONDecodeError as error:
                 # Where the window cuts the value, only a longer one can tell what is wrong with it.
                 if not whole and (error.pos > len(text) - 64 or "Unterminated string" in error.msg):
@@ -254,6 +278,8 @@ class _Reader:
                     continue
                 position = begin + len(text[: error.pos].encode("utf-8", "surrogateescape"))
                 return RecordError(f"is not JSON at byte {position} ({error.msg})")
+            except ValueError as error:  # a number of thousands of digits
+                return RecordError(f"is not JSON at byte {begin} ({error})")
             if end == len(text) and not whole and window <= MAX_RECORD:
                 window *= 4  # a number may go on
                 continue
@@ -265,21 +291,21 @@ class _Reader:
         source = self._source
         begin = source.offset
         source.position += 1
+        spent = 0
         while True:
-            match = _OBJECT.search(source.data, source.position)
+            match = (_RECORD if spent < _SEARCHED else _RECORD_BEHIND).search(source.data, source.position)
             if match is None:
-                keep = max(source.position, len(source.data) - 64)  # a brace and its key may be cut by the window
-                source.position = keep
+                source.position = max(source.position, len(source.data) - 64)  # a brace and its key may be cut by the window
                 if not source.more():
                     source.position = len(source.data)
                     self._lost = True
                     break
                 continue
-            source.position = match.start()
+            source.position = source.data.index(b"{", match.start())
             place = source.offset
-            value = self._object()
-            source_begin = place - source.base
-            source.position = source_begin
+            value = self._object(_SEARCHED)
+            spent += source.offset - place if value else min(_SEARCHED, len(source.data) - source.position)
+            source.position = place - source.base
             if isinstance(value, dict) and sum(key in value for key in _RECORD_KEYS) >= 2:
                 break
             source.position += 1
@@ -289,38 +315,30 @@ class _Reader:
         """A record, or an object that wraps its records in "data"."""
         source = self._source
         begin = source.offset
-        value = self._object()
+        value = self._object(_CHUNK)
         if value is not None:
             keys = list(value)
-            data = value.get("data")
-            if "data" in value and "id" not in keys[: keys.index("data")]:
-                if isinstance(data, list):
-                    yield from ((begin, RecordError("is a JSON list, not an object") if isinstance(v, list) else v) for v in data)
-                else:
-                    yield begin, RecordError("'data' is not a list of records")
-            else:
+            if "data" not in value or "id" in keys[: keys.index("data")]:
                 yield begin, value
+                return
+            source.position = begin - source.base  # once more, by its elements
+        self._closed = self._entered = False
+        yield from self._wrapped()
+        if self._closed or self._lost:
             return
-        yield from self._members(begin)
-
-    def _members(self, begin: int) -> Iterator[tuple[int, object]]:
-        """An object that is broken or large, member by member: where it wraps records in "data", they are streamed."""
-        source = self._source
-        if (yield from self._wrapped()):
-            return
-        if begin >= source.base:
+        if not self._entered and begin >= source.base:
             source.position = begin - source.base
-            value = self._exact(begin)
-        else:
-            value = RecordError(f"is not JSON at byte {source.offset}")
-        if isinstance(value, RecordError):
+            found: object = self._object() or self._exact(begin)
+        else:  # its records have been given: what stands here is read for itself, not from the beginning again
+            found = RecordError(f"is not JSON at byte {source.offset} (in an object around records)")
+        if isinstance(found, RecordError):
             self._recovering = True
-            value = self._resume(value)
-        if not (isinstance(value, RecordError) and source.damage):
-            yield begin, value
+            found = self._resume(found)
+        if not (isinstance(found, RecordError) and source.damage):
+            yield begin, found
 
-    def _wrapped(self) -> Generator[tuple[int, object], None, bool]:
-        """True where the object could be read as a wrapper to its end."""
+    def _wrapped(self) -> Iterator[tuple[int, object]]:
+        """The records in an object's "data". Notes whether there is one, and whether the object could be read to its end."""
         source = self._source
         names: set[bytes] = set()
         opening = source.offset
@@ -330,7 +348,8 @@ class _Reader:
             byte = source.skip_space()
             if byte == ord("}"):
                 source.position += 1
-                return b"data" in names
+                self._closed = b"data" in names
+                return
             if byte == ord(",") and names:
                 source.position += 1
                 source.skip_space()
@@ -338,14 +357,18 @@ class _Reader:
             while (match is None or match.end() == len(source.data)) and len(source.data) - source.position < _CHUNK and source.more():
                 match = _KEY.match(source.data, source.position)
             if match is None:
-                return False
+                return
             name = match.group(1)
-            if not names and name in (b"id", b"instruction", b"input", b"output"):
-                return False  # a record, and broken
+            if not names and name in (b"id", b"instruction", b"input", b"output", b"metadata"):
+                return  # a record, large or broken
             source.position = match.end()
             if name == b"data" and b"id" not in names and source.data[match.end() : match.end() + 1] == b"[":
                 source.position += 1
+                self._entered = True
                 yield from self._list()
             elif isinstance(self._exact(source.offset), RecordError):
-                return False
+                return
+            elif name == b"data" and b"id" not in names:
+                self._entered = True
+                yield source.offset, RecordError("'data' is not a list of records")
             names.add(name)

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from most_ray.data.ingest import Part, Recipe, make_part
-from most_ray.model.tokenizer import _known_words, train_tokenizer, vocabulary_of
+from most_ray.model.tokenizer import train_tokenizer, vocabulary_of
+from most_ray.model.words import _known_words
 from most_ray.records import ASR_INSTRUCTION, Record, units_to_text
 from most_ray.template import template_texts
 from tests.benchmarks import common

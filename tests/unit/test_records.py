@@ -4,6 +4,7 @@ import datetime as dt
 import gzip
 import io
 import json
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from most_ray.errors import DataError, RecordError
 from most_ray.jsonio import read_lines
 from most_ray.records import (
+    Record,
     asr_to_tts,
     parse_record,
     parse_records,
@@ -281,3 +283,49 @@ def test_directories(tmp_path: Path) -> None:
     (tmp_path / "sub" / "a.jsonl").write_text("")
     assert [entry.place for entry in record_files(tmp_path)] == [str(tmp_path / "sub" / "a.jsonl")]
     assert [entry.name for entry in record_files(tmp_path / "sub" / "a.jsonl")] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("size", [5, 3000])
+@pytest.mark.parametrize(("cut", "end"), [(1, ""), (2, ""), (30, ""), (1, ", }"), (1, ', "x": }')])
+def test_a_damaged_wrapper_gives_its_records_once(tmp_path: Path, size: int, cut: int, end: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [asr(i) for i in range(size)]})[:-cut] + end)
+    good, reasons = read(tmp_path / "a.json")
+    ids = [record["id"] for record in good if isinstance(record, dict)]
+    assert ids == [f"utt_{i}" for i in range(size)][: len(ids)] and len(ids) >= size - 1 and len(reasons) == 1, reasons
+
+
+def test_records_with_much_inside_are_found_behind_damage(tmp_path: Path) -> None:
+    words = {"words": [{"w": str(i), "t": i} for i in range(500)]}
+    texts = [json.dumps({**asr(i), "metadata": words}) for i in range(30)]
+    texts[0] = texts[0].replace("utt_0", 'utt"_0')
+    (tmp_path / "a.json").write_text("[" + ",".join(texts) + "]")
+    good, reasons = read(tmp_path / "a.json")
+    assert len(good) == 29 and len(reasons) == 1
+
+
+def test_hopeless_nesting_is_given_up_in_time(tmp_path: Path) -> None:
+    deep = '{"id": ' * 30_000 + "1" + "}" * 30_000
+    (tmp_path / "a.json").write_text("[" + ",".join([json.dumps(asr(0)), deep, json.dumps(asr(1))]) + "]")
+    started = time.process_time()
+    good, reasons = read(tmp_path / "a.json")
+    assert good == [asr(0), asr(1)] and len(reasons) == 1
+    assert time.process_time() - started < 20
+
+
+def test_numbers_that_are_large(tmp_path: Path) -> None:
+    huge = json.dumps(asr(1)).replace('"utt_1"', "9" * 5000)
+    long_id = json.dumps(asr(2)).replace('"utt_2"', "123456789012345678901234567890")
+    lines = [json.dumps(asr(0)), huge, long_id, json.dumps(asr(3))]
+    (tmp_path / "a.json").write_text("[" + ",".join(lines) + "]")
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for name in ("a.json", "a.jsonl"):
+        values = [raw for _, raw in read_raw(tmp_path / name)]
+        assert isinstance(values[1], RecordError)
+        records = parse_records([values[i] for i in (0, 2, 3)])
+        assert [r.id for r in records if isinstance(r, Record)] == ["utt_0", "123456789012345678901234567890", "utt_3"]
+
+
+def test_two_lists_under_one_name_are_both_read(tmp_path: Path) -> None:
+    a, b = (json.dumps([asr(i)]) for i in (0, 1))
+    (tmp_path / "a.json").write_text(f'{{"data": {a}, "data": {b}}}')
+    assert read(tmp_path / "a.json") == ([asr(0), asr(1)], [])

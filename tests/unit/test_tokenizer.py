@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from most_ray.model.tokenizer import BOS, EOS, PAD, TextEncoder, _known_words, add_audio_tokens, train_tokenizer
+from most_ray.model.tokenizer import BOS, EOS, PAD, add_audio_tokens, train_tokenizer
+from most_ray.model.words import TextEncoder, _known_words
 
 SENTENCES = [
     "CHAPTER ONE MISSUS RACHEL LYNDE IS SURPRISED",
@@ -41,13 +42,19 @@ def trained(model: Any, trainer: Any, pre: Any, normalizer: Any = None) -> PreTr
     return wrapped(backend)
 
 
+def with_token(text: str, **how: bool) -> PreTrainedTokenizerFast:
+    tokenizer = train_tokenizer(SENTENCES * 5, 600)
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False, **how)])
+    return tokenizer
+
+
 def kinds() -> dict[str, PreTrainedTokenizerFast]:
     special = [BOS, EOS, PAD, "<unk>"]
     bpe = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
     bytes_ = trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    deepseek = [Regex(r"[\r\n]"), Regex(r"\s?\p{L}+"), Regex(r"\s?\p{P}+"), Regex(r"[一-龥]+"), Regex(r"\p{N}")]
+    deepseek = [Regex(r"[\r\n]"), Regex(r"\s?\p{L}+"), Regex(r"\s?[!-/:-~]+"), Regex(r"[一-龥]+"), Regex(r"\p{N}")]
     return {
         "byte level": train_tokenizer(SENTENCES * 5, 600),
         "deepseek": trained(
@@ -59,6 +66,26 @@ def kinds() -> dict[str, PreTrainedTokenizerFast]:
         ),
         "metaspace": trained(models.BPE(unk_token="<unk>"), bpe, pre_tokenizers.Metaspace()),
         "lower case": trained(models.BPE(unk_token="<unk>"), bpe, pre_tokenizers.Whitespace(), normalizers.Lowercase()),
+        "two words normalised to one": trained(
+            models.BPE(), bytes_, pre_tokenizers.ByteLevel(False), normalizers.Replace("it's 12", "its12")
+        ),
+        "a token of two words": with_token("is SURPRISED"),
+        "a token that eats spaces": with_token("CHAPTER", lstrip=True),
+        "a token of whole words": with_token("hello", single_word=True),
+        "two words by name": trained(
+            models.BPE(),
+            bytes_,
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(r"RACHEL LYNDE|\s?\S+|\s+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            ),
+        ),
+        "symbols left together": trained(
+            models.BPE(),
+            bytes_,
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            ),
+        ),
         "joins words": trained(models.BPE(), bytes_, pre_tokenizers.ByteLevel(False, use_regex=False)),
         "joins numbers": trained(
             models.BPE(),
@@ -92,8 +119,7 @@ def test_ids_are_the_plain_tokenizers(kind: str, texts: list[str]) -> None:
 
 
 def test_it_is_used_where_it_holds_and_nowhere_else() -> None:
-    assert ENCODERS["byte level"]._by_words and ENCODERS["deepseek"]._by_words
-    assert not ENCODERS["joins words"]._by_words and not ENCODERS["joins numbers"]._by_words
+    assert {name for name, encoder in ENCODERS.items() if encoder._by_words} == {"byte level", "deepseek", "lower case"}
 
 
 def test_an_encoder_travels_without_its_words() -> None:
