@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -218,18 +219,21 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    match = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", args.steps)
+    first, last = (max(1, int(match[1])), int(match[2])) if match else (1, 0)
+    if first > last:
+        raise ConfigError("steps", args.steps, "is not a range FROM:TO of steps, which are counted from 1.")
+    if args.trace.is_dir():
+        raise ConfigError("trace", str(args.trace), "is a folder.", "Name a file.")
     config = _config(args)
     from most_ray.service.prepare import prepare_run
 
-    first, _, last = args.steps.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-        raise ConfigError("steps", args.steps, "is not a range FROM:TO.")
     plan = prepare_run(config).plan
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     with args.trace.open("w", encoding="utf-8") as sink:
-        for step in range(max(1, int(first)), int(last) + 1):
+        for step in range(first, last + 1):
             sink.write(json.dumps({"step": step, "records": plan.record_ids(plan.step(step))}, ensure_ascii=False) + "\n")
-    print(f"steps {max(1, int(first))} to {last}: {args.trace}")
+    print(f"steps {first} to {last}: {args.trace}")
     return 0
 
 

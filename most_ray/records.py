@@ -239,7 +239,11 @@ def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:
     Raises:
         DataError: the directory is not there, or holds no record file.
     """
-    entries = storage.list_files(str(directory), RECORD_SUFFIXES)
+    try:
+        entries = storage.list_files(str(directory), RECORD_SUFFIXES)
+    except OSError as error:
+        reason = f"cannot be listed ({error.strerror or error}: {error.filename})."
+        raise DataError("directory", storage.redact(str(directory)), reason, "Check its permissions and links.") from error
     if len(entries) == 1 and entries[0].place.rstrip("/") == str(directory).rstrip("/"):
         return entries
     found = [e for e in entries if (base := e.name.rsplit("/", 1)[-1]) not in NOT_RECORDS and fnmatch.fnmatchcase(base, pattern)]

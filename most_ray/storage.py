@@ -17,6 +17,7 @@ import random
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +369,9 @@ def _list_local(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, int, s
         folders[:] = sorted(name for name in folders if new and not name.startswith("."))
         names.extend(os.path.relpath(os.path.join(folder, name), root) for name in files if new and name.endswith(suffixes))
     stats = [(name, (root / name).stat()) for name in names]
+    odd = next((name for name, status in stats if not stat.S_ISREG(status.st_mode)), None)
+    if odd is not None:  # a pipe would be waited for, for ever
+        raise DataError("file", str(root / odd), "is not a regular file.", "Move it away.")
     return [(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}") for name, status in stats]
 
 

@@ -75,7 +75,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
         for index in pack:
             store = plan.stores[step_plan.sources[index]]
             record = int(step_plan.rows[index])
-            tokens = store.input_ids(record)
+            record_id, tokens = store.record(record)
             supervised_length = len(tokens) - int(store.prompt_lengths[record])
             if plan.spec.noise.any and store.task == "asr":
                 place = (step - 1) * plan.spec.global_batch_size + index
@@ -87,7 +87,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
             positions[row, start:end] = np.arange(len(tokens))
             modality[row, start:end] = (tokens >= layout.first_audio) & (tokens <= layout.last_audio)
             task[row, start:end] = task_index(store.task)
-            ids.append(store.record_id(record))
+            ids.append(record_id)
             start = end
         positions[row, start:] -= start
     shape = (passes, rows, length)

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from most_ray import storage
-from most_ray.data.store import SCRATCH, STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
+from most_ray.data.store import PART_FILES, SCRATCH, STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
 from most_ray.errors import DataError, RecordError
 from most_ray.jsonio import MAX_RECORD, read_lines
 from most_ray.records import RECORD_SUFFIXES, Record, Task, is_lines, parse_records, read_with_offsets, record_files
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 Overlong = Literal["reject", "set_aside", "split"]
 RANGE = MAX_RECORD  # bytes of a part's range; no record reaches further than the next one
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the cache
+_READERS = 16  # parts read at once: on object stores it is the waiting that takes long
 _STALE_S = 86_400.0
 _SETTLED_NS = 2 * 10**9  # a file younger than this may change again within its time stamp's resolution
 
@@ -147,13 +148,12 @@ def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -
     key = digest(json.dumps(identity, sort_keys=True).encode())[:16]
     parts = tuple(part for entry in entries for part in _parts(entry, digests[entry.name], recipe, storage.join(root, "parts")))
     place = storage.join(root, f"{re.sub(r'[^A-Za-z0-9_-]', '_', base)}-{key}")
-    there = {e.name.split("/")[0] for e in storage.list_files(storage.join(root, "parts"), ("part.json",))} if _has_parts(root) else set()
-    unique = {part.key: part for part in parts}
-    return Ingest(place, manifest, parts, tuple(part for part in unique.values() if part.key not in there))
-
-
-def _has_parts(root: str) -> bool:
-    return storage.exists(storage.join(root, "parts"))
+    if storage.is_remote(root) and storage.exists(storage.join(place, "manifest.json")):
+        return Ingest(place, manifest, parts, ())  # to list all parts of all stores would take a second for each few thousand
+    pool = storage.join(root, "parts")
+    there = {e.name.split("/")[0] for e in storage.list_files(pool, ("part.json",))} if storage.exists(pool) else set()
+    missing = {part.key: part for part in parts if part.key not in there}
+    return Ingest(place, manifest, parts, tuple(missing.values()))
 
 
 def content_of(directory: str | Path, store_root: str | Path) -> str:
@@ -193,6 +193,15 @@ def _age(entry: Entry, now: int) -> int:
 
 
 def _read_digests(entry: Entry) -> list[str]:
+    """Raises DataError where the file cannot be read."""
+    try:
+        return _digests_of(entry)
+    except OSError as error:
+        shown = storage.redact(entry.place)
+        raise DataError("file", shown, f"cannot be read ({error.strerror or error}).", "Check its permissions, or move it away.") from error
+
+
+def _digests_of(entry: Entry) -> list[str]:
     size = RANGE if _splits(entry) else None
     digests, state, left = [], xxhash.xxh3_128(), size
     with storage.open_read(entry.place) as stream:
@@ -290,35 +299,55 @@ def _split(item: Encoded, limit: int) -> list[Encoded]:
     return [Encoded(np.concatenate([prompt, cut]), item.prompt_length, item.task) for cut in cuts]
 
 
+def _read_part(part: Part) -> tuple[dict[str, Any], np.ndarray, list[bytes]]:
+    """What part.json says, the lengths and prompt lengths, the lines of rejected.jsonl; checked.
+
+    Raises:
+        DataError: names the file that is damaged.
+    """
+    content = read_sealed(storage.join(part.place, "part.json"), "part")
+    files = {}
+    for name in PART_FILES:
+        place = storage.join(part.place, name)
+        files[name] = storage.read_bytes(place)
+        if digest(files[name]) != content["files"][name]:
+            raise DataError(
+                "part", storage.redact(place), "does not match its checksum.", f"Delete {storage.redact(part.place)}; it is made anew."
+            )
+    index = np.load(io.BytesIO(files["index.npy"]), allow_pickle=False)
+    return content, index, files["rejected.jsonl"].splitlines()
+
+
 def _assemble(ingest: Ingest) -> None:
     """The store's manifest and index over its parts."""
-    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if storage.is_remote(ingest.place) else storage.local(ingest.place).parent
+    remote = storage.is_remote(ingest.place)
+    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(ingest.place).parent
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".store-", dir=scratch))
-    totals = dict.fromkeys(("n_records", "n_tokens", "n_seen", "n_rejected", "n_set_aside"), 0)
-    shards: list[dict[str, Any]] = []
-    index: list[np.ndarray] = []
-    seen_of: dict[str, int] = {}
-    with (folder / "rejected.jsonl").open("wb") as sink:
-        for part in ingest.parts:
-            content = read_sealed(storage.join(part.place, "part.json"), "part")
-            shards += [{"part": part.key, **shard} for shard in content["shards"]]
-            index.append(np.load(io.BytesIO(storage.read_bytes(storage.join(part.place, "index.npy"))), allow_pickle=False))
-            for raw in storage.read_bytes(storage.join(part.place, "rejected.jsonl")).splitlines():
-                line = json.loads(raw)
-                line = {"file": part.file, **line, "index": line["index"] + seen_of.get(part.file, 0)}
-                sink.write(json.dumps(line).encode() + b"\n")
-            seen_of[part.file] = seen_of.get(part.file, 0) + content["n_seen"]
-            for name in totals:
-                totals[name] += content[name]
-    lengths, prompts = np.concatenate(index, axis=1)
-    np.save(folder / "lengths.npy", lengths)
-    np.save(folder / "prompt_lengths.npy", prompts)
-    digests = {name: file_digest(folder / name) for name in ("lengths.npy", "prompt_lengths.npy")}
-    (folder / "manifest.json").write_bytes(seal({**ingest.manifest, **totals, "index": digests, "shards": shards}))
-    folder.chmod(0o755)  # made for this user alone; a shared store is read by others
-    storage.publish(folder, ingest.place, "manifest.json")
-    shutil.rmtree(scratch if storage.is_remote(ingest.place) else folder, ignore_errors=True)
+    try:
+        totals = dict.fromkeys(("n_records", "n_tokens", "n_seen", "n_rejected", "n_set_aside"), 0)
+        shards: list[dict[str, Any]] = []
+        index: list[np.ndarray] = []
+        seen_of: dict[str, int] = {}
+        with (folder / "rejected.jsonl").open("wb") as sink, ThreadPoolExecutor(_READERS) as pool:
+            for part, (content, part_index, rejected) in zip(ingest.parts, pool.map(_read_part, ingest.parts), strict=True):
+                shards += [{"part": part.key, **shard} for shard in content["shards"]]
+                index.append(part_index)
+                for line in map(json.loads, rejected):
+                    line = {"file": storage.redact(part.file), **line, "index": line["index"] + seen_of.get(part.file, 0)}
+                    sink.write(json.dumps(line).encode() + b"\n")
+                seen_of[part.file] = seen_of.get(part.file, 0) + content["n_seen"]
+                for name in totals:
+                    totals[name] += content[name]
+        lengths, prompts = np.concatenate(index, axis=1)
+        np.save(folder / "lengths.npy", lengths)
+        np.save(folder / "prompt_lengths.npy", prompts)
+        digests = {name: file_digest(folder / name) for name in ("lengths.npy", "prompt_lengths.npy")}
+        (folder / "manifest.json").write_bytes(seal({**ingest.manifest, **totals, "index": digests, "shards": shards}))
+        folder.chmod(0o755)  # made for this user alone; a shared store is read by others
+        storage.publish(folder, ingest.place, "manifest.json")
+    finally:
+        shutil.rmtree(scratch if remote else folder, ignore_errors=True)
 
 
 def units_manifest(directory: str | Path) -> dict[str, object] | None:

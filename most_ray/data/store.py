@@ -28,6 +28,7 @@ from most_ray.errors import DataError
 from most_ray.template import Encoded
 
 STORE_VERSION = 2
+PART_FILES = ("index.npy", "rejected.jsonl")  # of a part, beside its shards
 SCRATCH = ".part-"  # begins the names of folders in the making
 _SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.large_list(pa.int32())), ("checksum", pa.uint64())])
 _SHARD_TOKENS = 1 << 24
@@ -110,7 +111,8 @@ class TokenStore:
 
     def _damaged(self, index: int, why: str) -> DataError:
         place = self.shard_place(index)
-        copy = f" and this node's copy ({self._cache.directory})" if self._cache else ""
+        # A remote store is not looked through for missing parts at each start.
+        copy = f", {storage.redact(self.place)} and this node's copies ({self._cache.directory})" if self._cache else ""
         return DataError("shard", storage.redact(place), f"{why}.", f"Delete {storage.redact(storage.parent(place))}{copy}; {_MADE_ANEW}")
 
     def _open_shard(self, index: int) -> pa.RecordBatch:
@@ -136,12 +138,8 @@ class TokenStore:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return shard, row - int(self._starts[shard])
 
-    def record_id(self, row: int) -> str:
-        shard, index = self._locate(row)
-        return str(self._shard(shard).column(0)[index].as_py())
-
-    def input_ids(self, row: int) -> np.ndarray:
-        """Tokens of a record, int32 (tokens,), without a copy, checked.
+    def record(self, row: int) -> tuple[str, np.ndarray]:
+        """Id and tokens of a record, int32 (tokens,), without a copy, checked.
 
         Raises:
             DataError: they are not what was written; names the shard.
@@ -150,14 +148,21 @@ class TokenStore:
         batch = self._shard(shard)
         column = batch.column(1)
         try:
+            record_id = str(batch.column(0)[index].as_py())
             start, stop = column.offsets[index].as_py(), column.offsets[index + 1].as_py()
             tokens: np.ndarray = column.values.slice(start, stop - start).to_numpy()
-            good = len(tokens) == self.lengths[row] and record_checksum(self.record_id(row), tokens) == batch.column(2)[index].as_py()
+            good = len(tokens) == self.lengths[row] and record_checksum(record_id, tokens) == batch.column(2)[index].as_py()
         except (ValueError, IndexError, OverflowError, pa.ArrowException) as error:
             raise self._damaged(shard, f"has broken columns at record {index} ({error})") from error
         if not good:
             raise self._damaged(shard, f"is damaged: record {index} does not match its checksum")
-        return tokens
+        return record_id, tokens
+
+    def record_id(self, row: int) -> str:
+        return self.record(row)[0]
+
+    def input_ids(self, row: int) -> np.ndarray:
+        return self.record(row)[1]
 
     def verify(self, max_bytes: int | None = None) -> bool:
         """Check every shard's size and, where all of them have at most `max_bytes`, every byte. Returns whether bytes were checked.
@@ -280,7 +285,7 @@ class PartWriter:
             "n_seen": n_seen,
             **self._counts,
             "shards": self._shards,
-            "index": file_digest(self.folder / "index.npy"),
+            "files": {name: file_digest(self.folder / name) for name in PART_FILES},
         }
         (self.folder / "part.json").write_bytes(seal(content))
         storage.publish(self.folder, place, "part.json")

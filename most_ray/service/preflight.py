@@ -7,8 +7,9 @@ import shutil
 import uuid
 from pathlib import Path
 
+from most_ray import storage
 from most_ray.config import RunConfig
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, DataError
 
 
 def check_places(config: RunConfig) -> None:
@@ -26,6 +27,7 @@ def check_places(config: RunConfig) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError("output_dir", config.output_dir, f"cannot be written to ({error.strerror}).") from error
+    _check_store_dir(config)
     if shutil.disk_usage(config.run_dir).free < 1 << 28:
         raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
     if config.trace_records:
@@ -42,6 +44,21 @@ def check_places(config: RunConfig) -> None:
         raise ConfigError(
             "wandb_mode", "online", "needs a key.", "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
         )
+
+
+def _check_store_dir(config: RunConfig) -> None:
+    """What is written to store_dir can be read back from it, on whatever it is."""
+    if not config.store_dir:
+        return
+    probe = storage.join(config.store_dir, f"probe-{uuid.uuid4().hex[:8]}")
+    try:
+        storage.write_bytes(probe, b"probe")
+        if storage.read_bytes(probe) != b"probe":
+            raise OSError("reads other bytes than were written")
+        storage.remove(probe)
+    except (OSError, DataError) as error:
+        reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
+        raise ConfigError("store_dir", storage.redact(config.store_dir), reason, "Name a folder or URI that can be written to.") from error
 
 
 def _has_netrc() -> bool:

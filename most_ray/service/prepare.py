@@ -119,7 +119,8 @@ def _check_directories(config: RunConfig) -> None:
         for directory in directories:
             if not storage.exists(directory):
                 raise ConfigError(name, directory, "does not exist.", "Check the path; it is taken from where the command runs.")
-        if len(set(directories)) != len(directories):
+        real = [d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories]
+        if len(set(real)) != len(real):
             raise ConfigError(name, directories, "names a directory twice.")
 
 

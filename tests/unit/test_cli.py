@@ -175,4 +175,12 @@ def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "data_timeout_s" in refused(capsys, *words, "--data_timeout_s", "-1")
     assert "overlong" in refused(capsys, *words, "--overlong", "cut")
     assert "nowhere" in refused(capsys, *words, "--train_tts_dirs", "nowhere://x/y")
+    for steps in ("²:3", "0:0", "5:4", "x", "1:2:3"):
+        assert "is not a range FROM:TO" in refused(capsys, *words, "--steps", steps)
+    assert "is a folder" in refused(capsys, *words[:-1], str(tmp_path))
+    (tmp_path / "file").write_text("")
+    for place in (str(tmp_path / "file"), "nowhere://x/y"):
+        assert "store_dir = " in refused(capsys, *words, "--store_dir", place)
+    for second in (f"{tmp_path}/asr/", f"{tmp_path}/./asr", f"{tmp_path}/runs/../asr"):
+        assert "names a directory twice" in refused(capsys, *words, "--train_asr_dirs", str(tmp_path / "asr"), second)
     assert "secret" not in refused(capsys, *words, "--train_tts_dirs", "nowhere://key:secret@x/y")

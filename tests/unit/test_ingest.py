@@ -313,13 +313,41 @@ def test_every_flipped_bit_of_a_store_is_seen(tmp_path: Path) -> None:
     draw = random.Random(0)
     for path in files:
         content = path.read_bytes()
-        for _ in range(60):
+        for _ in range(150):
             place = draw.randrange(len(content))
             path.write_bytes(content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :])
             try:
                 damaged = TokenStore(store.place)
-                read = [(damaged.record_id(row), damaged.input_ids(row).tolist()) for row in range(5)]
+                read = [(damaged.record_id(row), damaged.input_ids(row).tolist()) for row in range(5)]  # the id by itself, too
             except DataError:
                 continue
             assert read == whole, f"{path.name} byte {place}"
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["index.npy", "rejected.jsonl", "part.json"])
+def test_a_damaged_part_is_not_made_a_store_of(tmp_path: Path, name: str) -> None:
+    """Parts outlive the stores that they were made for: what is taken from one is checked first."""
+    write_records(tmp_path / "a", [asr(0), "bad", asr(1)])
+    store = ingest(tmp_path / "a")
+    shutil.rmtree(store.place)
+    (place,) = (tmp_path / "store" / "parts").rglob(name)
+    content = bytearray(place.read_bytes())
+    content[len(content) * 2 // 3] ^= 16
+    place.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}.*Delete .*{place.parent.name}"):
+        ingest(tmp_path / "a")
+    assert not list((tmp_path / "store").glob(".*"))
+    shutil.rmtree(place.parent)
+    assert len(ingest(tmp_path / "a")) == 2
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    write_records(tmp_path / "a", [asr(0)])
+    os.mkfifo(tmp_path / "a" / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl.*not a regular file"):
+        ingest(tmp_path / "a")
+    (tmp_path / "a" / "pipe.jsonl").unlink()
+    (tmp_path / "a" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"cannot be listed .*gone\.jsonl"):
+        ingest(tmp_path / "a")
