@@ -35,6 +35,7 @@ class TextEncoder:
         self._digest = hashlib.blake2b(self._tokenizer.to_str().encode(), digest_size=16).digest()
         # A text's first word, and those that stand behind a space.
         self._first, self._later = _known_words(self._digest)
+        self._many_new = True  # of the last texts, so likely of the next: then all are searched for new words before any is put together
         self._by_words = divides_at_spaces(self._tokenizer) and self._agrees(_PROBES)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,8 +66,11 @@ class TextEncoder:
         known = self._later.__getitem__
         ids: list[list[int]] = []
         rest: list[tuple[int, list[str] | None]] = []  # texts with words that are new, or that cannot be divided
-        for place, text in enumerate(texts):
-            words = _divide(text)
+        all_words = [_divide(text) for text in texts]
+        size = len(self._later)
+        if self._many_new:
+            self._learn_from([words for words in all_words if words])
+        for place, words in enumerate(all_words):
             try:
                 ids.append([] if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))])
             except KeyError:
@@ -75,13 +79,16 @@ class TextEncoder:
             else:
                 if words is None:
                     rest.append((place, None))
-        divided = [words for _, words in rest if words]
-        self._learn(self._first, {words[0] for words in divided}, "")
-        self._learn(self._later, set(chain.from_iterable(words[1:] for words in divided)), " ")
+        self._learn_from([words for _, words in rest if words])
+        self._many_new = len(self._later) - size > len(texts) // 4
         whole = iter(self._whole([texts[place] for place, words in rest if words is None]))
         for place, words in rest:
             ids[place] = next(whole) if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))]
         return ids
+
+    def _learn_from(self, divided: Sequence[list[str]]) -> None:
+        self._learn(self._first, {words[0] for words in divided}, "")
+        self._learn(self._later, set(chain.from_iterable(words[1:] for words in divided)), " ")
 
     def _learn(self, known: dict[str, list[int]], words: set[str], before: str) -> None:
         """Tokenise words that are new, many as one text: a call for each would cost several times as much. Not those that end in a

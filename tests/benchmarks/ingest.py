@@ -170,8 +170,8 @@ def figures_of(bench: Bench, took: dict[str, list[common.Took]], tokens: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=int, default=3000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--records", type=int, default=12_000)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="most_ray-bench-") as folder:

@@ -24,11 +24,8 @@ _PART_RECORDS = 20_000
 class Described(TokenStore):
     """A store that has lengths and no shards: a record's tokens follow from its row."""
 
-    def record_id(self, row: int) -> str:
-        return f"{self.name}_{row:09d}"
-
-    def input_ids(self, row: int) -> np.ndarray:
-        return (row + np.arange(self.lengths[row], dtype=np.int32)) % 500 + np.int32(LAYOUT.unit_base)
+    def record(self, row: int) -> tuple[str, np.ndarray]:
+        return f"{self.name}_{row:09d}", (row + np.arange(self.lengths[row], dtype=np.int32)) % 500 + np.int32(LAYOUT.unit_base)
 
 
 def write_store(place: Path, task: str, lengths: np.ndarray, prompts: np.ndarray, shards: Sequence[dict[str, Any]] = ()) -> None:
