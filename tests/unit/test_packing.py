@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,3 +23,23 @@ def test_no_two_packs_would_fit_into_one(lengths: list[int]) -> None:
 
 def test_best_fit_and_ties_are_pinned() -> None:
     assert best_fit([5, 3, 7, 2, 5, 3], 10) == [[2, 1], [0, 4], [5, 3]]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=80))
+def test_fill_has_a_lower_bound(lengths: list[int]) -> None:
+    """No row more than the tokens and the long records need is opened while one has room; short records leave less than a quarter free."""
+    rows = len(best_fit(lengths, 64))
+    alone = sum(length > 32 for length in lengths)  # no two of these share a row
+    fewest = max(-(-sum(lengths) // 64), alone)
+    assert rows >= fewest
+    if all(length <= 16 for length in lengths):  # then every row but the last is more than three quarters full
+        assert rows == 1 or sum(lengths) > 48 * (rows - 1)
+
+
+@given(st.integers(0, 2**32), st.sampled_from([256, 512]))
+def test_rows_of_speech_are_nearly_full(seed: int, records: int) -> None:
+    """Lengths like LibriHeavy's (tests/benchmarks/packing.py): at least 96% of the rows holds records, in each single step."""
+    seconds = np.random.default_rng(seed).normal(16.4, 7, 4 * records)
+    lengths = (seconds[(seconds > 2) & (seconds < 30)][:records] * 54.5 + 22).astype(int).tolist()
+    rows = len(best_fit(lengths, 2048))
+    assert sum(lengths) >= 0.96 * 2048 * rows
