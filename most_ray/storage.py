@@ -89,7 +89,7 @@ def with_retries(operation: Callable[[], T], what: str) -> T:
     while True:
         try:
             return operation()
-        except Exception as error:
+        except Exception as error:  # each file system has its own: judged below, and raised again where nothing here knows better
             tries += 1
             shown = redact(str(error))
             reason = (shown.strip().splitlines() or [""])[0][:300] or type(error).__name__
@@ -256,7 +256,7 @@ class _Reader(io.RawIOBase):
                     system, path = _filesystem(self._place)
                     self._file = system.open_input_file(path)
                 return operation(self._file)
-            except Exception:
+            except Exception:  # whatever it was: the next try opens the file anew
                 self._file = None
                 raise
 

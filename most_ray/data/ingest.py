@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,21 +91,16 @@ def run_here(parts: Sequence[Part], recipe: Recipe) -> None:
         make_part(part, recipe)
 
 
-def ingest_directory(
-    directory: str | Path, recipe: Recipe, store_root: str | Path, run: Runner = run_here, note: Callable[[Ingest], None] | None = None
-) -> TokenStore:
+def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Path, run: Runner = run_here) -> TokenStore:
     """The token store of a directory (or URI, or file) of records of one task: the one that is there, or a new one.
 
     Args:
         run: makes the parts that are missing.
-        note: told what is about to be made.
 
     Raises:
         DataError: the directory is missing or holds no good record.
     """
     ingest = plan_ingest(directory, recipe, store_root)
-    if note:
-        note(ingest)
     if ingest.missing:
         logger.info("making %d of %d parts of the token store of %s", len(ingest.missing), len(ingest.parts), directory)
         run(ingest.missing, recipe)
@@ -135,12 +130,11 @@ def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -
     root, directory = storage.absolute(store_root), storage.absolute(directory)
     entries = record_files(directory)
     digests = _digests(directory, entries, root)
-    content = digest(json.dumps([[e.name, e.size, digests[e.name]] for e in entries]).encode())
     base = storage.name_of(directory)
     manifest = {
         "name": base.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json"),
         "source": storage.redact(directory),
-        "content": content,
+        "content": _content(entries, digests),
         "units": units_manifest(directory),
         **recipe.fingerprint(),
     }
@@ -158,8 +152,12 @@ def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -
 
 def content_of(directory: str | Path, store_root: str | Path) -> str:
     """Digest of names and bytes of a directory's records."""
-    entries = record_files(storage.absolute(directory))
-    digests = _digests(storage.absolute(directory), entries, storage.absolute(store_root))
+    place = storage.absolute(directory)
+    entries = record_files(place)
+    return _content(entries, _digests(place, entries, storage.absolute(store_root)))
+
+
+def _content(entries: Sequence[Entry], digests: Mapping[str, list[str]]) -> str:
     return digest(json.dumps([[e.name, e.size, digests[e.name]] for e in entries]).encode())
 
 

@@ -99,7 +99,7 @@ def kill_behind(config: Path, name: str, address: str, step: int, workers: int, 
         while not (trace.exists() and trace.read_bytes().count(b"\n") >= step):
             assert process.poll() is None, "ended before it could be killed"
             assert time.monotonic() < end, f"step {step} did not come"
-            time.sleep(0.01)
+            time.sleep(0.01)  # between two looks at a file of another process: nothing depends on how long
         process.send_signal(signal.SIGKILL)
 
 
