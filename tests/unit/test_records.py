@@ -329,3 +329,10 @@ def test_two_lists_under_one_name_are_both_read(tmp_path: Path) -> None:
     a, b = (json.dumps([asr(i)]) for i in (0, 1))
     (tmp_path / "a.json").write_text(f'{{"data": {a}, "data": {b}}}')
     assert read(tmp_path / "a.json") == ([asr(0), asr(1)], [])
+
+
+def test_units_are_not_joined_over_records() -> None:
+    """Two broken texts that would be whole ones behind each other stay broken."""
+    for texts in (["[Hu1", "2][Hu3]"], ["[Hu4][Hu", "5]"], ["[Hu4]", "[", "Hu5]"]):
+        found = parse_units_batch(texts)
+        assert [isinstance(units, RecordError) for units in found] == [text != "[Hu4]" for text in texts]
