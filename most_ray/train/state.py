@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class LossScale:
 
 @dataclass
 class TrainState:
-    """A model in training. `step` optimizer steps have been made."""
+    """A model in training. `step` optimizer steps have been made; `buffers` are further tensors to survive, equal on every rank."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -45,6 +45,7 @@ class TrainState:
     loss_scale: LossScale
     step: int = 0
     skipped_in_row: int = 0
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def model_config(self) -> MostConfig:
