@@ -99,7 +99,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("--store_dir", help="where token stores are kept (default: beside the output)")
 
     export = add(commands, "export", _export, "a checkpoint to Hugging Face layout")
-    export.add_argument("--checkpoint", type=Path, required=True, help="a step-... folder of a run's checkpoints/")
+    export.add_argument("--checkpoint", required=True, help="a step-... folder of a run's checkpoints/")
     export.add_argument("--output", type=Path, required=True, help="where the model goes")
     _remember_flags(parser)
     return parser
@@ -179,18 +179,19 @@ With a store_dir on an object store each node keeps what it reads in MOST_RAY_CA
 
 def _prepare_store(args: argparse.Namespace) -> int:
     config = _config(args)
-    from most_ray.service.prepare import make_stores
+    from most_ray.service.ingest import runner_of
     from most_ray.service.report import print_stores
+    from most_ray.train.prepare import make_stores
 
     started = time.monotonic()
-    stores = make_stores(config, verify=args.verify)
+    stores = make_stores(config, args.verify, runner_of)
     print_stores(stores, time.monotonic() - started, Console())
     return 0
 
 
 def _init_model(args: argparse.Namespace) -> int:
     from most_ray.model.build import from_deepseek, init_model
-    from most_ray.service.prepare import texts_of
+    from most_ray.train.prepare import texts_of
 
     if (args.preset is None) == (args.from_deepseek is None):
         raise ConfigError("preset", args.preset, "or from_deepseek, exactly one of them, says what to start from.")
@@ -226,9 +227,10 @@ def _plan(args: argparse.Namespace) -> int:
     if args.trace.is_dir():
         raise ConfigError("trace", str(args.trace), "is a folder.", "Name a file.")
     config = _config(args)
-    from most_ray.service.prepare import prepare_run
+    from most_ray.service.ingest import runner_of
+    from most_ray.train.prepare import prepare_run
 
-    plan = prepare_run(config).plan
+    plan = prepare_run(config, runner_of).plan
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     with args.trace.open("w", encoding="utf-8") as sink:
         for step in range(first, last + 1):
@@ -271,7 +273,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. 0: done; 2: something that the user can mend."""
+    """Run a command. 0: done; 1: a run failed; 2: something that the user can mend; 75: stopped as asked, the same command goes on."""
     # Read when torch loads, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on
     # an idle machine, and on a busy one a step is up to 25 times faster (tests/benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -286,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except UserError as error:
         print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         logging.getLogger("most_ray").debug("", exc_info=True)
         print(f"most-ray: error: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from most_ray import storage
 from most_ray.errors import ConfigError, nearest
 
 
@@ -87,9 +88,14 @@ class OptimizerOptions:
     adam_beta2: float = option(0.95, "AdamW beta2")
     adam_epsilon: float = option(1e-8, "AdamW epsilon")
     max_grad_norm: float = option(1.0, "gradient norm to clip to (0: off)")
+    balance_bias_rate: float = option(
+        0.0, "step by which biases on the choice of experts follow each step's load, as 0.001: balances without a loss (0: off)"
+    )
+    max_skipped_steps: int = option(20, "steps in a row with a loss or gradient that is not finite, and so skipped, that end the run")
     fp16: bool = option(False, "float16 autocast with loss scaling")
     bf16: bool = option(False, "bfloat16 autocast")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    deterministic: bool = option(False, "the same run gives the same weights to the bit on the same machines; slower")
     seed: int = option(0, "seed of initialisation, mixing and shuffling")
 
 
@@ -97,12 +103,17 @@ class OptimizerOptions:
 class ParallelOptions:
     """Where it is trained."""
 
-    num_workers: int | None = option(None, "training processes (default: one per GPU, or 1)")
+    num_workers: tuple[int, ...] | None = option(
+        None, "training processes, as 4; or fewest and most, as 2,4: as many as the cluster has room for (default: one per GPU, or 1)"
+    )
     ep_size: int = option(1, "expert-parallel size; divides the workers and the experts")
     dp_replicate_size: int = option(1, "replicas of the sharded model (HSDP)")
+    check_replicas_steps: int = option(1000, "steps between comparisons, to the bit, of the weights that several workers hold (0: never)")
     use_gpu: bool | None = option(None, "train on GPUs (default: where there are any)")
     threads_per_worker: int | None = option(None, "CPU threads of each worker (default: the machine's cores shared out)")
-    max_failures: int = option(3, "restarts of the worker group before the run is given up")
+    max_failures: int = option(3, "lost workers within failure_window_s that a run goes on after; one more ends it")
+    failure_window_s: float = option(3600.0, "seconds after which a failure no longer counts (0: it always counts)")
+    room_timeout_s: float = option(600.0, "seconds to wait for the cluster to have room for the workers again")
     ray_address: str | None = option(None, "cluster to use (default: the one of RAY_ADDRESS, else one on this machine)")
 
 
@@ -114,6 +125,9 @@ class CheckpointOptions:
     name: str = option("run", "the run's name; the same name resumes")
     save_steps: int = option(1000, "steps between checkpoints")
     keep_last: int = option(2, "checkpoints to keep")
+    keep_best: int = option(0, "checkpoints to keep besides, the best by best_metric (needs eval_steps)")
+    best_metric: str = option("wer", "what is best, lowest first: wer or loss over all validation sets, or of one set as wer/test_takes")
+    async_save: bool = option(True, "write checkpoints while training goes on")
     resume_from_checkpoint: str | None = option(None, "checkpoint of another run to start from")
     ignore_optimizer_state: bool = option(False, "with resume_from_checkpoint: take only the weights and start at step 0")
 
@@ -132,6 +146,7 @@ class TrackingOptions:
     """What is written down."""
 
     logging_steps: int = option(1, "steps between lines of metrics.jsonl")
+    load_alert: float = option(4.0, "warn when an expert has so many times the mean load of its modality's experts in a line (0: never)")
     wandb_project: str | None = option(None, "Weights & Biases project (default: not used)")
     wandb_mode: Literal["online", "offline", "disabled"] = option("online", "how Weights & Biases is used")
 
@@ -141,8 +156,18 @@ class RunConfig(TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelO
     """Everything that a training run is asked for."""
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.output_dir) / self.name
+    def run_place(self) -> str:
+        """The run's folder, a path or a URI."""
+        return storage.join(storage.absolute(self.output_dir), self.name)
+
+    def redacted(self) -> RunConfig:
+        """The configuration as it may be written down: without the credentials that URIs of directories can hold."""
+        shown: dict[str, Any] = {}
+        for place in dataclasses.fields(self):
+            value = getattr(self, place.name)
+            if value and place.name.endswith(("_dir", "_dirs", "_checkpoint")):
+                shown[place.name] = tuple(map(storage.redact, value)) if isinstance(value, tuple) else storage.redact(value)
+        return dataclasses.replace(self, **shown)
 
 
 SECTIONS = (
@@ -226,7 +251,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
 def _check(config: RunConfig) -> None:
     at_least_one = (
         "train_batch_size gradient_accumulation_steps max_seq_length save_steps keep_last logging_steps eval_batch_size "
-        "max_new_tokens ep_size dp_replicate_size global_batch_size max_steps num_workers eval_steps threads_per_worker"
+        "max_new_tokens ep_size dp_replicate_size global_batch_size max_steps eval_steps threads_per_worker max_skipped_steps"
     )
     for name in at_least_one.split():
         value = getattr(config, name)
@@ -238,9 +263,21 @@ def _check(config: RunConfig) -> None:
     for name in ("learning_rate", "epochs", "adam_epsilon", "asr_loss_weight"):
         if not getattr(config, name) > 0:
             raise ConfigError(name, getattr(config, name), "must be above 0.")
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps", "max_failures", "seed", "data_timeout_s"):
+    if config.num_workers is not None and not (len(config.num_workers) in (1, 2) and 1 <= config.num_workers[0] <= config.num_workers[-1]):
+        raise ConfigError("num_workers", config.num_workers, "is neither a number from 1 on nor two of them, the fewest and the most.")
+    if config.keep_best and (config.eval_steps is None or not (config.val_asr_dirs or config.val_tts_dirs)):
+        raise ConfigError("keep_best", config.keep_best, "needs eval_steps and a validation set to tell what is best.")
+    if config.best_metric.split("/", 1)[0] not in ("wer", "loss"):
+        raise ConfigError("best_metric", config.best_metric, "is neither wer nor loss, alone or with the name of a set behind a slash.")
+    not_negative = (
+        "weight_decay max_grad_norm warmup_steps max_failures seed data_timeout_s keep_best failure_window_s room_timeout_s "
+        "check_replicas_steps balance_bias_rate"
+    )
+    for name in not_negative.split():
         if getattr(config, name) < 0:
             raise ConfigError(name, getattr(config, name), "must not be negative.")
+    if config.load_alert != 0 and not config.load_alert > 1:
+        raise ConfigError("load_alert", config.load_alert, "must be 0 or above 1, the even load.")
     if config.aux_loss_alpha is not None and config.aux_loss_alpha < 0:
         raise ConfigError("aux_loss_alpha", config.aux_loss_alpha, "must not be negative.")
     for name in ("adam_beta1", "adam_beta2"):
@@ -277,13 +314,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def write_yaml(config: RunConfig, path: Path) -> None:
+def to_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults included, readable by `read_yaml`."""
     values = {
         name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items() if name in _FIELDS
     }
     ordered = {f.name: values[f.name] for section in SECTIONS for f in dataclasses.fields(section)}
-    path.write_text(yaml.safe_dump(ordered, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(ordered, sort_keys=False)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

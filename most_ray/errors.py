@@ -11,7 +11,7 @@ class RecordError(ValueError):
 
 
 class UserError(ValueError):
-    """Base of everything that the command line reports in one paragraph, without a traceback, with exit code 2.
+    """Base of everything that the command line reports in one paragraph, without a traceback, with `exit_code`.
 
     Attributes:
         field: the flag, key, file or quantity at fault.
@@ -21,6 +21,7 @@ class UserError(ValueError):
     """
 
     kind = "error"
+    exit_code = 2
 
     def __init__(self, field: str, value: object, rule: str, remedy: str = "") -> None:
         self.field, self.value, self.rule, self.remedy = field, value, rule, remedy

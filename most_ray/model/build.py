@@ -19,6 +19,8 @@ from transformers.distributed import DistributedConfig
 from most_ray.errors import CheckpointError, ConfigError, nearest
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.modeling import MostForCausalLM
+from most_ray.model.placement import place_experts
+from most_ray.model.routing import BALANCE_BIAS
 from most_ray.model.tokenizer import add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
 from most_ray.template import template_hash
 
@@ -56,6 +58,7 @@ class RoutingOverrides:
     audio_expert_indices: tuple[int, ...] | None = None
     aux_loss_alpha: float | None = None
     seq_aux: bool | None = None
+    use_balance_bias: bool | None = None
 
     def values(self) -> dict[str, Any]:
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -154,7 +157,8 @@ def load_model(
     distributed: DistributedConfig | None = None,
     **changes: Any,
 ) -> MostForCausalLM:
-    """Weights in float32, laid out over ranks where `distributed` says so. Every tensor must be there, and no other.
+    """Weights in float32, laid out over ranks where `distributed` says so (experts as most_ray/model/placement.py plans). Every tensor
+    must be there, and no other; balance biases, where the folder is of a model without them, are zeros.
 
     Raises:
         CheckpointError: a weight is missing, left over or of another shape.
@@ -174,10 +178,15 @@ def load_model(
             )
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({_line(error)}).") from error
+    biases = {name for name, _ in model.named_buffers() if name.endswith(BALANCE_BIAS)}
+    if biases <= set(info["missing_keys"]):
+        info["missing_keys"] = set(info["missing_keys"]) - biases
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(what):
             first = sorted(map(str, info[what]))[0]
             raise CheckpointError("model_name_or_path", path, f"has {len(info[what])} {what.replace('_', ' ')}, the first {first}.")
+    if distributed and distributed.ep_size > 1:
+        place_experts(model, distributed.ep_size)
     return model
 
 

@@ -24,6 +24,8 @@ class MostConfig(DeepseekV2Config):
         first_audio_token, last_audio_token: ids in this closed range are audio, all others text.
         aux_loss_alpha: weight of the load-balancing loss (0 turns it off).
         seq_aux: balance within each record (sequence-wise, DeepSeek-V2 eq. 12-16) instead of over the batch.
+        use_balance_bias: routers have a bias per expert, `e_score_correction_bias`, that counts in the choice of experts but not in
+            their weights (arXiv 2408.15664, DeepSeek-V3).
 
     Raises:
         ConfigError: a group is empty, an expert is in both or in none, top-k does not fit into a group.
@@ -38,6 +40,7 @@ class MostConfig(DeepseekV2Config):
     last_audio_token: int = LAST_AUDIO_TOKEN
     aux_loss_alpha: float = 0.001
     seq_aux: bool = True
+    use_balance_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.use_modality_aware_routing and self.text_expert_indices is None and self.audio_expert_indices is None:

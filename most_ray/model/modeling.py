@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from most_ray.data.batch import PADDING
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
-from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of
+from most_ray.model.routing import BALANCE_BIAS, MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of
 from most_ray.template import IGNORE
 
 
@@ -56,18 +56,34 @@ class MostCausalLMOutput(MoeCausalLMOutputWithPast):
 
 
 class MostMoe(DeepseekV2Moe):
-    """Shared experts for every token, routed experts by modality. Padding is not routed: it costs nothing and counts nowhere."""
+    """Shared experts for every token, routed experts by modality. Padding is not routed: it costs nothing and counts nowhere.
+
+    placement: the expert in each slot (row) of the fused expert tensors, or None where slots are experts; ep_size: ranks that share
+    them out (most_ray/model/placement.py).
+    """
+
+    expert_slots: torch.Tensor | None
 
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.gate = MostRouter(config)
+        self.placement: tuple[int, ...] | None = None
+        self.ep_size = 1
+        self.register_buffer("expert_slots", None, persistent=False)
+
+    def place(self, placement: tuple[int, ...]) -> None:
+        """Take the rows of the expert tensors to be in this order."""
+        self.placement = placement
+        # The inverse permutation, (E,): expert -> slot.
+        self.expert_slots = torch.tensor(placement, device=self.experts.down_proj.device).argsort()
 
     def forward(self, hidden_states: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, RouterStats]:
         flat = hidden_states.view(-1, hidden_states.shape[-1])
         # index_select, whose backward adds rows; plain indexing's scatters elements and takes a tenth of a small step.
         tokens = flat if routing.tokens is None else flat.index_select(0, routing.tokens)
         _, weights, indices, probabilities = self.gate(tokens, routing.allowed)
-        routed = self.experts(tokens, indices, weights.to(tokens.dtype)).to(flat.dtype)
+        slots = indices if self.expert_slots is None else self.expert_slots[indices]
+        routed = self.experts(tokens, slots, weights.to(tokens.dtype)).to(flat.dtype)
         if routing.tokens is not None:
             routed = torch.zeros_like(flat).index_copy(0, routing.tokens, routed)
         output = routed.view_as(hidden_states) + self.shared_experts(hidden_states)
@@ -116,6 +132,7 @@ class MostPreTrainedModel(DeepseekV2PreTrainedModel):
     config: MostConfig
     config_class = MostConfig
     _no_split_modules: ClassVar = ["MostDecoderLayer"]
+    _keep_in_fp32_modules_strict: ClassVar = [BALANCE_BIAS]
     # The library looks for its decorator in this file's source; the experts that carry it are imported from DeepSeek-V2.
     _can_set_experts_implementation_cached_value = True
     _can_record_outputs: ClassVar = {
@@ -123,6 +140,12 @@ class MostPreTrainedModel(DeepseekV2PreTrainedModel):
         "attentions": DeepseekV2Attention,
         "router_logits": OutputRecorder(MostRouter, index=0),
     }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MostRouter) and module.e_score_correction_bias is not None:
+            initialization.zeros_(module.e_score_correction_bias)
 
 
 class MostModel(MostPreTrainedModel, DeepseekV2Model):
@@ -144,9 +167,11 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         modality: torch.Tensor | None = None,
+        previous_load: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
-        """`modality` (B, S): TEXT, AUDIO or PADDING per token; from the ids (and a 2-d attention mask) where it is not given."""
+        """`modality` (B, S): TEXT, AUDIO or PADDING per token; from the ids (and a 2-d attention mask) where it is not given.
+        `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`)."""
         if modality is None:
             if input_ids is None:
                 raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
@@ -173,6 +198,8 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         stats: list[RouterStats] = []
         for layer in self.layers:
+            if previous_load is not None and isinstance(layer.mlp, MostMoe):
+                routing = routing._replace(previous_load=previous_load[len(stats)])
             hidden_states, layer_stats = layer(
                 hidden_states,
                 routing=routing,
@@ -200,6 +227,11 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         super().__init__(config)
         self.model = MostModel(config)
         self.post_init()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # The library would write rows where they lie; a checkpoint and its export write them in the experts' order.
+        assert all(getattr(layer.mlp, "placement", None) is None for layer in self.model.layers), "expert rows are in slot order"
+        super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -1,11 +1,103 @@
-"""Which expert-parallel rank holds which expert."""
+"""Which expert-parallel rank holds which expert.
+
+transformers gives each expert-parallel rank a contiguous range of the rows of the fused expert tensors. With the groups in contiguous
+ranges too, some ranks hold only text experts and idle while speech is trained on. So rows are kept in slot order: slot s holds expert
+`placement[s]`, and every rank's slots have their share of both groups. Slots are known to this module, to `MostMoe` and to those who
+write rows to disk (`row_order`); the router, its losses and the metrics speak of experts.
+
+Shapes: E experts, R expert-parallel ranks, L layers with experts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from most_ray.model.configuration import MostConfig
+from most_ray.model.modeling import MostMoe
+
+_FUSED = ("gate_up_proj", "down_proj")
+
+
+def plan_placement(text: Sequence[int], audio: Sequence[int], n_experts: int, ep_size: int) -> tuple[int, ...]:
+    """Slot -> expert, (E,); rank r holds slots r*E/R to (r+1)*E/R.
+
+    Experts are dealt to the ranks one by one, those of text first: every rank gets E/R of them, and of each group its share to
+    within one, whatever the indices. The identity with one rank, or without groups (both empty).
+    """
+    dealt = [*text, *audio]
+    if ep_size == 1 or not dealt:
+        return tuple(range(n_experts))
+    assert n_experts % ep_size == 0, "the topology was checked"
+    assert sorted(dealt) == list(range(n_experts)), "the groups were checked"
+    return tuple(expert for rank in range(ep_size) for expert in dealt[rank::ep_size])
+
+
+def place_experts(model: nn.Module, ep_size: int) -> None:
+    """Put the expert rows of a model that is laid out over ranks, in plain order so far, into slot order. Collective; each rank holds
+    at most one layer's one tensor in full at a time."""
+    config: MostConfig = model.config  # type: ignore[assignment]
+    aware = config.use_modality_aware_routing
+    text, audio = (config.text_expert_indices or [], config.audio_expert_indices or []) if aware else ([], [])
+    placement = plan_placement(text, audio, config.n_routed_experts, ep_size)
+    for layer in _expert_layers(model):
+        layer.ep_size = ep_size
+        if placement == tuple(range(config.n_routed_experts)):
+            continue
+        for name in _FUSED:
+            _permute_rows(getattr(layer.experts, name), placement)
+        layer.place(placement)
 
 
 def row_order(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """For a parameter whose first dimension is kept in slot order: the logical index of each slot. None where the order is plain."""
-    del model, name
-    return None
+    """For a parameter whose first dimension is kept in slot order: the logical index of each slot. None where the order is plain.
+
+    Optimizer moments have their parameter's order. `name` is as in `model.named_parameters()`.
+    """
+    layer_name, _, last = name.rpartition(".experts.")
+    if last not in _FUSED or not layer_name:
+        return None
+    layer = model.get_submodule(layer_name)
+    return layer.placement if isinstance(layer, MostMoe) else None
+
+
+def experts_of_ranks(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    """The experts that each expert-parallel rank holds, (R, E/R); None without expert parallelism."""
+    layer = next(_expert_layers(model), None)
+    if layer is None or layer.ep_size == 1:
+        return None
+    experts = layer.placement or tuple(range(layer.config.n_routed_experts))
+    share = len(experts) // layer.ep_size
+    return tuple(experts[start : start + share] for start in range(0, len(experts), share))
+
+
+def rank_load_ratio(load: torch.Tensor, ranks: Sequence[Sequence[int]]) -> float:
+    """Busiest expert-parallel rank's selections over the mean rank's, in the layer where that is largest; `load`: (L, 2, E) selections.
+
+    Groups of expert-parallel ranks beside each other count as one: it is the figure of the mean batch.
+    """
+    per_rank = torch.stack([load.sum(1)[:, list(experts)].sum(1) for experts in ranks], dim=1).double()
+    return float((per_rank.amax(1) / per_rank.mean(1).clamp(min=1e-9)).max()) if load.sum() > 0 else 1.0
+
+
+def _expert_layers(model: nn.Module) -> Any:
+    return (module for module in model.modules() if isinstance(module, MostMoe))
+
+
+@torch.no_grad()
+def _permute_rows(parameter: torch.Tensor, order: Sequence[int]) -> None:
+    """Row order[s] of the parameter to row s, wherever these live."""
+    index = torch.tensor(order, device=parameter.device)
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(parameter[index])
+        return
+    # FSDP's split first, then that over expert-parallel ranks, the mesh's last dimension: the reverse of how they were made.
+    owned = parameter.redistribute(placements=[*[Replicate()] * (parameter.device_mesh.ndim - 1), parameter.placements[-1]])
+    rows = owned.full_tensor()[index]
+    # Every rank has all rows: src_data_rank None slices them where they are.
+    laid_out = distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(laid_out.to_local())

@@ -1,18 +1,23 @@
 """The modality-aware router and its load-balancing losses.
 
-Shapes: B packs, S positions, T tokens that are not padding, D hidden, E routed experts, K experts per token, G segments (records).
+Shapes: B packs, S positions, T tokens that are not padding, D hidden, E routed experts, K experts per token, G segments (records),
+L layers with experts.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
 from most_ray.data.batch import AUDIO, PADDING, TEXT
 from most_ray.model.configuration import MostConfig
+
+BALANCE_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name
 
 
 class Routing(NamedTuple):
@@ -23,6 +28,8 @@ class Routing(NamedTuple):
     allowed: (T, E) bool, the experts that each token may use; None where any will do.
     segments: (T,) index of the record that each token belongs to.
     n_segments: G.
+    previous_load: (E,) selections per expert in the layer that this is handed to, over all of the optimizer step before: what the
+        batch-wise balance loss takes frequencies from. None: from this call.
     """
 
     tokens: torch.Tensor | None
@@ -30,6 +37,7 @@ class Routing(NamedTuple):
     allowed: torch.Tensor | None
     segments: torch.Tensor
     n_segments: int
+    previous_load: torch.Tensor | None = None
 
 
 class RouterStats(NamedTuple):
@@ -72,11 +80,16 @@ def make_routing(modality: torch.Tensor, position_ids: torch.Tensor | None, conf
 
 
 class MostRouter(DeepseekV2TopkRouter):
-    """DeepSeek-V2's router over the experts that each token's modality allows."""
+    """DeepSeek-V2's router over the experts that each token's modality allows, with DeepSeek-V3's bias where the model has one."""
+
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.norm_topk_prob = bool(config.norm_topk_prob)
+        # float32 whatever the default type: its steps are small.
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.use_balance_bias else None
+        self.register_buffer(BALANCE_BIAS, bias)
 
     def forward(
         self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
@@ -87,16 +100,16 @@ class MostRouter(DeepseekV2TopkRouter):
             logits = F.linear(hidden_states.float(), self.weight.float())
         # Over all experts, then masked, as in the original: the other group's share is lost, not handed round.
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
-        choice = probabilities
+        choice = probabilities if self.e_score_correction_bias is None else probabilities + self.e_score_correction_bias
         if allowed is not None:
             probabilities = probabilities.masked_fill(~allowed, 0.0)
-            # Below every probability, so that not even one that underflowed loses its place to the other group's experts.
-            choice = probabilities.masked_fill(~allowed, -1.0)
+            # Below every score, so that not even one that underflowed loses its place to the other group's experts.
+            choice = choice.masked_fill(~allowed, -torch.inf)
         if self.topk_method == "group_limited_greedy":
             grouped = choice.view(choice.shape[0], self.num_group, -1)
             best = grouped.amax(dim=-1).topk(self.topk_group, dim=-1, sorted=False).indices
             in_best = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(1, best, True)
-            choice = grouped.masked_fill(~in_best.unsqueeze(-1), -2.0).view_as(choice)
+            choice = grouped.masked_fill(~in_best.unsqueeze(-1), -torch.inf).view_as(choice)
         indices = choice.topk(self.top_k, dim=-1, sorted=False).indices
         weights = probabilities.gather(1, indices)
         if self.norm_topk_prob and self.top_k > 1:
@@ -109,11 +122,15 @@ def balance_loss(indices: torch.Tensor, probabilities: torch.Tensor, routing: Ro
 
     f_e: share of the selections that went to expert e, times E; P_e: mean probability of e; loss: sum_e f_e P_e (DeepSeek-V2,
     arXiv 2405.04434, eq. 12-14). Sequence-wise f and P are taken over each record, so the sum depends neither on how records
-    are packed nor on how packs are spread over ranks; batch-wise they are taken over the tokens of this call.
+    are packed nor on how packs are spread over ranks. Batch-wise they are taken over the tokens of this call; with
+    `routing.previous_load`, f is that of the step before (none yet: 0), so that the loss is a sum over tokens and depends on neither.
     """
     n_tokens, n_experts = probabilities.shape
     if n_tokens == 0:
         return probabilities.sum()
+    if not sequence_wise and routing.previous_load is not None:
+        share = routing.previous_load.double() / routing.previous_load.sum().clamp(min=1)
+        return ((share * n_experts).to(probabilities.dtype) * probabilities).sum()
     per_record = routing.segments if sequence_wise else torch.zeros_like(routing.segments)
     groups = routing.n_segments if sequence_wise else 1
     lengths = torch.zeros(groups, device=indices.device).index_add_(0, per_record, torch.ones_like(per_record, dtype=torch.float))
@@ -141,16 +158,66 @@ def leaked_selections(load: torch.Tensor, config: MostConfig) -> int:
     return int(by_modality[TEXT, config.audio_expert_indices].sum() + by_modality[AUDIO, config.text_expert_indices].sum())
 
 
+def expert_groups(load: torch.Tensor, config: MostConfig) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """Per modality: its selections (L, E) out of `load` (L, 2, E), and the experts that may get them."""
+    every = list(range(config.n_routed_experts))
+    aware = config.use_modality_aware_routing
+    named = {"text": config.text_expert_indices, "audio": config.audio_expert_indices}
+    return {name: (load[:, index], list(named[name] or ()) if aware else every) for name, index in (("text", TEXT), ("audio", AUDIO))}
+
+
+@torch.no_grad()
+def update_balance_bias(model: nn.Module, load: torch.Tensor, rate: float) -> None:
+    """Add rate * sign(mean load of e's group - load of e) to every expert's bias in the choice of experts (arXiv 2408.15664, algorithm 1).
+
+    Args:
+        model: its routers have biases.
+        load: (L, 2, E) selections of a whole optimizer step, over all ranks, so that biases stay alike on every rank. Each modality's
+            experts are a group by themselves, all experts one where routing does not look at modality; a group without tokens is left.
+    """
+    routers = [module for module in model.modules() if isinstance(module, MostRouter)]
+    config: MostConfig = model.config  # type: ignore[assignment]
+    if config.use_modality_aware_routing:
+        groups = list(expert_groups(load, config).values())
+    else:
+        groups = [(load.sum(1), list(range(config.n_routed_experts)))]
+    change = torch.zeros(load.shape[0], load.shape[2], dtype=torch.float32)
+    for selections, experts in groups:
+        used = selections[:, experts].cpu()
+        # In whole numbers: mean > load where sum > n * load. Without tokens every load is the mean.
+        change[:, experts] = rate * (used.sum(1, keepdim=True) - len(experts) * used).sign().float()
+    for router, row in zip(routers, change, strict=True):
+        assert router.e_score_correction_bias is not None
+        router.e_score_correction_bias.add_(row.to(router.e_score_correction_bias.device))
+
+
 def load_summary(load: torch.Tensor, config: MostConfig) -> dict[str, Any]:
-    """Selections (L, 2, E) as figures that can be read: by modality, over layers."""
-    total = load.sum(0)
-    groups = {"text": config.text_expert_indices, "audio": config.audio_expert_indices}
-    summary: dict[str, Any] = {"expert_load": {}, "expert_max_over_mean": {}, "leaked": leaked_selections(load, config)}
-    for index, modality in enumerate(("text", "audio")):
-        summary["expert_load"][modality] = total[index].tolist()
-        group = groups[modality] if config.use_modality_aware_routing else range(config.n_routed_experts)
-        used = load[:, index, list(group or ())].double()
-        if used.sum() > 0:
-            ratio = used.max(dim=1).values / used.mean(dim=1).clamp(min=1e-9)
-            summary["expert_max_over_mean"][modality] = round(float(ratio.max()), 4)
+    """Selections (L, 2, E) as figures that can be read, by modality; a modality without tokens is left out of all but the first.
+
+    expert_load: selections by expert, summed over layers; leaked: selections across the modality border;
+    expert_max_over_mean: the busiest expert's over its group's mean, in the worst layer; expert_entropy: of the selections over the
+    group, 1 where all its experts have the same and 0 where one has all, mean over layers. Under `layers` both, and the busiest
+    expert, layer by layer (those with experts, from the first).
+    """
+    by_layer: dict[str, dict[str, list[Any]]] = {"expert_max_over_mean": {}, "expert_entropy": {}, "busiest_expert": {}}
+    summary: dict[str, Any] = {
+        "expert_load": {},
+        "expert_max_over_mean": {},
+        "expert_entropy": {},
+        "leaked": leaked_selections(load, config),
+        "layers": by_layer,
+    }
+    for modality, (selections, experts) in expert_groups(load, config).items():
+        summary["expert_load"][modality] = selections.sum(0).tolist()
+        used = selections[:, experts].double()
+        if not experts or used.sum() == 0:
+            continue
+        ratio = used.amax(1) / used.mean(1).clamp(min=1e-9)
+        share = used / used.sum(1, keepdim=True).clamp(min=1e-9)
+        entropy = torch.special.entr(share).sum(1) / math.log(len(experts)) if len(experts) > 1 else torch.ones(len(used))
+        summary["expert_max_over_mean"][modality] = round(float(ratio.max()), 4)
+        summary["expert_entropy"][modality] = round(float(entropy.mean()), 4)
+        by_layer["expert_max_over_mean"][modality] = [round(value, 4) for value in ratio.tolist()]
+        by_layer["expert_entropy"][modality] = [round(value, 4) for value in entropy.tolist()]
+        by_layer["busiest_expert"][modality] = [experts[index] for index in used.argmax(1).tolist()]
     return summary

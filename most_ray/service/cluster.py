@@ -13,11 +13,11 @@ from most_ray.errors import ConfigError
 from most_ray.service.stream import TASK_CPUS
 
 
-def start_ray(config: RunConfig, n_workers: int, use_gpu: bool) -> None:
-    """Join the cluster that is named, or start one on this machine with room for the workers and their data tasks.
+def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
+    """Join the cluster that is named, or start one on this machine with room for the most workers and their data tasks.
 
     Raises:
-        ConfigError: the cluster is smaller than the workers need.
+        ConfigError: the cluster is smaller than the fewest workers need.
     """
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
@@ -28,14 +28,14 @@ def start_ray(config: RunConfig, n_workers: int, use_gpu: bool) -> None:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
         else:
-            ray.init(**local_ray_options(n_workers))
+            ray.init(**local_ray_options(most))
     resources = ray.cluster_resources()
-    needed = {"CPU": n_workers + TASK_CPUS, **({"GPU": float(n_workers)} if use_gpu else {})}
+    needed = {"CPU": fewest + TASK_CPUS, **({"GPU": float(fewest)} if use_gpu else {})}
     for name, amount in needed.items():
         if resources.get(name, 0.0) < amount:
             raise ConfigError(
                 "num_workers",
-                n_workers,
+                fewest,
                 f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
                 "Use fewer workers.",
             )

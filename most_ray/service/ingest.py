@@ -27,7 +27,8 @@ def runner_of(config: RunConfig, use_gpu: bool = False) -> Runner:
         if len(parts) < 2 or sum(part.bytes for part in parts) < SPREAD_BYTES:
             run_here(parts, recipe)
             return
-        start_ray(config, config.num_workers or 1, use_gpu)
+        workers = config.num_workers or (1,)
+        start_ray(config, workers[0], workers[-1], use_gpu)
         spread(parts, recipe)
 
     return run

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -24,9 +22,9 @@ from ray.experimental import internal_kv
 from safetensors.numpy import load as unpack_arrays
 from safetensors.numpy import save as pack_arrays
 
-from most_ray.data.batch import Batch, TokenLayout, open_plan, rank_batch
-from most_ray.data.plan import PlanSpec
-from most_ray.errors import DataError, UserError
+from most_ray.data.batch import Batch, open_plan, rank_batch
+from most_ray.data.feed import StreamSpec, watched
+from most_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
 TASK_CPUS = 0.25  # of one fetching task; small, so that it fits beside the training workers
@@ -36,24 +34,6 @@ _BLOCKS_PER_DATASET = 256
 _STORE_SHARE = 0.25  # of the cluster's object store, for the streams of all ranks together
 _BYTES_PER_TOKEN = 14  # of the arrays of a batch
 _ARRAYS = ("input_ids", "labels", "positions", "modality", "task")
-
-
-class StreamStalledError(UserError):
-    """Nothing came for `data_timeout_s`."""
-
-    kind = "data stalled"
-
-
-@dataclass(frozen=True)
-class StreamSpec:
-    """What one rank reads: steps first..last of the plan."""
-
-    plan: PlanSpec
-    layout: TokenLayout
-    rank: int
-    world_size: int
-    max_rows: int
-    timeout_s: float = 0.0
 
 
 def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
@@ -72,55 +52,6 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
             yield from _stream_span(spec, start, min(last, start + span - 1), chunk, board)
 
     return watched(batches(), spec.timeout_s, board.stage)
-
-
-def watched(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:
-    """The same batches, one ahead, made on a thread of their own from now on.
-
-    Raises:
-        StreamStalledError: none came for `timeout_s` seconds (0: wait for ever).
-    """
-    made: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=1)
-    stopped = threading.Event()
-
-    def put(batch: Batch | None, error: BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put((batch, error), timeout=1.0)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def pump() -> None:
-        try:
-            for batch in batches:
-                if not put(batch, None):
-                    return
-            put(None, None)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the batches are taken
-            put(None, error)
-
-    def take() -> Iterator[Batch]:
-        try:
-            while True:
-                try:
-                    batch, error = made.get(timeout=timeout_s or None)
-                except queue.Empty:
-                    rule = f"passed without a batch: {stage()}."
-                    raise StreamStalledError(
-                        "data_timeout_s", timeout_s, rule, "The same command goes on from the last checkpoint."
-                    ) from None
-                if error is not None:
-                    raise error
-                if batch is None:
-                    return
-                yield batch
-        finally:
-            stopped.set()
-
-    threading.Thread(target=pump, name="stream", daemon=True).start()
-    return take()
 
 
 class _Board:

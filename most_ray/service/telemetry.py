@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import threading
@@ -14,36 +13,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from most_ray.config import RunConfig
-from most_ray.storage import redact
-
-
-def redacted(config: RunConfig) -> RunConfig:
-    """The configuration as it may be written down: without the credentials that URIs of directories can hold."""
-    places = [field.name for field in dataclasses.fields(config) if field.name.endswith(("_dir", "_dirs"))]
-    shown: dict[str, Any] = {}
-    for name in places:
-        value = getattr(config, name)
-        shown[name] = tuple(map(redact, value)) if isinstance(value, tuple) else value and redact(value)
-    return dataclasses.replace(config, **shown)
+from most_ray.train.folder import RunFolder
 
 
 class Wandb:
     """The run in W&B, or nothing where no project is named. The id follows the run's folder: a restart goes on in the same run."""
 
-    def __init__(self, config: RunConfig, run_dir: str) -> None:
+    def __init__(self, config: RunConfig, run_place: str) -> None:
         self._run: Any = None
         if config.wandb_project and config.wandb_mode != "disabled":
             import wandb  # heavy, and used by few runs
 
-            identity = hashlib.blake2b(str(Path(run_dir).absolute()).encode(), digest_size=6).hexdigest()
+            identity = hashlib.blake2b(run_place.encode(), digest_size=6).hexdigest()
             self._run = wandb.init(
                 project=config.wandb_project,
                 name=config.name,
                 id=f"{config.name}-{identity}",
                 resume="allow",
                 mode=config.wandb_mode,
-                dir=run_dir,
-                config={key: value for key, value in vars(redacted(config)).items() if not key.startswith("wandb")},
+                dir=str(RunFolder(run_place).local),
+                config={key: value for key, value in vars(config.redacted()).items() if not key.startswith("wandb")},
             )
             self._run.define_metric("*", step_metric="step")
 

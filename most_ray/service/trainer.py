@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.exceptions
-import ray.train
 import torch
-from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
 from rich.console import Console
 
-from most_ray.config import RunConfig, write_yaml
-from most_ray.errors import ConfigError, UserError
-from most_ray.evaluation.evaluate import evaluate_model, write_result
+from most_ray import storage
+from most_ray.config import RunConfig, to_yaml
+from most_ray.errors import ConfigError
+from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
+from most_ray.service.attempts import RunIncompleteError, run_attempts
 from most_ray.service.cluster import start_ray
-from most_ray.service.journal import read_journal
-from most_ray.service.prepare import Prepared, prepare_run
-from most_ray.service.telemetry import ProgressWatcher, redacted
-from most_ray.service.worker import claim_run, run_summary, train_worker
+from most_ray.service.ingest import runner_of
+from most_ray.service.telemetry import ProgressWatcher
+from most_ray.service.validation import ValidationJob
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
-
-logger = logging.getLogger(__name__)
-
-
-class RunIncompleteError(UserError):
-    """The workers ended short of the goal."""
-
-    kind = "training failed"
+from most_ray.train.journal import read_journal
+from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
 
 
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     """Train, export, evaluate. The same name goes on where it stopped; a complete run is left as it is. Returns the summary.
 
     Raises:
-        UserError: what the user can mend, or a run that ended short of its goal.
+        UserError: what the user can mend, a run that was asked to stop, or one that ended short of its goal.
     """
-    prepared = prepare_run(config)
-    job, run_dir = prepared.job, Path(prepared.job.run_dir)
-    summary = run_summary(run_dir / "summary.json")
-    last = checkpoint.step_dir(run_dir / "checkpoints", job.total_steps)
+    prepared = prepare_run(config, runner_of)
+    job, folder = prepared.job, prepared.folder
+    last = checkpoint.step_place(folder.checkpoints, job.total_steps)
+    for place, reason in prepared.torn:
+        console.print(f"Checkpoint {storage.redact(place)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True)
+    folder.pull("summary.json")
+    summary = _read_summary(folder.local / "summary.json")
     if summary and summary.get("step") == job.total_steps and prepared.done_steps >= job.total_steps:
         console.print(f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.", highlight=False, soft_wrap=True)
         return summary
@@ -58,28 +50,51 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
             f"lies behind the run's newest checkpoint (step {prepared.done_steps}).",
             "Raise it or rename the run.",
         )
-    write_yaml(redacted(config), run_dir / "config.yaml")
+    storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     describe(prepared, console)
     started = time.monotonic()
+    validation = _validation_job(prepared)
     if prepared.done_steps < job.total_steps:
-        _fit(prepared, console)
-    if not (last / checkpoint.COMMIT).exists():
+        start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
+        with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
+            run_attempts(prepared, validation, console)
+    if last not in checkpoint.committed(folder.checkpoints):
         raise RunIncompleteError("step", job.total_steps, "was not reached: no checkpoint of the last step was completed.")
     trained = time.monotonic() - started
-    export_checkpoint(last, run_dir / "export")
-    summary = finish_run(prepared, trained, last)
-    write_result(summary, run_dir / "summary.json")
+    export_checkpoint(last, folder.local / "export")
+    folder.push_folder("export", "config.json")
+    summary = finish_run(prepared, validation, trained, last)
+    write_result(summary, folder.local / "summary.json")
+    folder.push("evaluation.json", "summary.json")
     return summary
 
 
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    """summary.json of a finished run."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _validation_job(prepared: Prepared) -> ValidationJob | None:
+    config = prepared.job.config
+    if not prepared.job.has_validation:
+        return None
+    settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_rejected_fraction)
+    asr, tts = (tuple(map(storage.absolute, dirs)) for dirs in (config.val_asr_dirs, config.val_tts_dirs))
+    return ValidationJob(asr, tts, settings, store_dir_of(config))
+
+
 def describe(prepared: Prepared, console: Console) -> None:
-    job = prepared.job
+    job, place = prepared.job, storage.redact(prepared.folder.place)
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in prepared.plan.stores)
     console.print(
-        f"Run {job.run_dir}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}", highlight=False, soft_wrap=True
+        f"Run {place}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}", highlight=False, soft_wrap=True
     )
     if prepared.n_rejected:
-        console.print(f"{prepared.n_rejected} records were set aside: {job.run_dir}/rejected.jsonl", highlight=False, soft_wrap=True)
+        console.print(f"{prepared.n_rejected} records were set aside: {place}/rejected.jsonl", highlight=False, soft_wrap=True)
     cursor = prepared.plan.cursor(prepared.done_steps)
     consumed = prepared.plan.consumed(prepared.done_steps)
     verb = "Resuming" if prepared.done_steps else "Starting"
@@ -91,61 +106,16 @@ def describe(prepared: Prepared, console: Console) -> None:
     )
 
 
-def _fit(prepared: Prepared, console: Console) -> None:
-    config = prepared.job.config
-    job = replace(prepared.job, driver=claim_run(Path(prepared.job.run_dir)))
-    n_workers = job.topology.world_size
-    start_ray(config, n_workers, prepared.use_gpu)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=job,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=n_workers,
-            use_gpu=prepared.use_gpu,
-            resources_per_worker={"CPU": 1.0, **({"GPU": 1.0} if prepared.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray", storage_path=job.run_dir, failure_config=ray.train.FailureConfig(max_failures=config.max_failures)
-        ),
-    )
-    with ProgressWatcher(Path(job.run_dir) / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
-        for losses_left in range(config.max_failures, -1, -1):
-            try:
-                trainer.fit()
-                return
-            except TrainingFailedError as error:
-                raise _user_error(error) from error
-            except ray.exceptions.RayError as error:
-                # The controller of the workers itself was lost (out of memory, its node gone): the next one goes on from the last
-                # checkpoint, like the same command would.
-                reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-                if losses_left == 0:
-                    raise RunIncompleteError("workers", None, f"were lost for good: {reason}") from error
-                console.print(f"The workers were lost ({reason}); going on from the last checkpoint.", highlight=False, soft_wrap=True)
-
-
-def _user_error(error: BaseException) -> UserError:
-    """The worker's own error where a user can mend it; else a short account of what failed, with the rank's last lines."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {}) or {}
-    for rank, failure in sorted(failures.items()):
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UserError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        logger.error("rank %d: %s", rank, failure)
-    return RunIncompleteError("workers", None, f"failed for good: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}")
-
-
 def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
     """About `count` of the items, evenly spaced."""
     return items[:: max(1, len(items) // count)][:count]
 
 
-def finish_run(prepared: Prepared, seconds: float, last: Path) -> dict[str, Any]:
+def finish_run(prepared: Prepared, validation: ValidationJob | None, seconds: float, last: str) -> dict[str, Any]:
     """Evaluate the export on every validation set; the summary."""
-    job, run_dir = prepared.job, Path(prepared.job.run_dir)
-    lines = read_journal(run_dir / "metrics.jsonl")
+    job, folder = prepared.job, prepared.folder
+    folder.pull("metrics.jsonl")
+    lines = read_journal(folder.local / "metrics.jsonl")
     summary: dict[str, Any] = {
         "name": job.config.name,
         "step": job.total_steps,
@@ -155,19 +125,19 @@ def finish_run(prepared: Prepared, seconds: float, last: Path) -> dict[str, Any]
         "rejected": prepared.n_rejected,
         "training_seconds": round(seconds, 1),
         "tokens_per_second": round(sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]) if lines else None,
-        "checkpoint": str(last),
-        "export": str(run_dir / "export"),
+        "checkpoint": storage.redact(last),
+        "export": storage.redact(folder.at("export")),
     }
-    if job.validation:
+    if validation:
         torch.set_num_threads(os.cpu_count() or 1)
         result = evaluate_model(
-            str(run_dir / "export"),
-            job.validation.asr_dirs,
-            job.validation.tts_dirs,
-            job.validation.settings,
-            job.validation.store_dir,
+            str(folder.local / "export"),
+            validation.asr_dirs,
+            validation.tts_dirs,
+            validation.settings,
+            validation.store_dir,
         )
-        write_result(result, run_dir / "evaluation.json")
+        write_result(result, folder.local / "evaluation.json")
         summary["wer"] = result["wer"]
         summary["routing"] = result["routing"]
         summary["sets"] = {

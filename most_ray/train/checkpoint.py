@@ -1,147 +1,319 @@
-"""Checkpoints: sharded safetensors in place, a commit marker last. A folder without the marker is not a checkpoint.
+"""Checkpoints: one safetensors file per rank, a commit marker last. A folder without the marker is not a checkpoint.
 
-Nothing in a checkpoint is pickled. Tensors are named `model.NAME`, `optimizer.NAME.MOMENT` and `random.DEVICE.RANK`; a tensor's shards
-carry their offsets, so any number of ranks in any layout reads what any other wrote. All else is in state.json.
+Nothing in a checkpoint is pickled. Tensors are named `model.NAME`, `optimizer.NAME.MOMENT`, `state.NAME` and `random.DEVICE.RANK`; any
+number of ranks in any layout reads what any other wrote. All else is in state.json. The marker, commit.json, lists every file with its
+size and xxh3. Places are paths or URIs (`s3://bucket/run/checkpoints/step-000000100`). Writing is in writer.py.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+import xxhash
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from most_ray.data.plan import Cursor
-from most_ray.errors import CheckpointError
+from most_ray import storage
+from most_ray.errors import CheckpointError, DataError
+from most_ray.model.placement import row_order
+from most_ray.train.retention import superfluous
+from most_ray.train.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
 from most_ray.train.state import LossScale, TrainState
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 COMMIT = "commit.json"
+STATE = "state.json"
+DEEP_BYTES = 16 << 30  # a checkpoint is hashed before it is trusted where a process has no more than this to read
+_STEP = re.compile(r"step-(\d{9,})")
 
 
-def step_dir(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"step-{step:09d}"
+def step_place(checkpoints: str, step: int) -> str:
+    """Where the checkpoint of a step lies below a run's folder of checkpoints."""
+    return storage.join(checkpoints, f"step-{step:09d}")
 
 
-def committed(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in checkpoints.glob(f"step-*/{COMMIT}"))
+def step_of(place: str) -> int:
+    """The step of a checkpoint's place.
+
+    Raises:
+        CheckpointError: its name is not that of a step.
+    """
+    match = _STEP.fullmatch(storage.name_of(place))
+    if match is None:
+        raise CheckpointError("checkpoint", storage.redact(place), "is not named step-NNNNNNNNN.")
+    return int(match[1])
 
 
-def read_state(directory: Path) -> dict[str, Any]:
+def _steps(checkpoints: str) -> dict[int, bool]:
+    """The steps that have a folder, and whether it is committed."""
+    found: dict[int, bool] = {}
+    if storage.is_remote(checkpoints):
+        names = [entry.name.split("/") for entry in storage.list_files(checkpoints, ("",))] if storage.exists(checkpoints) else []
+        for folder, *rest in names:
+            if rest and (match := _STEP.fullmatch(folder)):
+                found[int(match[1])] = found.get(int(match[1]), False) or rest == [COMMIT]
+    else:
+        for path in storage.local(checkpoints).glob("step-*"):
+            if match := _STEP.fullmatch(path.name):
+                found[int(match[1])] = (path / COMMIT).exists()
+    return found
+
+
+def committed(checkpoints: str) -> list[str]:
+    """Places of the complete checkpoints, oldest first."""
+    return [step_place(checkpoints, step) for step, done in sorted(_steps(checkpoints).items()) if done]
+
+
+def read_marker(place: str) -> dict[str, Any]:
+    """commit.json: `step` and `files`, name -> [bytes, xxh3_128].
+
+    Raises:
+        CheckpointError: the folder is missing, was not committed, or is of another format. DamagedFileError: the marker is garbage.
+    """
+    try:
+        data = storage.read_bytes(storage.join(place, COMMIT))
+    except FileNotFoundError:
+        raise CheckpointError("checkpoint", storage.redact(place), f"is missing or was never completed (no {COMMIT}).") from None
+    try:
+        marker: dict[str, Any] = json.loads(data)
+        found, _ = marker.get("format", 1), marker["step"]
+        whole = found != FORMAT or all(isinstance(size, int) and isinstance(digest, str) for size, digest in marker["files"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedFileError(f"{COMMIT} is cut off or garbage ({error})") from error
+    if not whole:
+        raise DamagedFileError(f"{COMMIT} is cut off or garbage (its list of files)")
+    check_format(place, found)
+    return marker
+
+
+def check_format(place: str, found: object) -> None:
+    """Raises CheckpointError for a checkpoint of another format than this version's."""
+    if found != FORMAT:
+        remedy = "Read it with the version that wrote it (export, then start from the exported model), or give the run another name."
+        raise CheckpointError("checkpoint", storage.redact(place), f"has format {found}, not {FORMAT}.", remedy)
+
+
+def _marker(place: str) -> dict[str, Any]:
+    """As `read_marker`, with garbage as a CheckpointError too."""
+    try:
+        return read_marker(place)
+    except DamagedFileError as error:
+        raise _damaged(place, str(error)) from error
+
+
+def _damaged(place: str, reason: str) -> CheckpointError:
+    return CheckpointError("checkpoint", storage.redact(place), f"has a damaged file ({reason}).", "Delete it to go on from an older one.")
+
+
+def read_state(place: str | Path) -> dict[str, Any]:
     """state.json of a complete checkpoint.
 
     Raises:
-        CheckpointError: the folder is missing, was not committed, or is of another format.
+        CheckpointError: the folder is missing, was not committed, is damaged, or is of another format.
     """
-    if not (directory / COMMIT).exists():
-        raise CheckpointError("checkpoint", str(directory), "is missing or was never completed (no commit.json).")
-    state: dict[str, Any] = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise CheckpointError("checkpoint", str(directory), f"has format {state.get('format')}, not {FORMAT}.")
-    return state
+    place = str(place)
+    _marker(place)
+    try:
+        content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(place, STATE)))
+        found = content["format"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(place, f"{STATE}: {error}") from error
+    check_format(place, found)
+    return content
 
 
-def save(
-    directory: Path,
-    state: TrainState,
-    cursor: Cursor,
-    extra: dict[str, Any],
-    may_commit: Callable[[], bool],
-    write_more: Callable[[Path], None],
-) -> None:
-    """Write a checkpoint; every rank calls it.
+def damage(place: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
+    """What is wrong with a checkpoint that has its marker; None where every file is there with its size and, `deep`, its hash.
+
+    Hashing is dealt out: this call takes the files of `rank` out of `world` callers. (Sizes all of them look at: that is one listing.)
+
+    Raises:
+        CheckpointError: it was never completed, or has another format. DataError: the storage fails.
+    """
+    try:
+        files = read_marker(place)["files"]
+    except DamagedFileError as error:
+        return str(error)
+    sizes = {entry.name: entry.size for entry in storage.list_files(place, ("",))}
+    for number, (name, (size, digest)) in enumerate(sorted(files.items())):
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]:,} bytes, not {size:,}"
+        if deep and number % world == rank and hash_file(storage.join(place, name)) != digest:
+            return f"{name} has other content than was written (its hash differs)"
+    return None
+
+
+def hash_file(place: str | Path) -> str:
+    """xxh3_128 of a file."""
+    state = xxhash.xxh3_128()
+    with storage.open_read(place) as stream:
+        while chunk := stream.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def newest_intact(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
+    """The newest checkpoint without damage, and the newer ones that have some, each with what is wrong. For one process.
 
     Args:
-        extra: goes into state.json.
-        may_commit: asked on rank 0 before anything is touched and again before the marker is written: False if another attempt has
-            taken over the run.
-        write_more: called on rank 0 with the folder, for the tokenizer and configuration.
+        deep_bytes: a checkpoint of more bytes is judged by the sizes of its files.
 
     Raises:
-        CheckpointError: another attempt has taken over.
+        CheckpointError: the newest has another format. DataError: the storage fails.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    _require_turn(rank != 0 or (may_commit() and not (directory / COMMIT).exists()))
-    if rank == 0:
-        if directory.exists():
-            shutil.rmtree(directory)  # left by an attempt that died before its commit
-        directory.mkdir(parents=True)
-    _barrier()
-    tensors = {**_contiguous(_tensors(state)), **_random_state(rank)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True), no_dist=not dist.is_initialized())
-    _barrier()
-    allowed = True
-    if rank == 0:
-        content = {
-            "format": FORMAT,
-            "step": state.step,
-            "cursor": asdict(cursor),
-            "scheduler": {"last_epoch": state.scheduler.last_epoch},
-            "loss_scale": asdict(state.loss_scale),
-            "n_tensors": len([name for name in tensors if name.startswith("model.")]),
-            **extra,
-        }
-        (directory / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        write_more(directory)
-        allowed = may_commit()
-        if allowed:
-            marker = directory / f".{COMMIT}"
-            marker.write_text(json.dumps({"step": state.step}), encoding="utf-8")
-            marker.rename(directory / COMMIT)
-    _require_turn(allowed)
+    return _first_intact(committed(checkpoints), lambda place: damage(place, deep=_size(place) <= deep_bytes))
 
 
-def _require_turn(allowed: bool) -> None:
-    """Rank 0's answer, on every rank.
+def newest_intact_together(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
+    """As `newest_intact`, on all ranks of the default group: they share the hashing, up to `deep_bytes` each, and agree."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    Raises:
-        CheckpointError: another attempt has taken over, or has committed this very step.
-    """
-    answer = [allowed]
+    def reason(place: str) -> str | None:
+        reasons = together(lambda: damage(place, rank, world, deep=_size(place) <= deep_bytes * world))
+        return next((reason for reason in reasons if reason), None)
+
+    return _first_intact(together(lambda: committed(checkpoints) if rank == 0 else [])[0], reason)
+
+
+def _first_intact(places: list[str], reason: Callable[[str], str | None]) -> tuple[str | None, list[tuple[str, str]]]:
+    torn: list[tuple[str, str]] = []
+    for place in reversed(places):
+        if (why := reason(place)) is None:
+            return place, torn
+        torn.append((place, why))
+    return None, torn
+
+
+def together(work: Callable[[], Any], group: Any = None) -> list[Any]:
+    """What `work` gave on every rank of a group; an error of one is raised on all, so that none is left waiting."""
+    value, error = None, None
+    try:
+        value = work()
+    except (OSError, CheckpointError, DataError) as raised:
+        error = raised
+    answers: list[tuple[Any, Exception | None]] = [(value, error)]
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0)
-    if not answer[0]:
-        raise CheckpointError("attempt", None, "has been replaced by a newer one of the same run; its checkpoint was not committed.")
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (value, error), group)
+        answers = gathered
+    first = next((error for _, error in answers if error is not None), None)
+    if first is not None:
+        raise first
+    return [value for value, _ in answers]
 
 
-def load(directory: Path, state: TrainState, with_optimizer: bool = True) -> dict[str, Any]:
-    """Read a checkpoint of any layout into a live state; every rank calls it. Returns state.json.
+def _size(place: str) -> int:
+    try:
+        return sum(size for size, _ in read_marker(place)["files"].values())
+    except DamagedFileError:
+        return 0
 
-    With `with_optimizer` the step, schedule, loss scale and random state come along; without, only the weights.
+
+def revoke(place: str) -> None:
+    """Take a damaged checkpoint's marker away: it is none any more, and its step may be saved again."""
+    storage.remove(storage.join(place, COMMIT))
+
+
+def prune(
+    checkpoints: str,
+    keep_last: int,
+    keep_best: int = 0,
+    scores: Mapping[int, float] | None = None,
+    pending: Collection[int] = (),
+    mode: Literal["min", "max"] = "min",
+) -> list[int]:
+    """Delete what `superfluous` names, marker first, and what dead attempts left of older steps. Returns the deleted steps.
+
+    One process calls it, at any time: a checkpoint under way is newer than all complete ones.
+    """
+    found = _steps(checkpoints)
+    done = [step for step, is_committed in found.items() if is_committed]
+    deleted = superfluous(done, keep_last, keep_best, scores, pending, mode)
+    leftovers = [step for step, is_committed in found.items() if not is_committed and done and step < max(done)]
+    for step in (*deleted, *sorted(leftovers)):
+        place = step_place(checkpoints, step)
+        revoke(place)
+        storage.remove(place)
+    return deleted
+
+
+def model_parts(model: nn.Module, rank: int | None = None) -> list[Part]:
+    """The model's tensors under their checkpoint names; they share memory with the model."""
+    tensors = model.state_dict(keep_vars=True)
+    return [part_of(f"model.{name}", tensor.detach(), row_order(model, name), rank) for name, tensor in tensors.items()]
+
+
+def state_parts(state: TrainState, rank: int | None = None) -> list[Part]:
+    """All tensors of a training state under their checkpoint names; they share memory with it."""
+    parts = model_parts(state.model, rank)
+    for name, parameter in state.model.named_parameters():
+        order = row_order(state.model, name)
+        for moment, value in sorted(state.optimizer.state.get(parameter, {}).items()):
+            parts.append(part_of(f"optimizer.{name}.{moment}", value, order if value.shape == parameter.shape else None, rank))
+    return parts + [part_of(f"state.{name}", value, None, rank) for name, value in sorted(state.buffers.items())]
+
+
+def random_parts() -> list[Part]:
+    """Copies of this rank's random states."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    states = {f"random.cpu.{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
+    return [part_of(name, value, rank=0) for name, value in states.items()]
+
+
+def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scratch: Path | None = None) -> dict[str, Any]:
+    """Read a checkpoint of any layout into a live state, in place; every rank calls it. Returns state.json.
+
+    With `with_optimizer` the step, schedule, loss scale, buffers and random state come along; without, only the weights.
+
+    Args:
+        scratch: where files of a remote place are kept while they are read, one at a time; by default the temporary folder.
 
     Raises:
-        CheckpointError: incomplete, or a tensor is missing or of another shape.
+        CheckpointError: incomplete or damaged, or a tensor is missing or of another shape.
     """
-    content = read_state(directory)
-    live = _tensors(state) if with_optimizer else model_tensors(state.model)
-    read_tensors(directory, live)
-    if with_optimizer:
-        state.step = content["step"]
-        _set_schedule(state, content["scheduler"]["last_epoch"])
-        stored_scale = LossScale(**content["loss_scale"])
-        if state.loss_scale.enabled and stored_scale.enabled:
-            state.loss_scale = stored_scale  # a run that was not in float16 before begins with a fresh scale
-        _restore_random_state(directory)
+    place = str(place)
+    content = read_state(place)
+    files = CheckpointFiles(place, scratch)
+    n_tensors = sum(name.startswith("model.") for name in files.index)
+    if n_tensors != content["n_tensors"]:
+        raise _damaged(place, f"{n_tensors} of {content['n_tensors']} model tensors are there")
+    if not with_optimizer:
+        files.read(model_parts(state.model))
+        return content
+    # Buffers that a newer version keeps, and random states of ranks that were not there, begin anew.
+    found = [part for part in state_parts(state) if part.name in files.index or not part.name.startswith("state.")]
+    random = [part for part in random_parts() if part.name in files.index]
+    files.read(found + random)
+    for part in random:
+        (torch.set_rng_state if ".cpu." in part.name else torch.cuda.set_rng_state)(part.rectangles[0].local)
+    state.step = content["step"]
+    state.skipped_in_row = content["skipped_in_row"]
+    _set_schedule(state, content["scheduler"]["last_epoch"])
+    stored_scale = LossScale(**content["loss_scale"])
+    if state.loss_scale.enabled and stored_scale.enabled:
+        state.loss_scale = stored_scale  # a run that was not in float16 before begins with a fresh scale
     return content
+
+
+def read_model(place: str, model: nn.Module, scratch: Path | None = None) -> None:
+    """Fill a model, on any number of ranks, with a checkpoint's weights.
+
+    Raises:
+        CheckpointError: incomplete or damaged, or its tensors are not the model's.
+    """
+    CheckpointFiles(place, scratch).read(model_parts(model))
 
 
 def _set_schedule(state: TrainState, last_epoch: int) -> None:
@@ -154,104 +326,57 @@ def _set_schedule(state: TrainState, last_epoch: int) -> None:
         group["lr"] = rate
 
 
-def read_tensors(directory: Path, live: dict[str, torch.Tensor]) -> None:
-    """Fill live tensors (plain or sharded) from a checkpoint, exactly those asked for."""
-    reader = HuggingFaceStorageReader(str(directory))
-    try:
-        metadata = reader.read_metadata().state_dict_metadata
-    except SafetensorError as error:
-        raise CheckpointError(
-            "checkpoint", str(directory), f"has a damaged file ({error}).", "Delete it to go on from an older one."
-        ) from error
-    stored = {name: tuple(entry.size) for name, entry in metadata.items() if _is_tensor(entry)}
-    missing = sorted(name for name in live if name not in stored)
-    if missing:
-        raise CheckpointError("checkpoint", str(directory), f"lacks {len(missing)} tensors, the first being {missing[0]}.")
-    for name, tensor in live.items():
-        if stored[name] != tuple(tensor.shape):
-            raise CheckpointError(
-                "checkpoint",
-                str(directory),
-                f"holds {name} in shape {stored[name]}, the model has {tuple(tensor.shape)}.",
-            )
-    unread = sorted(name for name in stored if name.startswith("model.") and name not in live)
-    if unread:
-        raise CheckpointError("checkpoint", str(directory), f"holds {len(unread)} tensors unknown to the model, the first {unread[0]}.")
-    targets = _contiguous(live)
-    _dcp_load(targets, reader, alone=not dist.is_initialized())
-    with torch.no_grad():
-        for name, tensor in live.items():
-            filled = targets[name]
-            if filled is not tensor:
-                assert isinstance(tensor, DTensor)
-                assert isinstance(filled, DTensor)
-                tensor.copy_(filled.redistribute(placements=tensor.placements))
+class CheckpointFiles:
+    """The tensors of a complete checkpoint.
 
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
 
-def _dcp_load(targets: dict[str, torch.Tensor], reader: HuggingFaceStorageReader, alone: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.load(targets, storage_reader=reader, no_dist=alone)
-        except (CheckpointException, SafetensorError) as error:
-            raise CheckpointError("checkpoint", str(reader.path), f"has a damaged file ({' '.join(str(error).split())[:200]}).") from error
+    def __init__(self, place: str, scratch: Path | None = None) -> None:
+        self._place, self._scratch = place, scratch
+        headers = {}
+        for name in sorted(_marker(place)["files"]):
+            if name.endswith(".safetensors"):
+                try:
+                    with storage.open_read(storage.join(place, name)) as stream:
+                        headers[name] = read_header(stream)
+                except (FileNotFoundError, DamagedFileError) as error:
+                    raise _damaged(place, f"{name}: {error}") from error
+        self.index: dict[str, Stored] = index_of(headers)
 
+    def read(self, parts: list[Part]) -> None:
+        """Fill the live tensors behind `parts`; those of the model must be all that there are.
 
-def _is_tensor(entry: Any) -> TypeGuard[TensorStorageMetadata]:
-    return isinstance(entry, TensorStorageMetadata)
+        Raises:
+            CheckpointError: a tensor is missing, unknown or of another shape, or a file is damaged.
+        """
+        shown = storage.redact(self._place)
+        stored = {name: tuple(entry.metadata.size) for name, entry in self.index.items()}
+        missing = sorted(part.name for part in parts if part.name not in stored)
+        if missing:
+            raise CheckpointError("checkpoint", shown, f"lacks {len(missing)} tensors, the first being {missing[0]}.")
+        for part in parts:
+            if stored[part.name] != part.shape:
+                rule = f"holds {part.name} in shape {stored[part.name]}, the model has {part.shape}."
+                raise CheckpointError("checkpoint", shown, rule)
+        live = {part.name for part in parts}
+        unread = sorted(name for name in stored if name.startswith("model.") and name not in live)
+        if unread:
+            raise CheckpointError("checkpoint", shown, f"holds {len(unread)} tensors unknown to the model, the first {unread[0]}.")
+        with tempfile.TemporaryDirectory(prefix="most_ray-load-", dir=self._scratch) as folder:
+            try:
+                read_parts(parts, self.index, lambda name: self._fetch(name, Path(folder)), self._done)
+            except (FileNotFoundError, DamagedFileError) as error:
+                raise _damaged(self._place, str(error)) from error
 
+    def _fetch(self, name: str, folder: Path) -> Path:
+        place = storage.join(self._place, name)
+        if not storage.is_remote(place):
+            return storage.local(place)
+        storage.download(place, folder / name)
+        return folder / name
 
-def keep_last(checkpoints: Path, count: int) -> None:
-    """Delete all but the newest `count` complete checkpoints, marker first."""
-    for old in committed(checkpoints)[:-count]:
-        (old / COMMIT).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors under their checkpoint names; shares memory with the model."""
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-
-
-def _tensors(state: TrainState) -> dict[str, torch.Tensor]:
-    tensors = model_tensors(state.model)
-    for name, parameter in state.model.named_parameters():
-        for moment, value in sorted(state.optimizer.state.get(parameter, {}).items()):
-            tensors[f"optimizer.{name}.{moment}"] = value
-    return tensors
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Strided shards (experts split over both expert-parallel and FSDP ranks) as plain ones: the storage layer describes a shard as
-    one rectangle and would write strided ones to the wrong place without a word."""
-
-    def plain(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        placements = [Shard(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
-        return tensor if placements == list(tensor.placements) else tensor.redistribute(placements=placements)
-
-    return {name: plain(tensor) for name, tensor in tensors.items()}
-
-
-def _random_state(rank: int) -> dict[str, torch.Tensor]:
-    states = {f"random.cpu.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_state(directory: Path) -> None:
-    """This rank's random state, where the checkpoint holds one (it was written by as many ranks)."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    reader = HuggingFaceStorageReader(str(directory))
-    stored = reader.read_metadata().state_dict_metadata
-    states = {name: value for name, value in _random_state(rank).items() if name in stored}
-    _dcp_load(states, HuggingFaceStorageReader(str(directory)), alone=True)
-    for name, value in states.items():
-        (torch.set_rng_state if ".cpu." in name else torch.cuda.set_rng_state)(value)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    def _done(self, path: Path) -> None:
+        if storage.is_remote(self._place):
+            path.unlink()

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 
 from most_ray.data.batch import Batch
+from most_ray.model.placement import experts_of_ranks
 from most_ray.train.metrics import Meter
+from most_ray.train.replicas import check_replicas
 from most_ray.train.state import TrainState
 from most_ray.train.step import Precision, run_step
 
@@ -27,19 +29,34 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
+    """`max_skipped_steps`: in a row, that end the run; `check_replicas_steps`: between comparisons of replicated weights (0: never);
+    `load_alert`: an expert's load over the mean from which on to warn (0: never)."""
+
     total_steps: int
     logging_steps: int
     max_grad_norm: float
     precision: Precision
     device: torch.device
     asr_loss_weight: float = 1.0
+    max_skipped_steps: int = 20
+    check_replicas_steps: int = 0
+    load_alert: float = 0.0
 
 
 def train(
-    state: TrainState, batches: Iterable[Batch], settings: LoopSettings, reporter: Reporter, at_step: Callable[[TrainState], None]
-) -> None:
-    """Train until `settings.total_steps`; `at_step` runs after every optimizer step (checkpoints, evaluations)."""
-    meter = Meter(state.model_config)
+    state: TrainState,
+    batches: Iterable[Batch],
+    settings: LoopSettings,
+    reporter: Reporter,
+    at_step: Callable[[TrainState, bool], float],
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train until `settings.total_steps`, or until any rank wants to stop. Returns whether the goal was reached.
+
+    `at_step` runs after every optimizer step (checkpoints, evaluations), is told whether it is the run's last one for now, and returns
+    the seconds for which it held up the training.
+    """
+    meter = Meter(state.model_config, experts_of_ranks(state.model), settings.load_alert)
     iterator = iter(batches)
     while state.step < settings.total_steps:
         waiting = time.perf_counter()
@@ -47,9 +64,23 @@ def train(
         waited = time.perf_counter() - waiting
         if batch.step != state.step + 1:
             raise RuntimeError(f"the data stream gave step {batch.step} where step {state.step + 1} was due")
-        result = run_step(state, batch, settings.precision, settings.max_grad_norm, settings.device, settings.asr_loss_weight)
+        result = run_step(
+            state,
+            batch,
+            settings.precision,
+            settings.max_grad_norm,
+            settings.device,
+            settings.asr_loss_weight,
+            stop=wants_stop(),
+            max_skipped_steps=settings.max_skipped_steps,
+        )
+        if settings.check_replicas_steps and state.step % settings.check_replicas_steps == 0:
+            check_replicas(state)  # before a checkpoint is made of them
         reporter.trained(batch)
         meter.add(result, batch.n_tokens, batch.n_packs * batch.input_ids.shape[-1], waited)
         if state.step % settings.logging_steps == 0 or state.step == settings.total_steps:
             reporter.log(meter.line())
-        at_step(state)
+        meter.stalled(at_step(state, result.stop or state.step == settings.total_steps))
+        if result.stop:
+            break
+    return state.step >= settings.total_steps

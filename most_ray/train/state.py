@@ -13,6 +13,9 @@ from transformers import get_scheduler
 
 from most_ray.config import OptimizerOptions
 from most_ray.model.configuration import MostConfig
+from most_ray.model.routing import MostRouter
+
+BALANCE_LOAD = "balance_load"
 
 
 @dataclass
@@ -37,7 +40,8 @@ class LossScale:
 
 @dataclass
 class TrainState:
-    """A model in training. `step` optimizer steps have been made; `buffers` are further tensors to survive, equal on every rank."""
+    """A model in training. `step` optimizer steps have been made; `buffers` are further tensors to survive, equal on every rank:
+    BALANCE_LOAD (L, E) int64, selections of the last step that was made, where the balance loss is batch-wise."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -46,6 +50,7 @@ class TrainState:
     step: int = 0
     skipped_in_row: int = 0
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    balance_bias_rate: float = 0.0
 
     @property
     def model_config(self) -> MostConfig:
@@ -59,7 +64,13 @@ def make_state(model: nn.Module, options: OptimizerOptions, total_steps: int) ->
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     scale = LossScale(scale=2.0**16, enabled=True) if options.fp16 else LossScale()
-    return TrainState(model, optimizer, scheduler, scale)
+    state = TrainState(model, optimizer, scheduler, scale, balance_bias_rate=options.balance_bias_rate)
+    config = state.model_config
+    assert config.use_balance_bias or not options.balance_bias_rate, "load_model is told by RoutingOverrides.use_balance_bias"
+    if not config.seq_aux and config.aux_loss_alpha > 0:
+        layers = sum(isinstance(module, MostRouter) for module in model.modules())
+        state.buffers[BALANCE_LOAD] = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64)
+    return state
 
 
 def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:

@@ -1,11 +1,17 @@
 """One optimizer step: forward passes, a loss divided by global counts, clipping over all meshes, the update.
 
+All that a rank decides by (the gradient norm, whether everything is finite, whether anybody wants to stop) comes out of one all-reduce,
+so every rank decides alike, to the bit: a clipping factor that differed in its last bit would set replicas apart.
+
 Shapes: M forward passes, B rows, S positions, N supervised tokens, L layers with experts, E experts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +23,17 @@ from torch.distributed.tensor import DTensor
 
 from most_ray.data.batch import Batch
 from most_ray.errors import UserError
+from most_ray.model.routing import update_balance_bias
 from most_ray.records import TASKS
 from most_ray.template import IGNORE
-from most_ray.train.state import TrainState
+from most_ray.train.state import BALANCE_LOAD, TrainState
 
-_SKIP_LIMIT = 20
+logger = logging.getLogger(__name__)
+_SHOWN_RECORDS = 20
 
 
 class TrainingDivergedError(UserError):
-    """The gradients stay non-finite."""
+    """Losses or gradients stay non-finite."""
 
     kind = "training error"
 
@@ -33,7 +41,8 @@ class TrainingDivergedError(UserError):
 @dataclass(frozen=True)
 class StepResult:
     """Totals over all ranks. loss_sums, token_counts: per task, in the order of records.TASKS; aux_loss: weighted, as added to the
-    loss; load: (L, 2, E) selections; grad_norm: before clipping."""
+    loss; load: (L, 2, E) selections; grad_norm: before clipping; skipped: a loss or gradient was not finite, so weights and moments
+    are as they were (and the sums and the norm may be NaN)."""
 
     step: int
     loss_sums: list[float]
@@ -43,6 +52,7 @@ class StepResult:
     learning_rate: float
     load: torch.Tensor
     skipped: bool
+    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,57 @@ def run_step(
     max_grad_norm: float,
     device: torch.device,
     asr_loss_weight: float = 1.0,
+    stop: bool = False,
+    max_skipped_steps: int = 20,
 ) -> StepResult:
-    """Train on one batch.
+    """Train on one batch. `stop`: this rank has been asked to stop; the result says whether any has, alike on every rank.
 
     The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), ASR tokens
     counting `asr_loss_weight` times in both, plus the balance loss divided by the step's records (or tokens). FSDP averages gradients
     over ranks, so each rank's part is multiplied by their number: the update is the one a single worker would make.
+
+    Raises:
+        TrainingDivergedError: on every rank, when this is the `max_skipped_steps`-th step in a row that is not finite.
     """
+    state.model.train()
+    sums, load = _accumulate(state, batch, precision, device, asr_loss_weight)
+    asked = torch.tensor([float(stop)], device=device, dtype=torch.float64)
+    totals = torch.cat([sums, grad_square(state.model).to(device).view(1), asked, load.double().view(-1)])
+    if world_size() > 1:
+        dist.all_reduce(totals)
+    totals = totals.cpu()  # the step's one wait for the device
+    k = len(TASKS)
+    loss_sums, aux_loss, square = totals[:k].tolist(), float(totals[2 * k]), float(totals[2 * k + 1])
+    learning_rate = float(state.scheduler.get_last_lr()[0])
+    grad_norm = math.sqrt(square) / state.loss_scale.scale
+    # The losses too: an infinite one can have finite gradients.
+    skipped = not all(map(math.isfinite, (*loss_sums, aux_loss, grad_norm)))
+    load = totals[2 * k + 3 :].view(load.shape).long()
+    if not skipped:
+        _update(state, grad_norm, max_grad_norm)
+        _balance(state, load)
+    _advance(state, batch.step, skipped)
+    if skipped:
+        _report_skipped(state, batch, sum(loss_sums) + aux_loss, grad_norm, max_skipped_steps)
+    return StepResult(
+        step=batch.step,
+        loss_sums=loss_sums,
+        token_counts=[int(count) for count in totals[k : 2 * k].tolist()],
+        aux_loss=aux_loss,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        load=load,
+        skipped=skipped,
+        stop=bool(totals[2 * k + 2]),
+    )
+
+
+def _accumulate(
+    state: TrainState, batch: Batch, precision: Precision, device: torch.device, asr_loss_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of all forward passes, multiplied by the loss scale, into the parameters. Returns this rank's float64 sums (losses per
+    task, supervised tokens per task, weighted balance loss) and its load (L, 2, E)."""
     model, config, ranks = state.model, state.model_config, world_size()
-    model.train()
     weights = torch.ones(len(TASKS), device=device)
     weights[TASKS.index("asr")] = asr_loss_weight
     denominator = sum(count * float(weight) for count, weight in zip(batch.n_supervised, weights, strict=True))
@@ -83,6 +135,7 @@ def run_step(
     token_counts = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
     aux_total = torch.zeros((), device=device, dtype=torch.float64)
     load: torch.Tensor | None = None
+    previous_load = state.buffers[BALANCE_LOAD].to(device) if BALANCE_LOAD in state.buffers else None
     for index in range(len(batch.input_ids)):
         input_ids, labels, positions, modality, task = (
             torch.from_numpy(array[index]).to(device, torch.long)
@@ -96,6 +149,7 @@ def run_step(
                 labels=labels,
                 use_cache=False,
                 token_losses_only=True,
+                previous_load=previous_load,
             )
         aux = config.aux_loss_alpha * output.aux_sum / n_aux
         tasks = task[:, 1:][labels[:, 1:] != IGNORE]
@@ -106,61 +160,87 @@ def run_step(
         aux_total += aux.detach()
         load = output.expert_load if load is None else load + output.expert_load
     assert load is not None, "a step has at least one forward pass"
-    totals = torch.cat([loss_sums, token_counts, aux_total.view(1), load.double().view(-1)])
-    if ranks > 1:
-        dist.all_reduce(totals)
-    k = len(TASKS)
-    learning_rate = float(state.scheduler.get_last_lr()[0])
-    grad_norm, skipped = _update(state, max_grad_norm)
-    state.step = batch.step
-    return StepResult(
-        step=batch.step,
-        loss_sums=totals[:k].tolist(),
-        token_counts=[int(count) for count in totals[k : 2 * k].tolist()],
-        aux_loss=float(totals[2 * k]),
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        load=totals[2 * k + 1 :].view(load.shape).long().cpu(),
-        skipped=skipped,
-    )
+    return torch.cat([loss_sums, token_counts, aux_total.view(1)]), load
 
 
-def _update(state: TrainState, max_grad_norm: float) -> tuple[float, bool]:
-    """Unscale, clip, step; a non-finite gradient leaves weights and moments as they were, on every rank alike."""
-    unscale = 1.0 / state.loss_scale.scale
-    norm = global_grad_norm(state.model) * unscale
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        factor = unscale
-        if max_grad_norm > 0:
-            factor *= min(1.0, max_grad_norm / (float(norm) + 1e-6))
-        if factor != 1.0:
-            grads = [p.grad for p in state.model.parameters() if p.grad is not None]
-            for grad in grads:
-                grad.mul_(factor)
-        state.optimizer.step()
-        state.skipped_in_row = 0
-    else:
-        state.skipped_in_row += 1
-        if state.skipped_in_row >= _SKIP_LIMIT:
-            raise TrainingDivergedError(
-                "gradient norm", float(norm), f"has not been finite for {_SKIP_LIMIT} steps.", "Lower learning_rate or use bf16."
-            )
-    state.loss_scale.update(finite)
+def _update(state: TrainState, grad_norm: float, max_grad_norm: float) -> None:
+    """Unscale, clip, step; all finite."""
+    factor = 1.0 / state.loss_scale.scale
+    if max_grad_norm > 0:
+        factor *= min(1.0, max_grad_norm / (grad_norm + 1e-6))
+    if factor != 1.0:
+        for grads in _local_gradients(state.model).values():
+            torch._foreach_mul_(grads, factor)
+    state.optimizer.step()
+
+
+def _balance(state: TrainState, load: torch.Tensor) -> None:
+    """What balances the next step, from this step's load (L, 2, E) over all ranks and forward passes."""
+    if state.balance_bias_rate:
+        update_balance_bias(state.model, load, state.balance_bias_rate)
+    if BALANCE_LOAD in state.buffers:
+        state.buffers[BALANCE_LOAD].copy_(load.sum(1))
+
+
+def _advance(state: TrainState, step: int, skipped: bool) -> None:
+    """Past a step, made or skipped: the schedule is a function of the step alone."""
+    state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+    state.loss_scale.update(not skipped)
     state.optimizer.zero_grad(set_to_none=True)
     state.scheduler.step()
-    return float(norm), not finite
+    state.step = step
 
 
-def global_grad_norm(model: nn.Module) -> torch.Tensor:
-    """Euclidean norm over all parameters, float32 scalar. Parameters of different meshes cannot meet in one DTensor operation, so
-    each mesh's norm is taken by itself and the results are combined."""
-    by_mesh: dict[Any, list[torch.Tensor]] = defaultdict(list)
+def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: float, limit: int) -> None:
+    """Warn of a skipped step, on rank 0; end the run at the `limit`-th in a row. Collective.
+
+    float16 skips steps as a matter of course, while it looks for a scale; otherwise the records are named at once.
+    """
+    at_end = state.skipped_in_row >= limit
+    what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
+    records = "" if state.loss_scale.enabled and not at_end else f" Its records: {_shown(_all_record_ids(batch))}."
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.warning("step %d skipped: %s = %s.%s", batch.step, what, value, records)
+    if at_end:
+        raise TrainingDivergedError(
+            what,
+            value,
+            f"is not finite; step {batch.step} is the last of {limit} skipped in a row.{records}",
+            "Use bf16, or lower learning_rate." if state.loss_scale.enabled else "Look at these records, or lower learning_rate.",
+        )
+
+
+def _all_record_ids(batch: Batch) -> list[str]:
+    """The step's records on all ranks, sorted. Collective."""
+    ids: list[list[str]] = [batch.record_ids]
+    if world_size() > 1:
+        ids = [[] for _ in range(world_size())]
+        dist.all_gather_object(ids, batch.record_ids)
+    return sorted(itertools.chain.from_iterable(ids))
+
+
+def _shown(ids: list[str]) -> str:
+    more = len(ids) - _SHOWN_RECORDS
+    return ", ".join(ids[:_SHOWN_RECORDS]) + (f" and {more} more" if more > 0 else "")
+
+
+def _local_gradients(model: nn.Module) -> dict[int, list[torch.Tensor]]:
+    """This rank's shards of all gradients, by the number of ranks that hold the same shard."""
+    found: dict[int, list[torch.Tensor]] = defaultdict(list)
     for parameter in model.parameters():
-        if parameter.grad is not None:
-            by_mesh[parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None].append(parameter.grad)
-    squares = []
-    for grads in by_mesh.values():
-        norm = torch.nn.utils.get_total_norm(grads)
-        squares.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).float() ** 2)
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        grad, copies = parameter.grad, world_size()
+        if isinstance(grad, DTensor):
+            for placement, size in zip(grad.placements, grad.device_mesh.shape, strict=True):
+                assert not placement.is_partial(), "FSDP has reduced all gradients"
+                copies //= 1 if placement.is_replicate() else size
+            grad = grad.to_local()
+        if grad is not None:
+            found[copies].append(grad)
+    return found
+
+
+def grad_square(model: nn.Module) -> torch.Tensor:
+    """This rank's part of the squared Euclidean norm over all gradients, float64 scalar: the sum over ranks is the whole, whatever
+    meshes (dense, expert) the parameters are on; a shard that several ranks hold is shared out between them."""
+    parts = [torch.nn.utils.get_total_norm(grads).double() ** 2 / copies for copies, grads in _local_gradients(model).items()]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)

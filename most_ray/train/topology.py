@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from most_ray.errors import TopologyError
@@ -45,3 +46,20 @@ def plan_topology(world_size: int, ep_size: int, dp_replicate_size: int, n_exper
             f"Use one of {fitting}.",
         )
     return Topology(dp_replicate_size, fsdp, ep_size)
+
+
+def plan_topologies(fewest: int, most: int, ep_size: int, dp_replicate_size: int, n_experts: int) -> tuple[Topology, ...]:
+    """The layout for each number of workers from `fewest` to `most`, ascending. At `most` it is the one that is asked for; at smaller
+    sizes the nearest to it: as many replicas as divide both, then the largest expert-parallel size that fits and is not larger.
+
+    Raises:
+        TopologyError: what is asked for does not fit `most`.
+    """
+    asked = plan_topology(most, ep_size, dp_replicate_size, n_experts)
+    smaller = []
+    for size in range(fewest, most):
+        replicas = math.gcd(size, dp_replicate_size)
+        fsdp = size // replicas
+        ep = max(e for e in range(1, min(ep_size, fsdp) + 1) if fsdp % e == 0 and n_experts % e == 0)
+        smaller.append(Topology(replicas, fsdp, ep))
+    return (*smaller, asked)

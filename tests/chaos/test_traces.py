@@ -20,7 +20,7 @@ import pytest
 
 from most_ray.config import load_config
 from most_ray.data.batch import forward_shape
-from most_ray.service.prepare import prepare_run
+from most_ray.train.prepare import prepare_run
 from tests.conftest import ROOT
 
 STEPS = 28

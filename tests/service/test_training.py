@@ -21,7 +21,7 @@ import most_ray  # noqa: F401
 from most_ray.cli import main
 from most_ray.config import RunConfig, load_config
 from most_ray.errors import CheckpointError, ConfigError
-from most_ray.service.journal import read_journal
+from most_ray.train.journal import read_journal
 from most_ray.service.trainer import run_training
 from tests.conftest import ROOT
 
@@ -256,7 +256,7 @@ def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     config = config_of(folder, "broken", max_failures=0, val_asr_dirs=[])
-    from most_ray.service.trainer import prepare_run
+    from most_ray.train.prepare import prepare_run
 
     prepare_run(config)
     weights = folder / "broken" / "init" / "model.safetensors"
@@ -269,7 +269,7 @@ def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
 
 def test_a_run_that_goes_on_keeps_its_global_batch_size(folder: Path, reference: dict[str, Any]) -> None:
     """Where the size was never named, another number of workers must not change it."""
-    from most_ray.service.trainer import prepare_run
+    from most_ray.train.prepare import prepare_run
 
     changes = {"global_batch_size": None, "train_batch_size": 2, "gradient_accumulation_steps": 4, "val_asr_dirs": []}
     run(folder, "unnamed", max_steps=2, **changes)

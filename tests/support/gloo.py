@@ -1,6 +1,7 @@
 """The one harness of multi-process tests: gloo ranks in fresh processes, a deadline for all of them, the first traceback shown.
 
-A rank that fails or hangs ends the others; nothing waits for a collective that will never complete.
+A rank that fails or hangs ends the others; nothing waits for a collective that will never complete. Ranks are forked from a server that
+has imported the libraries once: importing them anew in each would take longer than most tests.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, deadline: fl
     Raises:
         AssertionError: a rank failed (its traceback) or did not end in time (which ones).
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.training"])
     results = context.Queue()
     port = _free_port()
     processes = [context.Process(target=_rank_main, args=(rank, world, port, function, args, results)) for rank in range(world)]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
 from most_ray.config import RunConfig, config_from
-from most_ray.data.batch import Batch, open_plan, rank_batch
+from most_ray.data.batch import Batch, forward_shape, open_plan, rank_batch
 from most_ray.data.plan import Plan, PlanSpec
-from most_ray.model.build import load_model
-from most_ray.train import checkpoint
-from most_ray.train.state import TrainState, make_state
+from most_ray.model.build import RoutingOverrides, load_model
+from most_ray.model.placement import experts_of_ranks, row_order
+from most_ray.train.state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.step import Precision, StepResult, run_step
+from most_ray.train.writer import CheckpointWriter
 from tests.unit.test_plan import LAYOUT
 
 CPU = torch.device("cpu")
@@ -32,7 +36,13 @@ def layout_of(topology: tuple[int, int, int]) -> DistributedConfig | None:
 
 def make(model_dir: str, topology: tuple[int, int, int] = (1, 1, 1), total: int = 20, **options: Any) -> TrainState:
     config: RunConfig = config_from({**OPTIONS, **options})
-    model = load_model(model_dir, distributed=layout_of(topology))
+    overrides = RoutingOverrides(
+        use_modality_aware_routing=config.use_modality_aware_routing,
+        seq_aux=config.seq_aux,
+        aux_loss_alpha=config.aux_loss_alpha,
+        use_balance_bias=config.balance_bias_rate > 0 or None,
+    )
+    model = load_model(model_dir, overrides, distributed=layout_of(topology))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return make_state(model, config, total)
@@ -52,17 +62,31 @@ def steps(
     clip: float = 1.0,
     dtype: torch.dtype | None = None,
     asr_weight: float = 1.0,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> list[StepResult]:
-    """The next `count` optimizer steps."""
-    return [run_step(state, batch_of(plan, state.step + 1, max_rows), Precision(dtype), clip, CPU, asr_weight) for _ in range(count)]
+    """The next `count` optimizer steps; `change`: what is done to each batch first."""
+    return [
+        run_step(state, change(batch_of(plan, state.step + 1, max_rows)), Precision(dtype), clip, CPU, asr_weight) for _ in range(count)
+    ]
 
 
 def loss_of(result: StepResult) -> float:
     return sum(result.loss_sums) / sum(result.token_counts)
 
 
+def full_rows(state: TrainState, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter, its gradient or a moment in full, rows in the experts' order. Collective."""
+    full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    order = row_order(state.model, name)
+    if order is None:
+        return full.clone()
+    logical = torch.full_like(full, torch.nan)
+    logical[list(order)] = full
+    return logical
+
+
 def full_weights(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in state.model.named_parameters()}
+    return {name: full_rows(state, name, p) for name, p in state.model.named_parameters()}
 
 
 def spy_gradients(state: TrainState) -> dict[str, torch.Tensor]:
@@ -74,7 +98,7 @@ def spy_gradients(state: TrainState) -> dict[str, torch.Tensor]:
         for name, parameter in state.model.named_parameters():
             grad = parameter.grad
             assert grad is not None, name
-            seen[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+            seen[name] = full_rows(state, name, grad)
         return step(*args, **keywords)
 
     state.optimizer.step = spying  # type: ignore[method-assign]
@@ -85,23 +109,54 @@ def kind_of(name: str) -> str:
     return "expert" if ".mlp.experts." in name else "router" if ".mlp.gate." in name else "dense"
 
 
-def trajectory(model_dir: str, spec: PlanSpec, topology: tuple[int, int, int], count: int, keywords: dict[str, Any]) -> dict[str, Any]:
-    """Losses, norms, loads, first gradients of `count` steps on the calling ranks."""
+def trajectory(model_dir: str, spec: PlanSpec, topology: tuple[int, int, int], count: int, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses, norms, loads, first gradients of `count` steps on the calling ranks, and who holds which experts. `keywords`: those of
+    `steps`; `options`, of the configuration; `passes`, the forward passes of each step whatever the number of ranks."""
+    keywords = dict(keywords)
+    passes, options = keywords.pop("passes", None), keywords.pop("options", {})
     plan = open_plan(spec)
-    options = keywords.pop("options", {})
     state = make(model_dir, topology, **options)
+    make_step = state.optimizer.step
     gradients = spy_gradients(state)
-    results = steps(state, plan, 1, **keywords)
-    first = dict(gradients)
-    results += steps(state, plan, count - 1, **keywords)
+    results: list[StepResult] = []
+    for _ in range(count):
+        if passes:
+            keywords["max_rows"] = rows_for(plan, state.step + 1, passes)
+        results += steps(state, plan, 1, **keywords)
+        state.optimizer.step = make_step  # type: ignore[method-assign]
     return {
         "losses": [loss_of(r) for r in results],
         "norms": [r.grad_norm for r in results],
         "aux": [r.aux_loss for r in results],
         "loads": [r.load for r in results],
-        "gradients": first,
+        "experts": experts_of_ranks(state.model),
+        "gradients": gradients,
     }
 
 
-def save_to(directory: Path, state: TrainState, plan: Plan) -> None:
-    checkpoint.save(directory, state, plan.cursor(state.step), {"ingredients": plan.ingredients}, lambda: True, lambda _: None)
+def rows_for(plan: Plan, step: int, passes: int, world: int | None = None) -> int:
+    """Rows of a forward pass with which a step takes so many of them, on the calling ranks or on `world`."""
+    world = world or (dist.get_world_size() if dist.is_initialized() else 1)
+    n_packs = len(plan.step(step).packs)
+    fitting = [rows for rows in range(1, n_packs + 1) if forward_shape(n_packs, world, rows)[0] == passes]
+    assert fitting, f"{n_packs} packs on {world} ranks do not go into {passes} passes"
+    return fitting[0]
+
+
+def save_to(place: str | Path, state: TrainState, plan: Plan) -> None:
+    writer = CheckpointWriter(background=False)
+    writer.save(str(place), state, content_of(state, plan), lambda _: None, lambda: True)
+    writer.close()
+
+
+def content_of(state: TrainState, plan: Plan) -> dict[str, Any]:
+    return {"cursor": asdict(plan.cursor(state.step)), "ingredients": plan.ingredients}
+
+
+def bare_state(model: nn.Module) -> TrainState:
+    """A training state around any module, its moments filled."""
+    optimizer = make_optimizer(model, config_from(OPTIONS))
+    for moments in optimizer.state.values():
+        moments["exp_avg"].add_(0.5)
+        moments["exp_avg_sq"].add_(0.25)
+    return TrainState(model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0), LossScale())

@@ -20,7 +20,7 @@ CONFIG = str(ROOT / "jobs" / "configs" / "digits.yaml")
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("most_ray.service.trainer._fit", lambda *_: pytest.fail("workers were started"), raising=True)
+    monkeypatch.setattr("most_ray.service.trainer.run_attempts", lambda *_: pytest.fail("workers were started"), raising=True)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -51,7 +51,9 @@ def train(tmp_path: Path, *words: str) -> list[str]:
         (["--learning_rate", "fast"], "is not a number"),
         (["--resume_from_checkpoint", "/nowhere"], "missing or was never completed"),
         (["--output_dir", "/proc/no"], "cannot be written to"),
-        (["--output_dir", "s3://bucket/x"], "is a URI"),
+        (["--output_dir", "gopher://bucket/x"], "unknown scheme"),
+        (["--num_workers", "4,2"], "fewest and the most"),
+        (["--num_workers", "2,4", "--ep_size", "3"], "Use one of [1, 2, 4]"),
         (["--wandb_project", "p"], "needs a key"),
         (["--trace_records", "/proc/x/y"], "trace_records"),
         (["--use_gpu"], "no GPU"),

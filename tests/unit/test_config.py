@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from most_ray import config as configuration
-from most_ray.config import RunConfig, add_flags, config_from, flag_values, load_config, read_yaml, write_yaml
+from most_ray.config import RunConfig, add_flags, config_from, flag_values, load_config, read_yaml, to_yaml
 from most_ray.errors import ConfigError
 
 ORIGINAL_FLAGS = [
@@ -98,6 +98,12 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, near: str) -> None
         ({"train_asr_dirs": ["a", "b"], "train_asr_weights": [1.0]}, "one positive weight"),
         ({"ignore_optimizer_state": True}, "needs resume_from_checkpoint"),
         ({"model_name_or_path": None}, "needs a value"),
+        ({"num_workers": "3,2"}, "fewest and the most"),
+        ({"num_workers": "0"}, "number from 1 on"),
+        ({"num_workers": [1, 2, 3]}, "fewest and the most"),
+        ({"keep_best": 1}, "needs eval_steps and a validation set"),
+        ({"best_metric": "bleu"}, "neither wer nor loss"),
+        ({"failure_window_s": -1}, "must not be negative"),
     ],
 )
 def test_wrong_values(values: dict[str, Any], message: str) -> None:
@@ -110,7 +116,7 @@ def test_yaml_and_flags(tmp_path: Path) -> None:
     path.write_text("learning_rate: 1e-3\ntrain_asr_dirs: [x]\nmax_steps: 5\neval_steps: null\n")
     config = load_config(path, {"max_steps": "7", "bf16": "true"})
     assert (config.learning_rate, config.train_asr_dirs, config.max_steps, config.bf16) == (1e-3, ("x",), 7, True)
-    write_yaml(config, tmp_path / "d.yaml")
+    (tmp_path / "d.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "d.yaml") == config
 
 
@@ -129,8 +135,11 @@ def test_each_field_stands_in_one_section() -> None:
 
 
 def test_credentials_in_places_are_not_written_down() -> None:
-    from most_ray.service.telemetry import redacted
-
     config = config_from({"train_asr_dirs": ["s3://key:secret@bucket/a?region=x", "plain/a"], "store_dir": "s3://key:secret@bucket/store"})
-    shown = str(redacted(config))
+    shown = str(config.redacted())
     assert "secret" not in shown and "plain/a" in shown and "bucket/a" in shown
+
+
+@pytest.mark.parametrize(("given", "expected"), [("4", (4,)), (4, (4,)), ("2,4", (2, 4)), ([2, 4], (2, 4)), (None, None)])
+def test_numbers_of_workers(given: Any, expected: Any) -> None:
+    assert config_from({"num_workers": given}).num_workers == expected

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from most_ray.service.journal import Journal, read_journal
+from most_ray.train.journal import Journal, read_journal
 
 
 def test_a_restart_leaves_each_step_once(tmp_path: Path) -> None:

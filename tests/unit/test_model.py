@@ -296,3 +296,34 @@ def test_from_deepseek(tmp_path: Path) -> None:
     assert torch.equal(again.state_dict()["model.layers.1.mlp.experts.down_proj"], old)
     assert torch.equal(again.state_dict()["lm_head.weight"][: len(plain)], source.state_dict()["lm_head.weight"])
     assert AutoConfig.from_pretrained(tmp_path / "most").text_expert_indices == [0, 1, 2, 3]
+
+
+def test_balance_biases_are_saved_loaded_and_used(tmp_path: Path) -> None:
+    """Through our loader and the library's, in half precision too: their steps would drown in its rounding."""
+    model = tiny_model(use_balance_bias=True).eval()
+    plain = tiny_model().eval()
+    name = "model.layers.2.mlp.gate.e_score_correction_bias"
+    bias = torch.tensor([0.0, 1.0, -1.0, 1.001, 0.3, 0.0, 0.3001, 0.0])
+    model.state_dict()[name].copy_(bias)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, IDS.unit_base + 1, 9, IDS.unit_base + 4, IDS.unit_base + 9]])
+    for again in (load_model(str(tmp_path)), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert again.config.use_balance_bias and torch.equal(again.state_dict()[name], bias)
+        torch.testing.assert_close(again.eval()(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-6)
+    assert not torch.allclose(plain(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-3)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and torch.equal(half.state_dict()[name], bias)
+
+
+def test_a_model_without_balance_biases_starts_with_zeros(saved: Path, tmp_path: Path) -> None:
+    model = load_model(str(saved), RoutingOverrides(use_balance_bias=True))
+    plain = load_model(str(saved)).state_dict()
+    biases = {name: tensor for name, tensor in model.state_dict().items() if name not in plain}
+    assert len(biases) == 3 and all(tensor.shape == (8,) and not tensor.any() for tensor in biases.values())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.items())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[min(biases)]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="e_score_correction_bias"):
+        load_model(str(tmp_path))

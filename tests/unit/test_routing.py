@@ -11,8 +11,17 @@ from safetensors.torch import load_file
 from most_ray.data.batch import AUDIO, PADDING, TEXT
 from most_ray.errors import ConfigError
 from most_ray.model.configuration import MostConfig
-from most_ray.model.routing import MostRouter, balance_loss, expert_load, leaked_selections, make_routing, modality_of
-from tests.support.builders import tiny_config
+from most_ray.model.routing import (
+    MostRouter,
+    balance_loss,
+    expert_load,
+    leaked_selections,
+    load_summary,
+    make_routing,
+    modality_of,
+    update_balance_bias,
+)
+from tests.support.builders import tiny_config, tiny_model
 
 # gate_configs.json keeps what differs from the model's defaults in these two cases to itself; the values follow from the vectors.
 UNWRITTEN: dict[str, dict[str, Any]] = {"norm_topk": {"norm_topk_prob": True}, "uneven": {"routed_scaling_factor": 1.5}}
@@ -107,3 +116,99 @@ def test_padding_is_not_routed() -> None:
     assert routing.modality.tolist() == [TEXT, AUDIO] and routing.n_segments == 1
     empty = make_routing(torch.full((1, 3), PADDING), torch.tensor([[0, 1, 2]]), config)
     assert empty.n_segments == 0 and empty.modality.numel() == 0
+
+
+def biased_router(bias: list[float], **changes: Any) -> MostRouter:
+    config = tiny_config(use_balance_bias=True, **changes)
+    torch.manual_seed(0)
+    router = MostRouter(config)
+    router.weight.data.normal_(std=0.3)
+    assert router.e_score_correction_bias is not None
+    router.e_score_correction_bias.copy_(torch.tensor(bias))
+    return router
+
+
+@pytest.mark.parametrize("method", [{}, {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}])
+def test_the_bias_counts_in_the_choice_but_not_in_the_weights(method: dict[str, Any]) -> None:
+    bias = [0.0, 9.0, -9.0, 9.0, 99.0, -9.0, -9.0, -9.0]  # whatever it is, experts of the other modality stay out of reach
+    router = biased_router(bias, **method)
+    hidden = torch.randn(20, 32)
+    routing = make_routing(torch.tensor([[TEXT] * 10 + [AUDIO] * 10]), None, tiny_config())
+    _, weights, indices, probabilities = router(hidden, routing.allowed)
+    torch.testing.assert_close(weights, probabilities.gather(1, indices))
+    plain = biased_router([0.0] * 8, **method)(hidden, routing.allowed)
+    assert torch.equal(plain[3], probabilities)
+    assert leaked_selections(expert_load(indices, routing.modality, 8), tiny_config()) == 0
+    if not method:
+        assert all(set(row) == {1, 3} for row in indices[:10].tolist()) and all(4 in row for row in indices[10:].tolist())
+
+
+def test_the_bias_follows_the_load_within_each_group() -> None:
+    """arXiv 2408.15664: up by the rate where the load is below the mean, down where it is above."""
+    model = tiny_model(use_balance_bias=True)
+    load = torch.zeros(2, 2, 8, dtype=torch.long)
+    load[0, AUDIO, 4:] = torch.tensor([7, 1, 0, 4])  # mean 3
+    load[1, TEXT, :4] = torch.tensor([5, 5, 5, 5])
+    load[1, AUDIO, 4:] = torch.tensor([1000, 1, 2, 1])
+    update_balance_bias(model, load, 0.25)
+    update_balance_bias(model, load, 0.25)
+    found = [layer.mlp.gate.e_score_correction_bias.tolist() for layer in model.model.layers[1:]]
+    assert found == [[0.0, 0, 0, 0, -0.5, 0.5, 0.5, -0.5], [0.0, 0, 0, 0, -0.5, 0.5, 0.5, 0.5]]
+    unaware = tiny_model(use_balance_bias=True, use_modality_aware_routing=False)
+    load = torch.zeros(2, 2, 8, dtype=torch.long)
+    load[:, TEXT, 0] = load[:, AUDIO, 0] = 4  # mean 1, over both
+    update_balance_bias(unaware, load, 0.5)
+    assert unaware.model.layers[2].mlp.gate.e_score_correction_bias.tolist() == [-0.5] + [0.5] * 7
+
+
+def test_biases_balance() -> None:
+    """A router whose inputs are all alike in direction crowds one expert; steps of the bias spread them, without a loss."""
+    router = biased_router([0.0] * 8, num_experts_per_tok=1, use_modality_aware_routing=False)
+    model = tiny_model(use_balance_bias=True, num_experts_per_tok=1, use_modality_aware_routing=False)
+    model.model.layers[1].mlp.gate, model.model.layers[2] = router, torch.nn.Identity()
+    router.weight.data.mul_(0.2)
+    hidden = torch.randn(400, 32) + 2 * torch.randn(32)
+    ratios = []
+    for _ in range(200):
+        load = expert_load(router(hidden)[2], torch.full((400,), TEXT), 8)
+        ratios.append(float(load.sum(0).max()) / 50)
+        update_balance_bias(model, load.unsqueeze(0), 0.002)
+    assert ratios[0] > 3 and sum(ratios[-20:]) / 20 < 1.3, (ratios[0], ratios[-20:])
+
+
+def test_batch_balance_with_the_load_of_the_step_before_is_a_sum_over_tokens() -> None:
+    config = tiny_config(seq_aux=False)
+    probabilities = torch.rand(12, 8, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    indices = probabilities.topk(2).indices
+    marks = torch.full((1, 12), TEXT)
+    load = torch.tensor([4, 0, 0, 4, 0, 0, 0, 8])
+
+    def loss(start: int, end: int, previous: torch.Tensor) -> torch.Tensor:
+        routing = make_routing(marks[:, start:end], None, config)._replace(previous_load=previous)
+        return balance_loss(indices[start:end], probabilities[start:end], routing, False)
+
+    whole = loss(0, 12, load)
+    torch.testing.assert_close(whole, (probabilities.sum(0) @ load.float()) * 8 / 16)
+    torch.testing.assert_close(whole, loss(0, 5, load) + loss(5, 12, load))
+    assert loss(0, 12, torch.zeros_like(load)) == 0
+    own = expert_load(indices, torch.full((12,), TEXT), 8).sum(0)
+    torch.testing.assert_close(loss(0, 12, own), balance_loss(indices, probabilities, make_routing(marks, None, config), False))
+
+
+def test_figures_of_the_load() -> None:
+    config = tiny_config()
+    load = torch.zeros(2, 2, 8, dtype=torch.long)
+    load[:, TEXT, :4] = torch.tensor([[5, 5, 5, 5], [0, 20, 0, 0]])
+    summary = load_summary(load, config)
+    assert summary["expert_load"] == {"text": [5, 25, 5, 5, 0, 0, 0, 0], "audio": [0] * 8}
+    assert summary["expert_max_over_mean"] == {"text": 4.0} and summary["expert_entropy"] == {"text": 0.5}
+    assert summary["layers"]["expert_max_over_mean"] == {"text": [1.0, 4.0]}
+    assert summary["layers"]["expert_entropy"] == {"text": [1.0, 0.0]}
+    assert summary["layers"]["busiest_expert"] == {"text": [0, 1]}
+    load[1, AUDIO, 4:] = torch.tensor([6, 2, 0, 0])
+    load[0, AUDIO, 4:] = 2
+    summary = load_summary(load, config)
+    assert summary["layers"]["expert_entropy"]["audio"] == [1.0, 0.4056]  # (3/4 ln 4/3 + 1/4 ln 4) / ln 4
+    assert summary["layers"]["busiest_expert"]["audio"] == [4, 4] and summary["expert_max_over_mean"]["audio"] == 3.0
+    unaware = load_summary(load, tiny_config(use_modality_aware_routing=False))
+    assert unaware["expert_max_over_mean"]["text"] == 8.0 and unaware["leaked"] == 0

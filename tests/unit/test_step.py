@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 
 from most_ray.data.plan import Plan
+from most_ray.train.metrics import Meter
 from most_ray.train.state import LossScale
 from most_ray.train.step import Precision, TrainingDivergedError, run_step
+from tests.support.batches import padded
 from tests.support.training import CPU, batch_of, full_weights, loss_of, make, steps
 
 
@@ -138,8 +141,71 @@ def test_a_non_finite_gradient_changes_nothing(model_dir: str, plan: Plan) -> No
 def test_gradients_that_stay_non_finite_end_the_run(model_dir: str, plan: Plan) -> None:
     state = make(model_dir)
     poison(state)
-    with pytest.raises(TrainingDivergedError, match="not been finite for 20 steps"):
+    with pytest.raises(TrainingDivergedError, match="loss = nan: is not finite; step 20 is the last of 20 skipped in a row") as error:
         steps(state, plan, 30)
+    assert all(record in str(error.value) for record in batch_of(plan, 20).record_ids)
+
+
+def test_the_error_shows_twenty_records(model_dir: str, plan: Plan) -> None:
+    state = make(model_dir)
+    poison(state)
+    batch = dataclasses.replace(batch_of(plan, 1), record_ids=[f"r{i:02}" for i in range(23)])
+    with pytest.raises(TrainingDivergedError, match="r18, r19 and 3 more"):
+        run_step(state, batch, Precision(None), 1.0, CPU, max_skipped_steps=1)
+
+
+def test_an_infinite_loss_with_finite_gradients_is_skipped(model_dir: str, plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    state = make(model_dir)
+
+    def infinite(_module: object, _args: object, output: Any) -> Any:
+        output.token_losses = output.token_losses + math.inf
+        return output
+
+    handle = state.model.register_forward_hook(infinite)
+    before = full_weights(state)
+    result = steps(state, plan, 1)[0]
+    handle.remove()
+    assert result.skipped and math.isfinite(result.grad_norm) and state.skipped_in_row == 1
+    assert all(torch.equal(weight, before[name]) for name, weight in full_weights(state).items())
+    assert "step 1 skipped: loss = inf. Its records: " in caplog.text and batch_of(plan, 1).record_ids[0] in caplog.text
+    assert not steps(state, plan, 1)[0].skipped and state.skipped_in_row == 0
+
+
+def test_an_overflow_in_float16_is_skipped_without_naming_records(model_dir: str, plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
+    state = make(model_dir, fp16=True)
+    state.loss_scale.scale = 2.0**40
+    assert steps(state, plan, 1, dtype=torch.float16)[0].skipped
+    assert state.loss_scale.scale == 2.0**39 and "step 1 skipped" in caplog.text and "records" not in caplog.text
+
+
+def test_lines_of_metrics_leave_skipped_steps_out(model_dir: str, plan: Plan) -> None:
+    state = make(model_dir)
+    good = steps(state, plan, 2)
+    poison(state)
+    bad = steps(state, plan, 1)[0]
+    meter = Meter(state.model_config)
+    lines = []
+    for results in ((*good, bad), good, (bad,)):
+        for result in results:
+            meter.add(result, 100, 200, 0.0)
+        lines.append(json.loads(json.dumps(meter.line(), allow_nan=False)))
+    assert lines[0]["skipped_steps"] == 1 and lines[1]["skipped_steps"] == 0
+    assert all(lines[0][key] == lines[1][key] for key in ("loss", "aux_loss", "grad_norm", "supervised_tokens"))
+    assert lines[2]["loss"] is None and lines[2]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("routing", [True, False])
+def test_padding_changes_nothing(model_dir: str, plan: Plan, routing: bool) -> None:
+    """Promise 21: longer rows and more empty rows change neither the loss nor the balance loss nor the expert counts."""
+    runs = []
+    for change in (lambda batch: batch, padded):
+        state = make(model_dir, use_modality_aware_routing=routing, warmup_steps=0)
+        runs.append((steps(state, plan, 3, change=change), full_weights(state)))
+    for plain, more in zip(runs[0][0], runs[1][0], strict=True):
+        assert loss_of(more) == pytest.approx(loss_of(plain), rel=1e-6)
+        assert more.aux_loss == pytest.approx(plain.aux_loss, rel=1e-6)
+        assert more.grad_norm == pytest.approx(plain.grad_norm, rel=1e-5)
+        assert torch.equal(more.load, plain.load) and more.token_counts == plain.token_counts
 
 
 def test_gradient_checkpointing(model_dir: str, plan: Plan) -> None:
@@ -159,7 +225,7 @@ def test_the_loop_refuses_a_stream_that_is_out_of_step(model_dir: str, plan: Pla
     settings = LoopSettings(3, 1, 1.0, Precision(None), CPU)
     wrong = [batch_of(plan, 1), batch_of(plan, 3)]
     with pytest.raises(RuntimeError, match="step 3 where step 2 was due"):
-        train(state, wrong, settings, Silent(), lambda _: None)  # type: ignore[arg-type]
+        train(state, wrong, settings, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
 
 
 def test_a_step_without_supervised_tokens_of_a_task_still_counts(model_dir: str, plan: Plan) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from most_ray.errors import TopologyError
-from most_ray.train.topology import plan_topology
+from most_ray.train.topology import plan_topologies, plan_topology
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,11 @@ def test_what_does_not_fit_lists_what_does() -> None:
         plan_topology(6, 2, 2, 6)
     with pytest.raises(TopologyError, match=r"dp_replicate_size = 4.*\[1, 2, 3, 6\]"):
         plan_topology(6, 1, 4, 8)
+
+
+def test_elastic_sizes_come_near_what_is_asked_for() -> None:
+    found = {t.world_size: (t.dp_replicate, t.fsdp, t.ep) for t in plan_topologies(1, 8, 4, 2, 8)}
+    expected = {1: (1, 1, 1), 2: (2, 1, 1), 3: (1, 3, 1), 4: (2, 2, 2), 5: (1, 5, 1), 6: (2, 3, 1), 7: (1, 7, 1), 8: (2, 4, 4)}
+    assert found == expected
+    with pytest.raises(TopologyError, match="ep_size = 3"):
+        plan_topologies(2, 4, 3, 1, 8)

@@ -18,17 +18,10 @@ def check_places(config: RunConfig) -> None:
     Raises:
         ConfigError: one of them is not so.
     """
-    if "://" in config.output_dir:
-        raise ConfigError("output_dir", config.output_dir, "is a URI; this version keeps runs on a mounted path.", "Mount the storage.")
-    probe = config.run_dir / f".probe-{uuid.uuid4().hex[:8]}"
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"probe")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError("output_dir", config.output_dir, f"cannot be written to ({error.strerror}).") from error
-    _check_store_dir(config)
-    if shutil.disk_usage(config.run_dir).free < 1 << 28:
+    _check_writable("output_dir", config.run_place)
+    if config.store_dir:
+        _check_writable("store_dir", config.store_dir)
+    if not storage.is_remote(config.run_place) and shutil.disk_usage(storage.local(config.run_place)).free < 1 << 28:
         raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
     if config.trace_records:
         try:
@@ -46,11 +39,9 @@ def check_places(config: RunConfig) -> None:
         )
 
 
-def _check_store_dir(config: RunConfig) -> None:
-    """What is written to store_dir can be read back from it, on whatever it is."""
-    if not config.store_dir:
-        return
-    probe = storage.join(config.store_dir, f"probe-{uuid.uuid4().hex[:8]}")
+def _check_writable(field: str, place: str) -> None:
+    """What is written to a place can be read back from it, whatever it is on."""
+    probe = storage.join(place, f".probe-{uuid.uuid4().hex[:8]}")
     try:
         storage.write_bytes(probe, b"probe")
         if storage.read_bytes(probe) != b"probe":
@@ -58,7 +49,7 @@ def _check_store_dir(config: RunConfig) -> None:
         storage.remove(probe)
     except (OSError, DataError) as error:
         reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
-        raise ConfigError("store_dir", storage.redact(config.store_dir), reason, "Name a folder or URI that can be written to.") from error
+        raise ConfigError(field, storage.redact(place), reason, "Name a folder or URI that can be written to.") from error
 
 
 def _has_netrc() -> bool:

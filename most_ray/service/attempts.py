@@ -1,0 +1,189 @@
+"""Attempts at a run: as many as it takes, each at the number of workers that the cluster has room for, until the goal, a wish to stop,
+or too many failures."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import time
+from dataclasses import dataclass, field
+
+import ray
+import ray.exceptions
+import ray.train
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from rich.console import Console
+
+from most_ray.errors import UserError
+from most_ray.service.control import TERMINATED, Terminated, Watcher, forget, room
+from most_ray.service.stream import TASK_CPUS
+from most_ray.service.validation import ValidationJob
+from most_ray.service.worker import WorkerJob, train_worker
+from most_ray.train import checkpoint
+from most_ray.train.prepare import Prepared
+from most_ray.train.session import claim_run
+from most_ray.train.topology import Topology
+
+logger = logging.getLogger(__name__)
+STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+
+
+class RunIncompleteError(UserError):
+    """The workers ended short of the goal."""
+
+    kind = "training failed"
+    exit_code = 1
+
+
+class RunStoppedError(UserError):
+    """The run was asked to stop, and has, behind a checkpoint."""
+
+    kind = "stopped"
+    exit_code = STOPPED
+
+
+@dataclass
+class FailureWindow:
+    """Failures that a run goes on after: at most `most` within `seconds` (0: ever)."""
+
+    most: int
+    seconds: float
+    times: collections.deque[float] = field(default_factory=collections.deque)
+
+    def allows(self, now: float) -> bool:
+        """Count a failure at `now` (seconds, any steady clock); whether the run may go on."""
+        self.times.append(now)
+        while self.seconds > 0 and self.times[0] <= now - self.seconds:
+            self.times.popleft()
+        return len(self.times) <= self.most
+
+
+def run_attempts(prepared: Prepared, validation: ValidationJob | None, console: Console) -> None:
+    """Train to the goal.
+
+    Raises:
+        RunStoppedError: SIGTERM came; a checkpoint was written. RunIncompleteError: too many failures, or no room.
+        UserError: what a user can mend, as a rank has raised it.
+    """
+    config = prepared.job.config
+    failures = FailureWindow(config.max_failures, config.failure_window_s)
+    last = checkpoint.step_place(prepared.folder.checkpoints, prepared.job.total_steps)
+    with Terminated().on_sigterm() as terminated:
+        while True:
+            topology = _settle(prepared, terminated, console)
+            watcher, error = _attempt(prepared, topology, validation, terminated)
+            if error is None and (watcher.reason is None or last in checkpoint.committed(prepared.folder.checkpoints)):
+                return
+            if error is None and watcher.reason == TERMINATED:
+                raise RunStoppedError(
+                    "SIGTERM", None, "came: a checkpoint was written and the run has stopped.", "The same command goes on."
+                )
+            if error is None:
+                console.print(f"The workers were stopped behind a checkpoint ({watcher.reason}); going on.", highlight=False)
+                continue
+            cause = _cause(error)
+            if isinstance(cause, UserError):
+                raise cause from error
+            if terminated.is_set():
+                raise RunIncompleteError(
+                    "SIGTERM", None, f"came, and the workers failed before a checkpoint was written: {cause}"
+                ) from error
+            if not failures.allows(time.monotonic()):
+                times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
+                raise RunIncompleteError(
+                    "workers", None, f"failed {times}, at last so: {cause}", "The same command tries again."
+                ) from error
+            left = config.max_failures - len(failures.times)
+            console.print(f"The workers were lost ({cause}); going on from the last checkpoint, {left} more allowed.", highlight=False)
+
+
+def _attempt(
+    prepared: Prepared, topology: Topology, validation: ValidationJob | None, terminated: Terminated
+) -> tuple[Watcher, BaseException | None]:
+    """One worker group, until it ends: what it was asked meanwhile, and how it failed."""
+    n_workers = topology.world_size
+    driver = claim_run(prepared.folder)
+    job = prepared.job_for(topology, driver)
+    larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
+
+    def more_room() -> bool:
+        return bool(larger) and n_workers + room(prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=WorkerJob(job, validation),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=n_workers,
+            use_gpu=prepared.use_gpu,
+            resources_per_worker={"CPU": 1.0, **({"GPU": 1.0} if prepared.use_gpu else {})},
+        ),
+        # Failures are counted here: Ray Train's own count knows no window, and a new attempt may have another size.
+        run_config=ray.train.RunConfig(name="ray", storage_path=job.run_place, failure_config=ray.train.FailureConfig(max_failures=0)),
+    )
+    error: BaseException | None = None
+    with Watcher(driver, n_workers, terminated, more_room) as watcher:
+        try:
+            trainer.fit()
+        except (TrainingFailedError, ray.exceptions.RayError) as failure:
+            error = failure
+    try:
+        forget(driver, n_workers)
+    except Exception:
+        logger.debug("Ray's key-value store did not answer", exc_info=True)
+    return watcher, error
+
+
+def _settle(prepared: Prepared, terminated: Terminated, console: Console) -> Topology:
+    """The largest layout that the cluster has room for; waits for room for the smallest.
+
+    Raises:
+        RunIncompleteError: there was none for `room_timeout_s`. RunStoppedError: SIGTERM came meanwhile.
+    """
+    smallest, largest = prepared.topologies[0], prepared.topologies[-1]
+    timeout = prepared.job.config.room_timeout_s
+    began, told, settled = time.monotonic(), 0.0, 0
+    while True:
+        slots = room(prepared.use_gpu, TASK_CPUS)
+        fitting = [topology for topology in prepared.topologies if topology.world_size <= slots]
+        # A size below the largest is taken when it is seen twice: a node that has just gone or come shows late.
+        settled = settled + 1 if fitting else 0
+        if fitting and (fitting[-1] == largest or settled > 2):
+            return fitting[-1]
+        waited = time.monotonic() - began
+        what = f"{smallest.world_size} workers of one {'GPU and CPU' if prepared.use_gpu else 'CPU'} each, the cluster has room for {slots}"
+        if not fitting and waited > timeout:
+            raise RunIncompleteError("num_workers", smallest.world_size, f"found no room for {timeout:g} s: {what}.")
+        if not fitting and waited - told > 15:
+            told = waited
+            console.print(f"Waiting for room: {what}.", highlight=False, soft_wrap=True)
+        if terminated.wait(1.0):
+            raise RunStoppedError("SIGTERM", None, "came before training had begun again.", "The same command goes on.")
+
+
+def _cause(error: BaseException) -> UserError | str:
+    """The rank's own error where a user can mend it; else its traceback goes to the log and its last line comes back."""
+    ranks: dict[int, BaseException] = getattr(error, "worker_failures", {}) or {}
+    shown: dict[int, str] = {}
+    for rank, failure in sorted(ranks.items()):
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, UserError):
+                return cause
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        shown[rank] = str(failure).strip()
+    own = _first_to_fail(shown)
+    if own is not None:
+        logger.error("rank %d failed:\n%s", own, shown[own])
+        return f"rank {own}: {_last_line(shown[own])}"
+    return _last_line(str(error)) or repr(error)
+
+
+def _first_to_fail(failures: dict[int, str]) -> int | None:
+    """The rank whose failure is not merely another's: those that lost their peer in a collective come last."""
+    peers = ("Connection closed by peer", "Connection reset", "NCCL", "gloo", "Gloo", "ActorDiedError")
+    return min(failures, key=lambda rank: (any(word in failures[rank] for word in peers), rank), default=None)
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1].strip() if text.strip() else ""

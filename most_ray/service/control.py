@@ -1,0 +1,166 @@
+"""How a driver asks its workers to stop behind a checkpoint, and when it does: a signal, a node that will be taken away, room for more.
+
+The wish stands in Ray's key-value store under the driver's mark; rank 0 looks for it once a second and the ranks agree on the step in
+the all-reduce that every step makes anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import ray
+from ray.experimental import internal_kv
+
+logger = logging.getLogger(__name__)
+LOOK_EVERY_S = 1.0
+TERMINATED, PREEMPTED, RESIZED = "terminated", "preempted", "resized"
+
+
+def _key(driver: str, what: str) -> bytes:
+    return f"most_ray/{what}/{driver}".encode()
+
+
+def request_stop(driver: str, reason: str) -> None:
+    internal_kv._internal_kv_put(_key(driver, "stop"), reason.encode(), overwrite=True)
+
+
+def note_node(driver: str, rank: int) -> None:
+    """Say which node a worker is on; called in the worker."""
+    internal_kv._internal_kv_put(_key(driver, f"node/{rank}"), ray.get_runtime_context().get_node_id().encode(), overwrite=True)
+
+
+def forget(driver: str, n_workers: int) -> None:
+    """Remove what an attempt has left in the store."""
+    for what in ("stop", *(f"node/{rank}" for rank in range(n_workers))):
+        internal_kv._internal_kv_del(_key(driver, what))
+
+
+def nodes_of(driver: str, n_workers: int) -> set[str]:
+    """The nodes of an attempt's workers, as far as those have come up."""
+    found = (internal_kv._internal_kv_get(_key(driver, f"node/{rank}")) for rank in range(n_workers))
+    return {node.decode() for node in found if node}
+
+
+class StopListener:
+    """Looks for the driver's wish on a thread of its own; for rank 0."""
+
+    def __init__(self, driver: str) -> None:
+        self._driver, self._asked, self._ended = driver, threading.Event(), threading.Event()
+        threading.Thread(target=self._look, name="stop-listener", daemon=True).start()
+
+    def _look(self) -> None:
+        while not self._ended.wait(LOOK_EVERY_S) and not self._asked.is_set():
+            try:
+                if internal_kv._internal_kv_get(_key(self._driver, "stop")):
+                    self._asked.set()
+            except Exception:
+                logger.debug("Ray's key-value store did not answer", exc_info=True)
+
+    def __call__(self) -> bool:
+        return self._asked.is_set()
+
+    def close(self) -> None:
+        self._ended.set()
+
+
+class Terminated(threading.Event):
+    """Set once the process has been asked to end; the second time it ends at once."""
+
+    @contextlib.contextmanager
+    def on_sigterm(self) -> Iterator[Terminated]:
+        """Take SIGTERM as a wish to stop behind a checkpoint. Entered behind `ray.init`, which sets a handler of its own."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def handle(number: int, frame: object) -> None:
+            del number, frame
+            if self.is_set():
+                raise KeyboardInterrupt
+            self.set()
+
+        signal.signal(signal.SIGTERM, handle)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class Watcher:
+    """While an attempt runs: asks it to stop when the job is to end, a node of its is about to go, or more workers would have room.
+
+    `reason` says which of them it was, or None.
+    """
+
+    def __init__(self, driver: str, n_workers: int, terminated: Terminated, more_room: Callable[[], bool], every_s: float = 2.0) -> None:
+        self.reason: str | None = None
+        self._driver, self._n_workers, self._terminated, self._more_room, self._every = driver, n_workers, terminated, more_room, every_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="attempt-watcher", daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        since_look, room_seen = 0.0, 0
+        while not self._ended.wait(0.2):
+            since_look += 0.2
+            found = TERMINATED if self._terminated.is_set() else None
+            if found is None and since_look >= self._every:
+                since_look = 0.0
+                try:
+                    room_seen = room_seen + 1 if self._more_room() else 0
+                    found = PREEMPTED if self._preempted() else RESIZED if room_seen > 1 else None
+                except Exception:
+                    logger.debug("Ray did not answer", exc_info=True)
+            if found:
+                self.reason = found
+                request_stop(self._driver, found)
+                if found == TERMINATED:
+                    return
+                while not self._ended.wait(0.2):  # on their way out; a wish to end for good may still come
+                    if self._terminated.is_set():
+                        self.reason = TERMINATED
+                        return
+                return
+
+    def _preempted(self) -> bool:
+        draining = set(draining_nodes())
+        return bool(draining) and bool(draining & nodes_of(self._driver, self._n_workers))
+
+
+def draining_nodes() -> dict[str, int]:
+    """Nodes that will be taken away, with their deadlines (UNIX time in ms, 0: none); what `ray.train` itself looks at."""
+    from ray._private.state import state  # no public way in Ray 2.60
+
+    found: dict[str, int] = state.get_draining_nodes()
+    return found
+
+
+def room(use_gpu: bool, task_cpus: float, free_only: bool = False) -> int:
+    """Workers that the cluster's nodes have room for, those about to go left out: one whole CPU each (and a GPU), beside `task_cpus` for
+    data tasks. `free_only`: of what nobody uses now."""
+    going = set(draining_nodes())
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - going
+    if free_only:
+        from ray._private.state import available_resources_per_node
+
+        by_node = {node: resources for node, resources in available_resources_per_node().items() if node in alive}
+    else:
+        by_node = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in alive}
+    slots = 0
+    for resources in by_node.values():
+        cpus = int(resources.get("CPU", 0.0))
+        slots += min(cpus, int(resources.get("GPU", 0.0))) if use_gpu else cpus
+    total = sum(resources.get("CPU", 0.0) for resources in by_node.values())
+    return max(0, min(slots, int(total - task_cpus)))

@@ -1,0 +1,41 @@
+"""Which checkpoints may go. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+
+def superfluous(
+    steps: Collection[int],
+    keep_last: int,
+    keep_best: int = 0,
+    scores: Mapping[int, float] | None = None,
+    pending: Collection[int] = (),
+    mode: Literal["min", "max"] = "min",
+) -> list[int]:
+    """The steps to delete, oldest first, of those whose checkpoints exist.
+
+    Kept are the newest `keep_last` (at least one), of those with a score the best `keep_best` (of equal ones the newer; what is not a
+    number is no score), and all that are still being evaluated.
+
+    Args:
+        scores: step -> value of the metric; steps without a checkpoint are passed over.
+        pending: steps whose evaluation is under way.
+    """
+    ordered = sorted(steps)
+    kept = set(ordered[-max(1, keep_last) :]) | set(pending)
+    sign = 1.0 if mode == "min" else -1.0
+    scored = {step: sign * value for step, value in (scores or {}).items() if step in ordered and not math.isnan(value)}
+    kept |= set(sorted(scored, key=lambda step: (scored[step], -step))[:keep_best])
+    return [step for step in ordered if step not in kept]
+
+
+def score_of(line: Mapping[str, Mapping[str, float]], metric: str) -> float | None:
+    """A line of evaluations.jsonl as one figure: `wer` or `loss`, the mean over all sets, or of one set as `wer/test_takes`. None where
+    the line has no such figure."""
+    kind, _, name = metric.partition("/")
+    figures = line.get({"wer": "wer", "loss": "validation_loss"}[kind], {})
+    values = [value for key, value in figures.items() if not name or key == name]
+    return sum(values) / len(values) if values else None

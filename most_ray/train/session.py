@@ -1,0 +1,385 @@
+"""A run on one rank, from its job to its last step, whoever has started the ranks: lay out the model, find the place to go on from,
+train, checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers.distributed import DistributedConfig
+
+from most_ray.config import RunConfig, to_yaml
+from most_ray.data.batch import Batch, TokenLayout, open_plan
+from most_ray.data.feed import StreamSpec, local_batches
+from most_ray.data.plan import Cursor, Plan, PlanSpec, check_cursor
+from most_ray.errors import CheckpointError
+from most_ray.model.build import RoutingOverrides, config_json, load_model
+from most_ray.model.tokenizer import load_tokenizer
+from most_ray.template import template_hash
+from most_ray.train import checkpoint, retention
+from most_ray.train.folder import RunFolder, local_copy
+from most_ray.train.journal import Journal, read_journal
+from most_ray.train.loop import LoopSettings, train
+from most_ray.train.state import TrainState, make_state
+from most_ray.train.step import Precision
+from most_ray.train.topology import Topology
+from most_ray.train.writer import CheckpointWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a rank needs to know; made once by who starts the ranks, the same for every rank and attempt."""
+
+    config: RunConfig
+    run_place: str
+    model_path: str
+    driver: str
+    plan: PlanSpec
+    layout: TokenLayout
+    topology: Topology
+    total_steps: int
+    threads: int
+    units_identity: str | None
+    has_validation: bool
+
+
+class Validator(Protocol):
+    """Evaluations under way, on rank 0."""
+
+    def start(self, step: int, place: str) -> None:
+        """Score a committed checkpoint, while training goes on."""
+
+    def pending(self) -> set[int]:
+        """Steps whose checkpoints are still to be read."""
+
+    def collect(self, wait: bool) -> None:
+        """Report the finished ones; with `wait`, all of them."""
+
+
+ReportEvaluation = Callable[[int, dict[str, float], dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the one who starts the ranks provides.
+
+    batches: the stream of a rank's batches; wants_stop: whether this rank has been asked to stop behind the step that it is at;
+    validator: made on rank 0, given where results go; trackers: on rank 0, get each line of metrics.
+    """
+
+    batches: Callable[[StreamSpec, int, int], Iterator[Batch]] = local_batches
+    wants_stop: Callable[[], bool] = lambda: False
+    validator: Callable[[ReportEvaluation], Validator] | None = None
+    trackers: Sequence[Any] = field(default=())
+
+
+def overrides_of(config: RunConfig) -> RoutingOverrides:
+    return RoutingOverrides(
+        config.use_modality_aware_routing,
+        config.text_expert_indices,
+        config.audio_expert_indices,
+        config.aux_loss_alpha,
+        config.seq_aux,
+    )
+
+
+def threads_of(config: RunConfig, use_gpu: bool, n_workers: int) -> int:
+    """CPU threads of each worker."""
+    return config.threads_per_worker or (1 if use_gpu else max(1, (os.cpu_count() or 1) // n_workers))
+
+
+def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
+    """Train on this rank; the process group is up where there are several. Returns whether the goal was reached; False: stopped, behind
+    a checkpoint of the step that it had come to.
+
+    Raises:
+        UserError: what a user can mend.
+    """
+    rank, world = _rank(), _world()
+    torch.set_num_threads(job.threads)
+    _seed(job.config.seed, rank)
+    folder = RunFolder(job.run_place)
+    attempt = _take_over(folder, job.driver, rank)
+    start = _starting_point(job, folder)
+    # The stream fills while the model is built.
+    stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
+    batches = around.batches(stream, start.step + 1, job.total_steps)
+    plan = open_plan(job.plan)
+    model = _build_model(job, device)
+    state = make_state(model, job.config, job.total_steps)
+    _resume(start, state, plan, job.config)
+    reporter = RunReporter(job, plan, folder, state.step, rank, around.trackers)
+    saver = Saver(job, plan, folder, rank, attempt, reporter, around.validator)
+    settings = LoopSettings(
+        job.total_steps,
+        job.config.logging_steps,
+        job.config.max_grad_norm,
+        _precision(job.config),
+        device,
+        job.config.asr_loss_weight,
+    )
+    try:
+        saver.begin(state)
+        reached = train(state, batches, settings, reporter, saver.at_step, around.wants_stop)
+        saver.finish()
+    finally:
+        saver.close()
+        reporter.close()
+    return reached
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _seed(seed: int, rank: int) -> None:
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def _precision(config: RunConfig) -> Precision:
+    return Precision(torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None)
+
+
+def _build_model(job: Job, device: torch.device) -> torch.nn.Module:
+    topology = job.topology
+    distributed = None
+    if topology.world_size > 1:
+        distributed = DistributedConfig(dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep)
+    model = load_model(local_copy(job.model_path), overrides_of(job.config), distributed)
+    model.config.template_hash = template_hash()
+    model.config.units_identity = job.units_identity
+    if job.config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if topology.world_size == 1:
+        model.to(device)
+    return model
+
+
+def claim_run(folder: RunFolder) -> str:
+    """Make the run this driver's; workers of an older one can neither commit a checkpoint nor begin again. Returns the driver's mark."""
+    mark = uuid.uuid4().hex
+    folder.mark(f"{mark}.0")
+    return mark
+
+
+def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
+    """Mark the run as this attempt's, where it is still the driver's: an older attempt that lives on can no longer commit.
+
+    Raises:
+        CheckpointError: a newer driver runs under the same name.
+    """
+    attempt = [""]
+    if rank == 0 and folder.marked().startswith(f"{driver}."):
+        attempt = [f"{driver}.{uuid.uuid4().hex}"]
+        folder.mark(attempt[0])
+    if dist.is_initialized():
+        dist.broadcast_object_list(attempt, src=0)
+    if not attempt[0]:
+        raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
+    return attempt[0]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a run goes on from: a checkpoint (None: nothing), whether only its weights are taken, the step that has been made."""
+
+    place: str | None
+    fresh: bool
+    step: int
+
+
+def _starting_point(job: Job, folder: RunFolder) -> _Start:
+    """Rank 0 decides, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
+    the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
+    own, torn = checkpoint.newest_intact_together(folder.checkpoints)
+    if _rank() == 0:
+        for place, reason in torn:
+            logger.warning("checkpoint %s is damaged and is passed over: %s", place, reason)
+    place = own or job.config.resume_from_checkpoint
+    fresh = own is None and job.config.ignore_optimizer_state
+    decision = [_Start(place, fresh, int(checkpoint.read_state(place)["step"]) if place and not fresh else 0)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(decision, src=0)
+    return decision[0]
+
+
+def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> None:
+    """Load what the run goes on from."""
+    if start.place is None:
+        return
+    content = checkpoint.load(start.place, state, with_optimizer=not start.fresh)
+    if not start.fresh:
+        check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
+    assert state.step == start.step, "weights and data go on from the same step"
+
+
+class RunReporter:
+    """Rank 0 writes metrics.jsonl, evaluations.jsonl and the trace, and hands the lines to the trackers."""
+
+    def __init__(self, job: Job, plan: Plan, folder: RunFolder, resume_step: int, rank: int, trackers: Sequence[Any]) -> None:
+        self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
+        self._tracing = job.config.trace_records is not None
+        self._metrics = self._trace = self._evaluations = None
+        if rank == 0:
+            folder.pull("metrics.jsonl", "evaluations.jsonl")
+            self._metrics = Journal(folder.local / "metrics.jsonl", resume_step)
+            self._evaluations = Journal(folder.local / "evaluations.jsonl", resume_step, ordered=False)
+            if job.config.trace_records:
+                self._trace = Journal(Path(job.config.trace_records), resume_step)
+            epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
+            logger.info("starting after step %d, epoch %.3f, records %s, exact: yes", resume_step, epoch, consumed)
+
+    def trained(self, batch: Batch) -> None:
+        if not self._tracing:
+            return
+        ids = [batch.record_ids]
+        if _world() > 1:
+            ids = [[] for _ in range(_world())] if self._rank == 0 else []
+            dist.gather_object(batch.record_ids, ids if self._rank == 0 else None, dst=0)
+        if self._trace:
+            self._trace.write({"step": batch.step, "records": sorted(itertools.chain.from_iterable(ids))})
+
+    def log(self, line: dict[str, Any]) -> None:
+        if self._metrics:
+            line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
+            self._metrics.write(line)
+            for tracker in self._trackers:
+                tracker.log(line)
+
+    def evaluation(self, step: int, wer: dict[str, float], losses: dict[str, float]) -> None:
+        line = {"step": step, "wer": wer, "validation_loss": losses}
+        if self._evaluations:
+            self._evaluations.write(line)
+            for tracker in self._trackers:
+                tracker.log(line)
+
+    def evaluated(self) -> dict[int, dict[str, Any]]:
+        """Lines of evaluations.jsonl by step."""
+        return {line["step"]: line for line in read_journal(self._folder.local / "evaluations.jsonl")}
+
+    def push(self) -> None:
+        """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
+        self._folder.push("metrics.jsonl", "evaluations.jsonl")
+
+    def close(self) -> None:
+        for journal in (self._metrics, self._trace, self._evaluations):
+            if journal:
+                journal.close()
+        if self._rank == 0:
+            self.push()
+            for tracker in self._trackers:
+                tracker.close()
+
+
+class Saver:
+    """Checkpoints at save_steps, at evaluations, where a run stops and at its end; which of them are kept."""
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        folder: RunFolder,
+        rank: int,
+        attempt: str,
+        reporter: RunReporter,
+        validator: Callable[[ReportEvaluation], Validator] | None,
+    ) -> None:
+        self._job, self._plan, self._folder, self._rank, self._attempt, self._reporter = job, plan, folder, rank, attempt, reporter
+        self._writer = CheckpointWriter(background=job.config.async_save)
+        self._validator = validator(reporter.evaluation) if validator and rank == 0 and job.has_validation else None
+
+    def begin(self, state: TrainState) -> None:
+        """Room for the first checkpoint; evaluations that an interruption cut off, once more."""
+        self._writer.prepare(state)
+        evaluated = self._reporter.evaluated() if self._rank == 0 else {}
+        for place in checkpoint.committed(self._folder.checkpoints) if self._validator else []:
+            step = checkpoint.step_of(place)
+            if self._due(step) and step <= state.step and step not in evaluated:
+                self._start_validation(step, place)
+
+    def _due(self, step: int) -> bool:
+        every = self._job.config.eval_steps
+        return self._job.has_validation and every is not None and step % every == 0 and step < self._job.total_steps
+
+    def _start_validation(self, step: int, place: str) -> None:
+        if self._validator:
+            self._validator.start(step, place)
+
+    def at_step(self, state: TrainState, last: bool) -> float:
+        """Save where it is due; seconds for which training was held up."""
+        before = self._writer.stall_seconds
+        if state.step % self._job.config.save_steps == 0 or self._due(state.step) or last:
+            self._save(state)
+        self._follow()
+        return self._writer.stall_seconds - before
+
+    def _save(self, state: TrainState) -> None:
+        job, folder = self._job, self._folder
+        content = {
+            "cursor": asdict(self._plan.cursor(state.step)),
+            "ingredients": self._plan.ingredients,
+            "template": template_hash(),
+            "units": job.units_identity,
+        }
+        model_config = config_json(state.model_config)
+
+        def files(directory: Path) -> None:
+            (directory / "config.json").write_text(model_config, encoding="utf-8")
+            (directory / "config.yaml").write_text(to_yaml(job.config.redacted()), encoding="utf-8")
+            load_tokenizer(local_copy(job.model_path)).save_pretrained(directory)
+            self._reporter.push()
+
+        place = checkpoint.step_place(folder.checkpoints, state.step)
+        self._writer.save(place, state, content, files, lambda: folder.marked() == self._attempt)
+
+    def _follow(self) -> None:
+        """What comes after a commit: its evaluation, and the end of those that need not be kept."""
+        saved = self._writer.poll()
+        if self._rank != 0:
+            return
+        for commit in saved:
+            if self._due(commit.step):
+                self._start_validation(commit.step, commit.place)
+        if self._validator:
+            self._validator.collect(wait=False)
+        if saved:
+            self._prune()
+
+    def _prune(self) -> None:
+        config = self._job.config
+        scores = {}
+        for step, line in self._reporter.evaluated().items():
+            score = retention.score_of(line, config.best_metric)
+            if score is not None:
+                scores[step] = score
+        pending = self._validator.pending() if self._validator else set()
+        checkpoint.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
+
+    def finish(self) -> None:
+        """The last checkpoint is on disk, every evaluation is in."""
+        self._writer.wait()
+        self._follow()
+        if self._validator:
+            self._validator.collect(wait=True)
+            self._prune()
+
+    def close(self) -> None:
+        self._writer.close()

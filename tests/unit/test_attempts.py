@@ -1,0 +1,54 @@
+"""Promise 36's other half: which failures a run goes on after, and which rank's error is shown (promise 8)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from most_ray.errors import ConfigError
+from most_ray.service.attempts import FailureWindow, RunIncompleteError, RunStoppedError, _cause
+
+
+def test_three_within_the_window_and_no_more() -> None:
+    window = FailureWindow(3, 100.0)
+    assert [window.allows(t) for t in (0.0, 10.0, 20.0, 99.0)] == [True, True, True, False]
+    window = FailureWindow(3, 100.0)
+    assert all(window.allows(t) for t in (0.0, 10.0, 20.0, 100.0, 110.0, 120.0, 200.0))
+
+
+@given(st.integers(0, 5), st.lists(st.floats(0, 50), max_size=40))
+def test_the_window_counts_what_lies_in_it(most: int, gaps: list[float]) -> None:
+    window, now, times = FailureWindow(most, 60.0), 0.0, []
+    for gap in gaps:
+        now += gap
+        times.append(now)
+        assert window.allows(now) == (sum(t > now - 60.0 for t in times) <= most)
+
+
+def test_without_a_window_every_failure_counts() -> None:
+    window = FailureWindow(2, 0.0)
+    assert [window.allows(t) for t in (0.0, 1e6, 1e9)] == [True, True, False]
+
+
+class Failed(Exception):
+    def __init__(self, failures: dict[int, BaseException]) -> None:
+        super().__init__("training failed")
+        self.worker_failures = failures
+
+
+def test_the_rank_that_failed_first_is_shown_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    failures = {0: RuntimeError("[gloo] Connection closed by peer"), 1: ValueError("Traceback ...\nZeroDivisionError: division by zero")}
+    assert _cause(Failed(failures)) == "rank 1: ZeroDivisionError: division by zero"
+    assert "rank 1 failed:\nTraceback" in caplog.text
+
+
+def test_what_a_user_can_mend_comes_through() -> None:
+    inner = ConfigError("a", 1, "is wrong.")
+    outer = RuntimeError("wrapped")
+    outer.__cause__ = inner
+    assert _cause(Failed({0: RuntimeError("x"), 1: outer})) is inner
+
+
+def test_exit_codes_tell_the_ends_apart() -> None:
+    assert (ConfigError.exit_code, RunIncompleteError.exit_code, RunStoppedError.exit_code) == (2, 1, 75)
