@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from most_ray.data.batch import PADDING
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
-from most_ray.model.routing import BALANCE_BIAS, MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of
+from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of
 from most_ray.template import IGNORE
 
 
@@ -132,7 +132,6 @@ class MostPreTrainedModel(DeepseekV2PreTrainedModel):
     config: MostConfig
     config_class = MostConfig
     _no_split_modules: ClassVar = ["MostDecoderLayer"]
-    _keep_in_fp32_modules_strict: ClassVar = [BALANCE_BIAS]
     # The library looks for its decorator in this file's source; the experts that carry it are imported from DeepSeek-V2.
     _can_set_experts_implementation_cached_value = True
     _can_record_outputs: ClassVar = {

@@ -39,10 +39,10 @@ def forget(driver: str, n_workers: int) -> None:
         internal_kv._internal_kv_del(_key(driver, what))
 
 
-def nodes_of(driver: str, n_workers: int) -> set[str]:
-    """The nodes of an attempt's workers, as far as those have come up."""
+def nodes_of(driver: str, n_workers: int) -> list[str]:
+    """The node of each of an attempt's workers, as far as those have come up."""
     found = (internal_kv._internal_kv_get(_key(driver, f"node/{rank}")) for rank in range(n_workers))
-    return {node.decode() for node in found if node}
+    return [node.decode() for node in found if node]
 
 
 class StopListener:
@@ -119,8 +119,10 @@ class Watcher:
             if found is None and since_look >= self._every:
                 since_look = 0.0
                 try:
-                    room_seen = room_seen + 1 if self._more_room() else 0
-                    found = PREEMPTED if self._preempted() else RESIZED if room_seen > 1 else None
+                    nodes = nodes_of(self._driver, self._n_workers)
+                    # Until all workers are up what they will take seems to be free.
+                    room_seen = room_seen + 1 if len(nodes) == self._n_workers and self._more_room() else 0
+                    found = PREEMPTED if set(nodes) & set(draining_nodes()) else RESIZED if room_seen > 2 else None
                 except Exception:
                     logger.debug("Ray did not answer", exc_info=True)
             if found:
@@ -133,10 +135,6 @@ class Watcher:
                         self.reason = TERMINATED
                         return
                 return
-
-    def _preempted(self) -> bool:
-        draining = set(draining_nodes())
-        return bool(draining) and bool(draining & nodes_of(self._driver, self._n_workers))
 
 
 def draining_nodes() -> dict[str, int]:

@@ -34,10 +34,10 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), _CHUNK):
-        part = words[start : start + _CHUNK].long()
+        part = words[start : start + _CHUNK]
         weights = torch.arange(start + 1, start + 1 + part.numel(), device=tensor.device).mul_(_MIX)
         weights.bitwise_xor_(weights >> 29).bitwise_or_(1)
-        total += part.mul_(weights).sum()
+        total += weights.mul_(part).sum()
     return total
 
 

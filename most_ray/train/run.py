@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from most_ray import config as configuration
 from most_ray import storage
-from most_ray.errors import CheckpointError, ConfigError, UserError
+from most_ray.errors import CheckpointError, UserError
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
 from most_ray.train.prepare import Prepared, prepare_run
@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reached and prepared:
             _export(prepared)
     except UserError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0 or not isinstance(error, ConfigError):
-            sys.stderr.write(f"most-ray: {error.kind}: {error}\n")
+        sys.stderr.write(f"most-ray: {error.kind}: {error}\n")
         return error.exit_code
     finally:
         if dist.is_initialized():
@@ -75,7 +74,7 @@ def _device(world: int) -> torch.device:
 
 
 def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared | None]:
-    """Rank 0 prepares the run; all get its job, or its error."""
+    """Rank 0 prepares the run; all get its job. What rank 0 complains of it alone says: the others leave with its exit code."""
     decision: list[Any] = [None]
     prepared = None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -88,7 +87,7 @@ def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared |
     if dist.is_initialized():
         dist.broadcast_object_list(decision, src=0)
     if isinstance(decision[0], UserError):
-        raise decision[0]
+        raise decision[0] if not dist.is_initialized() or dist.get_rank() == 0 else SystemExit(decision[0].exit_code)
     return decision[0], prepared
 
 

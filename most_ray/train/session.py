@@ -4,20 +4,20 @@ train, checkpoint."""
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
-import random
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
+from most_ray import storage
 from most_ray.config import RunConfig, to_yaml
 from most_ray.data.batch import Batch, TokenLayout, open_plan
 from most_ray.data.feed import StreamSpec, local_batches
@@ -27,6 +27,7 @@ from most_ray.model.build import RoutingOverrides, config_json, load_model
 from most_ray.model.tokenizer import load_tokenizer
 from most_ray.template import template_hash
 from most_ray.train import checkpoint, retention
+from most_ray.train.determinism import set_deterministic, set_seeds
 from most_ray.train.folder import RunFolder, local_copy
 from most_ray.train.journal import Journal, read_journal
 from most_ray.train.loop import LoopSettings, train
@@ -85,13 +86,15 @@ class Surroundings:
     trackers: Sequence[Any] = field(default=())
 
 
-def overrides_of(config: RunConfig) -> RoutingOverrides:
+def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:
+    """What a run changes in the model it starts from; `biased`: the checkpoint that it goes on from holds balance biases."""
     return RoutingOverrides(
         config.use_modality_aware_routing,
         config.text_expert_indices,
         config.audio_expert_indices,
         config.aux_loss_alpha,
         config.seq_aux,
+        use_balance_bias=True if config.balance_bias_rate > 0 or biased else None,
     )
 
 
@@ -109,7 +112,7 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     """
     rank, world = _rank(), _world()
     torch.set_num_threads(job.threads)
-    _seed(job.config.seed, rank)
+    (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, rank)
     folder = RunFolder(job.run_place)
     attempt = _take_over(folder, job.driver, rank)
     start = _starting_point(job, folder)
@@ -117,22 +120,14 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
     batches = around.batches(stream, start.step + 1, job.total_steps)
     plan = open_plan(job.plan)
-    model = _build_model(job, device)
+    model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
     _resume(start, state, plan, job.config)
     reporter = RunReporter(job, plan, folder, state.step, rank, around.trackers)
     saver = Saver(job, plan, folder, rank, attempt, reporter, around.validator)
-    settings = LoopSettings(
-        job.total_steps,
-        job.config.logging_steps,
-        job.config.max_grad_norm,
-        _precision(job.config),
-        device,
-        job.config.asr_loss_weight,
-    )
     try:
         saver.begin(state)
-        reached = train(state, batches, settings, reporter, saver.at_step, around.wants_stop)
+        reached = train(state, batches, _settings(job, device), reporter, saver.at_step, around.wants_stop)
         saver.finish()
     finally:
         saver.close()
@@ -148,22 +143,30 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _seed(seed: int, rank: int) -> None:
-    random.seed(seed + rank)
-    np.random.seed((seed + rank) % 2**32)
-    torch.manual_seed(seed + rank)
+def _settings(job: Job, device: torch.device) -> LoopSettings:
+    config = job.config
+    return LoopSettings(
+        total_steps=job.total_steps,
+        logging_steps=config.logging_steps,
+        max_grad_norm=config.max_grad_norm,
+        precision=Precision(torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None),
+        device=device,
+        asr_loss_weight=config.asr_loss_weight,
+        max_skipped_steps=config.max_skipped_steps,
+        check_replicas_steps=config.check_replicas_steps,
+        load_alert=config.load_alert,
+    )
 
 
-def _precision(config: RunConfig) -> Precision:
-    return Precision(torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None)
-
-
-def _build_model(job: Job, device: torch.device) -> torch.nn.Module:
+def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Module:
     topology = job.topology
     distributed = None
     if topology.world_size > 1:
         distributed = DistributedConfig(dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep)
-    model = load_model(local_copy(job.model_path), overrides_of(job.config), distributed)
+    biased = False
+    if start.place is not None:
+        biased = bool(json.loads(storage.read_bytes(storage.join(start.place, "config.json"))).get("use_balance_bias"))
+    model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
     model.config.template_hash = template_hash()
     model.config.units_identity = job.units_identity
     if job.config.gradient_checkpointing:
@@ -211,8 +214,8 @@ def _starting_point(job: Job, folder: RunFolder) -> _Start:
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
     own, torn = checkpoint.newest_intact_together(folder.checkpoints)
     if _rank() == 0:
-        for place, reason in torn:
-            logger.warning("checkpoint %s is damaged and is passed over: %s", place, reason)
+        for damaged, reason in torn:
+            logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
     place = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
     decision = [_Start(place, fresh, int(checkpoint.read_state(place)["step"]) if place and not fresh else 0)]

@@ -9,13 +9,15 @@ which it gathers pickled plans: who writes what follows from the placements alon
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +32,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-CHUNK = 8 << 20  # bytes that are written, hashed or copied at a time: large enough for all three to let go of the interpreter
+CHUNK = 8 << 20  # bytes that are written and hashed at a time: large enough for both to let go of the interpreter
+_BATCH = 2 << 20  # bytes that a thread copies at a time: the others wait for the last one
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -203,33 +206,35 @@ def write_all(file: Any, data: memoryview) -> None:
 
 
 def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Fill byte buffers with tensors. Tensors of the CPU go through plain threads: torch's own wait for each other at every tensor,
-    which on busy cores costs ten times the copy."""
-    batches: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
+    """Fill byte buffers with tensors. Those of the CPU are copied by plain threads, of which the calling one takes what the others do
+    not get to: torch's own wait for each other at every tensor, which on busy cores costs ten times the copy."""
+    batches: deque[list[tuple[np.ndarray, np.ndarray]]] = deque([[]])
     size = 0
     for target, source in copies:
         if source.device.type != "cpu" or not source.is_contiguous():
             target.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
             continue
         to, from_ = target.numpy(), source.reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(to), CHUNK):
-            piece = to[start : start + CHUNK]
-            batches[-1].append((piece, from_[start : start + CHUNK]))
+        for start in range(0, len(to), _BATCH):
+            piece = to[start : start + _BATCH]
+            batches[-1].append((piece, from_[start : start + _BATCH]))
             size += len(piece)
-            if size >= CHUNK:
+            if size >= _BATCH:
                 batches.append([])
                 size = 0
 
-    def run(batch: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        for to, from_ in batch:
-            np.copyto(to, from_)
+    def work() -> None:
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
+                for to, from_ in batches.popleft():
+                    np.copyto(to, from_)
 
-    if len(batches) == 1 or torch.get_num_threads() == 1:
-        for batch in batches:
-            run(batch)
-    else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(run, batches))
+    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), len(batches)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

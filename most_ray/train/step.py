@@ -224,6 +224,7 @@ def _shown(ids: list[str]) -> str:
     return ", ".join(ids[:_SHOWN_RECORDS]) + (f" and {more} more" if more > 0 else "")
 
 
+@torch.no_grad()
 def _local_gradients(model: nn.Module) -> dict[int, list[torch.Tensor]]:
     """This rank's shards of all gradients, by the number of ranks that hold the same shard."""
     found: dict[int, list[torch.Tensor]] = defaultdict(list)

@@ -71,6 +71,8 @@ class Way:
     def __init__(self, name: str, state: TrainState) -> None:
         self._name, self._state, self._future = name, state, None
         self._writer = CheckpointWriter() if name == "ours" else None
+        # As its documentation has it: collectives of a thread need a group of their own.
+        self._group = dist.new_group(backend="gloo") if name == "dcp_async" and dist.is_initialized() else None
         if self._writer:
             self._writer.prepare(state)
 
@@ -80,7 +82,7 @@ class Way:
         elif self._name == "sync":
             dcp.save(tensors_of(self._state), checkpoint_id=place)
         else:
-            self._future = dcp.async_save(tensors_of(self._state), checkpoint_id=place)
+            self._future = dcp.async_save(tensors_of(self._state), checkpoint_id=place, process_group=self._group)
 
     def busy(self) -> bool:
         if self._writer:

@@ -6,7 +6,6 @@ Each group of ranks is started once for all its layouts. `-s` shows the table of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,19 +14,16 @@ import torch
 from most_ray.data.batch import AUDIO, PADDING, TEXT, Batch, open_plan, rank_batch
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.template import IGNORE
-from most_ray.train import checkpoint
 from tests.support.batches import padded, speech_is_all_audio
-from tests.support.builders import asr, make_plan, make_store, text, tiny_model
+from tests.support.builders import LAYOUT, asr, make_plan, make_store, text, tiny_model
 from tests.support.gloo import run_ranks
-from tests.support.training import full_weights, kind_of, loss_of, make, rows_for, save_to, steps, trajectory
-from tests.unit.test_plan import LAYOUT
+from tests.support.training import KINDS, differences, rows_for, trajectory
 
 LAYOUTS = {2: [(1, 2, 1), (2, 1, 1), (1, 2, 2)], 4: [(2, 2, 1), (1, 4, 2), (2, 2, 2), (1, 4, 4)]}
 TOPOLOGIES = [topology for layouts in LAYOUTS.values() for topology in layouts]
 FEW = [(1, 2, 2), (2, 2, 2)]  # what has nothing to do with the layout is tried on both sorts of expert meshes, and with replicas
 STEPS = 2
 AT_ONCE = {"warmup_steps": 0}  # so that the second step's figures show the first one's update
-KINDS = ("dense", "router", "expert")
 BOUND = 1e-5  # of a gradient's difference to the largest entry among its kind's gradients; float32 has 1.2e-7
 # bfloat16 keeps 8 bits: a value is off by up to 2**-9 of itself at each rounding. Activations and their gradients are rounded some tens
 # of times from layer to layer, and a rank's share of a weight's gradient is rounded before the shares meet, where one process rounds
@@ -69,7 +65,6 @@ SINGLE_CASES = [((1, 1, 1), name) for name, v in VARIANTS.items() if v.like]
 class Setting:
     models: dict[str, str]
     data: dict[str, PlanSpec]
-    folder: str
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +83,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     # A pack is one record, all are equally long and kinds alternate: one rank of two holds only text, the other only speech.
     apart = PlanSpec((one.place, two.place), (1, 1), 0, 4, 200)
     only_text = PlanSpec((two.place,), (1,), 0, 4, 200)
-    return Setting({name: str(root / name) for name in changes}, {"mixed": plan.spec, "apart": apart, "only_text": only_text}, str(root))
+    return Setting({name: str(root / name) for name in changes}, {"mixed": plan.spec, "apart": apart, "only_text": only_text})
 
 
 def every_variant(setting: Setting, topologies: list[tuple[int, int, int]]) -> dict[Any, Any]:
@@ -115,20 +110,6 @@ def on_all_ranks(setting: Setting) -> dict[Any, list[Any]]:
             for key, value in rank.items():
                 found.setdefault(key, []).append(value)
     return found
-
-
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
-    """Per kind of parameter: the largest difference of a gradient, over the largest entry of that kind's; and the norms' (relative)."""
-    worst, scale = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
-    for name, gradient in expected["gradients"].items():
-        kind = kind_of(name)
-        # What is missing is NaN, which no comparison would show.
-        difference = (found["gradients"][name] - gradient).abs().nan_to_num(torch.inf)
-        worst[kind] = max(worst[kind], float(difference.max()))
-        scale[kind] = max(scale[kind], float(gradient.abs().max()))
-    assert min(scale.values()) > 0
-    norms = max(abs(a / b - 1) for a, b in zip(found["norms"], expected["norms"], strict=True))
-    return {kind: worst[kind] / scale[kind] for kind in KINDS} | {"norm": norms}
 
 
 @pytest.mark.parametrize(("topology", "name"), CASES + SINGLE_CASES)
@@ -179,39 +160,6 @@ def test_the_batches_are_what_the_variants_are_called(setting: Setting, single: 
     (idle,) = {ranks[0]["experts"] for (topology, name), ranks in on_all_ranks.items() if name == "idle" and topology == (1, 4, 4)}
     tokens = [sum(int(load[:, :, list(experts)].sum()) for load in single["idle"]["loads"]) for experts in idle]
     assert tokens[2:] == [0, 0] and min(tokens[:2]) > 0, "two of four ranks hold experts that no token goes to"
-
-
-def train_and_save(setting: Setting, topology: tuple[int, int, int]) -> dict[str, Any]:
-    plan = open_plan(setting.data["mixed"])
-    state = make(setting.models["plain"], topology)
-    steps(state, plan, 3)
-    save_to(Path(setting.folder) / "checkpoint", state, plan)
-    weights = full_weights(state)
-    return {"weights": weights, "losses": [loss_of(r) for r in steps(state, plan, 3)]}
-
-
-def restore_and_train(setting: Setting, topologies: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    plan = open_plan(setting.data["mixed"])
-    found = []
-    for topology in topologies:
-        state = make(setting.models["plain"], topology)
-        checkpoint.load(str(Path(setting.folder) / "checkpoint"), state)
-        weights = full_weights(state)
-        found.append({"weights": weights, "losses": [loss_of(r) for r in steps(state, plan, 3)]})
-    return found
-
-
-def test_a_checkpoint_moves_to_any_layout(setting: Setting) -> None:
-    """Promise 16: saved at 4 ranks with experts split both ways, read at 1, 2 and 4 ranks; weights equal to the bit, optimizer too,
-    so that the next losses are the same."""
-    saved = run_ranks(4, train_and_save, setting, (1, 4, 2))[0]
-    found = restore_and_train(setting, [(1, 1, 1)])
-    found += run_ranks(2, restore_and_train, setting, [(1, 2, 1), (1, 2, 2)])[0]
-    found += run_ranks(4, restore_and_train, setting, [(1, 4, 4), (2, 2, 2)])[0]
-    assert len(found) == 5
-    for other in found:
-        assert all(torch.equal(other["weights"][name], weight) for name, weight in saved["weights"].items())
-        assert other["losses"] == pytest.approx(saved["losses"], abs=1e-5)
 
 
 def hang(rank_that_hangs: int) -> None:

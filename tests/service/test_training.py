@@ -21,8 +21,8 @@ import most_ray  # noqa: F401
 from most_ray.cli import main
 from most_ray.config import RunConfig, load_config
 from most_ray.errors import CheckpointError, ConfigError
-from most_ray.train.journal import read_journal
 from most_ray.service.trainer import run_training
+from most_ray.train.journal import read_journal
 from tests.conftest import ROOT
 
 STEPS = 20

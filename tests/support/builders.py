@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.data.store import TokenStore
@@ -16,6 +17,7 @@ from most_ray.template import TokenIds, Vocabulary
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 IDS = TokenIds(bos=0, eos=1, pad=2, begin_audio=800, end_audio=801, unit_base=300)
+LAYOUT = TokenLayout(IDS.unit_base, IDS.end_audio, IDS.pad, IDS.unit_base)
 
 
 def char_vocabulary() -> Vocabulary:

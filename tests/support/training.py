@@ -21,9 +21,10 @@ from most_ray.model.placement import experts_of_ranks, row_order
 from most_ray.train.state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.step import Precision, StepResult, run_step
 from most_ray.train.writer import CheckpointWriter
-from tests.unit.test_plan import LAYOUT
+from tests.support.builders import LAYOUT
 
 CPU = torch.device("cpu")
+KINDS = ("dense", "router", "expert")
 OPTIONS = {"learning_rate": 3e-3, "warmup_steps": 2, "weight_decay": 0.1}
 
 
@@ -107,6 +108,21 @@ def spy_gradients(state: TrainState) -> dict[str, torch.Tensor]:
 
 def kind_of(name: str) -> str:
     return "expert" if ".mlp.experts." in name else "router" if ".mlp.gate." in name else "dense"
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Between two trajectories: per kind of parameter the largest difference of a gradient, over the largest entry of that kind's; and
+    of the norms, relative."""
+    worst, scale = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
+    for name, gradient in expected["gradients"].items():
+        kind = kind_of(name)
+        # What is missing is NaN, which no comparison would show.
+        difference = (found["gradients"][name] - gradient).abs().nan_to_num(torch.inf)
+        worst[kind] = max(worst[kind], float(difference.max()))
+        scale[kind] = max(scale[kind], float(gradient.abs().max()))
+    assert min(scale.values()) > 0
+    norms = max(abs(a / b - 1) for a, b in zip(found["norms"], expected["norms"], strict=True))
+    return {kind: worst[kind] / scale[kind] for kind in KINDS} | {"norm": norms}
 
 
 def trajectory(model_dir: str, spec: PlanSpec, topology: tuple[int, int, int], count: int, keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def test_without_a_window_every_failure_counts() -> None:
     assert [window.allows(t) for t in (0.0, 1e6, 1e9)] == [True, True, False]
 
 
-class Failed(Exception):
+class FailedError(Exception):
     def __init__(self, failures: dict[int, BaseException]) -> None:
         super().__init__("training failed")
         self.worker_failures = failures
@@ -47,7 +47,7 @@ def test_what_a_user_can_mend_comes_through() -> None:
     inner = ConfigError("a", 1, "is wrong.")
     outer = RuntimeError("wrapped")
     outer.__cause__ = inner
-    assert _cause(Failed({0: RuntimeError("x"), 1: outer})) is inner
+    assert _cause(FailedError({0: RuntimeError("x"), 1: outer})) is inner
 
 
 def test_exit_codes_tell_the_ends_apart() -> None:

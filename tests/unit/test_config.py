@@ -104,6 +104,8 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, near: str) -> None
         ({"keep_best": 1}, "needs eval_steps and a validation set"),
         ({"best_metric": "bleu"}, "neither wer nor loss"),
         ({"failure_window_s": -1}, "must not be negative"),
+        ({"max_skipped_steps": 0}, "at least 1"),
+        ({"check_replicas_steps": -1}, "must not be negative"),
     ],
 )
 def test_wrong_values(values: dict[str, Any], message: str) -> None:

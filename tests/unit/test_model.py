@@ -327,3 +327,21 @@ def test_a_model_without_balance_biases_starts_with_zeros(saved: Path, tmp_path:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="e_score_correction_bias"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_batch_balance_takes_each_layers_load_of_the_step_before(checkpointing: bool) -> None:
+    model = tiny_model(seq_aux=False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    seen: list[torch.Tensor] = []
+    handles = [layer.mlp.gate.register_forward_hook(lambda *call: seen.append(call[2][3])) for layer in model.model.layers[1:]]
+    ids = torch.tensor([[5, IDS.unit_base + 1, 9, IDS.unit_base + 4, IDS.unit_base + 9]])
+    load = torch.tensor([[8, 0, 0, 0, 8, 0, 0, 0], [0, 2, 2, 0, 0, 6, 0, 6]])
+    output = model(input_ids=ids, labels=ids, previous_load=load, use_cache=False, token_losses_only=True)
+    for handle in handles:
+        handle.remove()
+    expected = sum(8 * (probabilities.sum(0) * row).sum() / row.sum() for probabilities, row in zip(seen, load, strict=True))
+    torch.testing.assert_close(output.aux_sum, expected)
+    output.aux_sum.backward()
+    assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
