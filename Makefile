@@ -12,16 +12,19 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 test: .venv/.installed  ## all tests
 	$(BIN)/python -m pytest
 
-chaos: .venv/.installed  ## whole runs killed, resized and resumed, about 15 minutes: their traces stay equal
+chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 40 minutes: what is left stays equal
 	$(BIN)/python -m pytest tests/chaos
+	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
 
-bench: .venv/.installed  ## the benchmarks of the data engine, about 10 minutes: runs/bench/*.json
+bench: .venv/.installed  ## the benchmarks of the data engine, of saving and of what Ray costs, about 20 minutes: runs/bench/*.json
 	rm -rf runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.packing
 	$(BIN)/python -m tests.benchmarks.resume
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml --max_steps 60 --output_dir runs/bench --name digits --val_asr_dirs ""
 	$(BIN)/python -m tests.benchmarks.stream --run runs/bench/digits
+	$(BIN)/python -m tests.benchmarks.save
+	$(BIN)/python -m tests.benchmarks.overhead
 
 check: .venv/.installed  ## lint, format, types, layering
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import ray
@@ -100,7 +101,7 @@ class Watcher:
     def __init__(self, driver: str, n_workers: int, terminated: Terminated, more_room: Callable[[], bool], every_s: float = 2.0) -> None:
         self.reason: str | None = None
         self._driver, self._n_workers, self._terminated, self._more_room, self._every = driver, n_workers, terminated, more_room, every_s
-        self._ended = threading.Event()
+        self._ended, self._next_look, self._room_seen = threading.Event(), 0.0, 0
         self._thread = threading.Thread(target=self._watch, name="attempt-watcher", daemon=True)
 
     def __enter__(self) -> Watcher:
@@ -112,29 +113,26 @@ class Watcher:
         self._thread.join(timeout=10)
 
     def _watch(self) -> None:
-        since_look, room_seen = 0.0, 0
-        while not self._ended.wait(0.2):
-            since_look += 0.2
-            found = TERMINATED if self._terminated.is_set() else None
-            if found is None and since_look >= self._every:
-                since_look = 0.0
-                try:
-                    nodes = nodes_of(self._driver, self._n_workers)
-                    # Until all workers are up what they will take seems to be free.
-                    room_seen = room_seen + 1 if len(nodes) == self._n_workers and self._more_room() else 0
-                    found = PREEMPTED if set(nodes) & set(draining_nodes()) else RESIZED if room_seen > 2 else None
-                except Exception:
-                    logger.debug("Ray did not answer", exc_info=True)
-            if found:
-                self.reason = found
-                request_stop(self._driver, found)
-                if found == TERMINATED:
-                    return
-                while not self._ended.wait(0.2):  # on their way out; a wish to end for good may still come
-                    if self._terminated.is_set():
-                        self.reason = TERMINATED
-                        return
-                return
+        while not self._ended.wait(0.2) and self.reason != TERMINATED:
+            try:
+                found = TERMINATED if self._terminated.is_set() else self._look()
+                if found:
+                    request_stop(self._driver, found)
+                    self.reason = found
+            except Exception:  # Ray may be busy with the very failure, or gone: look again as long as the attempt lasts
+                logger.debug("Ray did not answer", exc_info=True)
+
+    def _look(self) -> str | None:
+        """Now and then: whether the attempt should move. Once it is on its way out, no more."""
+        if self.reason or time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + self._every
+        nodes = nodes_of(self._driver, self._n_workers)
+        if set(nodes) & set(draining_nodes()):
+            return PREEMPTED
+        # Until all workers are up what they will take seems to be free; what has just been freed may be wanted by others.
+        self._room_seen = self._room_seen + 1 if len(nodes) == self._n_workers and self._more_room() else 0
+        return RESIZED if self._room_seen > 2 else None
 
 
 def draining_nodes() -> dict[str, int]:

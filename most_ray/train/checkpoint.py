@@ -343,7 +343,10 @@ class CheckpointFiles:
                         headers[name] = read_header(stream)
                 except (FileNotFoundError, DamagedFileError) as error:
                     raise _damaged(place, f"{name}: {error}") from error
-        self.index: dict[str, Stored] = index_of(headers)
+        try:
+            self.index: dict[str, Stored] = index_of(headers)
+        except (KeyError, ValueError, TypeError) as error:
+            raise _damaged(place, f"the header of one of {len(headers)}: {error}") from error
 
     def read(self, parts: list[Part]) -> None:
         """Fill the live tensors behind `parts`; those of the model must be all that there are.

@@ -32,8 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
-CHUNK = 8 << 20  # bytes that are written and hashed at a time: large enough for both to let go of the interpreter
-_BATCH = 2 << 20  # bytes that a thread copies at a time: the others wait for the last one
+CHUNK = 8 << 20  # bytes that are written, hashed or copied at a time: large enough for all three to let go of the interpreter
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -215,11 +214,11 @@ def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
             target.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
             continue
         to, from_ = target.numpy(), source.reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(to), _BATCH):
-            piece = to[start : start + _BATCH]
-            batches[-1].append((piece, from_[start : start + _BATCH]))
+        for start in range(0, len(to), CHUNK):
+            piece = to[start : start + CHUNK]
+            batches[-1].append((piece, from_[start : start + CHUNK]))
             size += len(piece)
-            if size >= _BATCH:
+            if size >= CHUNK:
                 batches.append([])
                 size = 0
 
@@ -311,7 +310,7 @@ def read_parts(parts: Sequence[Part], index: dict[str, Stored], fetch: Callable[
                     # A scalar has no slices.
                     data = handle.get_slice(read.key)[read.source] if read.source else handle.get_tensor(read.key)
                     read.target.copy_(data)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, IndexError) as error:  # what a header that lies leads to
             raise DamagedFileError(f"{file}: {' '.join(str(error).split())[:200]}") from error
         finally:
             done(path)

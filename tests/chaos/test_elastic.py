@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from most_ray.service.control import draining_nodes
-from tests.end_to_end.faults.harness import Report, by_itself, compare, finish, ray_workers, steps_done, under_ray
+from tests.end_to_end.faults.harness import Report, by_itself, compare, end_all, finish, ray_workers, steps_done, under_ray
 
 STEPS = 60
 DEADLINE_S = 240.0
@@ -30,6 +30,7 @@ def cluster() -> Iterator[Cluster]:
     )
     ray.init(address=made.address, log_to_driver=False)
     yield made
+    end_all()
     ray.shutdown()
     made.shutdown()
 
@@ -46,10 +47,6 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Pa
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.05)  # between two looks at another process: nothing depends on how long
-
-
-def sizes(log: Path) -> str:
-    return log.read_text()
 
 
 def straight(folder: Path, **changes: Any) -> None:

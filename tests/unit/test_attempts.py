@@ -39,7 +39,7 @@ class FailedError(Exception):
 
 def test_the_rank_that_failed_first_is_shown_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     failures = {0: RuntimeError("[gloo] Connection closed by peer"), 1: ValueError("Traceback ...\nZeroDivisionError: division by zero")}
-    assert _cause(Failed(failures)) == "rank 1: ZeroDivisionError: division by zero"
+    assert _cause(FailedError(failures)) == "rank 1: ZeroDivisionError: division by zero"
     assert "rank 1 failed:\nTraceback" in caplog.text
 
 

@@ -207,6 +207,27 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.step_of(str(tmp_path))
 
 
+def test_what_a_dead_attempt_left_is_no_part_of_the_next_one(tmp_path: Path) -> None:
+    place = Path(checkpoint.step_place(str(tmp_path), 1))
+    place.mkdir()
+    (place / "rank-00007.safetensors").write_bytes(b"of a larger group")
+    saved_at(tmp_path, 1)
+    assert sorted(checkpoint.read_marker(str(place))["files"]) == ["rank-00000.safetensors", "state.json"]
+    assert weight_in(place) == 1.0
+
+
+def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = saved_at(tmp_path, 1, 2)
+
+    def cut_off(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(str(tmp_path), 1)
+    assert checkpoint.committed(str(tmp_path)) == places[1:]
+
+
 def test_the_best_and_the_evaluated_are_kept(tmp_path: Path) -> None:
     saved_at(tmp_path, 1, 2, 3, 4, 5, 6)
     (tmp_path / "step-000000002" / checkpoint.COMMIT).unlink()  # what a dead attempt left

@@ -5,10 +5,12 @@ Every run is the command that a user types. Kills are SIGKILL: no handler, no la
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ import psutil
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
+_started: list[subprocess.Popen[bytes]] = []
 DEADLINE_S = 240.0  # for whatever is waited for; only a hang reaches it
 
 
@@ -67,9 +70,18 @@ def by_itself(folder: Path, name: str, ranks: int, **changes: Any) -> subprocess
 def _start(words: list[str], folder: Path, name: str, **environment: str) -> subprocess.Popen[bytes]:
     log = (folder / f"{name}.log").open("ab")
     # A session of its own: what is killed is this run and nothing beside it.
-    return subprocess.Popen(
+    process = subprocess.Popen(
         words, cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
+    _started.append(process)
+    return process
+
+
+def end_all() -> None:
+    """Kill what a failed test has left running."""
+    while _started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(_started.pop().pid, signal.SIGKILL)
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path, name: str) -> None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.end_to_end.faults.harness import kills_inside_saves, random_kills
+import pytest
+
+from tests.end_to_end.faults.harness import end_all, kills_inside_saves, random_kills
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    yield
+    end_all()
 
 
 def test_three_random_kills(tmp_path: Path, ray_cluster: str) -> None:
