@@ -119,7 +119,11 @@ def _attempt(
             resources_per_worker={"CPU": 1.0, **({"GPU": 1.0} if prepared.use_gpu else {})},
         ),
         # Failures are counted here: Ray Train's own count knows no window, and a new attempt may have another size.
-        run_config=ray.train.RunConfig(name="ray", storage_path=job.run_place, failure_config=ray.train.FailureConfig(max_failures=0)),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=job.run_place,
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        ),
     )
     error: BaseException | None = None
     with Watcher(driver, n_workers, terminated, more_room) as watcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import ray.train
 
 from most_ray.data.batch import Batch
 from most_ray.data.feed import StreamSpec
+from most_ray.errors import UserError
 from most_ray.service.control import StopListener, note_node
 from most_ray.service.stream import stream_batches
 from most_ray.service.telemetry import Wandb
@@ -47,6 +49,10 @@ def train_worker(work: WorkerJob) -> None:
     )
     try:
         run_rank(job, ray.train.torch.get_device(), around)
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is: Ray Train hands on the error without its traceback, so that goes into the text
+        raise RuntimeError(traceback.format_exc()) from error
     finally:
         if listener:
             listener.close()

@@ -128,7 +128,7 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     try:
         saver.begin(state)
         reached = train(state, batches, _settings(job, device), reporter, saver.at_step, around.wants_stop)
-        saver.finish()
+        saver.finish(reached)
     finally:
         saver.close()
         reporter.close()
@@ -376,11 +376,12 @@ class Saver:
         pending = self._validator.pending() if self._validator else set()
         checkpoint.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
-    def finish(self) -> None:
-        """The last checkpoint is on disk, every evaluation is in."""
+    def finish(self, reached: bool) -> None:
+        """The last checkpoint is on disk, and every evaluation in; who stops short of the goal does not wait for those: the run makes
+        them once more when it goes on."""
         self._writer.wait()
         self._follow()
-        if self._validator:
+        if self._validator and reached:
             self._validator.collect(wait=True)
             self._prune()
 

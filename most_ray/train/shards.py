@@ -149,6 +149,8 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._used = 0
         self._header = b""
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._copied: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
@@ -164,28 +166,37 @@ class Staging:
             self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
             self._buffer.zero_()  # touches every page
 
-    def fill(self, parts: Sequence[Part]) -> None:
-        """Copy what this rank owns of `parts`. Afterwards they may change."""
+    def plan(self, parts: Sequence[Part]) -> None:
+        """Lay out what this rank owns of `parts`; `copy` comes next, before any of it changes."""
         self.prepare(parts)
         found = [(part, number, piece) for part in parts if part.owned for number, piece in enumerate(part.rectangles)]
         found.sort(key=lambda entry: -entry[0].dtype.itemsize)  # wide types first: everything stands at a multiple of its width
         entries: dict[str, Any] = {}
         where: dict[str, Any] = {}
-        copies, position = [], 0
+        self._copies, position = [], 0
         for part, number, piece in found:
             key = f"{part.name}#{number}" if number else part.name
             end = position + piece.local.nbytes
             entries[key] = {"dtype": _NAMES[part.dtype], "shape": list(piece.local.shape), "data_offsets": [position, end]}
             where[key] = [part.name, list(part.shape), list(piece.offsets)]
-            copies.append((self._buffer[position:end], piece.local))
+            self._copies.append((self._buffer[position:end], piece.local))
             position = end
         header = json.dumps({"__metadata__": {"rectangles": json.dumps(where)}, **entries}).encode()
         header += b" " * (-len(header) % 8)
         self._header, self._used = len(header).to_bytes(8, "little") + header, position
-        _copy(copies)
+
+    def copy(self, threads: int) -> None:
+        """Copy what was planned. Afterwards the tensors may change (those of a GPU by what is queued behind it on the same stream)."""
+        _copy(self._copies, threads)
+        self._copies = []
+        if torch.cuda.is_available():
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def write(self, path: Path) -> tuple[int, str]:
         """Write the file and bring it to the disk. Returns its size in bytes and its hash."""
+        if self._copied is not None:
+            self._copied.synchronize()
         data = self._buffer.numpy().data[: self._used]
         state = xxhash.xxh3_128(self._header)
         with path.open("wb", buffering=0) as file:
@@ -204,7 +215,7 @@ def write_all(file: Any, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> None:
     """Fill byte buffers with tensors. Those of the CPU are copied by plain threads, of which the calling one takes what the others do
     not get to: torch's own wait for each other at every tensor, which on busy cores costs ten times the copy."""
     batches: deque[list[tuple[np.ndarray, np.ndarray]]] = deque([[]])
@@ -228,14 +239,12 @@ def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
                 for to, from_ in batches.popleft():
                     np.copyto(to, from_)
 
-    helpers = [threading.Thread(target=work) for _ in range(min(torch.get_num_threads(), len(batches)) - 1)]
+    helpers = [threading.Thread(target=work) for _ in range(min(threads, len(batches)) - 1)]
     for helper in helpers:
         helper.start()
     work()
     for helper in helpers:
         helper.join()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

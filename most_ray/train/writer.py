@@ -1,7 +1,7 @@
 """Writing checkpoints while training goes on.
 
-The calling thread only copies this rank's tensors; a thread writes the copy, agrees with the other ranks through a process group of its
-own, and rank 0 writes the commit marker last.
+The calling thread only copies this rank's tensors, or, where asked to, has them copied before the next optimizer step; a thread writes the
+copy, agrees with the other ranks through a process group of its own, and rank 0 writes the commit marker last.
 """
 
 from __future__ import annotations
@@ -53,13 +53,19 @@ class CheckpointWriter:
     Args:
         background: write in a thread. Otherwise `save` returns when the checkpoint is complete.
         scratch: where a rank's file is kept while it goes to a remote place; by default the temporary folder.
+        overlap: let the thread copy too (tensors of the CPU), beside the next forward and backward pass. Then nothing may change the
+            state before the next `step` of its optimizer, which waits for the copy.
 
     Attributes:
-        stall_seconds: how long `save` and `wait` have held up the calling thread in all.
+        stall_seconds: how long the calling thread has been held up in all, by `save`, by `wait` and before optimizer steps.
     """
 
-    def __init__(self, background: bool = True, scratch: Path | None = None) -> None:
+    def __init__(self, background: bool = True, scratch: Path | None = None, overlap: bool = False) -> None:
         self._background, self._scratch = background, scratch
+        self._overlap = overlap and background and not torch.cuda.is_available()  # a GPU's copies are queued: nobody waits for them
+        self._copied = threading.Event()
+        self._copied.set()
+        self._hooks: dict[torch.optim.Optimizer, Any] = {}
         self._staging = Staging()
         self._group: Any = None
         if background and dist.is_initialized():
@@ -98,7 +104,13 @@ class CheckpointWriter:
             parts = state_parts(state)
             whole_bytes = sum(part.whole_bytes for part in parts)
             text = json.dumps({**_content(state, parts, world), **content}, indent=1)
-            self._staging.fill(parts + random_parts())
+            self._staging.plan(parts + random_parts())
+            if self._overlap:
+                self._copied.clear()
+                if state.optimizer not in self._hooks:
+                    self._hooks[state.optimizer] = state.optimizer.register_step_pre_hook(lambda *_: self._await_copy())
+            else:
+                self._staging.copy(torch.get_num_threads())
             job = _Job(place, state.step, rank, self._group, self._staging, text, whole_bytes, files, may_commit, self._scratch)
             self._thread = threading.Thread(target=self._run, args=(job, time.monotonic()), name="checkpoint", daemon=True)
             if self._background:
@@ -120,7 +132,7 @@ class CheckpointWriter:
         return saved
 
     def wait(self) -> None:
-        """Wait for the save under way.
+        """Wait for the save under way. Ranks that call it know alike what has been committed.
 
         Raises:
             CheckpointError: it failed.
@@ -139,9 +151,17 @@ class CheckpointWriter:
             if self._group is not None and dist.is_initialized():
                 dist.destroy_process_group(self._group)
         self._thread = self._error = self._group = None
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks = {}
 
     def _run(self, job: _Job, started: float) -> None:
         try:
+            try:
+                if self._overlap:
+                    self._staging.copy(1)
+            finally:
+                self._copied.set()
             job.run()
             self._saved.append(Saved(job.step, job.place, time.monotonic() - started))
         except CheckpointError as error:
@@ -149,6 +169,11 @@ class CheckpointWriter:
         except Exception as error:  # noqa: BLE001 - a thread's errors are raised by the next call; here: another rank was lost
             # Nothing that a user can mend: the run goes on from the checkpoint before.
             self._error = RuntimeError(f"checkpoint {storage.redact(job.place)} was not completed: {error}")
+
+    def _await_copy(self) -> None:
+        if not self._copied.is_set():
+            with self._stalling():
+                self._copied.wait()
 
     def _join(self) -> None:
         if self._thread is not None:
