@@ -23,6 +23,7 @@ from torch import nn
 from most_ray import storage
 from most_ray.errors import CheckpointError, DataError
 from most_ray.model.placement import row_order
+from most_ray.model.routing import BALANCE_BIAS
 from most_ray.train.retention import superfluous
 from most_ray.train.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
 from most_ray.train.state import LossScale, TrainState
@@ -289,11 +290,12 @@ def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scra
     n_tensors = sum(name.startswith("model.") for name in files.index)
     if n_tensors != content["n_tensors"]:
         raise _damaged(place, f"{n_tensors} of {content['n_tensors']} model tensors are there")
+    # Buffers that a run has come to need since (balance biases are zeros), and random states of ranks that were not there, begin anew.
+    parts = state_parts(state) if with_optimizer else model_parts(state.model)
+    found = [part for part in parts if part.name in files.index or not (part.name.startswith("state.") or part.name.endswith(BALANCE_BIAS))]
     if not with_optimizer:
-        files.read(model_parts(state.model))
+        files.read(found)
         return content
-    # Buffers that a newer version keeps, and random states of ranks that were not there, begin anew.
-    found = [part for part in state_parts(state) if part.name in files.index or not part.name.startswith("state.")]
     random = [part for part in random_parts() if part.name in files.index]
     files.read(found + random)
     for part in random:

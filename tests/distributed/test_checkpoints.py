@@ -31,7 +31,7 @@ from tests.support.gloo import run_ranks
 from tests.support.training import bare_state, content_of, full_weights, loss_of, make, save_to, steps
 
 SAVED = [(1, 4, 4), (1, 4, 2), (2, 2, 2)]
-LOADED = {1: [(1, 1, 1)], 2: [(1, 2, 2)], 4: [(2, 2, 2)]}
+LOADED = {1: [(1, 1, 1)], 2: [(1, 2, 2)], 4: [(2, 2, 2), (1, 4, 4)]}
 Topology = tuple[int, int, int]
 
 

@@ -183,7 +183,10 @@ def test_a_run_does_not_go_on_over_other_data(folder: Path, reference: dict[str,
 
 def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> None:
     """eval_steps: a committed checkpoint is scored beside training, the training is none the different; bf16 and recomputation run."""
-    run(folder, "evaluated", eval_steps=10, val_asr_dirs=["jobs/data/digits/test_takes"])
+    changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "keep_last": 1, "keep_best": 1, "best_metric": "loss/asr/test_takes"}
+    run(folder, "evaluated", eval_steps=10, **changes)
+    # Saved at 8, 10, 16 and 20: the last one stays, and the only one that has a score.
+    assert [checkpoint.step_of(place) for place in checkpoint.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
     result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
     assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
     assert losses(folder, "evaluated") == losses(folder, "reference")

@@ -345,3 +345,19 @@ def test_batch_balance_takes_each_layers_load_of_the_step_before(checkpointing: 
     torch.testing.assert_close(output.aux_sum, expected)
     output.aux_sum.backward()
     assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import most_ray.model.routing",
+        "import most_ray; import transformers.models.deepseek_v2.modeling_deepseek_v2",
+        "import most_ray; from transformers import AutoModelForCausalLM",
+        "import most_ray.data.plan, sys; assert 'torch' not in sys.modules",
+    ],
+)
+def test_modules_can_be_imported_in_any_order(first: str) -> None:
+    """A first import of DeepSeek-V2's module, through whatever of ours, met the registration of ours half-way."""
+    check = "from transformers import AutoConfig; import most_ray.model.modeling; AutoConfig.for_model('most', num_experts_per_tok=2)"
+    done = subprocess.run([sys.executable, "-c", f"{first}; {check}"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
