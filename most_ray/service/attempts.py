@@ -16,7 +16,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from rich.console import Console
 
 from most_ray.errors import UserError
-from most_ray.service.control import TERMINATED, Terminated, Watcher, forget, room
+from most_ray.service.control import TERMINATED, Terminated, Watcher, answering_nodes, forget, room, usable_nodes
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.validation import ValidationJob
 from most_ray.service.worker import WorkerJob, train_worker
@@ -26,6 +26,7 @@ from most_ray.train.session import claim_run
 from most_ray.train.topology import Topology
 
 logger = logging.getLogger(__name__)
+_ANSWER_S = 10.0  # for a task that does nothing, a new process for it included
 STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 
 
@@ -71,7 +72,7 @@ def run_attempts(prepared: Prepared, validation: ValidationJob | None, console: 
     last = checkpoint.step_place(prepared.folder.checkpoints, prepared.job.total_steps)
     with Terminated().on_sigterm() as terminated:
         while True:
-            topology = _settle(prepared, terminated, console)
+            topology = _settle(prepared, bool(failures.times), terminated, console)
             watcher, error = _attempt(prepared, topology, validation, terminated)
             if error is None and (watcher.reason is None or last in checkpoint.committed(prepared.folder.checkpoints)):
                 return
@@ -108,7 +109,7 @@ def _attempt(
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
 
     def more_room() -> bool:
-        return bool(larger) and n_workers + room(prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
+        return bool(larger) and n_workers + room(usable_nodes(), prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = TorchTrainer(
         train_worker,
@@ -138,8 +139,9 @@ def _attempt(
     return watcher, error
 
 
-def _settle(prepared: Prepared, terminated: Terminated, console: Console) -> Topology:
-    """The largest layout that the cluster has room for; waits for room for the smallest.
+def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console: Console) -> Topology:
+    """The largest layout that the cluster has room for; waits for room for the smallest. `doubtful`: workers were lost, so a node that
+    is said to be alive may be gone.
 
     Raises:
         RunIncompleteError: there was none for `room_timeout_s`. RunStoppedError: SIGTERM came meanwhile.
@@ -148,7 +150,8 @@ def _settle(prepared: Prepared, terminated: Terminated, console: Console) -> Top
     timeout = prepared.job.config.room_timeout_s
     began, told, settled = time.monotonic(), 0.0, 0
     while True:
-        slots = room(prepared.use_gpu, TASK_CPUS)
+        nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
+        slots = room(nodes, prepared.use_gpu, TASK_CPUS)
         fitting = [topology for topology in prepared.topologies if topology.world_size <= slots]
         # A size below the largest is taken when it is seen twice: a node that has just gone or come shows late.
         settled = settled + 1 if fitting else 0

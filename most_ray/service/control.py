@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import ray
+import ray.exceptions
 from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
@@ -143,17 +145,42 @@ def draining_nodes() -> dict[str, int]:
     return found
 
 
-def room(use_gpu: bool, task_cpus: float, free_only: bool = False) -> int:
-    """Workers that the cluster's nodes have room for, those about to go left out: one whole CPU each (and a GPU), beside `task_cpus` for
-    data tasks. `free_only`: of what nobody uses now."""
-    going = set(draining_nodes())
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - going
+def usable_nodes() -> set[str]:
+    """The nodes that Ray takes for alive, without those about to go."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]} - set(draining_nodes())
+
+
+def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
+    """Those of `nodes` that run a task within `timeout_s`. Ray takes a node that is gone for alive until it has missed some heartbeats,
+    and would wait a minute for workers on it."""
+
+    def answer() -> None:
+        return None
+
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        asked[ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(answer).remote()] = node
+    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s) if asked else ([], [])
+    for reference in late:
+        ray.cancel(reference, force=True)
+    found = set()
+    for reference in done:
+        with contextlib.suppress(ray.exceptions.RayError):  # its node went meanwhile
+            ray.get(reference)
+            found.add(asked[reference])
+    return found
+
+
+def room(nodes: set[str], use_gpu: bool, task_cpus: float, free_only: bool = False) -> int:
+    """Workers that `nodes` have room for: one whole CPU each (and a GPU), beside `task_cpus` for data tasks. `free_only`: of what
+    nobody uses now."""
     if free_only:
         from ray._private.state import available_resources_per_node
 
-        by_node = {node: resources for node, resources in available_resources_per_node().items() if node in alive}
+        by_node = {node: resources for node, resources in available_resources_per_node().items() if node in nodes}
     else:
-        by_node = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in alive}
+        by_node = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in nodes}
     slots = 0
     for resources in by_node.values():
         cpus = int(resources.get("CPU", 0.0))

@@ -220,6 +220,18 @@ def _size(place: str) -> int:
         return 0
 
 
+def require_one(intact: str | None, torn: list[tuple[str, str]]) -> None:
+    """A run that has checkpoints, but none to go on from, must not begin anew in silence.
+
+    Raises:
+        CheckpointError: all are damaged; names the newest.
+    """
+    if intact is None and torn:
+        place, reason = torn[0]
+        rule = f"is damaged ({reason}), and so are all {len(torn)} of the run."
+        raise CheckpointError("checkpoint", storage.redact(place), rule, "Mend the storage, or delete them to begin anew.")
+
+
 def revoke(place: str) -> None:
     """Take a damaged checkpoint's marker away: it is none any more, and its step may be saved again."""
     storage.remove(storage.join(place, COMMIT))

@@ -259,6 +259,7 @@ def _starting_point(
         CheckpointError: resume_from_checkpoint is damaged, or was made with another vocabulary.
     """
     own, torn = checkpoint.newest_intact(folder.checkpoints)
+    checkpoint.require_one(own, torn)
     if own:
         return checkpoint.read_state(own), torn
     given = config.resume_from_checkpoint

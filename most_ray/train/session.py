@@ -213,9 +213,11 @@ def _starting_point(job: Job, folder: RunFolder) -> _Start:
     """Rank 0 decides, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
     own, torn = checkpoint.newest_intact_together(folder.checkpoints)
+    checkpoint.require_one(own, torn)
     if _rank() == 0:
         for damaged, reason in torn:
             logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
+            checkpoint.revoke(damaged)  # its step will be saved anew
     place = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
     decision = [_Start(place, fresh, int(checkpoint.read_state(place)["step"]) if place and not fresh else 0)]
@@ -306,7 +308,8 @@ class Saver:
         validator: Callable[[ReportEvaluation], Validator] | None,
     ) -> None:
         self._job, self._plan, self._folder, self._rank, self._attempt, self._reporter = job, plan, folder, rank, attempt, reporter
-        self._writer = CheckpointWriter(background=job.config.async_save)
+        self._writer = CheckpointWriter(background=job.config.async_save, overlap=True)
+        self._told = 0.0  # of the writer's stall: part of it comes before the optimizer step behind a save
         self._validator = validator(reporter.evaluation) if validator and rank == 0 and job.has_validation else None
 
     def begin(self, state: TrainState) -> None:
@@ -327,12 +330,12 @@ class Saver:
             self._validator.start(step, place)
 
     def at_step(self, state: TrainState, last: bool) -> float:
-        """Save where it is due; seconds for which training was held up."""
-        before = self._writer.stall_seconds
+        """Save where it is due; seconds for which checkpoints have held up training since the call before."""
         if state.step % self._job.config.save_steps == 0 or self._due(state.step) or last:
             self._save(state)
         self._follow()
-        return self._writer.stall_seconds - before
+        stalled, self._told = self._writer.stall_seconds - self._told, self._writer.stall_seconds
+        return stalled
 
     def _save(self, state: TrainState) -> None:
         job, folder = self._job, self._folder

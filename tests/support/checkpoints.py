@@ -1,0 +1,49 @@
+"""Small states saved and read without Ray, for tests of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from most_ray.train import checkpoint
+from most_ray.train.state import TrainState
+from most_ray.train.writer import CheckpointWriter
+from tests.support.training import bare_state
+
+
+def save(
+    place: str | Path, state: TrainState, files: Callable[[Path], None] = lambda _: None, may_commit: Callable[[], bool] = lambda: True
+) -> None:
+    made = CheckpointWriter(background=False)
+    made.save(str(place), state, {}, files, may_commit)
+    made.close()
+
+
+def small(value: float = 0.0) -> Any:
+    """A state of a few numbers around `value`, which every weight holds."""
+    model = nn.Linear(40, 60)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    return bare_state(model)
+
+
+def saved_at(checkpoints: str | Path, *steps: int) -> list[str]:
+    """Checkpoints of these steps, each with its step in its weights."""
+    for step in steps:
+        state = small(float(step))
+        state.step = step
+        save(checkpoint.step_place(str(checkpoints), step), state)
+    return [checkpoint.step_place(str(checkpoints), step) for step in steps]
+
+
+def weight_in(place: str | Path) -> float:
+    state = small(-1.0)
+    checkpoint.load(place, state)
+    values = {float(value) for parameter in state.model.parameters() for value in parameter.detach().flatten()}
+    assert len(values) == 1
+    return values.pop()
