@@ -113,7 +113,7 @@ def random_kills(folder: Path, address: str, kills: int, steps: int, save_steps:
     """One run under Ray; at random steps a worker or the driver is killed, in turn."""
     draw = random.Random(seed)
     changes = {"max_steps": steps, "save_steps": save_steps, "num_workers": workers, "ep_size": workers}
-    finish(by_itself(folder, "straight", 1, **{**changes, "num_workers": 1, "ep_size": 1}), folder, "straight")
+    finish(by_itself(folder, "straight", workers, **changes), folder, "straight")
     report, process = Report(), under_ray(folder, "killed", address, **changes)
     moments = sorted(draw.sample(range(1, steps - 1), kills))
     for number, moment in enumerate(moments):
