@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+
 
 class RecordError(ValueError):
     """One record breaks a rule. The message is the reason that is kept in rejected.jsonl."""

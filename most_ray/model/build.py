@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
+from most_ray import storage
 from most_ray.errors import CheckpointError, ConfigError, nearest
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.modeling import MostForCausalLM
@@ -211,7 +212,7 @@ def check_template(config: MostConfig, path: str) -> None:
         raise CheckpointError(
             "template",
             stored,
-            f"is what {path} was trained with; this version's is {template_hash()!r}.",
+            f"is what {storage.redact(path)} was trained with; this version's is {template_hash()!r}.",
             "To train it on in the new one all the same: --accept_data_change true.",
         )
 
@@ -227,7 +228,7 @@ def check_units(config: MostConfig, units: str | None, path: str) -> None:
         raise CheckpointError(
             "units",
             units,
-            f"of the records differ from those that {path} was trained on ({stored!r}).",
+            f"of the records differ from those that {storage.redact(path)} was trained on ({stored!r}).",
             "Prepare them with its k-means, or train it on all the same: --accept_data_change true.",
         )
 

@@ -7,16 +7,18 @@ import collections
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
 from most_ray.errors import UserError
-from most_ray.service.control import TERMINATED, Terminated, Watcher, answering_nodes, forget, room, usable_nodes
+from most_ray.service.control import PREEMPTED, Terminated, Watcher, answering_nodes, forget, room, stopped, usable_nodes
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.validation import ValidationJob
 from most_ray.service.worker import WorkerJob, train_worker
@@ -26,8 +28,8 @@ from most_ray.train.session import claim_run
 from most_ray.train.topology import Topology
 
 logger = logging.getLogger(__name__)
+_SETTLE_S, _RETURN_S = 3.0, 20.0  # before fewer workers than asked for are taken, and fewer than the nodes could hold
 _ANSWER_S = 10.0  # for a task that does nothing, a new process for it included
-STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
 
 
 class RunIncompleteError(UserError):
@@ -35,13 +37,6 @@ class RunIncompleteError(UserError):
 
     kind = "training failed"
     exit_code = 1
-
-
-class RunStoppedError(UserError):
-    """The run was asked to stop, and has, behind a checkpoint."""
-
-    kind = "stopped"
-    exit_code = STOPPED
 
 
 @dataclass
@@ -60,43 +55,54 @@ class FailureWindow:
         return len(self.times) <= self.most
 
 
-def run_attempts(prepared: Prepared, validation: ValidationJob | None, console: Console) -> None:
+class _Trainer(TorchTrainer):
+    """Ctrl-C stays with the command: Ray Train's own handler would end the process with exit code 0, short of the goal."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        del controller
+
+
+def run_attempts(prepared: Prepared, validation: ValidationJob | None, console: Console, terminated: Terminated) -> None:
     """Train to the goal.
 
     Raises:
-        RunStoppedError: SIGTERM came; a checkpoint was written. RunIncompleteError: too many failures, or no room.
-        UserError: what a user can mend, as a rank has raised it.
+        RunStoppedError: SIGTERM came; a checkpoint was written where workers were training. RunIncompleteError: too many failures, or
+            no room. UserError: what a user can mend, as a rank has raised it.
     """
     config = prepared.job.config
     failures = FailureWindow(config.max_failures, config.failure_window_s)
     last = checkpoint.step_place(prepared.folder.checkpoints, prepared.job.total_steps)
-    with Terminated().on_sigterm() as terminated:
-        while True:
-            topology = _settle(prepared, bool(failures.times), terminated, console)
-            watcher, error = _attempt(prepared, topology, validation, terminated)
-            if error is None and (watcher.reason is None or last in checkpoint.committed(prepared.folder.checkpoints)):
-                return
-            if error is None and watcher.reason == TERMINATED:
-                raise RunStoppedError(
-                    "SIGTERM", None, "came: a checkpoint was written and the run has stopped.", "The same command goes on."
-                )
-            if error is None:
-                console.print(f"The workers were stopped behind a checkpoint ({watcher.reason}); going on.", highlight=False)
-                continue
-            cause = _cause(error)
-            if isinstance(cause, UserError):
-                raise cause from error
-            if terminated.is_set():
-                raise RunIncompleteError(
-                    "SIGTERM", None, f"came, and the workers failed before a checkpoint was written: {cause}"
-                ) from error
-            if not failures.allows(time.monotonic()):
-                times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
-                raise RunIncompleteError(
-                    "workers", None, f"failed {times}, at last so: {cause}", "The same command tries again."
-                ) from error
+    doubtful = False
+    while True:
+        topology = _settle(prepared, doubtful, terminated, console)
+        watcher, error = _attempt(prepared, topology, validation, terminated)
+        if error is None and (watcher.reason is None or last in checkpoint.committed(prepared.folder.checkpoints)):
+            return
+        cause = _cause(error) if error else ""
+        doubtful = error is not None
+        if isinstance(cause, UserError):
+            raise cause from error
+        if terminated.is_set():
+            behind = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
+            raise stopped(f"came: {behind}, the run has stopped.") from error
+        if error is None:
+            console.print(f"The workers were stopped behind a checkpoint ({watcher.reason}); going on.", highlight=False)
+        elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
+            console.print("A node was taken away before a checkpoint was written; going on from the one before.", highlight=False)
+        elif _found_no_room(error):
+            console.print("Others took the room for the workers; looking again.", highlight=False)
+        elif failures.allows(time.monotonic()):
             left = config.max_failures - len(failures.times)
             console.print(f"The workers were lost ({cause}); going on from the last checkpoint, {left} more allowed.", highlight=False)
+        else:
+            times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
+            rule = f"failed {times}, at last so: {cause}"
+            raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
+
+
+def _found_no_room(error: BaseException) -> bool:
+    """Whether a worker group could not be placed, rather than having failed."""
+    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def _attempt(
@@ -111,7 +117,7 @@ def _attempt(
     def more_room() -> bool:
         return bool(larger) and n_workers + room(usable_nodes(), prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
 
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config=WorkerJob(job, validation),
         scaling_config=ray.train.ScalingConfig(
@@ -128,10 +134,13 @@ def _attempt(
     )
     error: BaseException | None = None
     with Watcher(driver, n_workers, terminated, more_room) as watcher:
+        terminated.patient = True
         try:
             trainer.fit()
         except (TrainingFailedError, ray.exceptions.RayError) as failure:
             error = failure
+        finally:
+            terminated.patient = False
     try:
         forget(driver, n_workers)
     except Exception:
@@ -140,32 +149,35 @@ def _attempt(
 
 
 def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console: Console) -> Topology:
-    """The largest layout that the cluster has room for; waits for room for the smallest. `doubtful`: workers were lost, so a node that
-    is said to be alive may be gone.
+    """The largest layout that the cluster has room for beside its other work; waits for room for the smallest.
+
+    Args:
+        doubtful: workers were lost, so a node that is said to be alive may be gone.
 
     Raises:
         RunIncompleteError: there was none for `room_timeout_s`. RunStoppedError: SIGTERM came meanwhile.
     """
     smallest, largest = prepared.topologies[0], prepared.topologies[-1]
     timeout = prepared.job.config.room_timeout_s
-    began, told, settled = time.monotonic(), 0.0, 0
-    while True:
+    began, told = time.monotonic(), 0.0
+    while not terminated.is_set():
         nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
-        slots = room(nodes, prepared.use_gpu, TASK_CPUS)
-        fitting = [topology for topology in prepared.topologies if topology.world_size <= slots]
-        # A size below the largest is taken when it is seen twice: a node that has just gone or come shows late.
-        settled = settled + 1 if fitting else 0
-        if fitting and (fitting[-1] == largest or settled > 2):
-            return fitting[-1]
+        most, free = (room(nodes, prepared.use_gpu, TASK_CPUS, free_only=free_only) for free_only in (False, True))
+        fitting = [topology for topology in prepared.topologies if topology.world_size <= free]
+        hoped_for = max((t.world_size for t in prepared.topologies if t.world_size <= most), default=largest.world_size)
         waited = time.monotonic() - began
-        what = f"{smallest.world_size} workers of one {'GPU and CPU' if prepared.use_gpu else 'CPU'} each, the cluster has room for {slots}"
+        # What the attempt before held comes back within seconds, and a node that has just come or gone shows late.
+        if fitting and (fitting[-1] == largest or waited > (_SETTLE_S if fitting[-1].world_size == hoped_for else _RETURN_S)):
+            return fitting[-1]
+        what = f"{smallest.world_size} workers of one {'GPU and CPU' if prepared.use_gpu else 'CPU'} each, the cluster has room for {free}"
         if not fitting and waited > timeout:
-            raise RunIncompleteError("num_workers", smallest.world_size, f"found no room for {timeout:g} s: {what}.")
+            rule = f"found no room for {timeout:g} s: {what}."
+            raise RunIncompleteError("num_workers", smallest.world_size, rule, "Free some, use fewer, or raise room_timeout_s.")
         if not fitting and waited - told > 15:
             told = waited
             console.print(f"Waiting for room: {what}.", highlight=False, soft_wrap=True)
-        if terminated.wait(1.0):
-            raise RunStoppedError("SIGTERM", None, "came before training had begun again.", "The same command goes on.")
+        terminated.wait(1.0)
+    raise stopped("came before training had begun again.")
 
 
 def _cause(error: BaseException) -> UserError | str:

@@ -18,6 +18,8 @@ import ray.exceptions
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from most_ray.errors import STOPPED, UserError
+
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 TERMINATED, PREEMPTED, RESIZED = "terminated", "preempted", "resized"
@@ -70,28 +72,44 @@ class StopListener:
         self._ended.set()
 
 
+class RunStoppedError(UserError):
+    """The run was asked to stop, and has; nothing is lost."""
+
+    kind = "stopped"
+    exit_code = STOPPED
+
+
 class Terminated(threading.Event):
-    """Set once the process has been asked to end; the second time it ends at once."""
+    """Set once the process has been asked to end. While workers train they are given the time for a checkpoint (`patient`); else, and
+    the second time, the process ends at once."""
+
+    patient = False
+
+    def install(self) -> None:
+        """Take SIGTERM; once more behind `ray.init`, which sets a handler of its own."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        del number, frame
+        again = self.is_set()
+        self.set()
+        if again or not self.patient:
+            raise stopped("came.")
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[Terminated]:
-        """Take SIGTERM as a wish to stop behind a checkpoint. Entered behind `ray.init`, which sets a handler of its own."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
         before = signal.getsignal(signal.SIGTERM)
-
-        def handle(number: int, frame: object) -> None:
-            del number, frame
-            if self.is_set():
-                raise KeyboardInterrupt
-            self.set()
-
-        signal.signal(signal.SIGTERM, handle)
+        self.install()
         try:
             yield self
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)
+
+
+def stopped(rule: str) -> RunStoppedError:
+    return RunStoppedError("SIGTERM", None, rule, "The same command goes on.")
 
 
 class Watcher:

@@ -109,7 +109,8 @@ class ProgressWatcher:
             for lines in self._lines():
                 stopping = self._stop.is_set()
                 for line in lines[-1:]:
-                    figures = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
+                    loss = "skipped" if line["loss"] is None else f"{line['loss']:.4f}"
+                    figures = f"loss {loss}  {line['tokens_per_second']:,.0f} tokens/s"
                     progress.update(bar, completed=line["step"], figures=figures)
                     share = line["step"] / self._total
                     if not self._console.is_terminal and (share - shown >= 0.05 or line["step"] == self._total):

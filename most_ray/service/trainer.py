@@ -18,6 +18,7 @@ from most_ray.errors import ConfigError
 from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
 from most_ray.service.attempts import RunIncompleteError, run_attempts
 from most_ray.service.cluster import start_ray
+from most_ray.service.control import Terminated
 from most_ray.service.ingest import runner_of
 from most_ray.service.telemetry import ProgressWatcher
 from most_ray.service.validation import ValidationJob
@@ -33,6 +34,11 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     Raises:
         UserError: what the user can mend, a run that was asked to stop, or one that ended short of its goal.
     """
+    with Terminated().on_sigterm() as terminated:
+        return _run(config, console, terminated)
+
+
+def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[str, Any]:
     prepared = prepare_run(config, runner_of)
     job, folder = prepared.job, prepared.folder
     last = checkpoint.step_place(folder.checkpoints, job.total_steps)
@@ -56,10 +62,13 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     validation = _validation_job(prepared)
     if prepared.done_steps < job.total_steps:
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
+        terminated.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
-            run_attempts(prepared, validation, console)
+            run_attempts(prepared, validation, console, terminated)
     if last not in checkpoint.committed(folder.checkpoints):
-        raise RunIncompleteError("step", job.total_steps, "was not reached: no checkpoint of the last step was completed.")
+        raise RunIncompleteError(
+            "step", job.total_steps, "was not reached: no checkpoint of the last step was completed.", "Start it again."
+        )
     trained = time.monotonic() - started
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")

@@ -41,33 +41,40 @@ def score_checkpoint(job: ValidationJob, place: str, run_place: str, step: int) 
 
 
 class Validation:
-    """Evaluations under way. Results lie in evaluations/step-N.json, under the step that they belong to."""
+    """Evaluations, one after the other: each takes CPU from the data tasks. Results lie in evaluations/step-N.json, under the step that
+    they belong to."""
 
     def __init__(self, job: ValidationJob, run_place: str, report: ReportEvaluation) -> None:
         self._job, self._run_place, self._report = job, run_place, report
-        self._running: dict[ray.ObjectRef, int] = {}
+        self._waiting: list[tuple[int, str]] = []
+        self._running: tuple[int, ray.ObjectRef] | None = None
 
     def start(self, step: int, place: str) -> None:
         """Score a checkpoint, which stays as long as it is `pending`."""
-        task = ray.remote(num_cpus=0.25, max_retries=2)(score_checkpoint)
-        self._running[task.remote(self._job, place, self._run_place, step)] = step
+        self._waiting.append((step, place))
+        self._next()
+
+    def _next(self) -> None:
+        if self._running is None and self._waiting:
+            step, place = self._waiting.pop(0)
+            task = ray.remote(num_cpus=0.25, max_retries=2)(score_checkpoint)
+            self._running = (step, task.remote(self._job, place, self._run_place, step))
 
     def pending(self) -> set[int]:
         """Steps whose checkpoints are still to be read."""
-        return set(self._running.values())
+        return {step for step, _ in self._waiting} | ({self._running[0]} if self._running else set())
 
-    def collect(self, wait: bool) -> None:
-        """Report the finished ones; with `wait`, all of them."""
-        if not self._running:
+    def collect(self, wait_s: float) -> None:
+        """Report the one that has finished, or does so within `wait_s` seconds."""
+        if self._running is None or not ray.wait([self._running[1]], timeout=wait_s)[0]:
             return
-        done, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=None if wait else 0)
-        for reference in done:
-            step = self._running.pop(reference)
-            try:
-                scores = ray.get(reference)
-            except (ray.exceptions.RayError, UserError) as error:
-                # Training does not depend on it, and the same command scores the checkpoint again where that is still there.
-                logger.error("evaluation of step %d failed: %s", step, str(error).strip().splitlines()[-1])
-                continue
+        (step, reference), self._running = self._running, None
+        try:
+            scores = ray.get(reference)
+        except (ray.exceptions.RayError, UserError) as error:
+            # Training does not depend on it, and the same command scores the checkpoint again where that is still there.
+            logger.error("evaluation of step %d failed: %s", step, str(error).strip().splitlines()[-1])
+        else:
             logger.info("evaluation of step %d: %s", step, json.dumps(scores["wer"]))
             self._report(step, scores["wer"], scores["loss"])
+        self._next()

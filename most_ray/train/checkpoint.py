@@ -7,6 +7,7 @@ size and xxh3. Places are paths or URIs (`s3://bucket/run/checkpoints/step-00000
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ import xxhash
 from torch import nn
 
 from most_ray import storage
-from most_ray.errors import CheckpointError, DataError
+from most_ray.errors import CheckpointError
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.train.retention import superfluous
@@ -200,7 +201,7 @@ def together(work: Callable[[], Any], group: Any = None) -> list[Any]:
     value, error = None, None
     try:
         value = work()
-    except (OSError, CheckpointError, DataError) as raised:
+    except Exception as raised:  # noqa: BLE001 - it is raised below, on every rank
         error = raised
     answers: list[tuple[Any, Exception | None]] = [(value, error)]
     if dist.is_initialized():
@@ -233,7 +234,9 @@ def require_one(intact: str | None, torn: list[tuple[str, str]]) -> None:
 
 
 def revoke(place: str) -> None:
-    """Take a damaged checkpoint's marker away: it is none any more, and its step may be saved again."""
+    """Take a damaged checkpoint's marker away, to where a person still finds it: it is none any more, and its step may be saved again."""
+    with contextlib.suppress(FileNotFoundError):
+        storage.write_bytes(storage.join(place, f"{COMMIT}.damaged"), storage.read_bytes(storage.join(place, COMMIT)))
     storage.remove(storage.join(place, COMMIT))
 
 

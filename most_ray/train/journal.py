@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from most_ray import storage
+
 
 class Journal:
     """JSON Lines with a "step" in each. Opening it at step k drops every line beyond k, and a last line cut off by a crash, so that
@@ -15,7 +17,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not ordered:  # lines come as things end, not by step; there are few
             kept = [line for line in read_journal(path) if line["step"] <= resume_step]
-            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+            storage.write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
         keep = _length_up_to(path, resume_step)
         self._stream = path.open("ab")
         self._stream.truncate(keep)

@@ -19,7 +19,7 @@ from most_ray.data.ingest import Recipe, Runner, check_rejected, content_of, ing
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
-from most_ray.errors import CheckpointError, ConfigError, RecordError
+from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
 from most_ray.records import TASKS, Task, parse_record, read_raw, record_files
@@ -92,6 +92,7 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
         )
     for store in stores:
         store.verify(VERIFIED_BYTES)
+    _check_best_metric(config, sources.validation)
     start, torn = _starting_point(config, folder, sources.vocabulary.fingerprint())
     spec = make_spec(config, sources.training, _global_batch_size(config, most, start))
     units = one_unit_identity(stores)
@@ -117,6 +118,14 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
     return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, torn, accepted)
 
 
+def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> None:
+    """Raises ConfigError where best_metric will never have a value: then keep_best would keep nothing."""
+    kind, _, name = config.best_metric.partition("/")
+    sets = [f"{store.task}/{store.name}" for store in validation if kind == "loss" or store.task == "asr"]
+    if config.keep_best and not any(not name or known == name or known.endswith(f"/{name}") for known in sets):
+        raise ConfigError("best_metric", config.best_metric, "is measured on no validation set.", nearest(name, [*sets, "wer", "loss"]))
+
+
 def _check_directories(config: RunConfig) -> None:
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
@@ -124,10 +133,12 @@ def _check_directories(config: RunConfig) -> None:
         directories = getattr(config, name)
         for directory in directories:
             if not storage.exists(directory):
-                raise ConfigError(name, directory, "does not exist.", "Check the path; it is taken from where the command runs.")
+                raise ConfigError(
+                    name, storage.redact(directory), "does not exist.", "Check the path; it is taken from where the command runs."
+                )
         real = [d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories]
         if len(set(real)) != len(real):
-            raise ConfigError(name, directories, "names a directory twice.")
+            raise ConfigError(name, tuple(map(storage.redact, directories)), "names a directory twice.")
 
 
 @dataclass(frozen=True)
@@ -266,7 +277,7 @@ def _starting_point(
     if not given:
         return None, torn
     content = checkpoint.read_state(given)
-    damage = checkpoint.damage(given, deep=False)
+    damage = checkpoint.damage(given, deep=True)
     if damage:
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")
     if not config.ignore_optimizer_state:

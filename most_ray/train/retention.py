@@ -33,9 +33,9 @@ def superfluous(
 
 
 def score_of(line: Mapping[str, Mapping[str, float]], metric: str) -> float | None:
-    """A line of evaluations.jsonl as one figure: `wer` or `loss`, the mean over all sets, or of one set as `wer/test_takes`. None where
-    the line has no such figure."""
+    """A line of evaluations.jsonl as one figure: `wer` or `loss`, the mean over all sets, or of one set as `wer/test_takes`, its task
+    before it or not. None where the line has no such figure."""
     kind, _, name = metric.partition("/")
     figures = line.get({"wer": "wer", "loss": "validation_loss"}[kind], {})
-    values = [value for key, value in figures.items() if not name or key == name]
+    values = [value for key, value in figures.items() if not name or key == name or key.endswith(f"/{name}") or name.endswith(f"/{key}")]
     return sum(values) / len(values) if values else None

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 -m most_ray.train.run --config jobs/configs/digits.yaml --ep_size 2
 
 The same run in the same folder as `most-ray train` makes: either goes on where the other has stopped. The last step's weights are
-exported; evaluating them is `most-ray evaluate`. SIGTERM stops it behind a checkpoint, with exit code 75.
+exported; evaluating them is `most-ray evaluate`. SIGTERM stops it behind a checkpoint, with exit code 75. (torchrun itself then exits
+with 1, and kills ranks that have not ended after its `--shutdown-timeout`, 30 s: give it the time that a save takes.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,17 @@ import torch.distributed as dist
 
 from most_ray import config as configuration
 from most_ray import storage
-from most_ray.errors import CheckpointError, UserError
+from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
 from most_ray.train.prepare import Prepared, prepare_run
 from most_ray.train.session import Job, Surroundings, claim_run, run_rank
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train on this rank. 0: the goal was reached; 2: something that the user can mend; 75: stopped as asked, behind a checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="YAML file with any of the keys below; flags overrule it")
     configuration.add_flags(parser)
     args = parser.parse_args(argv)
@@ -76,16 +76,23 @@ def _device(world: int) -> torch.device:
 def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared | None]:
     """Rank 0 prepares the run; all get its job. What rank 0 complains of it alone says: the others leave with its exit code."""
     decision: list[Any] = [None]
-    prepared = None
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if dist.is_initialized() else None
+    prepared, cuda = None, torch.cuda.is_available()
+    if cuda and config.use_gpu is False:
+        raise ConfigError("use_gpu", False, "but this machine has GPUs.", "Hide them: CUDA_VISIBLE_DEVICES=.")
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            prepared = prepare_run(replace(config, use_gpu=torch.cuda.is_available()), workers=world)
+            prepared = prepare_run(replace(config, use_gpu=cuda), workers=world)
+            if prepared.done_steps > prepared.job.total_steps:
+                rule = f"lies behind the run's newest checkpoint (step {prepared.done_steps})."
+                raise ConfigError("max_steps", prepared.job.total_steps, rule, "Raise it or rename the run.")
             decision = [prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))]
             storage.write_bytes(prepared.folder.at("config.yaml"), configuration.to_yaml(config.redacted()).encode())
         except UserError as error:
             decision = [error]
     if dist.is_initialized():
-        dist.broadcast_object_list(decision, src=0)
+        # Rank 0 may take records in for hours before the others hear of it.
+        dist.broadcast_object_list(decision, src=0, group=patient)
     if isinstance(decision[0], UserError):
         raise decision[0] if not dist.is_initialized() or dist.get_rank() == 0 else SystemExit(decision[0].exit_code)
     return decision[0], prepared

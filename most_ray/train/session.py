@@ -22,7 +22,7 @@ from most_ray.config import RunConfig, to_yaml
 from most_ray.data.batch import Batch, TokenLayout, open_plan
 from most_ray.data.feed import StreamSpec, local_batches
 from most_ray.data.plan import Cursor, Plan, PlanSpec, check_cursor
-from most_ray.errors import CheckpointError
+from most_ray.errors import CheckpointError, ConfigError
 from most_ray.model.build import RoutingOverrides, config_json, load_model
 from most_ray.model.tokenizer import load_tokenizer
 from most_ray.template import template_hash
@@ -65,8 +65,8 @@ class Validator(Protocol):
     def pending(self) -> set[int]:
         """Steps whose checkpoints are still to be read."""
 
-    def collect(self, wait: bool) -> None:
-        """Report the finished ones; with `wait`, all of them."""
+    def collect(self, wait_s: float) -> None:
+        """Report those that have finished, or do so within `wait_s` seconds."""
 
 
 ReportEvaluation = Callable[[int, dict[str, float], dict[str, float]], None]
@@ -122,16 +122,18 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
-    _resume(start, state, plan, job.config)
-    reporter = RunReporter(job, plan, folder, state.step, rank, around.trackers)
+    accepted = _resume(start, state, plan, job.config)
+    reporter = RunReporter(job, plan, folder, state.step, rank, around.trackers, accepted)
     saver = Saver(job, plan, folder, rank, attempt, reporter, around.validator)
+    ended = False
     try:
         saver.begin(state)
         reached = train(state, batches, _settings(job, device), reporter, saver.at_step, around.wants_stop)
-        saver.finish(reached)
+        saver.finish(reached, around.wants_stop)
+        ended = True
     finally:
         saver.close()
-        reporter.close()
+        reporter.close(push=ended)
     return reached
 
 
@@ -197,6 +199,11 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
         dist.broadcast_object_list(attempt, src=0)
     if not attempt[0]:
         raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
+    seen = checkpoint.together(folder.marked)
+    if any(mark != seen[0] for mark in seen):
+        blind = [other for other, mark in enumerate(seen) if mark != seen[0]]
+        rule = f"is not shared by all nodes: ranks {blind} do not see there what rank 0 has written."
+        raise ConfigError("output_dir", storage.redact(folder.place), rule, "Mount the same storage on every node, or name a URI.")
     return attempt[0]
 
 
@@ -210,7 +217,7 @@ class _Start:
 
 
 def _starting_point(job: Job, folder: RunFolder) -> _Start:
-    """Rank 0 decides, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
+    """The ranks agree, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
     own, torn = checkpoint.newest_intact_together(folder.checkpoints)
     checkpoint.require_one(own, torn)
@@ -220,26 +227,28 @@ def _starting_point(job: Job, folder: RunFolder) -> _Start:
             checkpoint.revoke(damaged)  # its step will be saved anew
     place = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
-    decision = [_Start(place, fresh, int(checkpoint.read_state(place)["step"]) if place and not fresh else 0)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(decision, src=0)
-    return decision[0]
+    step = checkpoint.together(lambda: int(checkpoint.read_state(place)["step"]) if place and not fresh else 0)[0]
+    return _Start(place, fresh, step)
 
 
-def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> None:
-    """Load what the run goes on from."""
+def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> list[str]:
+    """Load what the run goes on from. Returns what has changed since and was accepted."""
+    accepted: list[str] = []
     if start.place is None:
-        return
+        return accepted
     content = checkpoint.load(start.place, state, with_optimizer=not start.fresh)
     if not start.fresh:
-        check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
+        accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
     assert state.step == start.step, "weights and data go on from the same step"
+    return accepted
 
 
 class RunReporter:
     """Rank 0 writes metrics.jsonl, evaluations.jsonl and the trace, and hands the lines to the trackers."""
 
-    def __init__(self, job: Job, plan: Plan, folder: RunFolder, resume_step: int, rank: int, trackers: Sequence[Any]) -> None:
+    def __init__(
+        self, job: Job, plan: Plan, folder: RunFolder, resume_step: int, rank: int, trackers: Sequence[Any], accepted: Sequence[str]
+    ) -> None:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
         self._tracing = job.config.trace_records is not None
         self._metrics = self._trace = self._evaluations = None
@@ -250,7 +259,8 @@ class RunReporter:
             if job.config.trace_records:
                 self._trace = Journal(Path(job.config.trace_records), resume_step)
             epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
-            logger.info("starting after step %d, epoch %.3f, records %s, exact: yes", resume_step, epoch, consumed)
+            exact = f"no, changed since: {', '.join(accepted)}" if accepted else "yes"
+            logger.info("starting after step %d, epoch %.3f, records %s, exact: %s", resume_step, epoch, consumed, exact)
 
     def trained(self, batch: Batch) -> None:
         if not self._tracing:
@@ -284,12 +294,14 @@ class RunReporter:
         """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
         self._folder.push("metrics.jsonl", "evaluations.jsonl")
 
-    def close(self) -> None:
+    def close(self, push: bool) -> None:
+        """`push`: bring the last lines to the run's place. Not after a failure: the run may be another attempt's by now."""
         for journal in (self._metrics, self._trace, self._evaluations):
             if journal:
                 journal.close()
         if self._rank == 0:
-            self.push()
+            if push:
+                self.push()
             for tracker in self._trackers:
                 tracker.close()
 
@@ -365,7 +377,7 @@ class Saver:
             if self._due(commit.step):
                 self._start_validation(commit.step, commit.place)
         if self._validator:
-            self._validator.collect(wait=False)
+            self._validator.collect(wait_s=0.0)
         if saved:
             self._prune()
 
@@ -379,13 +391,13 @@ class Saver:
         pending = self._validator.pending() if self._validator else set()
         checkpoint.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
-    def finish(self, reached: bool) -> None:
-        """The last checkpoint is on disk, and every evaluation in; who stops short of the goal does not wait for those: the run makes
-        them once more when it goes on."""
+    def finish(self, reached: bool, wants_stop: Callable[[], bool]) -> None:
+        """The last checkpoint is on disk, and every evaluation in; who is to stop does not wait for those: the run makes them once more
+        when it goes on."""
         self._writer.wait()
         self._follow()
-        if self._validator and reached:
-            self._validator.collect(wait=True)
+        while self._validator and reached and self._validator.pending() and not wants_stop():
+            self._validator.collect(wait_s=1.0)
             self._prune()
 
     def close(self) -> None:

@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from most_ray import storage
+
 CHUNK = 8 << 20  # bytes that are written, hashed or copied at a time: large enough for all three to let go of the interpreter
 _NAMES = {
     torch.float64: "F64",
@@ -150,6 +152,7 @@ class Staging:
         self._used = 0
         self._header = b""
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.values: dict[str, int] = {}  # how many of each tensor are in the file
         self._copied: torch.cuda.Event | None = None
 
     @property
@@ -173,12 +176,13 @@ class Staging:
         found.sort(key=lambda entry: -entry[0].dtype.itemsize)  # wide types first: everything stands at a multiple of its width
         entries: dict[str, Any] = {}
         where: dict[str, Any] = {}
-        self._copies, position = [], 0
+        self._copies, position, self.values = [], 0, {}
         for part, number, piece in found:
             key = f"{part.name}#{number}" if number else part.name
             end = position + piece.local.nbytes
             entries[key] = {"dtype": _NAMES[part.dtype], "shape": list(piece.local.shape), "data_offsets": [position, end]}
             where[key] = [part.name, list(part.shape), list(piece.offsets)]
+            self.values[part.name] = self.values.get(part.name, 0) + piece.local.numel()
             self._copies.append((self._buffer[position:end], piece.local))
             position = end
         header = json.dumps({"__metadata__": {"rectangles": json.dumps(where)}, **entries}).encode()
@@ -314,15 +318,31 @@ def read_parts(parts: Sequence[Part], index: dict[str, Stored], fetch: Callable[
     for file, wanted in sorted(reads.items()):
         path = fetch(file)
         try:
-            with safe_open(path, framework="pt") as handle, torch.no_grad():
-                for read in wanted:
-                    # A scalar has no slices.
-                    data = handle.get_slice(read.key)[read.source] if read.source else handle.get_tensor(read.key)
-                    read.target.copy_(data)
-        except (SafetensorError, OSError, RuntimeError, IndexError) as error:  # what a header that lies leads to
-            raise DamagedFileError(f"{file}: {' '.join(str(error).split())[:200]}") from error
+            storage.with_retries(functools.partial(_read_file, path, wanted), str(path))
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{file}: {error}") from error
         finally:
             done(path)
+
+
+def _read_file(path: Path, wanted: Sequence[_Read]) -> None:
+    with torch.no_grad():
+        try:
+            handle = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise DamagedFileError(_line(error)) from error
+        with handle:
+            for read in wanted:
+                try:
+                    # A scalar has no slices.
+                    data = handle.get_slice(read.key)[read.source] if read.source else handle.get_tensor(read.key)
+                except (SafetensorError, RuntimeError, IndexError, ValueError) as error:  # what a header that lies leads to
+                    raise DamagedFileError(_line(error)) from error
+                read.target.copy_(data)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _plan_reads(name: str, rectangle: Rectangle, stored: Stored, reads: dict[str, list[_Read]]) -> None:

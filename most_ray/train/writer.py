@@ -6,10 +6,12 @@ copy, agrees with the other ranks through a process group of its own, and rank 0
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -37,6 +39,7 @@ from most_ray.train.state import TrainState
 logger = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PATIENCE = timedelta(hours=1)  # for the slowest rank to write its file
+_FOR_USERS = ("output_dir", "attempt")  # fields of errors that no further try mends: no room left, another attempt
 
 
 class Saved(NamedTuple):
@@ -111,7 +114,8 @@ class CheckpointWriter:
                     self._hooks[state.optimizer] = state.optimizer.register_step_pre_hook(lambda *_: self._await_copy())
             else:
                 self._staging.copy(torch.get_num_threads())
-            job = _Job(place, state.step, rank, self._group, self._staging, text, whole_bytes, files, may_commit, self._scratch)
+            sizes = {part.name: math.prod(part.shape) for part in parts}
+            job = _Job(place, state.step, rank, self._group, self._staging, text, sizes, whole_bytes, files, may_commit, self._scratch)
             self._thread = threading.Thread(target=self._run, args=(job, time.monotonic()), name="checkpoint", daemon=True)
             if self._background:
                 self._thread.start()
@@ -165,7 +169,8 @@ class CheckpointWriter:
             job.run()
             self._saved.append(Saved(job.step, job.place, time.monotonic() - started))
         except CheckpointError as error:
-            self._error = error
+            # What a user must mend ends the run; after anything else it goes on from the checkpoint before.
+            self._error = error if error.field in _FOR_USERS else RuntimeError(str(error))
         except Exception as error:  # noqa: BLE001 - a thread's errors are raised by the next call; here: another rank was lost
             # Nothing that a user can mend: the run goes on from the checkpoint before.
             self._error = RuntimeError(f"checkpoint {storage.redact(job.place)} was not completed: {error}")
@@ -231,6 +236,7 @@ class _Job:
     group: Any
     staging: Staging
     text: str
+    sizes: dict[str, int]
     whole_bytes: int
     files: Callable[[Path], None]
     may_commit: Callable[[], bool]
@@ -241,7 +247,8 @@ class _Job:
         self._agree(self._begin if self.rank == 0 else lambda: None)
         try:
             written = self._agree(self._write)
-            self._agree((lambda: self._commit(dict(written))) if self.rank == 0 else lambda: None)
+            files = {name: entry for name, entry, _ in written}
+            self._agree((lambda: self._commit(files, [values for _, _, values in written])) if self.rank == 0 else lambda: None)
         except CheckpointError:
             self._clear()
             raise
@@ -266,7 +273,7 @@ class _Job:
     def _explain(self, error: OSError) -> CheckpointError:
         shown = storage.redact(self.place)
         if error.errno not in _FULL:
-            return CheckpointError("output_dir", shown, f"could not be written on rank {self.rank} ({error}).")
+            return CheckpointError("checkpoint", shown, f"could not be written on rank {self.rank} ({error}).")
         where = "" if error.filename is None or not storage.is_remote(self.place) else f" at {error.filename}"
         size = f"{self.whole_bytes / 1e6:,.0f} MB"
         rule = f"has no room left for a checkpoint of {size} ({error.strerror}{where})."
@@ -288,15 +295,15 @@ class _Job:
         if not self.may_commit() or storage.exists(storage.join(self.place, COMMIT)):
             raise CheckpointError("attempt", None, "has been replaced by a newer one of the same run; its checkpoint was not committed.")
 
-    def _write(self) -> tuple[str, tuple[int, str]]:
-        """This rank's file: its name, size and hash."""
+    def _write(self) -> tuple[str, tuple[int, str], dict[str, int]]:
+        """This rank's file: its name, its size and hash, and how many values of each tensor it holds."""
         name = f"rank-{self.rank:05d}.safetensors"
         if not storage.is_remote(self.place):
-            return name, self._write_file(storage.local(self.place) / name)
+            return name, self._write_file(storage.local(self.place) / name), self.staging.values
         with tempfile.TemporaryDirectory(prefix="most_ray-save-", dir=self.scratch) as folder:
             entry = self._write_file(Path(folder) / name)
             storage.publish(Path(folder), self.place, name)
-        return name, entry
+        return name, entry, self.staging.values
 
     def _write_file(self, path: Path) -> tuple[int, str]:
         def write() -> tuple[int, str]:
@@ -310,8 +317,29 @@ class _Job:
                 path.unlink(missing_ok=True)
             raise
 
-    def _commit(self, files: dict[str, tuple[int, str]]) -> None:
+    def _require_whole(self, written: list[dict[str, int]]) -> None:
+        """Raises CheckpointError where the files of all ranks do not hold every value of every tensor just once."""
+        found: collections.Counter[str] = collections.Counter()
+        for values in written:
+            found.update(values)
+        wrong = sorted(name for name, count in self.sizes.items() if found[name] != count)
+        if wrong:
+            rule = f"would hold {found[wrong[0]]} of {self.sizes[wrong[0]]} values of {wrong[0]} ({len(wrong)} tensors are not whole)."
+            raise CheckpointError("checkpoint", storage.redact(self.place), rule)
+
+    def _commit(self, files: dict[str, tuple[int, str]], written: list[dict[str, int]]) -> None:
         """state.json, the caller's files, and the marker."""
+        self._require_whole(written)
+        root = storage.with_retries(lambda: self._write_rest(files), self.place)
+        marker = json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1)
+        self._require_turn()
+        storage.write_bytes(storage.join(self.place, COMMIT), marker.encode())
+        if not storage.is_remote(self.place):
+            for path in (root / COMMIT, root, root.parent):
+                _sync(path)
+
+    def _write_rest(self, files: dict[str, tuple[int, str]]) -> Path:
+        """All but the ranks' files, which `files` lists and to which these are added. Returns the folder that they were made in."""
         remote = storage.is_remote(self.place)
         with tempfile.TemporaryDirectory(prefix="most_ray-save-", dir=self.scratch) if remote else contextlib.nullcontext("") as folder:
             root = Path(folder) if folder else storage.local(self.place)
@@ -319,19 +347,14 @@ class _Job:
             self.files(root)
             for path in sorted(path for path in root.rglob("*") if path.is_file()):
                 name = path.relative_to(root).as_posix()
-                if name in files:
+                if name.startswith("rank-"):
                     continue
                 files[name] = (path.stat().st_size, hash_file(path))
                 if remote:
                     storage.write_bytes(storage.join(self.place, name), path.read_bytes())
                 else:
                     _sync(path)
-        marker = json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1)
-        self._require_turn()
-        storage.write_bytes(storage.join(self.place, COMMIT), marker.encode())
-        if not remote:
-            for path in (root / COMMIT, root, root.parent):
-                _sync(path)
+        return root
 
     def _clear(self) -> None:
         """Rank 0 takes away what was written, unless the folder is another attempt's by now."""

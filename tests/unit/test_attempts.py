@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError
-from most_ray.service.attempts import FailureWindow, RunIncompleteError, RunStoppedError, _cause
+from most_ray.service.attempts import FailureWindow, RunIncompleteError, _cause
+from most_ray.service.control import RunStoppedError, Terminated
 
 
 def test_three_within_the_window_and_no_more() -> None:
@@ -52,3 +55,18 @@ def test_what_a_user_can_mend_comes_through() -> None:
 
 def test_exit_codes_tell_the_ends_apart() -> None:
     assert (ConfigError.exit_code, RunIncompleteError.exit_code, RunStoppedError.exit_code) == (2, 1, 75)
+
+
+def test_sigterm_is_patient_only_while_workers_train() -> None:
+    """Exit code 75 at any moment; once more, or outside of training, it ends at once."""
+    for patient, expected in ((True, [False, True]), (False, [True, True])):
+        with Terminated().on_sigterm() as terminated:
+            terminated.patient = patient
+            raised = []
+            for _ in expected:
+                try:
+                    signal.raise_signal(signal.SIGTERM)
+                    raised.append(False)
+                except RunStoppedError:
+                    raised.append(True)
+            assert raised == expected and terminated.is_set()
