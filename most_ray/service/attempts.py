@@ -194,8 +194,8 @@ def _cause(error: BaseException) -> UserError | str:
     own = _first_to_fail(shown)
     if own is not None:
         logger.error("rank %d failed:\n%s", own, shown[own])
-        return f"rank {own}: {_last_line(shown[own])}"
-    return _last_line(str(error)) or repr(error)
+        return f"rank {own}: {_headline(shown[own])}"
+    return _headline(str(error)) or repr(error)
 
 
 def _first_to_fail(failures: dict[int, str]) -> int | None:
@@ -204,5 +204,7 @@ def _first_to_fail(failures: dict[int, str]) -> int | None:
     return min(failures, key=lambda rank: (any(word in failures[rank] for word in peers), rank), default=None)
 
 
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1].strip() if text.strip() else ""
+def _headline(text: str) -> str:
+    """What a failure says in one line: the last one of a traceback, the first one of Ray's explanations."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return lines[-1 if lines[0].startswith("Traceback") else 0] if lines else ""
