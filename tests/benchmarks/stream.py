@@ -27,8 +27,9 @@ import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from most_ray.data.batch import open_plan, rank_batch
+from most_ray.data.feed import StreamSpec
 from most_ray.service.cluster import local_ray_options
-from most_ray.service.stream import StreamSpec, stream_batches
+from most_ray.service.stream import stream_batches
 from tests.benchmarks import common
 from tests.benchmarks.stores import LAYOUT, fill, spec_of
 

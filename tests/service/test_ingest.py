@@ -10,11 +10,12 @@ import pytest
 
 from most_ray import storage
 from most_ray.data.batch import rank_batch
+from most_ray.data.feed import StreamSpec
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.errors import DataError
 from most_ray.service.ingest import spread
-from most_ray.service.stream import StreamSpec, stream_batches
+from most_ray.service.stream import stream_batches
 from tests.support.builders import asr, char_vocabulary, write_records
 from tests.unit.test_plan import LAYOUT
 

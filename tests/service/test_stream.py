@@ -14,10 +14,11 @@ import pytest
 import ray
 
 from most_ray.data.batch import Batch, rank_batch
+from most_ray.data.feed import StreamSpec, StreamStalledError, watched
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
 from most_ray.service import stream
-from most_ray.service.stream import StreamSpec, StreamStalledError, decode_batch, encode_batch, stream_batches, watched
+from most_ray.service.stream import decode_batch, encode_batch, stream_batches
 from tests.support.builders import make_plan
 from tests.unit.test_plan import LAYOUT
 
