@@ -12,7 +12,7 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 test: .venv/.installed  ## all tests
 	$(BIN)/python -m pytest
 
-chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 40 minutes: what is left stays equal
+chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
 
