@@ -9,8 +9,11 @@ BIN := .venv/bin
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
 
+# Tests that start Ray mostly wait for processes to come up: they run beside the others.
 test: .venv/.installed  ## all tests
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/service tests/end_to_end > .test-ray.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest tests/unit tests/golden tests/distributed; first=$$?; \
+	wait $$ray; second=$$?; cat .test-ray.log; test $$first = 0 -a $$second = 0
 
 chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
 	$(BIN)/python -m pytest tests/chaos

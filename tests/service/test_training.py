@@ -94,7 +94,7 @@ def test_no_token_leaked(reference: dict[str, Any], folder: Path) -> None:
     assert all(line["leaked"] == 0 for line in read_journal(folder / "reference" / "metrics.jsonl"))
 
 
-@pytest.mark.parametrize(("workers", "ep"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("workers", "ep"), [(4, 2)])
 def test_any_number_of_workers_trains_the_same(folder: Path, reference: dict[str, Any], workers: int, ep: int) -> None:
     """The same records in the same steps, losses to 1e-4 in float32."""
     name = f"w{workers}e{ep}"
@@ -251,7 +251,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
 def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """output_dir as a URI: checkpoints, metrics and export lie there; another machine goes on from them."""
     changes = {"output_dir": bucket % "runs", "save_steps": 2, "val_asr_dirs": ["jobs/data/digits/test_takes"], "train_tts_dirs": []}
-    for steps, cache in ((4, "one"), (6, "two"), (6, "three")):
+    for steps, cache in ((4, "one"), (6, "two")):
         monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / cache))
         summary = run(tmp_path, "remote", max_steps=steps, asr_tts_mix_ratio=1.0, warmup_steps=1, **changes)
     place = bucket % "runs/remote"
