@@ -143,7 +143,7 @@ def _attempt(
             terminated.patient = False
     try:
         forget(driver, n_workers)
-    except Exception:
+    except Exception:  # Ray may be gone with the workers: some bytes stay in a store that does not answer
         logger.debug("Ray's key-value store did not answer", exc_info=True)
     return watcher, error
 

@@ -62,7 +62,7 @@ class StopListener:
             try:
                 if internal_kv._internal_kv_get(_key(self._driver, "stop")):
                     self._asked.set()
-            except Exception:
+            except Exception:  # a store that does not answer for a moment is asked again; a lost one ends the worker anyway
                 logger.debug("Ray's key-value store did not answer", exc_info=True)
 
     def __call__(self) -> bool:

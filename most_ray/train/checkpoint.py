@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from most_ray import storage
 from most_ray.errors import CheckpointError
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
+from most_ray.train.ranks import this_rank, world_size
 from most_ray.train.retention import superfluous
 from most_ray.train.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
 from most_ray.train.state import LossScale, TrainState
@@ -178,7 +179,7 @@ def newest_intact(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str |
 
 def newest_intact_together(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
     """As `newest_intact`, on all ranks of the default group: they share the hashing, up to `deep_bytes` each, and agree."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = this_rank(), world_size()
 
     def reason(place: str) -> str | None:
         reasons = together(lambda: damage(place, rank, world, deep=_size(place) <= deep_bytes * world))
@@ -246,7 +247,6 @@ def prune(
     keep_best: int = 0,
     scores: Mapping[int, float] | None = None,
     pending: Collection[int] = (),
-    mode: Literal["min", "max"] = "min",
 ) -> list[int]:
     """Delete what `superfluous` names, marker first, and what dead attempts left of older steps. Returns the deleted steps.
 
@@ -254,11 +254,11 @@ def prune(
     """
     found = _steps(checkpoints)
     done = [step for step, is_committed in found.items() if is_committed]
-    deleted = superfluous(done, keep_last, keep_best, scores, pending, mode)
+    deleted = superfluous(done, keep_last, keep_best, scores, pending)
     leftovers = [step for step, is_committed in found.items() if not is_committed and done and step < max(done)]
     for step in (*deleted, *sorted(leftovers)):
         place = step_place(checkpoints, step)
-        revoke(place)
+        storage.remove(storage.join(place, COMMIT))
         storage.remove(place)
     return deleted
 
@@ -281,7 +281,7 @@ def state_parts(state: TrainState, rank: int | None = None) -> list[Part]:
 
 def random_parts() -> list[Part]:
     """Copies of this rank's random states."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = this_rank()
     states = {f"random.cpu.{rank}": torch.get_rng_state()}
     if torch.cuda.is_available():
         states[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()

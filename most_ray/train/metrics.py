@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from most_ray.model.configuration import MostConfig
 from most_ray.model.placement import rank_load_ratio
 from most_ray.model.routing import expert_groups, load_summary
 from most_ray.records import TASKS
+from most_ray.train.ranks import this_rank
 from most_ray.train.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Meter:
 
     def _alert(self, line: dict[str, Any]) -> None:
         """Warn of experts that are crowded, of each modality once in a while."""
-        if not self._alert_above or (dist.is_initialized() and dist.get_rank() != 0):
+        if not self._alert_above or this_rank() != 0:
             return
         layers = line["layers"]
         for modality, worst in line["expert_max_over_mean"].items():

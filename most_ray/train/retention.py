@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 
 def superfluous(
@@ -13,11 +12,10 @@ def superfluous(
     keep_best: int = 0,
     scores: Mapping[int, float] | None = None,
     pending: Collection[int] = (),
-    mode: Literal["min", "max"] = "min",
 ) -> list[int]:
     """The steps to delete, oldest first, of those whose checkpoints exist.
 
-    Kept are the newest `keep_last` (at least one), of those with a score the best `keep_best` (of equal ones the newer; what is not a
+    Kept are the newest `keep_last` (at least one), of those with a score the `keep_best` lowest (of equal ones the newer; what is not a
     number is no score), and all that are still being evaluated.
 
     Args:
@@ -26,8 +24,7 @@ def superfluous(
     """
     ordered = sorted(steps)
     kept = set(ordered[-max(1, keep_last) :]) | set(pending)
-    sign = 1.0 if mode == "min" else -1.0
-    scored = {step: sign * value for step, value in (scores or {}).items() if step in ordered and not math.isnan(value)}
+    scored = {step: value for step, value in (scores or {}).items() if step in ordered and not math.isnan(value)}
     kept |= set(sorted(scored, key=lambda step: (scored[step], -step))[:keep_best])
     return [step for step in ordered if step not in kept]
 

@@ -30,6 +30,7 @@ from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
 from most_ray.train.prepare import Prepared, prepare_run
+from most_ray.train.ranks import this_rank
 from most_ray.train.session import Job, Surroundings, claim_run, run_rank
 
 
@@ -80,7 +81,7 @@ def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared |
     prepared, cuda = None, torch.cuda.is_available()
     if cuda and config.use_gpu is False:
         raise ConfigError("use_gpu", False, "but this machine has GPUs.", "Hide them: CUDA_VISIBLE_DEVICES=.")
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if this_rank() == 0:
         try:
             prepared = prepare_run(replace(config, use_gpu=cuda), workers=world)
             if prepared.done_steps > prepared.job.total_steps:
@@ -94,7 +95,7 @@ def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared |
         # Rank 0 may take records in for hours before the others hear of it.
         dist.broadcast_object_list(decision, src=0, group=patient)
     if isinstance(decision[0], UserError):
-        raise decision[0] if not dist.is_initialized() or dist.get_rank() == 0 else SystemExit(decision[0].exit_code)
+        raise decision[0] if this_rank() == 0 else SystemExit(decision[0].exit_code)
     return decision[0], prepared
 
 

@@ -3,7 +3,6 @@ train, checkpoint."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -29,8 +28,9 @@ from most_ray.template import template_hash
 from most_ray.train import checkpoint, retention
 from most_ray.train.determinism import set_deterministic, set_seeds
 from most_ray.train.folder import RunFolder, local_copy
-from most_ray.train.journal import Journal, read_journal
 from most_ray.train.loop import LoopSettings, train
+from most_ray.train.ranks import this_rank, world_size
+from most_ray.train.reporter import RunReporter
 from most_ray.train.state import TrainState, make_state
 from most_ray.train.step import Precision
 from most_ray.train.topology import Topology
@@ -110,7 +110,7 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     Raises:
         UserError: what a user can mend.
     """
-    rank, world = _rank(), _world()
+    rank, world = this_rank(), world_size()
     torch.set_num_threads(job.threads)
     (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, rank)
     folder = RunFolder(job.run_place)
@@ -123,7 +123,7 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
     accepted = _resume(start, state, plan, job.config)
-    reporter = RunReporter(job, plan, folder, state.step, rank, around.trackers, accepted)
+    reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, around.trackers, accepted)
     saver = Saver(job, plan, folder, rank, attempt, reporter, around.validator)
     ended = False
     try:
@@ -135,14 +135,6 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
         saver.close()
         reporter.close(push=ended)
     return reached
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _settings(job: Job, device: torch.device) -> LoopSettings:
@@ -221,7 +213,7 @@ def _starting_point(job: Job, folder: RunFolder) -> _Start:
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
     own, torn = checkpoint.newest_intact_together(folder.checkpoints)
     checkpoint.require_one(own, torn)
-    if _rank() == 0:
+    if this_rank() == 0:
         for damaged, reason in torn:
             logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
             checkpoint.revoke(damaged)  # its step will be saved anew
@@ -241,69 +233,6 @@ def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> 
         accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
     assert state.step == start.step, "weights and data go on from the same step"
     return accepted
-
-
-class RunReporter:
-    """Rank 0 writes metrics.jsonl, evaluations.jsonl and the trace, and hands the lines to the trackers."""
-
-    def __init__(
-        self, job: Job, plan: Plan, folder: RunFolder, resume_step: int, rank: int, trackers: Sequence[Any], accepted: Sequence[str]
-    ) -> None:
-        self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
-        self._tracing = job.config.trace_records is not None
-        self._metrics = self._trace = self._evaluations = None
-        if rank == 0:
-            folder.pull("metrics.jsonl", "evaluations.jsonl")
-            self._metrics = Journal(folder.local / "metrics.jsonl", resume_step)
-            self._evaluations = Journal(folder.local / "evaluations.jsonl", resume_step, ordered=False)
-            if job.config.trace_records:
-                self._trace = Journal(Path(job.config.trace_records), resume_step)
-            epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
-            exact = f"no, changed since: {', '.join(accepted)}" if accepted else "yes"
-            logger.info("starting after step %d, epoch %.3f, records %s, exact: %s", resume_step, epoch, consumed, exact)
-
-    def trained(self, batch: Batch) -> None:
-        if not self._tracing:
-            return
-        ids = [batch.record_ids]
-        if _world() > 1:
-            ids = [[] for _ in range(_world())] if self._rank == 0 else []
-            dist.gather_object(batch.record_ids, ids if self._rank == 0 else None, dst=0)
-        if self._trace:
-            self._trace.write({"step": batch.step, "records": sorted(itertools.chain.from_iterable(ids))})
-
-    def log(self, line: dict[str, Any]) -> None:
-        if self._metrics:
-            line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
-            self._metrics.write(line)
-            for tracker in self._trackers:
-                tracker.log(line)
-
-    def evaluation(self, step: int, wer: dict[str, float], losses: dict[str, float]) -> None:
-        line = {"step": step, "wer": wer, "validation_loss": losses}
-        if self._evaluations:
-            self._evaluations.write(line)
-            for tracker in self._trackers:
-                tracker.log(line)
-
-    def evaluated(self) -> dict[int, dict[str, Any]]:
-        """Lines of evaluations.jsonl by step."""
-        return {line["step"]: line for line in read_journal(self._folder.local / "evaluations.jsonl")}
-
-    def push(self) -> None:
-        """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
-        self._folder.push("metrics.jsonl", "evaluations.jsonl")
-
-    def close(self, push: bool) -> None:
-        """`push`: bring the last lines to the run's place. Not after a failure: the run may be another attempt's by now."""
-        for journal in (self._metrics, self._trace, self._evaluations):
-            if journal:
-                journal.close()
-        if self._rank == 0:
-            if push:
-                self.push()
-            for tracker in self._trackers:
-                tracker.close()
 
 
 class Saver:

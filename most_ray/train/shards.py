@@ -24,7 +24,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
@@ -33,6 +32,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from most_ray import storage
+from most_ray.train.ranks import this_rank
 
 CHUNK = 8 << 20  # bytes that are written, hashed or copied at a time: large enough for all three to let go of the interpreter
 _NAMES = {
@@ -85,7 +85,7 @@ def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None,
         rank: the calling rank, by default that of the default group.
     """
     if rank is None:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = this_rank()
     shape = tuple(tensor.shape)
     if tensor.numel() == 0 or not isinstance(tensor, DTensor):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

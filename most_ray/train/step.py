@@ -26,6 +26,7 @@ from most_ray.errors import UserError
 from most_ray.model.routing import update_balance_bias
 from most_ray.records import TASKS
 from most_ray.template import IGNORE
+from most_ray.train.ranks import this_rank, world_size
 from most_ray.train.state import BALANCE_LOAD, TrainState
 
 logger = logging.getLogger(__name__)
@@ -63,10 +64,6 @@ class Precision:
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=self.dtype) if self.dtype else contextlib.nullcontext()
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def run_step(
@@ -199,7 +196,7 @@ def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: flo
     at_end = state.skipped_in_row >= limit
     what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
     records = "" if state.loss_scale.enabled and not at_end else f" Its records: {_shown(_all_record_ids(batch))}."
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if this_rank() == 0:
         logger.warning("step %d skipped: %s = %s.%s", batch.step, what, value, records)
     if at_end:
         raise TrainingDivergedError(

@@ -33,6 +33,7 @@ import most_ray
 from most_ray import storage
 from most_ray.errors import CheckpointError
 from most_ray.train.checkpoint import COMMIT, FORMAT, STATE, committed, damage, hash_file, random_parts, state_parts, together
+from most_ray.train.ranks import this_rank, world_size
 from most_ray.train.shards import Part, Staging
 from most_ray.train.state import TrainState
 
@@ -103,7 +104,7 @@ class CheckpointWriter:
         """
         with self._stalling():
             self._join()
-            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            rank, world = this_rank(), world_size()
             parts = state_parts(state)
             whole_bytes = sum(part.whole_bytes for part in parts)
             text = json.dumps({**_content(state, parts, world), **content}, indent=1)
@@ -312,7 +313,7 @@ class _Job:
 
         try:
             return storage.with_retries(write, str(path))
-        except BaseException:
+        except BaseException:  # whatever ends the attempt, also an interrupt: half a file must not stay; raised again
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             raise

@@ -22,7 +22,6 @@ SCORES = {10: 0.3, 20: 0.1, 30: 0.2, 40: 0.1}
         ({"keep_last": 1, "keep_best": 1, "scores": SCORES}, [10, 20, 30]),  # of equal ones the newer
         ({"keep_last": 1, "keep_best": 2, "scores": SCORES}, [10, 30]),
         ({"keep_last": 2, "keep_best": 2, "scores": SCORES}, [10, 30]),  # a step may be among both
-        ({"keep_last": 1, "keep_best": 1, "scores": SCORES, "mode": "max"}, [20, 30, 40]),
         ({"keep_last": 1, "keep_best": 1, "scores": {10: math.nan, 20: 0.5, 99: 0.0}}, [10, 30, 40]),  # no figure, no checkpoint
         ({"keep_last": 1, "pending": {20, 70}}, [10, 30, 40]),
     ],
