@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 
 from most_ray import config as configuration
-from most_ray.errors import ConfigError, UserError, nearest
+from most_ray import storage
+from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,15 +89,11 @@ def build_parser() -> Parser:
     plan.add_argument("--trace", type=Path, required=True, help="file for the lines that --trace_records would write")
     configuration.add_flags(plan)
 
-    evaluate = add(commands, "evaluate", _evaluate, "word error rates and losses of a model")
-    evaluate.add_argument("--model", required=True, help="model folder or hub name")
-    evaluate.add_argument("--asr_dirs", nargs="+", default=[], help="directories of ASR records, paths or URIs")
-    evaluate.add_argument("--tts_dirs", nargs="+", default=[], help="directories of TTS records, paths or URIs")
-    evaluate.add_argument("--output", type=Path, required=True, help="JSON file for figures, references and hypotheses")
-    evaluate.add_argument("--batch_size", type=int, default=64, help="records decoded at once (default: 64)")
-    evaluate.add_argument("--max_new_tokens", type=int, default=256, help="length cap of an output (default: 256)")
-    evaluate.add_argument("--max_rejected_fraction", type=float, default=0.01, help="largest share of bad records (default: 0.01)")
-    evaluate.add_argument("--store_dir", help="where token stores are kept (default: beside the output)")
+    _evaluate_flags(add(commands, "evaluate", _evaluate, "word error rates and losses of a model"))
+
+    report = add(commands, "report", _report, "a page to look at: one run, or several side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, paths or URIs")
+    report.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html; for several runs report.html)")
 
     export = add(commands, "export", _export, "a checkpoint to Hugging Face layout")
     export.add_argument("--checkpoint", required=True, help="a step-... folder of a run's checkpoints/")
@@ -180,7 +177,7 @@ With a store_dir on an object store each node keeps what it reads in MOST_RAY_CA
 def _prepare_store(args: argparse.Namespace) -> int:
     config = _config(args)
     from most_ray.service.ingest import runner_of
-    from most_ray.service.report import print_stores
+    from most_ray.service.screens import print_stores
     from most_ray.train.prepare import make_stores
 
     started = time.monotonic()
@@ -211,11 +208,11 @@ def _config(args: argparse.Namespace) -> configuration.RunConfig:
 
 def _train(args: argparse.Namespace) -> int:
     config = _config(args)
-    from most_ray.service.report import print_summary
+    from most_ray.service.screens import last_screen
     from most_ray.service.trainer import run_training
 
     console = Console()
-    print_summary(run_training(config, console), console)
+    last_screen(run_training(config, console), console)
     return 0
 
 
@@ -239,28 +236,105 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    if not args.asr_dirs and not args.tts_dirs:
-        raise ConfigError("asr_dirs", None, "or tts_dirs is needed: name at least one directory of records.")
-    for name in ("batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(name, getattr(args, name), "must be at least 1.")
-    from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, require_model, write_result
+def _evaluate_flags(parser: Parser) -> None:
+    default = configuration.EvaluationOptions()
+    parser.add_argument("--model", help="model folder, checkpoint or hub name")
+    for task, what in (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only")):
+        parser.add_argument(f"--{task}_dirs", nargs="+", default=[], help=f"directories of {what} records, paths or URIs")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSON file for the figures; OUTPUT.hypotheses.jsonl is written beside it"
+    )
+    parser.add_argument("--rescore", metavar="FILE", help="score a hypotheses.jsonl again, without a model")
+    normalisers = ("none", "basic", "whisper-english")
+    parser.add_argument(
+        "--normaliser", choices=normalisers, help=f"of both sides (default: {default.normaliser}; of --rescore: the file's)"
+    )
+    for flag, name, what in (
+        ("batch_size", "eval_batch_size", "records decoded at once"),
+        ("num_beams", "num_beams", "beams of the search (1: greedy)"),
+        ("max_new_tokens", "max_new_tokens", "length cap of a text"),
+        ("max_new_units", "max_new_units", "length cap of speech"),
+    ):
+        value = getattr(default, name)
+        parser.add_argument(f"--{flag}", type=int, default=value, help=f"{what} (default: {value})")
+    parser.add_argument("--length_penalty", type=float, default=1.0, help="with beams: score over length to this power (default: 1)")
+    parser.add_argument(
+        "--num_workers", type=int, default=1, help="processes that share the records out, through Ray (default: 1, without)"
+    )
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each of several workers (default: 0)")
+    parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else one on this machine)")
+    parser.add_argument("--max_rejected_fraction", type=float, default=0.01, help="largest share of bad records (default: 0.01)")
+    parser.add_argument("--store_dir", help="where token stores are kept (default: beside the output)")
 
-    require_model(args.model)
+
+def _evaluate(args: argparse.Namespace) -> int:
     if args.output.is_dir():
         raise ConfigError("output", str(args.output), "is a folder.", "Name a file.")
+    if args.rescore:
+        return _rescore(args)
+    if not args.model:
+        raise ConfigError("model", None, "is needed: a model folder, a checkpoint or a hub name.")
+    if not (args.asr_dirs or args.tts_dirs or args.text_dirs):
+        raise ConfigError("asr_dirs", None, "or tts_dirs or text_dirs is needed: name at least one directory of records.")
+    for name in ("batch_size", "max_new_tokens", "max_new_units", "num_beams", "num_workers"):
+        if getattr(args, name) < 1:
+            raise ConfigError(name, getattr(args, name), "must be at least 1.")
+    if args.model.startswith((".", "/")) and not Path(args.model).exists():
+        raise CheckpointError("model", args.model, "does not exist.")
+    from most_ray.evaluation.evaluate import Directories
+    from most_ray.evaluation.share import EvaluationSettings
+    from most_ray.service.cluster import start_ray
+    from most_ray.service.evaluation import EvaluationJob
+    from most_ray.service.validation import evaluate_place
+
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = EvaluationSettings(args.batch_size, args.max_new_tokens, max_rejected_fraction=args.max_rejected_fraction)
-    store_dir = args.store_dir or str(args.output.parent.absolute() / "store")
-    result = evaluate_model(args.model, args.asr_dirs, args.tts_dirs, settings, store_dir)
-    write_result(result, args.output)
-    for name, section in result["sets"].items():
-        wer = f"WER {section['errors']['wer']:.2%}  " if "errors" in section else ""
-        print(f"{name}: {wer}loss {section['loss']:.4f}  perplexity {section['perplexity']:.3f}  records {section['records']}")
-        if section["rejected"]:
-            print(f"{name}: {section['rejected']} records were set aside, see {section['rejected_file']}")
-    print(f"selections across the modality border: {result['routing']['leaked']}\n{args.output}")
+    settings = EvaluationSettings(
+        args.batch_size,
+        args.max_new_tokens,
+        args.max_new_units,
+        args.num_beams,
+        args.length_penalty,
+        args.normaliser or configuration.EvaluationOptions.normaliser,
+        args.max_rejected_fraction,
+    )
+    # Tasks have another working directory.
+    directories = Directories(*(tuple(map(storage.absolute, dirs)) for dirs in (args.asr_dirs, args.tts_dirs, args.text_dirs)))
+    store_dir = storage.absolute(args.store_dir or args.output.absolute().parent / "store")
+    model = storage.absolute(args.model) if storage.exists(args.model) else args.model
+    if args.num_workers > 1:
+        start_ray(configuration.config_from({"ray_address": args.ray_address}), 1, args.num_workers, args.gpus > 0)
+    evaluation = evaluate_place(EvaluationJob(directories, settings, store_dir, args.num_workers, args.gpus), model)
+    evaluation.write(args.output)
+    _show_evaluation(evaluation.result, args.output)
+    return 0
+
+
+def _rescore(args: argparse.Namespace) -> int:
+    if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:
+        raise ConfigError("rescore", args.rescore, "needs neither a model nor directories: the file holds what was decoded.")
+    from most_ray.evaluation.hypotheses import rescore, write_figures
+
+    result = rescore(args.rescore, args.normaliser)
+    write_figures(args.output, result)
+    _show_evaluation(result, args.output)
+    return 0
+
+
+def _show_evaluation(result: dict[str, Any], output: Path) -> None:
+    from most_ray.evaluation.hypotheses import evaluation_lines
+
+    print("\n".join([*evaluation_lines(result), str(output)]))
+
+
+def _report(args: argparse.Namespace) -> int:
+    from most_ray.report import write_report
+
+    own = storage.is_remote(args.runs[0]) or len(args.runs) > 1
+    output = args.output or (Path("report.html") if own else Path(args.runs[0]) / "report.html")
+    if output.is_dir():
+        raise ConfigError("output", str(output), "is a folder.", "Name a file.")
+    write_report(args.runs, output)
+    print(output)
     return 0
 
 

@@ -43,7 +43,8 @@ class DataOptions:
     train_tts_dirs: tuple[str, ...] = option((), "directories of TTS records")
     train_text_dirs: tuple[str, ...] = option((), "directories of text-only records")
     val_asr_dirs: tuple[str, ...] = option((), "directories of ASR records for word error rates; a set is called by its folder")
-    val_tts_dirs: tuple[str, ...] = option((), "directories of TTS records for validation loss")
+    val_tts_dirs: tuple[str, ...] = option((), "directories of TTS records: loss, and speech that is decoded and recognised again")
+    val_text_dirs: tuple[str, ...] = option((), "directories of text-only records for validation loss")
     asr_tts_mix_ratio: float = option(0.5, "share of ASR among the ASR and TTS records trained on (0.5 = equal)")
     text_mix_ratio: float = option(0.0, "share of text-only records among all records trained on")
     train_asr_weights: tuple[float, ...] | None = option(None, "weight of each ASR directory among them (default: by size)")
@@ -137,8 +138,15 @@ class EvaluationOptions:
     """How it is judged."""
 
     eval_steps: int | None = option(None, "steps between evaluations of a checkpoint (default: only at the end)")
+    eval_inline: bool = option(False, "evaluate in between steps, on the training workers, rather than beside training")
+    eval_workers: int = option(1, "tasks that share out an evaluation beside training")
+    eval_gpus: float = option(0.0, "GPUs of each of them")
     eval_batch_size: int = option(64, "records decoded at once")
-    max_new_tokens: int = option(256, "length cap of a decoded output")
+    num_beams: int = option(1, "beams of the search for an output (1: greedy)")
+    length_penalty: float = option(1.0, "with beams: a hypothesis' score is its log probability over its length to this power")
+    max_new_tokens: int = option(256, "length cap of a decoded text, beside the one from the number of units")
+    max_new_units: int = option(1500, "length cap of decoded speech in units, beside the one from the text's length")
+    normaliser: Literal["none", "basic", "whisper-english"] = option("basic", "what both sides go through before words are compared")
 
 
 @dataclass(frozen=True)
@@ -147,8 +155,12 @@ class TrackingOptions:
 
     logging_steps: int = option(1, "steps between lines of metrics.jsonl")
     load_alert: float = option(4.0, "warn when an expert has so many times the mean load of its modality's experts in a line (0: never)")
+    tensorboard: bool = option(False, "TensorBoard files as well, in RUN/tensorboard")
     wandb_project: str | None = option(None, "Weights & Biases project (default: not used)")
-    wandb_mode: Literal["online", "offline", "disabled"] = option("online", "how Weights & Biases is used")
+    wandb_mode: Literal["online", "offline", "disabled"] | None = option(
+        None, "how Weights & Biases is used (default: online where there is a key, else offline)"
+    )
+    wandb_tags: tuple[str, ...] = option((), "tags of the run in Weights & Biases")
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ _FIELDS = {f.name: f for f in dataclasses.fields(RunConfig)}
 
 def _choices(hint: Any) -> tuple[Any, bool]:
     """A field's type without its None, and whether None is allowed."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # the latter where a Literal is part of it
         inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return inner[0], True
     return hint, False
@@ -251,7 +263,8 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
 def _check(config: RunConfig) -> None:
     at_least_one = (
         "train_batch_size gradient_accumulation_steps max_seq_length save_steps keep_last logging_steps eval_batch_size "
-        "max_new_tokens ep_size dp_replicate_size global_batch_size max_steps eval_steps threads_per_worker max_skipped_steps"
+        "max_new_tokens max_new_units num_beams eval_workers "
+        "ep_size dp_replicate_size global_batch_size max_steps eval_steps threads_per_worker max_skipped_steps"
     )
     for name in at_least_one.split():
         value = getattr(config, name)
@@ -265,13 +278,13 @@ def _check(config: RunConfig) -> None:
             raise ConfigError(name, getattr(config, name), "must be above 0.")
     if config.num_workers is not None and not (len(config.num_workers) in (1, 2) and 1 <= config.num_workers[0] <= config.num_workers[-1]):
         raise ConfigError("num_workers", config.num_workers, "is neither a number from 1 on nor two of them, the fewest and the most.")
-    if config.keep_best and (config.eval_steps is None or not (config.val_asr_dirs or config.val_tts_dirs)):
+    if config.keep_best and (config.eval_steps is None or not (config.val_asr_dirs or config.val_tts_dirs or config.val_text_dirs)):
         raise ConfigError("keep_best", config.keep_best, "needs eval_steps and a validation set to tell what is best.")
     if config.best_metric.split("/", 1)[0] not in ("wer", "loss"):
         raise ConfigError("best_metric", config.best_metric, "is neither wer nor loss, alone or with the name of a set behind a slash.")
     not_negative = (
         "weight_decay max_grad_norm warmup_steps max_failures seed data_timeout_s keep_best failure_window_s room_timeout_s "
-        "check_replicas_steps balance_bias_rate"
+        "check_replicas_steps balance_bias_rate eval_gpus length_penalty"
     )
     for name in not_negative.split():
         if getattr(config, name) < 0:

@@ -121,6 +121,14 @@ def template_texts(record: Record) -> list[str]:
     return [*texts, record.output] if isinstance(record.output, str) else texts
 
 
+def split_prompt(text: str) -> tuple[str, str]:
+    """(instruction, input) of a prompt that holds only text, or of the part before the speech: what `template_texts` has spelled. An
+    instruction is taken to be one line."""
+    body = text.removeprefix("User: ").removesuffix(_PIECES["after_input"])
+    instruction, _, rest = body.partition("\n")
+    return instruction, rest
+
+
 def units_of(token_ids: Sequence[int], ids: TokenIds) -> list[int]:
     """The speech units among token ids."""
     return [token - ids.unit_base for token in token_ids if 0 <= token - ids.unit_base < N_UNITS]

@@ -1,85 +1,181 @@
-"""Greedy decoding in batches with the KV cache, and the routing counted while it runs."""
+"""Decoding in batches with the KV cache, greedy or by beams, on one rank or on many that share a model; the routing counted meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from most_ray.data.batch import PADDING
+from most_ray.evaluation.beam import Beams
 from most_ray.model.modeling import MostForCausalLM, MostMoe
 from most_ray.model.routing import RouterStats
 
 
-class RoutingCount:
-    """Selections by layer, modality and expert (L, 2, E) since `count_routing` began."""
+@dataclass(frozen=True)
+class Search:
+    """num_beams 1: greedy. batch_size: records at once. length_penalty: see `beam.Beams`."""
 
-    def __init__(self, load: torch.Tensor) -> None:
-        self.load = load
+    batch_size: int = 64
+    num_beams: int = 1
+    length_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Tokens, and the stop token that followed them; None: the length cap was reached."""
+
+    tokens: list[int]
+    stop: int | None
+
+
+class Forward:
+    """A model's forward passes. `together`: the ranks of the process group share the model (FSDP, expert parallel), so that a pass is a
+    collective: who has nothing left to do joins the others' passes with an empty one (`drain`), and uneven work cannot hang."""
+
+    def __init__(self, model: MostForCausalLM, together: bool = False) -> None:
+        self.model, self._together = model, together
+        self.device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(model) else torch.device("cpu")
+        self.pad = int(model.config.pad_token_id or 0)
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self._together:
+            self._anyone(1)
+        return self.model(**inputs)
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Join the others' passes until every rank has come to this point."""
+        while self._together and self._anyone(0):
+            nothing = torch.full((1, 2), self.pad, device=self.device)
+            self.model(input_ids=nothing, modality=torch.full_like(nothing, PADDING), use_cache=False, logits_to_keep=1)
+
+    def _anyone(self, working: int) -> bool:
+        flag = torch.tensor([working], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def _on_gpu(model: MostForCausalLM) -> bool:
+    return next(model.parameters()).device.type == "cuda"
 
 
 @contextlib.contextmanager
-def count_routing(model: MostForCausalLM) -> Iterator[RoutingCount]:
-    """Count every selection that the model's routers make inside the block."""
+def count_routing(model: MostForCausalLM) -> Iterator[torch.Tensor]:
+    """Every selection that this rank's routers make inside the block, by layer, modality and expert: (L, 2, E) int64, filled meanwhile."""
     layers = [module for module in model.modules() if isinstance(module, MostMoe)]
-    count = RoutingCount(torch.zeros(len(layers), 2, model.config.n_routed_experts, dtype=torch.long))
+    load = torch.zeros(len(layers), 2, model.config.n_routed_experts, dtype=torch.long)
     handles = []
     for index, layer in enumerate(layers):
 
         def hook(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, RouterStats], index: int = index) -> None:
-            count.load[index] += output[1].load.cpu()
+            load[index] += output[1].load.cpu()
 
         handles.append(layer.register_forward_hook(hook))
     try:
-        yield count
+        yield load
     finally:
         for handle in handles:
             handle.remove()
 
 
-@torch.inference_mode()
-def greedy(
-    model: MostForCausalLM, prompts: Sequence[np.ndarray], stop: Sequence[int], max_new_tokens: Sequence[int], batch_size: int
-) -> list[list[int]]:
-    """The most probable continuation of each prompt, without its stop token; prompts of like length share a batch.
+@torch.no_grad()
+def decode(forward: Forward, prompts: Sequence[np.ndarray], stop: Sequence[int], caps: Sequence[int], search: Search) -> list[Decoded]:
+    """The continuation of each prompt, of at most so many tokens (`caps`); prompts of like length share a batch.
 
-    A row that has ended is padding from then on, so it is neither routed nor counted. The result does not depend on batch_size.
+    A row that has ended is padding from then on, so it is neither routed nor counted. The result does not depend on the batch size.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    results: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    stops = torch.tensor(sorted(set(stop)), device=device)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        tokens, mask = _left_padded([prompts[index] for index in chosen], int(model.config.pad_token_id or 0), device)
-        limits = torch.tensor([max_new_tokens[index] for index in chosen], device=device)
-        alive = torch.ones(len(chosen), dtype=torch.bool, device=device)
-        cache = None
-        step_ids, positions = tokens, (mask.cumsum(1) - 1).clamp(min=0)
-        for produced in range(1, int(limits.max()) + 1):
-            output = model(
-                input_ids=step_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-                modality=_modality(model, step_ids, mask, alive),
-            )
-            cache = output.past_key_values
-            best = output.logits[:, -1].float().argmax(-1)
-            alive = alive & ~torch.isin(best, stops)
-            for row in alive.nonzero().flatten().tolist():
-                results[chosen[row]].append(int(best[row]))
-            alive = alive & (limits > produced)
-            if not bool(alive.any()):
-                break
-            step_ids, positions = best.unsqueeze(1), positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
+    results: list[Decoded] = [Decoded([], None)] * len(prompts)
+    order = sorted((index for index in range(len(prompts)) if caps[index] > 0), key=lambda index: (len(prompts[index]), index))
+    stops = sorted(set(stop))
+    for start in range(0, len(order), search.batch_size):
+        chosen = order[start : start + search.batch_size]
+        batch = [prompts[index] for index in chosen]
+        limits = [caps[index] for index in chosen]
+        found = _greedy(forward, batch, stops, limits) if search.num_beams == 1 else _beams(forward, batch, stops, limits, search)
+        for index, result in zip(chosen, found, strict=True):
+            results[index] = result
     return results
+
+
+class _Context:
+    """What a batch's passes have in common: the cache, the mask (R, S) and each row's next position."""
+
+    def __init__(self, forward: Forward, prompts: Sequence[np.ndarray]) -> None:
+        self._forward = forward
+        self._next, self._mask = _left_padded(prompts, forward.pad, forward.device)
+        self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
+        self._cache: Any = None
+
+    def logits(self, alive: torch.Tensor) -> torch.Tensor:
+        """Of the token that follows, (R, V) float32; rows that are not alive (R,) are padding."""
+        output = self._forward(
+            input_ids=self._next,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            modality=_modality(self._forward.model, self._next, self._mask, alive),
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1].float()
+
+    def append(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Go on with one token (R,) a row; `rows` (R,): the row that each goes on from, where that is another."""
+        if rows is not None:
+            self._cache.reorder_cache(rows)
+            self._mask, self._positions = self._mask[rows], self._positions[rows]
+        self._next, self._positions = tokens.unsqueeze(1), self._positions[:, -1:] + 1
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+
+
+def _greedy(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int]) -> list[Decoded]:
+    """The most probable token each time."""
+    device = forward.device
+    tokens: list[list[int]] = [[] for _ in prompts]
+    ends: list[int | None] = [None] * len(prompts)
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    limits, stop_tokens = torch.tensor(caps, device=device), torch.tensor(stops, device=device)
+    context = _Context(forward, prompts)
+    for produced in range(1, max(caps) + 1):
+        best = context.logits(alive).argmax(-1)
+        stopped = alive & torch.isin(best, stop_tokens)
+        for row in stopped.nonzero().flatten().tolist():
+            ends[row] = int(best[row])
+        alive = alive & ~stopped
+        for row, token in zip(alive.nonzero().flatten().tolist(), best[alive].tolist(), strict=True):
+            tokens[row].append(token)
+        alive = alive & (limits > produced)
+        if not bool(alive.any()):
+            break
+        context.append(best)
+    return [Decoded(row, end) for row, end in zip(tokens, ends, strict=True)]
+
+
+def _beams(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int], search: Search) -> list[Decoded]:
+    """The best of the hypotheses that a search with `num_beams` beams ends with."""
+    beams = [Beams(search.num_beams, stops, cap, search.length_penalty) for cap in caps]
+    device, width = forward.device, search.num_beams
+    context = _Context(forward, prompts)
+    logits = context.logits(torch.ones(len(prompts), dtype=torch.bool, device=device))
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(width)  # the row of each beam: so far one a record
+    while True:
+        n_candidates = min(beams[0].n_candidates, logits.shape[-1])
+        values, tokens = (best[rows].view(len(beams), width, -1).tolist() for best in logits.log_softmax(-1).topk(n_candidates))
+        grown = [beam.advance(*candidates) for beam, *candidates in zip(beams, values, tokens, strict=True)]
+        alive = torch.tensor([not beam.done for beam in beams], device=device)
+        if not bool(alive.any()):
+            return [Decoded(*beam.best()) for beam in beams]
+        parents = torch.tensor([index * width + parent for index, (row, _) in enumerate(grown) for parent in row], device=device)
+        context.append(torch.tensor([token for _, row in grown for token in row], device=device), rows[parents])
+        rows = torch.arange(len(beams) * width, device=device)
+        logits = context.logits(alive.repeat_interleave(width))
 
 
 def _modality(model: MostForCausalLM, ids: torch.Tensor, mask: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:

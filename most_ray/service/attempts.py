@@ -19,8 +19,9 @@ from rich.console import Console
 
 from most_ray.errors import UserError
 from most_ray.service.control import PREEMPTED, Terminated, Watcher, answering_nodes, forget, room, stopped, usable_nodes
+from most_ray.service.evaluation import EvaluationJob
 from most_ray.service.stream import TASK_CPUS
-from most_ray.service.validation import ValidationJob
+from most_ray.service.telemetry import wandb_key
 from most_ray.service.worker import WorkerJob, train_worker
 from most_ray.train import checkpoint
 from most_ray.train.prepare import Prepared
@@ -62,7 +63,7 @@ class _Trainer(TorchTrainer):
         del controller
 
 
-def run_attempts(prepared: Prepared, validation: ValidationJob | None, console: Console, terminated: Terminated) -> None:
+def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: Terminated) -> None:
     """Train to the goal.
 
     Raises:
@@ -106,7 +107,7 @@ def _found_no_room(error: BaseException) -> bool:
 
 
 def _attempt(
-    prepared: Prepared, topology: Topology, validation: ValidationJob | None, terminated: Terminated
+    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: Terminated
 ) -> tuple[Watcher, BaseException | None]:
     """One worker group, until it ends: what it was asked meanwhile, and how it failed."""
     n_workers = topology.world_size
@@ -119,7 +120,7 @@ def _attempt(
 
     trainer = _Trainer(
         train_worker,
-        train_loop_config=WorkerJob(job, validation),
+        train_loop_config=WorkerJob(job, validation, wandb_key=wandb_key(job.config)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
             use_gpu=prepared.use_gpu,

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from most_ray import storage
 from most_ray.config import RunConfig, to_yaml
 from most_ray.errors import ConfigError
-from most_ray.evaluation.evaluate import EvaluationSettings, evaluate_model, write_result
+from most_ray.evaluation.evaluate import Directories
+from most_ray.evaluation.share import EvaluationSettings
+from most_ray.records import TASKS
+from most_ray.report import write_report
+from most_ray.report.environment import environment
 from most_ray.service.attempts import RunIncompleteError, run_attempts
 from most_ray.service.cluster import start_ray
 from most_ray.service.control import Terminated
+from most_ray.service.evaluation import EvaluationJob
 from most_ray.service.ingest import runner_of
-from most_ray.service.telemetry import ProgressWatcher
-from most_ray.service.validation import ValidationJob
+from most_ray.service.progress import ProgressWatcher
+from most_ray.service.screens import first_screen
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
+from most_ray.train.folder import RunFolder
 from most_ray.train.journal import read_journal
 from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -57,10 +64,13 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
             "Raise it or rename the run.",
         )
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
-    describe(prepared, console)
+    storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
+    first_screen(prepared, console, validation=_evaluation_plan(prepared))
     started = time.monotonic()
-    validation = _validation_job(prepared)
-    if prepared.done_steps < job.total_steps:
+    folder.pull("metrics.jsonl")
+    evaluated = {line["step"] for line in read_journal(folder.local / "metrics.jsonl", "evaluation")}
+    if prepared.done_steps < job.total_steps or (job.has_validation and job.total_steps not in evaluated):
+        validation = evaluation_job(config, job.threads * job.topology.world_size) if job.has_validation else None
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
         terminated.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
@@ -72,10 +82,7 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
     trained = time.monotonic() - started
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")
-    summary = finish_run(prepared, validation, trained, last)
-    write_result(summary, folder.local / "summary.json")
-    folder.push("evaluation.json", "summary.json")
-    return summary
+    return finish_run(prepared, trained, last)
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
@@ -87,44 +94,39 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
     return loaded if isinstance(loaded, dict) else None
 
 
-def _validation_job(prepared: Prepared) -> ValidationJob | None:
-    config = prepared.job.config
+def evaluation_job(config: RunConfig, training_threads: int = 0) -> EvaluationJob:
+    """How a run's validation sets are scored."""
+    settings = EvaluationSettings(
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.max_new_tokens,
+        max_new_units=config.max_new_units,
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty,
+        normaliser=config.normaliser,
+        max_rejected_fraction=config.max_rejected_fraction,
+    )
+    directories = Directories(*(tuple(map(storage.absolute, getattr(config, f"val_{task}_dirs"))) for task in TASKS))
+    return EvaluationJob(directories, settings, store_dir_of(config), config.eval_workers, config.eval_gpus, training_threads)
+
+
+def _evaluation_plan(prepared: Prepared) -> str | None:
+    """What the first screen says of evaluations."""
+    config, cores = prepared.job.config, os.cpu_count() or 1
     if not prepared.job.has_validation:
         return None
-    settings = EvaluationSettings(config.eval_batch_size, config.max_new_tokens, config.max_rejected_fraction)
-    asr, tts = (tuple(map(storage.absolute, dirs)) for dirs in (config.val_asr_dirs, config.val_tts_dirs))
-    return ValidationJob(asr, tts, settings, store_dir_of(config))
+    when = f"every {config.eval_steps} steps and at the end" if config.eval_steps else "at the end"
+    if config.eval_inline:
+        return f"{when}, in between steps on the training workers"
+    where = f"on {config.eval_gpus:g} GPUs" if config.eval_gpus else "on CPUs" if prepared.use_gpu else f"sharing the {cores} CPUs"
+    tasks = f" in {config.eval_workers} tasks" if config.eval_workers > 1 else ""
+    return f"{when}, beside training{tasks}, {where}"
 
 
-def describe(prepared: Prepared, console: Console) -> None:
-    job, place = prepared.job, storage.redact(prepared.folder.place)
-    records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in prepared.plan.stores)
-    console.print(
-        f"Run {place}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}", highlight=False, soft_wrap=True
-    )
-    if prepared.n_rejected:
-        console.print(f"{prepared.n_rejected} records were set aside: {place}/rejected.jsonl", highlight=False, soft_wrap=True)
-    cursor = prepared.plan.cursor(prepared.done_steps)
-    consumed = prepared.plan.consumed(prepared.done_steps)
-    verb = "Resuming" if prepared.done_steps else "Starting"
-    console.print(
-        f"{verb} after step {prepared.done_steps}, epoch {cursor.epoch:.3f}, records trained on {consumed}, "
-        + (f"exact: no, changed since: {', '.join(prepared.accepted)}" if prepared.accepted else "exact: yes"),
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _spread(items: Sequence[Any], count: int) -> Sequence[Any]:
-    """About `count` of the items, evenly spaced."""
-    return items[:: max(1, len(items) // count)][:count]
-
-
-def finish_run(prepared: Prepared, validation: ValidationJob | None, seconds: float, last: str) -> dict[str, Any]:
-    """Evaluate the export on every validation set; the summary."""
+def finish_run(prepared: Prepared, seconds: float, last: str) -> dict[str, Any]:
+    """The summary, with the last step's evaluation as evaluation.json and hypotheses.jsonl."""
     job, folder = prepared.job, prepared.folder
     folder.pull("metrics.jsonl")
-    lines = read_journal(folder.local / "metrics.jsonl")
+    lines = read_journal(folder.local / "metrics.jsonl", "train")
     summary: dict[str, Any] = {
         "name": job.config.name,
         "step": job.total_steps,
@@ -136,23 +138,24 @@ def finish_run(prepared: Prepared, validation: ValidationJob | None, seconds: fl
         "tokens_per_second": round(sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]) if lines else None,
         "checkpoint": storage.redact(last),
         "export": storage.redact(folder.at("export")),
+        "report": storage.redact(folder.at("report.html")),
     }
-    if validation:
-        torch.set_num_threads(os.cpu_count() or 1)
-        result = evaluate_model(
-            str(folder.local / "export"),
-            validation.asr_dirs,
-            validation.tts_dirs,
-            validation.settings,
-            validation.store_dir,
-        )
-        write_result(result, folder.local / "evaluation.json")
-        summary["wer"] = result["wer"]
-        summary["routing"] = result["routing"]
-        summary["sets"] = {
-            name: {key: value for key, value in section.items() if key != "hypotheses"} for name, section in result["sets"].items()
-        }
-        summary["samples"] = [
-            {"set": name, **sample} for name, section in result["sets"].items() for sample in _spread(section.get("hypotheses", []), 5)
-        ]
+    if job.has_validation:
+        name = f"evaluations/step-{job.total_steps:09d}"
+        folder.pull(f"{name}.json", f"{name}.hypotheses.jsonl")
+        for source, target in ((f"{name}.json", "evaluation.json"), (f"{name}.hypotheses.jsonl", "hypotheses.jsonl")):
+            storage.write_bytes(folder.local / target, (folder.local / source).read_bytes())
+        result = json.loads((folder.local / "evaluation.json").read_bytes())
+        summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
+    storage.write_bytes(folder.local / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
+    _write_report(folder)
     return summary
+
+
+def _write_report(folder: RunFolder) -> None:
+    try:
+        write_report([folder.place], folder.local / "report.html")
+        folder.push("report.html")
+    except Exception as error:  # noqa: BLE001 - the run is complete and on disk: a picture of it may fail, and can be made again
+        logger.warning("report.html could not be made (%s); `most-ray report` tries again", error)

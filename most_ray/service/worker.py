@@ -6,7 +6,6 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray.train
 
@@ -14,19 +13,21 @@ from most_ray.data.batch import Batch
 from most_ray.data.feed import StreamSpec
 from most_ray.errors import UserError
 from most_ray.service.control import StopListener, note_node
+from most_ray.service.evaluation import EvaluationJob, InlineEvaluation
 from most_ray.service.stream import stream_batches
-from most_ray.service.telemetry import Wandb
-from most_ray.service.validation import Validation, ValidationJob
+from most_ray.service.telemetry import Secret, trackers_of
+from most_ray.service.validation import Validation
 from most_ray.train.session import Job, Surroundings, run_rank
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker is given: the engine's job, and how it is evaluated."""
+    """What a worker is given: the engine's job, how it is evaluated, and the key of W&B as the driver has found it."""
 
     job: Job
-    validation: ValidationJob | None
+    validation: EvaluationJob | None
     stream: Callable[[StreamSpec, int, int], Iterator[Batch]] = field(default=stream_batches)
+    wandb_key: Secret | None = field(default=None, repr=False)
 
 
 def train_worker(work: WorkerJob) -> None:
@@ -37,15 +38,13 @@ def train_worker(work: WorkerJob) -> None:
     os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
     note_node(job.driver, rank)
     listener = StopListener(job.driver) if rank == 0 else None
-    trackers: list[Any] = []
-    if rank == 0 and job.config.wandb_project:
-        trackers.append(Wandb(job.config, job.run_place))
-    validation = work.validation
+    validation, inline = work.validation, job.config.eval_inline
     around = Surroundings(
         batches=work.stream,
         wants_stop=listener or (lambda: False),
-        validator=(lambda report: Validation(validation, job.run_place, report)) if validation else None,
-        trackers=trackers,
+        validator=(lambda report: Validation(validation, job.run_place, job.total_steps, report)) if validation and not inline else None,
+        evaluate_here=InlineEvaluation(validation, job.run_place, job.model_path) if validation and inline else None,
+        trackers=trackers_of(job.config, job.run_place, work.wandb_key) if rank == 0 else (),
     )
     try:
         run_rank(job, ray.train.torch.get_device(), around)

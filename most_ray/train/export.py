@@ -6,14 +6,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
+from transformers import PreTrainedTokenizerFast, initialization
 
 from most_ray import storage
 from most_ray.errors import ConfigError
-from most_ray.model.build import read_config, save_model
+from most_ray.model.build import load_model, read_config, save_model
+from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.tokenizer import load_tokenizer
 from most_ray.train import checkpoint
+from most_ray.train.folder import local_copy
 
 
 def export_checkpoint(place: str | Path, output: Path) -> None:
@@ -25,13 +27,7 @@ def export_checkpoint(place: str | Path, output: Path) -> None:
     place = str(place)
     checkpoint.read_state(place)
     _check_output(place, output)
-    with tempfile.TemporaryDirectory(prefix="most_ray-export-") as scratch:
-        folder = _model_files(place, Path(scratch))
-        config, tokenizer = read_config(folder), load_tokenizer(folder)
-    with torch.device("meta"):
-        model = MostForCausalLM(config)
-    model.to_empty(device="cpu")
-    checkpoint.read_model(place, model)
+    model, tokenizer = _checkpoint_model(place)
     output = output.absolute()
     temporary, old = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
     for leftover in (temporary, old):
@@ -41,6 +37,41 @@ def export_checkpoint(place: str | Path, output: Path) -> None:
         output.rename(old)
     temporary.rename(output)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def open_model(place: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
+    """The model and tokenizer of a model folder, a hub name, or a complete checkpoint, in float32 in this process's memory.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    if _is_checkpoint(place):
+        return _checkpoint_model(place)
+    folder = local_copy(place)
+    return load_model(folder), load_tokenizer(folder)
+
+
+def open_description(place: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
+    """The configuration and tokenizer of what `open_model` opens, without its weights."""
+    if not _is_checkpoint(place):
+        folder = local_copy(place)
+        return read_config(folder), load_tokenizer(folder)
+    checkpoint.read_state(place)
+    with tempfile.TemporaryDirectory(prefix="most_ray-export-") as scratch:
+        folder = _model_files(place, Path(scratch))
+        return read_config(folder), load_tokenizer(folder)
+
+
+def _is_checkpoint(place: str) -> bool:
+    return storage.exists(storage.join(place, checkpoint.COMMIT))
+
+
+def _checkpoint_model(place: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
+    config, tokenizer = open_description(place)
+    with initialization.no_init_weights():  # but buffers that no file holds are made
+        model = MostForCausalLM(config)
+    checkpoint.read_model(place, model)
+    return model, tokenizer
 
 
 def _model_files(place: str, scratch: Path) -> str:

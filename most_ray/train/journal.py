@@ -6,19 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from most_ray import storage
+LATE = b'"kind": "evaluation"'  # lines that come when an evaluation ends: behind lines of steps after their own
 
 
 class Journal:
-    """JSON Lines with a "step" in each. Opening it at step k drops every line beyond k, and a last line cut off by a crash, so that
-    after any number of restarts each step stands there once."""
+    """JSON Lines with a "step" in each, ascending but for those of evaluations. Opening it at step k drops every line beyond k, and a last
+    line cut off by a crash, so that after any number of restarts each step stands there once.
 
-    def __init__(self, path: Path, resume_step: int, ordered: bool = True) -> None:
+    evaluations: the evaluations' lines that stayed.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not ordered:  # lines come as things end, not by step; there are few
-            kept = [line for line in read_journal(path) if line["step"] <= resume_step]
-            storage.write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
-        keep = _length_up_to(path, resume_step)
+        keep, self.evaluations, moved = _up_to(path, resume_step)
+        if moved:  # evaluations of steps that stay, among lines that go: in one move, so that a kill now loses none
+            temporary = path.with_name(f".{path.name}.tmp")
+            with path.open("rb") as source, temporary.open("wb") as target:
+                _copy(source, target, keep)
+                target.writelines(moved)
+            temporary.replace(path)
+            keep += sum(map(len, moved))
         self._stream = path.open("ab")
         self._stream.truncate(keep)
 
@@ -30,25 +37,39 @@ class Journal:
         self._stream.close()
 
 
-def _length_up_to(path: Path, step: int) -> int:
-    """Bytes of the leading lines whose step is at most `step`."""
-    length = 0
-    if path.exists():
-        with path.open("rb") as stream:
-            for line in stream:
-                try:
-                    within = line.endswith(b"\n") and json.loads(line)["step"] <= step
-                except (ValueError, KeyError, TypeError):
-                    within = False
-                if not within:
-                    break
-                length += len(line)
-    return length
+def _up_to(path: Path, step: int) -> tuple[int, list[dict[str, Any]], list[bytes]]:
+    """Bytes of the leading lines whose step is at most `step`; the evaluations' lines that stay; those of them behind the leading lines."""
+    length, evaluations, moved, leading = 0, [], [], True
+    if not path.exists():
+        return 0, [], []
+    with path.open("rb") as stream:
+        for raw in stream:
+            if not leading and LATE not in raw:
+                continue
+            try:
+                line = json.loads(raw)
+                within = raw.endswith(b"\n") and line["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                within = False
+            leading = leading and within
+            length += len(raw) if leading else 0
+            if within and line.get("kind") == "evaluation":
+                evaluations.append(line)
+            if within and not leading:
+                moved.append(raw)
+    return length, evaluations, moved
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+def _copy(source: Any, target: Any, size: int) -> None:
+    while size > 0:
+        block = source.read(min(size, 1 << 20))
+        target.write(block)
+        size -= len(block)
+
+
+def read_journal(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """All whole lines; of one kind: `kind`."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines if line.strip()]
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+    return [line for line in lines if kind in (None, line.get("kind"))]

@@ -11,7 +11,7 @@ import torch
 
 from most_ray.data.batch import Batch
 from most_ray.model.placement import experts_of_ranks
-from most_ray.train.metrics import Meter
+from most_ray.train.metrics import EXPERTS_STEPS, Meter
 from most_ray.train.replicas import check_replicas
 from most_ray.train.state import TrainState
 from most_ray.train.step import Precision, run_step
@@ -43,6 +43,12 @@ class LoopSettings:
     load_alert: float = 0.0
 
 
+def make_meter(state: TrainState, settings: LoopSettings) -> Meter:
+    """What collects a run's metrics on this rank."""
+    ranks = experts_of_ranks(state.model)
+    return Meter(state.model_config, ranks, settings.load_alert, settings.device, settings.precision.dtype)
+
+
 def train(
     state: TrainState,
     batches: Iterable[Batch],
@@ -50,14 +56,16 @@ def train(
     reporter: Reporter,
     at_step: Callable[[TrainState, bool], float],
     wants_stop: Callable[[], bool] = lambda: False,
+    meter: Meter | None = None,
 ) -> bool:
     """Train until `settings.total_steps`, or until any rank wants to stop. Returns whether the goal was reached.
 
     `at_step` runs after every optimizer step (checkpoints, evaluations), is told whether it is the run's last one for now, and returns
-    the seconds for which it held up the training.
+    the seconds for which it held up the training. `meter`: one that `make_meter` made, where a line goes on that a restart cut in two.
     """
-    meter = Meter(state.model_config, experts_of_ranks(state.model), settings.load_alert)
+    meter = meter or make_meter(state, settings)
     iterator = iter(batches)
+    meter.begin()
     while state.step < settings.total_steps:
         waiting = time.perf_counter()
         batch = next(iterator)
@@ -77,10 +85,13 @@ def train(
         if settings.check_replicas_steps and state.step % settings.check_replicas_steps == 0:
             check_replicas(state)  # before a checkpoint is made of them
         reporter.trained(batch)
-        meter.add(result, batch.n_tokens, batch.n_packs * batch.input_ids.shape[-1], waited)
-        if state.step % settings.logging_steps == 0 or state.step == settings.total_steps:
+        meter.add(result, batch.n_tokens, batch.n_packs * batch.input_ids.shape[-1], waited, batch.n_records)
+        last = state.step == settings.total_steps
+        if state.step % settings.logging_steps == 0 or last:
             reporter.log(meter.line())
-        meter.stalled(at_step(state, result.stop or state.step == settings.total_steps))
+        if state.step % EXPERTS_STEPS == 0 or last:
+            reporter.log(meter.experts_line())
+        meter.stalled(at_step(state, result.stop or last))
         if result.stop:
             break
     return state.step >= settings.total_steps

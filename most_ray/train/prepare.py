@@ -129,7 +129,7 @@ def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> N
 def _check_directories(config: RunConfig) -> None:
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
-    for name in ("train_asr_dirs", "train_tts_dirs", "train_text_dirs", "val_asr_dirs", "val_tts_dirs"):
+    for name in ("train_asr_dirs", "train_tts_dirs", "train_text_dirs", "val_asr_dirs", "val_tts_dirs", "val_text_dirs"):
         directories = getattr(config, name)
         for directory in directories:
             if not storage.exists(directory):
@@ -175,7 +175,7 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here) -
 
     training = stores_of("train", TASKS, config.max_seq_length)
     # As `most-ray evaluate` does it: a record that the model can read is scored, however long the rows of training are.
-    validation = stores_of("val", ("asr", "tts"), model_config.max_position_embeddings)
+    validation = stores_of("val", TASKS, model_config.max_position_embeddings)
     n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / "rejected.jsonl")
     folder.push("rejected.jsonl")
     return Sources(model_path, vocabulary, training, validation, n_rejected)

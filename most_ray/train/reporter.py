@@ -1,26 +1,47 @@
-"""What a run writes down while it lives: metrics, evaluations, the trace; by rank 0."""
+"""What a run writes down while it lives: metrics.jsonl and the trace; by rank 0."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.train.folder import RunFolder
-from most_ray.train.journal import Journal, read_journal
+from most_ray.train.journal import Journal
 from most_ray.train.ranks import world_size
 
 logger = logging.getLogger(__name__)
 
 
+class Tracker(Protocol):
+    """Where else the numbers go, on rank 0."""
+
+    def begin(self, step: int, metrics: Path) -> None:
+        """metrics.jsonl has been cut back to `step`; all its lines stand for what has happened."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A line, of any kind, as it is written to metrics.jsonl."""
+
+    def checkpoint(self, step: int, place: str) -> None:
+        """A checkpoint was committed."""
+
+    def close(self) -> None:
+        """There will be no more."""
+
+
 class RunReporter:
-    """Rank 0 writes metrics.jsonl, evaluations.jsonl and the trace, and hands the lines to the trackers."""
+    """Rank 0 writes metrics.jsonl and the trace, and hands the lines to the trackers.
+
+    Args:
+        about: what a line of kind `start` says of this attempt (see METRICS.md).
+    """
 
     def __init__(
         self,
@@ -29,21 +50,27 @@ class RunReporter:
         folder: RunFolder,
         resume_step: int,
         rank: int,
-        trackers: Sequence[Any],
-        accepted: Sequence[str],
+        trackers: Sequence[Tracker],
+        about: dict[str, Any],
     ) -> None:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
         self._tracing = trace_records is not None
-        self._metrics = self._trace = self._evaluations = None
+        self._metrics = self._trace = None
+        self.evaluations: dict[int, dict[str, Any]] = {}
         if rank == 0:
-            folder.pull("metrics.jsonl", "evaluations.jsonl")
-            self._metrics = Journal(folder.local / "metrics.jsonl", resume_step)
-            self._evaluations = Journal(folder.local / "evaluations.jsonl", resume_step, ordered=False)
+            folder.pull("metrics.jsonl")
+            path = folder.local / "metrics.jsonl"
+            self._metrics = Journal(path, resume_step)
+            self.evaluations = {line["step"]: line for line in self._metrics.evaluations}
             if trace_records:
                 self._trace = Journal(Path(trace_records), resume_step)
             epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
-            exact = f"no, changed since: {', '.join(accepted)}" if accepted else "yes"
+            exact = "yes" if about["exact"] else f"no, changed since: {', '.join(about['changed'])}"
             logger.info("starting after step %d, epoch %.3f, records %s, exact: %s", resume_step, epoch, consumed, exact)
+            for tracker in trackers:
+                tracker.begin(resume_step, path)
+            mix = {name: figures["target"] for name, figures in plan.mix(resume_step).items()}
+            self._write({"kind": "start", "step": resume_step, **about, "wanted_mix": mix})
 
     def trained(self, batch: Batch) -> None:
         if not self._tracing:
@@ -56,30 +83,35 @@ class RunReporter:
             self._trace.write({"step": batch.step, "records": sorted(itertools.chain.from_iterable(ids))})
 
     def log(self, line: dict[str, Any]) -> None:
-        if self._metrics:
+        """A line that the meter has made."""
+        if line["kind"] == "train" and self._metrics:
             line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
+        self._write(line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """A line of kind `evaluation`; it is on storage when this returns, for its checkpoint may go now."""
+        self._write(line)
+        self.evaluations[line["step"]] = line
+        self.push()
+
+    def checkpoint(self, step: int, place: str) -> None:
+        for tracker in self._trackers:
+            tracker.checkpoint(step, place)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._metrics:
+            line = {"kind": line["kind"], "step": line["step"], "time": round(time.time(), 3), **line}
             self._metrics.write(line)
             for tracker in self._trackers:
                 tracker.log(line)
 
-    def evaluation(self, step: int, wer: dict[str, float], losses: dict[str, float]) -> None:
-        line = {"step": step, "wer": wer, "validation_loss": losses}
-        if self._evaluations:
-            self._evaluations.write(line)
-            for tracker in self._trackers:
-                tracker.log(line)
-
-    def evaluated(self) -> dict[int, dict[str, Any]]:
-        """Lines of evaluations.jsonl by step."""
-        return {line["step"]: line for line in read_journal(self._folder.local / "evaluations.jsonl")}
-
     def push(self) -> None:
         """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
-        self._folder.push("metrics.jsonl", "evaluations.jsonl")
+        self._folder.push("metrics.jsonl")
 
     def close(self, push: bool) -> None:
         """`push`: bring the last lines to the run's place. Not after a failure: the run may be another attempt's by now."""
-        for journal in (self._metrics, self._trace, self._evaluations):
+        for journal in (self._metrics, self._trace):
             if journal:
                 journal.close()
         if self._rank == 0:

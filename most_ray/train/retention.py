@@ -29,10 +29,11 @@ def superfluous(
     return [step for step in ordered if step not in kept]
 
 
-def score_of(line: Mapping[str, Mapping[str, float]], metric: str) -> float | None:
-    """A line of evaluations.jsonl as one figure: `wer` or `loss`, the mean over all sets, or of one set as `wer/test_takes`, its task
+def score_of(line: Mapping[str, Mapping[str, float | None]], metric: str) -> float | None:
+    """A line of kind `evaluation` as one figure: `wer` or `loss`, the mean over all sets, or of one set as `wer/test_takes`, its task
     before it or not. None where the line has no such figure."""
     kind, _, name = metric.partition("/")
     figures = line.get({"wer": "wer", "loss": "validation_loss"}[kind], {})
     values = [value for key, value in figures.items() if not name or key == name or key.endswith(f"/{name}") or name.endswith(f"/{key}")]
-    return sum(values) / len(values) if values else None
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

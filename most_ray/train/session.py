@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,9 +29,10 @@ from most_ray.template import template_hash
 from most_ray.train import checkpoint, retention
 from most_ray.train.determinism import set_deterministic, set_seeds
 from most_ray.train.folder import RunFolder, local_copy
-from most_ray.train.loop import LoopSettings, train
+from most_ray.train.loop import LoopSettings, make_meter, train
+from most_ray.train.metrics import Meter
 from most_ray.train.ranks import this_rank, world_size
-from most_ray.train.reporter import RunReporter
+from most_ray.train.reporter import RunReporter, Tracker
 from most_ray.train.state import TrainState, make_state
 from most_ray.train.step import Precision
 from most_ray.train.topology import Topology
@@ -57,7 +59,7 @@ class Job:
 
 
 class Validator(Protocol):
-    """Evaluations under way, on rank 0."""
+    """Evaluations under way beside training, on rank 0."""
 
     def start(self, step: int, place: str) -> None:
         """Score a committed checkpoint, while training goes on."""
@@ -66,10 +68,14 @@ class Validator(Protocol):
         """Steps whose checkpoints are still to be read."""
 
     def collect(self, wait_s: float) -> None:
-        """Report those that have finished, or do so within `wait_s` seconds."""
+        """Report those that have finished, or do so within `wait_s` seconds.
+
+        Raises:
+            Exception: the run's last one could not be made.
+        """
 
 
-ReportEvaluation = Callable[[int, dict[str, float], dict[str, float]], None]
+ReportEvaluation = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,15 @@ class Surroundings:
     """What the one who starts the ranks provides.
 
     batches: the stream of a rank's batches; wants_stop: whether this rank has been asked to stop behind the step that it is at;
-    validator: made on rank 0, given where results go; trackers: on rank 0, get each line of metrics.
+    validator: made on rank 0, given where results go. evaluate_here: collective, scores the model at a step as the ranks hold it; a line
+    for metrics.jsonl on rank 0, None elsewhere. trackers: on rank 0, get each line of metrics.
     """
 
     batches: Callable[[StreamSpec, int, int], Iterator[Batch]] = local_batches
     wants_stop: Callable[[], bool] = lambda: False
     validator: Callable[[ReportEvaluation], Validator] | None = None
-    trackers: Sequence[Any] = field(default=())
+    evaluate_here: Callable[[torch.nn.Module, int], dict[str, Any] | None] | None = None
+    trackers: Sequence[Tracker] = field(default=())
 
 
 def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:
@@ -122,19 +130,45 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
-    accepted = _resume(start, state, plan, job.config)
-    reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, around.trackers, accepted)
-    saver = Saver(job, plan, folder, rank, attempt, reporter, around.validator)
+    settings = _settings(job, device)
+    meter = make_meter(state, settings)
+    accepted = _resume(start, state, plan, job.config, meter)
+    about = _about(job, state, device, accepted)
+    reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, around.trackers, about)
+    saver = Saver(job, plan, folder, rank, attempt, reporter, around, meter)
     ended = False
     try:
         saver.begin(state)
-        reached = train(state, batches, _settings(job, device), reporter, saver.at_step, around.wants_stop)
+        reached = train(state, batches, settings, reporter, saver.at_step, around.wants_stop, meter)
         saver.finish(reached, around.wants_stop)
         ended = True
     finally:
         saver.close()
         reporter.close(push=ended)
     return reached
+
+
+def _about(job: Job, state: TrainState, device: torch.device, accepted: list[str]) -> dict[str, Any]:
+    """What a line of kind `start` says of an attempt."""
+    config = state.model_config
+    every = list(range(config.n_routed_experts))
+    aware = config.use_modality_aware_routing
+    return {
+        "workers": job.topology.world_size,
+        "topology": {"dp_replicate": job.topology.dp_replicate, "fsdp": job.topology.fsdp, "ep": job.topology.ep},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": job.threads,
+        "exact": not accepted,
+        "changed": accepted,
+        "global_batch_size": job.plan.global_batch_size,
+        "total_steps": job.total_steps,
+        "first_expert_layer": config.first_k_dense_replace,
+        "n_experts": config.n_routed_experts,
+        "experts": {
+            "text": list(config.text_expert_indices or ()) if aware else every,
+            "audio": list(config.audio_expert_indices or ()) if aware else every,
+        },
+    }
 
 
 def _settings(job: Job, device: torch.device) -> LoopSettings:
@@ -223,7 +257,7 @@ def _starting_point(job: Job, folder: RunFolder) -> _Start:
     return _Start(place, fresh, step)
 
 
-def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> list[str]:
+def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig, meter: Meter) -> list[str]:
     """Load what the run goes on from. Returns what has changed since and was accepted."""
     accepted: list[str] = []
     if start.place is None:
@@ -231,6 +265,8 @@ def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig) -> 
     content = checkpoint.load(start.place, state, with_optimizer=not start.fresh)
     if not start.fresh:
         accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
+        if "meter" in content:
+            meter.restore(content["meter"])
     assert state.step == start.step, "weights and data go on from the same step"
     return accepted
 
@@ -246,34 +282,51 @@ class Saver:
         rank: int,
         attempt: str,
         reporter: RunReporter,
-        validator: Callable[[ReportEvaluation], Validator] | None,
+        around: Surroundings,
+        meter: Meter,
     ) -> None:
         self._job, self._plan, self._folder, self._rank, self._attempt, self._reporter = job, plan, folder, rank, attempt, reporter
+        self._meter = meter
         self._writer = CheckpointWriter(background=job.config.async_save, overlap=True)
         self._told = 0.0  # of the writer's stall: part of it comes before the optimizer step behind a save
-        self._validator = validator(reporter.evaluation) if validator and rank == 0 and job.has_validation else None
+        self._evaluate_here = around.evaluate_here if job.has_validation else None
+        beside = around.validator if rank == 0 and job.has_validation else None
+        self._validator = beside(reporter.evaluation) if beside else None
 
     def begin(self, state: TrainState) -> None:
         """Room for the first checkpoint; evaluations that an interruption cut off, once more."""
         self._writer.prepare(state)
-        evaluated = self._reporter.evaluated() if self._rank == 0 else {}
-        for place in checkpoint.committed(self._folder.checkpoints) if self._validator else []:
-            step = checkpoint.step_of(place)
-            if self._due(step) and step <= state.step and step not in evaluated:
-                self._start_validation(step, place)
+        missing = [
+            (step, place)
+            for place in (checkpoint.committed(self._folder.checkpoints) if self._rank == 0 else [])
+            if self._due(step := checkpoint.step_of(place)) and step <= state.step and step not in self._reporter.evaluations
+        ]
+        if self._validator:
+            for step, place in missing:
+                self._validator.start(step, place)
+        elif self._evaluate_here and checkpoint.together(lambda: any(step == state.step for step, _ in missing))[0]:
+            self._evaluate(state)  # of the older ones the weights are no longer there
 
     def _due(self, step: int) -> bool:
-        every = self._job.config.eval_steps
-        return self._job.has_validation and every is not None and step % every == 0 and step < self._job.total_steps
+        """Whether a step's checkpoint is to be evaluated."""
+        every, last = self._job.config.eval_steps, self._job.total_steps
+        return self._job.has_validation and (step == last or (every is not None and step % every == 0))
 
-    def _start_validation(self, step: int, place: str) -> None:
-        if self._validator:
-            self._validator.start(step, place)
+    def _evaluate(self, state: TrainState) -> None:
+        """Score the model as it is, training standing still. Collective."""
+        assert self._evaluate_here is not None
+        began = time.perf_counter()
+        line = self._evaluate_here(state.model, state.step)
+        if line:
+            self._reporter.evaluation(line)
+        self._meter.paused(time.perf_counter() - began)
 
     def at_step(self, state: TrainState, last: bool) -> float:
         """Save where it is due; seconds for which checkpoints have held up training since the call before."""
         if state.step % self._job.config.save_steps == 0 or self._due(state.step) or last:
             self._save(state)
+            if self._evaluate_here and self._due(state.step):
+                self._evaluate(state)
         self._follow()
         stalled, self._told = self._writer.stall_seconds - self._told, self._writer.stall_seconds
         return stalled
@@ -285,6 +338,7 @@ class Saver:
             "ingredients": self._plan.ingredients,
             "template": template_hash(),
             "units": job.units_identity,
+            "meter": self._meter.state(),
         }
         model_config = config_json(state.model_config)
 
@@ -303,8 +357,9 @@ class Saver:
         if self._rank != 0:
             return
         for commit in saved:
-            if self._due(commit.step):
-                self._start_validation(commit.step, commit.place)
+            self._reporter.checkpoint(commit.step, commit.place)
+            if self._validator and self._due(commit.step):
+                self._validator.start(commit.step, commit.place)
         if self._validator:
             self._validator.collect(wait_s=0.0)
         if saved:
@@ -313,7 +368,7 @@ class Saver:
     def _prune(self) -> None:
         config = self._job.config
         scores = {}
-        for step, line in self._reporter.evaluated().items():
+        for step, line in self._reporter.evaluations.items():
             score = retention.score_of(line, config.best_metric)
             if score is not None:
                 scores[step] = score

@@ -16,12 +16,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from most_ray.data.batch import Batch
+from most_ray.data.batch import PADDING, Batch
 from most_ray.errors import UserError
 from most_ray.model.routing import update_balance_bias
 from most_ray.records import TASKS
@@ -43,7 +44,7 @@ class TrainingDivergedError(UserError):
 class StepResult:
     """Totals over all ranks. loss_sums, token_counts: per task, in the order of records.TASKS; aux_loss: weighted, as added to the
     loss; load: (L, 2, E) selections; grad_norm: before clipping; skipped: a loss or gradient was not finite, so weights and moments
-    are as they were (and the sums and the norm may be NaN)."""
+    are as they were (and the sums and the norm may be NaN); attended: see `attended_pairs`."""
 
     step: int
     loss_sums: list[float]
@@ -54,6 +55,7 @@ class StepResult:
     load: torch.Tensor
     skipped: bool
     stop: bool = False
+    attended: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def run_step(
     """
     state.model.train()
     sums, load = _accumulate(state, batch, precision, device, asr_loss_weight)
-    asked = torch.tensor([float(stop)], device=device, dtype=torch.float64)
-    totals = torch.cat([sums, grad_square(state.model).to(device).view(1), asked, load.double().view(-1)])
+    counted = torch.tensor([float(stop), attended_pairs(batch)], device=device, dtype=torch.float64)
+    totals = torch.cat([sums, grad_square(state.model).to(device).view(1), counted, load.double().view(-1)])
     if world_size() > 1:
         dist.all_reduce(totals)
     totals = totals.cpu()  # the step's one wait for the device
@@ -98,7 +100,7 @@ def run_step(
     grad_norm = math.sqrt(square) / state.loss_scale.scale
     # The losses too: an infinite one can have finite gradients.
     skipped = not all(map(math.isfinite, (*loss_sums, aux_loss, grad_norm)))
-    load = totals[2 * k + 3 :].view(load.shape).long()
+    load = totals[2 * k + 4 :].view(load.shape).long()
     if not skipped:
         _update(state, grad_norm, max_grad_norm)
         _balance(state, load)
@@ -115,7 +117,13 @@ def run_step(
         load=load,
         skipped=skipped,
         stop=bool(totals[2 * k + 2]),
+        attended=int(totals[2 * k + 3]),
     )
+
+
+def attended_pairs(batch: Batch) -> int:
+    """Pairs (token, token of its record up to it) in this rank's rows: what causal attention within records computes."""
+    return int((batch.positions[batch.modality != PADDING] + 1).sum(dtype=np.int64))
 
 
 def _accumulate(

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import logging
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +12,14 @@ import torch
 from most_ray.config import config_from
 from most_ray.data.batch import AUDIO, TEXT
 from most_ray.errors import ConfigError
-from most_ray.train.metrics import Meter
+from most_ray.service.evaluation import write_evaluation
+from most_ray.train import schema
+from most_ray.train.metrics import Meter, perplexity
 from most_ray.train.step import StepResult
+from tests.conftest import ROOT
 from tests.support.builders import tiny_config
+from tests.support.evaluation import evaluate, make_scene
+from tests.support.runs import MEASURED, go, lines_of, prepare_small
 
 EVEN, CROWDED = [50, 50, 50, 50], [0, 10, 190, 0]
 
@@ -81,3 +89,78 @@ def test_options_of_balancing_are_checked(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=name):
         config_from({name: value})
     assert config_from({"load_alert": 0, "balance_bias_rate": 0.001}).balance_bias_rate == 0.001
+
+
+def test_a_line_goes_on_over_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between two lines of either kind, twice within one: its lines are those of a run that was not stopped."""
+    monkeypatch.setattr("most_ray.train.loop.EXPERTS_STEPS", 5)
+    options = {"max_steps": 11, "logging_steps": 4, "save_steps": 100}
+    straight, broken = prepare_small(tmp_path, "straight", **options), prepare_small(tmp_path, "broken", **options)
+    assert go(straight)
+    assert [go(broken, stop_at=6), go(broken, stop_at=7), go(broken)] == [False, False, True]
+    assert [(line["kind"], line["step"]) for line in lines_of(broken)] == [
+        ("start", 0),
+        ("train", 4),
+        ("experts", 5),
+        ("start", 6),
+        ("start", 7),
+        ("train", 8),
+        ("experts", 10),
+        ("train", 11),
+        ("experts", 11),
+    ]
+    for kind in ("train", "experts"):
+        told = [[{k: v for k, v in line.items() if k not in MEASURED} for line in lines_of(run, kind)] for run in (straight, broken)]
+        assert told[0] == told[1]
+
+
+def test_a_meters_state_is_json_and_all_of_it() -> None:
+    meters = [Meter(tiny_config(), load_alert=3.0) for _ in range(2)]
+    meters[0].add(result(EVEN, CROWDED), 10, 20, 0.5, 3)
+    meters[0].stalled(0.25)
+    meters[1].restore(json.loads(json.dumps({**meters[0].state(), "seconds": 100.0})))
+    for meter in meters:
+        meter.add(result(CROWDED, EVEN, 2), 7, 20, 0.5, 4)
+    made = [meter.line() for meter in meters]
+    assert made[0]["step_time"] < 50 < made[1]["step_time"]  # the seconds before the restart count
+    clocks = MEASURED - {"data_wait", "save_stall"}
+    for key in made[0].keys() - clocks:
+        assert made[0][key] == made[1][key], key
+    assert meters[0].experts_line() == meters[1].experts_line()
+
+
+def test_times_leave_evaluations_out() -> None:
+    meter = Meter(tiny_config())
+    meter.restore({**meter.state(), "seconds": 50.0})
+    meter.add(result(EVEN, EVEN), 10, 20, 0.0)
+    meter.paused(20.0)
+    assert 30 <= meter.line()["step_time"] < 40
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(0.0, 1.0), (2.0, math.exp(2.0)), (1e4, None), (None, None)])
+def test_perplexities_are_numbers_or_null(loss: float | None, expected: float | None) -> None:
+    assert perplexity(loss) == expected
+
+
+def test_metrics_md_is_made_of_the_schema() -> None:
+    assert (ROOT / "METRICS.md").read_text(encoding="utf-8") == schema.markdown(), "python -m most_ray.train.schema > METRICS.md"
+
+
+def test_lines_of_evaluations_are_as_documented(tmp_path: Path) -> None:
+    line = write_evaluation(evaluate(make_scene(tmp_path, n_asr=2, n_tts=1, n_text=1)), str(tmp_path / "run"), 5, 1.0)
+    assert schema.check_line({**line, "time": 1.0}) == []
+
+
+def test_lines_that_are_not_as_documented_are_found() -> None:
+    line = {"kind": "experts", "step": 3, "time": 1.5, "steps": 3, "load": {"text": [[1, 2], [3, 4]]}}
+    assert schema.check_line(line) == []
+    assert schema.check_line({"kind": "other"}) == ["kind: 'other' is unknown"]
+    wrong = {**line, "step": 3.5, "time": True, "load": {"text": [[1, "2"]]}, "more": 1}
+    del wrong["steps"]
+    assert sorted(schema.check_line(wrong)) == [
+        "load.text[0][1]: '2' is not of type integer",
+        "more: unknown key",
+        "step: 3.5 is not of type integer",
+        "steps: missing key",
+        "time: True is not of type number",
+    ]

@@ -1,0 +1,75 @@
+"""One record's beam search: which hypotheses go on, which have ended, when no better one can come. No model in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Beams:
+    """W beams. A hypothesis' score is its log probability, its stop token's included, over its number of tokens (that one counted) to the
+    power of `length_penalty`, as in transformers; one that reaches `cap` tokens without a stop token counts too.
+
+    The search ends when W hypotheses have ended and the best beam, with no further loss, would not beat the worst of them; or at the cap.
+    """
+
+    def __init__(self, width: int, stops: Sequence[int], cap: int, length_penalty: float = 1.0) -> None:
+        self._width, self._stops, self._cap, self._penalty = width, frozenset(stops), cap, length_penalty
+        self._beams: list[tuple[float, list[int]]] = [(0.0, [])]
+        self._ended: list[tuple[float, list[int], int | None]] = []
+        self._length = 0
+        self.done = False
+
+    @property
+    def n_candidates(self) -> int:
+        """Tokens of each beam that can matter: enough that W beams go on, though the best of all may be stop tokens."""
+        return self._width * (1 + len(self._stops))
+
+    def advance(self, log_probabilities: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+        """One token further.
+
+        Args:
+            log_probabilities, tokens: (W, n_candidates) of each beam's most probable tokens; at the first call all beams are the same one.
+
+        Returns:
+            W beams to go on with: the beam that each comes from, and its new token (zeros where the search is done).
+        """
+        if self.done:
+            return [0] * self._width, [0] * self._width
+        self._length += 1
+        candidates = [
+            (score + value, parent, token)
+            for parent, (score, _) in enumerate(self._beams)
+            for value, token in zip(log_probabilities[parent], tokens[parent], strict=True)
+        ]
+        grown: list[tuple[float, list[int]]] = []
+        parents: list[int] = []
+        for rank, (total, parent, token) in enumerate(sorted(candidates, key=lambda candidate: -candidate[0])[: self.n_candidates]):
+            history = self._beams[parent][1]
+            if token in self._stops:
+                if rank < self._width:  # behind that it is no beam's equal
+                    self._end(total, history, token)
+            elif len(grown) < self._width:
+                grown.append((total, [*history, token]))
+                parents.append(parent)
+        self._beams = grown
+        if self._length == self._cap:
+            for total, history in grown:
+                self._end(total, history, None)
+            self.done = True
+        elif len(self._ended) >= self._width:
+            self.done = self._ended[self._width - 1][0] >= grown[0][0] / self._length**self._penalty
+        return _filled(parents, self._width), _filled([history[-1] for _, history in grown], self._width)
+
+    def _end(self, total: float, tokens: list[int], stop: int | None) -> None:
+        self._ended.append((total / self._length**self._penalty, tokens, stop))
+        self._ended.sort(key=lambda hypothesis: -hypothesis[0])
+
+    def best(self) -> tuple[list[int], int | None]:
+        """The best hypothesis, and the stop token behind it."""
+        _, tokens, stop = self._ended[0]
+        return tokens, stop
+
+
+def _filled(values: list[int], width: int) -> list[int]:
+    """Up to W, by repeating the last: where the vocabulary is too small for so many beams."""
+    return values + [values[-1] if values else 0] * (width - len(values))

@@ -1,0 +1,236 @@
+"""hypotheses.jsonl: everything that an evaluation's figures are made of, a record a line; figures come from these lines alone, so that a
+file scored again gives the same numbers.
+
+Line 1 holds the settings: {"kind": "settings", "format", "settings", "sets": {name: {"task", "rejected", "rejected_file"}}, "routing"}.
+Each further line is a record: kind "hypothesis", set, task, id, loss (sum over supervised tokens), supervised_tokens, and
+    asr: reference, hypothesis, both normalised, ended (false: length cap), looping, foreign (tokens of speech);
+    tts: text and recognised (what the model itself hears in its speech), both normalised, reference and hypothesis (units), ended (by the
+        end-of-audio marker), hit_cap, looping, foreign (tokens that are no units); heard, where an outside recogniser was asked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from most_ray import storage
+from most_ray.errors import DataError, nearest
+from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, normaliser, word_counts
+from most_ray.records import TASKS
+
+FORMAT = 1
+_SAMPLES = 5  # of each set
+_NEEDED = {
+    "asr": ("reference", "hypothesis", "ended", "looping", "foreign"),
+    "tts": ("text", "recognised", "reference", "hypothesis", "ended", "hit_cap", "looping", "foreign"),
+    "text": (),
+}
+
+Row = dict[str, Any]
+
+
+def with_normalised(row: Row, name: Any) -> Row:
+    """A line with both sides as they are compared."""
+    pairs = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised", "heard"), "text": ()}[row["task"]]
+    clean = normaliser(name)
+    return row | {f"normalised_{key}": clean(row[key]) for key in pairs if key in row}
+
+
+def figures(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """An evaluation's result, JSON-ready: `wer` (by ASR set), `validation_loss` (by set), `sets`, `overall` (by task), `samples`,
+    `routing`, `settings`. Rates are None where there is nothing to divide by."""
+    by_set: dict[str, list[Row]] = {name: [] for name in header["sets"]}
+    for row in rows:
+        by_set[row["set"]].append(row)
+    sets = {name: {**header["sets"][name], **_section(header["sets"][name]["task"], lines)} for name, lines in by_set.items()}
+    overall = {task: _section(task, lines) for task in TASKS if (lines := [row for row in rows if row["task"] == task])}
+    return {
+        "wer": {name.split("/", 1)[1]: section["words"]["rate"] for name, section in sets.items() if section["task"] == "asr"},
+        "validation_loss": {name: section["loss"] for name, section in sets.items()},
+        "sets": sets,
+        "overall": overall,
+        "samples": [sample for name, lines in by_set.items() for sample in _samples(name, lines)],
+        "routing": header["routing"],
+        "settings": header["settings"],
+    }
+
+
+def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
+    # fsum: the same to the bit in whatever order and on however many ranks the records were scored.
+    total, count = math.fsum(row["loss"] for row in rows), sum(row["supervised_tokens"] for row in rows)
+    loss = total / count if count else None
+    section: dict[str, Any] = {
+        "task": task,
+        "records": len(rows),
+        "loss": loss,
+        "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+        "supervised_tokens": count,
+    }
+    if task == "asr":
+        section |= _recognition(rows)
+    elif task == "tts":
+        section |= _synthesis(rows)
+    return section
+
+
+def _recognition(rows: Sequence[Row]) -> dict[str, Any]:
+    references, hypotheses = _column(rows, "normalised_reference"), _column(rows, "normalised_hypothesis")
+    return {
+        "words": error_rate(word_counts(references, hypotheses)),
+        "characters": error_rate(character_counts(references, hypotheses)),
+        "empty_rate": _share(not row["hypothesis"].strip() for row in rows),
+        "loop_rate": _share(row["looping"] for row in rows),
+        "length_cap_rate": _share(not row["ended"] for row in rows),
+        "foreign_rate": _share(row["foreign"] > 0 for row in rows),
+        "confusions": confusions(references, hypotheses),
+    }
+
+
+def _synthesis(rows: Sequence[Row]) -> dict[str, Any]:
+    """units: unit error rate against the recording, a rough figure, for there are many ways to say a thing; cycle: word error rate of what
+    the model recognises in its own speech; outside: of what an outside recogniser does. duration_ratio: units decoded over the
+    recordings' units."""
+    texts = _column(rows, "normalised_text")
+    said, spoken = ([len(row[side].split()) for row in rows] for side in ("reference", "hypothesis"))
+    section = {
+        "units": error_rate(word_counts(_column(rows, "reference"), _column(rows, "hypothesis"))),
+        "cycle": error_rate(word_counts(texts, _column(rows, "normalised_recognised"))),
+        "duration_ratio": sum(spoken) / sum(said) if sum(said) else None,
+        "loop_rate": _share(row["looping"] for row in rows),
+        "end_of_audio_rate": _share(row["ended"] for row in rows),
+        "length_cap_rate": _share(row["hit_cap"] for row in rows),
+        "foreign_rate": _share(row["foreign"] > 0 for row in rows),
+    }
+    if rows and all("heard" in row for row in rows):
+        section["outside"] = error_rate(word_counts(texts, _column(rows, "normalised_heard")))
+    return section
+
+
+def _column(rows: Sequence[Row], key: str) -> list[str]:
+    return [row[key] for row in rows]
+
+
+def _share(flags: Any) -> float | None:
+    marks = list(flags)
+    return sum(marks) / len(marks) if marks else None
+
+
+def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A few records, evenly spaced, as text on both sides."""
+    chosen = rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES]
+    sides = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised")}
+    return [
+        {"set": name, "id": row["id"], "reference": row[left], "hypothesis": row[right]}
+        for row in chosen
+        if row["task"] in sides
+        for left, right in [sides[row["task"]]]
+    ]
+
+
+def looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:
+    """Whether a sequence of at most `longest` tokens stands `repeats` times in a row, over `at_least` tokens."""
+    array = np.asarray(tokens)
+    for period in range(1, min(longest, len(array) // 2) + 1):
+        needed = max(repeats * period, at_least) - period
+        same = np.concatenate([[0], array[period:] == array[:-period], [0]])
+        edges = np.flatnonzero(np.diff(same))
+        if len(edges) and int((edges[1::2] - edges[::2]).max()) >= needed:
+            return True
+    return False
+
+
+def write_hypotheses(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
+    """The file, in place in one move."""
+    lines = [{"kind": "settings", "format": FORMAT, **header}, *rows]
+    storage.write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
+def write_figures(path: Path, result: dict[str, Any]) -> None:
+    """The figures as JSON, in place in one move."""
+    storage.write_bytes(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
+
+
+def evaluation_lines(result: dict[str, Any]) -> list[str]:
+    """The figures in words, a line a set."""
+    lines = []
+    for name, section in result["sets"].items():
+        rates = (("words", "WER"), ("characters", "CER"), ("cycle", "cycle WER"), ("outside", "outside WER"), ("units", "unit error rate"))
+        shown = [f"{title} {_percent(section[key])}" for key, title in rates if key in section]
+        if section["loss"] is not None:
+            shown += [f"loss {section['loss']:.4f}", f"perplexity {section['perplexity']:.3f}"]
+        shares = ("empty_rate", "loop_rate", "length_cap_rate", "foreign_rate")
+        shown += [f"{key.removesuffix('_rate').replace('_', ' ')} {section[key]:.1%}" for key in shares if section.get(key)]
+        lines.append(f"{name}: {'  '.join(shown)}  records {section['records']}")
+        if section["rejected"]:
+            lines.append(f"{name}: {section['rejected']} records were set aside, see {section['rejected_file']}")
+    return [*lines, f"selections across the modality border: {result['routing']['leaked']}"]
+
+
+def _percent(rate: dict[str, Any]) -> str:
+    if rate["rate"] is None:
+        return "undefined (no reference words)"
+    low, high = rate["interval"]
+    return f"{rate['rate']:.2%} [{low:.2%}, {high:.2%}]"
+
+
+def read_hypotheses(place: str) -> tuple[dict[str, Any], list[Row]]:
+    """Settings and records of a file.
+
+    Raises:
+        DataError: it is missing or is no such file, or a line cannot be used.
+    """
+    try:
+        raw = storage.read_bytes(place).splitlines()
+    except FileNotFoundError as error:
+        raise DataError("rescore", storage.redact(place), "does not exist.") from error
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(raw, 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError("rescore", f"{storage.redact(place)}:{number}", f"is not JSON ({error}).") from error
+        lines.append(_checked(value, f"{storage.redact(place)}:{number}", first=number == 1))
+    if not lines:
+        raise DataError("rescore", storage.redact(place), "is empty.", "Name a hypotheses.jsonl that an evaluation has written.")
+    header = {key: value for key, value in lines[0].items() if key not in ("kind", "format")}
+    for number, row in enumerate(lines[1:], 2):
+        if row["set"] not in header["sets"] or header["sets"][row["set"]]["task"] != row["task"]:
+            raise DataError("rescore", f"{storage.redact(place)}:{number}", f"belongs to no set of line 1: {row['set']!r}.")
+    return header, lines[1:]
+
+
+def _checked(line: Any, where: str, first: bool) -> dict[str, Any]:
+    remedy = "Name a hypotheses.jsonl that an evaluation has written."
+    if not isinstance(line, dict) or line.get("kind") != ("settings" if first else "hypothesis"):
+        raise DataError("rescore", where, f"is no {'settings' if first else 'record'} line.", remedy)
+    if first:
+        if line.get("format") != FORMAT:
+            raise DataError("rescore", where, f"has format {line.get('format')!r}; this version reads {FORMAT}.")
+        needed: tuple[str, ...] = ("settings", "sets", "routing")
+    else:
+        if line.get("task") not in TASKS:
+            raise DataError("rescore", where, f"has task {line.get('task')!r}.")
+        needed = ("set", "id", "loss", "supervised_tokens", *_NEEDED[line["task"]])
+    missing = [key for key in needed if key not in line]
+    if missing:
+        raise DataError("rescore", where, f"has no field {missing[0]!r}.", remedy)
+    return line
+
+
+def rescore(place: str, name: str | None = None) -> dict[str, Any]:
+    """The result of an evaluation once more, from its hypotheses.jsonl; `name`: with this normaliser instead of its own.
+
+    Raises:
+        DataError: the file cannot be used, or the normaliser is unknown.
+    """
+    header, rows = read_hypotheses(place)
+    name = name or header["settings"].get("normaliser")
+    if name not in NORMALISERS:
+        raise DataError("normaliser", name, "is not known.", nearest(str(name), NORMALISERS))
+    header["settings"] = header["settings"] | {"normaliser": name}
+    return figures(header, [with_normalised(row, name) for row in rows])

@@ -1,0 +1,274 @@
+"""A run's folder, read: whatever is there, of a run that has ended or still goes on. Nothing here fails on what is missing or torn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from most_ray import storage
+from most_ray.data.plan import distinct_names
+from most_ray.errors import DataError
+from most_ray.evaluation.wer import confusions
+from most_ray.report.differences import words_of
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Errors per reference word, character or unit; `low` and `high` bound its 95% interval (None: unknown)."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    reference: int | None = None
+    substitutions: int | None = None
+    deletions: int | None = None
+    insertions: int | None = None
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A record's reference and what the model made of it, both as words after the normaliser."""
+
+    id: str
+    reference: tuple[str, ...]
+    hypothesis: tuple[str, ...]
+
+    @property
+    def wrong(self) -> bool:
+        return self.reference != self.hypothesis
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by "task/set" of one step; `rates` holds WERs that came without figures."""
+
+    step: int
+    sets: dict[str, dict[str, Any]]
+    losses: dict[str, float]
+    rates: dict[str, float]
+
+    def rate(self, name: str, what: str) -> Rate | None:
+        """`what`: words, characters, units, cycle or outside."""
+        rate = rate_of(self.sets.get(name, {}), what)
+        if rate is None and what == "words" and name in self.rates:
+            return Rate(self.rates[name])
+        return rate
+
+    def names(self, task: str) -> list[str]:
+        """The sets of a task."""
+        found = {name for name in (*self.sets, *self.losses, *self.rates) if name.split("/", 1)[0] == task}
+        return sorted(found)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What one run wrote down. Lines are as in metrics.jsonl, in the order of their steps; `starts` in that of the file."""
+
+    name: str
+    starts: list[dict[str, Any]]
+    train: list[dict[str, Any]]
+    experts: list[dict[str, Any]]
+    evaluations: list[Evaluation]
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    hypotheses: dict[str, list[Hypothesis]]
+
+    @property
+    def step(self) -> int:
+        return int(self.train[-1]["step"]) if self.train else 0
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps it shall have; None where nothing says it."""
+        wanted = number(self.starts[-1].get("total_steps")) if self.starts else number(self.config.get("max_steps"))
+        return None if wanted is None else int(wanted)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.summary) and self.step >= (self.total_steps or 0)
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        """Its starts but the first."""
+        return self.starts[1:]
+
+    @property
+    def last_evaluation(self) -> Evaluation | None:
+        return self.evaluations[-1] if self.evaluations else None
+
+    @cached_property
+    def steps(self) -> list[float]:
+        """The steps of the train lines."""
+        return [float(line["step"]) for line in self.train]
+
+    def column(self, key: str) -> list[float | None]:
+        """One quantity of the train lines; None where a line has none."""
+        return [number(line.get(key)) for line in self.train]
+
+    def has(self, key: str) -> bool:
+        return any(value is not None for value in self.column(key))
+
+
+def collect(places: Sequence[str]) -> list[RunData]:
+    """The runs at these places (paths or URIs), named by their folders.
+
+    The files are read where they lie rather than through a run folder's working copy: on the machine of a live run that copy is what
+    the run itself writes to.
+
+    Raises:
+        DataError: no place is given, or one holds no metrics.jsonl.
+    """
+    if not places:
+        raise DataError("run", None, "names no run.", "Give the folder of a run, as runs/NAME.")
+    for place in places:
+        if not storage.exists(place) or not storage.exists(storage.join(place, "metrics.jsonl")):
+            raise DataError("run", storage.redact(place), "holds no metrics.jsonl.", "Give the folder of a run, as runs/NAME.")
+    names = distinct_names(places, ["run"] * len(places))
+    seen: dict[str, int] = {}
+    runs = []
+    for place, name in zip(places, names, strict=True):
+        seen[name] = seen.get(name, 0) + 1  # the same run given twice
+        runs.append(_read(place, name if seen[name] == 1 else f"{name} ({seen[name]})"))
+    return runs
+
+
+def _read(place: str, name: str) -> RunData:
+    lines = parse_lines(_bytes(place, "metrics.jsonl"))
+    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "experts": {}, "evaluation": {}}
+    starts = []
+    for line in lines:
+        step, kind = number(line.get("step")), line.get("kind", "train")
+        if kind == "start":
+            starts.append(line)
+        elif kind in kinds and step is not None:
+            kinds[kind][int(step)] = line
+    train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
+    summary, final = (_mapping(place, file) for file in ("summary.json", "evaluation.json"))
+    hypotheses = parse_hypotheses(parse_lines(_bytes(place, "hypotheses.jsonl")))
+    if final:
+        last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
+        if int(last) not in kinds["evaluation"]:
+            evaluations.append({**final, "step": int(last)})
+    hypotheses = hypotheses or _samples(evaluations[-1] if evaluations else {})
+    judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
+    environment = _mapping(place, "environment.json")
+    judged.sort(key=lambda evaluation: evaluation.step)
+    return RunData(name, starts, train, experts, judged, summary, _config(place), environment, hypotheses)
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """The objects of JSON Lines, without lines that are torn or are none."""
+    found = []
+    for line in content.split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:
+    """Hypotheses by "task/set", in the order of the file. Compared is what the normaliser left; of speech, the text and what the model
+    heard in it."""
+    found: dict[str, list[Hypothesis]] = {}
+    for line in lines:
+        if line.get("kind", "hypothesis") == "hypothesis" and "hypothesis" in line and "set" in line:
+            keys = ("text", "recognised") if "recognised" in line else ("reference", "hypothesis")
+            reference, hypothesis = (line.get(f"normalised_{key}", line.get(key)) for key in keys)
+            entry = Hypothesis(str(line.get("id", "")), words_of(reference), words_of(hypothesis))
+            found.setdefault(_full_name(str(line["set"]), line.get("task")), []).append(entry)
+    return found
+
+
+def rate_of(figures: dict[str, Any], what: str) -> Rate | None:
+    """One rate of a set's figures; also in the form that had `errors` and no intervals."""
+    errors = figures.get(what, figures.get("errors") if what == "words" else None)
+    errors = errors if isinstance(errors, dict) else {}
+    value = number(errors.get("rate", errors.get("wer")))
+    if value is None:
+        return None
+    interval = errors.get("interval")
+    low, high = (number(bound) for bound in interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+    counts = {key: number(errors.get(key)) for key in ("substitutions", "deletions", "insertions")}
+    counts["reference"] = number(errors.get("reference", errors.get("words")))
+    return Rate(value, low, high, **{key: None if count is None else int(count) for key, count in counts.items()})
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def numbers(values: Any) -> dict[str, float]:
+    """The entries of a mapping that are finite numbers."""
+    pairs = values.items() if isinstance(values, dict) else ()
+    return {str(key): found for key, value in pairs if (found := number(value)) is not None}
+
+
+def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -> Evaluation:
+    given = line.get("sets")
+    sets = {name: dict(figures) for name, figures in given.items() if isinstance(figures, dict)} if isinstance(given, dict) else {}
+    losses = numbers(line.get("validation_loss"))
+    for name, figures in sets.items():
+        if (loss := number(figures.get("loss"))) is not None:
+            losses.setdefault(name, loss)
+        if name.startswith("asr/") and "confusions" not in figures and name in hypotheses:
+            said = [" ".join(entry.reference) for entry in hypotheses[name]]
+            figures["confusions"] = confusions(said, [" ".join(entry.hypothesis) for entry in hypotheses[name]])
+    rates = {_full_name(name, "asr"): rate for name, rate in numbers(line.get("wer")).items()}
+    return Evaluation(int(line["step"]), sets, losses, rates)
+
+
+def _samples(evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
+    """Hypotheses that stand in an evaluation itself: the few samples of a line, or all of them in the older form."""
+    sets = evaluation.get("sets")
+    inner = [
+        {**entry, "set": name}
+        for name, figures in (sets.items() if isinstance(sets, dict) else ())
+        for entry in (figures.get("hypotheses") or () if isinstance(figures, dict) else ())
+    ]
+    lines = inner or evaluation.get("samples") or []
+    lowered = [
+        {**line, **{f"normalised_{key}": " ".join(words_of(line.get(key))).lower() for key in ("reference", "hypothesis")}}
+        for line in lines
+        if isinstance(line, dict)
+    ]
+    return parse_hypotheses(lowered)
+
+
+def _full_name(name: str, task: Any) -> str:
+    return name if name.split("/", 1)[0] in ("asr", "tts", "text") and "/" in name else f"{task or 'asr'}/{name}"
+
+
+def _bytes(place: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(place, name))
+    except FileNotFoundError:
+        return b""
+
+
+def _mapping(place: str, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(_bytes(place, name))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _config(place: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(_bytes(place, "config.yaml"))
+    except yaml.YAMLError:
+        return {}
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else {}

@@ -1,0 +1,174 @@
+"""The progress of a run on the driver's screen, or in a job's log."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_HALF_LIFE = 20.0  # steps after which a step's time counts half
+_EVERY_SHARE, _EVERY_S = 0.05, 60.0  # of the steps, seconds: between two plain lines at most
+_POLL_S = 0.5
+
+
+class Pace:
+    """Seconds per step, the newer ones counting more; the first line behind each start is slow (kernels, caches) and counts only until
+    there is another."""
+
+    def __init__(self) -> None:
+        self.step_time: float | None = None
+        self._warm, self._lines, self._at = False, 0, 0
+
+    def start(self) -> None:
+        self._lines = 0
+
+    def add(self, step: int, step_time: float) -> None:
+        self._lines += 1
+        steps, self._at = max(1, step - self._at), step
+        if self._lines == 1 and self._warm:
+            return
+        if self._warm and self.step_time is not None:
+            weight = 0.5 ** (steps / _HALF_LIFE)
+            self.step_time = weight * self.step_time + (1 - weight) * step_time
+        else:
+            self.step_time, self._warm = step_time, self._lines > 1
+
+    def left(self, steps: int) -> str:
+        """Time for so many steps, in words."""
+        return "" if self.step_time is None else f"{duration(self.step_time * steps)} left"
+
+
+def duration(seconds: float) -> str:
+    """As `40 s`, `12 min` or `3 h 05 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Narrator:
+    """What the lines of metrics.jsonl come to on a screen.
+
+    Args:
+        live: a line there is drawn anew, so that plain lines are for evaluations alone.
+        now: seconds of any steady clock.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, live: bool, now: float) -> None:
+        self.step, self.figures = first_step, "starting workers"
+        self._total, self._live = total_steps, live
+        self._pace, self._newest = Pace(), (-1, "")
+        self._shown_step, self._shown_at = first_step, now
+
+    def tell(self, line: Mapping[str, Any], now: float) -> str | None:
+        """Take a line in; what is to be printed of it."""
+        kind = line.get("kind", "train")
+        if kind == "start":
+            self._pace.start()
+        elif kind == "evaluation":
+            if line["step"] >= self._newest[0] and (rates := ", ".join(f"{n} {r:.1%}" for n, r, _ in error_rates(line))):
+                self._newest = (line["step"], f"WER {rates} at step {line['step']}")
+            return evaluated(line)
+        elif kind == "train":
+            return self._trained(line, now)
+        return None
+
+    def _trained(self, line: Mapping[str, Any], now: float) -> str | None:
+        self.step = line["step"]
+        if line.get("step_time") is not None:
+            self._pace.add(self.step, line["step_time"])
+        loss = "skipped" if line.get("loss") is None else f"{line['loss']:.4f}"
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") is not None else ""
+        left = self._pace.left(max(0, self._total - self.step))
+        self.figures = "  ".join(part for part in (f"loss {loss}", speed, left, self._newest[1]) if part)
+        due = abs(self.step - self._shown_step) >= _EVERY_SHARE * self._total or now - self._shown_at >= _EVERY_S
+        if self._live or not (due or self.step >= self._total):
+            return None
+        self._shown_step, self._shown_at = self.step, now
+        return f"step {self.step}/{self._total}  {self.figures}"
+
+
+def error_rates(line: Mapping[str, Any]) -> list[tuple[str, float, tuple[float, float] | None]]:
+    """(set, word error rate, its 95 % interval) of an evaluation's line, without sets that have no words."""
+    rates = []
+    for name, rate in (line.get("wer") or {}).items():
+        words = (line.get("sets") or {}).get(f"asr/{name}", {}).get("words") or {}
+        interval = words.get("interval")
+        if rate is not None:
+            rates.append((name, float(rate), (float(interval[0]), float(interval[1])) if interval else None))
+    return rates
+
+
+def evaluated(line: Mapping[str, Any]) -> str:
+    """As `evaluation of step 200: WER test_takes 2.00% [0.5, 4.0]`; losses where no set has words."""
+    shown = [f"{name} {rate:.2%}" + (f" [{100 * i[0]:.1f}, {100 * i[1]:.1f}]" if i else "") for name, rate, i in error_rates(line)]
+    losses = [f"{name} {loss:.4f}" for name, loss in (line.get("validation_loss") or {}).items() if loss is not None]
+    what = "WER " + ", ".join(shown) if shown else "loss " + ", ".join(losses) if losses else "no figures"
+    return f"evaluation of step {line['step']}: {what}"
+
+
+class ProgressWatcher:
+    """Follows metrics.jsonl on a thread of its own and shows what becomes of the run: one line that is kept up to date on a terminal, plain
+    lines at intervals elsewhere."""
+
+    def __init__(
+        self, metrics: Path, total_steps: int, first_step: int, console: Console, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path, self._total, self._console, self._clock = metrics, total_steps, console, clock
+        self._offset = metrics.stat().st_size if metrics.exists() else 0  # what stands there was shown, or is another start's
+        self._narrator = Narrator(total_steps, first_step, console.is_terminal, clock())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> ProgressWatcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _new_lines(self) -> Iterator[dict[str, Any]]:
+        """Whole lines since the last call; a file cut back by a restart is read on from its new end."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as stream:
+            self._offset = min(self._offset, self._path.stat().st_size)
+            stream.seek(self._offset)
+            data = stream.read()
+        whole = data.rfind(b"\n") + 1
+        self._offset += whole
+        for raw in data[:whole].splitlines():
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                continue  # the middle of a line, after the file was cut back
+            if isinstance(line, dict) and "step" in line:
+                yield line
+
+    def _follow(self) -> None:
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+        )
+        narrator = self._narrator
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+            bar = progress.add_task("train", total=self._total, completed=narrator.step, figures=narrator.figures)
+            while True:
+                stopping = self._stop.is_set()
+                for line in self._new_lines():
+                    text = narrator.tell(line, self._clock())
+                    if text:
+                        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+                progress.update(bar, completed=narrator.step, figures=narrator.figures)
+                if stopping:
+                    return
+                self._stop.wait(_POLL_S)

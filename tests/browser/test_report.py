@@ -1,0 +1,144 @@
+"""The page in a real browser: it draws everything, complains of nothing and asks for nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from most_ray.report import write_report
+from tests.support.report_data import write_run
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if program is None:
+        if os.environ.get("CI"):
+            pytest.fail("no Chromium, and CI always has it (.ci/chromium.sh)")
+        pytest.skip("needs Chromium: apt-get install chromium")
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to run as root otherwise
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of one run, and of two of which one still goes on; one has a name and a hypothesis that mean something to browsers."""
+    folder = tmp_path_factory.mktemp("runs")
+    one = write_run(folder / "one <i>run")
+    two = write_run(folder / "two", seed=1, restart=None, done=False)
+    line = {"set": "asr/dev_clean", "id": "evil", "reference": "a", "hypothesis": "</script><img src=x onerror=document.title=1>"}
+    (one / "hypotheses.jsonl").write_text(json.dumps(line) + "\n" + (one / "hypotheses.jsonl").read_text())
+    made = {"one": [str(one)], "two": [str(one), str(two)]}
+    for name, places in made.items():
+        write_report(places, folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in made}
+
+
+class Opened:
+    """A page that has drawn its figures, with all that it said and asked for on the way."""
+
+    def __init__(self, browser: Browser, path: Path) -> None:
+        self.page: Page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-drawn]")
+
+    def until(self, condition: str) -> None:
+        """Wait for a condition in JavaScript. (Playwright's own wait evaluates text in the page, which its policy forbids.)"""
+        self.page.evaluate(
+            f"() => new Promise(done => {{ const look = () => {condition} ? done() : requestAnimationFrame(look); look(); }})"
+        )
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Browser, reports: dict[str, Path]) -> dict[str, Opened]:
+    return {name: Opened(browser, path) for name, path in reports.items()}
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_all_is_drawn_without_a_complaint_or_a_request(
+    opened: dict[str, Opened], reports: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    assert opened[name].said == []
+    assert [url for url in opened[name].requests if not url.startswith("data:")] == [reports[name].as_uri()]
+    figures = opened[name].page.locator("section.figure")
+    assert figures.count() == 13
+    for index in range(figures.count()):
+        figure = figures.nth(index)
+        identity = figure.get_attribute("id")
+        sizes = figure.evaluate(_SIZES)
+        assert sizes, f"{identity} has no traces"
+        assert all(size[0] > 1 or size[1] > 1 for size in sizes), f"{identity}: {sizes}"
+        assert max(size[0] for size in sizes) > 40, f"{identity}: {sizes}"
+        plot = figure.locator(".plot")
+        without = plot.screenshot(style=".scatterlayer, .barlayer, .heatmaplayer { visibility: hidden; }")
+        assert plot.screenshot(path=tmp_path / f"{name}-{identity}.png") != without, f"{identity} is blank"
+
+
+_SIZES = """figure => [...figure.querySelectorAll(
+  ".scatterlayer .lines path.js-line, .scatterlayer .points path, .barlayer .point path, .heatmaplayer .hm image")]
+  .filter(each => getComputedStyle(each).visibility !== "hidden" && getComputedStyle(each).display !== "none")
+  .map(each => { const box = each.getBoundingClientRect(); return [box.width, box.height]; })"""
+
+
+def test_what_a_model_wrote_stays_text(opened: dict[str, Opened]) -> None:
+    page = opened["one"].page
+    assert page.title() == "one <i>run: run report"
+    assert page.locator("#samples").get_by_text("onerror=document.title=1").count() == 1
+    assert page.locator("img").count() == 0
+
+
+def test_scripts_that_slipped_in_would_not_run(browser: Browser, reports: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "tampered.html"
+    head = reports["one"].read_text().split("<body>")[0]
+    path.write_text(head + "<body><script>document.title = 'ran'</script><img src='http://127.0.0.1:9/x' onerror='document.title = 1'>")
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(path.as_uri())
+    assert page.title() == "one <i>run: run report"
+    assert sum("Content Security Policy" in text for text in said) >= 3  # the script, the handler, the image
+
+
+def test_figures_can_be_kept_and_not_sent_away(opened: dict[str, Opened], tmp_path: Path) -> None:
+    page = opened["one"].page
+    assert page.locator("[data-title*=Share]").count() == 0
+    page.locator("#fig-wer .plot").hover()
+    with page.expect_download() as download:
+        page.locator("#fig-wer [data-title*=Download]").click()
+    download.value.save_as(tmp_path / "figure.svg")
+    assert "dev_clean" in (tmp_path / "figure.svg").read_text()
+    assert opened["one"].said == []
+
+
+def test_the_scale_can_be_logarithmic(opened: dict[str, Opened]) -> None:
+    page = opened["two"].page
+    button = page.locator("#fig-loss .top button")
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    opened["two"].until("document.querySelector('#fig-loss .plot')._fullLayout.yaxis.type === 'log'")
+    layout = "document.querySelector('#fig-loss .plot')._fullLayout"
+    assert page.evaluate(f"[{layout}.yaxis.type, {layout}.yaxis2.type, {layout}.xaxis.type]") == ["log", "log", "linear"]
+    assert opened["two"].said == []
+
+
+def test_it_fits_narrow_and_dark_screens(opened: dict[str, Opened]) -> None:
+    page = opened["one"].page
+    page.set_viewport_size({"width": 420, "height": 800})
+    opened["one"].until("document.documentElement.scrollWidth <= 420")  # plotly follows a little later
+    page.emulate_media(color_scheme="dark")
+    ink = page.evaluate("getComputedStyle(document.querySelector('#fig-loss .xtitle')).fill")
+    assert min(int(part) for part in ink.removeprefix("rgb(").removesuffix(")").split(",")) > 150
+    assert opened["one"].said == []

@@ -1,0 +1,209 @@
+"""The one evaluation: what it counts, what it refuses, and that a file scored again gives the same numbers (promises 23 to 27)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from most_ray.cli import main
+from most_ray.errors import CheckpointError, DataError
+from most_ray.evaluation.decode import Forward
+from most_ray.evaluation.evaluate import Directories, combine, hypotheses_of, open_sets
+from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
+from most_ray.evaluation.share import score_share
+from most_ray.model.build import load_model
+from most_ray.model.tokenizer import load_tokenizer
+from most_ray.records import ASR_INSTRUCTION
+from tests.support.builders import asr, write_records
+from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_batches_and_workers_change_nothing(scene: Scene, beams: int) -> None:
+    """Promises 7 and 24: batches of 1, 3 and 8, one share or three: the same rows, figures equal to the last digit."""
+    settings = replace(SETTINGS, num_beams=beams)
+    reference = evaluate(scene, settings)
+    assert [row["id"] for row in reference.rows[:7]] == [f"utt_{index}" for index in range(7)]
+    for batch_size, world in ((1, 1), (8, 1), (3, 3), (1, 2)):
+        other = evaluate(scene, replace(settings, batch_size=batch_size), world)
+        for own, row in zip(reference.rows, other.rows, strict=True):
+            assert {**row, "loss": 0} == {**own, "loss": 0} and row["loss"] == pytest.approx(own["loss"], rel=1e-6)
+        assert other.result["overall"]["asr"]["words"] == reference.result["overall"]["asr"]["words"]
+        assert other.result["routing"] == reference.result["routing"]
+
+
+def test_a_file_scored_again_gives_the_same_numbers(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = evaluate(scene)
+    evaluation.write(tmp_path / "e.json")
+    written = (tmp_path / "e.json").read_bytes()
+    assert hypotheses_of(tmp_path / "e.json").name == "e.hypotheses.jsonl"
+    assert hypotheses_of(tmp_path / "evaluation.json").name == "hypotheses.jsonl"
+    assert main(["evaluate", "--rescore", str(tmp_path / "e.hypotheses.jsonl"), "--output", str(tmp_path / "again.json")]) == 0
+    assert (tmp_path / "again.json").read_bytes() == written
+    assert "asr/spoken: WER 450.00% [342.86%, 514.29%]  CER" in capsys.readouterr().out
+    raw = rescore(str(tmp_path / "e.hypotheses.jsonl"), "none")
+    assert raw["settings"]["normaliser"] == "none"
+    assert raw["sets"]["asr/spoken"]["characters"] != evaluation.result["sets"]["asr/spoken"]["characters"]
+
+
+def test_the_command_is_the_same_function(scene: Scene, tmp_path: Path) -> None:
+    places = [flag for task in ("asr", "tts", "text") for flag in (f"--{task}_dirs", *getattr(scene.directories, task))]
+    limits = ["--max_new_tokens", "12", "--max_new_units", "20", "--batch_size", "3"]
+    assert main(["evaluate", "--model", scene.model, *places, *limits, "--output", str(tmp_path / "e.json")]) == 0
+    result, own = json.loads((tmp_path / "e.json").read_text()), json.loads(json.dumps(evaluate(scene).result))
+    for values in (result, own):
+        for section in values["sets"].values():
+            section.pop("rejected_file")
+    assert result == own
+
+
+def test_speech_is_decoded_and_recognised_again(scene: Scene) -> None:
+    """What text-to-speech is judged by, from rows worked out by hand; and the outside recogniser hears the decoded units."""
+    asked: list[list[int]] = []
+
+    def outside(spoken: Any) -> list[str]:
+        asked.extend(map(list, spoken))
+        return ["zero"] * len(spoken)
+
+    evaluation = evaluate(scene, outside=outside)
+    rows = [row for row in evaluation.rows if row["task"] == "tts"]
+    assert [row["text"] for row in rows] == ["zero", "one", "two"]
+    assert sorted(" ".join(map(str, units)) for units in asked) == sorted(row["hypothesis"] for row in rows)
+    section = evaluation.result["sets"]["tts/to_speak"]
+    assert section["outside"]["substitutions"] == 2 and section["outside"]["rate"] == 2 / 3
+    assert section["duration_ratio"] == sum(len(row["hypothesis"].split()) for row in rows) / (4 + 5 + 6)
+    assert evaluation.header["settings"]["asr_instruction"] == ASR_INSTRUCTION
+
+
+def test_rates_by_hand() -> None:
+    def row(**values: Any) -> dict[str, Any]:
+        common = {"kind": "hypothesis", "id": "x", "loss": 2.0, "supervised_tokens": 4, "looping": False, "foreign": 0, "ended": True}
+        return with_normalised({**common, **values}, "basic")
+
+    rows = [
+        row(set="asr/a", task="asr", reference="one two", hypothesis="one two"),
+        row(set="asr/a", task="asr", reference="three", hypothesis=" ", ended=False, loss=4.0),
+        row(set="asr/b", task="asr", reference="four", hypothesis="four four four", looping=True, foreign=2),
+        row(set="tts/c", task="tts", text="five", recognised="five", reference="1 2 3 4", hypothesis="1 2 9", hit_cap=False),
+        row(set="tts/c", task="tts", text="six", recognised="", reference="5 6", hypothesis="", ended=False, hit_cap=True, foreign=3),
+        row(set="text/d", task="text", loss=1.0, supervised_tokens=2),
+    ]
+    names = {"asr/a": "asr", "asr/b": "asr", "tts/c": "tts", "text/d": "text"}
+    header = {"settings": {}, "routing": {}, "sets": {name: {"task": task, "rejected": 0} for name, task in names.items()}}
+    result = figures(header, rows)
+    assert result["wer"] == {"a": 1 / 3, "b": 2.0}
+    a, b, c, d = (result["sets"][name] for name in names)
+    assert (a["loss"], a["perplexity"]) == (6 / 8, pytest.approx(math.exp(0.75)))
+    assert (a["empty_rate"], a["length_cap_rate"], a["loop_rate"], a["foreign_rate"]) == (0.5, 0.5, 0.0, 0.0)
+    assert (b["loop_rate"], b["foreign_rate"], b["words"]["insertions"]) == (1.0, 1.0, 2)
+    assert (c["units"]["rate"], c["cycle"]["rate"], c["duration_ratio"]) == (4 / 6, 0.5, 0.5)
+    assert (c["end_of_audio_rate"], c["length_cap_rate"], c["foreign_rate"]) == (0.5, 0.5, 0.5)
+    assert (d["loss"], d["perplexity"], d["supervised_tokens"]) == (0.5, pytest.approx(math.exp(0.5)), 2) and "words" not in d
+    overall = result["overall"]["asr"]
+    assert overall["words"]["rate"] == 3 / 4 and overall["records"] == 3 and overall["loss"] == 8 / 12
+    assert [sample["id"] for sample in result["samples"]] == ["x"] * 5
+
+
+def test_loops() -> None:
+    assert looping([5] * 8) and not looping([5] * 7)
+    assert looping([9, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 7]) and not looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 4])
+    assert not looping([]) and not looping(list(range(100)))
+    assert looping(list(range(30)) * 4) and not looping(list(range(40)) * 4)
+
+
+def test_records_that_are_missing_or_doubled_are_an_error(scene: Scene) -> None:
+    """Promise 7: every record is scored exactly once, counted."""
+    model, tokenizer = load_model(scene.model), load_tokenizer(scene.model)
+    sets = open_sets(model.config, tokenizer, scene.model, scene.directories, SETTINGS, scene.stores)
+    first, second = (score_share(Forward(model), tokenizer, sets, SETTINGS, rank, 2) for rank in range(2))
+    with pytest.raises(DataError, match="7 of 12"):
+        combine([first], sets, SETTINGS, model.config, tokenizer, scene.model)
+    with pytest.raises(DataError, match="scored twice"):
+        combine([first, second, second], sets, SETTINGS, model.config, tokenizer, scene.model)
+
+
+def test_another_template_or_other_units_are_refused_with_both_hashes(scene: Scene, tmp_path: Path) -> None:
+    """Promises 26 and 27."""
+    model, tokenizer = load_model(scene.model), load_tokenizer(scene.model)
+    known = model.config.template_hash
+    model.config.template_hash = "0123456789abcdef"
+    with pytest.raises(CheckpointError, match=rf"template = '0123456789abcdef'.*{known}"):
+        evaluate(scene, model=model)
+    model.config.template_hash, model.config.units_identity = known, "feedfeedfeedfeed"
+    other = write_records(tmp_path / "spoken", [asr(1)])
+    manifest = {"features": "mfcc", "kmeans": "aa" * 16}
+    (other / "units.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"units = '(?P<own>[0-9a-f]{16})'.*'feedfeedfeedfeed'"):
+        open_sets(model.config, tokenizer, scene.model, Directories((str(other),)), SETTINGS, str(tmp_path / "stores"))
+
+
+def _cut(lines: list[str]) -> list[str]:
+    return lines[1:]
+
+
+def _no_json(lines: list[str]) -> list[str]:
+    return [lines[0], "{", *lines[1:]]
+
+
+def _no_reference(lines: list[str]) -> list[str]:
+    return [lines[0], lines[1].replace('"reference"', '"referense"'), *lines[2:]]
+
+
+def _other_set(lines: list[str]) -> list[str]:
+    return [lines[0], lines[1].replace("asr/spoken", "asr/elsewhere"), *lines[2:]]
+
+
+def _future(lines: list[str]) -> list[str]:
+    return [lines[0].replace('"format": 1', '"format": 9'), *lines[1:]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, ":1.*is no settings line"),
+        (_no_json, ":2.*is not JSON"),
+        (_no_reference, ":2.*has no field 'reference'"),
+        (_other_set, ":2.*belongs to no set of line 1"),
+        (_future, "has format 9"),
+        (lambda _: [], "is empty"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_named_with_its_line(
+    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[str]], list[str]], message: str
+) -> None:
+    evaluate(scene).write(tmp_path / "e.json")
+    path = tmp_path / "e.hypotheses.jsonl"
+    path.write_text("".join(f"{line}\n" for line in damage(path.read_text().splitlines())))
+    with pytest.raises(DataError, match=message):
+        rescore(str(path))
+    assert main(["evaluate", "--rescore", str(path), "--output", str(tmp_path / "again.json")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rescore", "nowhere.jsonl"], "rescore = 'nowhere.jsonl': does not exist"),
+        (["--rescore", "x", "--model", "y"], "needs neither a model nor directories"),
+        (["--asr_dirs", "x"], "model: is needed"),
+        (["--model", "./nowhere", "--asr_dirs", "x"], "does not exist"),
+        (["--model", "x"], "name at least one directory"),
+        (["--model", "x", "--asr_dirs", "x", "--num_beams", "0"], "num_beams = 0: must be at least 1"),
+        (["--model", "x", "--asr_dirs", "x", "--normaliser", "whisper"], "normaliser"),
+        (["--model", "x", "--asr_dirs", "x", "--normalizer", "basic"], "is no known flag"),
+    ],
+)
+def test_wrong_uses(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *words, "--output", str(tmp_path / "e.json")]) == 2
+    assert message in capsys.readouterr().err

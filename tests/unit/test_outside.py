@@ -1,0 +1,53 @@
+"""Speech judged by an outside recogniser: a wav2vec2 checkpoint built here in the layout of the real ones, loaded by the real code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
+
+from most_ray.errors import CheckpointError
+from most_ray.evaluation.outside import OutsideRecogniser
+from tests.support.evaluation import evaluate, make_scene
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def recogniser(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("recogniser")
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+    (folder / "vocab.json").write_text(json.dumps({letter: index for index, letter in enumerate(letters)}))
+    tokenizer = Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=RATE, do_normalize=True, return_attention_mask=True)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": [16] * 7}
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=len(letters), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, **small))
+    model.save_pretrained(folder)
+    Wav2Vec2Processor(extractor, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def tones(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
+    """A tone of 20 ms for each unit."""
+    time = np.arange(RATE // 50) / RATE
+    return [np.concatenate([np.sin(2 * np.pi * (200 + unit) * time) for unit in each]) for each in units], RATE
+
+
+def test_a_checkpoint_hears_the_decoded_units(recogniser: str, tmp_path: Path) -> None:
+    heard = OutsideRecogniser(tones, recogniser)
+    alone, together = heard([[3, 90, 400, 12]]), heard([[3, 90, 400, 12], [7] * 40])
+    assert len(together) == 2 and together[0] == alone[0] and all(isinstance(text, str) for text in together)
+    section = evaluate(make_scene(tmp_path), outside=heard).result["sets"]["tts/to_speak"]
+    assert section["outside"]["reference"] == 3 and section["outside"]["rate"] is not None
+
+
+def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no recogniser that can be used"):
+        OutsideRecogniser(tones, str(tmp_path))

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from most_ray.errors import DataError
+from most_ray.report import write_report
+from most_ray.report.collect import RunData, collect
+from most_ray.report.differences import Piece, align, words_of
+from most_ray.report.environment import environment
+from most_ray.report.figures import figures, mix_of, throughput, word_errors
+from most_ray.report.page import embed, page
+from most_ray.report.tables import difference, samples
+from tests.support.report_data import EXPERTS, LAYERS, write_run
+
+EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)>&<b>'
+
+
+class Elements(HTMLParser):
+    """The page's elements with their attributes, and the text of its data blocks."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.blocks: list[str] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._inside = tag == "script"
+        if self._inside:
+            self.blocks.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.blocks[-1] += data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunData]:
+    """One that has ended, after a restart, and one that still goes on."""
+    folder = tmp_path_factory.mktemp("runs")
+    done = write_run(folder / "done")
+    going = write_run(folder / "going", seed=1, restart=None, done=False, learning_rate=1e-4)
+    return collect([str(done), str(going)])
+
+
+def drawn(runs: list[RunData]) -> dict[str, dict[str, Any]]:
+    return {figure.id: figure.spec for found in figures(runs).values() for figure in found}
+
+
+def test_a_run_is_read_as_it_was_written(runs: list[RunData]) -> None:
+    done, going = runs
+    assert (done.name, done.step, done.total_steps, done.complete) == ("done", 400, 400, True)
+    assert (going.name, going.step, going.total_steps, going.complete) == ("going", 200, 400, False)
+    assert [start["step"] for start in done.restarts] == [150]
+    assert not going.restarts
+    assert [evaluation.step for evaluation in done.evaluations] == [100, 200, 300, 400]
+    assert set(done.hypotheses) == {"asr/dev_clean", "asr/dev_other", "tts/dev_tts"}
+    rate = done.evaluations[-1].rate("asr/dev_clean", "words")
+    assert rate
+    assert rate.low is not None and rate.high is not None
+    assert rate.low < rate.value < rate.high
+    assert done.column("loss")[76] is None  # all steps of the line were skipped
+
+
+def test_every_figure_is_there_for_one_run_and_for_two(runs: list[RunData]) -> None:
+    wanted = {
+        "loss",
+        "learning-rate",
+        "gradient-norm",
+        "wer",
+        "cer",
+        "tts",
+        "throughput",
+        "step-time",
+        "mfu",
+        "memory",
+        "mix",
+        "experts",
+        "balance",
+    }
+    for chosen in (runs[:1], runs):
+        assert set(drawn(chosen)) == {f"fig-{name}" for name in wanted}
+
+
+def test_rates_carry_their_intervals(runs: list[RunData]) -> None:
+    figure = word_errors(runs[:1])
+    assert figure
+    curves = {trace["name"]: trace for trace in figure.spec["data"]}
+    bars = curves["dev_clean"]["error_y"]
+    figures_ = runs[0].evaluations[0].sets["asr/dev_clean"]["words"]
+    assert bars["array"][0] == pytest.approx(figures_["interval"][1] - figures_["rate"], rel=1e-4)
+    assert bars["arrayminus"][0] == pytest.approx(figures_["rate"] - figures_["interval"][0], rel=1e-4)
+
+
+def test_restarts_are_marked_and_the_first_start_is_none(runs: list[RunData]) -> None:
+    figure, undisturbed = throughput(runs[:1]), throughput(runs[1:])
+    assert figure
+    assert undisturbed
+    marks = [trace for trace in figure.spec["data"] if trace["name"] == "restart"]
+    assert [trace["x"] for trace in marks] == [[150, 150, None]]
+    assert marks[0]["hovertext"][0] == "restart after step 150, 2 workers, fsdp 2, Some GPU, not exact, changed: data"
+    assert all("restart" not in trace["name"] for trace in undisturbed.spec["data"])
+
+
+def test_the_heat_map_holds_shares_of_a_layers_selections(runs: list[RunData]) -> None:
+    spec = drawn(runs[:1])["fig-experts"]
+    text, audio = (trace["z"] for trace in spec["data"])
+    assert (len(text), len(text[0])) == (LAYERS, EXPERTS)
+    assert all(sum(value or 0 for value in row) == pytest.approx(1, abs=1e-4) for row in (*text, *audio))
+    assert all(value is None for row in text for value in row[4:])
+    assert spec["data"][0]["y"][0] == 1  # the first layer is dense
+    assert len(spec["layout"]["shapes"]) == 2 * EXPERTS
+
+
+def test_the_mix_is_shares_beside_what_was_wanted(runs: list[RunData]) -> None:
+    achieved, wanted = mix_of(runs[0])["asr/train_asr"]
+    assert wanted == 0.5
+    assert achieved == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_page_is_the_same_each_time_and_asks_for_nothing(runs: list[RunData], tmp_path: Path) -> None:
+    text = page(runs)
+    assert text == page(runs)
+    elements = Elements(text)
+    assert not {tag for tag, _ in elements.found} & {"link", "img", "iframe", "object", "embed", "base", "form"}
+    assert all("src" not in attributes and not (attributes.get("href") or "#").startswith("http") for _, attributes in elements.found)
+    policy = next(attributes["content"] or "" for tag, attributes in elements.found if tag == "meta" and "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe-eval" not in policy
+    running = [block for block in elements.blocks if not block.startswith("{")]
+    digests = {base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in running}
+    assert set(re.findall("'sha256-([^']*)'", policy)) == digests
+
+
+def test_what_a_model_or_a_user_wrote_never_becomes_markup(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run <i>", steps=20, note=EVIL)
+    text = (folder / "metrics.jsonl").read_text()
+    name = json.dumps("asr/" + EVIL)[1:-1]
+    (folder / "metrics.jsonl").write_text(text.replace("asr/dev_clean", name).replace("train_text", json.dumps(EVIL)[1:-1]))
+    line = {"kind": "hypothesis", "set": "asr/" + EVIL, "task": "asr", "id": EVIL, "reference": "a b", "hypothesis": EVIL}
+    (folder / "hypotheses.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "environment.json").write_text(json.dumps({EVIL: EVIL}))
+    made = page(collect([str(folder)]))
+    elements = Elements(made)
+    assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in elements.found)
+    assert "alert" not in "".join(block for block in elements.blocks if block.startswith("\n"))
+    assert [tag for tag, _ in elements.found].count("script") == len(
+        [t for t, a in elements.found if a.get("type") == "application/json"]
+    ) + 2
+    assert "<img" not in made.split("<script>/**")[0]
+    specs = [json.loads(block) for block in elements.blocks if block.startswith("{")]
+    names = [trace["name"] for spec in specs for trace in spec["data"] if "name" in trace]
+    assert not any("<img" in name for name in names)  # plotly reads markup in names, too
+
+
+def test_embedded_json_cannot_end_its_element() -> None:
+    value = {"a": "</script><!--<script>&\u2028"}
+    assert not set("<>&\u2028") & set(embed(value))
+    assert json.loads(embed(value)) == value
+
+
+def test_a_run_with_nothing_but_a_first_line_is_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "young"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"kind": "start", "step": 0, "time": 1.0, "workers": 1}\n{"kind": "train", "st')
+    write_report([str(folder)], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "no step yet" in text
+    missing = "steps, evaluations, transcriptions, experts by layer, the configuration, the environment"
+    assert f"Not written down: {missing}." in text
+
+
+def test_what_does_not_fit_the_format_is_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    odd = [
+        {"kind": "start", "step": 0, "topology": 3, "experts": [], "wanted_mix": None, "changed": 1, "total_steps": None},
+        {"kind": "start", "step": 0, "topology": None, "experts": {"text": 1}},
+        {"kind": "train", "step": 1, "loss": float("nan"), "mix": {"asr/a": None}, "expert_max_over_mean": 1, "tokens": "x"},
+        {"kind": "train", "step": 2, "loss": 1.0, "tokens_per_second": 0},
+        {"kind": "train", "step": None},
+        {"kind": "experts", "step": 2, "load": {"text": [[1, 2], [3]], "audio": "x"}},
+        {
+            "kind": "evaluation",
+            "step": 2,
+            "wer": {"a": None, "b": 0.5},
+            "sets": {"asr/a": {"words": {"rate": None, "interval": None}}, "tts/c": 1},
+        },
+        {"kind": "evaluation", "step": 1, "wer": None, "validation_loss": {"text/t": 1.0}},
+        {"kind": "unheard_of", "step": 2},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd) + "[1]\nnull\n")
+    for name in ("config.yaml", "summary.json", "evaluation.json", "environment.json", "hypotheses.jsonl"):
+        (folder / name).write_text("[{")
+    (run,) = collect([str(folder)])
+    assert run.column("loss") == [None, 1.0]
+    assert "b" in page([run])
+
+
+def test_lines_without_a_kind_are_of_training(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "loss": 1 / s, "mix": {"asr/a": 3 * s, "tts/b": s}}) + "\n" for s in (1, 2))
+    )
+    errors = {"wer": 0.5, "substitutions": 1, "deletions": 0, "insertions": 0, "words": 2, "records": 2}
+    said = [{"id": "1", "reference": "One", "hypothesis": "one"}, {"id": "2", "reference": "two", "hypothesis": "three"}]
+    section = {"task": "asr", "records": 2, "loss": 0.1, "errors": errors, "hypotheses": said}
+    (folder / "evaluation.json").write_text(json.dumps({"wer": {"dev": 0.5}, "sets": {"asr/dev": section}}))
+    (run,) = collect([str(folder)])
+    assert mix_of(run) == {"asr/a": (0.75, None), "tts/b": (0.25, None)}
+    assert run.last_evaluation
+    rate = run.last_evaluation.rate("asr/dev", "words")
+    assert rate
+    assert (run.last_evaluation.step, rate.value, rate.low, rate.reference) == (2, 0.5, None, 2)
+    assert run.last_evaluation.sets["asr/dev"]["confusions"] == [["two", "three", 1]]
+    assert "1 of which are wrong" in page([run])
+
+
+def test_a_place_without_metrics_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"run = .*holds no metrics.jsonl") as caught:
+        write_report([str(tmp_path / "nothing")], tmp_path / "report.html")
+    assert caught.value.field == "run"
+    assert caught.value.remedy
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="names no run"):
+        write_report([], tmp_path / "report.html")
+
+
+def test_a_run_behind_a_uri_is_read_where_it_lies(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20)
+    assert collect([f"file://{folder}"])[0].step == collect([str(folder)])[0].step == 20
+
+
+def test_settings_that_differ_come_first(runs: list[RunData]) -> None:
+    text = page(runs)
+    first = text.split("differ between the runs")[1].split("</details>")[0]
+    assert set(re.findall(r'<th scope="row">(\w+)</th>', first)) == {"name", "learning_rate", "seed"}
+
+
+def test_the_same_folder_names_and_the_same_run_twice_stay_apart(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / parent / "run", steps=4) for parent in ("a", "b"))
+    assert [run.name for run in collect([str(a), str(b)])] == ["a/run", "b/run"]
+    names = [run.name for run in collect([str(a), str(a)])]
+    assert len(set(names)) == 2
+
+
+def test_samples_show_what_is_wrong_first(runs: list[RunData]) -> None:
+    shown = [re.findall(r'<th scope="row">(\w+)</th>', text) for text in samples(runs[:1])]
+    assert [len(keys) for keys in shown] == [20, 20, 20]
+    entries = {entry.id: entry for found in runs[0].hypotheses.values() for entry in found}
+    for keys in shown:
+        wrong = [entries[key].wrong for key in keys]
+        assert wrong == sorted(wrong, reverse=True)
+
+
+def test_alignments_name_each_kind_of_difference() -> None:
+    pieces = align(tuple("abcdef"), tuple("axdefg"))
+    assert Piece("equal", ("a",), ("a",)) in pieces
+    assert sorted(piece.kind for piece in pieces) == ["delete", "equal", "equal", "insert", "substitute"]
+    assert Piece("insert", (), ("g",)) in pieces
+    assert align((), ()) == []
+    assert align((), ("a",)) == [Piece("insert", (), ("a",))]
+    assert align(("a",), ()) == [Piece("delete", ("a",), ())]
+    assert align(["a\u00a0b"], ["a\u00a0b"])[0].reference == ("a\u00a0b",)  # one word, whatever jiwer holds for a blank
+
+
+def test_words_of_texts_and_of_speech() -> None:
+    assert words_of(" one  two ") == ("one", "two")
+    assert words_of("[Hu7][Hu90]") == words_of([7, 90]) == ("7", "90")
+    assert words_of(None) == ()
+
+
+def test_a_long_hypothesis_is_cut() -> None:
+    entry = next(iter(parse([{"set": "asr/a", "id": "1", "reference": "a " * 500, "hypothesis": "a " * 500}])))
+    assert difference(entry).endswith(" …")
+    assert len(difference(entry)) < 400
+
+
+def parse(lines: list[dict[str, Any]]) -> list[Any]:
+    from most_ray.report.collect import parse_hypotheses
+
+    return [entry for found in parse_hypotheses(lines).values() for entry in found]
+
+
+def test_the_environment_names_no_machine_and_loads_no_ray() -> None:
+    script = "import json, sys; from most_ray.report.environment import environment; print(json.dumps(environment()))"
+    script += "; assert 'ray' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["versions"]["torch"]
+    assert found["versions"]["ray"]
+    assert found["cores"] >= 1
+    shown = json.dumps(environment())
+    assert str(Path.home()) not in shown
+    assert "/" not in re.sub(r"[^/]*GPU[^/]*", "", shown)

@@ -1,0 +1,106 @@
+"""Promise 24: rates that mean what they say, against counts by hand and jiwer's own."""
+
+from __future__ import annotations
+
+import jiwer
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, interval, normaliser, word_counts
+
+# reference, hypothesis, then by hand: word (substitutions, deletions, insertions, words), character errors and characters
+BY_HAND = [
+    ("one two three", "one too three", (1, 0, 0, 3), 1, 13),
+    ("four five", "four", (0, 1, 0, 2), 5, 9),
+    ("six", "six seven", (0, 0, 1, 1), 6, 3),
+    ("", "eight nine", (0, 0, 2, 0), 10, 0),
+    ("zero", "", (0, 1, 0, 1), 4, 4),
+    ("", "", (0, 0, 0, 0), 0, 0),
+    ("über straße", "uber straße", (1, 0, 0, 2), 1, 11),
+    ("日本 語", "日本 御", (1, 0, 0, 2), 1, 4),
+    ("it's 25 o'clock", "its 25 oclock", (2, 0, 0, 3), 2, 15),
+    ("a b c d", "b c d e", (0, 1, 1, 4), 4, 7),
+]
+
+
+def test_counts_by_hand_and_by_jiwer() -> None:
+    """Empty references and hypotheses, Unicode, numbers, apostrophes."""
+    references, hypotheses = [row[0] for row in BY_HAND], [row[1] for row in BY_HAND]
+    words, characters = word_counts(references, hypotheses), character_counts(references, hypotheses)
+    for index, (_, _, expected, character_errors, length) in enumerate(BY_HAND):
+        found = (words.substitutions[index], words.deletions[index], words.insertions[index], words.reference[index])
+        assert found == expected, BY_HAND[index]
+        assert (characters.errors[index], characters.reference[index]) == (character_errors, length), BY_HAND[index]
+    figures = error_rate(words)
+    assert (figures["substitutions"], figures["deletions"], figures["insertions"], figures["reference"]) == (5, 3, 4, 18)
+    assert figures["rate"] == 12 / 18 == jiwer.wer(references, hypotheses)
+    assert error_rate(characters)["rate"] == 34 / 66 == jiwer.cer(references, hypotheses)
+
+
+def test_what_has_no_rate_has_none() -> None:
+    assert error_rate(word_counts([], []))["rate"] is None
+    silent = error_rate(word_counts(["", ""], ["a", "b c"]))
+    assert silent == {"rate": None, "interval": None, "substitutions": 0, "deletions": 0, "insertions": 3, "reference": 0}
+
+
+@given(st.lists(st.tuples(st.text("ab ", max_size=12), st.text("ab ", max_size=12)), min_size=1, max_size=8))
+def test_a_sets_rate_is_jiwers(pairs: list[tuple[str, str]]) -> None:
+    references, hypotheses = [" ".join(r.split()) for r, _ in pairs], [" ".join(h.split()) for _, h in pairs]
+    for counts, own in ((word_counts, jiwer.wer), (character_counts, jiwer.cer)):
+        figures = error_rate(counts(references, hypotheses))
+        if figures["reference"]:
+            assert figures["rate"] == own(references, hypotheses)
+            low, high = figures["interval"]
+            assert 0 <= low <= high
+
+
+def test_normalisers() -> None:
+    texts = ["Hello,  World!", "It's the colour of Mr. O'Neil's twenty-one", "Größe [noise] (laughs)", " 3\t4 ", "zero [Hu12] one"]
+    assert [normaliser("none")(text) for text in texts] == [
+        "Hello, World!",
+        "It's the colour of Mr. O'Neil's twenty-one",
+        "Größe [noise] (laughs)",
+        "3 4",
+        "zero speechtoken one",
+    ]
+    assert [normaliser("basic")(text) for text in texts] == [
+        "hello world",
+        "it s the colour of mr o neil s twenty one",
+        "größe",
+        "3 4",
+        "zero speechtoken one",
+    ]
+    assert [normaliser("whisper-english")(text) for text in texts[:2]] == ["hello world", "it is the color of mister 0 neil is 21"]
+    assert set(NORMALISERS) == {"none", "basic", "whisper-english"}
+
+
+def test_speech_in_a_transcription_is_an_error_under_every_normaliser() -> None:
+    """Normalisers drop what stands in brackets; a model that answers with units must not pass for right."""
+    for name in NORMALISERS:
+        clean = normaliser(name)
+        assert error_rate(word_counts([clean("one")], [clean("one[Hu7][Hu90]<|begin_of_audio|>")]))["insertions"] == 3
+
+
+def test_the_interval_is_the_bootstraps() -> None:
+    """Against one with other draws, for sets small and large; wide where there is little."""
+    rng = np.random.default_rng(7)
+    errors, words = rng.poisson(0.3, 400), rng.integers(1, 9, 400)
+    low, high = interval(errors, words)
+    draws = rng.integers(400, size=(20_000, 400))
+    expected = np.percentile(errors[draws].sum(1) / words[draws].sum(1), [2.5, 97.5])
+    assert (low, high) == pytest.approx(tuple(expected), abs=0.004)
+    assert low < errors.sum() / words.sum() < high
+    assert interval(errors, words) == [low, high]  # the same for the same records
+    few = interval(errors[:20], words[:20])
+    assert few[1] - few[0] > 2 * (high - low)
+    assert interval(np.array([1]), np.array([4])) == [0.25, 0.25]
+    many = np.zeros(300_000, np.int64)
+    assert interval(many, many + 1, resamples=20) == [0.0, 0.0]
+
+
+def test_confusions() -> None:
+    found = confusions(["one two", "one two", "three", ""], ["one too", "one too", "", "four"], most=3)
+    assert found == [["two", "too", 2], ["", "four", 1], ["three", "", 1]]
+    assert confusions([], []) == []
