@@ -11,15 +11,16 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 
 # Tests that start Ray mostly wait for processes to come up: they run beside the others.
 test: .venv/.installed  ## all tests
+	@sh .ci/chromium.sh
 	@$(BIN)/python -m pytest tests/service tests/end_to_end > .test-ray.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest tests/unit tests/golden tests/distributed; first=$$?; \
+	$(BIN)/python -m pytest tests/unit tests/browser tests/golden tests/distributed; first=$$?; \
 	wait $$ray; second=$$?; cat .test-ray.log; test $$first = 0 -a $$second = 0
 
 chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
 
-bench: .venv/.installed  ## the benchmarks of the data engine, of saving and of what Ray costs, about 20 minutes: runs/bench/*.json
+bench: .venv/.installed  ## the benchmarks of the data engine, of saving and of what Ray and evaluations cost, about 30 minutes: runs/bench/*.json
 	rm -rf runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.packing
@@ -28,6 +29,7 @@ bench: .venv/.installed  ## the benchmarks of the data engine, of saving and of 
 	$(BIN)/python -m tests.benchmarks.stream --run runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.save
 	$(BIN)/python -m tests.benchmarks.overhead
+	$(BIN)/python -m tests.benchmarks.validation
 
 check: .venv/.installed  ## lint, format, types, layering
 	$(BIN)/ruff check .

@@ -302,7 +302,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     store_dir = storage.absolute(args.store_dir or args.output.absolute().parent / "store")
     model = storage.absolute(args.model) if storage.exists(args.model) else args.model
     if args.num_workers > 1:
-        start_ray(configuration.config_from({"ray_address": args.ray_address}), 1, args.num_workers, args.gpus > 0)
+        start_ray(configuration.config_from({"ray_address": args.ray_address, "eval_gpus": args.gpus}), 1, args.num_workers, False)
     evaluation = evaluate_place(EvaluationJob(directories, settings, store_dir, args.num_workers, args.gpus), model)
     evaluation.write(args.output)
     _show_evaluation(evaluation.result, args.output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,22 +143,21 @@ def _read(place: str, name: str) -> RunData:
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "experts": {}, "evaluation": {}}
     starts = []
     for line in lines:
-        step, kind = number(line.get("step")), line.get("kind", "train")
+        step, kind = number(line.get("step")), str(line.get("kind", "train"))
         if kind == "start":
             starts.append(line)
         elif kind in kinds and step is not None:
             kinds[kind][int(step)] = line
     train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
     summary, final = (_mapping(place, file) for file in ("summary.json", "evaluation.json"))
-    hypotheses = parse_hypotheses(parse_lines(_bytes(place, "hypotheses.jsonl")))
     if final:
         last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
         if int(last) not in kinds["evaluation"]:
             evaluations.append({**final, "step": int(last)})
-    hypotheses = hypotheses or _samples(evaluations[-1] if evaluations else {})
+            evaluations.sort(key=lambda line: int(line["step"]))
+    hypotheses = _hypotheses(place, evaluations[-1] if evaluations else {})
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
     environment = _mapping(place, "environment.json")
-    judged.sort(key=lambda evaluation: evaluation.step)
     return RunData(name, starts, train, experts, judged, summary, _config(place), environment, hypotheses)
 
 
@@ -191,34 +189,41 @@ def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothes
 
 def rate_of(figures: dict[str, Any], what: str) -> Rate | None:
     """One rate of a set's figures; also in the form that had `errors` and no intervals."""
-    errors = figures.get(what, figures.get("errors") if what == "words" else None)
-    errors = errors if isinstance(errors, dict) else {}
+    errors = mapping(figures.get(what, figures.get("errors") if what == "words" else None))
     value = number(errors.get("rate", errors.get("wer")))
     if value is None:
         return None
-    interval = errors.get("interval")
-    low, high = (number(bound) for bound in interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+    interval = entries(errors.get("interval"))
+    low, high = map(number, interval) if len(interval) == 2 else (None, None)
     counts = {key: number(errors.get(key)) for key in ("substitutions", "deletions", "insertions")}
     counts["reference"] = number(errors.get("reference", errors.get("words")))
     return Rate(value, low, high, **{key: None if count is None else int(count) for key, count in counts.items()})
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else."""
+    """A finite number, or None for anything else; what a sum of many could not hold counts as none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) < 1e200 else None  # false for NaN
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value where it is a mapping, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def entries(value: Any) -> list[Any]:
+    """The value where it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def numbers(values: Any) -> dict[str, float]:
     """The entries of a mapping that are finite numbers."""
-    pairs = values.items() if isinstance(values, dict) else ()
-    return {str(key): found for key, value in pairs if (found := number(value)) is not None}
+    return {str(key): found for key, value in mapping(values).items() if (found := number(value)) is not None}
 
 
 def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -> Evaluation:
-    given = line.get("sets")
-    sets = {name: dict(figures) for name, figures in given.items() if isinstance(figures, dict)} if isinstance(given, dict) else {}
+    sets = {name: dict(figures) for name, figures in mapping(line.get("sets")).items() if isinstance(figures, dict)}
     losses = numbers(line.get("validation_loss"))
     for name, figures in sets.items():
         if (loss := number(figures.get("loss"))) is not None:
@@ -230,15 +235,22 @@ def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -
     return Evaluation(int(line["step"]), sets, losses, rates)
 
 
+def _hypotheses(place: str, evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
+    """Those of the run's end, or of its last evaluation so far, in a file or in its line."""
+    found = parse_hypotheses(parse_lines(_bytes(place, "hypotheses.jsonl")))
+    if not found and evaluation:
+        found = parse_hypotheses(parse_lines(_bytes(place, f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl")))
+    return found or _samples(evaluation)
+
+
 def _samples(evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
     """Hypotheses that stand in an evaluation itself: the few samples of a line, or all of them in the older form."""
-    sets = evaluation.get("sets")
     inner = [
-        {**entry, "set": name}
-        for name, figures in (sets.items() if isinstance(sets, dict) else ())
-        for entry in (figures.get("hypotheses") or () if isinstance(figures, dict) else ())
+        {**mapping(entry), "set": name}
+        for name, figures in mapping(evaluation.get("sets")).items()
+        for entry in entries(mapping(figures).get("hypotheses"))
     ]
-    lines = inner or evaluation.get("samples") or []
+    lines = inner or entries(evaluation.get("samples"))
     lowered = [
         {**line, **{f"normalised_{key}": " ".join(words_of(line.get(key))).lower() for key in ("reference", "hypothesis")}}
         for line in lines
@@ -263,7 +275,7 @@ def _mapping(place: str, name: str) -> dict[str, Any]:
         value = json.loads(_bytes(place, name))
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
+    return mapping(value)
 
 
 def _config(place: str) -> dict[str, Any]:
@@ -271,4 +283,4 @@ def _config(place: str) -> dict[str, Any]:
         value = yaml.safe_load(_bytes(place, "config.yaml"))
     except yaml.YAMLError:
         return {}
-    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else {}
+    return {str(key): entry for key, entry in mapping(value).items()}

@@ -109,7 +109,7 @@ def shade(task: str, index: int) -> str:
 
 def run_colour(index: int, runs: int) -> str:
     """The colour of a run among several; of a single one, a neutral one."""
-    return RUN_COLOURS[index % len(RUN_COLOURS)] if runs > 1 else "#52708f"
+    return RUN_COLOURS[index % len(RUN_COLOURS)] if runs > 1 else "#5a84b5"
 
 
 def label(text: str) -> str:
@@ -168,7 +168,7 @@ def _trace(series: Series, number: int, shown: bool) -> dict[str, Any]:
         "marker": {"color": series.colour, "size": 7, "symbol": _SYMBOLS[series.symbol % len(_SYMBOLS)]},
     }
     if series.style == "faint":
-        trace |= {"opacity": 0.28, "hoverinfo": "skip", "line": {"color": series.colour, "width": 1}}
+        trace |= {"opacity": 0.36, "hoverinfo": "skip", "line": {"color": series.colour, "width": 1}}
     if series.style == "restarts":
         trace |= {"line": {"color": series.colour, "width": 1.2, "dash": "dot"}, "hoverinfo": "text"}
         trace |= {"hovertext": [label(text) for text in series.texts], "connectgaps": False}
@@ -198,7 +198,7 @@ def base_layout(height: int) -> dict[str, Any]:
         "font": {"family": _FONT, "size": 12, "color": _INK},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": clear, "itemwidth": 30},
         "hoverlabel": {"bgcolor": "#23282e", "bordercolor": "#23282e", "font": {"color": "#f3f5f7", "size": 12}, "namelength": -1},
-        "modebar": {"bgcolor": clear, "color": "#9aa2ab", "activecolor": "#52708f"},
+        "modebar": {"bgcolor": clear, "color": "#9aa2ab", "activecolor": "#5a84b5"},
     }
 
 

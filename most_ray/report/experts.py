@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from most_ray.report.collect import RunData, number
+from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import (
     MODALITY_COLOURS,
     Curves,
@@ -37,17 +37,18 @@ def expert_load(runs: Sequence[RunData]) -> Figure | None:
         for side, modality in enumerate(_MODALITIES):
             if not shares.get(modality):
                 continue
-            number_ = place * 2 + side + 1
-            suffix = "" if number_ == 1 else str(number_)
+            panel = place * 2 + side + 1
+            suffix = "" if panel == 1 else str(panel)
             xs, ys = [0.53 * side, 0.53 * side + 0.47], _rows(place, len(found))
             traces.append(_heat_map(run, shares[modality], suffix, top, showscale=not traces))
             shape[f"xaxis{suffix}"] = axis(xs, f"y{suffix}", "expert" if place == len(found) - 1 else "") | {"showgrid": False}
             shape[f"xaxis{suffix}"] |= {"tickmode": "linear", "dtick": max(1, len(shares[modality][0]) // 16), "showline": False}
             shape[f"yaxis{suffix}"] = axis(ys, f"x{suffix}", "layer" if side == 0 else "") | {"showgrid": False, "autorange": "reversed"}
             shape[f"yaxis{suffix}"] |= {"tickmode": "linear", "dtick": max(1, layers // 12), "showline": False}
-            shape["shapes"] += _marks(run, suffix)
+            pixels = (ys[1] - ys[0]) * (shape["height"] - shape["margin"]["t"] - shape["margin"]["b"])
+            shape["shapes"] += _marks(run, suffix, pixels)
             title = f"{modality} tokens" + (f", {run.name}" if len(runs) > 1 else "")
-            shape["annotations"].append(panel_title(title, xs[0], ys[1] + 14 / (shape["height"] - 90)))
+            shape["annotations"].append(panel_title(title, xs[0], ys[1] + 10 / (shape["height"] - 76)))
     spec = as_json(traces, shape)
     keys = [
         (MODALITY_COLOURS[modality], f"{modality} experts") for modality in _MODALITIES if any(_experts(run, modality) for run, _ in found)
@@ -59,11 +60,11 @@ def expert_load(runs: Sequence[RunData]) -> Figure | None:
 
 def load_shares(run: RunData) -> dict[str, list[list[float]]]:
     """(L, E) for each modality: shares of the layer's selections, from the last line of experts; empty where there is none."""
-    load = run.experts[-1].get("load") if run.experts else None
+    load = mapping(run.experts[-1].get("load")) if run.experts else {}
     shares = {}
     for modality in _MODALITIES:
-        rows = load.get(modality) if isinstance(load, dict) else None
-        if isinstance(rows, list) and rows and all(isinstance(row, list) and len(row) == len(rows[0]) > 0 for row in rows):
+        rows = entries(load.get(modality))
+        if rows and all(isinstance(row, list) and len(row) == len(rows[0]) > 0 for row in rows):
             counts = [[number(value) or 0.0 for value in row] for row in rows]
             shares[modality] = [[value / (sum(row) or 1.0) for value in row] for row in counts]
     return shares
@@ -95,27 +96,26 @@ def _heat_map(run: RunData, rows: list[list[float]], suffix: str, top: float, sh
         "colorscale": "Cividis",
         "showscale": showscale,
         "colorbar": {"tickformat": ".0%", "thickness": 12, "outlinewidth": 0, "len": 1, "x": 1.01},
-        "xgap": 1,
-        "ygap": 1,
         "hovertemplate": "layer %{y}, expert %{x}: %{z:.2%}<extra></extra>",
     }
     if len(rows) * len(rows[0]) <= _CELLS_WITH_NUMBERS:
+        trace |= {"xgap": 1, "ygap": 1}
         trace |= {"text": [[f"{value:.0%}" if value else "" for value in row] for row in rows], "texttemplate": "%{text}"}
     return trace
 
 
 def _experts(run: RunData, modality: str) -> list[int]:
-    experts = run.starts[-1].get("experts") if run.starts else None
-    chosen = experts.get(modality) if isinstance(experts, dict) else None
-    return [int(found) for value in chosen if (found := number(value)) is not None] if isinstance(chosen, list) else []
+    experts = mapping(run.starts[-1].get("experts")) if run.starts else {}
+    return [int(found) for value in entries(experts.get(modality)) if (found := number(value)) is not None]
 
 
-def _marks(run: RunData, suffix: str) -> list[dict[str, Any]]:
+def _marks(run: RunData, suffix: str, pixels: float) -> list[dict[str, Any]]:
     """A strip above a map that says which experts are whose."""
     marks = []
+    height = {"y0": 1 + 4 / pixels, "y1": 1 + 9 / pixels}
     for modality in _MODALITIES:
         for expert in _experts(run, modality):
-            where = {"xref": f"x{suffix}", "yref": f"y{suffix} domain", "x0": expert - 0.46, "x1": expert + 0.46, "y0": 1.015, "y1": 1.05}
+            where = {"xref": f"x{suffix}", "yref": f"y{suffix} domain", "x0": expert - 0.46, "x1": expert + 0.46, **height}
             marks.append({"type": "rect", **where, "fillcolor": MODALITY_COLOURS[modality], "line": {"width": 0}})
     return marks
 
@@ -125,8 +125,7 @@ def expert_balance(runs: Sequence[RunData]) -> Figure | None:
     curves, several = Curves(), len(runs) > 1
     for modality in _MODALITIES:
         for index, run in enumerate(runs):
-            lines = [line.get("expert_max_over_mean") for line in run.train]
-            y = [number(line.get(modality)) if isinstance(line, dict) else None for line in lines]
+            y = [number(mapping(line.get("expert_max_over_mean")).get(modality)) for line in run.train]
             name, colour = (run.name, run_colour(index, len(runs))) if several else (f"{modality} experts", MODALITY_COLOURS[modality])
             curves.add(f"{modality} experts" if several else "", name, colour, run.steps, y, True)
     if not curves.series:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from most_ray.records import TASKS
-from most_ray.report.collect import RunData, number
+from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import (
     TASK_COLOURS,
     TASK_NAMES,
@@ -183,24 +183,20 @@ def throughput(runs: Runs) -> Figure | None:
 
 def restart_text(step: float, start: dict[str, Any]) -> str:
     """What hovering over a restart says."""
-    changed = start.get("changed")
     parts = [f"restart after step {step:g}"]
     parts += [f"{start['workers']} workers"] if start.get("workers") is not None else []
-    parts += (
-        [f"{key} {value}" for key, value in (start.get("topology") or {}).items() if value != 1]
-        if isinstance(start.get("topology"), dict)
-        else []
-    )
+    parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
     parts += [str(start["device"])] if start.get("device") else []
     parts += ["not exact"] if start.get("exact") is False else []
-    parts += ["changed: " + ", ".join(map(str, changed))] if isinstance(changed, list) and changed else []
+    changed = entries(start.get("changed"))
+    parts += ["changed: " + ", ".join(map(str, changed))] if changed else []
     return ", ".join(parts)
 
 
 def step_time(runs: Runs) -> Figure | None:
     """Where a step's time goes: all of it, and the part in which data was waited for."""
     curves, several = Curves(), len(runs) > 1
-    for key, title, own in (("step_time", "whole step", "#52708f"), ("data_wait", "waiting for data", "#c98a2b")):
+    for key, title, own in (("step_time", "whole step", "#5a84b5"), ("data_wait", "waiting for data", "#c98a2b")):
         for index, run in enumerate(runs):
             colour = run_colour(index, len(runs)) if several else own
             curves.add(title if several else "", run.name if several else title, colour, run.steps, run.column(key), True)

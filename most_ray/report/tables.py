@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from most_ray.config import RunConfig
-from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, number
+from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, mapping, number
 from most_ray.report.curves import run_colour
 from most_ray.report.differences import align
 
@@ -168,8 +168,7 @@ def _machine(run: RunData) -> str:
     workers = number(start.get("workers"))
     parts = [f"{workers:g} worker{'s' if workers != 1 else ''}"] if workers is not None else []
     parts += [str(start["device"])] if start.get("device") else []
-    topology = start.get("topology")
-    parts += [f"{key} {value}" for key, value in topology.items() if value != 1] if isinstance(topology, dict) else []
+    parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
     return text(", ".join(parts)) if parts else _MISSING
 
 
@@ -231,7 +230,7 @@ def confusion_tables(runs: Runs) -> list[str]:
         for name, figures in sorted(run.last_evaluation.sets.items()) if run.last_evaluation else ():
             found = [
                 entry
-                for entry in figures.get("confusions") or ()
+                for entry in entries(figures.get("confusions"))
                 if isinstance(entry, (list, tuple)) and len(entry) == 3 and number(entry[2])
             ]
             if not found:
@@ -257,13 +256,13 @@ def samples(runs: Runs) -> list[str]:
     for name in sorted({name for run in runs for name in run.hypotheses}):
         by_run = [{entry.id: entry for entry in run.hypotheses.get(name, ())} for run in runs]
         together: dict[str, bool] = {}
-        for entries in by_run:
-            for key, entry in entries.items():
+        for said in by_run:
+            for key, entry in said.items():
                 together[key] = together.get(key, False) or entry.wrong
         wrong, right = ([key for key, is_wrong in together.items() if is_wrong is kind] for kind in (True, False))
         chosen = _spread(wrong, _SAMPLES)
         chosen += _spread(right, _SAMPLES - len(chosen))
-        rows = [(text(key), *(difference(entries[key]) if key in entries else _MISSING for entries in by_run)) for key in chosen]
+        rows = [(text(key), *(difference(said[key]) if key in said else _MISSING for said in by_run)) for key in chosen]
         shown = f"{len(chosen)} of {len(together):,} records, {len(wrong):,} of which are wrong" + (" in some run" if len(runs) > 1 else "")
         head = ("record", *run_names(runs)) if len(runs) > 1 else ()
         made.append(f"<div><h4>{text(name)} <small>{shown}</small></h4>{table(head, rows, 'samples')}</div>")

@@ -17,7 +17,7 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
     """Join the cluster that is named, or start one on this machine with room for the most workers and their data tasks.
 
     Raises:
-        ConfigError: the cluster is smaller than the fewest workers need.
+        ConfigError: the cluster is smaller than the fewest workers need, or has no GPUs left for evaluations.
     """
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
@@ -30,6 +30,11 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
         else:
             ray.init(**local_ray_options(most))
     resources = ray.cluster_resources()
+    beside = 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus
+    gpus, training = resources.get("GPU", 0.0), float(most) if use_gpu else 0.0
+    if beside and gpus < training + beside:  # the workers hold theirs until the last evaluation is in
+        rule = f"needs {beside:g} GPUs for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."
+        raise ConfigError("eval_gpus", config.eval_gpus, rule, "Lower it or num_workers, or set eval_inline.")
     needed = {"CPU": fewest + TASK_CPUS, **({"GPU": float(fewest)} if use_gpu else {})}
     for name, amount in needed.items():
         if resources.get(name, 0.0) < amount:

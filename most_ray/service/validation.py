@@ -88,11 +88,15 @@ class Validation:
         self._job, self._run_place, self._total, self._report = job, run_place, total_steps, report
         self._waiting: list[tuple[int, str]] = []
         self._running: tuple[int, ray.ObjectRef] | None = None
+        self._warned = False
 
     def start(self, step: int, place: str) -> None:
         """Score a checkpoint, which stays as long as it is `pending`."""
         self._waiting.append((step, place))
         self._next()
+        if len(self._waiting) > 1 and not self._warned:
+            self._warned = True
+            logger.warning("evaluations take longer than training needs for eval_steps: %d are waiting", len(self._waiting))
 
     def _next(self) -> None:
         if self._running is None and self._waiting:

@@ -8,7 +8,6 @@ The first steps of a run (warm-up, the stream's first block) are left out; media
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import ray
 
 from most_ray.service.cluster import local_ray_options
+from most_ray.train.journal import read_journal
 from tests.benchmarks.common import show, write
 from tests.end_to_end.faults.harness import by_itself, finish, under_ray
 
@@ -25,7 +25,7 @@ SKIPPED = 20
 
 
 def step_times(folder: Path, name: str) -> list[float]:
-    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = read_journal(folder / name / "metrics.jsonl", "train")
     return [line["step_time"] for line in lines[SKIPPED:]]
 
 

@@ -7,7 +7,6 @@ With `--run DIR`, also how long the steps of that run waited for their data.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import tempfile
@@ -30,6 +29,7 @@ from most_ray.data.batch import open_plan, rank_batch
 from most_ray.data.feed import StreamSpec
 from most_ray.service.cluster import local_ray_options
 from most_ray.service.stream import stream_batches
+from most_ray.train.journal import read_journal
 from tests.benchmarks import common
 from tests.benchmarks.stores import LAYOUT, fill, spec_of
 
@@ -184,7 +184,7 @@ def pass_through(spec: StreamSpec, store_bytes: int) -> tuple[dict[str, float], 
 
 def data_wait(run: Path) -> tuple[dict[str, float], list[list[object]]]:
     """Share of a run's step time that was spent waiting for data, apart from the first line, which waits for the stream to start."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_journal(run / "metrics.jsonl", "train")
     first, rest = lines[0], lines[1:]
     figures = {
         "data_wait_share": sum(line["data_wait"] for line in rest) / sum(line["step_time"] for line in rest),

@@ -20,6 +20,7 @@ import pytest
 
 from most_ray.config import load_config
 from most_ray.data.batch import forward_shape
+from most_ray.train.journal import read_journal
 from most_ray.train.prepare import prepare_run
 from tests.conftest import ROOT
 
@@ -134,7 +135,7 @@ def test_kills(
     for step in kills:
         kill_behind(config, name, ray_cluster, step, workers, passes, save_steps=save_steps)
     assert finish(config, name, ray_cluster, workers, passes, save_steps=save_steps) == reference
-    lines = [json.loads(line) for line in (config.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    lines = read_journal(config.parent / "runs" / name / "metrics.jsonl", "train")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from most_ray.cli import main
+from most_ray.train.journal import read_journal
 
 
 def test_from_a_folder_of_recordings_to_a_word_error_rate(
@@ -98,5 +99,5 @@ def test_published_librispeech_units_train(shared: Path, ray_cluster: str, tmp_p
         "2048",
     ]
     assert main([*train, "--num_workers", "2", "--ep_size", "2", "--gradient_checkpointing"]) == 0
-    lines = [json.loads(line) for line in Path("runs/libri/metrics.jsonl").read_text().splitlines()]
+    lines = read_journal(Path("runs/libri/metrics.jsonl"), "train")
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["tokens"] > 1500

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from most_ray.train.journal import read_journal
 from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import flags_of
 
@@ -34,7 +34,7 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def lines(tmp_path: Path, name: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return read_journal(tmp_path / name / "metrics.jsonl", "train")
 
 
 def test_torchrun_and_one_process_train_the_same(tmp_path: Path) -> None:

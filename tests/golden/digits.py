@@ -49,7 +49,9 @@ def measure(output_dir: Path) -> dict[str, list[Any]]:
     torch.set_num_threads(1)
     values = read_yaml(ROOT / "jobs" / "configs" / "digits.yaml")
     values |= {name: [str(ROOT / place) for place in values[name]] for name in ("train_asr_dirs", "train_tts_dirs")}
-    config = config_from({**values, "val_asr_dirs": [], "output_dir": str(output_dir), "use_gpu": False, "deterministic": True})
+    config = config_from(
+        {**values, "val_asr_dirs": [], "val_tts_dirs": [], "output_dir": str(output_dir), "use_gpu": False, "deterministic": True}
+    )
     set_deterministic(config.seed)
     prepared = prepare_run(config)
     job, device = prepared.job, torch.device("cpu")

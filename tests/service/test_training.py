@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +22,15 @@ from most_ray.cli import main
 from most_ray.config import RunConfig, load_config
 from most_ray.data.batch import Batch
 from most_ray.data.feed import StreamSpec
-from most_ray.errors import CheckpointError, ConfigError
+from most_ray.errors import CheckpointError, ConfigError, DataError
+from most_ray.evaluation.hypotheses import read_hypotheses
 from most_ray.service.attempts import RunIncompleteError
 from most_ray.service.stream import stream_batches
 from most_ray.service.trainer import run_training
 from most_ray.service.worker import WorkerJob
 from most_ray.train import checkpoint
 from most_ray.train.journal import read_journal
+from most_ray.train.schema import check_line
 from tests.conftest import ROOT
 
 STEPS = 20
@@ -36,7 +39,7 @@ CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
 
 def config_of(folder: Path, name: str, **changes: Any) -> RunConfig:
     os.chdir(ROOT)
-    values = {"max_steps": STEPS, "save_steps": 8, "output_dir": str(folder), "name": name, "warmup_steps": 5}
+    values = {"max_steps": STEPS, "save_steps": 8, "output_dir": str(folder), "name": name, "warmup_steps": 5, "val_tts_dirs": []}
     return load_config(CONFIG, {**values, "trace_records": str(folder / f"{name}.trace"), **changes})
 
 
@@ -45,7 +48,7 @@ def run(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    lines = read_journal(folder / name / "metrics.jsonl")
+    lines = read_journal(folder / name / "metrics.jsonl", "train")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
@@ -63,7 +66,8 @@ def reference(folder: Path) -> dict[str, Any]:
 
 def test_a_run_leaves_what_it_promises(folder: Path, reference: dict[str, Any]) -> None:
     run_dir = folder / "reference"
-    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "export", "summary.json", "rejected.jsonl", "evaluation.json"):
+    files = "config.yaml environment.json metrics.jsonl summary.json rejected.jsonl evaluation.json hypotheses.jsonl report.html"
+    for name in (*files.split(), "checkpoints", "export"):
         assert (run_dir / name).exists(), name
     summary = json.loads((run_dir / "summary.json").read_text())
     assert set(summary["wer"]) == {"test_takes", "test_speaker"} and summary["step"] == STEPS
@@ -71,7 +75,9 @@ def test_a_run_leaves_what_it_promises(folder: Path, reference: dict[str, Any]) 
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-000000016", "step-000000020"]
     assert (run_dir / "checkpoints" / "step-000000020" / "tokenizer.json").exists()
     assert load_config(run_dir / "config.yaml").max_steps == STEPS
-    line = read_journal(run_dir / "metrics.jsonl")[-1]
+    lines = read_journal(run_dir / "metrics.jsonl")
+    assert [problem for line in lines for problem in check_line(line)] == []
+    line = next(line for line in reversed(lines) if line["kind"] == "train")
     assert {
         "loss",
         "asr_loss",
@@ -91,7 +97,7 @@ def test_no_token_leaked(reference: dict[str, Any], folder: Path) -> None:
     load = reference["routing"]["expert_load"]
     assert reference["routing"]["leaked"] == 0
     assert sum(load["text"][:4]) > 0 and sum(load["audio"][4:]) > 0 and sum(load["text"][4:]) == sum(load["audio"][:4]) == 0
-    assert all(line["leaked"] == 0 for line in read_journal(folder / "reference" / "metrics.jsonl"))
+    assert all(line["leaked"] == 0 for line in read_journal(folder / "reference" / "metrics.jsonl", "train"))
 
 
 @pytest.mark.parametrize(("workers", "ep"), [(4, 2)])
@@ -139,10 +145,10 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
     assert main(words) == 0
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["wer"] == reference["wer"] and result["routing"]["leaked"] == 0
-    of_the_run = json.loads((folder / "reference" / "evaluation.json").read_text())
-    for name in ("asr/test_takes", "asr/test_speaker"):
-        assert result["sets"][name]["hypotheses"] == of_the_run["sets"][name]["hypotheses"]
-        assert len({h["id"] for h in result["sets"][name]["hypotheses"]}) == result["sets"][name]["records"]
+    _, of_the_run = read_hypotheses(str(folder / "reference" / "hypotheses.jsonl"))
+    _, of_the_command = read_hypotheses(str(tmp_path / "e.hypotheses.jsonl"))
+    assert [{**row, "loss": 0} for row in of_the_command] == [{**row, "loss": 0} for row in of_the_run]
+    assert len({(row["set"], row["id"]) for row in of_the_run}) == 700
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "notes.txt").write_text("keep me")
     checkpoint = folder / "reference" / "checkpoints" / "step-000000020"
@@ -161,8 +167,9 @@ def test_starting_from_another_runs_checkpoint(folder: Path, reference: dict[str
     changes = {"resume_from_checkpoint": place, "val_asr_dirs": [], "model_name_or_path": str(folder / "reference" / "init")}
     run(folder, "onward", trace_records=trace, **changes)
     assert [line["step"] for line in read_journal(folder / "onward.trace")] == [17, 18, 19, 20]
-    assert [line["step"] for line in read_journal(folder / "onward" / "metrics.jsonl")] == [17, 18, 19, 20]
-    assert [line["loss"] for line in read_journal(folder / "onward" / "metrics.jsonl")] == losses(folder, "reference")[16:]
+    lines = read_journal(folder / "onward" / "metrics.jsonl", "train")
+    assert [line["step"] for line in lines] == [17, 18, 19, 20]
+    assert [line["loss"] for line in lines] == losses(folder, "reference")[16:]
     model = str(folder / "reference" / "init")
     changes = {"resume_from_checkpoint": place, "ignore_optimizer_state": True, "model_name_or_path": model, "val_asr_dirs": []}
     run(folder, "fresh", **changes, max_steps=2, seed=5)
@@ -190,8 +197,69 @@ def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> 
     result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
     assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
     assert losses(folder, "evaluated") == losses(folder, "reference")
-    scored = read_journal(folder / "evaluated" / "evaluations.jsonl")
-    assert [line["step"] for line in scored] == [10] and scored[0]["wer"] == result["wer"]
+    scored = read_journal(folder / "evaluated" / "metrics.jsonl", "evaluation")
+    assert [line["step"] for line in scored] == [10, 20] and scored[0]["wer"] == result["wer"]
+
+
+def test_one_number_by_every_way(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
+    """Promises 23 and 24: WER and all other figures of metrics.jsonl at the last step, of `most-ray evaluate` on that checkpoint by one
+    worker and by two, in batches of 1 and 8, and of the file scored again: equal to the last digit."""
+    (line,) = read_journal(folder / "reference" / "metrics.jsonl", "evaluation")
+    place = str(folder / "reference" / "checkpoints" / f"step-{STEPS:09d}")
+    sets = [str(ROOT / "jobs/data/digits" / name) for name in ("test_takes", "test_speaker")]
+    for workers, batch in ((1, 8), (2, 1)):
+        words = ["evaluate", "--model", place, "--asr_dirs", *sets, "--output", str(tmp_path / "e.json"), "--batch_size", str(batch)]
+        assert main([*words, "--num_workers", str(workers)]) == 0
+        assert main(["evaluate", "--rescore", str(tmp_path / "e.hypotheses.jsonl"), "--output", str(tmp_path / "r.json")]) == 0
+        assert (tmp_path / "r.json").read_bytes() == (tmp_path / "e.json").read_bytes()
+        result = json.loads((tmp_path / "e.json").read_text())
+        assert result["wer"] == line["wer"] == reference["wer"]
+        for name, section in line["sets"].items():
+            for figure in ("words", "characters", "empty_rate", "loop_rate", "length_cap_rate", "confusions", "records"):
+                assert result["sets"][name][figure] == section[figure], (name, figure)
+            assert result["sets"][name]["loss"] == pytest.approx(section["loss"], abs=1e-6)
+
+
+def test_evaluation_in_between_by_two_workers_that_share_the_experts(folder: Path, reference: dict[str, Any]) -> None:
+    """eval_inline: the same losses as without, the same error rates as beside training; speech and text are scored too."""
+    changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "num_workers": 2, "ep_size": 2, "eval_steps": 10, "eval_inline": True}
+    summary = run(folder, "inline", **changes)
+    assert losses(folder, "inline") == pytest.approx(losses(folder, "reference"), abs=1e-4)
+    scored = read_journal(folder / "inline" / "metrics.jsonl", "evaluation")
+    assert [line["step"] for line in scored] == [10, STEPS]
+    words = reference["sets"]["asr/test_takes"]["words"]
+    assert summary["sets"]["asr/test_takes"]["words"]["rate"] == pytest.approx(words["rate"], abs=0.02)
+    assert summary["sets"]["asr/test_takes"]["records"] == 200
+
+
+def test_a_last_evaluation_that_fails_is_told_and_made_by_the_next_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records vanish during training: exit code 2 and the reason. The same command makes what is missing, and trains no step again."""
+    records, away = tmp_path / "val", tmp_path / "away"
+    shutil.copytree(ROOT / "jobs/data/digits/test_takes", records)
+
+    def losing(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
+        for batch in stream_batches(spec, first, last):
+            if batch.step == last:
+                records.rename(away)
+            yield batch
+
+    changes = {"val_asr_dirs": [str(records)], "max_steps": 3, "warmup_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("most_ray.service.attempts.WorkerJob", functools.partial(WorkerJob, stream=losing))
+        with pytest.raises(DataError, match="val"):
+            run(folder, "unscored", **changes)
+    before = read_journal(folder / "unscored" / "metrics.jsonl", "train")
+    away.rename(records)
+    summary = run(folder, "unscored", **changes)
+    assert read_journal(folder / "unscored" / "metrics.jsonl", "train") == before and len(before) == 3
+    assert summary["sets"]["asr/val"]["records"] == 200
+
+
+def test_gpus_for_evaluations_that_the_cluster_has_not_are_missed_at_the_start(folder: Path, ray_cluster: str) -> None:
+    with pytest.raises(ConfigError, match=r"eval_gpus = 1\.0: needs 1 GPUs for evaluations beside 0 of the training workers"):
+        run(folder, "without-gpus", eval_gpus=1, max_steps=3, warmup_steps=1)
 
 
 def test_half_precision_and_recomputation(folder: Path, reference: dict[str, Any]) -> None:

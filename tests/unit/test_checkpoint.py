@@ -2,14 +2,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 from safetensors.torch import load_file
 
 from most_ray import storage
@@ -128,23 +124,9 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan
                 read()
 
 
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("ENDPOINT_URL", s3_server)):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(name)
-    return f"s3://{name}/run/checkpoints"
+def bucket(s3: str) -> str:
+    return f"{s3}/run/checkpoints"
 
 
 def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:

@@ -232,6 +232,13 @@ def test_lines_without_a_kind_are_of_training(tmp_path: Path) -> None:
     assert "1 of which are wrong" in page([run])
 
 
+def test_a_run_that_goes_on_shows_its_last_evaluations_hypotheses(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=40, done=False)
+    (folder / "evaluations").mkdir()
+    (folder / "hypotheses.jsonl").rename(folder / "evaluations" / "step-000000020.hypotheses.jsonl")
+    assert collect([str(folder)])[0].hypotheses["asr/dev_clean"]
+
+
 def test_a_place_without_metrics_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"run = .*holds no metrics.jsonl") as caught:
         write_report([str(tmp_path / "nothing")], tmp_path / "report.html")

@@ -21,32 +21,10 @@ from typing import Any
 import fsspec
 import moto.settings
 import pytest
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from most_ray import storage
 from most_ray.cache import Cache, node_cache
 from most_ray.errors import ConfigError, DataError
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A new, empty bucket."""
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("ENDPOINT_URL", s3_server)):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(name)
-    return f"s3://{name}"
 
 
 @pytest.fixture

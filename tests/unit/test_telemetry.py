@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import pickle
@@ -17,7 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from google.protobuf.message import DecodeError
 
 from most_ray.config import config_from
 from most_ray.service.telemetry import Background, Secret, TensorBoard, Wandb, trackers_of, wandb_key
@@ -25,6 +23,7 @@ from most_ray.service.tracked import AXES, event_records, key_of, lines_in_event
 from most_ray.train.folder import RunFolder
 from most_ray.train.journal import Journal, read_journal
 from tests.conftest import ROOT
+from tests.support.tracking import wandb_rows
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 START = {"kind": "start", "step": 0, "workers": 2, "first_expert_layer": 1, "experts": {"text": [0, 1], "audio": [2, 3]}}
@@ -100,23 +99,6 @@ def killed(run: Path, make: str, last: int) -> None:
     assert process.stdout.readline() == "paused\n"
     process.kill()
     process.communicate()
-
-
-def wandb_rows(run: Path) -> list[dict[str, Any]]:
-    """The history of all local files by the library's own messages, in order."""
-    from wandb.proto import wandb_internal_pb2
-
-    from most_ray.service.tracked import _log_records
-
-    rows = []
-    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for data in _log_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            with contextlib.suppress(DecodeError):  # where a killed writer was torn off
-                record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
-    return rows
 
 
 def check_once(counts: Counter[tuple[str, int]], last: int) -> None:

@@ -12,4 +12,5 @@ mv "$HERE/train_asr/kmeans.npy" "$HERE/kmeans.npy"
 units --output "$HERE/test_takes" --kmeans "$HERE/kmeans.npy" --where 'speaker!=lucas' split=test
 units --output "$HERE/test_speaker" --kmeans "$HERE/kmeans.npy" --where speaker=lucas
 $RUN tts --input_dir "$HERE/train_asr" --output_dir "$HERE/train_tts" --dataset_name fsdd
+$RUN tts --input_dir "$HERE/test_takes" --output_dir "$HERE/test_tts" --dataset_name fsdd
 rm -f "$HERE/test_takes/kmeans.npy" "$HERE/test_speaker/kmeans.npy"

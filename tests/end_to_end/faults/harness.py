@@ -6,7 +6,6 @@ Every run is the command that a user types. Kills are SIGKILL: no handler, no la
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -20,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from most_ray.train.journal import read_journal
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
@@ -109,12 +109,12 @@ def ray_workers() -> list[psutil.Process]:
     return found
 
 
-def random_kills(folder: Path, address: str, kills: int, steps: int, save_steps: int, seed: int, workers: int = 2) -> Report:
-    """One run under Ray; at random steps a worker or the driver is killed, in turn."""
+def random_kills(folder: Path, address: str, kills: int, steps: int, save_steps: int, seed: int, workers: int = 2, **more: Any) -> Report:
+    """One run under Ray; at random steps a worker or the driver is killed, in turn. `more`: flags of the run that is killed."""
     draw = random.Random(seed)
     changes = {"max_steps": steps, "save_steps": save_steps, "num_workers": workers, "ep_size": workers}
     finish(by_itself(folder, "straight", workers, **changes), folder, "straight")
-    report, process = Report(), under_ray(folder, "killed", address, **changes)
+    report, process = Report(), under_ray(folder, "killed", address, **(changes := {**changes, **more}))
     moments = sorted(draw.sample(range(1, steps - 1), kills))
     for number, moment in enumerate(moments):
         whom = ("worker", "driver")[number % 2]
@@ -182,7 +182,7 @@ def _begun(checkpoints: Path, process: subprocess.Popen[bytes], after: int) -> P
 
 def compare(report: Report, folder: Path, straight: str, killed: str) -> Report:
     report.trace_equal = (folder / f"{straight}.trace").read_bytes() == (folder / f"{killed}.trace").read_bytes()
-    lines = [[json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()] for name in (straight, killed)]
+    lines = [read_journal(folder / name / "metrics.jsonl", "train") for name in (straight, killed)]
     report.metrics_whole = [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     if report.metrics_whole:
         report.loss_difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(*lines, strict=True))
