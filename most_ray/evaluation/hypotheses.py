@@ -68,7 +68,7 @@ def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
         "task": task,
         "records": len(rows),
         "loss": loss,
-        "perplexity": None if loss is None else math.exp(min(loss, 700.0)),
+        "perplexity": None if loss is None or loss > 700.0 else math.exp(loss),  # beyond that it is no float
         "supervised_tokens": count,
     }
     if task == "asr":
@@ -162,7 +162,9 @@ def evaluation_lines(result: dict[str, Any]) -> list[str]:
         rates = (("words", "WER"), ("characters", "CER"), ("cycle", "cycle WER"), ("outside", "outside WER"), ("units", "unit error rate"))
         shown = [f"{title} {_percent(section[key])}" for key, title in rates if key in section]
         if section["loss"] is not None:
-            shown += [f"loss {section['loss']:.4f}", f"perplexity {section['perplexity']:.3f}"]
+            shown.append(f"loss {section['loss']:.4f}")
+        if section["perplexity"] is not None:
+            shown.append(f"perplexity {section['perplexity']:.3f}")
         shares = ("empty_rate", "loop_rate", "length_cap_rate", "foreign_rate")
         shown += [f"{key.removesuffix('_rate').replace('_', ' ')} {section[key]:.1%}" for key in shares if section.get(key)]
         lines.append(f"{name}: {'  '.join(shown)}  records {section['records']}")

@@ -25,6 +25,7 @@ from most_ray.service.telemetry import wandb_key
 from most_ray.service.worker import WorkerJob, train_worker
 from most_ray.train import checkpoint
 from most_ray.train.prepare import Prepared
+from most_ray.train.reporter import evaluated_steps
 from most_ray.train.session import claim_run
 from most_ray.train.topology import Topology
 
@@ -72,12 +73,11 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
     """
     config = prepared.job.config
     failures = FailureWindow(config.max_failures, config.failure_window_s)
-    last = checkpoint.step_place(prepared.folder.checkpoints, prepared.job.total_steps)
     doubtful = False
     while True:
         topology = _settle(prepared, doubtful, terminated, console)
         watcher, error = _attempt(prepared, topology, validation, terminated)
-        if error is None and (watcher.reason is None or last in checkpoint.committed(prepared.folder.checkpoints)):
+        if error is None and (watcher.reason is None or complete(prepared)):
             return
         cause = _cause(error) if error else ""
         doubtful = error is not None
@@ -99,6 +99,13 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
             times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
             rule = f"failed {times}, at last so: {cause}"
             raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
+
+
+def complete(prepared: Prepared) -> bool:
+    """Whether the last step's checkpoint is there, and its evaluation where one was asked for. Between attempts only."""
+    job, folder = prepared.job, prepared.folder
+    committed = checkpoint.step_place(folder.checkpoints, job.total_steps) in checkpoint.committed(folder.checkpoints)
+    return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
 
 
 def _found_no_room(error: BaseException) -> bool:

@@ -75,6 +75,8 @@ class Narrator:
             if line["step"] >= self._newest[0] and (rates := ", ".join(f"{n} {r:.1%}" for n, r, _ in error_rates(line))):
                 self._newest = (line["step"], f"WER {rates} at step {line['step']}")
             return evaluated(line)
+        elif kind == "failure":
+            return f"{line['what']} of step {line['step']} failed: {line['reason']}"
         elif kind == "train":
             return self._trained(line, now)
         return None

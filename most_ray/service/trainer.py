@@ -19,7 +19,7 @@ from most_ray.evaluation.share import EvaluationSettings
 from most_ray.records import TASKS
 from most_ray.report import write_report
 from most_ray.report.environment import environment
-from most_ray.service.attempts import RunIncompleteError, run_attempts
+from most_ray.service.attempts import RunIncompleteError, complete, run_attempts
 from most_ray.service.cluster import start_ray
 from most_ray.service.control import Terminated
 from most_ray.service.evaluation import EvaluationJob
@@ -67,18 +67,15 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
     started = time.monotonic()
-    folder.pull("metrics.jsonl")
-    evaluated = {line["step"] for line in read_journal(folder.local / "metrics.jsonl", "evaluation")}
-    if prepared.done_steps < job.total_steps or (job.has_validation and job.total_steps not in evaluated):
+    if prepared.done_steps < job.total_steps or not complete(prepared):
         validation = evaluation_job(config, job.threads * job.topology.world_size) if job.has_validation else None
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
         terminated.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
             run_attempts(prepared, validation, console, terminated)
-    if last not in checkpoint.committed(folder.checkpoints):
-        raise RunIncompleteError(
-            "step", job.total_steps, "was not reached: no checkpoint of the last step was completed.", "Start it again."
-        )
+    if not complete(prepared):
+        rule = "was not reached: its checkpoint or its evaluation is missing."
+        raise RunIncompleteError("step", job.total_steps, rule, "Start it again.")
     trained = time.monotonic() - started
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")

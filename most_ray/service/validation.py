@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 import torch
 
+from most_ray import storage
 from most_ray.errors import UserError
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Evaluation, combine
@@ -124,8 +125,10 @@ class Validation:
         except (ray.exceptions.RayError, UserError) as error:
             if step == self._total:
                 raise _own(error) from None
-            # Training does not depend on it, and `most-ray evaluate` scores the checkpoint again where that is still there.
-            logger.error("evaluation of step %d failed: %s", step, str(error).strip().splitlines()[-1])
+            # Training does not depend on it. The next start makes it, where the checkpoint is still there.
+            reason = storage.redact(str(_own(error)).strip().splitlines()[-1])
+            logger.error("evaluation of step %d failed: %s", step, reason)
+            self._report({"kind": "failure", "step": step, "what": "evaluation", "reason": reason})
         else:
             logger.info("evaluation of step %d: %s", step, line["wer"])
             self._report(line)

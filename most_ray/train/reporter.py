@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.train.folder import RunFolder
-from most_ray.train.journal import Journal
+from most_ray.train.journal import LATE, Journal
 from most_ray.train.ranks import world_size
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,14 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """There will be no more."""
+
+
+def evaluated_steps(folder: RunFolder) -> set[int]:
+    """The steps whose evaluations stand in a run's metrics.jsonl. Not while workers write it: it is brought here anew."""
+    folder.pull("metrics.jsonl")
+    path = folder.local / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return {json.loads(line)["step"] for line in lines if LATE in line and line.endswith(b"\n")}
 
 
 class RunReporter:
@@ -89,9 +98,10 @@ class RunReporter:
         self._write(line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """A line of kind `evaluation`; it is on storage when this returns, for its checkpoint may go now."""
+        """A line of kind `evaluation`, or `failure` of one; it is on storage when this returns, for its checkpoint may go now."""
         self._write(line)
-        self.evaluations[line["step"]] = line
+        if line["kind"] == "evaluation":
+            self.evaluations[line["step"]] = line
         self.push()
 
     def checkpoint(self, step: int, place: str) -> None:

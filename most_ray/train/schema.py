@@ -203,7 +203,7 @@ FIGURES = Fixed(
             '[reference word, hypothesis word, count], most frequent first; "" is nothing (deletion, insertion)',
             _ASR,
         ),
-        "loop_rate": Key(_NUMBER, "share", "of the hypotheses that repeat themselves to the end", _SPEECH),
+        "loop_rate": Key(_NUMBER, "share", "of the hypotheses that say something four times in a row, over eight tokens at least", _SPEECH),
         "length_cap_rate": Key(_NUMBER, "share", "of the hypotheses cut off at the length cap", _SPEECH),
         "units": Key(ERRORS, "", "unit error rate against the recording's units; counts are units", _TTS),
         "cycle": Key(ERRORS, "", "word error rate of the text that the model recognises in its own speech", _TTS),
@@ -238,7 +238,21 @@ EVALUATION: Mapping[str, Key] = {
     "samples": Key(Many(SAMPLE), "", "a few references and hypotheses"),
 }
 
-KINDS: Mapping[str, Mapping[str, Key]] = {"start": START, "train": TRAIN, "experts": EXPERTS, "evaluation": EVALUATION}
+FAILURE: Mapping[str, Key] = {
+    "kind": Key(Literal["failure"], "", "something that training does not depend on did not come about; the next start tries again"),
+    "step": Key(int, "steps", "that it was for"),
+    "time": Key(float, "s", "Unix time"),
+    "what": Key(Literal["evaluation"], "", ""),
+    "reason": Key(str, "", ""),
+}
+
+KINDS: Mapping[str, Mapping[str, Key]] = {
+    "start": START,
+    "train": TRAIN,
+    "experts": EXPERTS,
+    "evaluation": EVALUATION,
+    "failure": FAILURE,
+}
 
 
 def check_line(line: Mapping[str, Any]) -> list[str]:

@@ -190,9 +190,9 @@ def test_a_run_does_not_go_on_over_other_data(folder: Path, reference: dict[str,
 
 def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> None:
     """eval_steps: a committed checkpoint is scored beside training, the training is none the different; bf16 and recomputation run."""
-    changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "keep_last": 1, "keep_best": 1, "best_metric": "loss/asr/test_takes"}
+    changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "keep_last": 1, "keep_best": 2, "best_metric": "loss/asr/test_takes"}
     run(folder, "evaluated", eval_steps=10, **changes)
-    # Saved at 8, 10, 16 and 20: the last one stays, and the only one that has a score.
+    # Saved at 8, 10, 16 and 20: the last one stays, and those that have a score.
     assert [checkpoint.step_of(place) for place in checkpoint.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
     result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
     assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
@@ -327,7 +327,9 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
     assert {"config.yaml", "metrics.jsonl", "summary.json", "export/config.json", "init/config.json"} <= names
     assert [checkpoint.step_of(c) for c in checkpoint.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
     lines = [json.loads(line) for line in storage.read_bytes(bucket % "runs/remote/metrics.jsonl").splitlines()]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and summary["step"] == 6
+    steps = {kind: [line["step"] for line in lines if line["kind"] == kind] for kind in ("start", "train", "evaluation")}
+    assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]} and summary["step"] == 6
+    assert {"hypotheses.jsonl", "report.html", "environment.json", "evaluations/step-000000004.json"} <= names
 
 
 def test_a_run_that_goes_on_keeps_its_global_batch_size(folder: Path, reference: dict[str, Any]) -> None:
