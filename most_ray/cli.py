@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -268,8 +269,9 @@ def _evaluate_flags(parser: Parser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    if args.output.is_dir():
-        raise ConfigError("output", str(args.output), "is a folder.", "Name a file.")
+    _check_output(args.output)
+    if args.output.name.endswith(".hypotheses.jsonl"):
+        raise ConfigError("output", str(args.output), "is a name of hypotheses, which are written beside the output.", "Name a JSON file.")
     if args.rescore:
         return _rescore(args)
     if not args.model:
@@ -279,11 +281,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     for name in ("batch_size", "max_new_tokens", "max_new_units", "num_beams", "num_workers"):
         if getattr(args, name) < 1:
             raise ConfigError(name, getattr(args, name), "must be at least 1.")
+    for name in ("length_penalty", "gpus"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ConfigError(name, getattr(args, name), "must be a number that is not negative.")
+    if args.gpus and args.num_workers == 1:
+        raise ConfigError("gpus", args.gpus, "is for several workers: one uses the GPU where there is one.", "Set num_workers.")
     if args.model.startswith((".", "/")) and not Path(args.model).exists():
         raise CheckpointError("model", args.model, "does not exist.")
     from most_ray.evaluation.evaluate import Directories
     from most_ray.evaluation.share import EvaluationSettings
-    from most_ray.service.cluster import start_ray
+    from most_ray.service.cluster import check_evaluation_gpus, start_ray
     from most_ray.service.evaluation import EvaluationJob
     from most_ray.service.validation import evaluate_place
 
@@ -302,14 +309,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     store_dir = storage.absolute(args.store_dir or args.output.absolute().parent / "store")
     model = storage.absolute(args.model) if storage.exists(args.model) else args.model
     if args.num_workers > 1:
-        start_ray(configuration.config_from({"ray_address": args.ray_address, "eval_gpus": args.gpus}), 1, args.num_workers, False)
+        start_ray(configuration.config_from({"ray_address": args.ray_address}), 1, args.num_workers, False)
+        check_evaluation_gpus("gpus", args.gpus, args.gpus * args.num_workers)
     evaluation = evaluate_place(EvaluationJob(directories, settings, store_dir, args.num_workers, args.gpus), model)
     evaluation.write(args.output)
     _show_evaluation(evaluation.result, args.output)
     return 0
 
 
+def _check_output(path: Path) -> None:
+    """Before anything is done for it.
+
+    Raises:
+        ConfigError: it is no local file's path.
+    """
+    if re.match(r"[a-z0-9]+:/", str(path)):
+        raise ConfigError("output", str(path), "is no local place.", "Name a file on this machine.")
+    if path.is_dir():
+        raise ConfigError("output", str(path), "is a folder.", "Name a file.")
+
+
 def _rescore(args: argparse.Namespace) -> int:
+    if args.output.exists() and Path(args.rescore).exists() and args.output.samefile(args.rescore):
+        raise ConfigError("output", str(args.output), "is the file that is scored: it would be lost.", "Name another.")
     if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:
         raise ConfigError("rescore", args.rescore, "needs neither a model nor directories: the file holds what was decoded.")
     from most_ray.evaluation.hypotheses import rescore, write_figures
@@ -329,10 +351,9 @@ def _show_evaluation(result: dict[str, Any], output: Path) -> None:
 def _report(args: argparse.Namespace) -> int:
     from most_ray.report import write_report
 
-    own = storage.is_remote(args.runs[0]) or len(args.runs) > 1
-    output = args.output or (Path("report.html") if own else Path(args.runs[0]) / "report.html")
-    if output.is_dir():
-        raise ConfigError("output", str(output), "is a folder.", "Name a file.")
+    apart = storage.is_remote(args.runs[0]) or len(args.runs) > 1
+    output = args.output or (Path("report.html") if apart else storage.local(args.runs[0]) / "report.html")
+    _check_output(output)
     write_report(args.runs, output)
     print(output)
     return 0

@@ -52,8 +52,8 @@ class Evaluation:
 
 
 def hypotheses_of(path: Path) -> Path:
-    """The records' file beside a file of figures: hypotheses.jsonl beside evaluation.json, else NAME.hypotheses.jsonl."""
-    return path.with_name("hypotheses.jsonl" if path.name == "evaluation.json" else f"{path.name.removesuffix('.json')}.hypotheses.jsonl")
+    """The records' file beside a file of figures: NAME.hypotheses.jsonl."""
+    return path.with_name(f"{path.name.removesuffix('.json')}.hypotheses.jsonl")
 
 
 def open_sets(
@@ -110,4 +110,4 @@ def combine(
 
 def _about(each: EvaluationSet) -> dict[str, Any]:
     rejected_file = storage.redact(storage.join(each.store.place, "rejected.jsonl"))
-    return {"task": each.task, "rejected": each.store.manifest["n_rejected"], "rejected_file": rejected_file}
+    return {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"], "rejected_file": rejected_file}

@@ -1,8 +1,9 @@
 """hypotheses.jsonl: everything that an evaluation's figures are made of, a record a line; figures come from these lines alone, so that a
 file scored again gives the same numbers.
 
-Line 1 holds the settings: {"kind": "settings", "format", "settings", "sets": {name: {"task", "rejected", "rejected_file"}}, "routing"}.
-Each further line is a record: kind "hypothesis", set, task, id, loss (sum over supervised tokens), supervised_tokens, and
+Line 1 holds the settings: {"kind": "settings", "format", "settings", "sets": {name: {"task", "records", "rejected", "rejected_file"}},
+"routing"}. Each further line is a record: kind "hypothesis", set, task, row (in its set), id, loss (sum over supervised tokens; null where
+that is no number), supervised_tokens, and
     asr: reference, hypothesis, both normalised, ended (false: length cap), looping, foreign (tokens of speech);
     tts: text and recognised (what the model itself hears in its speech), both normalised, reference and hypothesis (units), ended (by the
         end-of-audio marker), hit_cap, looping, foreign (tokens that are no units); heard, where an outside recogniser was asked.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,16 @@ from most_ray.records import TASKS
 
 FORMAT = 1
 _SAMPLES = 5  # of each set
-_NEEDED = {
-    "asr": ("reference", "hypothesis", "ended", "looping", "foreign"),
-    "tts": ("text", "recognised", "reference", "hypothesis", "ended", "hit_cap", "looping", "foreign"),
-    "text": (),
+_REMEDY = "Name a hypotheses.jsonl that an evaluation has written."
+_NUMBER = (int, float, type(None))
+_FIRST = {"settings": dict, "sets": dict, "routing": dict}
+_ABOUT = {"task": str, "records": int, "rejected": int, "rejected_file": str}
+_COMMON = {"set": str, "row": int, "id": str, "loss": _NUMBER, "supervised_tokens": int}
+_SIDES = {"reference": str, "hypothesis": str, "ended": bool, "looping": bool, "foreign": int}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "asr": _COMMON | _SIDES,
+    "tts": _COMMON | _SIDES | {"text": str, "recognised": str, "hit_cap": bool},
+    "text": _COMMON,
 }
 
 Row = dict[str, Any]
@@ -62,8 +69,8 @@ def figures(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
     # fsum: the same to the bit in whatever order and on however many ranks the records were scored.
-    total, count = math.fsum(row["loss"] for row in rows), sum(row["supervised_tokens"] for row in rows)
-    loss = total / count if count else None
+    losses, count = [row["loss"] for row in rows], sum(row["supervised_tokens"] for row in rows)
+    loss = math.fsum(losses) / count if count and None not in losses else None
     section: dict[str, Any] = {
         "task": task,
         "records": len(rows),
@@ -184,44 +191,58 @@ def read_hypotheses(place: str) -> tuple[dict[str, Any], list[Row]]:
     """Settings and records of a file.
 
     Raises:
-        DataError: it is missing or is no such file, or a line cannot be used.
+        DataError: it is missing or is no such file, a line cannot be used, or records are missing or doubled.
     """
+    shown = storage.redact(place)
     try:
         raw = storage.read_bytes(place).splitlines()
-    except FileNotFoundError as error:
-        raise DataError("rescore", storage.redact(place), "does not exist.") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError("rescore", shown, "does not exist, or is a folder.", _REMEDY) from error
     lines: list[dict[str, Any]] = []
     for number, line in enumerate(raw, 1):
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise DataError("rescore", f"{storage.redact(place)}:{number}", f"is not JSON ({error}).") from error
-        lines.append(_checked(value, f"{storage.redact(place)}:{number}", first=number == 1))
+            raise DataError("rescore", f"{shown}:{number}", f"is not JSON ({error}).") from error
+        lines.append(_first_line(value, f"{shown}:1") if number == 1 else _record_line(value, f"{shown}:{number}", lines[0]["sets"]))
     if not lines:
-        raise DataError("rescore", storage.redact(place), "is empty.", "Name a hypotheses.jsonl that an evaluation has written.")
+        raise DataError("rescore", shown, "is empty.", _REMEDY)
     header = {key: value for key, value in lines[0].items() if key not in ("kind", "format")}
-    for number, row in enumerate(lines[1:], 2):
-        if row["set"] not in header["sets"] or header["sets"][row["set"]]["task"] != row["task"]:
-            raise DataError("rescore", f"{storage.redact(place)}:{number}", f"belongs to no set of line 1: {row['set']!r}.")
+    for name, about in header["sets"].items():
+        rows = sorted(row["row"] for row in lines[1:] if row["set"] == name)
+        if rows != list(range(about["records"])):
+            rule = f"holds {len(rows)} records of {name}, {len(set(rows))} different ones; {about['records']} were evaluated."
+            raise DataError("rescore", shown, rule, "Take the whole file, each record once.")
     return header, lines[1:]
 
 
-def _checked(line: Any, where: str, first: bool) -> dict[str, Any]:
-    remedy = "Name a hypotheses.jsonl that an evaluation has written."
-    if not isinstance(line, dict) or line.get("kind") != ("settings" if first else "hypothesis"):
-        raise DataError("rescore", where, f"is no {'settings' if first else 'record'} line.", remedy)
-    if first:
-        if line.get("format") != FORMAT:
-            raise DataError("rescore", where, f"has format {line.get('format')!r}; this version reads {FORMAT}.")
-        needed: tuple[str, ...] = ("settings", "sets", "routing")
-    else:
-        if line.get("task") not in TASKS:
-            raise DataError("rescore", where, f"has task {line.get('task')!r}.")
-        needed = ("set", "id", "loss", "supervised_tokens", *_NEEDED[line["task"]])
-    missing = [key for key in needed if key not in line]
-    if missing:
-        raise DataError("rescore", where, f"has no field {missing[0]!r}.", remedy)
+def _first_line(line: Any, where: str) -> dict[str, Any]:
+    if not isinstance(line, dict) or line.get("kind") != "settings":
+        raise DataError("rescore", where, "is no settings line.", _REMEDY)
+    if line.get("format") != FORMAT:
+        raise DataError("rescore", where, f"has format {line.get('format')!r}; this version reads {FORMAT}.")
+    _check_fields(line, _FIRST, where)
+    _check_fields(line["routing"], {"leaked": int}, where)
+    for about in line["sets"].values():
+        _check_fields(about, _ABOUT, where)
     return line
+
+
+def _record_line(line: Any, where: str, sets: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(line, dict) or line.get("kind") != "hypothesis" or line.get("task") not in TASKS:
+        raise DataError("rescore", where, "is no record line.", _REMEDY)
+    _check_fields(line, _FIELDS[line["task"]], where)
+    if line["set"] not in sets or sets[line["set"]]["task"] != line["task"]:
+        raise DataError("rescore", where, f"belongs to no set of line 1: {line['set']!r}.")
+    return line
+
+
+def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
+    for name, kind in fields.items():
+        if not isinstance(found, dict) or name not in found:
+            raise DataError("rescore", where, f"has no field {name!r}.", _REMEDY)
+        if not isinstance(found[name], kind):
+            raise DataError("rescore", where, f"has {found[name]!r} in field {name!r}.", _REMEDY)
 
 
 def rescore(place: str, name: str | None = None) -> dict[str, Any]:

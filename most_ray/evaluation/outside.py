@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import soxr
 import torch
 
 from most_ray.errors import CheckpointError
@@ -38,6 +39,9 @@ class OutsideRecogniser:
     def __call__(self, units: Sequence[Sequence[int]]) -> list[str]:
         """Texts of so many utterances."""
         waves, rate = self._vocoder(units)
-        inputs = [{"raw": wave.astype(np.float32), "sampling_rate": rate} for wave in waves]
+        own = int(self._pipeline.feature_extractor.sampling_rate)
+        if rate != own:
+            waves = [soxr.resample(wave, rate, own) for wave in waves]
+        inputs = [{"raw": wave.astype(np.float32), "sampling_rate": own} for wave in waves]
         # One at a time: wav2vec2 and its likes hear another thing where an utterance is padded to a longer one's length.
         return [str(output["text"]).strip() for output in self._pipeline(inputs, batch_size=1)]

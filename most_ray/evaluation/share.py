@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +12,12 @@ import numpy as np
 import torch
 
 from most_ray.data.store import TokenStore
+from most_ray.errors import DataError
 from most_ray.evaluation.decode import Forward, Search, count_routing, decode
 from most_ray.evaluation.hypotheses import Row, looping, with_normalised
 from most_ray.evaluation.wer import Normaliser
 from most_ray.model.tokenizer import vocabulary_of
-from most_ray.records import ASR_INSTRUCTION, N_UNITS, Record, Task
+from most_ray.records import ASR_INSTRUCTION, N_UNITS, Record, Task, parse_records, read_raw, record_files
 from most_ray.template import IGNORE, encode_records, split_prompt, units_of
 
 Outside = Callable[[Sequence[Sequence[int]]], list[str]]  # units of many utterances -> what somebody else hears in them
@@ -78,9 +81,9 @@ def score_share(
             else:
                 details = [{} for _ in mine]
             for row, loss, detail in zip(mine, losses, details, strict=True):
-                line = {"kind": "hypothesis", "set": each.name, "task": each.task, "id": each.store.record_id(row)}
+                line = {"kind": "hypothesis", "set": each.name, "task": each.task, "row": row, "id": each.store.record_id(row)}
                 supervised = int(each.store.lengths[row]) - int(each.store.prompt_lengths[row])
-                scored = {**line, **detail, "loss": loss, "supervised_tokens": supervised}
+                scored = {**line, **detail, "loss": loss if math.isfinite(loss) else None, "supervised_tokens": supervised}
                 rows[index, row] = with_normalised(scored, settings.normaliser)
         forward.drain()
     return Share(rows, load.numpy())
@@ -140,7 +143,7 @@ def _speak(
     vocabulary = vocabulary_of(tokenizer)
     ids = vocabulary.ids
     prompts, outputs = _prompts(store, rows)
-    texts = [split_prompt(_text(tokenizer, prompt[1:-1]))[1] for prompt in prompts]  # between the sentence and the audio marker
+    texts = _texts(store, rows, [_text(tokenizer, prompt[1:-1]) for prompt in prompts])  # between the sentence and the audio marker
     # A token of text is spoken in 5 to 20 units; without a cap by length a model that loops would run to the general one on each.
     wanted = [min(settings.max_new_units, 64 + 24 * len(tokens)) for tokens in vocabulary.encode(texts)] if texts else []
     found = decode(forward, prompts, [ids.end_audio, ids.eos], _capped(forward, prompts, wanted), settings.search)
@@ -164,11 +167,35 @@ def _speak(
             "hypothesis": " ".join(map(str, units)),
             "ended": result.stop == ids.end_audio,
             "hit_cap": result.stop is None,
-            "looping": looping(units),
+            "looping": looping([unit for unit, _ in itertools.groupby(units)]),  # a unit that goes on is a sound that is held
             "foreign": len(result.tokens) - len(units),
         }
         for index, (result, units, output) in enumerate(zip(found, spoken, outputs, strict=True))
     ]
+
+
+def _texts(store: TokenStore, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:
+    """What each prompt asks to be spoken. Where an instruction or a text has several lines, the records themselves tell where it begins.
+
+    Raises:
+        DataError: they do not.
+    """
+    split = [split_prompt(prompt) for prompt in prompts]
+    if not any("\n" in text for _, text in split):
+        return [text for _, text in split]
+    asked: dict[str, Record] = {}
+    for entry in record_files(store.manifest["source"]):
+        for _, raw in read_raw(entry.place):
+            record = parse_records([raw])[0]
+            if isinstance(record, Record) and record.task == "tts":
+                asked[record.id] = record
+    texts = []
+    for row, whole in zip(rows, ("\n".join(parts) for parts in split), strict=True):
+        record = asked.get(store.record_id(row), Record("", "", "", ""))
+        if f"{record.instruction}\n{record.input}" != whole:
+            raise DataError("id", store.record_id(row), "has several lines, and its text cannot be told from its instruction.")
+        texts.append(str(record.input))
+    return texts
 
 
 def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
@@ -177,7 +204,7 @@ def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
         if each.task == "asr" and len(each.store):
             prompt = each.store.input_ids(0)
             start = int(np.flatnonzero(prompt == vocabulary_of(tokenizer).ids.begin_audio)[0])
-            return split_prompt(_text(tokenizer, prompt[1:start]))[0]
+            return _text(tokenizer, prompt[1:start]).removeprefix("User: ").removesuffix("\n")
     return ASR_INSTRUCTION
 
 

@@ -236,11 +236,12 @@ def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -
 
 
 def _hypotheses(place: str, evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
-    """Those of the run's end, or of its last evaluation so far, in a file or in its line."""
-    found = parse_hypotheses(parse_lines(_bytes(place, "hypotheses.jsonl")))
-    if not found and evaluation:
-        found = parse_hypotheses(parse_lines(_bytes(place, f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl")))
-    return found or _samples(evaluation)
+    """Those of the last evaluation: its own file, or the file of the run's end, or what its line holds."""
+    names = [f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl"] if "step" in evaluation else []
+    for name in (*names, "hypotheses.jsonl"):
+        if found := parse_hypotheses(parse_lines(_bytes(place, name))):
+            return found
+    return _samples(evaluation)
 
 
 def _samples(evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:

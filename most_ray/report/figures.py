@@ -208,7 +208,9 @@ def step_time(runs: Runs) -> Figure | None:
 def mix(runs: Runs) -> Figure | None:
     """Share of each source in what was trained on, beside the share that was wanted."""
     shares = [mix_of(run) for run in runs]
-    names = sorted({name for share in shares for name in share}, key=lambda name: ((*TASKS, name).index(name.split("/", 1)[0]), name))
+    names = sorted(
+        {name for share in shares for name in share}, key=lambda name: ((*TASKS, name.split("/", 1)[0]).index(name.split("/", 1)[0]), name)
+    )
     if not names:
         return None
     traces: list[dict[str, Any]] = []

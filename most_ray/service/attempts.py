@@ -122,8 +122,12 @@ def _attempt(
     job = prepared.job_for(topology, driver)
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
 
+    last = checkpoint.step_place(prepared.folder.checkpoints, job.total_steps)
+
     def more_room() -> bool:
-        return bool(larger) and n_workers + room(usable_nodes(), prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
+        if not larger or last in checkpoint.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
+            return False
+        return n_workers + room(usable_nodes(), prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = _Trainer(
         train_worker,

@@ -31,10 +31,8 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
             ray.init(**local_ray_options(most))
     resources = ray.cluster_resources()
     beside = 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus
-    gpus, training = resources.get("GPU", 0.0), float(most) if use_gpu else 0.0
-    if beside and gpus < training + beside:  # the workers hold theirs until the last evaluation is in
-        rule = f"needs {beside:g} GPUs for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."
-        raise ConfigError("eval_gpus", config.eval_gpus, rule, "Lower it or num_workers, or set eval_inline.")
+    if beside:  # the workers hold theirs until the last evaluation is in
+        check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, float(most) if use_gpu else 0.0)
     needed = {"CPU": fewest + TASK_CPUS, **({"GPU": float(fewest)} if use_gpu else {})}
     for name, amount in needed.items():
         if resources.get(name, 0.0) < amount:
@@ -44,6 +42,18 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
                 f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
                 "Use fewer workers.",
             )
+
+
+def check_evaluation_gpus(field: str, each: float, needed: float, training: float = 0.0) -> None:
+    """Refuse evaluations that would wait for GPUs for ever; `training`: GPUs that are not theirs.
+
+    Raises:
+        ConfigError: the cluster has too few.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if gpus < training + needed:
+        rule = f"needs {needed:g} GPUs for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."
+        raise ConfigError(field, each, rule, "Lower it, or use fewer workers.")
 
 
 def local_ray_options(n_workers: int) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from most_ray.train.ranks import this_rank, world_size
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """workers: tasks that share the records out, each with the whole model; gpus: of each; training_threads: that a training node keeps
-    for itself."""
+    """workers: tasks that share the records out, each with the whole model; gpus: of each; training_threads: of all
+    training workers on a node."""
 
     directories: Directories
     settings: EvaluationSettings

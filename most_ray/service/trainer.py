@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from most_ray.report import write_report
 from most_ray.report.environment import environment
 from most_ray.service.attempts import RunIncompleteError, complete, run_attempts
 from most_ray.service.cluster import start_ray
-from most_ray.service.control import Terminated
+from most_ray.service.control import Terminated, usable_nodes
 from most_ray.service.evaluation import EvaluationJob
 from most_ray.service.ingest import runner_of
 from most_ray.service.progress import ProgressWatcher
@@ -68,8 +69,9 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
     started = time.monotonic()
     if prepared.done_steps < job.total_steps or not complete(prepared):
-        validation = evaluation_job(config, job.threads * job.topology.world_size) if job.has_validation else None
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
+        on_each = math.ceil(job.topology.world_size / max(1, len(usable_nodes())))
+        validation = evaluation_job(config, job.threads * on_each) if job.has_validation else None
         terminated.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
             run_attempts(prepared, validation, console, terminated)

@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 NICENESS = 10  # of tasks beside training: where cores are few, training goes first
 
 
+class EvaluationFailedError(UserError):
+    """The tasks of an evaluation ended without a result."""
+
+    kind = "evaluation failed"
+    exit_code = 1
+
+
 def score_place(job: EvaluationJob, place: str, rank: int, threads: int, niceness: int) -> Share:
     """One share of a model's evaluation (see `open_model`), by this process."""
     os.nice(niceness)
@@ -52,8 +59,11 @@ def evaluate_place(job: EvaluationJob, place: str) -> Evaluation:
         return combine_shares(job, place, share)
     try:
         done: Evaluation = ray.get(_submit(job, place, combine_shares, (job, place), threads=_fair_threads(job), niceness=0))
-    except ray.exceptions.RayTaskError as error:
-        raise _own(error) from None
+    except ray.exceptions.RayError as error:
+        own = _own(error)
+        if isinstance(own, UserError):
+            raise own from None
+        raise EvaluationFailedError("workers", job.workers, f"were lost: {str(error).strip().splitlines()[-1]}", "Use fewer.") from error
     return done
 
 

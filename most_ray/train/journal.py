@@ -46,18 +46,24 @@ def _up_to(path: Path, step: int) -> tuple[int, list[dict[str, Any]], list[bytes
         for raw in stream:
             if not leading and LATE not in raw:
                 continue
-            try:
-                line = json.loads(raw)
-                within = raw.endswith(b"\n") and line["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                within = False
+            line = decoded(raw)
+            within = line is not None and line["step"] <= step
             leading = leading and within
             length += len(raw) if leading else 0
-            if within and line.get("kind") == "evaluation":
+            if line and within and line.get("kind") == "evaluation":
                 evaluations.append(line)
             if within and not leading:
                 moved.append(raw)
     return length, evaluations, moved
+
+
+def decoded(raw: bytes) -> dict[str, Any] | None:
+    """A whole line with a step; None: it is none, as a kill or a full disk may leave it."""
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def _copy(source: Any, target: Any, size: int) -> None:
@@ -69,7 +75,5 @@ def _copy(source: Any, target: Any, size: int) -> None:
 
 def read_journal(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """All whole lines; of one kind: `kind`."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
-    return [line for line in lines if kind in (None, line.get("kind"))]
+    lines = [decoded(raw) for raw in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
+    return [line for line in lines if line and kind in (None, line.get("kind"))]

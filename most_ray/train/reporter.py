@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
+from most_ray.errors import DataError
 from most_ray.train.folder import RunFolder
-from most_ray.train.journal import LATE, Journal
+from most_ray.train.journal import LATE, Journal, decoded
 from most_ray.train.ranks import world_size
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ def evaluated_steps(folder: RunFolder) -> set[int]:
     folder.pull("metrics.jsonl")
     path = folder.local / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return {json.loads(line)["step"] for line in lines if LATE in line and line.endswith(b"\n")}
+    found = [decoded(line) for line in lines if LATE in line]
+    return {line["step"] for line in found if line}
 
 
 class RunReporter:
@@ -50,6 +52,8 @@ class RunReporter:
 
     Args:
         about: what a line of kind `start` says of this attempt (see METRICS.md).
+
+    held: steps whose evaluations are not on storage yet, so that their checkpoints must stay.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class RunReporter:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
         self._tracing = trace_records is not None
         self._metrics = self._trace = None
+        self.held: set[int] = set()
+        self._pushing = threading.Lock()  # a save's thread pushes too: what was read first must not be written last
         self.evaluations: dict[int, dict[str, Any]] = {}
         if rank == 0:
             folder.pull("metrics.jsonl")
@@ -98,11 +104,15 @@ class RunReporter:
         self._write(line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """A line of kind `evaluation`, or `failure` of one; it is on storage when this returns, for its checkpoint may go now."""
+        """A line of kind `evaluation`, or `failure` of one."""
         self._write(line)
         if line["kind"] == "evaluation":
             self.evaluations[line["step"]] = line
-        self.push()
+            self.held.add(line["step"])
+        try:
+            self.push()
+        except DataError as error:  # storage may come back: the next save, which needs it too, pushes again
+            logger.warning("the evaluation of step %d is not on storage yet: %s", line["step"], error)
 
     def checkpoint(self, step: int, place: str) -> None:
         for tracker in self._trackers:
@@ -117,7 +127,10 @@ class RunReporter:
 
     def push(self) -> None:
         """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
-        self._folder.push("metrics.jsonl")
+        with self._pushing:
+            held = set(self.held)
+            self._folder.push("metrics.jsonl")
+            self.held -= held
 
     def close(self, push: bool) -> None:
         """`push`: bring the last lines to the run's place. Not after a failure: the run may be another attempt's by now."""

@@ -33,6 +33,8 @@ from most_ray.train.prepare import Prepared, prepare_run
 from most_ray.train.ranks import this_rank
 from most_ray.train.session import Job, Surroundings, claim_run, run_rank
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train on this rank. 0: the goal was reached; 2: something that the user can mend; 75: stopped as asked, behind a checkpoint."""
@@ -87,6 +89,9 @@ def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared |
             if prepared.done_steps > prepared.job.total_steps:
                 rule = f"lies behind the run's newest checkpoint (step {prepared.done_steps})."
                 raise ConfigError("max_steps", prepared.job.total_steps, rule, "Raise it or rename the run.")
+            unused = [name for name in ("eval_steps", "tensorboard", "wandb_project") if getattr(config, name)]
+            if unused:
+                logger.warning("without Ray there are no evaluations and trackers: %s not used", ", ".join(unused))
             decision = [prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))]
             storage.write_bytes(prepared.folder.at("config.yaml"), configuration.to_yaml(config.redacted()).encode())
         except UserError as error:

@@ -291,7 +291,7 @@ class Saver:
         self._told = 0.0  # of the writer's stall: part of it comes before the optimizer step behind a save
         self._evaluate_here = around.evaluate_here if job.has_validation else None
         beside = around.validator if rank == 0 and job.has_validation else None
-        self._validator = beside(reporter.evaluation) if beside else None
+        self._validator = beside(self._report) if beside else None
 
     def begin(self, state: TrainState) -> None:
         """Room for the first checkpoint; evaluations that an interruption cut off, once more."""
@@ -312,13 +312,18 @@ class Saver:
         every, last = self._job.config.eval_steps, self._job.total_steps
         return self._job.has_validation and (step == last or (every is not None and step % every == 0))
 
+    def _report(self, line: dict[str, Any]) -> None:
+        """Write an evaluation down, where the run is still this attempt's."""
+        if self._folder.marked() == self._attempt:
+            self._reporter.evaluation(line)
+
     def _evaluate(self, state: TrainState) -> None:
         """Score the model as it is, training standing still. Collective."""
         assert self._evaluate_here is not None
         began = time.perf_counter()
         line = self._evaluate_here(state.model, state.step)
         if line:
-            self._reporter.evaluation(line)
+            self._report(line)
         self._meter.paused(time.perf_counter() - began)
 
     def at_step(self, state: TrainState, last: bool) -> float:
@@ -372,7 +377,7 @@ class Saver:
             score = retention.score_of(line, config.best_metric)
             if score is not None:
                 scores[step] = score
-        pending = self._validator.pending() if self._validator else set()
+        pending = self._reporter.held | (self._validator.pending() if self._validator else set())
         checkpoint.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
     def finish(self, reached: bool, wants_stop: Callable[[], bool]) -> None:

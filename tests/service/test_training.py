@@ -232,28 +232,30 @@ def test_evaluation_in_between_by_two_workers_that_share_the_experts(folder: Pat
     assert summary["sets"]["asr/test_takes"]["records"] == 200
 
 
-def test_a_last_evaluation_that_fails_is_told_and_made_by_the_next_start(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its records vanish during training: exit code 2 and the reason. The same command makes what is missing, and trains no step again."""
+def test_evaluations_that_fail_are_told_and_made_by_the_next_start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their records vanish during training: a line for the one on the way, exit code 2 and the reason for the last one. The same command
+    makes what is missing, and trains no step again."""
     records, away = tmp_path / "val", tmp_path / "away"
     shutil.copytree(ROOT / "jobs/data/digits/test_takes", records)
 
     def losing(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         for batch in stream_batches(spec, first, last):
-            if batch.step == last:
+            if batch.step == 1:
                 records.rename(away)
             yield batch
 
-    changes = {"val_asr_dirs": [str(records)], "max_steps": 3, "warmup_steps": 1}
+    changes = {"val_asr_dirs": [str(records)], "max_steps": 4, "eval_steps": 2, "warmup_steps": 1}
     with monkeypatch.context() as patch:
         patch.setattr("most_ray.service.attempts.WorkerJob", functools.partial(WorkerJob, stream=losing))
         with pytest.raises(DataError, match="val"):
             run(folder, "unscored", **changes)
     before = read_journal(folder / "unscored" / "metrics.jsonl", "train")
+    (told,) = read_journal(folder / "unscored" / "metrics.jsonl", "failure")
+    assert (told["step"], told["what"]) == (2, "evaluation") and "val" in told["reason"] and check_line(told) == []
     away.rename(records)
     summary = run(folder, "unscored", **changes)
-    assert read_journal(folder / "unscored" / "metrics.jsonl", "train") == before and len(before) == 3
+    assert read_journal(folder / "unscored" / "metrics.jsonl", "train") == before and len(before) == 4
+    assert [line["step"] for line in read_journal(folder / "unscored" / "metrics.jsonl", "evaluation")] == [2, 4]
     assert summary["sets"]["asr/val"]["records"] == 200
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from most_ray.config import config_from
 from most_ray.errors import ConfigError
+from most_ray.service import attempts
 from most_ray.service.attempts import FailureWindow, RunIncompleteError, _cause
-from most_ray.service.control import RunStoppedError, Terminated
+from most_ray.service.control import RESIZED, TERMINATED, RunStoppedError, Terminated
 
 
 def test_three_within_the_window_and_no_more() -> None:
@@ -70,3 +74,30 @@ def test_sigterm_is_patient_only_while_workers_train() -> None:
                 except RunStoppedError:
                     raised.append(True)
             assert raised == expected and terminated.is_set()
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bool], terminated: Terminated) -> int:
+    """`run_attempts` over attempts that end without an error, for these reasons; how many were made."""
+    made: list[str] = []
+
+    def attempt(*_: object) -> tuple[SimpleNamespace, None]:
+        made.append(reasons[len(made)])
+        return SimpleNamespace(reason=made[-1]), None
+
+    monkeypatch.setattr(attempts, "_attempt", attempt)
+    monkeypatch.setattr(attempts, "_settle", lambda *_: None)
+    monkeypatch.setattr(attempts, "complete", lambda _: complete[len(made) - 1])
+    prepared = SimpleNamespace(job=SimpleNamespace(config=config_from({})))
+    attempts.run_attempts(prepared, None, Console(quiet=True), terminated)  # type: ignore[arg-type]
+    return len(made)
+
+
+def test_a_stop_during_the_last_evaluation_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps are made, their evaluation is not: exit code 75, and another attempt where only the size was to change."""
+    terminated = Terminated()
+    assert ended(monkeypatch, [RESIZED, RESIZED], [False, True], terminated) == 2
+    terminated.set()
+    with pytest.raises(RunStoppedError) as stop:
+        ended(monkeypatch, [TERMINATED], [False], terminated)
+    assert stop.value.exit_code == 75
+    assert ended(monkeypatch, [TERMINATED], [True], terminated) == 1

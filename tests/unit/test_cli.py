@@ -54,7 +54,7 @@ def train(tmp_path: Path, *words: str) -> list[str]:
         (["--output_dir", "gopher://bucket/x"], "unknown scheme"),
         (["--num_workers", "4,2"], "fewest and the most"),
         (["--num_workers", "2,4", "--ep_size", "3"], "Use one of [1, 2, 4]"),
-        (["--wandb_project", "p"], "needs a key"),
+        (["--wandb_project", "p", "--wandb_mode", "online"], "needs a key"),
         (["--trace_records", "/proc/x/y"], "trace_records"),
         (["--use_gpu"], "no GPU"),
         (["--trace_records", "README.md"], "exists and is no trace"),

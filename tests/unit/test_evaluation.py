@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from most_ray.cli import main
 from most_ray.errors import CheckpointError, DataError
@@ -20,7 +21,7 @@ from most_ray.evaluation.share import score_share
 from most_ray.model.build import load_model
 from most_ray.model.tokenizer import load_tokenizer
 from most_ray.records import ASR_INSTRUCTION
-from tests.support.builders import asr, write_records
+from tests.support.builders import asr, tts, write_records
 from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
 
 
@@ -48,7 +49,6 @@ def test_a_file_scored_again_gives_the_same_numbers(scene: Scene, tmp_path: Path
     evaluation.write(tmp_path / "e.json")
     written = (tmp_path / "e.json").read_bytes()
     assert hypotheses_of(tmp_path / "e.json").name == "e.hypotheses.jsonl"
-    assert hypotheses_of(tmp_path / "evaluation.json").name == "hypotheses.jsonl"
     assert main(["evaluate", "--rescore", str(tmp_path / "e.hypotheses.jsonl"), "--output", str(tmp_path / "again.json")]) == 0
     assert (tmp_path / "again.json").read_bytes() == written
     assert "asr/spoken: WER 450.00% [342.86%, 514.29%]  CER" in capsys.readouterr().out
@@ -88,7 +88,16 @@ def test_speech_is_decoded_and_recognised_again(scene: Scene) -> None:
 
 def test_rates_by_hand() -> None:
     def row(**values: Any) -> dict[str, Any]:
-        common = {"kind": "hypothesis", "id": "x", "loss": 2.0, "supervised_tokens": 4, "looping": False, "foreign": 0, "ended": True}
+        common = {
+            "row": 0,
+            "kind": "hypothesis",
+            "id": "x",
+            "loss": 2.0,
+            "supervised_tokens": 4,
+            "looping": False,
+            "foreign": 0,
+            "ended": True,
+        }
         return with_normalised({**common, **values}, "basic")
 
     rows = [
@@ -133,6 +142,40 @@ def test_records_that_are_missing_or_doubled_are_an_error(scene: Scene) -> None:
         combine([first, second, second], sets, SETTINGS, model.config, tokenizer, scene.model)
 
 
+def test_a_file_is_not_written_over_itself(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(scene).write(tmp_path / "e.json")
+    path = (tmp_path / "e.hypotheses.jsonl").rename(tmp_path / "kept.jsonl")
+    before = path.read_bytes()
+    assert main(["evaluate", "--rescore", str(path), "--output", str(path)]) == 2
+    assert path.read_bytes() == before and "it would be lost" in capsys.readouterr().err
+
+
+def test_instructions_and_texts_of_several_lines(scene: Scene, tmp_path: Path) -> None:
+    """The words to be spoken are told from the instruction by the records, which may have lines in both."""
+    base = tts(0)
+    records = [
+        {**base, "id": "a", "instruction": "Please say\nthis text.", "input": "one two"},
+        {**base, "id": "b", "instruction": "Say.", "input": "three\nfour"},
+    ]
+    spoken = asr(1, 6, "five") | {"instruction": "Write down\nwhat is said."}
+    folders = [str(write_records(tmp_path / "heard", [spoken])), str(write_records(tmp_path / "told", records))]
+    changed = replace(scene, directories=Directories((folders[0],), (folders[1],)), stores=str(tmp_path / "stores"))
+    evaluation = evaluate(changed)
+    assert [row["text"] for row in evaluation.rows if row["task"] == "tts"] == ["one two", "three\nfour"]
+    assert evaluation.header["settings"]["asr_instruction"] == "Write down\nwhat is said."
+
+
+def test_a_loss_that_is_no_number_is_null(scene: Scene, tmp_path: Path) -> None:
+    model = load_model(scene.model)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    evaluation = evaluate(scene, model=model)
+    evaluation.write(tmp_path / "e.json")
+    assert "NaN" not in (tmp_path / "e.json").read_text() + (tmp_path / "e.hypotheses.jsonl").read_text()
+    assert evaluation.result["sets"]["asr/spoken"]["loss"] is None
+    assert json.dumps(rescore(str(tmp_path / "e.hypotheses.jsonl"))) == json.dumps(evaluation.result)
+
+
 def test_another_template_or_other_units_are_refused_with_both_hashes(scene: Scene, tmp_path: Path) -> None:
     """Promises 26 and 27."""
     model, tokenizer = load_model(scene.model), load_tokenizer(scene.model)
@@ -164,6 +207,22 @@ def _other_set(lines: list[str]) -> list[str]:
     return [lines[0], lines[1].replace("asr/spoken", "asr/elsewhere"), *lines[2:]]
 
 
+def _short(lines: list[str]) -> list[str]:
+    return lines[:-1]
+
+
+def _doubled(lines: list[str]) -> list[str]:
+    return [*lines, lines[-1]]
+
+
+def _replaced(old: str, new: str, line: int = 1) -> Callable[[list[str]], list[str]]:
+    def change(lines: list[str]) -> list[str]:
+        assert old in lines[line], old
+        return [*lines[:line], lines[line].replace(old, new), *lines[line + 1 :]]
+
+    return change
+
+
 def _future(lines: list[str]) -> list[str]:
     return [lines[0].replace('"format": 1', '"format": 9'), *lines[1:]]
 
@@ -177,6 +236,13 @@ def _future(lines: list[str]) -> list[str]:
         (_other_set, ":2.*belongs to no set of line 1"),
         (_future, "has format 9"),
         (lambda _: [], "is empty"),
+        (_short, r"holds 1 records of text/written, 1 different ones; 2 were evaluated"),
+        (_doubled, r"holds 3 records of text/written, 2 different ones; 2 were evaluated"),
+        (_replaced('"reference": "zero zero"', '"reference": null'), ":2.*has None in field 'reference'"),
+        (_replaced('"set": "asr/spoken"', '"set": ["asr"]'), ":2.*in field 'set'"),
+        (_replaced('"supervised_tokens": 5', '"supervised_tokens": "5"'), ":2.*in field 'supervised_tokens'"),
+        (_replaced('"rejected": 0', '"rejection": 0', line=0), ":1.*has no field 'rejected'"),
+        (_replaced('"leaked"', '"leeked"', line=0), ":1.*has no field 'leaked'"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_named_with_its_line(
@@ -200,10 +266,14 @@ def test_a_file_that_cannot_be_scored_is_named_with_its_line(
         (["--model", "./nowhere", "--asr_dirs", "x"], "does not exist"),
         (["--model", "x"], "name at least one directory"),
         (["--model", "x", "--asr_dirs", "x", "--num_beams", "0"], "num_beams = 0: must be at least 1"),
+        (["--model", "x", "--asr_dirs", "x", "--length_penalty", "nan"], "length_penalty = nan: must be a number"),
+        (["--model", "x", "--asr_dirs", "x", "--gpus", "1"], "gpus = 1.0: is for several workers"),
+        (["--model", "x", "--asr_dirs", "x", "--output", "s3://bucket/e.json"], "is no local place"),
+        (["--model", "x", "--asr_dirs", "x", "--output", "e.hypotheses.jsonl"], "is a name of hypotheses"),
         (["--model", "x", "--asr_dirs", "x", "--normaliser", "whisper"], "normaliser"),
         (["--model", "x", "--asr_dirs", "x", "--normalizer", "basic"], "is no known flag"),
     ],
 )
 def test_wrong_uses(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", *words, "--output", str(tmp_path / "e.json")]) == 2
+    assert main(["evaluate", "--output", str(tmp_path / "e.json"), *words]) == 2
     assert message in capsys.readouterr().err

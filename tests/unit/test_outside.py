@@ -47,6 +47,15 @@ def test_a_checkpoint_hears_the_decoded_units(recogniser: str, tmp_path: Path) -
     assert section["outside"]["reference"] == 3 and section["outside"]["rate"] is not None
 
 
+def test_audio_of_another_rate_is_resampled(recogniser: str) -> None:
+    def slower(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
+        waves, rate = tones(units)
+        return [wave.repeat(2) for wave in waves], 2 * rate
+
+    heard = OutsideRecogniser(slower, recogniser)
+    assert isinstance(heard([[3, 90, 400, 12]])[0], str)
+
+
 def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is no recogniser that can be used"):

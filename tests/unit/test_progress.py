@@ -50,6 +50,11 @@ def test_an_evaluation_is_told_when_it_comes_and_the_newest_stays_in_sight() -> 
     assert evaluated({"kind": "evaluation", "step": 5}) == "evaluation of step 5: no figures"
 
 
+def test_a_failed_evaluation_is_told() -> None:
+    failure = {"kind": "failure", "step": 200, "what": "evaluation", "reason": "the records are gone"}
+    assert told(Narrator(1000, 0, live=False, now=0.0), [failure]) == ["evaluation of step 200 failed: the records are gone"]
+
+
 def test_the_time_left_follows_recent_steps() -> None:
     pace = Pace()
     assert pace.left(10) == ""

@@ -1,0 +1,104 @@
+"""What rank 0 writes down, and when it is on storage."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from most_ray.data.plan import Plan
+from most_ray.errors import DataError
+from most_ray.train.folder import RunFolder
+from most_ray.train.journal import read_journal
+from most_ray.train.reporter import RunReporter, evaluated_steps
+
+ABOUT = {"exact": True, "changed": []}
+LINE = {"kind": "evaluation", "step": 3, "wer": {}}
+
+
+class Place(RunFolder):
+    """A run's folder whose pushes are watched, and can fail."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(str(place))
+        self.pushes: list[int] = []
+        self.broken, self.busy = False, threading.Lock()
+
+    def push(self, *names: str) -> None:
+        assert self.busy.acquire(blocking=False), "two pushes side by side: the older content may win"
+        try:
+            if self.broken:
+                raise DataError("place", "s3://there", "does not answer.")
+            self.pushes.append(len(read_journal(self.local / "metrics.jsonl")))
+        finally:
+            self.busy.release()
+
+
+def reporter_of(plan: Plan, folder: RunFolder, step: int = 0) -> RunReporter:
+    return RunReporter(None, plan, folder, step, 0, [], ABOUT)
+
+
+def test_an_evaluation_is_pushed_and_until_then_its_checkpoint_is_held(plan: Plan, tmp_path: Path) -> None:
+    folder = Place(tmp_path)
+    reporter = reporter_of(plan, folder)
+    folder.broken = True
+    reporter.evaluation(dict(LINE))  # storage does not answer: training goes on
+    assert reporter.held == {3} and folder.pushes == [] and reporter.evaluations[3]["wer"] == {}
+    folder.broken = False
+    reporter.push()  # the next save's
+    assert reporter.held == set() and folder.pushes == [2]
+    reporter.close(push=False)
+    assert evaluated_steps(folder) == {3}
+
+
+def test_pushes_of_two_threads_come_one_after_the_other(plan: Plan, tmp_path: Path) -> None:
+    folder = Place(tmp_path)
+    reporter, failures = reporter_of(plan, folder), []
+
+    def push() -> None:
+        try:
+            for _ in range(50):
+                reporter.push()
+        except AssertionError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=push) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and len(folder.pushes) == 200
+
+
+def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Path) -> None:
+    heard: list[Any] = []
+
+    class Ear:
+        def begin(self, step: int, metrics: Path) -> None:
+            heard.append(("begin", step, metrics.name))
+
+        def log(self, line: dict[str, Any]) -> None:
+            heard.append((line["kind"], line["step"]))
+
+        def checkpoint(self, step: int, place: str) -> None:
+            heard.append(("checkpoint", step, place))
+
+        def close(self) -> None:
+            heard.append("close")
+
+    reporter = RunReporter(None, plan, RunFolder(str(tmp_path)), 0, 0, [Ear()], ABOUT)
+    reporter.log({"kind": "train", "step": 1, "loss": 1.0})
+    reporter.checkpoint(1, "there")
+    reporter.close(push=False)
+    assert heard == [("begin", 0, "metrics.jsonl"), ("start", 0), ("train", 1), ("checkpoint", 1, "there"), "close"]
+    line = read_journal(tmp_path / "metrics.jsonl", "train")[0]
+    assert {"time", "epoch", "mix"} <= set(line)
+    reporter_of(plan, RunFolder(str(tmp_path)), 1).close(push=False)
+    assert [(line["kind"], line["step"]) for line in read_journal(tmp_path / "metrics.jsonl")] == [("start", 0), ("train", 1), ("start", 1)]
+
+
+def test_other_ranks_write_nothing(plan: Plan, tmp_path: Path) -> None:
+    reporter = RunReporter(None, plan, RunFolder(str(tmp_path)), 0, 1, [], ABOUT)
+    reporter.log({"kind": "train", "step": 1, "loss": 1.0})
+    reporter.close(push=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
