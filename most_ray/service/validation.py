@@ -81,9 +81,16 @@ def _submit(job: EvaluationJob, place: str, finish: Any, arguments: Sequence[Any
     """Start every share's task, and `finish` behind them, which gets the shares after its arguments."""
     # max_calls: a process of its own, which ends with the task and takes its niceness and threads along.
     options = {"num_cpus": 0.25, "max_retries": 2, "max_calls": 1}
+    if job.workers == 1:
+        return ray.remote(num_gpus=job.gpus, **options)(_alone).remote(job, place, finish, arguments, threads, niceness)
     score = ray.remote(num_gpus=job.gpus, **options)(score_place)
     shares = [score.remote(job, place, rank, threads, niceness) for rank in range(job.workers)]
     return ray.remote(**options)(finish).remote(*arguments, *shares)
+
+
+def _alone(job: EvaluationJob, place: str, finish: Any, arguments: Sequence[Any], threads: int, niceness: int) -> Any:
+    """The one share and what is to come behind it, in one process: starting another takes seconds."""
+    return finish(*arguments, score_place(job, place, 0, threads, niceness))
 
 
 def finish_evaluation(job: EvaluationJob, place: str, run_place: str, step: int, began: float, *shares: Share) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from most_ray.model.routing import BALANCE_BIAS
 from most_ray.train.ranks import this_rank, world_size
 from most_ray.train.retention import superfluous
 from most_ray.train.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
-from most_ray.train.state import LossScale, TrainState
+from most_ray.train.state import LossScale, TrainState, set_schedule
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
@@ -317,7 +317,7 @@ def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scra
         (torch.set_rng_state if ".cpu." in part.name else torch.cuda.set_rng_state)(part.rectangles[0].local)
     state.step = content["step"]
     state.skipped_in_row = content["skipped_in_row"]
-    _set_schedule(state, content["scheduler"]["last_epoch"])
+    set_schedule(state, content["scheduler"]["last_epoch"])
     stored_scale = LossScale(**content["loss_scale"])
     if state.loss_scale.enabled and stored_scale.enabled:
         state.loss_scale = stored_scale  # a run that was not in float16 before begins with a fresh scale
@@ -331,16 +331,6 @@ def read_model(place: str, model: nn.Module, scratch: Path | None = None) -> Non
         CheckpointError: incomplete or damaged, or its tensors are not the model's.
     """
     CheckpointFiles(place, scratch).read(model_parts(model))
-
-
-def _set_schedule(state: TrainState, last_epoch: int) -> None:
-    """The schedule is a function of one number; rates per parameter group are made anew, for another layout has other groups."""
-    scheduler = state.scheduler
-    scheduler.last_epoch = last_epoch
-    rates = [base * factor(last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    scheduler._last_lr = rates
-    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 class CheckpointFiles:

@@ -98,3 +98,13 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     return optimizer
+
+
+def set_schedule(state: TrainState, last_epoch: int) -> None:
+    """The schedule is a function of one number; rates per parameter group are made anew, for another layout has other groups."""
+    scheduler = state.scheduler
+    scheduler.last_epoch = last_epoch
+    rates = [base * factor(last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler._last_lr = rates
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -235,8 +235,10 @@ def test_lines_without_a_kind_are_of_training(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_shows_its_last_evaluations_hypotheses(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", steps=40, done=False)
     (folder / "evaluations").mkdir()
-    (folder / "hypotheses.jsonl").rename(folder / "evaluations" / "step-000000020.hypotheses.jsonl")
-    assert collect([str(folder)])[0].hypotheses["asr/dev_clean"]
+    newer = (folder / "hypotheses.jsonl").read_text().replace('"hypothesis": "', '"hypothesis": "newer ')
+    (folder / "evaluations" / "step-000000020.hypotheses.jsonl").write_text(newer)  # hypotheses.jsonl is of a goal that was put off
+    shown = collect([str(folder)])[0].hypotheses["asr/dev_clean"]
+    assert shown and all(entry.hypothesis[0] == "newer" for entry in shown)
 
 
 def test_a_place_without_metrics_is_refused_and_left_alone(tmp_path: Path) -> None:
