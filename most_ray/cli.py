@@ -212,7 +212,7 @@ def _train(args: argparse.Namespace) -> int:
     from most_ray.service.screens import last_screen
     from most_ray.service.trainer import run_training
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     last_screen(run_training(config, console), console)
     return 0
 
@@ -384,6 +384,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever reads has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         logging.getLogger("most_ray").debug("", exc_info=True)
         print(f"most-ray: error: {error}", file=sys.stderr)
