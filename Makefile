@@ -10,10 +10,11 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
 
 # Tests that start Ray mostly wait for processes to come up: they run beside the others.
+ALONE := tests/end_to_end/test_without_ray.py
 test: .venv/.installed  ## all tests
 	@sh .ci/chromium.sh
-	@$(BIN)/python -m pytest tests/service tests/end_to_end > .test-ray.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest tests/unit tests/browser tests/golden tests/distributed; first=$$?; \
+	@$(BIN)/python -m pytest tests/service tests/end_to_end --ignore $(ALONE) > .test-ray.log 2>&1 & ray=$$!; \
+	$(BIN)/python -m pytest tests/unit tests/browser tests/golden tests/distributed $(ALONE); first=$$?; \
 	wait $$ray; second=$$?; cat .test-ray.log; test $$first = 0 -a $$second = 0
 
 chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
