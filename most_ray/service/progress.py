@@ -76,7 +76,8 @@ class Narrator:
                 self._newest = (line["step"], f"WER {rates} at step {line['step']}")
             return evaluated(line)
         elif kind == "failure":
-            return f"{line['what']} of step {line['step']} failed: {line['reason']}"
+            where = f"of step {line['step']}" if line["what"] == "evaluation" else f"at step {line['step']}"
+            return f"{line['what']} {where} failed: {line['reason']}"
         elif kind == "train":
             return self._trained(line, now)
         return None

@@ -88,6 +88,7 @@ class Background:
         self._name, self._tracker, self._key, self._patience = name, tracker, key, patience
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._dropped = threading.Event()
+        self.failure: str | None = None
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._closed = False
 
@@ -131,6 +132,7 @@ class Background:
     def _drop(self, reason: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
+            self.failure = f"{self._name} is not written to any more: {reason}"
             logger.warning("%s is not written to any more, training goes on: %s", self._name, reason)
 
 
@@ -141,6 +143,8 @@ class Wandb:
     What W&B holds already is read from its local files, offline all of them, online up to the step that the server has come to; lines
     that are missing are taken from metrics.jsonl, and those that come once more are passed over: they are computed alike.
     """
+
+    failure: str | None = None  # it raises instead
 
     def __init__(self, config: RunConfig, run_place: str, key: Secret | None) -> None:
         self._config, self._key, self._folder = config, key, RunFolder(run_place)
@@ -213,7 +217,7 @@ class Wandb:
         if kind not in AXES or key in self._logged or step <= self._marks.get(kind, -1):
             return
         row: dict[str, Any] = {**row_of(line, self._start), AXES[kind]: step}
-        if line.get("samples"):
+        if kind == "evaluation" and line.get("samples"):
             row["eval/samples"] = _table(step, line["samples"])
         self._run.log(row, step=self._next, commit=True)
         self._next += 1
@@ -258,6 +262,8 @@ class TensorBoard:
     """Event files in the run's folder, under the names that W&B has. A start at step k hides what older files hold beyond it; lines up to
     it that a kill took from them are written again."""
 
+    failure: str | None = None  # it raises instead
+
     def __init__(self, run_place: str) -> None:
         self._folder = RunFolder(run_place)
         self._root = self._folder.local / "tensorboard"
@@ -288,7 +294,7 @@ class TensorBoard:
         from tensorboardX.summary import text
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row_of(line, self._start).items()]
-        if line.get("samples"):
+        if kind == "evaluation" and line.get("samples"):
             values += text("eval/samples", _markdown(line["samples"])).value
         self._writer.file_writer.add_summary(Summary(value=values), step, line.get("time"))
         self._logged.add(key)

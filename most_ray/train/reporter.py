@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Where else the numbers go, on rank 0."""
+    """Where else the numbers go, on rank 0. failure: why they do no longer, once that is so."""
+
+    failure: str | None
 
     def begin(self, step: int, metrics: Path) -> None:
         """metrics.jsonl has been cut back to `step`; all its lines stand for what has happened."""
@@ -70,6 +72,8 @@ class RunReporter:
         self._tracing = trace_records is not None
         self._metrics = self._trace = None
         self.held: set[int] = set()
+        self._told: set[str] = set()
+        self._last = resume_step
         self._pushing = threading.Lock()  # a save's thread pushes too: what was read first must not be written last
         self.evaluations: dict[int, dict[str, Any]] = {}
         if rank == 0:
@@ -121,9 +125,20 @@ class RunReporter:
     def _write(self, line: dict[str, Any]) -> None:
         if self._metrics:
             line = {"kind": line["kind"], "step": line["step"], "time": round(time.time(), 3), **line}
+            self._last = line["step"]
             self._metrics.write(line)
             for tracker in self._trackers:
                 tracker.log(line)
+            self._tell_failures(line["step"])
+
+    def _tell_failures(self, step: int) -> None:
+        """A line, once, of each tracker that has failed."""
+        assert self._metrics is not None
+        for tracker in self._trackers:
+            if tracker.failure and tracker.failure not in self._told:
+                self._told.add(tracker.failure)
+                line = {"kind": "failure", "step": step, "time": round(time.time(), 3), "what": "tracking", "reason": tracker.failure}
+                self._metrics.write(line)
 
     def push(self) -> None:
         """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
@@ -134,11 +149,12 @@ class RunReporter:
 
     def close(self, push: bool) -> None:
         """`push`: bring the last lines to the run's place. Not after a failure: the run may be another attempt's by now."""
+        for tracker in self._trackers if self._rank == 0 else ():
+            tracker.close()
+        if self._metrics:
+            self._tell_failures(self._last)
         for journal in (self._metrics, self._trace):
             if journal:
                 journal.close()
-        if self._rank == 0:
-            if push:
-                self.push()
-            for tracker in self._trackers:
-                tracker.close()
+        if self._rank == 0 and push:
+            self.push()

@@ -242,7 +242,7 @@ FAILURE: Mapping[str, Key] = {
     "kind": Key(Literal["failure"], "", "something that training does not depend on did not come about; the next start tries again"),
     "step": Key(int, "steps", "that it was for"),
     "time": Key(float, "s", "Unix time"),
-    "what": Key(Literal["evaluation"], "", ""),
+    "what": Key(Literal["evaluation", "tracking"], "", ""),
     "reason": Key(str, "", ""),
 }
 

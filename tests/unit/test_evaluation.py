@@ -115,6 +115,7 @@ def test_rates_by_hand() -> None:
     a, b, c, d = (result["sets"][name] for name in names)
     assert (a["loss"], a["perplexity"]) == (6 / 8, pytest.approx(math.exp(0.75)))
     assert (a["empty_rate"], a["length_cap_rate"], a["loop_rate"], a["foreign_rate"]) == (0.5, 0.5, 0.0, 0.0)
+    assert b["length_cap_rate"] == 0.0
     assert (b["loop_rate"], b["foreign_rate"], b["words"]["insertions"]) == (1.0, 1.0, 2)
     assert (c["units"]["rate"], c["cycle"]["rate"], c["duration_ratio"]) == (4 / 6, 0.5, 0.5)
     assert (c["end_of_audio_rate"], c["length_cap_rate"], c["foreign_rate"]) == (0.5, 0.5, 0.5)

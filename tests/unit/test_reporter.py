@@ -11,6 +11,7 @@ from most_ray.errors import DataError
 from most_ray.train.folder import RunFolder
 from most_ray.train.journal import read_journal
 from most_ray.train.reporter import RunReporter, evaluated_steps
+from most_ray.train.schema import check_line
 
 ABOUT = {"exact": True, "changed": []}
 LINE = {"kind": "evaluation", "step": 3, "wer": {}}
@@ -74,6 +75,8 @@ def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Pa
     heard: list[Any] = []
 
     class Ear:
+        failure: str | None = None
+
         def begin(self, step: int, metrics: Path) -> None:
             heard.append(("begin", step, metrics.name))
 
@@ -86,15 +89,24 @@ def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Pa
         def close(self) -> None:
             heard.append("close")
 
-    reporter = RunReporter(None, plan, RunFolder(str(tmp_path)), 0, 0, [Ear()], ABOUT)
+    ear = Ear()
+    reporter = RunReporter(None, plan, RunFolder(str(tmp_path)), 0, 0, [ear], ABOUT)
     reporter.log({"kind": "train", "step": 1, "loss": 1.0})
     reporter.checkpoint(1, "there")
+    ear.failure = "the ear is deaf"
     reporter.close(push=False)
     assert heard == [("begin", 0, "metrics.jsonl"), ("start", 0), ("train", 1), ("checkpoint", 1, "there"), "close"]
     line = read_journal(tmp_path / "metrics.jsonl", "train")[0]
     assert {"time", "epoch", "mix"} <= set(line)
+    (told,) = read_journal(tmp_path / "metrics.jsonl", "failure")  # nobody reads a worker's log
+    assert (told["what"], told["reason"], check_line(told)) == ("tracking", "the ear is deaf", [])
     reporter_of(plan, RunFolder(str(tmp_path)), 1).close(push=False)
-    assert [(line["kind"], line["step"]) for line in read_journal(tmp_path / "metrics.jsonl")] == [("start", 0), ("train", 1), ("start", 1)]
+    assert [(line["kind"], line["step"]) for line in read_journal(tmp_path / "metrics.jsonl")] == [
+        ("start", 0),
+        ("train", 1),
+        ("failure", 1),
+        ("start", 1),
+    ]
 
 
 def test_other_ranks_write_nothing(plan: Plan, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ Make = Callable[[Path], Any]
 
 
 def train(step: int) -> dict[str, Any]:
-    figures = {"loss": 5.0 / step, "asr_loss": None, "skipped_steps": 0, "leaked": 0, "expert_max_over_mean": {"text": 1.5}}
+    figures = {"loss": 5.0 / step, "samples": 64, "asr_loss": None, "skipped_steps": 0, "leaked": 0, "expert_max_over_mean": {"text": 1.5}}
     load = {"expert_load": {"text": [3, 1, 0, 0], "audio": [0, 0, 2, 2]}}
     mix = {"mix": {"asr/a": {"records": step, "tokens": 9 * step, "share": 0.5, "target": 0.5}}}
     return {"kind": "train", "step": step, "time": 1e9 + step, **figures, **load, **mix, "layers": {"busiest_expert": {"text": [0]}}}
