@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
@@ -66,6 +67,7 @@ def trained(scene: Scene, spec: PlanSpec, topology: tuple[int, int, int], root: 
     steps(state, plan, 2)
     if between:
         InlineEvaluation(job_of(scene, SETTINGS), root, scene.model)(state.model, 2)
+        assert all(isinstance(parameter, DTensor) for parameter in state.model.parameters()), "weights are shards again"
     steps(state, plan, 2)
     return {name: full_rows(state, name, parameter) for name, parameter in state.model.named_parameters()}
 

@@ -14,12 +14,12 @@ import torch
 
 from most_ray.cli import main
 from most_ray.errors import CheckpointError, DataError
-from most_ray.evaluation.decode import Forward
+from most_ray.evaluation.decode import Decoded, Forward
 from most_ray.evaluation.evaluate import Directories, combine, hypotheses_of, open_sets
 from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
 from most_ray.evaluation.share import score_share
 from most_ray.model.build import load_model
-from most_ray.model.tokenizer import load_tokenizer
+from most_ray.model.tokenizer import load_tokenizer, token_ids
 from most_ray.records import ASR_INSTRUCTION
 from tests.support.builders import asr, tts, write_records
 from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
@@ -84,6 +84,18 @@ def test_speech_is_decoded_and_recognised_again(scene: Scene) -> None:
     assert section["outside"]["substitutions"] == 2 and section["outside"]["rate"] == 2 / 3
     assert section["duration_ratio"] == sum(len(row["hypothesis"].split()) for row in rows) / (4 + 5 + 6)
     assert evaluation.header["settings"]["asr_instruction"] == ASR_INSTRUCTION
+    # One runs into the cap, two end with the sentence's marker, which is no end of audio.
+    assert [(row["ended"], row["hit_cap"]) for row in rows] == [(False, True), (False, False), (False, False)]
+
+
+def test_a_sound_that_is_held_is_no_loop(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units may be kept with their repeats; the same said in text is a loop."""
+    ids = token_ids(load_tokenizer(scene.model))
+    held = Decoded([ids.unit_base + 5] * 12, ids.end_audio)
+    monkeypatch.setattr("most_ray.evaluation.share.decode", lambda forward, prompts, *_: [held for _ in prompts])
+    sets = evaluate(scene).result["sets"]
+    assert (sets["tts/to_speak"]["loop_rate"], sets["tts/to_speak"]["end_of_audio_rate"]) == (0.0, 1.0)
+    assert (sets["asr/spoken"]["loop_rate"], sets["asr/spoken"]["foreign_rate"]) == (1.0, 1.0)
 
 
 def test_rates_by_hand() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,10 +35,14 @@ def recogniser(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def tones(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
+def tone(units: Sequence[int], rate: int) -> np.ndarray:
     """A tone of 20 ms for each unit."""
-    time = np.arange(RATE // 50) / RATE
-    return [np.concatenate([np.sin(2 * np.pi * (200 + unit) * time) for unit in each]) for each in units], RATE
+    time = np.arange(rate // 50) / rate
+    return np.concatenate([np.sin(2 * np.pi * (200 + unit) * time) for unit in units])
+
+
+def tones(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
+    return [tone(each, RATE) for each in units], RATE
 
 
 def test_a_checkpoint_hears_the_decoded_units(recogniser: str, tmp_path: Path) -> None:
@@ -47,13 +53,27 @@ def test_a_checkpoint_hears_the_decoded_units(recogniser: str, tmp_path: Path) -
     assert section["outside"]["reference"] == 3 and section["outside"]["rate"] is not None
 
 
-def test_audio_of_another_rate_is_resampled(recogniser: str) -> None:
-    def slower(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
-        waves, rate = tones(units)
-        return [wave.repeat(2) for wave in waves], 2 * rate
+def test_audio_of_another_rate_is_resampled(recogniser: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tones at twice the rate come to the recogniser as at its own."""
+    given: list[dict[str, Any]] = []
 
-    heard = OutsideRecogniser(slower, recogniser)
-    assert isinstance(heard([[3, 90, 400, 12]])[0], str)
+    class Ear:
+        feature_extractor = SimpleNamespace(sampling_rate=RATE)
+
+        def __call__(self, inputs: list[dict[str, Any]], batch_size: int) -> list[dict[str, str]]:
+            given.extend(inputs)
+            return [{"text": " heard "}]
+
+    def faster(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
+        return [tone(each, 2 * RATE) for each in units], 2 * RATE
+
+    outside = OutsideRecogniser(faster, recogniser)
+    monkeypatch.setattr(outside, "_pipeline", Ear())
+    assert outside([[3, 90, 400, 12] * 10]) == ["heard"]
+    (wave,) = given
+    expected = tone([3, 90, 400, 12] * 10, RATE)
+    assert wave["sampling_rate"] == RATE and len(wave["raw"]) == len(expected)
+    assert np.abs(wave["raw"] - expected)[200:-200].mean() < 0.1
 
 
 def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
