@@ -52,7 +52,8 @@ def flags_of(folder: Path, name: str, **changes: Any) -> list[str]:
         "max_failures": 1000,
         **changes,
     }
-    return ["--config", str(CONFIG), *(word for flag, value in values.items() for word in (f"--{flag}", str(value)))]
+    words = {flag: value if isinstance(value, list) else [str(value)] for flag, value in values.items()}
+    return ["--config", str(CONFIG), *(word for flag, given in words.items() for word in (f"--{flag}", *given))]
 
 
 def under_ray(folder: Path, name: str, address: str, **changes: Any) -> subprocess.Popen[bytes]:
