@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from most_ray import storage
 from most_ray.train.folder import RunFolder
+from most_ray.train.journal import decoded
 
 Key = tuple[str, int]  # kind and step: names a line, each of which a tracker shall hold once
 AXES = {"train": "train/step", "experts": "layers/step", "evaluation": "eval/step"}  # of the lines by kind, the others have no row
@@ -29,8 +29,9 @@ def lines_of(metrics: Path) -> Iterator[dict[str, Any]]:
     if metrics.exists():
         with metrics.open("rb") as stream:
             for raw in stream:
-                if raw.endswith(b"\n") and raw.strip():
-                    yield json.loads(raw)
+                line = decoded(raw)
+                if line:
+                    yield line
 
 
 def row_of(line: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, float]:
