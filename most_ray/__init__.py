@@ -13,14 +13,20 @@ import wrapt
 __version__ = "0.1.0"
 
 
-_AUTO, _PARENT = "transformers.models.auto.modeling_auto", "transformers.models.deepseek_v2.modeling_deepseek_v2"
+_AUTO = "transformers.models.auto.modeling_auto"
+# Modules that load the auto classes on their way, where somebody imports them first, and what they have once they are complete.
+_COMPLETE = {
+    "transformers.models.deepseek_v2.modeling_deepseek_v2": "DeepseekV2ForCausalLM",
+    "transformers.modeling_layers": "GenericForTokenClassification",
+}
 
 
-@wrapt.when_imported(_AUTO)
-@wrapt.when_imported(_PARENT)
 def _register_most(_module: Any) -> None:
     # A cheap `import most_ray` is the point: torch loads only beside transformers' models. The module registers itself.
-    # DeepSeek-V2's own module, where somebody imports it first, loads the auto classes on its way: MoST then waits until it is complete.
-    complete = _PARENT not in sys.modules or hasattr(sys.modules[_PARENT], "DeepseekV2ForCausalLM")
+    complete = all(name not in sys.modules or hasattr(sys.modules[name], last) for name, last in _COMPLETE.items())
     if complete and _AUTO in sys.modules and "most_ray.model.modeling" not in sys.modules:
         importlib.import_module("most_ray.model.modeling")
+
+
+for _name in (_AUTO, *_COMPLETE):
+    wrapt.register_post_import_hook(_register_most, _name)

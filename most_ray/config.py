@@ -147,6 +147,8 @@ class EvaluationOptions:
     max_new_tokens: int = option(256, "length cap of a decoded text, beside the one from the number of units")
     max_new_units: int = option(1500, "length cap of decoded speech in units, beside the one from the text's length")
     normaliser: Literal["none", "basic", "whisper-english"] = option("basic", "what both sides go through before words are compared")
+    recogniser: str | None = option(None, "Whisper or CTC checkpoint that transcribes the model's speech as well (default: none)")
+    vocoder: str | None = option(None, "what makes that speech sound for it (default: vocoder.safetensors beside the training records)")
 
 
 @dataclass(frozen=True)

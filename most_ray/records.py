@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import fnmatch
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -229,8 +230,14 @@ def asr_to_tts(raw: Mapping[str, Any], dataset: str, timestamp: dt.datetime) -> 
     }
 
 
+def units_identity(manifest: Mapping[str, Any]) -> str:
+    """Digest of what makes units mean the same: the `identity` part of a units manifest."""
+    identity = json.dumps(manifest.get("identity", manifest), sort_keys=True)
+    return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
+
+
 # Files that the project itself writes beside records.
-NOT_RECORDS = frozenset({"units.json", "rejected.jsonl"})
+NOT_RECORDS = frozenset({"units.json", "rejected.jsonl", "prepared.json"})
 
 
 def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:

@@ -24,7 +24,7 @@ from most_ray.data.noise import NO_NOISE, UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
-from most_ray.records import TASKS
+from most_ray.records import TASKS, units_identity
 
 
 @dataclass(frozen=True)
@@ -299,8 +299,3 @@ def check_units(stores: Sequence[TokenStore]) -> str | None:
                 "Prepare both with the same k-means file and options.",
             )
     return known[0][1] if known else None
-
-
-def units_identity(manifest: dict[str, Any]) -> str:
-    """Digest of what makes units mean the same: the manifest's `identity` part."""
-    return _digest(manifest.get("identity", manifest))

@@ -13,12 +13,13 @@ import torch
 
 from most_ray.data.store import TokenStore
 from most_ray.errors import DataError
-from most_ray.evaluation.decode import Forward, Search, count_routing, decode
+from most_ray.evaluation.ask import Limits, speak_prompts, text_of, transcribe_prompts, transcribe_units
+from most_ray.evaluation.decode import Forward, Search, count_routing
 from most_ray.evaluation.hypotheses import Row, looping, with_normalised
 from most_ray.evaluation.wer import Normaliser
 from most_ray.model.tokenizer import vocabulary_of
 from most_ray.records import ASR_INSTRUCTION, N_UNITS, Record, Task, parse_records, read_raw, record_files
-from most_ray.template import IGNORE, encode_records, split_prompt, units_of
+from most_ray.template import IGNORE, split_prompt, units_of
 
 Outside = Callable[[Sequence[Sequence[int]]], list[str]]  # units of many utterances -> what somebody else hears in them
 
@@ -34,10 +35,12 @@ class EvaluationSettings:
     length_penalty: float = 1.0
     normaliser: Normaliser = "basic"
     max_rejected_fraction: float = 0.01
+    recogniser: str | None = None
+    vocoder: str | None = None
 
     @property
-    def search(self) -> Search:
-        return Search(self.batch_size, self.num_beams, self.length_penalty)
+    def limits(self) -> Limits:
+        return Limits(Search(self.batch_size, self.num_beams, self.length_penalty), self.max_new_tokens, self.max_new_units)
 
 
 @dataclass(frozen=True)
@@ -95,39 +98,18 @@ def _prompts(store: TokenStore, rows: Sequence[int]) -> tuple[list[np.ndarray], 
     return [tokens[:prompt] for tokens, prompt in cut], [tokens[prompt:] for tokens, prompt in cut]
 
 
-def _text(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
-    return str(tokenizer.decode(np.asarray(tokens).tolist(), clean_up_tokenization_spaces=False))
-
-
-def _capped(forward: Forward, prompts: Sequence[np.ndarray], wanted: Sequence[int]) -> list[int]:
-    """Length caps within the positions that the model has."""
-    limit = forward.model.config.max_position_embeddings
-    return [max(0, min(cap, limit - len(prompt))) for prompt, cap in zip(prompts, wanted, strict=True)]
-
-
 def _recognise(
     forward: Forward, tokenizer: Any, store: TokenStore, rows: Sequence[int], settings: EvaluationSettings
 ) -> list[dict[str, Any]]:
     ids = vocabulary_of(tokenizer).ids
     prompts, outputs = _prompts(store, rows)
-    references = [_text(tokenizer, output[:-1]) for output in outputs]
+    references = [text_of(tokenizer, output[:-1]) for output in outputs]
     results = []
-    for reference, (tokens, ended, hypothesis) in zip(references, _transcribe(forward, tokenizer, prompts, settings), strict=True):
-        foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in tokens)
-        line = {"reference": reference, "hypothesis": hypothesis, "ended": ended, "looping": looping(tokens), "foreign": foreign}
-        results.append(line)
+    for reference, heard in zip(references, transcribe_prompts(forward, tokenizer, prompts, settings.limits), strict=True):
+        foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in heard.tokens)
+        line = {"reference": reference, "hypothesis": heard.text, "ended": heard.ended}
+        results.append({**line, "looping": looping(heard.tokens), "foreign": foreign})
     return results
-
-
-def _transcribe(
-    forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], settings: EvaluationSettings
-) -> list[tuple[list[int], bool, str]]:
-    """(tokens, ended, text) of each prompt with speech."""
-    ids = vocabulary_of(tokenizer).ids
-    # An utterance holds fewer text tokens than units; a model that loops must not run to the general cap on each.
-    wanted = [min(settings.max_new_tokens, len(units_of(prompt.tolist(), ids)) + 16) for prompt in prompts]
-    found = decode(forward, prompts, [ids.eos, ids.end_audio], _capped(forward, prompts, wanted), settings.search)
-    return [(result.tokens, result.stop is not None, _text(tokenizer, result.tokens)) for result in found]
 
 
 def _speak(
@@ -140,20 +122,13 @@ def _speak(
     outside: Outside | None,
 ) -> list[dict[str, Any]]:
     """Units of each text, and the text that is recognised in them."""
-    vocabulary = vocabulary_of(tokenizer)
-    ids = vocabulary.ids
+    ids = vocabulary_of(tokenizer).ids
     prompts, outputs = _prompts(store, rows)
-    texts = _texts(store, rows, [_text(tokenizer, prompt[1:-1]) for prompt in prompts])  # between the sentence and the audio marker
-    # A token of text is spoken in 5 to 20 units; without a cap by length a model that loops would run to the general one on each.
-    wanted = [min(settings.max_new_units, 64 + 24 * len(tokens)) for tokens in vocabulary.encode(texts)] if texts else []
-    found = decode(forward, prompts, [ids.end_audio, ids.eos], _capped(forward, prompts, wanted), settings.search)
-    spoken = [units_of(result.tokens, ids) for result in found]
+    texts = _texts(store, rows, [text_of(tokenizer, prompt[1:-1]) for prompt in prompts])  # between the sentence and the audio marker
+    found = speak_prompts(forward, tokenizer, prompts, texts, settings.limits)
+    spoken = [each.units for each in found]
     audible = [index for index, units in enumerate(spoken) if units]
-    heard_again = [Record(str(index), instruction, np.array(spoken[index], np.int32), "-") for index in audible]
-    again = [encoded.input_ids[: encoded.prompt_length] for encoded in encode_records(heard_again, vocabulary)]
-    recognised = [""] * len(spoken)
-    for index, (_, _, text) in zip(audible, _transcribe(forward, tokenizer, again, settings), strict=True):
-        recognised[index] = text
+    recognised = [heard.text for heard in transcribe_units(forward, tokenizer, spoken, settings.limits, instruction)]
     heard = [""] * len(spoken) if outside else None
     if outside and heard is not None:
         for index, text in zip(audible, outside([spoken[index] for index in audible]), strict=True):
@@ -165,12 +140,12 @@ def _speak(
             **({"heard": heard[index]} if heard is not None else {}),
             "reference": " ".join(map(str, units_of(output.tolist(), ids))),
             "hypothesis": " ".join(map(str, units)),
-            "ended": result.stop == ids.end_audio,
-            "hit_cap": result.stop is None,
+            "ended": each.stop == ids.end_audio,
+            "hit_cap": each.stop is None,
             "looping": looping([unit for unit, _ in itertools.groupby(units)]),  # a unit that goes on is a sound that is held
-            "foreign": len(result.tokens) - len(units),
+            "foreign": len(each.tokens) - len(units),
         }
-        for index, (result, units, output) in enumerate(zip(found, spoken, outputs, strict=True))
+        for index, (each, units, output) in enumerate(zip(found, spoken, outputs, strict=True))
     ]
 
 
@@ -204,7 +179,7 @@ def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
         if each.task == "asr" and len(each.store):
             prompt = each.store.input_ids(0)
             start = int(np.flatnonzero(prompt == vocabulary_of(tokenizer).ids.begin_audio)[0])
-            return _text(tokenizer, prompt[1:start]).removeprefix("User: ").removesuffix("\n")
+            return text_of(tokenizer, prompt[1:start]).removeprefix("User: ").removesuffix("\n")
     return ASR_INSTRUCTION
 
 

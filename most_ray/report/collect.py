@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,9 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.report.differences import words_of
+
+_SPOKEN = 5  # utterances to be heard
+_VOCODER = ("speech", "vocoder.safetensors")  # written out: the modules that name them take seconds to import
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,17 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class SpeechSample:
+    """A text that the model said: what it hears in its own speech, and units of that and of the recording (empty: it holds none)."""
+
+    id: str
+    text: str
+    recognised: str
+    model: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Figures by "task/set" of one step; `rates` holds WERs that came without figures."""
 
@@ -67,7 +82,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunData:
-    """What one run wrote down. Lines are as in metrics.jsonl, in the order of their steps; `starts` in that of the file."""
+    """What one run wrote down. Lines are as in metrics.jsonl, in the order of their steps; `starts` in that of the file.
+
+    `kit` is the place of its speech/ where `speech` is not empty and a vocoder is there, else None.
+    """
 
     name: str
     starts: list[dict[str, Any]]
@@ -78,6 +96,8 @@ class RunData:
     config: dict[str, Any]
     environment: dict[str, Any]
     hypotheses: dict[str, list[Hypothesis]]
+    speech: list[SpeechSample]
+    kit: str | None
 
     @property
     def step(self) -> int:
@@ -155,10 +175,13 @@ def _read(place: str, name: str) -> RunData:
         if int(last) not in kinds["evaluation"]:
             evaluations.append({**final, "step": int(last)})
             evaluations.sort(key=lambda line: int(line["step"]))
-    hypotheses = _hypotheses(place, evaluations[-1] if evaluations else {})
+    said = _hypothesis_lines(place, evaluations[-1] if evaluations else {})
+    hypotheses, speech = parse_hypotheses(said), parse_speech(said)
+    audible = bool(speech) and storage.exists(storage.join(place, *_VOCODER))
+    kit = storage.join(place, _VOCODER[0]) if audible else None
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
     environment = _mapping(place, "environment.json")
-    return RunData(name, starts, train, experts, judged, summary, _config(place), environment, hypotheses)
+    return RunData(name, starts, train, experts, judged, summary, _config(place), environment, hypotheses, speech, kit)
 
 
 def parse_lines(content: bytes) -> list[dict[str, Any]]:
@@ -178,13 +201,38 @@ def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothes
     """Hypotheses by "task/set", in the order of the file. Compared is what the normaliser left; of speech, the text and what the model
     heard in it."""
     found: dict[str, list[Hypothesis]] = {}
-    for line in lines:
-        if line.get("kind", "hypothesis") == "hypothesis" and "hypothesis" in line and "set" in line:
-            keys = ("text", "recognised") if "recognised" in line else ("reference", "hypothesis")
-            reference, hypothesis = (line.get(f"normalised_{key}", line.get(key)) for key in keys)
-            entry = Hypothesis(str(line.get("id", "")), words_of(reference), words_of(hypothesis))
-            found.setdefault(_full_name(str(line["set"]), line.get("task")), []).append(entry)
+    for line in filter(_is_hypothesis, lines):
+        keys = ("text", "recognised") if "recognised" in line else ("reference", "hypothesis")
+        reference, hypothesis = (line.get(f"normalised_{key}", line.get(key)) for key in keys)
+        entry = Hypothesis(str(line.get("id", "")), words_of(reference), words_of(hypothesis))
+        found.setdefault(_full_name(str(line["set"]), line.get("task")), []).append(entry)
     return found
+
+
+def parse_speech(lines: Sequence[dict[str, Any]]) -> list[SpeechSample]:
+    """The first five synthesised utterances whose units are known, a text once; the sets take turns, in the order of their names."""
+    by_set: dict[str, list[SpeechSample]] = {}
+    for line in filter(_is_hypothesis, lines):
+        model, reference = (_units(line.get(side)) for side in ("hypothesis", "reference"))
+        if line.get("task") == "tts" and "text" in line and model is not None and reference is not None and (model or reference):
+            identity, words, recognised = (str(line.get(key, "")) for key in ("id", "text", "recognised"))
+            by_set.setdefault(str(line["set"]), []).append(SpeechSample(identity, words, recognised, model, reference))
+    chosen: dict[str, SpeechSample] = {}
+    for _ in range(_SPOKEN):
+        for name in sorted(by_set):
+            if new := next((sample for sample in by_set[name] if sample.text not in chosen), None):
+                chosen[new.text] = new
+    return list(chosen.values())[:_SPOKEN]
+
+
+def _is_hypothesis(line: dict[str, Any]) -> bool:
+    return line.get("kind", "hypothesis") == "hypothesis" and "hypothesis" in line and "set" in line
+
+
+def _units(value: Any) -> tuple[int, ...] | None:
+    """Units of speech; None where a word is no number that could be one."""
+    words = words_of(value)
+    return tuple(map(int, words)) if all(re.fullmatch("[0-9]{1,9}", word) for word in words) else None
 
 
 def rate_of(figures: dict[str, Any], what: str) -> Rate | None:
@@ -235,16 +283,16 @@ def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -
     return Evaluation(int(line["step"]), sets, losses, rates)
 
 
-def _hypotheses(place: str, evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
-    """Those of the last evaluation: its own file, or the file of the run's end, or what its line holds."""
+def _hypothesis_lines(place: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the last evaluation: its own file's, or those of the file of the run's end, or what its line holds."""
     names = [f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl"] if "step" in evaluation else []
     for name in (*names, "hypotheses.jsonl"):
-        if found := parse_hypotheses(parse_lines(_bytes(place, name))):
+        if found := list(filter(_is_hypothesis, parse_lines(_bytes(place, name)))):
             return found
     return _samples(evaluation)
 
 
-def _samples(evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
+def _samples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Hypotheses that stand in an evaluation itself: the few samples of a line, or all of them in the older form."""
     inner = [
         {**mapping(entry), "set": name}
@@ -252,12 +300,11 @@ def _samples(evaluation: dict[str, Any]) -> dict[str, list[Hypothesis]]:
         for entry in entries(mapping(figures).get("hypotheses"))
     ]
     lines = inner or entries(evaluation.get("samples"))
-    lowered = [
+    return [
         {**line, **{f"normalised_{key}": " ".join(words_of(line.get(key))).lower() for key in ("reference", "hypothesis")}}
         for line in lines
         if isinstance(line, dict)
     ]
-    return parse_hypotheses(lowered)
 
 
 def _full_name(name: str, task: Any) -> str:

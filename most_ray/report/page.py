@@ -18,6 +18,7 @@ from most_ray.report import tables
 from most_ray.report.collect import RunData, collect
 from most_ray.report.curves import Figure
 from most_ray.report.figures import figures
+from most_ray.report.speech import speech
 from most_ray.report.style import SCRIPT, STYLE
 from most_ray.report.tables import text
 
@@ -46,6 +47,7 @@ def page(runs: Sequence[RunData]) -> str:
         f"script-src {' '.join(map(_digest, scripts))}",
         "style-src 'unsafe-inline'",
         "img-src data:",
+        "media-src data:",
         "base-uri 'none'",
         "form-action 'none'",
     )
@@ -135,6 +137,7 @@ def _parts(runs: Sequence[RunData], drawn: dict[str, list[Figure]]) -> list[tupl
         classes = "halves" if len(runs) == 1 else ""
         inner = f'<div class="{classes}">{"".join(shown)}</div>'
         evaluation += f'<div class="card" id="samples"><h3>Samples</h3>{_LEGEND}{inner}</div>'
+    evaluation += speech(runs)
     for title in ("Loss", "Evaluation", "Speed", "Data", "Experts"):
         inner = _grid(drawn.get(title, ())) + (evaluation if title == "Evaluation" else "")
         if inner:

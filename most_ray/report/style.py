@@ -55,6 +55,9 @@ td b { font-weight: 600; }
 .bar { display: inline-block; height: 8px; margin-left: 8px; background: var(--accent); opacity: .55; border-radius: 1px; }
 .samples th { font-size: 12px; max-width: 260px; overflow: hidden; text-overflow: ellipsis; } .samples td { min-width: 260px;
   overflow-wrap: anywhere; }
+.speech tbody th { color: inherit; white-space: normal; min-width: 140px; } .speech th, .speech td { overflow-wrap: anywhere; }
+code { white-space: nowrap; }
+audio { width: 240px; max-width: 100%; height: 32px; vertical-align: top; }
 ins, del { text-decoration-thickness: 1px; border-radius: 2px; padding: 0 2px; }
 del { text-decoration: line-through; } ins { text-decoration: underline; }
 .sub del, .sub ins { background: var(--sub); } .gone { background: var(--gone); } .added { background: var(--added); }
@@ -79,7 +82,7 @@ footer { color: var(--soft); font-size: 12px; padding-top: 30px; padding-bottom:
   --accent: #35618e;
     --good: #2c7a4b; --going: #a8690c; --sub: #fbeecb; --gone: #fbdcd8; --added: #d7efdf; }
   body { font-size: 11px; -webkit-print-color-adjust: exact; print-color-adjust: exact; } header, main, footer { padding: 0; }
-  nav, .figure button, .modebar { display: none !important; } .grid { display: block; } .grid > section { margin-bottom: 12px; }
+  nav, .figure button, .modebar, audio { display: none !important; } .grid { display: block; } .grid > section { margin-bottom: 12px; }
   .figure, tr { break-inside: avoid; } h2, h3, h4 { break-after: avoid; } .scroll { overflow: visible; }
   td, .figures td { white-space: normal; } }
 """

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from most_ray import storage
+from most_ray.errors import CheckpointError, ConfigError
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, combine, open_sets
+from most_ray.evaluation.outside import OutsideRecogniser
 from most_ray.evaluation.share import EvaluationSet, EvaluationSettings, score_share
 from most_ray.model.configuration import MostConfig
 from most_ray.model.tokenizer import load_tokenizer
+from most_ray.speech.kit import find_kit, read_manifest
+from most_ray.speech.vocoder import FILE, open_vocoder
 from most_ray.train.folder import RunFolder, local_copy
 from most_ray.train.ranks import this_rank, world_size
 
@@ -34,6 +40,26 @@ class EvaluationJob:
         return open_sets(config, tokenizer, place, self.directories, self.settings, self.store_dir)
 
 
+def open_outside(settings: EvaluationSettings, place: str, units_identity: str | None) -> OutsideRecogniser | None:
+    """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
+
+    Raises:
+        ConfigError: a vocoder without a recogniser. CheckpointError: one of them cannot be used, or the vocoder speaks other units.
+    """
+    recogniser, vocoder = settings.recogniser, settings.vocoder
+    if recogniser is None:
+        if vocoder is not None:
+            raise ConfigError("vocoder", vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
+        return None
+    kit = find_kit(place, units_identity)
+    if vocoder is None and (kit is None or not storage.exists(storage.join(kit, FILE))):
+        remedy = "Make one by `most-ray prepare vocoder` in the folder of the training records, or name one: vocoder."
+        raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(place)}.", remedy)
+    folder = local_copy(kit, "units.json") if kit else None
+    identity = read_manifest(Path(folder))["identity"] if folder else None
+    return OutsideRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser)
+
+
 def write_evaluation(evaluation: Evaluation, run_place: str, step: int, seconds: float) -> dict[str, Any]:
     """evaluations/step-N.json and the hypotheses, in the run's folder; the line for metrics.jsonl."""
     folder = RunFolder(run_place)
@@ -49,13 +75,17 @@ class InlineEvaluation:
 
     def __init__(self, job: EvaluationJob, run_place: str, model_path: str) -> None:
         self._job, self._run_place, self._model_path = job, run_place, model_path
+        self._outside: list[OutsideRecogniser | None] = []  # opened at the first evaluation
 
     def __call__(self, model: Any, step: int) -> dict[str, Any] | None:
         """Score the model. Collective; the line for metrics.jsonl on rank 0."""
         began, rank, world = time.time(), this_rank(), world_size()
         tokenizer = load_tokenizer(local_copy(self._model_path))
         sets = self._job.sets(model.config, tokenizer, self._model_path)
-        share = score_share(Forward(model, together=world > 1), tokenizer, sets, self._job.settings, rank, world)
+        if not self._outside:
+            self._outside = [open_outside(self._job.settings, self._run_place, getattr(model.config, "units_identity", None))]
+        forward = Forward(model, together=world > 1)
+        share = score_share(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # as training expects them; the outermost stays whole after a forward pass

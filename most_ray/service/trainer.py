@@ -23,7 +23,7 @@ from most_ray.report.environment import environment
 from most_ray.service.attempts import RunIncompleteError, complete, run_attempts
 from most_ray.service.cluster import start_ray
 from most_ray.service.control import Terminated, usable_nodes
-from most_ray.service.evaluation import EvaluationJob
+from most_ray.service.evaluation import EvaluationJob, open_outside
 from most_ray.service.ingest import runner_of
 from most_ray.service.progress import ProgressWatcher
 from most_ray.service.screens import first_screen
@@ -31,7 +31,7 @@ from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
 from most_ray.train.folder import RunFolder
 from most_ray.train.journal import read_journal
-from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
+from most_ray.train.prepare import Prepared, keep_kit, prepare_run, store_dir_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
             f"lies behind the run's newest checkpoint (step {prepared.done_steps}).",
             "Raise it or rename the run.",
         )
+    keep_kit(prepared)
+    if prepared.job.has_validation:  # what judges its speech is tried before a worker starts
+        open_outside(evaluation_job(config).settings, folder.place, prepared.job.units_identity)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
@@ -103,6 +106,8 @@ def evaluation_job(config: RunConfig, training_threads: int = 0) -> EvaluationJo
         length_penalty=config.length_penalty,
         normaliser=config.normaliser,
         max_rejected_fraction=config.max_rejected_fraction,
+        recogniser=config.recogniser,
+        vocoder=config.vocoder and (storage.absolute(config.vocoder) if storage.exists(config.vocoder) else config.vocoder),
     )
     directories = Directories(*(tuple(map(storage.absolute, getattr(config, f"val_{task}_dirs"))) for task in TASKS))
     return EvaluationJob(directories, settings, store_dir_of(config), config.eval_workers, config.eval_gpus, training_threads)

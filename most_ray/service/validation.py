@@ -17,7 +17,7 @@ from most_ray.errors import UserError
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Evaluation, combine
 from most_ray.evaluation.share import Share, score_share
-from most_ray.service.evaluation import EvaluationJob, write_evaluation
+from most_ray.service.evaluation import EvaluationJob, open_outside, write_evaluation
 from most_ray.train.export import open_description, open_model
 from most_ray.train.session import ReportEvaluation
 
@@ -40,7 +40,8 @@ def score_place(job: EvaluationJob, place: str, rank: int, threads: int, nicenes
     sets = job.sets(model.config, tokenizer, place)
     if torch.cuda.is_available():
         model.to("cuda")
-    return score_share(Forward(model), tokenizer, sets, job.settings, rank, job.workers)
+    outside = open_outside(job.settings, place, getattr(model.config, "units_identity", None))
+    return score_share(Forward(model), tokenizer, sets, job.settings, rank, job.workers, outside)
 
 
 def combine_shares(job: EvaluationJob, place: str, *shares: Share) -> Evaluation:

@@ -14,12 +14,15 @@ from most_ray.model.build import load_model, read_config, save_model
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.tokenizer import load_tokenizer
+from most_ray.speech.kit import FOLDER as KIT
+from most_ray.speech.kit import copy_kit, find_kit
 from most_ray.train import checkpoint
 from most_ray.train.folder import local_copy
 
 
 def export_checkpoint(place: str | Path, output: Path) -> None:
-    """Write the weights, configuration and tokenizer of a complete checkpoint, from any number of ranks, to the local folder `output`.
+    """Write the weights, configuration and tokenizer of a complete checkpoint, from any number of ranks, to the local folder `output`;
+    with them, in speech/, what makes units of recordings and recordings of units, where the run has it.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or its tensors are not the model's.
@@ -33,6 +36,9 @@ def export_checkpoint(place: str | Path, output: Path) -> None:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_model(model, tokenizer, temporary)
+    identity = getattr(model.config, "units_identity", None)
+    if kit := find_kit(place, identity):
+        copy_kit([kit], str(temporary / KIT), identity)
     if output.exists():
         output.rename(old)
     temporary.rename(output)

@@ -23,6 +23,8 @@ from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
 from most_ray.records import TASKS, Task, parse_record, read_raw, record_files
+from most_ray.speech.kit import FOLDER as KIT
+from most_ray.speech.kit import copy_kit, find_kit
 from most_ray.template import Vocabulary, template_texts
 from most_ray.train import checkpoint
 from most_ray.train.folder import RunFolder, local_copy
@@ -179,6 +181,15 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here) -
     n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / "rejected.jsonl")
     folder.push("rejected.jsonl")
     return Sources(model_path, vocabulary, training, validation, n_rejected)
+
+
+def keep_kit(prepared: Prepared) -> None:
+    """Bring what turns recordings into the run's units, and back, to the run's folder: from its training records, or from the model that it
+    starts from."""
+    config, identity = prepared.job.config, prepared.job.units_identity
+    start = find_kit(prepared.job.model_path, identity)
+    sources = [*config.train_asr_dirs, *config.train_tts_dirs, *([start] if start else [])]
+    copy_kit(sources, prepared.folder.at(KIT), identity)
 
 
 def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = here) -> list[TokenStore]:

@@ -29,7 +29,7 @@ from most_ray import storage
 from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
-from most_ray.train.prepare import Prepared, prepare_run
+from most_ray.train.prepare import Prepared, keep_kit, prepare_run
 from most_ray.train.ranks import this_rank
 from most_ray.train.session import Job, Surroundings, claim_run, run_rank
 
@@ -93,6 +93,7 @@ def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared |
             if unused:
                 logger.warning("without Ray there are no evaluations and trackers: %s not used", ", ".join(unused))
             decision = [prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))]
+            keep_kit(prepared)
             storage.write_bytes(prepared.folder.at("config.yaml"), configuration.to_yaml(config.redacted()).encode())
         except UserError as error:
             decision = [error]

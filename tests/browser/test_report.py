@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from most_ray.report import write_report
-from tests.support.report_data import write_run
+from tests.support.report_data import write_kit, write_run
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of one run, and of two of which one still goes on; one has a name and a hypothesis that mean something to browsers."""
+    """Of one run, and of two of which one still goes on; one has a vocoder, and a name and a hypothesis that mean something to
+    browsers."""
     folder = tmp_path_factory.mktemp("runs")
     one = write_run(folder / "one <i>run")
     two = write_run(folder / "two", seed=1, restart=None, done=False)
+    write_kit(one)
     line = {"set": "asr/dev_clean", "id": "evil", "reference": "a", "hypothesis": "</script><img src=x onerror=document.title=1>"}
     (one / "hypotheses.jsonl").write_text(json.dumps(line) + "\n" + (one / "hypotheses.jsonl").read_text())
     made = {"one": [str(one)], "two": [str(one), str(two)]}
@@ -99,6 +101,27 @@ def test_what_a_model_wrote_stays_text(opened: dict[str, Opened]) -> None:
     assert page.title() == "one <i>run: run report"
     assert page.locator("#samples").get_by_text("onerror=document.title=1").count() == 1
     assert page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_speech_can_be_played(opened: dict[str, Opened], reports: dict[str, Path], name: str) -> None:
+    """Each player decodes, is as long as its units, and has gone nowhere for it."""
+    page = opened[name].page
+    players = page.locator("#speech audio")
+    assert players.count() == 10
+    loaded = players.evaluate_all(_LOAD)
+    assert [round(seconds, 2) for seconds in loaded] == [0.04, 0.06] * 5  # two units of the model's, three of the recording's
+    assert page.get_by_label("speech of utterance_002, model").count() == 1
+    assert opened[name].said == []
+    assert [url for url in opened[name].requests if not url.startswith("data:")] == [reports[name].as_uri()]
+
+
+_LOAD = """players => Promise.all(players.map(player => new Promise((done, failed) => {
+  player.addEventListener("canplaythrough", () => done(player.duration));
+  player.addEventListener("error", () => failed(player.error.message));
+  player.preload = "auto";
+  player.load();
+})))"""
 
 
 def test_scripts_that_slipped_in_would_not_run(browser: Browser, reports: dict[str, Path], tmp_path: Path) -> None:

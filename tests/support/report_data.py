@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from most_ray.speech.kit import FOLDER
+from most_ray.speech.vocoder import FILE, Example, UnitVocoder, VocoderSettings, fit_vocoder
 
 LAYERS, EXPERTS = 6, 8
 GROUPS = {"text": [0, 1, 2, 3], "audio": [4, 5, 6, 7]}
@@ -20,6 +26,7 @@ SENTENCES = [
     "glue the sheet to the dark blue background",
     "four hours of steady work faced us",
 ]
+UNITS = {"features": "tones", "kmeans": "abc", "n_units": 6, "rate_hz": 50.0, "repeats_removed": False}  # 20 ms each
 SWAPS = {"the": "a", "dark": "dock", "hours": "ours", "sheet": "seat", "year": "ear", "four": "for", "sell": "cell"}
 
 
@@ -58,6 +65,23 @@ def write_run(folder: Path, steps: int = 400, seed: int = 0, restart: int | None
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
         (folder / "summary.json").write_text(json.dumps({"name": folder.name, "step": last}))
     return folder
+
+
+def write_kit(run: Path) -> Path:
+    """The folder speech/ of a run, as far as a report reads it: what UNITS are, and a vocoder of six tones."""
+    folder = run / FOLDER
+    folder.mkdir()
+    (folder / "units.json").write_text(json.dumps({"identity": UNITS}))
+    _vocoder().save(folder / FILE)
+    return folder
+
+
+@functools.cache
+def _vocoder() -> UnitVocoder:
+    units = np.tile(np.repeat(np.arange(6), 5), 4)
+    wave = 0.3 * np.sin(2 * np.pi * np.cumsum(np.repeat(300.0 * (units + 1), 320)) / 16000)
+    quick = VocoderSettings(steps=20, batch=4, window=24, width=24, griffin_lim_iterations=4)
+    return fit_vocoder([Example(units, wave.astype(np.float32), 0, "a")], 6, 50.0, UNITS, False, quick)
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

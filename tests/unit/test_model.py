@@ -209,6 +209,14 @@ def test_auto_classes_know_it_in_a_fresh_process(saved: Path) -> None:
     assert done.stdout.split() == ["MostForCausalLM", "True"], done.stderr
 
 
+@pytest.mark.parametrize("first", ["HubertModel", "DeepseekV2ForCausalLM", "LlamaForCausalLM"])
+def test_any_model_of_transformers_may_come_first(first: str) -> None:
+    """Importing most_ray must not break a program that uses other models: they load the auto classes half way through themselves."""
+    code = f"import most_ray, sys, transformers\ntransformers.{first}\nprint('most_ray.model.modeling' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
 def test_the_same_seed_gives_the_same_model(saved: Path, tmp_path: Path) -> None:
     init_model("tiny", ["User: hello\n", "\n\nAssistant: ", "seven"], tmp_path, seed=3)
     assert (tmp_path / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()

@@ -1,0 +1,51 @@
+"""The command line: `most-ray COMMAND --help`. Thin: flags to calls, errors to one paragraph and exit code 2."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from most_ray.cli import evaluate, prepare, runs, speech
+from most_ray.cli.parser import Parser, remember_flags
+from most_ray.errors import UserError
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for each in (prepare, runs, evaluate, speech):
+        each.add(commands)
+    remember_flags(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. 0: done; 1: a run failed; 2: something that the user can mend; 75: stopped as asked, the same command goes on."""
+    # Read when torch loads, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on
+    # an idle machine, and on a busy one a step is up to 25 times faster (tests/benchmarks/RESULTS.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # progress is seen as it happens, in a log file too
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    try:
+        args = build_parser().parse_args(argv)
+        return int(args.run(args))
+    except UserError as error:
+        print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever reads has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        logging.getLogger("most_ray").debug("", exc_info=True)
+        print(f"most-ray: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("most-ray: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130

@@ -1,0 +1,7 @@
+"""`python -m most_ray.cli`."""
+
+import sys
+
+from most_ray.cli import main
+
+sys.exit(main())

@@ -1,0 +1,185 @@
+"""`most-ray train --from_audio DIR`: from one's own recordings to a run. It says what it does as the commands that do it, and does just
+that, so that each step can be taken by hand from there."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from most_ray import config as configuration
+from most_ray import storage
+from most_ray.errors import ConfigError, DataError
+
+_SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # more voices than there are speakers; for what a few minutes can train
+_SMALL_HOURS = 10.0
+_TEST_SPLITS = ("test", "dev", "validation", "valid", "eval", "dev-clean", "test-clean", "dev-other", "test-other")
+_HELD_OUT = 10  # one speaker, or recording, in so many is kept for validation
+_MOST_SPEAKERS = 20
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("from recordings")
+    group.add_argument("--from_audio", type=Path, metavar="DIR", help="recordings with transcripts: units, records, both tasks, a run")
+    layouts = ["auto", "folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
+    group.add_argument("--corpus", choices=layouts, default="auto", help="layout of from_audio (default: auto)")
+    group.add_argument("--features", default="mfcc", help="under its units; see `most-ray prepare units --help` (default: mfcc)")
+
+
+@dataclass(frozen=True)
+class Division:
+    """Conditions of `--where` for training and for validation, and in words."""
+
+    train: str
+    validation: str
+    words: str
+
+
+def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[Sequence[str]], None]) -> Path:
+    """Make records of the recordings, by `run`ning commands, and the run's configuration. Returns its path.
+
+    Raises:
+        UserError: as the commands; the recordings are too few to be divided.
+    """
+    if args.config:
+        raise ConfigError("from_audio", str(args.from_audio), "and config are two ways to say what to train on.", "Leave one of them out.")
+    if given := next((name for name in flags if re.fullmatch("(train|val)_(asr|tts)_dirs", name)), None):
+        raise ConfigError(given, flags[given], "is what from_audio makes.", "Leave one of them out.")
+    if not args.from_audio.is_dir():
+        raise DataError("from_audio", str(args.from_audio), "is no folder.", "Check the path.")
+    layout = guess_layout(args.from_audio) if args.corpus == "auto" else args.corpus
+    name = str(flags.get("name") or re.sub(r"[^A-Za-z0-9_-]", "_", args.from_audio.absolute().name) or "run")
+    output = str(flags.get("output_dir") or configuration.CheckpointOptions.output_dir)
+    if storage.is_remote(output):
+        raise ConfigError("output_dir", storage.redact(output), "is not on this machine, where records are made.", "Name a local folder.")
+    data = Path(output) / f"{name}-data"
+    division, hours = _divide(args.from_audio, layout)
+    print(f"{args.from_audio}: {layout}, {division.words}\n")
+    units = ["prepare", "units", "--corpus", layout, "--input", str(args.from_audio), "--features", args.features]
+    train, val = str(data / "train_asr"), str(data / "val_asr")
+    speeds = ["--perturb", _SPEEDS] if hours < _SMALL_HOURS else []
+    run([*units, "--output", train, "--fit_kmeans", "auto", *speeds, "--where", division.train])
+    run([*units, "--output", val, "--kmeans", f"{train}/kmeans.npy", "--where", division.validation])
+    run(["prepare", "vocoder", "--corpus", layout, "--input", str(args.from_audio), "--records", train, "--where", division.train])
+    for part in ("train", "val"):
+        run(["prepare", "tts", "--input_dir", str(data / f"{part}_asr"), "--output_dir", str(data / f"{part}_tts"), "--dataset_name", name])
+    path = data / "run.yaml"
+    settings = run_settings(name, output, data)
+    path.write_text(f"# Made by `most-ray train --from_audio {args.from_audio}`.\n" + yaml.safe_dump(settings, sort_keys=False))
+    given_flags = [word for key, value in flags.items() for word in (f"--{key}", *_words(value))]
+    print(f"most-ray {shlex.join(['train', '--config', str(path), *given_flags])}\n\n{path}:\n{path.read_text()}")
+    return path
+
+
+def guess_layout(directory: Path) -> str:
+    """The layout that a folder's files speak of; `folder` where they speak of none."""
+    signs = {
+        "folder": ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl"),
+        "an4": ("etc/*.fileids",),
+        "common_voice": ("validated.tsv",),
+        "librispeech": ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt"),
+        "libriheavy": ("*cuts*.jsonl.gz", "*cuts*.jsonl"),
+        "voxpopuli": ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv"),
+    }
+    for layout, patterns in signs.items():
+        if any(next(directory.glob(pattern), None) for pattern in patterns):
+            return layout
+    return "folder"
+
+
+def _divide(directory: Path, layout: str) -> tuple[Division, float]:
+    """What to validate on: the corpus' own test split, else speakers that training does not hear, else every tenth recording; and the
+    hours of audio, from the first recordings' headers."""
+    from most_ray.speech.audio import seconds_of
+    from most_ray.speech.corpora import CorpusOptions, Utterance, parse_condition, read_corpus
+
+    speakers: dict[str, int] = {}
+    splits: dict[str, int] = {}
+    folds: dict[str, int] = {}
+    in_fold = {str(fold): parse_condition(f"fold={fold}") for fold in range(_HELD_OUT)}
+    sampled: list[float] = []
+    for entry in read_corpus(CorpusOptions(layout, directory)):
+        if not isinstance(entry, Utterance):
+            continue
+        fold = next((fold for fold, condition in in_fold.items() if condition.holds(entry)), "")
+        values = (str(entry.columns.get("speaker", "")), str(entry.columns.get("split", "")), fold)
+        for known, value in zip((speakers, splits, folds), values, strict=True):
+            known[value] = known.get(value, 0) + 1
+        if len(sampled) < 200 and (seconds := seconds_of(entry.path, entry.duration)) is not None:
+            sampled.append(seconds)
+    count = sum(folds.values())
+    if count < 2:
+        raise DataError("from_audio", str(directory), f"holds {count} recordings with text.", "See `most-ray prepare units --help`.")
+    hours = count * sum(sampled) / max(1, len(sampled)) / 3600.0
+    return choose_division(speakers, splits, folds), hours
+
+
+def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], folds: Mapping[str, int]) -> Division:
+    """See `_divide`. Counts of recordings by speaker, by split and by fold, "" where it is not known.
+
+    Raises:
+        DataError: all recordings are in one fold.
+    """
+    count = sum(folds.values())
+    tests = [split for split in splits if split.lower() in _TEST_SPLITS]
+    if tests and len(tests) < len(splits):
+        listed = ",".join(sorted(tests))
+        held = sum(splits[split] for split in tests)
+        return Division(f"split!={listed}", f"split={listed}", f"{count} recordings, {held} of them held out as its split {listed}")
+    named = [speaker for speaker in speakers if speaker and "," not in speaker]
+    if len(named) >= 4:
+        order = sorted(named, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
+        held_out = sorted(order[: min(_MOST_SPEAKERS, max(1, len(named) // _HELD_OUT))])
+        listed = ",".join(held_out)
+        held = sum(speakers[speaker] for speaker in held_out)
+        words = f"{count} recordings of {len(speakers)} speakers, {held} of {len(held_out)} speakers held out"
+        return Division(f"speaker!={listed}", f"speaker={listed}", words)
+    # Of a few recordings none may be in the first fold.
+    fold = next((fold for fold in sorted(folds) if fold and folds[fold] < count), None)
+    if fold is None:
+        remedy = "Add recordings, or a column split that says `test` of some."
+        raise DataError("from_audio", None, f"holds {count} recordings that cannot be divided.", remedy)
+    return Division(f"fold!={fold}", f"fold={fold}", f"{count} recordings, {folds[fold]} of them held out")
+
+
+def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
+    """The configuration of a run on the records in `data`: the tiny preset, for as long as recordings of that number take."""
+    made = json.loads((data / "train_asr" / "prepared.json").read_text(encoding="utf-8"))
+    batch = 64 if made["records"] >= 640 else 16
+    longest = 1 << max(8, (int(made["longest"]) * 5 // 4 + 64).bit_length())
+    steps = round(_PASSES * made["records"] / (0.6 * batch) / 50) * 50
+    return {
+        "name": name,
+        "output_dir": output,
+        "model_name_or_path": "tiny",
+        **{f"{part}_{task}_dirs": [str(data / f"{part}_{task}")] for part in ("train", "val") for task in ("asr", "tts")},
+        "asr_tts_mix_ratio": 0.6,
+        "unit_swap_prob": 0.3,
+        "unit_replace_prob": 0.1,
+        "unit_drop_prob": 0.1,
+        "max_seq_length": min(4096, longest),
+        "train_batch_size": max(1, 4096 // longest),
+        "global_batch_size": batch,
+        "max_steps": max(_FEWEST, steps),
+        "learning_rate": 3e-3,
+        "adam_beta2": 0.98,
+        "warmup_steps": 100,
+        "weight_decay": 0.1,
+        "asr_loss_weight": 10,
+        "save_steps": 200,
+    }
+
+
+_PASSES, _FEWEST = 12, 300
+
+
+def _words(value: Any) -> list[str]:
+    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]

@@ -1,0 +1,101 @@
+"""`most-ray prepare vocoder`: a vocoder for a folder of records, learned from the recordings that they came from."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from most_ray.errors import DataError
+from most_ray.speech.audio import MAX_SECONDS, load_audio
+from most_ray.speech.corpora import Condition, CorpusOptions, Utterance, check_conditions, read_corpus, selected
+from most_ray.speech.kit import SpeechKit, open_kit
+from most_ray.speech.parts import digest
+from most_ray.speech.units import SpeakerStatistics, assign
+from most_ray.speech.vocoder import FILE, Example, VocoderSettings, fit_vocoder
+
+_RATE = 16000  # Hz, of what a vocoder hears
+_MOST = 20_000  # recordings to draw from
+
+
+def prepare_vocoder(
+    corpus: CorpusOptions,
+    records: Path,
+    conditions: Sequence[Condition],
+    speaker_column: str,
+    settings: VocoderSettings,
+    progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
+    max_seconds: float = MAX_SECONDS,
+) -> dict[str, Any]:
+    """Write vocoder.safetensors to the folder `records` of `prepare units`, whose units it will speak. Which recordings it hears, of a
+    large corpus, is drawn by their ids and the seed; those that cannot be read are passed over.
+
+    Returns:
+        recordings and seconds that were heard, and the speaker whose voice it has.
+
+    Raises:
+        DataError: the folder has no units, or the corpus no recording that can be used.
+    """
+    kit = open_kit(records)
+    if kit.extractor.sample_rate != _RATE:
+        raise DataError("features", kit.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {_RATE} Hz.")
+    drawn = _draw(corpus, conditions, settings.seed)
+    heard = list(progress(_hear(drawn, kit, speaker_column, settings.max_seconds, max_seconds), "recordings", len(drawn)))
+    if not heard:
+        raise DataError("input", str(corpus.directory), "holds no recording that can be used.", "See rejected.jsonl of the records.")
+    examples = _examples(heard, kit)
+    identity = kit.manifest["identity"]
+    vocoder = fit_vocoder(examples, identity["n_units"], identity["rate_hz"], identity, identity["repeats_removed"], settings)
+    vocoder.save(records / FILE)
+    return {"recordings": len(heard), "seconds": sum(len(wave) for wave, _, _ in heard) / _RATE, "voice": vocoder.voice}
+
+
+def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], seed: int) -> list[Utterance]:
+    """Utterances in a random order, the same for the same corpus and seed."""
+    columns: set[str] = set()
+
+    def keyed() -> Iterator[tuple[str, str, Utterance]]:
+        for entry in read_corpus(corpus):
+            if isinstance(entry, Utterance):
+                columns.update(entry.columns)
+                if selected(entry, conditions):
+                    yield digest(seed, entry.id), entry.id, entry
+
+    lowest = heapq.nsmallest(_MOST, keyed(), key=lambda each: each[:2])
+    check_conditions(conditions, columns)
+    return [utterance for _, _, utterance in lowest]
+
+
+def _hear(
+    utterances: Sequence[Utterance], kit: SpeechKit, column: str, total_seconds: float, max_seconds: float
+) -> Iterator[tuple[np.ndarray, str, Any]]:
+    """Samples, speaker and frames of each, until there is enough speech."""
+    seconds = 0.0
+    for utterance in utterances:
+        if seconds >= total_seconds:
+            return
+        try:
+            wave = load_audio(utterance.path, _RATE, 1.0, utterance.start, utterance.duration, max_seconds)
+        except DataError:
+            continue  # `prepare units` has said why
+        frames = kit.extractor([wave])[0]
+        if len(frames.values):
+            seconds += len(wave) / _RATE
+            yield wave, str(utterance.columns.get(column, "")), frames
+
+
+def _examples(heard: Sequence[tuple[np.ndarray, str, Any]], kit: SpeechKit) -> Iterator[Example]:
+    """Each recording with its units, normalised as its speaker's where the features are."""
+    known: dict[str, SpeakerStatistics] = {}
+    if kit.extractor.per_speaker:
+        frames_of: dict[str, list[np.ndarray]] = defaultdict(list)
+        for _, speaker, frames in heard:
+            frames_of[speaker].append(frames.values)
+        known = {speaker: SpeakerStatistics.of(np.concatenate(frames)) for speaker, frames in frames_of.items()}
+    for wave, speaker, frames in heard:
+        values = known[speaker].apply(frames.values) if known else frames.values
+        yield Example(assign(values, kit.centroids), wave, frames.first, speaker)

@@ -1,0 +1,181 @@
+"""Recordings to units: seconds of audio per second and core, and what memory does when there are ten times as many.
+
+    python -m tests.benchmarks.speech [--mfcc 1200] [--hubert 120] [--rounds 2] [--memory]
+
+MFCC with 500 centroids, and layer 9 of a randomly initialised HuBERT-base (no download), each by one plain loop (read, features,
+nearest centroid; nothing else), by `prepare units`' second pass in this process, and by 1 and 2 Ray Data actors, by turns. Ray's and its
+actors' start are left out of the rate (a first part warms them up) and told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transformers
+
+from most_ray.service.cluster import local_ray_options
+from most_ray.service.units import spread
+from most_ray.speech import parts as parts_module
+from most_ray.speech.audio import load_audio, seconds_of
+from most_ray.speech.corpora import CorpusOptions
+from most_ray.speech.features import EncoderSettings, FeatureSettings, MfccSettings, open_extractor
+from most_ray.speech.parts import Encode, Part, read_chunk, run_here, scan_corpus
+from most_ray.speech.units import assign, remove_repeats
+from tests.benchmarks.common import SHARED, show, write
+
+UNITS = 500
+
+
+def corpus_of(folder: Path, seconds: float) -> Path:
+    """Real utterances of LibriSpeech under as many names as it takes to make up so many seconds."""
+    files = sorted((SHARED / "data" / "LibriSpeech").glob("*/*/*/*.flac"))
+    folder.mkdir(parents=True)
+    rows, total = ["path\tspeaker\ttext"], 0.0
+    while total < seconds:
+        file = files[(len(rows) - 1) % len(files)]
+        name = f"{len(rows):06d}.flac"
+        (folder / name).symlink_to(file)
+        rows.append(f"{name}\t{file.parent.parent.name}\tsome words")
+        total += seconds_of(file) or 0.0
+    (folder / "transcripts.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def hubert(folder: Path) -> EncoderSettings:
+    torch.manual_seed(0)
+    transformers.HubertModel(transformers.HubertConfig()).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return EncoderSettings("hubert", str(folder), 9)
+
+
+def encode_work(features: FeatureSettings, scratch: Path, width: int, speakers: Sequence[str]) -> Encode:
+    centroids = np.random.default_rng(0).normal(size=(UNITS, width)).astype(np.float32)
+    scratch.mkdir()
+    zeros, ones = np.zeros((len(speakers), width)), np.ones((len(speakers), width))
+    np.savez(scratch / "book.npz", centroids=centroids, speakers=np.array(speakers), means=zeros, deviations=ones)
+    return Encode(features, "", "speaker", 120.0, str(scratch / "book.npz"), "", False, "bench", "jsonl.gz", str(scratch))
+
+
+def plain_loop(features: FeatureSettings, found: Sequence[Part], centroids: np.ndarray) -> float:
+    """One recording after the other, with nothing around. Returns seconds of audio."""
+    extractor, seconds = open_extractor(features), 0.0
+    for part in found:
+        for item in read_chunk(part.chunk):
+            wave = load_audio(Path(item["path"]), extractor.sample_rate)
+            remove_repeats(assign(extractor([wave])[0].values, centroids))
+            seconds += len(wave) / extractor.sample_rate
+    return seconds
+
+
+def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Seconds of audio per second by each way, medians over rounds by turns."""
+    scan = scan_corpus(CorpusOptions("folder", corpus_of(scratch / "corpus", seconds)), [], [1.0], "speaker", scratch / "scan")
+    speakers = sorted({str(item["columns"]["speaker"]) for part in scan.parts for item in read_chunk(part.chunk)})
+    work = encode_work(features, scratch / "work", open_extractor(features).width, speakers)
+    with np.load(work.codebook) as book:
+        centroids = book["centroids"]
+    warm, rest = scan.parts[:2], scan.parts[2:]
+    torch.set_num_threads(1)
+    number = iter(range(10**6))
+
+    def fresh() -> Encode:
+        """Its own files, so that nothing is there already."""
+        folder = scratch / f"try-{next(number)}"
+        folder.mkdir()
+        return replace(work, scratch=str(folder))
+
+    def by_actors(actors: int) -> float:
+        started, ready, done = time.perf_counter(), None, 0.0
+        for count, row in enumerate(spread(fresh(), [*warm[:actors], *rest], actors, 0.0), start=1):
+            if count == actors:  # every actor is up and has made one
+                ready = time.perf_counter()
+            elif ready is not None:
+                done += row["seconds"]
+        assert ready is not None
+        starts.append(ready - started)
+        return done / (time.perf_counter() - ready)
+
+    def timed(run: Callable[[], float]) -> float:
+        began = time.perf_counter()
+        return run() / (time.perf_counter() - began)
+
+    starts: list[float] = []
+    ways: dict[str, Callable[[], float]] = {
+        "plain loop": lambda: timed(lambda: plain_loop(features, rest, centroids)),
+        "one process": lambda: timed(lambda: sum(row["seconds"] for row in run_here(fresh(), rest))),
+        "1 actor": lambda: by_actors(1),
+        "2 actors": lambda: by_actors(2),
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            found[way].append(run())
+    medians = {way: statistics.median(values) for way, values in found.items()}
+    return {"features": name, "audio_seconds": seconds, **medians, "start": statistics.median(starts)}
+
+
+def peak_of(folder: Path, output: Path) -> float:
+    """Peak memory, MiB, of a process that prepares units of a corpus."""
+    code = (
+        "import resource, sys; from most_ray.cli import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(code)"
+    )
+    words = ["prepare", "units", "--input", str(folder), "--output", str(output), "--fit_kmeans", "100", "--num_actors", "0"]
+    words += ["--fit_frames", "20000"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.speech", description=str(__doc__).split("\n", 1)[0])
+    parser.add_argument("--mfcc", type=float, default=7200.0, help="seconds of audio")
+    parser.add_argument("--hubert", type=float, default=240.0, help="seconds of audio")
+    parser.add_argument("--memory", type=float, default=1200.0, help="seconds of audio, and ten times as many")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    parts_module.PART = 8  # parts that take seconds, so that little is lost at the end of a short benchmark
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        ray.init(**local_ray_options(2))
+        found = [
+            rates("MFCC", MfccSettings(), args.mfcc, args.rounds, folder / "mfcc"),
+            rates("HuBERT-base, layer 9", hubert(folder / "model"), args.hubert, args.rounds, folder / "hubert"),
+        ]
+        ray.shutdown()
+        once, tenfold = (
+            peak_of(corpus_of(folder / name, seconds), folder / f"{name}-out")
+            for name, seconds in (("once", args.memory), ("tenfold", 10 * args.memory))
+        )
+    ways = ["plain loop", "one process", "1 actor", "2 actors"]
+    show(
+        "Seconds of audio per second",
+        ["features", "audio, s", *ways, "2 actors / plain", "per core", "start, s"],
+        [
+            [r["features"], r["audio_seconds"], *(r[way] for way in ways), r["2 actors"] / r["plain loop"], r["2 actors"] / 2, r["start"]]
+            for r in found
+        ],
+        [f"Peak memory of `prepare units`: {once:.0f} MiB with {args.memory:g} s of audio, {tenfold:.0f} MiB with ten times as much."],
+    )
+    write(
+        "speech",
+        {"rates": found, "peak_mib": once, "peak_mib_tenfold": tenfold},
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
