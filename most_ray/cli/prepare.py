@@ -120,9 +120,9 @@ def _runner(args: argparse.Namespace, job: UnitsJob) -> MakeRunner:
     """Ray is only imported where it may be used: it takes seconds."""
 
     def choose(size: int) -> Runner:
-        if args.num_actors == 0:
-            from most_ray.speech.parts import run_here
+        from most_ray.speech.parts import run_here, worth_a_cluster
 
+        if args.num_actors == 0 or (args.num_actors is None and not worth_a_cluster(job.features, size)):
             return run_here
         from most_ray.service.units import runner_of
 
@@ -201,6 +201,9 @@ def _vocoder(args: argparse.Namespace) -> int:
         lambda items, what, n: tracked(items, what, n, console),
         args.max_seconds,
     )
+    if found.get("unchanged"):
+        print(f"vocoder: nothing has changed: {args.records / 'vocoder.safetensors'}")
+        return 0
     heard = f"{found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
     print(f"vocoder of {heard}: {args.records / 'vocoder.safetensors'}")
     return 0

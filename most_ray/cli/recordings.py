@@ -24,6 +24,8 @@ _SMALL_HOURS = 10.0
 _TEST_SPLITS = ("test", "dev", "validation", "valid", "eval", "dev-clean", "test-clean", "dev-other", "test-other")
 _HELD_OUT = 10  # one speaker, or recording, in so many is kept for validation
 _MOST_SPEAKERS = 20
+_ASR_SHARE = 0.6
+_PASSES, _FEWEST_STEPS, _MOST_STEPS = 12, 300, 5000  # over the ASR records; what a small machine can do in an hour or some
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -155,20 +157,20 @@ def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
     made = json.loads((data / "train_asr" / "prepared.json").read_text(encoding="utf-8"))
     batch = 64 if made["records"] >= 640 else 16
     longest = 1 << max(8, (int(made["longest"]) * 5 // 4 + 64).bit_length())
-    steps = round(_PASSES * made["records"] / (0.6 * batch) / 50) * 50
+    steps = round(_PASSES * made["records"] / (_ASR_SHARE * batch) / 50) * 50
     return {
         "name": name,
         "output_dir": output,
         "model_name_or_path": "tiny",
         **{f"{part}_{task}_dirs": [str(data / f"{part}_{task}")] for part in ("train", "val") for task in ("asr", "tts")},
-        "asr_tts_mix_ratio": 0.6,
+        "asr_tts_mix_ratio": _ASR_SHARE,
         "unit_swap_prob": 0.3,
         "unit_replace_prob": 0.1,
         "unit_drop_prob": 0.1,
         "max_seq_length": min(4096, longest),
         "train_batch_size": max(1, 4096 // longest),
         "global_batch_size": batch,
-        "max_steps": max(_FEWEST, steps),
+        "max_steps": min(_MOST_STEPS, max(_FEWEST_STEPS, steps)),
         "learning_rate": 3e-3,
         "adam_beta2": 0.98,
         "warmup_steps": 100,
@@ -176,9 +178,6 @@ def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
         "asr_loss_weight": 10,
         "save_steps": 200,
     }
-
-
-_PASSES, _FEWEST = 12, 300
 
 
 def _words(value: Any) -> list[str]:

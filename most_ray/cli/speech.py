@@ -53,14 +53,13 @@ def _transcribe(args: argparse.Namespace) -> int:
     from most_ray.evaluation.ask import transcribe_units
     from most_ray.speech.audio import load_audio
     from most_ray.speech.kit import open_kit
-    from most_ray.speech.parts import best_device
 
     if args.output:
         check_output(args.output)
     if not args.max_seconds > 0:
         raise ConfigError("max_seconds", args.max_seconds, "must be above 0.")
     limits = _limits(args)
-    kit = open_kit(_kit_folder(args), best_device())
+    kit = open_kit(_kit_folder(args))
     waves, found, refused = [], [], 0
     for path in args.recordings:
         try:

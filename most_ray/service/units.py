@@ -14,20 +14,16 @@ from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.service.cluster import start_ray
 from most_ray.speech.features import FeatureSettings, MfccSettings
-from most_ray.speech.parts import Part, PartMaker, Runner, Work, run_here
+from most_ray.speech.parts import Part, PartMaker, Runner, Work, run_here, worth_a_cluster
 from most_ray.speech.prepare import MakeRunner
-
-# Bytes of audio from which on a cluster is worth its start: some two minutes' work of one core.
-_WORTH_BYTES = {"mfcc": 512 << 20, "encoder": 16 << 20}
 
 
 def runner_of(features: FeatureSettings, num_actors: int | None, gpus_per_actor: float | None, address: str | None) -> MakeRunner:
     """Makes parts in this process where `num_actors` is 0, or None and there is little to do; else by so many actors, by default one
     per GPU of the cluster, or per CPU core where there is none (or `gpus_per_actor` is 0)."""
-    worth = _WORTH_BYTES["mfcc" if isinstance(features, MfccSettings) else "encoder"]
 
     def choose(size: int) -> Runner:
-        if num_actors == 0 or (num_actors is None and size < worth):
+        if num_actors == 0 or (num_actors is None and not worth_a_cluster(features, size)):
             return run_here
 
         def run(work: Work, parts: Sequence[Part]) -> Iterator[dict[str, float]]:

@@ -89,8 +89,13 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
                 raise DataError("input_dir", str(path), f"would be written to {target}, which another file was written to.", "Rename one.")
             written.add(target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            counts["records"] += _write(target, _converted(path, name, rejected, counts))
+            counts["records"] += _write(_unfinished(target), _converted(path, name, rejected, counts))
             counts["files"] += 1
+    for target in written:  # what an earlier command has made stays until there is something in its place
+        if counts["records"]:
+            _unfinished(target).replace(target)
+        else:
+            _unfinished(target).unlink()
     aside.replace(output / "rejected.jsonl")
     if not counts["rejected"]:
         (output / "rejected.jsonl").unlink()
@@ -136,12 +141,14 @@ def _converted(path: Path, name: str, rejected: TextIO, counts: dict[str, int]) 
 
 
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> int:
-    """JSON Lines, gzipped, in place in one move; the same records always give the same bytes. Returns their number."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """JSON Lines, gzipped; the same records always give the same bytes. Returns their number."""
     count = 0
-    with temporary.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as sink:
+    with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as sink:
         for record in records:
             sink.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             count += 1
-    temporary.replace(path)
     return count
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")

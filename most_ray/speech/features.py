@@ -94,17 +94,19 @@ def parse_features(text: str) -> FeatureSettings:
     return EncoderSettings(kind, place, int(layer))
 
 
-def open_extractor(settings: FeatureSettings, device: str = "cpu") -> Extractor:
-    """What makes such features, on a torch device where it has use for one.
+def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extractor:
+    """What makes such features, on a torch device where it has use for one (None: the best there is).
 
     Raises:
         ConfigError, CheckpointError: no such encoder, or no such layer in it.
     """
     if isinstance(settings, MfccSettings):
         return MfccExtractor(settings)
-    from most_ray.speech.encoder import EncoderExtractor  # torch and transformers take seconds to import
+    import torch  # takes seconds to import, as does transformers, and MFCC does without
 
-    return EncoderExtractor(settings, device)
+    from most_ray.speech.encoder import EncoderExtractor
+
+    return EncoderExtractor(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @contextlib.contextmanager

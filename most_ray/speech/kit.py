@@ -50,7 +50,7 @@ class SpeechKit:
         return [remove_repeats(each) for each in units] if self.manifest["identity"]["repeats_removed"] else units
 
 
-def open_kit(place: str | Path, device: str = "cpu") -> SpeechKit:
+def open_kit(place: str | Path) -> SpeechKit:
     """The kit in a folder: of records, of a run (its `speech/`), of a model.
 
     Raises:
@@ -64,7 +64,7 @@ def open_kit(place: str | Path, device: str = "cpu") -> SpeechKit:
     centroids = load_kmeans(folder / "kmeans.npy")
     if kmeans_hash(centroids) != identity["kmeans"]:
         raise DataError("kmeans", str(folder / "kmeans.npy"), "is not the one that units.json beside it names.", _REMEDY)
-    extractor = open_extractor(_settings(manifest, folder), device)
+    extractor = open_extractor(_settings(manifest, folder))
     if any(identity.get(key) != value for key, value in extractor.identity.items()):
         given, wanted = extractor.identity, {key: identity.get(key) for key in extractor.identity}
         raise CheckpointError("features", given, f"are not those that the units were made with: {wanted}.", "Name the same encoder.")

@@ -17,7 +17,7 @@ from most_ray.errors import DataError, UserError
 from most_ray.records import ASR_INSTRUCTION, units_to_text
 from most_ray.speech.audio import load_audio
 from most_ray.speech.corpora import Condition, CorpusOptions, Unusable, read_corpus, selected
-from most_ray.speech.features import Extractor, FeatureSettings, Frames, open_extractor
+from most_ray.speech.features import Extractor, FeatureSettings, Frames, MfccSettings, open_extractor
 from most_ray.speech.units import SpeakerStatistics, assign, remove_repeats
 
 PART = 128  # utterances
@@ -59,7 +59,9 @@ class Maker(Protocol):
 class Work(Protocol):
     """Something to be done with each part; goes to other processes as it is."""
 
-    def open(self, device: str) -> Maker: ...
+    def open(self, device: str | None) -> Maker:
+        """`device`: of torch; None: the best there is."""
+        ...
 
     def target(self, part: Part) -> Path:
         """The file that is there when the part is done."""
@@ -67,11 +69,18 @@ class Work(Protocol):
 
 
 Runner = Callable[[Work, Sequence[Part]], Iterator[dict[str, float]]]
+# Bytes of audio from which on a cluster is worth its start: some two minutes' work of one core.
+_WORTH_BYTES = {"mfcc": 512 << 20, "encoder": 16 << 20}
+
+
+def worth_a_cluster(features: FeatureSettings, size: int) -> bool:
+    """Whether so many bytes of audio are much to do."""
+    return size >= _WORTH_BYTES["mfcc" if isinstance(features, MfccSettings) else "encoder"]
 
 
 def run_here(work: Work, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
     """The parts one by one in this process."""
-    maker = work.open(best_device())
+    maker = work.open(None)
     for part in parts:
         yield maker(part)
 
@@ -92,12 +101,6 @@ class PartMaker:
             return {**self._make(Part(**row)), "error": None}
         except UserError as error:
             return {"seconds": 0.0, "utterances": 0, "error": error}
-
-
-def best_device() -> str:
-    import torch  # takes seconds to import, and MFCC does without
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def scan_corpus(options: CorpusOptions, conditions: Sequence[Condition], speeds: Sequence[float], speaker: str, scratch: Path) -> Scan:
@@ -194,7 +197,7 @@ class Measure:
         key = digest(part.key, part.speed, self.features_key, self.speaker, self.max_seconds, self.sample, self.seed)
         return Path(self.scratch) / f"measured-{key}.npz"
 
-    def open(self, device: str) -> Maker:
+    def open(self, device: str | None) -> Maker:
         extractor = open_extractor(self.features, device)
         return lambda part: self._make(part, extractor)
 
@@ -260,7 +263,7 @@ class Encode:
         key = digest(part.key, part.speed, *settings)
         return Path(self.scratch) / f"records-{key}{_SUFFIX[self.form]}"
 
-    def open(self, device: str) -> Maker:
+    def open(self, device: str | None) -> Maker:
         extractor = open_extractor(self.features, device)
         with np.load(self.codebook, allow_pickle=False) as book:
             centroids = book["centroids"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.errors import ConfigError, DataError, nearest
+from most_ray.errors import ConfigError, DataError, UserError, nearest
 from most_ray.records import N_UNITS
 from most_ray.speech.audio import MAX_SECONDS
 from most_ray.speech.corpora import Condition, CorpusOptions, check_conditions, data_set_name
@@ -97,7 +97,6 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: MakeRunner = here) 
     _check(job)
     extractor = open_extractor(job.features)
     centroids = _known_centroids(job, extractor)
-    job.output.mkdir(parents=True, exist_ok=True)
     scratch = job.output.absolute() / ".work"
     scan = _scan(job, scratch)
     name, features_key = data_set_name(job.corpus), digest(extractor.identity)
@@ -183,6 +182,17 @@ def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
 
 
 def _scan(job: UnitsJob, scratch: Path) -> Scan:
+    """What there is to do; a command that was wrong leaves nothing behind."""
+    new = [folder for folder in (scratch, scratch.parent) if not folder.exists()]
+    try:
+        return _checked_scan(job, scratch)
+    except UserError:
+        for folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _checked_scan(job: UnitsJob, scratch: Path) -> Scan:
     scan = scan_corpus(job.corpus, job.where, job.perturb, job.speaker_column, scratch)
     if not scan.utterances:
         first = scan.unusable.read_text(encoding="utf-8").split("\n", 1)[0]

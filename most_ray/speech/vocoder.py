@@ -108,6 +108,7 @@ class UnitVocoder:
         self.n_units: int = int(about["n_units"])
         self.units: dict[str, Any] = about["units"]
         self.voice = str(about["voice"])
+        self.made_of = str(about["made_of"])
 
     def __call__(self, utterances: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
         """Waveforms, each float32 (samples,) in [-1, 1], and their rate, 16000 Hz. Without units: a short silence.
@@ -185,6 +186,7 @@ def fit_vocoder(
     units: dict[str, Any],
     repeats_removed: bool,
     settings: VocoderSettings = VocoderSettings(),
+    made_of: str = "",
 ) -> UnitVocoder:
     """A vocoder of `n_units` units, `rate_hz` a second, whose manifest has the identity `units`; it speaks as the speaker heard longest.
 
@@ -198,7 +200,7 @@ def fit_vocoder(
         raise DataError("rate_hz", rate_hz, f"must lie in (0, {_MAX_RATE_HZ:g}].")
     parts = max(1, round(100 / rate_hz))  # mel frames of about 10 ms for each unit
     about: dict[str, Any] = {"version": _VERSION, "n_units": n_units, "rate_hz": rate_hz, "repeats_removed": repeats_removed}
-    about |= {"units": units, "settings": asdict(settings), "parts": parts, "hop": round(_RATE / rate_hz / parts)}
+    about |= {"units": units, "made_of": made_of, "settings": asdict(settings), "parts": parts, "hop": round(_RATE / rate_hz / parts)}
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         heard = _hear(examples, about)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from most_ray.errors import DataError
+from most_ray.errors import CheckpointError, DataError
 from most_ray.speech.audio import MAX_SECONDS, load_audio
 from most_ray.speech.corpora import Condition, CorpusOptions, Utterance, check_conditions, read_corpus, selected
 from most_ray.speech.kit import SpeechKit, open_kit
 from most_ray.speech.parts import digest
 from most_ray.speech.units import SpeakerStatistics, assign
-from most_ray.speech.vocoder import FILE, Example, VocoderSettings, fit_vocoder
+from most_ray.speech.vocoder import FILE, Example, UnitVocoder, VocoderSettings, fit_vocoder
 
 _RATE = 16000  # Hz, of what a vocoder hears
 _MOST = 20_000  # recordings to draw from
+_FEWEST_STEPS = 60
 
 
 def prepare_vocoder(
@@ -35,7 +37,7 @@ def prepare_vocoder(
     large corpus, is drawn by their ids and the seed; those that cannot be read are passed over.
 
     Returns:
-        recordings and seconds that were heard, and the speaker whose voice it has.
+        recordings and seconds that were heard, and the speaker whose voice it has; unchanged, where it was there already.
 
     Raises:
         DataError: the folder has no units, or the corpus no recording that can be used.
@@ -44,14 +46,30 @@ def prepare_vocoder(
     if kit.extractor.sample_rate != _RATE:
         raise DataError("features", kit.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {_RATE} Hz.")
     drawn = _draw(corpus, conditions, settings.seed)
+    stamps = ((each.id, each.start, each.duration, each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in drawn)
+    made_of = digest(list(stamps), asdict(settings), speaker_column, max_seconds)
+    known = _known(records / FILE)
+    if known and known.made_of == made_of and known.units == kit.manifest["identity"]:
+        return {"voice": known.voice, "unchanged": True}
     heard = list(progress(_hear(drawn, kit, speaker_column, settings.max_seconds, max_seconds), "recordings", len(drawn)))
     if not heard:
         raise DataError("input", str(corpus.directory), "holds no recording that can be used.", "See rejected.jsonl of the records.")
+    seconds = sum(len(wave) for wave, _, _ in heard) / _RATE
+    # Little speech is learned by heart in fewer steps.
+    settings = replace(settings, steps=min(settings.steps, max(_FEWEST_STEPS, round(seconds))))
     examples = _examples(heard, kit)
     identity = kit.manifest["identity"]
-    vocoder = fit_vocoder(examples, identity["n_units"], identity["rate_hz"], identity, identity["repeats_removed"], settings)
+    vocoder = fit_vocoder(examples, identity["n_units"], identity["rate_hz"], identity, identity["repeats_removed"], settings, made_of)
     vocoder.save(records / FILE)
-    return {"recordings": len(heard), "seconds": sum(len(wave) for wave, _, _ in heard) / _RATE, "voice": vocoder.voice}
+    return {"recordings": len(heard), "seconds": seconds, "voice": vocoder.voice}
+
+
+def _known(path: Path) -> UnitVocoder | None:
+    """An earlier command's vocoder, where it is there and can be read."""
+    try:
+        return UnitVocoder.load(path)
+    except CheckpointError:
+        return None  # it is made anew
 
 
 def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], seed: int) -> list[Utterance]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import soundfile
 
 from most_ray.cli import main
+from most_ray.records import read_raw, record_files
 from most_ray.train.journal import read_journal
 
 
@@ -101,3 +107,52 @@ def test_published_librispeech_units_train(shared: Path, ray_cluster: str, tmp_p
     assert main([*train, "--num_workers", "2", "--ep_size", "2", "--gradient_checkpointing"]) == 0
     lines = read_journal(Path("runs/libri/metrics.jsonl"), "train")
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["tokens"] > 1500
+
+
+def test_one_command_from_a_folder_of_recordings(
+    shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Promise 28: units, both tasks, a run, speech out and in again; the commands that it shows are the ones that it took."""
+    monkeypatch.chdir(tmp_path)
+    source = Path("my recordings")
+    source.mkdir()
+    rows = list(csv.DictReader((shared / "data/fsdd/transcripts.tsv").open(), delimiter="\t"))
+    chosen = [row for row in rows if row["take"] in ("10", "11")]
+    for row in chosen:
+        shutil.copy(shared / "data/fsdd" / row["path"], source)
+    lines = [f"{Path(row['path']).name}\t{row['text']}\t{row['speaker']}" for row in chosen]
+    (source / "transcripts.tsv").write_text("\n".join(["path\ttext\tspeaker", *lines]) + "\n")
+    flags = ["--max_steps", "6", "--global_batch_size", "16", "--name", "mine"]
+    assert main(["train", "--from_audio", str(source), *flags]) == 0
+    shown = capsys.readouterr().out
+    commands = [shlex.split(line)[1:] for line in shown.splitlines() if line.startswith("most-ray ")]
+    assert [words[:2] for words in commands] == [
+        *([["prepare", "units"]] * 2),
+        ["prepare", "vocoder"],
+        *([["prepare", "tts"]] * 2),
+        ["train", "--config"],
+    ]
+    assert "Word error rate" in shown and "cycle WER" in shown
+    held_out = {row["speaker"] for row in chosen} - {raw["metadata"]["speaker"] for raw in records_of("runs/mine-data/train_asr")}
+    assert len(held_out) == 1 and {raw["metadata"]["speaker"] for raw in records_of("runs/mine-data/val_asr")} == held_out
+    report = Path("runs/mine/report.html").read_text(encoding="utf-8")
+    assert "data:audio/wav" in report
+    export = "runs/mine/export"
+    recording = str(source / "0_george_10.flac")
+    assert main(["transcribe", "--model", export, recording]) == 0
+    checkpoint = str(next(Path("runs/mine/checkpoints").glob("step-*")))
+    assert main(["transcribe", "--model", checkpoint, recording, recording, "--one_speaker", "--output", "heard.jsonl"]) == 0
+    assert len(Path("heard.jsonl").read_text().splitlines()) == 2
+    said = main(["synthesize", "--model", export, "--text", "seven", "--output", "seven.wav"])
+    assert said in (0, 2)  # after six steps it may answer without a unit, and says so
+    assert main(["synthesize", "--model", export, "--units", "[Hu1][Hu5][Hu9]", "--output", "units.wav"]) == 0
+    assert soundfile.info("units.wav").frames > 100
+    # The same again: nothing is made anew. And by the commands that were shown.
+    assert main(["train", "--from_audio", str(source), *flags]) == 0
+    again = capsys.readouterr().out
+    assert again.count("nothing has changed") == 3 and "complete" in again
+    assert main(commands[-1]) == 0
+
+
+def records_of(folder: str) -> list[dict[str, Any]]:
+    return [raw for entry in record_files(folder) for _, raw in read_raw(entry.place) if isinstance(raw, dict)]

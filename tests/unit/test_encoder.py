@@ -20,7 +20,7 @@ from transformers import AutoModel, Wav2Vec2FeatureExtractor
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.speech import encoder as encoder_module
 from most_ray.speech.encoder import EncoderExtractor
-from most_ray.speech.features import EncoderSettings, Extractor, open_extractor, parse_features
+from most_ray.speech.features import EncoderSettings, Extractor, one_thread, open_extractor, parse_features
 
 LAYERS = 3
 SMALL: dict[str, Any] = {
@@ -122,7 +122,7 @@ def plain(folder: Path, name: str, wave: np.ndarray) -> list[np.ndarray]:
     )
     inputs = processor(wave, sampling_rate=16000, return_tensors="pt")
     part = model.get_encoder() if model.config.is_encoder_decoder else model
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():  # as the extractor does it: with several, the last bits would depend on their number
         return [states[0].numpy() for states in part(**inputs, output_hidden_states=True).hidden_states]
 
 

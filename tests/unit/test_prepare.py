@@ -377,25 +377,6 @@ def test_wrong_flags(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert not list(tmp_path.glob("o/records*"))
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--output", "k.pkl"], "neither a .npy nor a .safetensors"),
-        (["--output", "k"], "neither a .npy nor a .safetensors"),
-        (["--output", "k.npy", "--k", "x"], "k = 'x': is neither a number"),
-        (["--output", "k.npy", "--k", "501"], "k = 501: must lie in 2..500"),
-        (["--output", "s3://bucket/k.npy"], "is no local place"),
-        (["--output", "k.npy", "--kmeans", "x"], "is no known flag"),
-    ],
-)
-def test_wrong_flags_of_kmeans(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, "prepare", "kmeans", "--input", str(corpus), *words)
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
-
-
 def test_an_output_that_is_a_file(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "o").touch()
     assert str(tmp_path / "o") in refused(capsys, *units_command(corpus, tmp_path / "o", *FIT))

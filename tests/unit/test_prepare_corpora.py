@@ -1,4 +1,4 @@
-"""`most-ray prepare units` on published corpora, with real speech, and on what is damaged."""
+"""`most-ray prepare units` on published corpora, with real speech, and on what is damaged; wrong uses of its neighbours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from most_ray.records import parse_record
-from tests.support.audio import cut, hours_of_silence, lines_of, prepare, refused, table, tones, units_command
+from tests.support.audio import cut, hours_of_silence, lines_of, prepare, refused, table, tone, tones, units_command
 from tests.support.corpora import cut_of, libriheavy
 
 FIT = ("--fit_kmeans", "12")
@@ -175,14 +175,16 @@ def test_every_bad_recording_is_set_aside_once_with_its_reason(shared: Path, tmp
 def test_bad_recordings_of_a_table_are_set_aside(tmp_path: Path) -> None:
     """In its order, with the number of the row or of the utterance."""
     corpus = tones(tmp_path / "corpus")
-    (corpus / "0.flac").write_bytes(b"no audio")
+    soundfile.write(corpus / "0.flac", tone(0.005, 300), 8000)
     (corpus / "1.flac").unlink()
     soundfile.write(corpus / "2.flac", np.zeros(0, np.float32), 8000, format="WAV")  # an empty FLAC cannot be opened
+    (corpus / "3.flac").write_bytes(b"no audio")
     records = prepare(corpus, tmp_path / "out", "--fit_kmeans", "5")
-    assert [record["id"] for record in records] == [f"corpus_{i}" for i in range(3, 8)]
-    found = [(entry["id"], entry["reason"]) for entry in lines_of(tmp_path / "out" / "rejected.jsonl")]
-    assert [name for name, _ in found] == ["corpus_1", "corpus_0", "corpus_2"]
-    assert [message in reason for (_, reason), message in zip(found, ("not there", "cannot be read as audio", "no samples"), strict=True)]
+    assert [record["id"] for record in records] == [f"corpus_{i}" for i in range(4, 8)]
+    found = {entry["id"]: entry["reason"] for entry in lines_of(tmp_path / "out" / "rejected.jsonl")}
+    assert list(found) == ["corpus_1", "corpus_0", "corpus_2", "corpus_3"], "what the table tells comes first"
+    assert "not there" in found["corpus_1"] and "shorter than one frame" in found["corpus_0"]
+    assert "no samples" in found["corpus_2"] and "cannot be read as audio" in found["corpus_3"]
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +230,30 @@ def test_a_second_recording_of_that_name_is_set_aside(tmp_path: Path) -> None:
     assert len(prepare(corpus, tmp_path / "o", *FIT)) == 8
     (entry,) = lines_of(tmp_path / "o" / "rejected.jsonl")
     assert entry["index"] == 10 and "'corpus_0' a second time" in entry["reason"]
+
+
+# Wrong uses of what goes with it
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "k.pkl"], "neither a .npy nor a .safetensors"),
+        (["--output", "k"], "neither a .npy nor a .safetensors"),
+        (["--output", "k.npy", "--k", "x"], "k = 'x': is neither a number"),
+        (["--output", "k.npy", "--k", "501"], "k = 501: must lie in 2..500"),
+        (["--output", "s3://bucket/k.npy"], "is no local place"),
+        (["--output", "k.npy", "--kmeans", "x"], "is no known flag"),
+    ],
+)
+def test_wrong_flags_of_kmeans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    """One line, and nothing is written."""
+    corpus = tones(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, "prepare", "kmeans", "--input", str(corpus), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
 @pytest.mark.parametrize(
