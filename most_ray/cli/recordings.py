@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,7 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
     named = [speaker for speaker in speakers if speaker and "," not in speaker]
     if len(named) >= 4:
         order = sorted(named, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
-        held_out = sorted(order[: min(_MOST_SPEAKERS, max(1, len(named) // _HELD_OUT))])
+        held_out = sorted(order[: min(_MOST_SPEAKERS, math.ceil(len(named) / _HELD_OUT))])
         listed = ",".join(held_out)
         held = sum(speakers[speaker] for speaker in held_out)
         words = f"{count} recordings of {len(speakers)} speakers, {held} of {len(held_out)} speakers held out"
