@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: train test chaos bench check format digits-data clean
+.PHONY: train test chaos bench an4 check format digits-data clean
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
@@ -21,7 +21,7 @@ chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, a
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
 
-bench: .venv/.installed  ## the benchmarks of the data engine, of saving and of what Ray and evaluations cost, about 30 minutes: runs/bench/*.json
+bench: .venv/.installed  ## the benchmarks of the data engine, of saving, of what Ray and evaluations cost and of units, about 35 minutes: runs/bench/*.json
 	rm -rf runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.packing
@@ -31,6 +31,10 @@ bench: .venv/.installed  ## the benchmarks of the data engine, of saving and of 
 	$(BIN)/python -m tests.benchmarks.save
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.validation
+	$(BIN)/python -m tests.benchmarks.speech
+
+an4: .venv/.installed  ## from AN4's recordings to the word error rate on eight held-out speakers: make an4 AN4=DIR
+	BIN=$(BIN) sh tests/benchmarks/an4.sh "$(AN4)"
 
 check: .venv/.installed  ## lint, format, types, layering
 	$(BIN)/ruff check .

@@ -237,7 +237,8 @@ def units_identity(manifest: Mapping[str, Any]) -> str:
 
 
 # Files that the project itself writes beside records.
-NOT_RECORDS = frozenset({"units.json", "rejected.jsonl", "prepared.json"})
+NOT_RECORDS = frozenset({"units.json", "rejected.jsonl", "prepared.json", "converted.json"})
+UNFINISHED = ".unfinished"  # stands in a folder while its records are being replaced: they may not be what units.json says
 
 
 def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:

@@ -140,6 +140,11 @@ def absolute(place: str | Path) -> str:
     return str(place) if is_remote(place) else str(local(place).absolute())
 
 
+def absolute_if_there(place: str) -> str:
+    """The same for what exists; anything else is left as it is, for it may be a name on a hub."""
+    return absolute(place) if exists(place) else place
+
+
 def parent(place: str) -> str:
     """The folder that a place lies in."""
     if not is_remote(place):

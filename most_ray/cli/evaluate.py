@@ -68,6 +68,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             raise ConfigError(name, getattr(args, name), "must be a number that is not negative.")
     if args.gpus and args.num_workers == 1:
         raise ConfigError("gpus", args.gpus, "is for several workers: one uses the GPU where there is one.", "Set num_workers.")
+    if args.vocoder and not args.recogniser:
+        raise ConfigError("vocoder", args.vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
     if args.model.startswith((".", "/")) and not Path(args.model).exists():
         raise CheckpointError("model", args.model, "does not exist.")
     from most_ray.evaluation.evaluate import Directories
@@ -85,13 +87,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.length_penalty,
         args.normaliser or configuration.EvaluationOptions.normaliser,
         args.max_rejected_fraction,
-        args.recogniser,
-        args.vocoder and (storage.absolute(args.vocoder) if storage.exists(args.vocoder) else args.vocoder),
+        args.recogniser and storage.absolute_if_there(args.recogniser),
+        args.vocoder and storage.absolute_if_there(args.vocoder),
     )
     # Tasks have another working directory.
     directories = Directories(*(tuple(map(storage.absolute, dirs)) for dirs in (args.asr_dirs, args.tts_dirs, args.text_dirs)))
     store_dir = storage.absolute(args.store_dir or args.output.absolute().parent / "store")
-    model = storage.absolute(args.model) if storage.exists(args.model) else args.model
+    model = storage.absolute_if_there(args.model)
     if args.num_workers > 1:
         start_ray(configuration.config_from({"ray_address": args.ray_address}), 1, args.num_workers, False)
         check_evaluation_gpus("gpus", args.gpus, args.gpus * args.num_workers)
@@ -104,6 +106,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _rescore(args: argparse.Namespace) -> int:
     if args.output.exists() and Path(args.rescore).exists() and args.output.samefile(args.rescore):
         raise ConfigError("output", str(args.output), "is the file that is scored: it would be lost.", "Name another.")
+    if args.recogniser or args.vocoder:
+        raise ConfigError("rescore", args.rescore, "listens to nothing: recogniser and vocoder belong to an evaluation of a model.")
     if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:
         raise ConfigError("rescore", args.rescore, "needs neither a model nor directories: the file holds what was decoded.")
     from most_ray.evaluation.hypotheses import rescore, write_figures

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ from rich.progress import track
 
 from most_ray import config as configuration
 from most_ray.errors import ConfigError, nearest
+
+_TELL_S = 30.0  # between lines of progress in a log file
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,4 +76,18 @@ def check_output(path: Path) -> None:
 
 
 def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterable[Any]:
-    return track(items, what, total=total, console=console, disable=not console.is_terminal)
+    """The items, with a bar on a terminal; in a log file a line now and then."""
+    if console.is_terminal:
+        return track(items, what, total=total, console=console)
+    return _told(items, what, total, console)
+
+
+def _told(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:
+    began = told = time.monotonic()
+    for number, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - told >= _TELL_S and number < total:
+            told = now
+            left = (now - began) / number * (total - number)
+            console.print(f"{what}: {number} of {total}, {left / 60:.0f} min left", highlight=False, soft_wrap=True)

@@ -46,6 +46,7 @@ def add(commands: Any) -> None:
     vocoder = add_command(prepare, "vocoder", _vocoder, "what makes records' units sound again, learned from their recordings")
     _corpus_flags(vocoder, features=False)
     vocoder.add_argument("--records", type=Path, required=True, help="folder of `prepare units`; gets vocoder.safetensors")
+    vocoder.add_argument("--encoder", help="where the speech encoder of the units lies (default: where it lay when they were made)")
     vocoder.add_argument("--seconds", type=float, default=1800.0, help="of speech to learn from, at most (default: 1800)")
     vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of which recordings it hears (default: 0)")
 
@@ -200,6 +201,7 @@ def _vocoder(args: argparse.Namespace) -> int:
         VocoderSettings(seed=args.seed, max_seconds=args.seconds),
         lambda items, what, n: tracked(items, what, n, console),
         args.max_seconds,
+        args.encoder,
     )
     if found.get("unchanged"):
         print(f"vocoder: nothing has changed: {args.records / 'vocoder.safetensors'}")

@@ -23,6 +23,7 @@ from most_ray.errors import ConfigError, DataError
 _SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # more voices than there are speakers; for what a few minutes can train
 _SMALL_HOURS = 10.0
 _TEST_SPLITS = ("test", "dev", "validation", "valid", "eval", "dev-clean", "test-clean", "dev-other", "test-other")
+_MAX_SECONDS = "60"  # of an utterance: 3,000 units, what the tiny model's positions hold
 _HELD_OUT = 10  # one speaker, or recording, in so many is kept for validation
 _MOST_SPEAKERS = 20
 _ASR_SHARE = 0.6
@@ -32,9 +33,9 @@ _PASSES, _FEWEST_STEPS, _MOST_STEPS = 12, 300, 5000  # over the ASR records; wha
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from recordings")
     group.add_argument("--from_audio", type=Path, metavar="DIR", help="recordings with transcripts: units, records, both tasks, a run")
-    layouts = ["auto", "folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
-    group.add_argument("--corpus", choices=layouts, default="auto", help="layout of from_audio (default: auto)")
-    group.add_argument("--features", default="mfcc", help="under its units; see `most-ray prepare units --help` (default: mfcc)")
+    layouts = ["folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
+    group.add_argument("--corpus", choices=layouts, help="layout of from_audio (default: what its files look like)")
+    group.add_argument("--features", help="under its units; see `most-ray prepare units --help` (default: mfcc)")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
         raise ConfigError(given, flags[given], "is what from_audio makes.", "Leave one of them out.")
     if not args.from_audio.is_dir():
         raise DataError("from_audio", str(args.from_audio), "is no folder.", "Check the path.")
-    layout = guess_layout(args.from_audio) if args.corpus == "auto" else args.corpus
+    layout = args.corpus or guess_layout(args.from_audio)
     name = str(flags.get("name") or re.sub(r"[^A-Za-z0-9_-]", "_", args.from_audio.absolute().name) or "run")
     output = str(flags.get("output_dir") or configuration.CheckpointOptions.output_dir)
     if storage.is_remote(output):
@@ -66,12 +67,14 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
     data = Path(output) / f"{name}-data"
     division, hours = _divide(args.from_audio, layout)
     print(f"{args.from_audio}: {layout}, {division.words}\n")
-    units = ["prepare", "units", "--corpus", layout, "--input", str(args.from_audio), "--features", args.features]
+    units = ["prepare", "units", "--corpus", layout, "--input", str(args.from_audio), "--features", args.features or "mfcc"]
+    units += ["--max_seconds", _MAX_SECONDS]
     train, val = str(data / "train_asr"), str(data / "val_asr")
     speeds = ["--perturb", _SPEEDS] if hours < _SMALL_HOURS else []
     run([*units, "--output", train, "--fit_kmeans", "auto", *speeds, "--where", division.train])
     run([*units, "--output", val, "--kmeans", f"{train}/kmeans.npy", "--where", division.validation])
-    run(["prepare", "vocoder", "--corpus", layout, "--input", str(args.from_audio), "--records", train, "--where", division.train])
+    voice = ["prepare", "vocoder", "--corpus", layout, "--input", str(args.from_audio), "--max_seconds", _MAX_SECONDS]
+    run([*voice, "--records", train, "--where", division.train])
     for part in ("train", "val"):
         run(["prepare", "tts", "--input_dir", str(data / f"{part}_asr"), "--output_dir", str(data / f"{part}_tts"), "--dataset_name", name])
     path = data / "run.yaml"
@@ -89,7 +92,7 @@ def guess_layout(directory: Path) -> str:
         "an4": ("etc/*.fileids",),
         "common_voice": ("validated.tsv",),
         "librispeech": ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt"),
-        "libriheavy": ("*cuts*.jsonl.gz", "*cuts*.jsonl"),
+        "libriheavy": ("libriheavy_cuts_*.jsonl.gz", "libriheavy_cuts_*.jsonl"),
         "voxpopuli": ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv"),
     }
     for layout, patterns in signs.items():
@@ -138,8 +141,10 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
         held = sum(splits[split] for split in tests)
         return Division(f"split!={listed}", f"split={listed}", f"{count} recordings, {held} of them held out as its split {listed}")
     named = [speaker for speaker in speakers if speaker and "," not in speaker]
-    if len(named) >= 4:
-        order = sorted(named, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
+    # None who speaks a third of it or more: what is left would be too little to learn from.
+    quiet = [speaker for speaker in named if speakers[speaker] < count / 3]
+    if len(named) >= 4 and quiet:
+        order = sorted(quiet, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
         held_out = sorted(order[: min(_MOST_SPEAKERS, math.ceil(len(named) / _HELD_OUT))])
         listed = ",".join(held_out)
         held = sum(speakers[speaker] for speaker in held_out)

@@ -65,6 +65,9 @@ def _init_model(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    for name in ("corpus", "features"):
+        if getattr(args, name) and not args.from_audio:
+            raise ConfigError(name, getattr(args, name), "goes with from_audio: it says how recordings are taken.")
     if args.from_audio:
         args.config = recordings.prepare(args, configuration.flag_values(args), _echoed)
     config = config_of(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
+from most_ray import storage
 from most_ray.cli.parser import Parser, add_command, check_output
 from most_ray.errors import CheckpointError, ConfigError, DataError, RecordError
 
 if TYPE_CHECKING:
-    from most_ray.evaluation.ask import Limits
+    from most_ray.evaluation.ask import Heard, Limits
     from most_ray.evaluation.decode import Forward
+    from most_ray.speech.kit import SpeechKit
 
+_AT_ONCE = 32  # recordings
+_PROMPT = 64  # tokens of a prompt beside its speech, and of a short answer
 _NO_KIT = "Name the folder of the records that it was trained on: --speech DIR."
 
 
@@ -25,6 +30,7 @@ def add(commands: Any) -> None:
     hear = add_command(commands, "transcribe", _transcribe, "recordings to text by a model")
     hear.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help="audio files, in any format that libsndfile reads")
     _model_flags(hear)
+    hear.add_argument("--encoder", help="where the speech encoder of its units lies (default: where it lay when they were made)")
     hear.add_argument("--one_speaker", action="store_true", help="the recordings are of one speaker: its voice is learned from all of them")
     hear.add_argument("--max_seconds", type=float, default=120.0, help="what is longer is refused (default: 120)")
     hear.add_argument("--output", type=Path, help="JSON Lines file for {file, text, units, ended} (default: text to the screen)")
@@ -50,8 +56,6 @@ def _model_flags(parser: Parser, optional: bool = False) -> None:
 
 
 def _transcribe(args: argparse.Namespace) -> int:
-    from most_ray.evaluation.ask import transcribe_units
-    from most_ray.speech.audio import load_audio
     from most_ray.speech.kit import open_kit
 
     if args.output:
@@ -59,27 +63,47 @@ def _transcribe(args: argparse.Namespace) -> int:
     if not args.max_seconds > 0:
         raise ConfigError("max_seconds", args.max_seconds, "must be above 0.")
     limits = _limits(args)
-    kit = open_kit(_kit_folder(args))
-    waves, found, refused = [], [], 0
-    for path in args.recordings:
-        try:
-            waves.append(load_audio(path, kit.extractor.sample_rate, max_seconds=args.max_seconds))
-            found.append(path)
-        except DataError as error:
-            refused += 1
-            print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
-    units = [each.tolist() for each in kit.units(waves, args.one_speaker)]
-    lines = []
-    if found:
-        forward, tokenizer = _open(args.model)
-        for path, each, heard in zip(found, units, transcribe_units(forward, tokenizer, units, limits), strict=True):
-            lines.append({"file": str(path), "text": heard.text, "units": " ".join(map(str, each)), "ended": heard.ended})
+    kit = open_kit(_kit_folder(args), args.encoder)
+    written = 0
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(args.output.open("w", encoding="utf-8")) if args.output else None
+        for path, units, heard in _heard(args, kit, limits):
+            written += 1
+            if sink:
+                line = {"file": str(path), "text": heard.text, "units": " ".join(map(str, units)), "ended": heard.ended}
+                sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+            else:
+                print(heard.text if len(args.recordings) == 1 else f"{path}\t{heard.text}")
     if args.output:
-        args.output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        print(f"{len(lines)} transcriptions: {args.output}")
-    for line in lines if not args.output else ():
-        print(line["text"] if len(args.recordings) == 1 else f"{line['file']}\t{line['text']}")
-    return 2 if refused else 0
+        print(f"{written} transcriptions: {args.output}")
+    return 0 if written == len(args.recordings) else 2
+
+
+def _heard(args: argparse.Namespace, kit: SpeechKit, limits: Limits) -> Iterator[tuple[Path, list[int], Heard]]:
+    """Each recording that can be used, with its units and its transcription; of the others it is said why not. Some at a time, but all at
+    once where they are one speaker's."""
+    from most_ray.evaluation.ask import transcribe_units
+    from most_ray.speech.audio import load_audio
+
+    forward, tokenizer = _open(args.model)
+    most = forward.model.config.max_position_embeddings - _PROMPT
+    size = len(args.recordings) if args.one_speaker else _AT_ONCE
+    for start in range(0, len(args.recordings), size):
+        waves: list[tuple[Path, Any]] = []
+        for path in args.recordings[start : start + size]:
+            try:
+                waves.append((path, load_audio(path, kit.extractor.sample_rate, max_seconds=args.max_seconds)))
+            except DataError as error:
+                print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+        found = []
+        for (path, _), units in zip(waves, kit.units([wave for _, wave in waves], args.one_speaker), strict=True):
+            if len(units) <= most:
+                found.append((path, units.tolist()))
+            else:
+                refusal = DataError("recording", str(path), f"makes {len(units)} units, the model has room for {most}.", "Cut it.")
+                print(f"most-ray: {refusal.kind}: {refusal}", file=sys.stderr)
+        for (path, each), heard in zip(found, transcribe_units(forward, tokenizer, [each for _, each in found], limits), strict=True):
+            yield path, each, heard
 
 
 def _synthesize(args: argparse.Namespace) -> int:
@@ -102,9 +126,16 @@ def _synthesize(args: argparse.Namespace) -> int:
         raise ConfigError("model", None, "is needed to say a text: a model folder or a checkpoint.")
     limits = _limits(args)
     folder = _kit_folder(args) if args.model or args.speech else None
+    own = _records_kit(args.records) if args.records else None
+    if folder is None and not args.vocoder:
+        folder = own
+    if own and folder and read_manifest(Path(own))["identity"] != read_manifest(Path(folder))["identity"]:
+        reason = f"have other units than those that {folder} makes sound."
+        raise DataError("records", args.records, reason, "Leave --speech and --model out, or name the records' own.")
     if not (folder or args.vocoder):
         raise ConfigError("speech", None, "or vocoder or model is needed: something that makes units sound.")
-    vocoder = open_vocoder(args.vocoder or str(folder), read_manifest(Path(folder))["identity"] if folder else None)
+    known = folder or own
+    vocoder = open_vocoder(args.vocoder or str(folder), read_manifest(Path(known))["identity"] if known else None)
     if args.records:
         written = _say_records(args, vocoder)
         print(f"{written} recordings: {args.output}")
@@ -127,6 +158,11 @@ def _synthesize(args: argparse.Namespace) -> int:
     soundfile.write(args.output, waves[0], rate)
     print(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
     return 0
+
+
+def _records_kit(place: str) -> str | None:
+    """The folder of records, where it says what their units mean."""
+    return None if storage.is_remote(place) or not (Path(place) / "units.json").exists() else place
 
 
 def _say_records(args: argparse.Namespace, vocoder: Any) -> int:

@@ -28,7 +28,7 @@ from most_ray import storage
 from most_ray.data.store import PART_FILES, SCRATCH, STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
 from most_ray.errors import DataError, RecordError
 from most_ray.jsonio import MAX_RECORD, read_lines
-from most_ray.records import RECORD_SUFFIXES, Record, Task, is_lines, parse_records, read_with_offsets, record_files
+from most_ray.records import RECORD_SUFFIXES, UNFINISHED, Record, Task, is_lines, parse_records, read_with_offsets, record_files
 from most_ray.storage import Entry
 from most_ray.template import Encoded, Vocabulary, encode_records
 
@@ -351,7 +351,11 @@ def _assemble(ingest: Ingest) -> None:
 def units_manifest(directory: str | Path) -> dict[str, object] | None:
     """What the units of a directory's records were made with, where its maker wrote that down."""
     folder = str(directory)
-    place = storage.join(storage.parent(folder) if storage.name_of(folder).endswith(RECORD_SUFFIXES) else folder, "units.json")
+    folder = storage.parent(folder) if storage.name_of(folder).endswith(RECORD_SUFFIXES) else folder
+    if storage.exists(storage.join(folder, UNFINISHED)):
+        rule = "is not finished: the command that was replacing its records was stopped, or is still at it."
+        raise DataError("directory", storage.redact(folder), rule, "Run that command (`most-ray prepare ...`) again.")
+    place = storage.join(folder, "units.json")
     if not storage.exists(place):
         return None
     try:

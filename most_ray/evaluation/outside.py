@@ -19,16 +19,17 @@ class OutsideRecogniser:
 
     Args:
         vocoder: see `Vocoder`.
+        use_gpu: where there is one.
         checkpoint: folder or hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2, ...).
 
     Raises:
         CheckpointError: the checkpoint holds no such model.
     """
 
-    def __init__(self, vocoder: Vocoder, checkpoint: str) -> None:
+    def __init__(self, vocoder: Vocoder, checkpoint: str, use_gpu: bool = True) -> None:
         from transformers import pipeline  # takes seconds to import
 
-        device = 0 if torch.cuda.is_available() else -1
+        device = 0 if use_gpu and torch.cuda.is_available() else -1
         try:
             self._pipeline: Any = pipeline("automatic-speech-recognition", model=checkpoint, device=device, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:

@@ -40,7 +40,7 @@ class EvaluationJob:
         return open_sets(config, tokenizer, place, self.directories, self.settings, self.store_dir)
 
 
-def open_outside(settings: EvaluationSettings, place: str, units_identity: str | None) -> OutsideRecogniser | None:
+def open_outside(settings: EvaluationSettings, place: str, units_identity: str | None, use_gpu: bool = True) -> OutsideRecogniser | None:
     """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
 
     Raises:
@@ -57,7 +57,7 @@ def open_outside(settings: EvaluationSettings, place: str, units_identity: str |
         raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(place)}.", remedy)
     folder = local_copy(kit, "units.json") if kit else None
     identity = read_manifest(Path(folder))["identity"] if folder else None
-    return OutsideRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser)
+    return OutsideRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
 
 
 def write_evaluation(evaluation: Evaluation, run_place: str, step: int, seconds: float) -> dict[str, Any]:

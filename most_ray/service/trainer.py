@@ -66,7 +66,7 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
         )
     keep_kit(prepared)
     if prepared.job.has_validation:  # what judges its speech is tried before a worker starts
-        open_outside(evaluation_job(config).settings, folder.place, prepared.job.units_identity)
+        open_outside(evaluation_job(config).settings, folder.place, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
@@ -106,8 +106,8 @@ def evaluation_job(config: RunConfig, training_threads: int = 0) -> EvaluationJo
         length_penalty=config.length_penalty,
         normaliser=config.normaliser,
         max_rejected_fraction=config.max_rejected_fraction,
-        recogniser=config.recogniser,
-        vocoder=config.vocoder and (storage.absolute(config.vocoder) if storage.exists(config.vocoder) else config.vocoder),
+        recogniser=config.recogniser and storage.absolute_if_there(config.recogniser),
+        vocoder=config.vocoder and storage.absolute_if_there(config.vocoder),
     )
     directories = Directories(*(tuple(map(storage.absolute, getattr(config, f"val_{task}_dirs"))) for task in TASKS))
     return EvaluationJob(directories, settings, store_dir_of(config), config.eval_workers, config.eval_gpus, training_threads)

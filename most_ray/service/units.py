@@ -33,8 +33,12 @@ def runner_of(features: FeatureSettings, num_actors: int | None, gpus_per_actor:
             gpus = default if gpus_per_actor is None else gpus_per_actor
             if gpus > found.get("GPU", 0.0):
                 raise ConfigError("gpus_per_actor", gpus, f"is more than the {found.get('GPU', 0.0):g} GPUs of the cluster.")
-            most = int(found.get("GPU", 0.0) / gpus) if gpus else os.cpu_count() if not address else int(found.get("CPU", 1.0))
-            return spread(work, parts, num_actors or most or 1, gpus)
+            if gpus > 1 and gpus != int(gpus):
+                raise ConfigError("gpus_per_actor", gpus, "must be a whole number where it is above 1.")
+            # A Ray of this command's own has more logical CPUs than the machine has cores.
+            cores = found.get("CPU", 1.0) if address or os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
+            most = int(found.get("GPU", 0.0) / gpus if gpus else cores)
+            return spread(work, parts, min(num_actors or most, most) if gpus else num_actors or most, gpus)
 
         return run
 

@@ -14,9 +14,10 @@ from typing import Any, TextIO
 
 from most_ray import storage
 from most_ray.errors import ConfigError, DataError, RecordError, nearest
-from most_ray.records import asr_to_tts, parse_record, read_raw, record_files
+from most_ray.records import UNFINISHED, asr_to_tts, parse_record, read_raw, record_files
 
-BESIDE = ("units.json", "kmeans.npy", "vocoder.safetensors")  # what goes with records: what their units mean, and how they sound
+BESIDE = ("kmeans.npy", "vocoder.safetensors", "units.json")  # what goes with records: what their units mean, and how they sound
+DONE = "converted.json"
 _FORM = "An entry is {dataset_name, input_dir, output_dir, file_pattern}; the last is optional."
 
 
@@ -91,11 +92,17 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
             target.parent.mkdir(parents=True, exist_ok=True)
             counts["records"] += _write(_unfinished(target), _converted(path, name, rejected, counts))
             counts["files"] += 1
-    for target in written:  # what an earlier command has made stays until there is something in its place
-        if counts["records"]:
-            _unfinished(target).replace(target)
-        else:
+    if counts["records"] == 0:  # what an earlier command has made stays
+        for target in written:
             _unfinished(target).unlink()
+        aside.replace(output / "rejected.jsonl")
+        reason = f"holds no ASR record; {counts['rejected']} others are in {output / 'rejected.jsonl'}."
+        raise DataError("input_dir", str(conversion.input_dir), reason)
+    (output / UNFINISHED).touch()
+    for old in _made_before(output) - {target.relative_to(output).as_posix() for target in written}:
+        (output / old).unlink(missing_ok=True)
+    for target in written:
+        _unfinished(target).replace(target)
     aside.replace(output / "rejected.jsonl")
     if not counts["rejected"]:
         (output / "rejected.jsonl").unlink()
@@ -103,10 +110,21 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
     for beside in BESIDE:
         if (root / beside).exists():
             shutil.copyfile(root / beside, output / beside)
-    if counts["records"] == 0:
-        reason = f"holds no ASR record; {counts['rejected']} others are in {output / 'rejected.jsonl'}."
-        raise DataError("input_dir", str(conversion.input_dir), reason)
+        else:
+            (output / beside).unlink(missing_ok=True)
+    names = sorted(target.relative_to(output).as_posix() for target in written)
+    (output / DONE).write_text(json.dumps({"files": names}) + "\n", encoding="utf-8")
+    (output / UNFINISHED).unlink()
     return counts
+
+
+def _made_before(output: Path) -> set[str]:
+    """Names of the files that an earlier conversion has written here."""
+    try:
+        names = json.loads((output / DONE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in names if isinstance(name, str) and name.endswith(".jsonl.gz") and not {"..", "/"} & set(Path(name).parts)}
 
 
 def _check_apart(conversion: Conversion) -> None:

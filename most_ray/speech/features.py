@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import kaldi_native_fbank as knf
 import numpy as np
 
+from most_ray import storage
 from most_ray.errors import ConfigError
 
 _BLOCK = 1 << 20  # samples handed to Kaldi at once: its own copies stay small, however long a recording
@@ -91,7 +92,7 @@ def parse_features(text: str) -> FeatureSettings:
     if not kind or not place or not layer.isdecimal():
         remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
         raise ConfigError("features", text, "is neither mfcc nor KIND:NAME_OR_PATH:LAYER.", remedy)
-    return EncoderSettings(kind, place, int(layer))
+    return EncoderSettings(kind, storage.absolute_if_there(place), int(layer))  # other processes have other working directories
 
 
 def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extractor:

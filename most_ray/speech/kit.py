@@ -50,8 +50,8 @@ class SpeechKit:
         return [remove_repeats(each) for each in units] if self.manifest["identity"]["repeats_removed"] else units
 
 
-def open_kit(place: str | Path) -> SpeechKit:
-    """The kit in a folder: of records, of a run (its `speech/`), of a model.
+def open_kit(place: str | Path, encoder: str | None = None) -> SpeechKit:
+    """The kit in a folder: of records, of a run (its `speech/`), of a model. `encoder`: where its speech encoder lies, if not where it lay.
 
     Raises:
         DataError: a file is missing or damaged, or they do not belong together. CheckpointError: the encoder has other weights.
@@ -64,10 +64,10 @@ def open_kit(place: str | Path) -> SpeechKit:
     centroids = load_kmeans(folder / "kmeans.npy")
     if kmeans_hash(centroids) != identity["kmeans"]:
         raise DataError("kmeans", str(folder / "kmeans.npy"), "is not the one that units.json beside it names.", _REMEDY)
-    extractor = open_extractor(_settings(manifest, folder))
+    extractor = open_extractor(_settings(manifest, folder, encoder))
     if any(identity.get(key) != value for key, value in extractor.identity.items()):
         given, wanted = extractor.identity, {key: identity.get(key) for key in extractor.identity}
-        raise CheckpointError("features", given, f"are not those that the units were made with: {wanted}.", "Name the same encoder.")
+        raise CheckpointError("features", given, f"are not those that the units were made with: {wanted}.", "Name the same one: --encoder.")
     return SpeechKit(folder, manifest, centroids, extractor)
 
 
@@ -100,11 +100,12 @@ def find_kit(model_place: str, identity: str | None) -> str | None:
 
 
 def copy_kit(sources: Sequence[str], target: str, identity: str | None) -> None:
-    """The kit of the first of these places (paths or URIs) whose units have that identity, to the place `target`."""
-    source = next((source for source in sources if identity is not None and _identity_at(source) == identity), None)
-    for name in BESIDE if source else ():
-        if storage.exists(storage.join(str(source), name)):
-            storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(str(source), name)))
+    """A kit to the place `target`: each of its files from the first of these places (paths or URIs) that has it, among those whose units
+    have that identity. units.json comes last: where it is, the others are."""
+    same = [source for source in sources if identity is not None and _identity_at(source) == identity]
+    for name in BESIDE:
+        if source := next((source for source in same if storage.exists(storage.join(source, name))), None):
+            storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
 def _identity_at(place: str) -> str | None:
@@ -118,11 +119,11 @@ def _identity_at(place: str) -> str | None:
         raise DataError("units manifest", manifest, f"is not JSON ({error}).") from error
 
 
-def _settings(manifest: dict[str, Any], folder: Path) -> FeatureSettings:
+def _settings(manifest: dict[str, Any], folder: Path, encoder: str | None) -> FeatureSettings:
     identity = manifest["identity"]
     try:
         if identity["features"] == "mfcc":
             return MfccSettings(**identity["settings"])
-        return EncoderSettings(identity["features"], manifest["encoder"], int(identity["settings"]["layer"]))
+        return EncoderSettings(identity["features"], encoder or manifest["encoder"], int(identity["settings"]["layer"]))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError("speech", str(folder / "units.json"), f"does not say how to make its features ({error!r}).", _REMEDY) from error

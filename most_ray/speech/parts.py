@@ -6,6 +6,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import socket
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
-from most_ray.errors import DataError, UserError
+from most_ray.errors import CheckpointError, DataError, UserError
 from most_ray.records import ASR_INSTRUCTION, units_to_text
 from most_ray.speech.audio import load_audio
 from most_ray.speech.corpora import Condition, CorpusOptions, Unusable, read_corpus, selected
@@ -21,6 +23,7 @@ from most_ray.speech.features import Extractor, FeatureSettings, Frames, MfccSet
 from most_ray.speech.units import SpeakerStatistics, assign, remove_repeats
 
 PART = 128  # utterances
+VERSION = 1  # of how recordings become records: raised with every change that changes a unit
 _AT_ONCE = 240.0  # seconds of audio that are in memory together
 _SUFFIX = {"jsonl.gz": ".jsonl.gz", "jsonl": ".jsonl", "json": ".jsonl"}  # of a part; JSON is put together at the end
 
@@ -44,6 +47,7 @@ class Scan:
 
     parts: tuple[Part, ...]
     unusable: Path
+    unusable_key: str
     columns: frozenset[str]
     utterances: int
     chosen: int
@@ -113,34 +117,41 @@ def scan_corpus(options: CorpusOptions, conditions: Sequence[Condition], speeds:
     speakers: set[str] = set()
     counts = {"utterances": 0, "chosen": 0, "bytes": 0}
 
+    last = ""
+
     def items(aside: TextIO) -> Iterator[Item]:
+        nonlocal last
         for entry in read_corpus(options):
             if isinstance(entry, Unusable):
                 about = {key: value for key, value in asdict(entry).items() if value is not None}
-                aside.write(json.dumps(about, ensure_ascii=False) + "\n")
+                line = json.dumps(about, ensure_ascii=False) + "\n"
+                told.update(line.encode())
+                aside.write(line)
                 continue
             chosen = selected(entry, conditions)
             columns.update(entry.columns)
             stamp = _stamp(entry.path)
             if chosen:
                 speakers.add(str(entry.columns.get(speaker, "")))
-                counts["bytes"] += stamp[0] if stamp else 0
+                counts["bytes"] += stamp[0] if stamp and str(entry.path) != last else 0  # of a long recording's parts once
+                last = str(entry.path)
             yield {**asdict(entry), "path": str(entry.path.absolute()), "index": counts["utterances"], "chosen": chosen, "stamp": stamp}
             counts["utterances"] += 1
             counts["chosen"] += chosen
 
+    told = hashlib.blake2b(digest_size=12)
     with unusable.open("w", encoding="utf-8") as aside:
-        everything = _write_chunks(items(aside), chunks, "all")
+        everything = _write_chunks(items(aside), chunks)
     if conditions:
         kept = (item for file, _ in everything for item in read_chunk(file) if str(item["columns"].get(speaker, "")) in speakers)
-        listed = _write_chunks(kept, chunks, "kept")
+        listed = _write_chunks(kept, chunks)
     else:
         listed = everything
     parts = tuple(
         Part(index, str(file), speed, key)
         for index, (speed, (file, key)) in enumerate((speed, each) for speed in speeds for each in listed)
     )
-    return Scan(parts, unusable, frozenset(columns), counts["utterances"], counts["chosen"], counts["bytes"])
+    return Scan(parts, unusable, told.hexdigest(), frozenset(columns), counts["utterances"], counts["chosen"], counts["bytes"])
 
 
 def read_chunk(file: str | Path) -> list[Item]:
@@ -160,16 +171,18 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _write_chunks(items: Iterable[Item], folder: Path, name: str) -> list[tuple[Path, str]]:
+def _write_chunks(items: Iterable[Item], folder: Path) -> list[tuple[Path, str]]:
     """Files of PART items each, with what they hold as a digest."""
     files: list[tuple[Path, str]] = []
     waiting: list[Item] = []
 
     def write() -> None:
         content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in waiting).encode()
-        file = folder / f"{name}-{len(files):06d}.jsonl"
-        file.write_bytes(content)
-        files.append((file, hashlib.blake2b(content, digest_size=12).hexdigest()))
+        key = hashlib.blake2b(content, digest_size=12).hexdigest()
+        file = folder / f"{key}.jsonl"  # by what it holds: no other command can put something else under the name
+        if not file.exists():
+            _put(file, lambda sink: sink.write(content))
+        files.append((file, key))
         waiting.clear()
 
     for item in items:
@@ -194,11 +207,11 @@ class Measure:
     scratch: str
 
     def target(self, part: Part) -> Path:
-        key = digest(part.key, part.speed, self.features_key, self.speaker, self.max_seconds, self.sample, self.seed)
+        key = digest(VERSION, part.key, part.speed, self.features_key, self.speaker, self.max_seconds, self.sample, self.seed)
         return Path(self.scratch) / f"measured-{key}.npz"
 
     def open(self, device: str | None) -> Maker:
-        extractor = open_extractor(self.features, device)
+        extractor = _checked_extractor(self.features, device, self.features_key)
         return lambda part: self._make(part, extractor)
 
     def _make(self, part: Part, extractor: Extractor) -> dict[str, float]:
@@ -223,7 +236,7 @@ class Measure:
                 drawn = random.random(len(found.values))
                 keep = np.sort(np.argsort(drawn, kind="stable")[: self.sample])
                 frames.append(found.values[keep])
-                owners += [speaker] * len(keep)
+                owners += [speaker] * len(keep) if extractor.per_speaker else []
                 priorities.append(drawn[keep])
         values, drawn = np.concatenate(frames), np.concatenate(priorities)
         keep = np.sort(np.argsort(drawn, kind="stable")[: self.sample])
@@ -234,7 +247,7 @@ class Measure:
             "totals": np.array([statistics[name].total for name in names]).reshape(len(names), extractor.width),
             "squares": np.array([statistics[name].squares for name in names]).reshape(len(names), extractor.width),
             "sample": values[keep],
-            "owners": np.array(owners, dtype=np.str_)[keep],
+            "owners": np.array(owners, dtype=np.str_)[keep] if owners else np.zeros(0, np.str_),
             "priorities": drawn[keep],
             "frames": np.array(total),
             "reason": np.array(reason),
@@ -260,11 +273,11 @@ class Encode:
 
     def target(self, part: Part) -> Path:
         settings = (self.features_key, self.codebook_key, self.max_seconds, self.keep_repeats, self.name, self.speaker)
-        key = digest(part.key, part.speed, *settings)
+        key = digest(VERSION, part.key, part.speed, *settings)
         return Path(self.scratch) / f"records-{key}{_SUFFIX[self.form]}"
 
     def open(self, device: str | None) -> Maker:
-        extractor = open_extractor(self.features, device)
+        extractor = _checked_extractor(self.features, device, self.features_key)
         with np.load(self.codebook, allow_pickle=False) as book:
             centroids = book["centroids"]
             normal = {
@@ -287,7 +300,11 @@ class Encode:
                 continue
             values = found.values
             if extractor.per_speaker:
-                mean, deviation = normal[voice(item, self.speaker, part.speed)]
+                speaker = voice(item, self.speaker, part.speed)
+                if speaker not in normal:
+                    reason = "gave no frames when its speaker was measured, and does now."
+                    raise DataError("recording", item["path"], reason, f"Remove {self.scratch} and run this again.")
+                mean, deviation = normal[speaker]
                 values = ((values - mean) / deviation).astype(np.float32)
             units = assign(values, centroids)
             units = units if self.keep_repeats else remove_repeats(units)
@@ -330,6 +347,19 @@ def voice(item: Item, column: str, speed: float) -> str:
     return speaker if speed == 1.0 else f"{speaker} at {speed:g}"
 
 
+def _checked_extractor(features: FeatureSettings, device: str | None, key: str) -> Extractor:
+    """The extractor that the command was started with.
+
+    Raises:
+        CheckpointError: in this process the same name stands for other weights.
+    """
+    extractor = open_extractor(features, device)
+    if digest(extractor.identity) != key:
+        reason = f"are other ones on {socket.gethostname()} than where the command was started: {extractor.identity}."
+        raise CheckpointError("features", None, reason, "Bring the same files to every node.")
+    return extractor
+
+
 def featured(items: Sequence[Item], speed: float, extractor: Extractor, max_seconds: float) -> Iterator[tuple[Item, Frames | str, float]]:
     """Each item with its frames, or the reason why there are none, and its seconds. What cannot be read comes ahead of what can."""
     waiting: list[tuple[Item, np.ndarray]] = []
@@ -343,6 +373,9 @@ def featured(items: Sequence[Item], speed: float, extractor: Extractor, max_seco
         try:
             wave = load_audio(Path(item["path"]), extractor.sample_rate, speed, item["start"], item["duration"], max_seconds)
         except DataError as error:
+            if item["stamp"] is not None and list(_stamp(Path(item["path"])) or ()) != item["stamp"]:
+                reason = f"has changed since the corpus was listed, or cannot be reached from {socket.gethostname()}."
+                raise DataError("recording", item["path"], reason, "Mount the corpus on every node, and run this again.") from error
             yield item, error.rule.rstrip("."), 0.0
             continue
         waiting.append((item, wave))
@@ -353,8 +386,8 @@ def featured(items: Sequence[Item], speed: float, extractor: Extractor, max_seco
 
 
 def _put(target: Path, write: Callable[[Any], Any]) -> None:
-    """In place in one move."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """In place in one move; a part that two processes make is whole all the same."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     with temporary.open("wb") as sink:
         write(sink)
     temporary.replace(target)

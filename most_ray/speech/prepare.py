@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,18 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.errors import ConfigError, DataError, UserError, nearest
+from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.records import N_UNITS
 from most_ray.speech.audio import MAX_SECONDS
 from most_ray.speech.corpora import Condition, CorpusOptions, check_conditions, data_set_name
 from most_ray.speech.features import Extractor, FeatureSettings, MfccSettings, open_extractor
+from most_ray.speech.output import finish, made_before, remember
 from most_ray.speech.parts import (
+    VERSION,
     Encode,
     Measure,
     Runner,
     Scan,
     Work,
-    about_beside,
     digest,
     run_here,
     scan_corpus,
@@ -40,8 +43,8 @@ from most_ray.speech.units import (
     units_for,
 )
 
-SHARD_BYTES = 64 << 20
-DONE = "prepared.json"  # what was made with which settings from which recordings: the same again is not made again
+_ROWS = 10_000  # frames at once
+_FEWEST_OF_A_PART = 256  # frames that a part keeps for k-means
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 MakeRunner = Callable[[int], Runner]  # bytes of audio -> who makes the parts
 
@@ -95,20 +98,26 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: MakeRunner = here) 
         ConfigError, DataError: a wrong option, or a corpus that cannot be read.
     """
     _check(job)
-    extractor = open_extractor(job.features)
+    extractor = open_extractor(job.features, "cpu")  # to describe it: whoever makes the parts opens their own
     centroids = _known_centroids(job, extractor)
-    scratch = job.output.absolute() / ".work"
+    with _alone(job.output.absolute() / ".work") as scratch:
+        return _prepare_units(job, extractor, centroids, scratch, progress, runner)
+
+
+def _prepare_units(
+    job: UnitsJob, extractor: Extractor, centroids: np.ndarray | None, scratch: Path, progress: Progress, runner: MakeRunner
+) -> dict[str, Any]:
     scan = _scan(job, scratch)
     name, features_key = data_set_name(job.corpus), digest(extractor.identity)
     key = _job_key(job, scan, features_key, centroids)
-    if done := _done(job.output, key):
+    if done := made_before(job.output, key):
         shutil.rmtree(scratch, ignore_errors=True)
         return {**done, "unchanged": True}
     run = _Run(job, scan, scratch, runner(scan.bytes), progress)
     measured = run.measure(extractor, features_key, fit=centroids is None)
     if centroids is None:
         sample = measured.sample
-        centroids = fit_kmeans(sample, job.fit_kmeans or units_for(measured.frames), job.seed, job.algorithm)
+        centroids = fit_kmeans(sample, job.fit_kmeans or units_for(min(measured.frames, len(sample))), job.seed, job.algorithm)
     codebook = _write_codebook(scratch / "codebook.npz", centroids, measured.speakers)
     work = Encode(
         job.features,
@@ -126,8 +135,12 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: MakeRunner = here) 
     manifest = manifest_of(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, getattr(extractor, "place", None))
     if measured.speakers:
         manifest["reference"] = _reference(measured.speakers)
-    result = {**_finish(job, scan, work, manifest, centroids), "speakers": len(measured.speakers), "units": len(centroids)}
-    (job.output / DONE).write_text(json.dumps({"key": key, **result}) + "\n", encoding="utf-8")
+    result = {
+        **finish(job.corpus.directory, job.output, scan, work, manifest, centroids),
+        "speakers": len(measured.speakers),
+        "units": len(centroids),
+    }
+    remember(job.output, {"key": key, **result})
     shutil.rmtree(scratch, ignore_errors=True)
     return result
 
@@ -144,15 +157,15 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Make
     if output.suffix not in (".npy", ".safetensors"):
         raise ConfigError("output", str(output), "is neither a .npy nor a .safetensors file.")
     _check(job)
-    extractor = open_extractor(job.features)
+    extractor = open_extractor(job.features, "cpu")  # to describe it: whoever makes the parts opens their own
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    scratch = output.absolute().with_name(f".{output.name}.work")
-    scan = _scan(job, scratch)
-    run = _Run(job, scan, scratch, runner(scan.bytes), progress)
-    measured = run.measure(extractor, digest(extractor.identity), fit=True)
-    centroids = fit_kmeans(measured.sample, job.fit_kmeans or units_for(measured.frames), job.seed, job.algorithm)
-    save_kmeans(output, centroids, extractor.identity)
-    shutil.rmtree(scratch, ignore_errors=True)
+    with _alone(output.absolute().with_name(f".{output.name}.work")) as scratch:
+        scan = _scan(job, scratch)
+        run = _Run(job, scan, scratch, runner(scan.bytes), progress)
+        measured = run.measure(extractor, digest(extractor.identity), fit=True)
+        centroids = fit_kmeans(measured.sample, job.fit_kmeans or units_for(len(measured.sample)), job.seed, job.algorithm)
+        save_kmeans(output, centroids, extractor.identity)
+        shutil.rmtree(scratch, ignore_errors=True)
     return {"units": len(centroids), "frames": measured.frames, "inertia": _inertia(measured.sample, centroids)}
 
 
@@ -181,18 +194,30 @@ def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
     return centroids
 
 
-def _scan(job: UnitsJob, scratch: Path) -> Scan:
-    """What there is to do; a command that was wrong leaves nothing behind."""
+@contextlib.contextmanager
+def _alone(scratch: Path) -> Iterator[Path]:
+    """The folder for what is on its way, for one command at a time. A command that was wrong leaves nothing behind.
+
+    Raises:
+        DataError: another command is at work there.
+    """
     new = [folder for folder in (scratch, scratch.parent) if not folder.exists()]
-    try:
-        return _checked_scan(job, scratch)
-    except UserError:
-        for folder in new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    scratch.mkdir(parents=True, exist_ok=True)
+    with (scratch / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            rule = "is being worked in by another command."
+            raise DataError("output", str(scratch.parent), rule, "Wait for it, or name another folder.") from error
+        try:
+            yield scratch
+        except ConfigError:
+            for folder in new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _checked_scan(job: UnitsJob, scratch: Path) -> Scan:
+def _scan(job: UnitsJob, scratch: Path) -> Scan:
     scan = scan_corpus(job.corpus, job.where, job.perturb, job.speaker_column, scratch)
     if not scan.utterances:
         first = scan.unusable.read_text(encoding="utf-8").split("\n", 1)[0]
@@ -210,21 +235,12 @@ def _checked_scan(job: UnitsJob, scratch: Path) -> Scan:
 def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray | None) -> str:
     return digest(
         [(part.key, part.speed) for part in scan.parts],
-        scan.unusable.read_text(encoding="utf-8"),
+        scan.unusable_key,
+        VERSION,
         features_key,
         kmeans_hash(centroids) if centroids is not None else [job.fit_kmeans, job.algorithm, job.fit_frames, job.seed],
         [job.speaker_column, job.keep_repeats, job.max_seconds, job.form, data_set_name(job.corpus)],
     )
-
-
-def _done(output: Path, key: str) -> dict[str, Any] | None:
-    """What an earlier command has made, where it is what this one would make and is still there."""
-    try:
-        done = json.loads((output / DONE).read_text(encoding="utf-8"))
-        whole = all((output / name).stat().st_size == size for name, size in done["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return {name: value for name, value in done.items() if name != "key"} if done.get("key") == key and whole else None
 
 
 @dataclass(frozen=True)
@@ -248,7 +264,7 @@ class _Run:
         if not fit and not extractor.per_speaker:
             return Measured({}, np.zeros((0, extractor.width), np.float32), 0)
         # Each part keeps four times its even share, so that the sample over all of them is as good as an even one.
-        share = max(2000, -(-4 * self.job.fit_frames // len(self.scan.parts))) if fit else 0
+        share = max(_FEWEST_OF_A_PART, -(-4 * self.job.fit_frames // len(self.scan.parts))) if fit else 0
         job = self.job
         work = Measure(job.features, features_key, job.speaker_column, job.max_seconds, share, job.seed, str(self.scratch))
         self.do(work, "features")
@@ -260,23 +276,32 @@ class _Run:
 
     def _merge(self, work: Measure, width: int) -> Measured:
         speakers: dict[str, SpeakerStatistics] = {}
-        sample, owners, priorities = np.zeros((0, width), np.float32), np.zeros(0, np.str_), np.zeros(0)
-        frames, reason = 0, ""
+        drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(np.zeros((0, width), np.float32), np.zeros(0, np.str_), np.zeros(0))]
+        frames, waiting, reason = 0, 0, ""
         for part in self.scan.parts:
             with np.load(work.target(part), allow_pickle=False) as found:
                 for name, count, total, squares in zip(*(found[key] for key in ("speakers", "counts", "totals", "squares")), strict=True):
                     known, new = speakers.get(str(name)), SpeakerStatistics(int(count), total, squares)
                     speakers[str(name)] = known + new if known else new
                 frames, reason = frames + int(found["frames"]), reason or str(found["reason"])
-                sample = np.concatenate([sample, found["sample"]])
-                owners, priorities = np.concatenate([owners, found["owners"]]), np.concatenate([priorities, found["priorities"]])
-            if len(sample) > 2 * self.job.fit_frames or part is self.scan.parts[-1]:
-                keep = np.sort(np.argsort(priorities, kind="stable")[: self.job.fit_frames])
-                sample, owners, priorities = sample[keep], owners[keep], priorities[keep]
-        for owner in np.unique(owners) if speakers else ():
-            rows = owners == owner
-            sample[rows] = speakers[str(owner)].apply(sample[rows])
+                drawn.append((found["sample"], found["owners"], found["priorities"]))
+                waiting += len(found["sample"])
+            if waiting > 2 * self.job.fit_frames:
+                drawn, waiting = [self._lowest(drawn)], self.job.fit_frames
+        sample, owners, _ = self._lowest(drawn)
+        names, rows = np.unique(owners, return_inverse=True)
+        if speakers and len(sample):
+            means, deviations = (np.array([getattr(speakers[str(name)], what) for name in names]) for what in ("mean", "deviation"))
+            for start in range(0, len(sample), _ROWS):
+                chosen = rows[start : start + _ROWS]
+                sample[start : start + _ROWS] = (sample[start : start + _ROWS] - means[chosen]) / deviations[chosen]
         return Measured(speakers, sample, frames, reason)
+
+    def _lowest(self, drawn: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The frames, owners and priorities of those with the lowest, `fit_frames` of them at most, in their order."""
+        sample, owners, priorities = (np.concatenate(each) for each in zip(*drawn, strict=True))
+        keep = np.sort(np.argsort(priorities, kind="stable")[: self.job.fit_frames])
+        return sample[keep], owners[keep] if len(owners) else owners, priorities[keep]
 
 
 def _write_codebook(path: Path, centroids: np.ndarray, speakers: Mapping[str, SpeakerStatistics]) -> Path:
@@ -306,72 +331,5 @@ def _reference(speakers: Mapping[str, SpeakerStatistics]) -> dict[str, list[floa
 
 
 def _inertia(sample: np.ndarray, centroids: np.ndarray) -> float:
-    chosen = np.concatenate([assign(sample[start : start + 10_000], centroids) for start in range(0, len(sample), 10_000)])
+    chosen = np.concatenate([assign(sample[start : start + _ROWS], centroids) for start in range(0, len(sample), _ROWS)])
     return float(((sample - centroids[chosen]) ** 2).sum(axis=1, dtype=np.float64).mean())
-
-
-def _finish(job: UnitsJob, scan: Scan, work: Encode, manifest: Mapping[str, Any], centroids: np.ndarray) -> dict[str, Any]:
-    """Put the parts together in the output folder, in place of what was there. Returns records, rejected, seconds, and sizes of files.
-
-    Raises:
-        DataError: there is no record.
-    """
-    output = job.output
-    targets = [work.target(part) for part in scan.parts]
-    abouts = [json.loads(about_beside(target).read_text(encoding="utf-8")) for target in targets]
-    records = sum(about["records"] for about in abouts)
-    rejected = sorted((entry for about in abouts for entry in about["rejected"]), key=lambda entry: entry["index"])
-    lines = scan.unusable.read_text(encoding="utf-8") + "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
-    (output / DONE).unlink(missing_ok=True)
-    (output / "rejected.jsonl").unlink(missing_ok=True)
-    if lines:
-        (output / "rejected.jsonl").write_text(lines, encoding="utf-8")
-    if not records:
-        reason = f"holds no usable recording; the first one {json.loads(lines.split(chr(10), 1)[0])['reason']}."
-        raise DataError("input", str(job.corpus.directory), reason, f"See {output / 'rejected.jsonl'}.")
-    for old in output.glob("records*.json*"):
-        old.unlink()
-    written = _write_shards(output, job.form, [target for target, about in zip(targets, abouts, strict=True) if about["records"]])
-    save_kmeans(output / "kmeans.npy", centroids, {})
-    (output / "units.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    files = {path.name: path.stat().st_size for path in (*written, output / "kmeans.npy", output / "units.json")}
-    seconds = sum(about["seconds"] for about in abouts)
-    longest = max(about["longest"] for about in abouts)
-    return {"records": records, "rejected": lines.count("\n"), "hours": seconds / 3600.0, "longest": longest, "files": files}
-
-
-def _write_shards(output: Path, form: str, parts: Sequence[Path]) -> list[Path]:
-    """Parts' bytes one after the other (gzip members make one gzip file), in files of some 64 MiB."""
-    shards: list[list[Path]] = [[]]
-    size = 0
-    for part in parts:
-        if size >= SHARD_BYTES and form != "json":  # a JSON list ends with its file
-            shards.append([])
-            size = 0
-        shards[-1].append(part)
-        size += part.stat().st_size
-    written = []
-    for index, shard in enumerate(shards):
-        path = output / (f"records.{form}" if len(shards) == 1 else f"records-{index:05d}.{form}")
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as sink:
-            if form == "json":
-                sink.writelines(_as_list(shard))
-            else:
-                for part in shard:
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, sink)
-        temporary.replace(path)
-        written.append(path)
-    return written
-
-
-def _as_list(parts: Iterable[Path]) -> Iterator[bytes]:
-    """Lines of JSON as one JSON list."""
-    before = b"[\n"
-    for part in parts:
-        with part.open("rb") as lines:
-            for line in lines:
-                yield before + line.rstrip(b"\n")
-                before = b",\n"
-    yield b"\n]\n"

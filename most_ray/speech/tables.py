@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -155,11 +154,11 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Unusable]:
 
 
 def seconds(value: object, least: float = 0.0) -> float | None:
-    """A finite number of seconds >= `least`, from a number or its text; None where it is none."""
+    """A number of seconds >= `least` and below four months, from a number or its text; None where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) and number >= least else None
+    return number if least <= number < 1e7 else None  # false for NaN

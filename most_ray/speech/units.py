@@ -124,15 +124,17 @@ def load_kmeans(path: Path, features: Mapping[str, Any] | None = None) -> np.nda
         else:
             with path.open("rb") as stream:
                 centroids = np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, IndexError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, IndexError, SafetensorError) as error:
         raise DataError("kmeans", str(path), f"cannot be read as an array ({error}).", "Name a .npy or .safetensors file.") from error
     if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or not np.issubdtype(centroids.dtype, np.floating):
         raise DataError("kmeans", str(path), "holds no table of centroids.")
-    if not 1 <= len(centroids) <= N_UNITS or not np.isfinite(centroids).all():
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused
+        found = centroids.astype(np.float32)
+    if not 1 <= len(found) <= N_UNITS or not np.isfinite(found).all():
         raise DataError("kmeans", str(path), f"is {centroids.dtype} {centroids.shape}, not 1..{N_UNITS} finite centroids.")
     if features is not None and known is not None and known != json.dumps(features, sort_keys=True):
         raise DataError("kmeans", str(path), f"was fitted on other features: {known[:300]}.", "Name the same --features, or fit anew.")
-    return centroids.astype(np.float32)
+    return found
 
 
 def kmeans_hash(centroids: np.ndarray) -> str:

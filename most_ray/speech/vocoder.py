@@ -236,6 +236,8 @@ def open_vocoder(place: str, units: dict[str, Any] | None, language: str | None 
     path = storage.local(place)
     if path.is_dir() and (path / FILE).exists():
         path = path / FILE
+    elif path.is_dir() and (path / "units.json").exists():
+        raise CheckpointError("vocoder", place, f"holds no {FILE}.", "Make one: `most-ray prepare vocoder --records DIR`.")
     if not path.is_file():
         from most_ray.speech.code_hifigan import CodeHifiGan  # transformers' models take seconds to import
 

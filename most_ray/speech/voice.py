@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.errors import CheckpointError, DataError
+from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
 from most_ray.speech.audio import MAX_SECONDS, load_audio
 from most_ray.speech.corpora import Condition, CorpusOptions, Utterance, check_conditions, read_corpus, selected
 from most_ray.speech.kit import SpeechKit, open_kit
@@ -21,6 +22,7 @@ from most_ray.speech.vocoder import FILE, Example, UnitVocoder, VocoderSettings,
 
 _RATE = 16000  # Hz, of what a vocoder hears
 _MOST = 20_000  # recordings to draw from
+_OF_EACH = 12
 _FEWEST_STEPS = 60
 
 
@@ -32,9 +34,11 @@ def prepare_vocoder(
     settings: VocoderSettings,
     progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
     max_seconds: float = MAX_SECONDS,
+    encoder: str | None = None,
 ) -> dict[str, Any]:
     """Write vocoder.safetensors to the folder `records` of `prepare units`, whose units it will speak. Which recordings it hears, of a
-    large corpus, is drawn by their ids and the seed; those that cannot be read are passed over.
+    large corpus, is drawn by speaker and seed: a dozen of each speaker's, for one alone does not tell what the speaker sounds like. Those
+    that cannot be read are passed over.
 
     Returns:
         recordings and seconds that were heard, and the speaker whose voice it has; unchanged, where it was there already.
@@ -42,10 +46,10 @@ def prepare_vocoder(
     Raises:
         DataError: the folder has no units, or the corpus no recording that can be used.
     """
-    kit = open_kit(records)
+    kit = open_kit(records, encoder)
     if kit.extractor.sample_rate != _RATE:
         raise DataError("features", kit.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {_RATE} Hz.")
-    drawn = _draw(corpus, conditions, settings.seed)
+    drawn = _draw(corpus, conditions, speaker_column, settings.seed)
     stamps = ((each.id, each.start, each.duration, each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in drawn)
     made_of = digest(list(stamps), asdict(settings), speaker_column, max_seconds)
     known = _known(records / FILE)
@@ -72,8 +76,8 @@ def _known(path: Path) -> UnitVocoder | None:
         return None  # it is made anew
 
 
-def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], seed: int) -> list[Utterance]:
-    """Utterances in a random order, the same for the same corpus and seed."""
+def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, seed: int) -> list[Utterance]:
+    """Utterances in a random order of speakers, a dozen of each and then the others; the same for the same corpus and seed."""
     columns: set[str] = set()
 
     def keyed() -> Iterator[tuple[str, str, Utterance]]:
@@ -81,11 +85,18 @@ def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], seed: int) -> 
             if isinstance(entry, Utterance):
                 columns.update(entry.columns)
                 if selected(entry, conditions):
-                    yield digest(seed, entry.id), entry.id, entry
+                    yield digest(seed, str(entry.columns.get(column, ""))), digest(seed, entry.id), entry
 
-    lowest = heapq.nsmallest(_MOST, keyed(), key=lambda each: each[:2])
+    lowest = heapq.nsmallest(_MOST, keyed(), key=lambda each: (each[0], each[1], each[2].id))
     check_conditions(conditions, columns)
-    return [utterance for _, _, utterance in lowest]
+    if column != "speaker" and column not in columns:
+        raise ConfigError("speaker_column", column, "is no column of the corpus.", nearest(column, columns))
+    first: list[Utterance] = []
+    others: list[Utterance] = []
+    for _, group in itertools.groupby(lowest, key=lambda each: each[0]):
+        for number, (_, _, utterance) in enumerate(group):
+            (first if number < _OF_EACH else others).append(utterance)
+    return first + others
 
 
 def _hear(

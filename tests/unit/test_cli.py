@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from most_ray.cli import main
+from most_ray.cli.parser import tracked
 from tests.conftest import ROOT
 from tests.support.builders import asr, tts, write_records
 
@@ -186,3 +189,11 @@ def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for second in (f"{tmp_path}/asr/", f"{tmp_path}/./asr", f"{tmp_path}/runs/../asr"):
         assert "names a directory twice" in refused(capsys, *words, "--train_asr_dirs", str(tmp_path / "asr"), second)
     assert "secret" not in refused(capsys, *words, "--train_tts_dirs", "nowhere://key:secret@x/y")
+
+
+def test_a_log_file_is_told_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours of work must not look like a process that hangs; every item comes through."""
+    monkeypatch.setattr("most_ray.cli.parser._TELL_S", 0.0)
+    sink = io.StringIO()
+    assert list(tracked(range(3), "units", 3, Console(file=sink))) == [0, 1, 2]
+    assert [line.split(",")[0] for line in sink.getvalue().splitlines()] == ["units: 1 of 3", "units: 2 of 3"]

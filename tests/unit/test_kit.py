@@ -266,7 +266,7 @@ def test_the_runs_configuration_is_one(tmp_path: Path, records: int, longest: in
 
 
 def arguments(folder: Path, **changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"from_audio": folder, "config": None, "corpus": "auto", "features": "mfcc", **changes})
+    return argparse.Namespace(**{"from_audio": folder, "config": None, "corpus": None, "features": None, **changes})
 
 
 def test_from_audio_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,7 +246,7 @@ def test_many_records_are_many_files(corpus: Path, tmp_path: Path, monkeypatch: 
     """Numbered, together each record once in its order; and no file of another command stays."""
     one = prepare(corpus, tmp_path / "one", *FIT)
     monkeypatch.setattr(parts, "PART", 2)
-    monkeypatch.setattr(preparing, "SHARD_BYTES", 100)
+    monkeypatch.setattr("most_ray.speech.output.SHARD_BYTES", 100)
     many = prepare(corpus, tmp_path / "many", *FIT, "--form", form)
     assert sorted(path.name for path in (tmp_path / "many").glob("rec*")) == [f"records-{i:05d}.{form}" for i in range(4)]
     assert many == one
