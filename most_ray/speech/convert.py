@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,32 +76,27 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
     output = conversion.output_dir
     _check_apart(conversion)
     entries = record_files(conversion.input_dir, conversion.file_pattern)
+    targets = _targets(entries, output)
     output.mkdir(parents=True, exist_ok=True)
     name = conversion.dataset_name or conversion.input_dir.absolute().name
     counts = {"records": 0, "rejected": 0, "files": 0}
-    written: set[Path] = set()
     aside = output / ".rejected.jsonl.tmp"
     with aside.open("w", encoding="utf-8") as rejected:
-        for entry in entries:
-            path, relative = storage.local(entry.place), Path(entry.name)
-            stem = relative.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
-            target = output / relative.parent / f"{stem}.jsonl.gz"
-            if target in written:
-                raise DataError("input_dir", str(path), f"would be written to {target}, which another file was written to.", "Rename one.")
-            written.add(target)
+        for target, entry in targets.items():
+            path = storage.local(entry.place)
             target.parent.mkdir(parents=True, exist_ok=True)
             counts["records"] += _write(_unfinished(target), _converted(path, name, rejected, counts))
             counts["files"] += 1
     if counts["records"] == 0:  # what an earlier command has made stays
-        for target in written:
+        for target in targets:
             _unfinished(target).unlink()
         aside.replace(output / "rejected.jsonl")
         reason = f"holds no ASR record; {counts['rejected']} others are in {output / 'rejected.jsonl'}."
         raise DataError("input_dir", str(conversion.input_dir), reason)
     (output / UNFINISHED).touch()
-    for old in _made_before(output) - {target.relative_to(output).as_posix() for target in written}:
+    for old in _made_before(output) - {target.relative_to(output).as_posix() for target in targets}:
         (output / old).unlink(missing_ok=True)
-    for target in written:
+    for target in targets:
         _unfinished(target).replace(target)
     aside.replace(output / "rejected.jsonl")
     if not counts["rejected"]:
@@ -112,10 +107,28 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
             shutil.copyfile(root / beside, output / beside)
         else:
             (output / beside).unlink(missing_ok=True)
-    names = sorted(target.relative_to(output).as_posix() for target in written)
+    names = sorted(target.relative_to(output).as_posix() for target in targets)
     (output / DONE).write_text(json.dumps({"files": names}) + "\n", encoding="utf-8")
     (output / UNFINISHED).unlink()
     return counts
+
+
+def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, storage.Entry]:
+    """Where each file's records go.
+
+    Raises:
+        DataError: two go to one place.
+    """
+    targets: dict[Path, storage.Entry] = {}
+    for entry in entries:
+        relative = Path(entry.name)
+        stem = relative.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+        target = output / relative.parent / f"{stem}.jsonl.gz"
+        if target in targets:
+            rule = f"would be written to {target}, as {targets[target].name} would."
+            raise DataError("input_dir", storage.redact(entry.place), rule, "Rename one.")
+        targets[target] = entry
+    return targets
 
 
 def _made_before(output: Path) -> set[str]:

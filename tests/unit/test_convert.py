@@ -80,14 +80,20 @@ def test_every_form_and_folder_is_read(tmp_path: Path) -> None:
     (root / "notes.txt").write_text("no records")
     made = convert(root, tmp_path / "out")
     assert sorted(record["id"] for record in made) == [f"tts_utt_{i}" for i in range(5)]
-    assert sorted(contents(tmp_path / "out")) == ["data.jsonl.gz", "deep/train.clean.100.jsonl.gz", "list.jsonl.gz", "packed.jsonl.gz"]
+    assert sorted(contents(tmp_path / "out")) == [
+        "converted.json",
+        "data.jsonl.gz",
+        "deep/train.clean.100.jsonl.gz",
+        "list.jsonl.gz",
+        "packed.jsonl.gz",
+    ]
     assert [r["id"] for r in convert(root, tmp_path / "some", "--file_pattern", "train.*")] == ["tts_utt_3"]
 
 
 def test_one_file_can_be_named(source: Path, tmp_path: Path) -> None:
     (source / "units.json").write_text('{"identity": {}}')
     assert len(convert(source / "records.jsonl", tmp_path / "out")) == 5
-    assert sorted(contents(tmp_path / "out")) == ["records.jsonl.gz", "units.json"]
+    assert sorted(contents(tmp_path / "out")) == ["converted.json", "records.jsonl.gz", "units.json"]
 
 
 def test_what_goes_with_the_units_goes_along(source: Path, tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_what_goes_with_the_units_goes_along(source: Path, tmp_path: Path) -> No
         (source / name).write_text(f"the {name}")
     convert(source, tmp_path / "out")
     made = contents(tmp_path / "out")
-    assert sorted(made) == ["kmeans.npy", "records.jsonl.gz", "units.json", "vocoder.safetensors"]
+    assert sorted(made) == ["converted.json", "kmeans.npy", "records.jsonl.gz", "units.json", "vocoder.safetensors"]
     assert made["kmeans.npy"] == b"the kmeans.npy"
 
 
@@ -117,7 +123,7 @@ def test_what_is_no_asr_record_is_set_aside(tmp_path: Path, capsys: pytest.Captu
     assert "6 records were set aside" in capsys.readouterr().out
     write_records(source, [asr(0)])
     convert(source, tmp_path / "out")
-    assert sorted(contents(tmp_path / "out")) == ["records.jsonl.gz"]
+    assert sorted(contents(tmp_path / "out")) == ["converted.json", "records.jsonl.gz"]
     write_records(source, bad)
     assert "holds no ASR record; 5 others are in" in refused(
         capsys, "prepare", "tts", "--input_dir", str(source), "--output_dir", str(tmp_path / "o")
@@ -132,9 +138,11 @@ def test_conversion_never_writes_two_files_into_one(digits: Path, tmp_path: Path
     for name in ("train.clean.100.json", "train.clean.360.json"):
         (source / name).write_text(content)
     convert(source, tmp_path / "out")
-    assert sorted(contents(tmp_path / "out")) == ["train.clean.100.jsonl.gz", "train.clean.360.jsonl.gz"]
+    assert sorted(contents(tmp_path / "out")) == ["converted.json", "train.clean.100.jsonl.gz", "train.clean.360.jsonl.gz"]
     (source / "train.clean.100.jsonl").write_text(content)
-    assert "another file" in refused(capsys, "prepare", "tts", "--input_dir", str(source), "--output_dir", str(tmp_path / "out"))
+    assert "as train.clean.100.json would" in refused(
+        capsys, "prepare", "tts", "--input_dir", str(source), "--output_dir", str(tmp_path / "out")
+    )
 
 
 def test_the_input_is_never_written_to(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
