@@ -92,7 +92,7 @@ def test_a_sound_that_is_held_is_no_loop(scene: Scene, monkeypatch: pytest.Monke
     """Units may be kept with their repeats; the same said in text is a loop."""
     ids = token_ids(load_tokenizer(scene.model))
     held = Decoded([ids.unit_base + 5] * 12, ids.end_audio)
-    monkeypatch.setattr("most_ray.evaluation.share.decode", lambda forward, prompts, *_: [held for _ in prompts])
+    monkeypatch.setattr("most_ray.evaluation.ask.decode", lambda forward, prompts, *_: [held for _ in prompts])
     sets = evaluate(scene).result["sets"]
     assert (sets["tts/to_speak"]["loop_rate"], sets["tts/to_speak"]["end_of_audio_rate"]) == (0.0, 1.0)
     assert (sets["asr/spoken"]["loop_rate"], sets["asr/spoken"]["foreign_rate"]) == (1.0, 1.0)
