@@ -66,9 +66,9 @@ def finish(corpus: Path, output: Path, scan: Scan, work: Encode, manifest: Mappi
 
 
 def remember(output: Path, made: Mapping[str, Any]) -> None:
-    """Write down what was made and with which `key`; from now on the folder may be read."""
-    (output / DONE).write_text(json.dumps(made) + "\n", encoding="utf-8")
+    """From now on the folder may be read. Write down what was made and with which `key`: last, for what stands there is not done again."""
     (output / UNFINISHED).unlink()
+    (output / DONE).write_text(json.dumps(made) + "\n", encoding="utf-8")
 
 
 def _write_rejected(output: Path, scan: Scan, abouts: Iterable[Mapping[str, Any]]) -> int:

@@ -116,8 +116,7 @@ def _prepare_units(
     run = _Run(job, scan, scratch, runner(scan.bytes), progress)
     measured = run.measure(extractor, features_key, fit=centroids is None)
     if centroids is None:
-        sample = measured.sample
-        centroids = fit_kmeans(sample, job.fit_kmeans or units_for(min(measured.frames, len(sample))), job.seed, job.algorithm)
+        centroids = fit_kmeans(measured.sample, job.fit_kmeans or units_for(len(measured.sample)), job.seed, job.algorithm)
     codebook = _write_codebook(scratch / "codebook.npz", centroids, measured.speakers)
     work = Encode(
         job.features,
