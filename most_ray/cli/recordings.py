@@ -64,6 +64,7 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
     output = str(flags.get("output_dir") or configuration.CheckpointOptions.output_dir)
     if storage.is_remote(output):
         raise ConfigError("output_dir", storage.redact(output), "is not on this machine, where records are made.", "Name a local folder.")
+    configuration.config_from({**flags, "name": name})  # a wrong flag of the run is told before hours of work
     data = Path(output) / f"{name}-data"
     division, hours = _divide(args.from_audio, layout)
     print(f"{args.from_audio}: {layout}, {division.words}\n")

@@ -303,6 +303,8 @@ def test_wrong_uses_of_from_audio(tmp_path: Path) -> None:
         (arguments(source), {"train_asr_dirs": ["x"]}, ConfigError, "train_asr_dirs = .*is what from_audio makes"),
         (arguments(source), {"val_tts_dirs": ["x"]}, ConfigError, "val_tts_dirs = .*is what from_audio makes"),
         (arguments(source), {"output_dir": "s3://bucket/runs"}, ConfigError, "is not on this machine"),
+        (arguments(source), {"name": "../elsewhere"}, ConfigError, "must be a plain folder name"),
+        (arguments(source), {"learning_rate": "fast"}, ConfigError, "learning_rate"),
         (arguments(tmp_path / "nowhere"), {}, DataError, "is no folder"),
         (arguments(source / "0.flac"), {}, DataError, "is no folder"),
         (arguments(source, corpus="an4"), {}, DataError, "holds no etc"),
