@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from most_ray.cli import main
+from most_ray.cli.recordings import choose_division
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.errors import CheckpointError, DataError
 from most_ray.records import units_identity
 from most_ray.speech import output as placing
 from most_ray.speech import parts
+from most_ray.speech.audio import load_audio
 from most_ray.speech.corpora import CorpusOptions, parse_condition
-from most_ray.speech.features import MfccSettings
+from most_ray.speech.features import MfccExtractor, MfccSettings
 from most_ray.speech.kit import copy_kit
 from most_ray.speech.parts import Measure, Part, Work, run_here
 from most_ray.speech.prepare import UnitsJob, prepare_units
@@ -210,3 +212,46 @@ def test_a_lock_is_only_held_while_a_command_runs(corpus: Path, tmp_path: Path) 
 def test_centroids_go_in_by_one_move(tmp_path: Path) -> None:
     save_kmeans(tmp_path / "k.npy", np.zeros((2, 3), np.float32), {})
     assert [path.name for path in tmp_path.iterdir()] == ["k.npy"]
+
+
+def test_the_sample_of_a_long_recording_is_drawn_from_all_of_it(tmp_path: Path) -> None:
+    """k-means that heard only how recordings begin would know little of speech."""
+    scan = parts.scan_corpus(CorpusOptions("folder", tones(tmp_path / "corpus")), [], [1.0], "speaker", tmp_path / "work")
+    extractor = MfccExtractor(MfccSettings())
+    work = Measure(MfccSettings(), parts.digest(extractor.identity), "speaker", 120.0, 6, 0, str(tmp_path / "work"))
+    list(run_here(work, scan.parts))
+    with np.load(work.target(scan.parts[0])) as found:
+        sample = found["sample"]
+    frames = [
+        [values.tolist() for values in each.values]
+        for item in parts.read_chunk(scan.parts[0].chunk)
+        for each in extractor([load_audio(Path(item["path"]), 16000)])
+    ]
+    places = [each.index(row) for row in sample.tolist() for each in frames if row in each]
+    assert len(places) == 6 and max(places) >= 6
+
+
+def test_a_perturbed_copy_is_another_speaker(corpus: Path, tmp_path: Path) -> None:
+    """So that its units do not hang on what else is made beside it."""
+    prepare(corpus, tmp_path / "fit", "--fit_kmeans", "12")
+    known = ("--kmeans", str(tmp_path / "fit/kmeans.npy"))
+    beside = prepare(corpus, tmp_path / "beside", *known, "--perturb", "0.7,1.0")
+    assert beside[:8] == prepare(corpus, tmp_path / "alone", *known, "--perturb", "0.7")
+    assert beside[8:] == prepare(corpus, tmp_path / "plain", *known)
+
+
+def test_a_vocoder_is_made_anew_where_something_changed(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    prepare(corpus, output, "--fit_kmeans", "4")
+    words = ["prepare", "vocoder", "--input", str(corpus), "--records", str(output), "--seconds", "1"]
+    made = []
+    for more in ([], [], ["--seed", "1"]):
+        assert main([*words, *more]) == 0
+        made.append(((output / "vocoder.safetensors").read_bytes(), "nothing has changed" in capsys.readouterr().out))
+    assert made[0][0] == made[1][0] != made[2][0] and [unchanged for _, unchanged in made] == [False, True, False]
+
+
+def test_who_speaks_most_is_not_held_out() -> None:
+    for number in range(30):
+        speakers = {f"{number}{name}": spoken for name, spoken in (("a", 90), ("b", 4), ("c", 3), ("d", 3))}
+        assert f"{number}a" not in choose_division(speakers, {"": 100}, {"0": 10, "1": 90}).validation
