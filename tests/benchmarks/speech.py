@@ -32,7 +32,7 @@ from most_ray.speech import parts as parts_module
 from most_ray.speech.audio import load_audio, seconds_of
 from most_ray.speech.corpora import CorpusOptions
 from most_ray.speech.features import EncoderSettings, FeatureSettings, MfccSettings, open_extractor
-from most_ray.speech.parts import Encode, Part, read_chunk, run_here, scan_corpus
+from most_ray.speech.parts import Encode, Part, digest, read_chunk, run_here, scan_corpus
 from most_ray.speech.units import assign, remove_repeats
 from tests.benchmarks.common import SHARED, show, write
 
@@ -61,12 +61,15 @@ def hubert(folder: Path) -> EncoderSettings:
     return EncoderSettings("hubert", str(folder), 9)
 
 
-def encode_work(features: FeatureSettings, scratch: Path, width: int, speakers: Sequence[str]) -> Encode:
-    centroids = np.random.default_rng(0).normal(size=(UNITS, width)).astype(np.float32)
+def encode_work(features: FeatureSettings, scratch: Path, speakers: Sequence[str]) -> Encode:
+    extractor = open_extractor(features, "cpu")
+    centroids = np.random.default_rng(0).normal(size=(UNITS, extractor.width)).astype(np.float32)
     scratch.mkdir()
-    zeros, ones = np.zeros((len(speakers), width)), np.ones((len(speakers), width))
+    zeros, ones = np.zeros((len(speakers), extractor.width)), np.ones((len(speakers), extractor.width))
     np.savez(scratch / "book.npz", centroids=centroids, speakers=np.array(speakers), means=zeros, deviations=ones)
-    return Encode(features, "", "speaker", 120.0, str(scratch / "book.npz"), "", False, "bench", "jsonl.gz", str(scratch))
+    return Encode(
+        features, digest(extractor.identity), "speaker", 120.0, str(scratch / "book.npz"), "", False, "bench", "jsonl.gz", str(scratch)
+    )
 
 
 def plain_loop(features: FeatureSettings, found: Sequence[Part], centroids: np.ndarray) -> float:
@@ -84,7 +87,7 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
     """Seconds of audio per second by each way, medians over rounds by turns."""
     scan = scan_corpus(CorpusOptions("folder", corpus_of(scratch / "corpus", seconds)), [], [1.0], "speaker", scratch / "scan")
     speakers = sorted({str(item["columns"]["speaker"]) for part in scan.parts for item in read_chunk(part.chunk)})
-    work = encode_work(features, scratch / "work", open_extractor(features).width, speakers)
+    work = encode_work(features, scratch / "work", speakers)
     with np.load(work.codebook) as book:
         centroids = book["centroids"]
     warm, rest = scan.parts[:2], scan.parts[2:]
