@@ -4,12 +4,13 @@
 
 MFCC with 500 centroids, and layer 9 of a randomly initialised HuBERT-base (no download), each by one plain loop (read, features,
 nearest centroid; nothing else), by `prepare units`' second pass in this process, and by 1 and 2 Ray Data actors, by turns. Ray's and its
-actors' start are left out of the rate (a first part warms them up) and told apart.
+actors' start are left out of the rate (each actor's first part warms it up); `start` is until the first part is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ from most_ray.speech import parts as parts_module
 from most_ray.speech.audio import load_audio, seconds_of
 from most_ray.speech.corpora import CorpusOptions
 from most_ray.speech.features import EncoderSettings, FeatureSettings, MfccSettings, open_extractor
-from most_ray.speech.parts import Encode, Part, digest, read_chunk, run_here, scan_corpus
+from most_ray.speech.parts import Encode, Part, about_beside, digest, read_chunk, run_here, scan_corpus
 from most_ray.speech.units import assign, remove_repeats
 from tests.benchmarks.common import SHARED, show, write
 
@@ -83,14 +84,14 @@ def plain_loop(features: FeatureSettings, found: Sequence[Part], centroids: np.n
     return seconds
 
 
-def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scratch: Path) -> dict[str, Any]:
-    """Seconds of audio per second by each way, medians over rounds by turns."""
+def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scratch: Path, part: int) -> dict[str, Any]:
+    """Seconds of audio per second by each way, medians over rounds by turns; in parts of `part` utterances: few, for the end counts too."""
+    parts_module.PART = part
     scan = scan_corpus(CorpusOptions("folder", corpus_of(scratch / "corpus", seconds)), [], [1.0], "speaker", scratch / "scan")
     speakers = sorted({str(item["columns"]["speaker"]) for part in scan.parts for item in read_chunk(part.chunk)})
     work = encode_work(features, scratch / "work", speakers)
     with np.load(work.codebook) as book:
         centroids = book["centroids"]
-    warm, rest = scan.parts[:2], scan.parts[2:]
     torch.set_num_threads(1)
     number = iter(range(10**6))
 
@@ -101,15 +102,14 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
         return replace(work, scratch=str(folder))
 
     def by_actors(actors: int) -> float:
-        started, ready, done = time.perf_counter(), None, 0.0
-        for count, row in enumerate(spread(fresh(), [*warm[:actors], *rest], actors, 0.0), start=1):
-            if count == actors:  # every actor is up and has made one
-                ready = time.perf_counter()
-            elif ready is not None:
-                done += row["seconds"]
-        assert ready is not None
-        starts.append(ready - started)
-        return done / (time.perf_counter() - ready)
+        """By the times at which parts were put in place: rows come back from Ray Data some at a time."""
+        job, began = fresh(), time.time()
+        for _ in spread(job, scan.parts, actors, 0.0):
+            pass
+        done = sorted((job.target(part).stat().st_mtime, about_beside(job.target(part))) for part in scan.parts)
+        ready = done[actors - 1][0]  # every actor is up and has made one
+        starts.append(done[0][0] - began)
+        return sum(json.loads(about.read_text())["seconds"] for _, about in done[actors:]) / (done[-1][0] - ready)
 
     def timed(run: Callable[[], float]) -> float:
         began = time.perf_counter()
@@ -117,8 +117,8 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
 
     starts: list[float] = []
     ways: dict[str, Callable[[], float]] = {
-        "plain loop": lambda: timed(lambda: plain_loop(features, rest, centroids)),
-        "one process": lambda: timed(lambda: sum(row["seconds"] for row in run_here(fresh(), rest))),
+        "plain loop": lambda: timed(lambda: plain_loop(features, scan.parts, centroids)),
+        "one process": lambda: timed(lambda: sum(row["seconds"] for row in run_here(fresh(), scan.parts))),
         "1 actor": lambda: by_actors(1),
         "2 actors": lambda: by_actors(2),
     }
@@ -132,9 +132,10 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
 
 def peak_of(folder: Path, output: Path) -> float:
     """Peak memory, MiB, of a process that prepares units of a corpus."""
+    # Of VmHWM, not of ru_maxrss: that one begins with what the parent held when it forked.
     code = (
-        "import resource, sys; from most_ray.cli import main; code = main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024); sys.exit(code)"
+        "import re, sys; from most_ray.cli import main; code = main(sys.argv[1:]); "
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024); sys.exit(code)"
     )
     words = ["prepare", "units", "--input", str(folder), "--output", str(output), "--fit_kmeans", "100", "--num_actors", "0"]
     words += ["--fit_frames", "20000"]
@@ -150,13 +151,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    parts_module.PART = 8  # parts that take seconds, so that little is lost at the end of a short benchmark
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         ray.init(**local_ray_options(2))
         found = [
-            rates("MFCC", MfccSettings(), args.mfcc, args.rounds, folder / "mfcc"),
-            rates("HuBERT-base, layer 9", hubert(folder / "model"), args.hubert, args.rounds, folder / "hubert"),
+            rates("MFCC", MfccSettings(), args.mfcc, args.rounds, folder / "mfcc", 8),
+            rates("HuBERT-base, layer 9", hubert(folder / "model"), args.hubert, args.rounds, folder / "hubert", 1),
         ]
         ray.shutdown()
         once, tenfold = (
