@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import socket
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from most_ray import storage
 from most_ray.errors import CheckpointError, DataError, UserError
 from most_ray.records import ASR_INSTRUCTION, units_to_text
 from most_ray.speech.audio import load_audio
@@ -181,7 +182,7 @@ def _write_chunks(items: Iterable[Item], folder: Path) -> list[tuple[Path, str]]
         key = hashlib.blake2b(content, digest_size=12).hexdigest()
         file = folder / f"{key}.jsonl"  # by what it holds: no other command can put something else under the name
         if not file.exists():
-            _put(file, lambda sink: sink.write(content))
+            storage.write_bytes(file, content)
         files.append((file, key))
         waiting.clear()
 
@@ -252,7 +253,9 @@ class Measure:
             "frames": np.array(total),
             "reason": np.array(reason),
         }
-        _put(target, lambda sink: np.savez(sink, **arrays))  # type: ignore[arg-type]
+        with io.BytesIO() as sink:
+            np.savez(sink, **arrays)  # type: ignore[arg-type]
+            storage.write_bytes(target, sink.getvalue())
         return {"seconds": seconds, "utterances": len(items)}
 
 
@@ -328,10 +331,10 @@ class Encode:
         target = self.target(part)
         about = {"seconds": seconds, "records": len(records), "longest": longest, "rejected": rejected}
         # The records last: they say that the part is done.
-        _put(about_beside(target), lambda sink: sink.write(json.dumps(about, ensure_ascii=False).encode()))
+        storage.write_bytes(about_beside(target), json.dumps(about, ensure_ascii=False).encode())
         lines = "".join(f"{record}\n" for record in records).encode()
         packed = gzip.compress(lines, compresslevel=6, mtime=0) if self.form == "jsonl.gz" and lines else lines
-        _put(target, lambda sink: sink.write(packed))
+        storage.write_bytes(target, packed)
         return {"seconds": seconds, "utterances": len(items)}
 
 
@@ -383,11 +386,3 @@ def featured(items: Sequence[Item], speed: float, extractor: Extractor, max_seco
             yield from flush()
     if waiting:
         yield from flush()
-
-
-def _put(target: Path, write: Callable[[Any], Any]) -> None:
-    """In place in one move; a part that two processes make is whole all the same."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with temporary.open("wb") as sink:
-        write(sink)
-    temporary.replace(target)

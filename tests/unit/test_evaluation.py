@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from most_ray.cli import main
-from most_ray.errors import CheckpointError, DataError
+from most_ray.errors import CheckpointError, ConfigError, DataError
+from most_ray.evaluation.ask import speak_texts, transcribe_units
 from most_ray.evaluation.decode import Decoded, Forward
 from most_ray.evaluation.evaluate import Directories, combine, hypotheses_of, open_sets
 from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
@@ -21,6 +22,7 @@ from most_ray.evaluation.share import score_share
 from most_ray.model.build import load_model
 from most_ray.model.tokenizer import load_tokenizer, token_ids
 from most_ray.records import ASR_INSTRUCTION
+from most_ray.service.evaluation import open_outside
 from tests.support.builders import asr, tts, write_records
 from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
 
@@ -290,3 +292,30 @@ def test_a_file_that_cannot_be_scored_is_named_with_its_line(
 def test_wrong_uses(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "--output", str(tmp_path / "e.json"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene) -> None:
+    """Promise 26: `transcribe` and `synthesize` ask by the same template and caps; one answer does not hang on the others."""
+    rows = evaluate(scene).rows
+    forward, tokenizer = Forward(load_model(scene.model)), load_tokenizer(scene.model)
+    forward.model.eval()
+    spoken = [row for row in rows if row["task"] == "tts"]
+    for row in spoken:
+        (said,) = speak_texts(forward, tokenizer, [row["text"]], SETTINGS.limits)
+        assert " ".join(map(str, said.units)) == row["hypothesis"] and (said.stop is None) == row["hit_cap"]
+        heard, nothing = transcribe_units(forward, tokenizer, [said.units, []], SETTINGS.limits)
+        assert heard.text == row["recognised"] and nothing.text == ""
+    with pytest.raises(DataError, match="positions"):
+        transcribe_units(forward, tokenizer, [[1] * 5000], SETTINGS.limits)
+
+
+def test_what_judges_speech_is_found_or_missed_before_anything_runs(tmp_path: Path) -> None:
+    """Nothing named, nothing opened; a vocoder alone is a slip; a recogniser wants a vocoder, the model's own or a named one."""
+    place = str(tmp_path)
+    assert open_outside(SETTINGS, place, "0123") is None
+    with pytest.raises(ConfigError, match="only with a recogniser"):
+        open_outside(replace(SETTINGS, vocoder="v"), place, "0123")
+    with pytest.raises(CheckpointError, match="prepare vocoder"):
+        open_outside(replace(SETTINGS, recogniser="r"), place, "0123")
+    with pytest.raises(CheckpointError, match="vocoder"):
+        open_outside(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), place, "0123", use_gpu=False)

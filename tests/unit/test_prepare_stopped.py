@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from most_ray.cli import main
 from most_ray.cli.recordings import choose_division
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.errors import CheckpointError, DataError
+from most_ray.evaluation.ask import Spoken
 from most_ray.records import units_identity
 from most_ray.speech import output as placing
 from most_ray.speech import parts
 from most_ray.speech.audio import load_audio
 from most_ray.speech.corpora import CorpusOptions, parse_condition
-from most_ray.speech.features import MfccExtractor, MfccSettings
+from most_ray.speech.features import EncoderSettings, MfccExtractor, MfccSettings
 from most_ray.speech.kit import copy_kit
 from most_ray.speech.parts import Measure, Part, Work, run_here
 from most_ray.speech.prepare import UnitsJob, prepare_units
@@ -255,3 +257,23 @@ def test_who_speaks_most_is_not_held_out() -> None:
     for number in range(30):
         speakers = {f"{number}{name}": spoken for name, spoken in (("a", 90), ("b", 4), ("c", 3), ("d", 3))}
         assert f"{number}a" not in choose_division(speakers, {"": 100}, {"0": 10, "1": 90}).validation
+
+
+def test_little_work_starts_no_cluster() -> None:
+    """Some seconds' work must not wait for Ray; an encoder's is much sooner."""
+    mebibyte = 1 << 20
+    assert not parts.worth_a_cluster(MfccSettings(), 100 * mebibyte) and parts.worth_a_cluster(MfccSettings(), 1000 * mebibyte)
+    assert parts.worth_a_cluster(EncoderSettings("hubert", "x", 9), 100 * mebibyte)
+
+
+def test_a_text_is_spoken_into_a_file(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model answers is what is heard, made by the vocoder of its kit."""
+    prepare(corpus, tmp_path / "out", "--fit_kmeans", "4")
+    assert main(["prepare", "vocoder", "--input", str(corpus), "--records", str(tmp_path / "out"), "--seconds", "1"]) == 0
+    monkeypatch.setattr("most_ray.cli.speech._kit_folder", lambda _: str(tmp_path / "out"))
+    monkeypatch.setattr("most_ray.cli.speech._open", lambda _: (None, None))
+    monkeypatch.setattr("most_ray.evaluation.ask.speak_texts", lambda _, __, texts, ___: [Spoken([3, 0, 2], [], 1) for _ in texts])
+    said, units = tmp_path / "said.wav", tmp_path / "units.wav"
+    assert main(["synthesize", "--model", "m", "--text", "seven", "--output", str(said)]) == 0
+    assert main(["synthesize", "--speech", str(tmp_path / "out"), "--units", "[Hu3][Hu0][Hu2]", "--output", str(units)]) == 0
+    assert said.read_bytes() == units.read_bytes() and soundfile.info(said).frames > 100
