@@ -31,6 +31,7 @@ class ModelOptions:
     use_modality_aware_routing: bool | None = option(None, "text tokens to text experts, audio tokens to audio experts")
     text_expert_indices: tuple[int, ...] | None = option(None, "routed experts of text tokens, as 0,1,2,3 (default: the model's)")
     audio_expert_indices: tuple[int, ...] | None = option(None, "routed experts of audio tokens, as 4,5,6,7 (default: the model's)")
+    num_experts_per_tok: int | None = option(None, "routed experts that each token goes through, top-k (default: the model's)")
     aux_loss_alpha: float | None = option(None, "weight of the load-balancing loss (default: the model's)")
     seq_aux: bool | None = option(None, "balance experts within each record rather than over the batch (default: the model's)")
 
@@ -107,6 +108,8 @@ class ParallelOptions:
     num_workers: tuple[int, ...] | None = option(
         None, "training processes, as 4; or fewest and most, as 2,4: as many as the cluster has room for (default: one per GPU, or 1)"
     )
+    cpus_per_worker: float = option(1.0, "CPUs of the cluster that a worker takes; a part of one, as 0.5, lets others share it")
+    gpus_per_worker: float = option(1.0, "GPUs that a worker takes where GPUs are used: 1, or, of a run with one worker, a part")
     ep_size: int = option(1, "expert-parallel size; divides the workers and the experts")
     dp_replicate_size: int = option(1, "replicas of the sharded model (HSDP)")
     check_replicas_steps: int = option(1000, "steps between comparisons, to the bit, of the weights that several workers hold (0: never)")
@@ -163,6 +166,7 @@ class TrackingOptions:
         None, "how Weights & Biases is used (default: online where there is a key, else offline)"
     )
     wandb_tags: tuple[str, ...] = option((), "tags of the run in Weights & Biases")
+    wandb_group: str | None = option(None, "group of the run in Weights & Biases (default: none; a sweep's trials: the sweep's name)")
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,13 @@ def _choices(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _coerce(name: str, value: Any) -> Any:
-    """A YAML value or a flag's text as the field's type."""
-    hint, optional = _choices(_HINTS[name])
+def coerce(name: str, value: Any, hints: Mapping[str, Any] = _HINTS) -> Any:
+    """A YAML value or a flag's text as the field's type.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    hint, optional = _choices(hints[name])
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
         if optional:
             return None
@@ -257,7 +265,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
     for name in values:
         if name not in _FIELDS:
             raise ConfigError(str(name), None, "is no known flag or configuration key.", nearest(str(name), _FIELDS))
-    config = RunConfig(**{name: _coerce(name, value) for name, value in values.items()})
+    config = RunConfig(**{name: coerce(name, value) for name, value in values.items()})
     _check(config)
     return config
 
@@ -266,7 +274,7 @@ def _check(config: RunConfig) -> None:
     at_least_one = (
         "train_batch_size gradient_accumulation_steps max_seq_length save_steps keep_last logging_steps eval_batch_size "
         "max_new_tokens max_new_units num_beams eval_workers "
-        "ep_size dp_replicate_size global_batch_size max_steps eval_steps threads_per_worker max_skipped_steps"
+        "ep_size dp_replicate_size global_batch_size max_steps eval_steps threads_per_worker max_skipped_steps num_experts_per_tok"
     )
     for name in at_least_one.split():
         value = getattr(config, name)
@@ -275,11 +283,13 @@ def _check(config: RunConfig) -> None:
     for name in ("asr_tts_mix_ratio", "text_mix_ratio", "max_rejected_fraction", "warmup_ratio", *UNIT_NOISE):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise ConfigError(name, getattr(config, name), "must lie in 0..1.")
-    for name in ("learning_rate", "epochs", "adam_epsilon", "asr_loss_weight"):
+    for name in ("learning_rate", "epochs", "adam_epsilon", "asr_loss_weight", "cpus_per_worker", "gpus_per_worker"):
         if not getattr(config, name) > 0:
             raise ConfigError(name, getattr(config, name), "must be above 0.")
     if config.num_workers is not None and not (len(config.num_workers) in (1, 2) and 1 <= config.num_workers[0] <= config.num_workers[-1]):
         raise ConfigError("num_workers", config.num_workers, "is neither a number from 1 on nor two of them, the fewest and the most.")
+    if config.gpus_per_worker != 1 and not (config.gpus_per_worker < 1 and config.num_workers == (1,)):
+        raise ConfigError("gpus_per_worker", config.gpus_per_worker, "is neither 1 nor, with num_workers 1, a part of one.")
     if config.keep_best and (config.eval_steps is None or not (config.val_asr_dirs or config.val_tts_dirs or config.val_text_dirs)):
         raise ConfigError("keep_best", config.keep_best, "needs eval_steps and a validation set to tell what is best.")
     if config.best_metric.split("/", 1)[0] not in ("wer", "loss"):
@@ -338,12 +348,13 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(ordered, sort_keys=False)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, sections: Sequence[type] = SECTIONS) -> None:
     """One `--flag` per field, grouped and with its default in --help. Absent flags leave the namespace untouched."""
-    for section in SECTIONS:
+    for section in sections:
+        hints = typing.get_type_hints(section)
         group = parser.add_argument_group(str(section.__doc__).rstrip(".").lower())
         for f in dataclasses.fields(section):
-            hint, _ = _choices(_HINTS[f.name])
+            hint, _ = _choices(hints[f.name])
             shown = "none" if f.default is None or f.default == () else f.default
             text = f.metadata["help"]
             keywords: dict[str, Any] = {

@@ -37,6 +37,6 @@ def ray_cluster() -> Iterator[str]:
 
     from most_ray.service.cluster import local_ray_options
 
-    ray.init(**local_ray_options(4))
+    ray.init(**local_ray_options(6))
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

@@ -59,6 +59,7 @@ class RoutingOverrides:
     audio_expert_indices: tuple[int, ...] | None = None
     aux_loss_alpha: float | None = None
     seq_aux: bool | None = None
+    num_experts_per_tok: int | None = None
     use_balance_bias: bool | None = None
 
     def values(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
 from most_ray.errors import UserError
-from most_ray.service.control import PREEMPTED, Terminated, Watcher, answering_nodes, forget, room, stopped, usable_nodes
+from most_ray.service.control import PREEMPTED, Terminated, Watcher, WorkerShare, answering_nodes, forget, room, stopped, usable_nodes
 from most_ray.service.evaluation import EvaluationJob
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.telemetry import wandb_key
@@ -120,6 +120,7 @@ def _attempt(
     n_workers = topology.world_size
     driver = claim_run(prepared.folder)
     job = prepared.job_for(topology, driver)
+    share = WorkerShare.of(job.config, prepared.use_gpu)
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
 
     last = checkpoint.step_place(prepared.folder.checkpoints, job.total_steps)
@@ -127,7 +128,7 @@ def _attempt(
     def more_room() -> bool:
         if not larger or last in checkpoint.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
             return False
-        return n_workers + room(usable_nodes(), prepared.use_gpu, TASK_CPUS, free_only=True) >= larger[0]
+        return n_workers + room(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = _Trainer(
         train_worker,
@@ -135,7 +136,7 @@ def _attempt(
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
             use_gpu=prepared.use_gpu,
-            resources_per_worker={"CPU": 1.0, **({"GPU": 1.0} if prepared.use_gpu else {})},
+            resources_per_worker=share.resources(),
         ),
         # Failures are counted here: Ray Train's own count knows no window, and a new attempt may have another size.
         run_config=ray.train.RunConfig(
@@ -170,18 +171,18 @@ def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console:
         RunIncompleteError: there was none for `room_timeout_s`. RunStoppedError: SIGTERM came meanwhile.
     """
     smallest, largest = prepared.topologies[0], prepared.topologies[-1]
-    timeout = prepared.job.config.room_timeout_s
+    timeout, share = prepared.job.config.room_timeout_s, WorkerShare.of(prepared.job.config, prepared.use_gpu)
     began, told = time.monotonic(), 0.0
     while not terminated.is_set():
         nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
-        most, free = (room(nodes, prepared.use_gpu, TASK_CPUS, free_only=free_only) for free_only in (False, True))
+        most, free = (room(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
         fitting = [topology for topology in prepared.topologies if topology.world_size <= free]
         hoped_for = max((t.world_size for t in prepared.topologies if t.world_size <= most), default=largest.world_size)
         waited = time.monotonic() - began
         # What the attempt before held comes back within seconds, and a node that has just come or gone shows late.
         if fitting and (fitting[-1] == largest or waited > (_SETTLE_S if fitting[-1].world_size == hoped_for else _RETURN_S)):
             return fitting[-1]
-        what = f"{smallest.world_size} workers of one {'GPU and CPU' if prepared.use_gpu else 'CPU'} each, the cluster has room for {free}"
+        what = f"{smallest.world_size} workers of {share} each, the cluster has room for {free}"
         if not fitting and waited > timeout:
             rule = f"found no room for {timeout:g} s: {what}."
             raise RunIncompleteError("num_workers", smallest.world_size, rule, "Free some, use fewer, or raise room_timeout_s.")

@@ -10,6 +10,7 @@ import ray
 
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError
+from most_ray.service.control import WorkerShare
 from most_ray.service.stream import TASK_CPUS
 
 
@@ -19,21 +20,13 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
     Raises:
         ConfigError: the cluster is smaller than the fewest workers need, or has no GPUs left for evaluations.
     """
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        _set_ray_environment()
-        if address:
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
-        else:
-            ray.init(**local_ray_options(most))
+    connect(config, most + 2)
     resources = ray.cluster_resources()
     beside = 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus
     if beside:  # the workers hold theirs until the last evaluation is in
-        check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, float(most) if use_gpu else 0.0)
-    needed = {"CPU": fewest + TASK_CPUS, **({"GPU": float(fewest)} if use_gpu else {})}
+        check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, most * config.gpus_per_worker if use_gpu else 0.0)
+    needed = WorkerShare.of(config, use_gpu).resources(fewest)
+    needed["CPU"] += TASK_CPUS
     for name, amount in needed.items():
         if resources.get(name, 0.0) < amount:
             raise ConfigError(
@@ -42,6 +35,32 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
                 f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
                 "Use fewer workers.",
             )
+
+
+def connect(config: RunConfig, local_cpus: int) -> None:
+    """Join the cluster that is named, or start a Ray on this machine with so many logical CPUs; where neither has been done yet.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    if ray.is_initialized():
+        return
+    _set_ray_environment()
+    address = named_cluster(config)
+    if not address:
+        # Several runs at once have more processes than Ray expects of so few cores: it would warn of each further one.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(os.cpu_count() or 1, 2 * local_cpus)))
+        ray.init(**local_ray_options(local_cpus))
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
+
+
+def named_cluster(config: RunConfig) -> str | None:
+    """The address of the cluster that is asked for; None: one on this machine."""
+    return config.ray_address or os.environ.get("RAY_ADDRESS")
 
 
 def check_evaluation_gpus(field: str, each: float, needed: float, training: float = 0.0) -> None:
@@ -56,10 +75,10 @@ def check_evaluation_gpus(field: str, each: float, needed: float, training: floa
         raise ConfigError(field, each, rule, "Lower it, or use fewer workers.")
 
 
-def local_ray_options(n_workers: int) -> dict[str, Any]:
-    """A Ray on this machine, on loopback, with logical CPUs for the workers, their data tasks and an evaluation."""
+def local_ray_options(num_cpus: int) -> dict[str, Any]:
+    """A Ray on this machine, on loopback. Its logical CPUs: one for each worker, and two for their data tasks and an evaluation."""
     return {
-        "num_cpus": n_workers + 2,
+        "num_cpus": num_cpus,
         "include_dashboard": False,
         "log_to_driver": False,
         "logging_level": logging.ERROR,

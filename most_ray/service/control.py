@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import ray
 import ray.exceptions
 from ray.experimental import internal_kv
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from most_ray.config import RunConfig
 from most_ray.errors import STOPPED, UserError
 
 logger = logging.getLogger(__name__)
@@ -85,10 +88,11 @@ class Terminated(threading.Event):
 
     patient = False
 
-    def install(self) -> None:
-        """Take SIGTERM; once more behind `ray.init`, which sets a handler of its own."""
+    def install(self, interrupt: bool = False) -> None:
+        """Take SIGTERM; once more behind `ray.init`, which sets a handler of its own. `interrupt`: Ctrl-C too."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._handle)
+            for number in (signal.SIGTERM, signal.SIGINT) if interrupt else (signal.SIGTERM,):
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         del number, frame
@@ -99,13 +103,14 @@ class Terminated(threading.Event):
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[Terminated]:
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.install()
         try:
             yield self
         finally:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
 
 def stopped(rule: str) -> RunStoppedError:
@@ -190,18 +195,39 @@ def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
     return found
 
 
-def room(nodes: set[str], use_gpu: bool, task_cpus: float, free_only: bool = False) -> int:
-    """Workers that `nodes` have room for: one whole CPU each (and a GPU), beside `task_cpus` for data tasks. `free_only`: of what
-    nobody uses now."""
+@dataclass(frozen=True)
+class WorkerShare:
+    """What one training worker takes of the cluster."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+    @classmethod
+    def of(cls, config: RunConfig, use_gpu: bool) -> WorkerShare:
+        return cls(config.cpus_per_worker, config.gpus_per_worker if use_gpu else 0.0)
+
+    def resources(self, workers: int = 1) -> dict[str, float]:
+        """As Ray names them."""
+        return {"CPU": workers * self.cpus, **({"GPU": workers * self.gpus} if self.gpus else {})}
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+
+
+def room(nodes: set[str], share: WorkerShare, task_cpus: float, free_only: bool = False) -> int:
+    """Workers that `nodes` have room for beside `task_cpus` for data tasks. `free_only`: of what nobody uses now."""
     if free_only:
         from ray._private.state import available_resources_per_node
 
         by_node = {node: resources for node, resources in available_resources_per_node().items() if node in nodes}
     else:
         by_node = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in nodes}
-    slots = 0
-    for resources in by_node.values():
-        cpus = int(resources.get("CPU", 0.0))
-        slots += min(cpus, int(resources.get("GPU", 0.0))) if use_gpu else cpus
+    slots = sum(
+        min(_fits(resources.get(name, 0.0), each) for name, each in share.resources().items() if each) for resources in by_node.values()
+    )
     total = sum(resources.get("CPU", 0.0) for resources in by_node.values())
-    return max(0, min(slots, int(total - task_cpus)))
+    return max(0, min(slots, _fits(total - task_cpus, share.cpus)))
+
+
+def _fits(there: float, each: float) -> int:
+    return math.floor(there / each + 1e-6)  # fractions of a CPU add up with rounding errors

@@ -189,6 +189,7 @@ class Wandb:
         return wandb.init(
             project=config.wandb_project,
             name=config.name,
+            group=config.wandb_group,
             id=self.id,
             resume="allow" if online else None,
             mode=self._mode,

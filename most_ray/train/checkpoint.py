@@ -25,6 +25,7 @@ from most_ray import storage
 from most_ray.errors import CheckpointError
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
+from most_ray.train.folder import COMMIT, step_place
 from most_ray.train.ranks import this_rank, world_size
 from most_ray.train.retention import superfluous
 from most_ray.train.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
@@ -32,15 +33,9 @@ from most_ray.train.state import LossScale, TrainState, set_schedule
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
-COMMIT = "commit.json"
 STATE = "state.json"
 DEEP_BYTES = 16 << 30  # a checkpoint is hashed before it is trusted where a process has no more than this to read
 _STEP = re.compile(r"step-(\d{9,})")
-
-
-def step_place(checkpoints: str, step: int) -> str:
-    """Where the checkpoint of a step lies below a run's folder of checkpoints."""
-    return storage.join(checkpoints, f"step-{step:09d}")
 
 
 def step_of(place: str) -> int:

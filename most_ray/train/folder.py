@@ -10,6 +10,13 @@ from most_ray import storage
 from most_ray.cache import node_cache
 from most_ray.errors import DataError
 
+COMMIT = "commit.json"  # the last file of a checkpoint: with it, the checkpoint counts
+
+
+def step_place(checkpoints: str, step: int) -> str:
+    """Where the checkpoint of a step lies below a run's folder of checkpoints."""
+    return storage.join(checkpoints, f"step-{step:09d}")
+
 
 class RunFolder:
     """`local` is where files are read and written on this machine; `push` and `pull` bring them to and from a place behind a URI, and

@@ -102,6 +102,7 @@ def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:
         config.audio_expert_indices,
         config.aux_loss_alpha,
         config.seq_aux,
+        config.num_experts_per_tok,
         use_balance_bias=True if config.balance_bias_rate > 0 or biased else None,
     )
 

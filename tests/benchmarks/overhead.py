@@ -52,7 +52,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        address = ray.init(**local_ray_options(max(args.workers))).address_info["gcs_address"]
+        address = ray.init(**local_ray_options(max(args.workers) + 2)).address_info["gcs_address"]
         found = [compare(Path(folder), address, workers, args.steps, args.rounds) for workers in args.workers]
         ray.shutdown()
     rows = [

@@ -153,7 +153,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        ray.init(**local_ray_options(2))
+        ray.init(**local_ray_options(4))
         found = [
             rates("MFCC", MfccSettings(), args.mfcc, args.rounds, folder / "mfcc", 8),
             rates("HuBERT-base, layer 9", hubert(folder / "model"), args.hubert, args.rounds, folder / "hubert", 1),

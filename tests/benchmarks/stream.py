@@ -43,7 +43,7 @@ MAX_ROWS = 16
 def local_ray(**changes: Any) -> Iterator[None]:
     """A Ray as a run on this machine has it, in a folder of its own, ended whatever happens."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        ray.init(**{**local_ray_options(max(RANKS)), "_temp_dir": folder, **changes})
+        ray.init(**{**local_ray_options(max(RANKS) + 2), "_temp_dir": folder, **changes})
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             yield

@@ -51,7 +51,7 @@ def main() -> int:
     found: dict[str, list[dict[str, float]]] = {"without": [], "with": [], "busy": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        address = ray.init(**local_ray_options(1)).address_info["gcs_address"]
+        address = ray.init(**local_ray_options(3)).address_info["gcs_address"]
         for number in range(args.rounds):
             for how in reversed(found) if number % 2 else found:
                 other = subprocess.Popen([sys.executable, "-c", BUSY], preexec_fn=lambda: os.nice(19)) if how == "busy" else None

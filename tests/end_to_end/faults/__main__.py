@@ -48,7 +48,7 @@ def main() -> int:
             show(f"{args.saves} kills inside a save, {args.ranks} ranks", report, console)
             passed &= report.passed
         if args.kills:
-            address = ray.init(**local_ray_options(2)).address_info["gcs_address"]
+            address = ray.init(**local_ray_options(4)).address_info["gcs_address"]
             report = random_kills(Path(folder) / "random", address, args.kills, 6 * args.kills, 5, args.seed)
             ray.shutdown()
             show(f"{args.kills} random kills, 2 workers under Ray", report, console)

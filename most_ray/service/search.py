@@ -1,0 +1,346 @@
+"""A sweep: proposals and early stopping by Ray Tune, every trial a run of its own, everything that happens in the ledger.
+
+Tune's own state is never read back: whoever goes on replays the ledger, so that a sweep whose driver was killed ends as it would have.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from most_ray.errors import UserError
+from most_ray.service.trial import kept_place
+from most_ray.sweep.ledger import LedgerFile, Trial
+from most_ray.sweep.options import Sweep, mutable
+from most_ray.sweep.space import Dimension, Space, Values
+from most_ray.sweep.trials import Setting, run_name
+
+Tell = Callable[[Trial], None]  # called with a trial of whom something is new
+_STARTUP_TRIALS = 10  # of Optuna's TPE that are drawn at random, of many trials; of few, a quarter
+
+
+class Unsaved:
+    """Tune pickles what drives it, for a restart that never happens here: the ledger is what counts, and credentials stay in memory."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class Proposals(Unsaved, Searcher):
+    """Which trial is next: those that an earlier start has left open, then new ones until there are `max_trials`. A proposal that cannot be
+    trained is written down as failed, with its reason, and takes no room."""
+
+    def __init__(self, setting: Setting, ledger: LedgerFile, tell: Tell) -> None:
+        super().__init__(metric="objective_0", mode="min")
+        self._setting, self._file, self._tell = setting, ledger, tell
+        self._open = collections.deque(ledger.ledger.in_state("open"))
+        options = setting.sweep.options
+        self._tpe = Tpe(setting.sweep, ledger) if options.search == "tpe" else None
+        self._numbers: dict[str, int] = {}  # of trials, by Tune's ids
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        work = self.next(trial_id)
+        if work is None:
+            return Searcher.FINISHED
+        self._numbers[trial_id] = work["trial"]
+        return {"work": work}
+
+    def next(self, trial_id: str = "") -> dict[str, Any] | None:
+        """A trial's line of the ledger, with `after`, the step whose result it has told already; None behind the last one."""
+        if self._open:
+            trial = self._open.popleft()
+            if self._tpe:
+                self._tpe.adopt(trial_id, trial)
+            return _work(trial)
+        while (number := max(self._file.ledger.trials, default=0) + 1) <= self._setting.sweep.max_trials:
+            values = self._propose(number, trial_id)
+            if values is None:
+                return None
+            try:
+                settings, reason = self._setting.settings_of(values), None
+            except UserError as error:
+                settings, reason = {}, str(error)
+            self._file.write("trial", trial=number, run=run_name(number), values=values, settings=settings, parent=None)
+            trial = self._file.ledger.trials[number]
+            if reason is None:
+                return _work(trial)
+            self._file.write("end", trial=number, step=0, state="failed", reason=reason)
+            self._tell(trial)
+            if self._tpe:
+                self._tpe.on_trial_complete(trial_id, error=True)
+        return None
+
+    def _propose(self, number: int, trial_id: str) -> Values | None:
+        if self._tpe:
+            return self._tpe.values(trial_id)
+        options = self._setting.sweep.options
+        return self._setting.sweep.space.proposal(options.search, options.search_seed, number - 1)
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: see `Unsaved`."""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if self._tpe:
+            self._tpe.on_trial_result(trial_id, result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if self._tpe:
+            state = self._file.ledger.trials[self._numbers[trial_id]].state
+            finished = (
+                result if state == "finished" else None
+            )  # what was stopped has no final value: Optuna ranks it by what it had come to
+            self._tpe.on_trial_complete(trial_id, finished, error or state == "failed")
+
+
+def _work(trial: Trial) -> dict[str, Any]:
+    run = trial.runs[-1]
+    told = [result.step for result in trial.results if result.run == run]
+    return {
+        "trial": trial.number,
+        "run": run,
+        "settings": trial.settings,
+        "values": trial.values,
+        "parent": trial.parents[-1],
+        "after": max(told, default=0),
+    }
+
+
+class Tpe:
+    """Optuna's tree-structured Parzen estimator by Ray's integration, told first what an earlier start has found out."""
+
+    def __init__(self, sweep: Sweep, ledger: LedgerFile) -> None:
+        self._space, self._objectives = sweep.space, sweep.objectives
+        modes = ["max" if objective.largest else "min" for objective in self._objectives]
+        several = len(modes) > 1
+        self._asked: set[str] = set()
+        known = [trial for trial in ledger.ledger.trials.values() if trial.state != "open"]
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.TPESampler(
+            # Another seed at each start: else the random draws at its beginning would be those of the first start again.
+            seed=sweep.options.search_seed + len(known),
+            n_startup_trials=min(_STARTUP_TRIALS, max(3, sweep.max_trials // 4)),
+            multivariate=not several,
+            constant_liar=not several,  # several trials at once shall not crowd at one place
+            warn_independent_sampling=False,
+        )
+        storage = optuna.storages.InMemoryStorage()
+        study = optuna.create_study(
+            storage=storage, study_name="sweep", directions=["maximize" if mode == "max" else "minimize" for mode in modes]
+        )
+        distributions = {d.name: _distribution(d) for d in self._space.dimensions}
+        for trial in known:
+            study.add_trial(_told(trial, self._space, distributions, [o.metric for o in self._objectives]))
+        names = [f"objective_{index}" for index in range(len(modes))]
+        metric, mode = (names, modes) if several else (names[0], modes[0])
+        self._search = OptunaSearch(distributions, metric=metric, mode=mode, sampler=sampler, storage=storage, study_name="sweep")
+
+    def values(self, trial_id: str) -> Values:
+        found: Mapping[str, Any] = self._search.suggest(trial_id) or {}
+        self._asked.add(trial_id)
+        return {d.name: d.values[found[d.name]] if d.values else found[d.name] for d in self._space.dimensions}
+
+    def adopt(self, trial_id: str, trial: Trial) -> None:
+        """A trial that an earlier start has proposed."""
+        point = {d.name: d.values.index(trial.values[d.name]) if d.values else trial.values[d.name] for d in self._space.dimensions}
+        self._search._ot_study.enqueue_trial(point)
+        self.values(trial_id)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        if trial_id in self._asked and "objective_0" in result:
+            self._search.on_trial_result(trial_id, {**result, "training_iteration": result["step"]})
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if trial_id in self._asked:
+            self._search.on_trial_complete(trial_id, result, error)
+
+
+def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    """Choices go by their places in the list: Optuna wants them to be plain."""
+    if dimension.values:
+        return optuna.distributions.CategoricalDistribution(tuple(range(len(dimension.values))))
+    if dimension.kind == "randint":
+        return optuna.distributions.IntDistribution(int(dimension.low), int(dimension.high))
+    return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.kind == "loguniform")
+
+
+def _told(trial: Trial, space: Space, distributions: Mapping[str, Any], metrics: list[str]) -> optuna.trial.FrozenTrial:
+    states = optuna.trial.TrialState
+    values = [value for name in metrics if (value := trial.metric(name)) is not None]
+    complete = trial.state == "finished" and len(values) == len(metrics)
+    params = {d.name: d.values.index(trial.values[d.name]) if d.values else trial.values[d.name] for d in space.dimensions}
+    steps = {result.step: result.metrics[metrics[0]] for result in trial.results if metrics[0] in result.metrics}
+    return optuna.trial.create_trial(
+        state=states.COMPLETE if complete else states.PRUNED if trial.state == "stopped" else states.FAIL,
+        values=values if complete else None,
+        params=params,
+        distributions=dict(distributions),
+        intermediate_values=steps if len(metrics) == 1 else None,
+    )
+
+
+class Recorder:
+    """What all schedulers do besides: write down what trials tell and how they end."""
+
+    def __init__(self, ledger: LedgerFile, tell: Tell, total_steps: int) -> None:
+        self._file, self._tell, self._total_steps = ledger, tell, total_steps
+
+    def result(self, work: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        if "details" not in result:
+            return
+        self._file.write("result", trial=work["trial"], run=work["run"], step=result["step"], **json.loads(result["details"]))
+        if result["step"] < self._total_steps:  # else its end is told next
+            self._tell(self._file.ledger.trials[work["trial"]])
+
+    def end(self, work: Mapping[str, Any], step: int, state: str, reason: str | None = None) -> None:
+        self._file.write("end", trial=work["trial"], step=step, state=state, reason=reason)
+        self._tell(self._file.ledger.trials[work["trial"]])
+
+    def complete(self, work: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """The run is over; or the trial was stopped, which is written down already."""
+        if self._file.ledger.trials[work["trial"]].state != "open":
+            return
+        self.result(work, result)
+        failed = result.get("failed")
+        self.end(work, int(result.get("step", 0)), "failed" if failed else "finished", failed)
+
+    def error(self, work: Mapping[str, Any]) -> None:
+        """The trial's actor was lost more often than Tune starts it again."""
+        step = self._file.ledger.trials[work["trial"]].step
+        self.end(work, step, "failed", "its actor was lost, as when a node goes or memory runs out")
+
+
+class _Recording(Unsaved, TrialScheduler):
+    """Mixed into Tune's schedulers. Nothing is decided on a trial that has made its last step: it has only its export left to write."""
+
+    recorder: Recorder
+    total_steps: int
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        self.recorder.result(trial.config["work"], result)
+        if result["step"] >= self.total_steps:
+            return TrialScheduler.CONTINUE
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self.recorder.end(trial.config["work"], result["step"], "stopped", f"the scheduler, at step {result['step']}")
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self.recorder.complete(trial.config["work"], result)
+        super().on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        self.recorder.error(trial.config["work"])
+        super().on_trial_error(tune_controller, trial)
+
+
+class Fifo(_Recording, FIFOScheduler):
+    """No early stopping."""
+
+    def __init__(self, recorder: Recorder, total_steps: int) -> None:
+        super().__init__()
+        self.recorder, self.total_steps = recorder, total_steps
+
+
+class _Named:
+    """What ASHA knows of a trial: a name that holds over starts, where Tune's own ids do not."""
+
+    def __init__(self, number: int) -> None:
+        self.trial_id = str(number)
+
+
+class Asha(_Recording, AsyncHyperBandScheduler):
+    """Asynchronous successive halving (Li et al., arXiv 1810.05934), which knows what trials of earlier starts had come to."""
+
+    def __init__(self, recorder: Recorder, sweep: Sweep, total_steps: int, known: Mapping[int, Trial]) -> None:
+        objective = sweep.objectives[0]
+        super().__init__(
+            time_attr="step",
+            metric="objective_0",
+            mode="max" if objective.largest else "min",
+            max_t=total_steps,
+            grace_period=min(sweep.grace_steps, total_steps),
+            reduction_factor=sweep.options.reduction_factor,
+        )
+        self.recorder, self.total_steps = recorder, total_steps
+        for trial in known.values():
+            AsyncHyperBandScheduler.on_trial_add(self, None, _Named(trial.number))
+            for result in trial.results:
+                if objective.metric in result.metrics:
+                    told = {"step": result.step, "objective_0": result.metrics[objective.metric]}
+                    AsyncHyperBandScheduler.on_trial_result(self, None, _Named(trial.number), told)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        named = _Named(trial.config["work"]["trial"])
+        if named.trial_id not in self._trial_info:
+            super().on_trial_add(tune_controller, named)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        work = trial.config["work"]
+        self.recorder.result(work, result)
+        if result["step"] >= self.total_steps:
+            return TrialScheduler.CONTINUE
+        decision: str = AsyncHyperBandScheduler.on_trial_result(self, tune_controller, _Named(work["trial"]), result)
+        if decision == TrialScheduler.STOP:
+            self.recorder.end(work, result["step"], "stopped", f"asha, at step {result['step']}")
+        return decision
+
+    def on_trial_complete(self, _tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        self.recorder.complete(trial.config["work"], result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Its results stay: they tell what others are worth."""
+
+
+class Pbt(_Recording, PopulationBasedTraining):
+    """Population based training (Jaderberg et al., arXiv 1711.09846). A trial that is replaced gets a new run, which begins with a
+    checkpoint of the better trial and its settings, perturbed within their ranges."""
+
+    def __init__(self, recorder: Recorder, setting: Setting, sweep_place: str, total_steps: int, ledger: LedgerFile) -> None:
+        sweep = setting.sweep
+        self._dimensions = {d.name: d for d in sweep.space.dimensions if d.name in mutable(sweep.space)}
+        self._setting, self._place, self._file = setting, sweep_place, ledger
+        self._draw = random.Random(f"{sweep.options.search_seed}/{len(ledger.ledger.trials)}")
+        super().__init__(
+            time_attr="step",
+            metric="objective_0",
+            mode="max" if sweep.objectives[0].largest else "min",
+            perturbation_interval=sweep.perturb_steps,
+            custom_explore_fn=lambda config: config,  # settings are made in _get_new_config
+            log_config=False,
+            require_attrs=False,
+        )
+        self.recorder, self.total_steps = recorder, total_steps
+
+    def perturbed(self, values: Values) -> Values:
+        """Each mutable setting drawn anew, one time in four, else times 1.2 or 0.8, as far as its range goes."""
+        made = dict(values)
+        for name, dimension in self._dimensions.items():
+            if self._draw.random() < 0.25:
+                made[name] = dimension.at(self._draw.random())
+            else:
+                made[name] = min(dimension.high, max(dimension.low, values[name] * self._draw.choice((0.8, 1.2))))
+        return made
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        own, other = trial.config["work"], trial_to_clone.config["work"]
+        step = self._trial_state[trial_to_clone].last_train_time
+        values = self.perturbed(other["values"])
+        generation = len(self._file.ledger.trials[own["trial"]].runs)
+        parent = {"trial": other["trial"], "run": other["run"], "step": step, "place": kept_place(self._place, other["run"], step)}
+        line = {
+            "trial": own["trial"],
+            "run": run_name(own["trial"], generation),
+            "values": values,
+            "settings": self._setting.settings_of(values),
+            "parent": parent,
+        }
+        self._file.write("trial", **line)
+        return {"work": {**line, "after": 0}}, {}

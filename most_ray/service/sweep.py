@@ -1,0 +1,374 @@
+"""A sweep from its configuration to its winner: everything is checked and measured, then Ray Tune carries the trials out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.stopper import Stopper
+from rich.console import Console
+
+from most_ray import storage
+from most_ray.config import RunConfig
+from most_ray.errors import ConfigError
+from most_ray.model.build import read_config
+from most_ray.report import write_report
+from most_ray.service.attempts import RunIncompleteError
+from most_ray.service.cluster import connect, named_cluster
+from most_ray.service.control import Terminated, WorkerShare, room, stopped, usable_nodes
+from most_ray.service.ingest import runner_of
+from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
+from most_ray.service.stream import TASK_CPUS
+from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
+from most_ray.service.trial import KEPT, TrialActor
+from most_ray.sweep.ledger import LedgerFile, Trial, ranked
+from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
+from most_ray.sweep.options import Sweep
+from most_ray.sweep.trials import Setting, estimate, first_valid
+from most_ray.train.folder import RunFolder, local_copy
+from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
+from most_ray.train.session import Job, overrides_of
+
+logger = logging.getLogger(__name__)
+_TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation
+_ACTOR_CPUS = 0.01  # of a trial's actor, which waits
+_TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
+_ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, that the trial goes on after
+# What may differ between two starts of a sweep: it changes no trial.
+_FREE = (
+    "max_trials max_hours max_concurrent_trials output_dir ray_address room_timeout_s max_failures failure_window_s data_timeout_s "
+    "wandb_project wandb_mode wandb_tags wandb_group tensorboard load_alert store_dir base keep_last keep_best best_metric"
+)
+
+
+def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
+    """Make all trials that are still to be made. The same name goes on where it stopped. Returns the summary.
+
+    Raises:
+        UserError: what the user can mend, a sweep that was asked to stop, or one none of whose trials was trained to its end.
+    """
+    folder = RunFolder(sweep.run.run_place)
+    file = LedgerFile(folder)
+    try:
+        with Terminated().on_sigterm() as terminated:
+            return _run(sweep, folder, file, console, terminated)
+    finally:
+        file.close()
+
+
+def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, terminated: Terminated) -> dict[str, Any]:
+    _check_same(sweep, file)
+    prepared = _prepare(sweep)
+    job = prepared.job
+    model = read_config(local_copy(job.model_path), overrides_of(sweep.run))
+    any_order = range(model.n_routed_experts)
+    first_valid(Setting(sweep, model, any_order, {}))  # before anything starts, so before affinity is known
+    left = sweep.max_trials - len(file.ledger.trials) + len(file.ledger.in_state("open"))
+    if left > 0:
+        connected = _Cluster(sweep, prepared, left, file.ledger.sweep.get("shared"))
+        measured = _Measured(folder, replace(job, threads=connected.threads), connected, sweep)
+        setting = Setting(sweep, model, measured.affinity.most_text_first if measured.affinity else None, connected.shared)
+        cost = estimate(sweep, job.total_steps, left, connected.concurrent, measured.step_seconds)
+        storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
+        file.write("sweep", **_description(sweep, job, connected))
+        start_screen(sweep, file.ledger, folder.place, job, connected.where, measured.affinity, cost, console)
+        cut = _search(setting, job, folder, file, connected.concurrent, console, terminated)
+        if terminated.is_set():
+            raise stopped("came: trials under way have stopped behind a checkpoint.")
+        if cut:
+            console.print(f"max_hours = {sweep.options.max_hours:g} are used up; a higher one goes on.", highlight=False, soft_wrap=True)
+    else:
+        console.print(f"All {len(file.ledger.trials)} trials of {sweep.run.name!r} have ended; nothing to do.", highlight=False)
+    return _finish(sweep, model, folder, file, console)
+
+
+def _check_same(sweep: Sweep, file: LedgerFile) -> None:
+    """Raises ConfigError where a ledger is there of trials that could not be compared with this sweep's."""
+    before, now = file.ledger.sweep.get("fixed"), _fixed(sweep)
+    if before is not None and before != now:
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        rule = f"is the name of a sweep whose {', '.join(changed)} {'was' if len(changed) == 1 else 'were'} another."
+        raise ConfigError("name", sweep.run.name, rule, "Choose a new name, or put back what was changed.")
+
+
+def _fixed(sweep: Sweep) -> dict[str, Any]:
+    """What stays the same over all starts of a sweep, JSON-ready."""
+    run, options = vars(sweep.run.redacted()), vars(sweep.options)
+    kept = {name: value for name, value in {**run, **options}.items() if name not in _FREE.split()}
+    content = {**kept, "objectives": [str(objective) for objective in sweep.objectives], "space": dict(sweep.raw_space)}
+    made: dict[str, Any] = json.loads(json.dumps(content))
+    return made
+
+
+def _prepare(sweep: Sweep) -> Prepared:
+    """Every check of a run, made once for all trials: data taken in, the starting model made."""
+    base = sweep.run
+    config = replace(base, output_dir=base.run_place, name="start", store_dir=store_dir_of(base))
+    return prepare_run(config, runner_of)
+
+
+class _Cluster:
+    """The Ray that the sweep uses, and each trial's share of it. `shared`: what trials get of it, the same at every start of a sweep."""
+
+    def __init__(self, sweep: Sweep, prepared: Prepared, left: int, before: dict[str, Any] | None) -> None:
+        run = sweep.run
+        self.use_gpu, self.workers = prepared.use_gpu, prepared.topologies[-1].world_size
+        self._share = WorkerShare.of(run, self.use_gpu)
+        self._cpus = self.workers * self._share.cpus + _TASKS_OF_A_RUN + TASK_CPUS * (run.eval_workers - 1) + _ACTOR_CPUS
+        cores = os.cpu_count() or 1
+        here = (
+            None if named_cluster(run) or ray.is_initialized() else self._here(run, min(left, sweep.options.max_concurrent_trials or left))
+        )
+        connect(run, math.ceil((here or 1) * self._cpus) + 1)
+        fits = self._room()
+        if fits < 1:
+            raise ConfigError(
+                "num_workers",
+                self.workers,
+                f"is more than the cluster has room for: a trial takes {self.workers} workers of {self._share} each, and "
+                f"{self._cpus - self.workers * self._share.cpus:g} CPUs for their data and evaluations.",
+                "Use fewer workers, or lower cpus_per_worker.",
+            )
+        self.room = fits if here is None else min(fits, here)
+        self.concurrent = min(left, self.room, sweep.options.max_concurrent_trials or self.room)
+        self.threads = run.threads_per_worker or (1 if self.use_gpu else max(1, cores // (self.concurrent * self.workers)))
+        self.shared = before or {
+            "use_gpu": self.use_gpu,
+            "num_workers": [self.workers],
+            "threads_per_worker": self.threads,
+            "max_steps": prepared.job.total_steps,  # of epochs, a trial's mix would make another number
+        }
+        self.threads = int(self.shared["threads_per_worker"])
+
+    def _here(self, run: RunConfig, wanted: int) -> int:
+        """Trials at once on this machine: a core or a GPU for each worker, and memory for their processes."""
+        cores = os.cpu_count() or 1
+        slots = torch.cuda.device_count() / self._share.gpus if self._share.gpus else cores / (run.threads_per_worker or 1)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _TRIAL_BYTES
+        return max(1, min(wanted, int(slots) // self.workers, memory))
+
+    def _room(self) -> int:
+        """Trials that the whole cluster could hold."""
+        nodes = usable_nodes()
+        by_cpus = int(ray.cluster_resources().get("CPU", 0.0) / self._cpus + 1e-6)
+        return min(by_cpus, room(nodes, self._share, by_cpus * _TASKS_OF_A_RUN) // self.workers)
+
+    @property
+    def where(self) -> str:
+        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        each = " each" if self.workers > 1 else ""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"{self.concurrent} at a time (room for {self.room}); {workers} of {self._share}{each}, {threads}"
+
+
+class _Measured:
+    """What of the starting model is measured: the text that its experts carry, where a trial asks for it, and a step's time."""
+
+    def __init__(self, folder: RunFolder, job: Job, cluster: _Cluster, sweep: Sweep) -> None:
+        splits = next((d.values for d in sweep.space.dimensions if d.name == "expert_split"), ())
+        self.affinity = _read_affinity(folder) if "affinity" in splits else None
+        wanted = "affinity" in splits and self.affinity is None
+        if cluster.use_gpu:
+            task = ray.remote(num_cpus=1, num_gpus=1, max_retries=0, max_calls=1)(_measure)
+            found, self.step_seconds = ray.get(task.remote(job, wanted))
+        else:
+            found, self.step_seconds = _measure(job, wanted)
+        if found:
+            self.affinity = found
+            storage.write_bytes(folder.at("affinity.json"), json.dumps(asdict(found)).encode())
+
+
+def _measure(job: Job, affinity: bool) -> tuple[Affinity | None, float | None]:
+    device = torch.device("cuda" if torch.cuda.is_available() and job.config.use_gpu is not False else "cpu")
+    return measure_affinity(job, device) if affinity else None, step_seconds(job, device)
+
+
+def _read_affinity(folder: RunFolder) -> Affinity | None:
+    """As an earlier start has measured it."""
+    try:
+        return Affinity(**json.loads(storage.read_bytes(folder.at("affinity.json"))))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _description(sweep: Sweep, job: Job, cluster: _Cluster) -> dict[str, Any]:
+    """The ledger's line of a start."""
+    return {
+        "name": sweep.run.name,
+        "objectives": [str(objective) for objective in sweep.objectives],
+        "dimensions": [dimension.described() for dimension in sweep.space.dimensions],
+        "search": sweep.options.search,
+        "scheduler": sweep.options.scheduler,
+        "max_trials": sweep.max_trials,
+        "max_steps": job.total_steps,
+        "concurrent": cluster.concurrent,
+        "shared": cluster.shared,
+        "fixed": _fixed(sweep),
+    }
+
+
+class _Ending(Unsaved, Stopper):
+    """Ends the sweep when it is asked to, or when its time is up."""
+
+    def __init__(self, terminated: Terminated, deadline: float | None) -> None:
+        self._terminated, self._deadline = terminated, deadline
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        del trial_id, result
+        return False
+
+    def stop_all(self) -> bool:
+        return self._terminated.is_set() or self.late
+
+    @property
+    def late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+
+def _search(
+    setting: Setting, job: Job, folder: RunFolder, file: LedgerFile, concurrent: int, console: Console, terminated: Terminated
+) -> bool:
+    """Until all trials have ended; whether the time was up before."""
+    sweep, options = setting.sweep, setting.sweep.options
+    left_s = options.max_hours * 3600 - file.ledger.spent_s if options.max_hours else None
+    ending = _Ending(terminated, None if left_s is None else time.monotonic() + left_s)
+    tell = _teller(sweep, console)
+    recorder, proposals = Recorder(file, tell, job.total_steps), Proposals(setting, file, tell)
+    search: dict[str, Any] = {"search_alg": proposals, "num_samples": sweep.max_trials}
+    space: dict[str, Any] = {}
+    scheduler: Any = Fifo(recorder, job.total_steps)
+    if options.scheduler == "asha":
+        scheduler = Asha(recorder, sweep, job.total_steps, file.ledger.trials)
+    elif options.scheduler == "pbt":  # which takes no search: its population is there from the beginning
+        scheduler = Pbt(recorder, setting, folder.place, job.total_steps, file)
+        works = list(iter(proposals.next, None))
+        if not works:
+            return False
+        search, space = {"num_samples": 1}, {"work": tune.grid_search(works)}
+    actor = tune.with_parameters(TrialActor, common=_common(setting, folder))
+    with _quiet_tune():
+        tuner = tune.Tuner(
+            tune.with_resources(actor, {"CPU": _ACTOR_CPUS}),
+            param_space=space,
+            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, **search),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder.place,
+                stop=ending,
+                verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                failure_config=tune.FailureConfig(max_failures=_ACTOR_FAILURES),
+            ),
+        )
+        terminated.install(interrupt=True)
+        terminated.patient = True
+        try:
+            tuner.fit()
+        finally:
+            terminated.patient = False
+            storage.remove(folder.at("tune"))
+    return ending.late and bool(file.ledger.in_state("open"))
+
+
+def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
+    """What trials' actors need besides their lines: plain values, for an actor shall start without torch."""
+    config = setting.config({}, "trial")
+    values = {**setting.sweep.values, **{name: getattr(config, name) for name in ("output_dir", "store_dir", "wandb_group")}}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        "values": {**plain, "ray_address": ray.get_runtime_context().gcs_address},
+        "sweep_place": folder.place,
+        "directory": os.getcwd(),
+        "objectives": [objective.metric for objective in setting.sweep.objectives],
+    }
+
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Tune without its files, tables and advice: the ledger and our own lines say what happens."""
+    settings = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.air", "ray.train")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _teller(sweep: Sweep, console: Console) -> Tell:
+    def tell(trial: Trial) -> None:
+        console.print(trial_line(trial, sweep.objectives), highlight=False, soft_wrap=True, markup=False)
+
+    return tell
+
+
+def _finish(sweep: Sweep, model: Any, folder: RunFolder, file: LedgerFile, console: Console) -> dict[str, Any]:
+    """best.yaml, summary.json and the report."""
+    ledger, objective = file.reread(), sweep.objectives[0]
+    order = ranked(ledger.trials.values(), objective)
+    best = next((trial for trial in order if trial.state == "finished"), None)
+    command = None
+    if best:
+        value = best.metric(objective.metric)
+        why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
+        storage.write_bytes(folder.at("best.yaml"), Setting(sweep, model, None, {}).best_yaml(best, why).encode())
+        command = f"most-ray train --config {storage.redact(folder.at('best.yaml'))}"
+    _forget_kept(folder, file)
+    summary = {
+        "name": sweep.run.name,
+        "objectives": [str(each) for each in sweep.objectives],
+        "trials": {state: len(ledger.in_state(state)) for state in ("finished", "stopped", "failed", "open")},
+        "best": best
+        and {"trial": best.number, "run": best.runs[-1], "values": best.values, "step": best.step, "metrics": best.results[-1].metrics},
+        "command": command,
+        "hours": round(ledger.spent_s / 3600, 4),
+        "report": storage.redact(folder.at("report.html")),
+    }
+    storage.write_bytes(folder.at("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    try:
+        write_report([folder.place], folder.local / "report.html")
+        folder.push("report.html")
+    except Exception as error:  # noqa: BLE001 - the sweep is on disk: a picture of it may fail, and can be made again
+        logger.warning("report.html could not be made (%s); `most-ray report` tries again", error)
+    last_screen(ledger, sweep.objectives, summary, console)
+    if ledger.trials and not best and not ledger.in_state("open", "stopped"):
+        rule = f"failed, all {len(ledger.trials)} of them, at last so: {list(ledger.trials.values())[-1].reason}"
+        raise RunIncompleteError("trials", None, rule, "Their logs are in trials/*/train.log.")
+    return summary
+
+
+def _forget_kept(folder: RunFolder, file: LedgerFile) -> None:
+    """Checkpoints that trials were to go on from stay only where a trial's last run began with them: best.yaml may name one."""
+    wanted = {parent["place"] for trial in file.ledger.trials.values() if (parent := trial.parents[-1] if trial.parents else None)}
+    kept = folder.at(KEPT)
+    if file.ledger.in_state("open"):
+        return
+    places = {storage.parent(entry.place) for entry in storage.list_files(kept, ("commit.json",))} if storage.exists(kept) else set()
+    for place in places - wanted:
+        storage.remove(place)

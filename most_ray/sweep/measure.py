@@ -1,0 +1,102 @@
+"""What is measured of the starting model before a sweep begins: which experts carry text, and how long a step takes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from most_ray.data.batch import TEXT, open_plan, rank_batch
+from most_ray.data.plan import Plan
+from most_ray.model.build import RoutingOverrides, load_model
+from most_ray.model.modeling import MostForCausalLM
+from most_ray.sweep.splits import rank_experts
+from most_ray.train.folder import local_copy
+from most_ray.train.session import Job, overrides_of
+from most_ray.train.state import make_state
+from most_ray.train.step import Precision, run_step
+
+logger = logging.getLogger(__name__)
+TEXT_TOKENS = 50_000  # that affinity is measured on; shares of a percent do not move with more
+_ROWS = 16  # in a forward pass
+_STEPS = 3  # that are timed, behind one that warms up
+
+
+@dataclass(frozen=True)
+class Affinity:
+    """most_text_first: experts by the text that they carry in the starting model; share: of a layer's selections, by expert, mean over
+    layers; tokens: text tokens it was measured on."""
+
+    most_text_first: list[int]
+    share: list[float]
+    tokens: int
+
+
+def measure_affinity(job: Job, device: torch.device) -> Affinity:
+    """Run text through the starting model, routed without regard to modality, and count what each expert gets.
+
+    The text is that of the run's first records, in the run's mix: instructions, transcripts, prompts of speech, without the speech.
+    """
+    model = load_model(local_copy(job.model_path), RoutingOverrides(use_modality_aware_routing=False)).to(device).eval()
+    load, tokens = text_load(model, texts_of(open_plan(job.plan), job), device)
+    most_text_first, share = rank_experts(load)
+    return Affinity(most_text_first, share, tokens)
+
+
+def texts_of(plan: Plan, job: Job) -> Iterator[np.ndarray]:
+    """Text tokens (tokens,) of the plan's records in their order, TEXT_TOKENS or a few more of them in all."""
+    count = 0
+    for step in range(1, job.total_steps + 1):
+        made = plan.step(step)
+        for source, row in zip(made.sources, made.rows, strict=True):
+            ids = plan.stores[source].input_ids(int(row))
+            text = ids[(ids < job.layout.first_audio) | (ids > job.layout.last_audio)]
+            yield text
+            count += len(text)
+            if count >= TEXT_TOKENS:
+                return
+
+
+@torch.no_grad()
+def text_load(model: MostForCausalLM, texts: Iterator[np.ndarray], device: torch.device) -> tuple[np.ndarray, int]:
+    """(L, E) selections of all texts' tokens, and the number of tokens."""
+    total, tokens, waiting = np.zeros(()), 0, list(texts)
+    for start in range(0, len(waiting), _ROWS):
+        rows = waiting[start : start + _ROWS]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
+            mask[index, : len(row)] = 1
+        load = model.model(ids.to(device), attention_mask=mask.to(device), use_cache=False).expert_load
+        total = total + load[:, TEXT].cpu().numpy()
+        tokens += sum(map(len, rows))
+    return total, tokens
+
+
+def step_seconds(job: Job, device: torch.device) -> float | None:
+    """Seconds of an optimizer step on one worker's share of the records, exchange between workers aside. None: it does not fit here."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(job.threads)
+        model = load_model(local_copy(job.model_path), overrides_of(job.config)).to(device)
+        if job.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        state = make_state(model, job.config, job.total_steps)
+        precision = Precision(torch.float16 if job.config.fp16 else torch.bfloat16 if job.config.bf16 else None)
+        plan, took = open_plan(job.plan), []
+        for step in range(1, min(job.total_steps, _STEPS + 1) + 1):
+            batch = rank_batch(plan, step, 0, job.topology.world_size, job.config.train_batch_size, job.layout)
+            began = time.perf_counter()
+            run_step(state, batch, precision, job.config.max_grad_norm, device, job.config.asr_loss_weight)
+            took.append(time.perf_counter() - began)
+        return min(took)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's allocator on CPUs
+        logger.info("a step could not be timed: %s", error)
+        return None
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,165 @@
+"""From a trial's values to its run: settings over the sweep's own, what makes them invalid, and what all trials will cost. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from most_ray import storage
+from most_ray.config import RunConfig, config_from
+from most_ray.errors import ConfigError, UserError
+from most_ray.model.configuration import MostConfig, check_experts
+from most_ray.sweep.ledger import TRIALS, Trial
+from most_ray.sweep.options import Sweep
+from most_ray.sweep.space import Values
+from most_ray.sweep.splits import split_experts
+from most_ray.train.prepare import store_dir_of
+from most_ray.train.topology import plan_topologies
+
+_TRIED = 2_000  # proposals that are looked at for a valid one
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials of a sweep stand on.
+
+    model: the starting model's configuration; most_text_first: its experts by the text that they carry, None where no trial asks for it;
+    shared: what of the run was settled for all trials (devices, workers, threads), so that none depends on where it is started.
+    """
+
+    sweep: Sweep
+    model: MostConfig
+    most_text_first: Sequence[int] | None
+    shared: Mapping[str, Any]
+
+    def settings_of(self, values: Values) -> dict[str, Any]:
+        """What a trial's run changes in the sweep's: keys of the configuration.
+
+        Raises:
+            UserError: the trial cannot be; names what of it.
+        """
+        settings = self.sweep.space.settings(values)
+        split, n_audio = settings.pop("expert_split", None), settings.pop("audio_experts", None)
+        if split is not None or n_audio is not None:
+            n_audio = self._audio_experts() if n_audio is None else n_audio
+            text, audio = split_experts(split or "contiguous", self.model.n_routed_experts, n_audio, self.most_text_first)
+            settings |= {"use_modality_aware_routing": True, "text_expert_indices": text, "audio_expert_indices": audio}
+        settings |= self.shared
+        self._check(self.config(settings, "check"))
+        return settings
+
+    def _audio_experts(self) -> int:
+        """How many there are where no trial says it: as in the model that is started from, else half of them."""
+        given = self.sweep.run.audio_expert_indices or self.model.audio_expert_indices
+        return len(given) if given else self.model.n_routed_experts // 2
+
+    def _check(self, config: RunConfig) -> None:
+        model = self.model
+        aware = model.use_modality_aware_routing if config.use_modality_aware_routing is None else config.use_modality_aware_routing
+        every = set(range(model.n_routed_experts))
+        text, audio = config.text_expert_indices, config.audio_expert_indices
+        if text is None and audio is not None:  # one group named: the other is what is left, as for any run
+            text = tuple(sorted(every - set(audio)))
+        elif audio is None and text is not None:
+            audio = tuple(sorted(every - set(text)))
+        check_experts(
+            n_routed_experts=model.n_routed_experts,
+            top_k=config.num_experts_per_tok or model.num_experts_per_tok,
+            modality_aware=aware,
+            text=model.text_expert_indices if text is None else text,
+            audio=model.audio_expert_indices if audio is None else audio,
+            n_group=model.n_group if model.topk_method == "group_limited_greedy" else None,
+            topk_group=model.topk_group,
+        )
+        workers = (config.num_workers or (1,))[-1]
+        plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)
+
+    def config(self, settings: Mapping[str, Any], run: str, **changes: Any) -> RunConfig:
+        """The configuration of a trial's run, which lies in the sweep's folder beside the others; all of them share token stores."""
+        base = self.sweep.run
+        place = {
+            "name": run,
+            "output_dir": storage.join(base.run_place, TRIALS),
+            "store_dir": store_dir_of(base),
+            "wandb_group": base.wandb_group or base.name,
+        }
+        return config_from({**self.sweep.values, **settings, **place, **changes})
+
+    def best_yaml(self, trial: Trial, why: str) -> str:
+        """The winner as a configuration of its own: a run of the same steps that makes the same numbers."""
+        base = self.sweep.run.redacted()
+        kept = {name: value for name, value in vars(base).items() if name in self.sweep.values and name not in ("name", "output_dir")}
+        whole = {"name": f"{base.name}-best", "output_dir": base.output_dir, **kept, **trial.settings}
+        parent = trial.parents[-1] if trial.parents else None
+        if parent:
+            whole |= {"resume_from_checkpoint": storage.redact(parent["place"]), "accept_data_change": True}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in whole.items()}
+        return f"# {why}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
+
+
+def proposals(sweep: Sweep) -> Iterator[Values]:
+    """Values that trials may get: of random and grid those that they will, of tpe random ones out of the same space."""
+    search = "random" if sweep.options.search == "tpe" else sweep.options.search
+    for k in range(max(_TRIED, sweep.max_trials)):
+        values = sweep.space.proposal(search, sweep.options.search_seed, k)
+        if values is None:
+            return
+        yield values
+
+
+def first_valid(setting: Setting) -> dict[str, Any]:
+    """Settings of the first proposal that can be trained.
+
+    Raises:
+        ConfigError: none can; says why, by the commonest reason.
+    """
+    reasons: dict[str, int] = {}
+    for values in proposals(setting.sweep):
+        try:
+            return setting.settings_of(values)
+        except UserError as error:
+            reasons[str(error)] = reasons.get(str(error), 0) + 1
+    commonest = max(reasons, key=lambda reason: reasons[reason])
+    rule = f"holds no trial that can be trained: {sum(reasons.values())} were looked at, most of them fail so: {commonest}"
+    raise ConfigError("space", setting.sweep.space.names, rule)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a sweep will cost: steps of all trials where the scheduler stops as many as it may (fewest) and none (most), and the hours of
+    both, where a step's time is known."""
+
+    fewest_steps: int
+    most_steps: int
+    fewest_hours: float | None
+    most_hours: float | None
+
+
+START_S = 30.0  # of a trial, besides its steps: processes, the model, the last evaluation, export and report; measured on two cores
+
+
+def estimate(sweep: Sweep, total_steps: int, left: int, concurrent: int, step_s: float | None) -> Estimate:
+    """Of `left` trials with `concurrent` at a time."""
+    most = fewest = left * total_steps
+    if sweep.options.scheduler == "asha":
+        fewest = sum(_fewest_at_rungs(left, sweep.grace_steps, total_steps, sweep.options.reduction_factor))
+    if step_s is None:
+        return Estimate(fewest, most, None, None)
+    low, high = ((steps * step_s + left * START_S) / concurrent / 3600 for steps in (fewest, most))
+    return Estimate(fewest, most, low, high)
+
+
+def _fewest_at_rungs(trials: int, grace: int, total: int, factor: float) -> list[int]:
+    """Steps made up to each rung where at each but one of `factor` trials is stopped: each trial makes the first rung's."""
+    made, rung, before, going = [], float(min(grace, total)), 0.0, float(trials)
+    while going >= 1 and before < total:
+        made.append(round(going * (min(rung, total) - before)))
+        before, rung, going = rung, rung * factor, going / factor
+    return made
+
+
+def run_name(trial: int, generation: int = 0) -> str:
+    return f"{trial:03d}" + (f"-{generation}" if generation else "")
