@@ -37,6 +37,6 @@ def ray_cluster() -> Iterator[str]:
 
     from most_ray.service.cluster import local_ray_options
 
-    ray.init(**local_ray_options(6))
+    ray.init(**{**local_ray_options(6), "include_dashboard": True})  # for its state API
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

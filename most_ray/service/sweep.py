@@ -30,7 +30,7 @@ from most_ray.service.ingest import runner_of
 from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
-from most_ray.service.trial import KEPT, TrialActor
+from most_ray.service.trial import KEPT, TRAIN, TrialActor
 from most_ray.sweep.ledger import LedgerFile, Trial, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
@@ -289,6 +289,7 @@ def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         "values": {**plain, "ray_address": ray.get_runtime_context().gcs_address},
         "sweep_place": folder.place,
         "directory": os.getcwd(),
+        "train": TRAIN,
         "objectives": [objective.metric for objective in setting.sweep.objectives],
     }
 

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # for new lines of metrics
 _LEAVE_S = 180.0  # for a run to write a checkpoint and go
 LOG = "train.log"
+TRAIN = ("-m", "most_ray.cli", "train", "--config", "/dev/stdin")  # what carries a trial out, behind the interpreter
 KEPT = "kept"  # checkpoints that other trials go on from, in the sweep's folder
 _POINTER = "checkpoint.json"
 _ENDED: dict[str, Any] = {}
@@ -56,7 +57,7 @@ class TrialActor(tune.Trainable):
         work = config["work"]
         self._run, self._sweep_place = str(work["run"]), str(common["sweep_place"])
         self._objectives: list[str] = list(common["objectives"])
-        self._directory = str(common["directory"])
+        self._command, self._directory = [sys.executable, *common["train"]], str(common["directory"])
         self._values = {**common["values"], **work["settings"], "name": self._run}
         if parent := work.get("parent"):
             self._values |= {"resume_from_checkpoint": parent["place"], "accept_data_change": True}
@@ -84,7 +85,7 @@ class TrialActor(tune.Trainable):
         environment = {name: value for name, value in os.environ.items() if name not in _OF_RAY_WORKERS}
         with (self._folder.local / LOG).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "most_ray.cli", "train", "--config", "/dev/stdin"],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
