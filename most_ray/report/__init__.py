@@ -1,4 +1,4 @@
-"""One self-contained page about one run or several side by side."""
+"""One self-contained page about one run, several side by side, or a sweep."""
 
 from most_ray.report.page import write_report
 

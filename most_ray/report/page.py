@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from most_ray import storage
+from most_ray.errors import DataError
+from most_ray.report import sweep as sweeps
 from most_ray.report import tables
 from most_ray.report.collect import RunData, collect
 from most_ray.report.curves import Figure
@@ -23,23 +26,54 @@ from most_ray.report.style import SCRIPT, STYLE
 from most_ray.report.tables import text
 
 
-def write_report(runs: Sequence[str], output: Path) -> None:
-    """Make the page about the runs at these places (paths or URIs) and put it to `output`, whole or not at all.
+def write_report(places: Sequence[str], output: Path) -> None:
+    """Make the page about the runs, or the one sweep, at these places (paths or URIs) and put it to `output`, whole or not at all.
 
     Raises:
-        DataError: a place holds no metrics.jsonl.
+        DataError: a place holds neither metrics.jsonl nor trials.jsonl, or a sweep's stands beside others.
     """
-    storage.write_bytes(output, page(collect(runs)).encode())
+    storage.write_bytes(output, _page_of(places).encode(errors="replace"))  # JSON can hold halves of characters
+
+
+def _page_of(places: Sequence[str]) -> str:
+    found = [place for place in places if sweeps.is_sweep(place)]
+    if not found:
+        return page(collect(places))
+    if len(places) > 1:
+        rule = "is a sweep's, and a page is about one sweep at a time, or about runs."
+        raise DataError("run", storage.redact(found[0]), rule, "Give it alone, or its trials, which are runs: SWEEP/trials/001 ...")
+    return sweep_page(sweeps.read_sweep(found[0]))
 
 
 def page(runs: Sequence[RunData]) -> str:
-    """The page's text; the same runs give the same."""
-    parts = _parts(runs, figures(runs))
+    """The page about runs; the same runs give the same."""
     names = ", ".join(run.name for run in runs)
-    links = "".join(f'<a href="#{_slug(title)}">{title}</a>' for title, _ in parts)
+    states = [("complete" if run.complete else "going", (f"{run.name}: " if len(runs) > 1 else "") + tables.state(run)) for run in runs]
+    heading = " ".join(f'<span class="run">{name}</span>' for name in tables.run_names(runs))
+    tiles = tables.highlights(runs[0]) if len(runs) == 1 else []
+    return _shell(f"{names}: run report", heading, states, tiles, _parts(runs, figures(runs)))
+
+
+def sweep_page(sweep: sweeps.Sweep) -> str:
+    """The page about a sweep; the same folder gives the same."""
+    parts = [(title, "".join(map(_piece, pieces))) for title, pieces in sweeps.parts(sweep)]
+    heading = f'<span class="run">{text(sweep.name)}</span>'
+    return _shell(f"{sweep.name}: sweep report", heading, sweeps.states(sweep), sweeps.tiles(sweep), parts)
+
+
+def _shell(
+    title: str,
+    heading: str,
+    states: Sequence[tuple[str, str]],
+    tiles: Sequence[tuple[str, str, str]],
+    parts: Sequence[tuple[str, str]],
+) -> str:
+    """The whole page. `heading`, `tiles` (what, value, more) and the contents of `parts` are markup; `states` are classes and texts."""
+    links = "".join(f'<a href="#{_slug(name)}">{name}</a>' for name, _ in parts)
     body = "".join(
-        f'<section aria-labelledby="{_slug(title)}"><h2 id="{_slug(title)}">{title}</h2>\n{inner}\n</section>\n' for title, inner in parts
+        f'<section aria-labelledby="{_slug(name)}"><h2 id="{_slug(name)}">{name}</h2>\n{inner}\n</section>\n' for name, inner in parts
     )
+    shown = "".join(f'<span class="{kind}">{text(state)}</span>' for kind, state in states)
     scripts = (_library(), SCRIPT)
     # Only these two scripts may run, and nothing may be fetched: even markup that slipped through could neither act nor call out.
     allowed = (
@@ -57,17 +91,17 @@ def page(runs: Sequence[RunData]) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{"; ".join(allowed)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(names)}: run report</title>
+<title>{text(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <header>
-<h1>{_heading(runs)}</h1>
-<div class="states">{"".join(_state(run, len(runs)) for run in runs)}</div>
+<h1>{heading}</h1>
+<div class="states">{shown}</div>
 <nav aria-label="Parts">{links}</nav>
 </header>
 <main>
-{_tiles(runs[0]) if len(runs) == 1 else ""}{body}</main>
+{_tiles(tiles)}{body}</main>
 <footer>Made by most-ray report. Charts by plotly.js (MIT licence), which is part of this file.</footer>
 <script>{scripts[0]}</script>
 <script>{scripts[1]}</script>
@@ -96,26 +130,16 @@ def _digest(script: str) -> str:
 
 
 def _slug(title: str) -> str:
-    return title.lower().replace(" ", "-")
+    return re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
 
 
-def _heading(runs: Sequence[RunData]) -> str:
-    return " ".join(f'<span class="run">{name}</span>' for name in tables.run_names(runs))
-
-
-def _state(run: RunData, runs: int) -> str:
-    name = f"{run.name}: " if runs > 1 else ""
-    return f'<span class="{"complete" if run.complete else "going"}">{text(name + tables.state(run))}</span>'
-
-
-def _tiles(run: RunData) -> str:
-    """A single run's most important numbers."""
-    tiles = []
-    for what, value, more in tables.highlights(run):
-        tiles.append(
-            f'<div class="tile"><div class="what">{what}</div><div class="value">{value}</div><div class="more">{more}</div></div>'
-        )
-    return f'<div class="tiles">{"".join(tiles)}</div>\n' if tiles else ""
+def _tiles(entries: Sequence[tuple[str, str, str]]) -> str:
+    """The most important numbers."""
+    tiles = "".join(
+        f'<div class="tile"><div class="what">{what}</div><div class="value">{value}</div><div class="more">{more}</div></div>'
+        for what, value, more in entries
+    )
+    return f'<div class="tiles">{tiles}</div>\n' if tiles else ""
 
 
 def _parts(runs: Sequence[RunData], drawn: dict[str, list[Figure]]) -> list[tuple[str, str]]:
@@ -181,6 +205,12 @@ def _grid(found: Sequence[Figure]) -> str:
         alone = wide or not alone
         markup.append(_figure(dataclasses.replace(figure, wide=wide)))
     return f'<div class="grid">{"".join(markup)}</div>' if found else ""
+
+
+def _piece(piece: sweeps.Piece) -> str:
+    if isinstance(piece, str):
+        return piece
+    return f'<div class="grid small">{"".join(map(_figure, piece.figures))}</div>' if piece.small else _grid(piece.figures)
 
 
 def _figure(figure: Figure) -> str:

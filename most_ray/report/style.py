@@ -75,8 +75,23 @@ footer { color: var(--soft); font-size: 12px; padding-top: 30px; padding-bottom:
 .plot .gridlayer path { stroke: var(--grid) !important; }
 .plot .xlines-above, .plot .ylines-above, .plot path[class$="tick"] { stroke: var(--soft) !important; }
 .plot g[class$="tick"] text { fill: var(--soft) !important; }
+/* Of a sweep: many trials in a table, small figures in a row, texts as they were written. */
+:root { --bad: #b03a2e; } @media (prefers-color-scheme: dark) { :root { --bad: #ee9186; } }
+.states .failed { color: var(--bad); }
+.tall > .scroll { max-height: 620px; overflow: auto; border: 1px solid var(--line); border-radius: 6px; padding: 0 14px;
+  background: var(--panel); }
+.tall thead th { position: sticky; top: 0; background: var(--panel); padding-top: 8px; box-shadow: 0 1px 0 var(--line); }
+.trials td { white-space: nowrap; } .trials td .counts { display: inline-block; max-width: 320px; white-space: normal; }
+.trials { min-width: 100%; } .trials tbody th { color: inherit; }
+.between { margin: 16px 0; } .effects > div { min-width: 0; }
+.effects { margin-top: 4px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
+pre { font: 12px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; margin: 6px 0 8px; padding: 10px 12px; border-radius: 4px;
+  background: var(--tint); white-space: pre-wrap; overflow-wrap: anywhere; }
+#fig-parallel { overflow-x: auto; } #fig-parallel .plot { min-width: 700px; }
+#fig-parallel .annotation .bg { fill: var(--panel) !important; fill-opacity: .8 !important; }
 @media (min-width: 1180px) { .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .wide { grid-column: 1 / -1; }
 }
+.grid.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 290px), 1fr)); }
 @media (max-width: 640px) { header, main, footer { padding-left: 12px; padding-right: 12px; } th, td { padding-right: 10px; } }
 @media print { :root { color-scheme: light; --paper: #fff; --panel: #fff; --ink: #111; --soft: #555; --line: #ccc; --grid: #ddd;
   --accent: #35618e;
@@ -84,7 +99,8 @@ footer { color: var(--soft); font-size: 12px; padding-top: 30px; padding-bottom:
   body { font-size: 11px; -webkit-print-color-adjust: exact; print-color-adjust: exact; } header, main, footer { padding: 0; }
   nav, .figure button, .modebar, audio { display: none !important; } .grid { display: block; } .grid > section { margin-bottom: 12px; }
   .figure, tr { break-inside: avoid; } h2, h3, h4 { break-after: avoid; } .scroll { overflow: visible; }
-  td, .figures td { white-space: normal; } }
+  td, .figures td { white-space: normal; } :root { --bad: #b03a2e; } .tall > .scroll { max-height: none; overflow: visible; }
+  .trials td { white-space: normal; } #fig-parallel .plot { min-width: 0; } }
 """
 
 SCRIPT = """

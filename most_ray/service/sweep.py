@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ray.tune.stopper import Stopper
 from rich.console import Console
 
 from most_ray import storage
-from most_ray.config import RunConfig
+from most_ray.config import RunConfig, config_from
 from most_ray.errors import ConfigError
 from most_ray.model.build import read_config
 from most_ray.report import write_report
@@ -34,7 +34,7 @@ from most_ray.service.trial import KEPT, TRAIN, TrialActor
 from most_ray.sweep.ledger import LedgerFile, Trial, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
-from most_ray.sweep.trials import Setting, estimate, first_valid
+from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys
 from most_ray.train.folder import RunFolder, local_copy
 from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
 from most_ray.train.session import Job, overrides_of
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation
 _ACTOR_CPUS = 0.01  # of a trial's actor, which waits
 _TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
+AFFINITY = "affinity.json"
 _ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, that the trial goes on after
 # What may differ between two starts of a sweep: it changes no trial.
 _FREE = (
@@ -68,20 +69,23 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
 
 def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, terminated: Terminated) -> dict[str, Any]:
     _check_same(sweep, file)
-    prepared = _prepare(sweep)
+    starts = {key: _prepare(sweep, key) for key in start_keys(sweep)}
+    prepared = next(iter(starts.values()))
     job = prepared.job
-    model = read_config(local_copy(job.model_path), overrides_of(sweep.run))
-    any_order = range(model.n_routed_experts)
-    first_valid(Setting(sweep, model, any_order, {}))  # before anything starts, so before affinity is known
+    models = {key: read_config(local_copy(each.job.model_path), overrides_of(sweep.run)) for key, each in starts.items()}
+    # Before anything starts, so before it is known which experts carry text: any order will do for it.
+    first_valid(Setting(sweep, {key: Start(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
     left = sweep.max_trials - len(file.ledger.trials) + len(file.ledger.in_state("open"))
     if left > 0:
         connected = _Cluster(sweep, prepared, left, file.ledger.sweep.get("shared"))
-        measured = _Measured(folder, replace(job, threads=connected.threads), connected, sweep)
-        setting = Setting(sweep, model, measured.affinity.most_text_first if measured.affinity else None, connected.shared)
-        cost = estimate(sweep, job.total_steps, left, connected.concurrent, measured.step_seconds)
+        jobs = {key: replace(each.job, threads=connected.threads) for key, each in starts.items()}
+        affinities, step_s = _measured(folder, jobs, connected, sweep)
+        orders = {key: affinities[key].order if key in affinities else None for key in models}
+        setting = Setting(sweep, {key: Start(model, orders[key]) for key, model in models.items()}, connected.shared)
+        cost = estimate(sweep, job.total_steps, left, connected.concurrent, step_s)
         storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
         file.write("sweep", **_description(sweep, job, connected))
-        start_screen(sweep, file.ledger, folder.place, job, connected.where, measured.affinity, cost, console)
+        start_screen(sweep, file.ledger, folder.place, job, connected.where, list(affinities.values()), cost, console)
         cut = _search(setting, job, folder, file, connected.concurrent, console, terminated)
         if terminated.is_set():
             raise stopped("came: trials under way have stopped behind a checkpoint.")
@@ -89,7 +93,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
             console.print(f"max_hours = {sweep.options.max_hours:g} are used up; a higher one goes on.", highlight=False, soft_wrap=True)
     else:
         console.print(f"All {len(file.ledger.trials)} trials of {sweep.run.name!r} have ended; nothing to do.", highlight=False)
-    return _finish(sweep, model, folder, file, console)
+    return _finish(sweep, folder, file, console)
 
 
 def _check_same(sweep: Sweep, file: LedgerFile) -> None:
@@ -110,11 +114,12 @@ def _fixed(sweep: Sweep) -> dict[str, Any]:
     return made
 
 
-def _prepare(sweep: Sweep) -> Prepared:
-    """Every check of a run, made once for all trials: data taken in, the starting model made."""
+def _prepare(sweep: Sweep, key: str) -> Prepared:
+    """Every check of a run, made once for all trials that start from the same: data taken in, the starting model made."""
     base = sweep.run
-    config = replace(base, output_dir=base.run_place, name="start", store_dir=store_dir_of(base))
-    return prepare_run(config, runner_of)
+    name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
+    changes = {**json.loads(key), "output_dir": base.run_place, "name": name, "store_dir": store_dir_of(base)}
+    return prepare_run(config_from({**sweep.values, **changes}), runner_of)
 
 
 class _Cluster:
@@ -171,34 +176,35 @@ class _Cluster:
         return f"{self.concurrent} at a time (room for {self.room}); {workers} of {self._share}{each}, {threads}"
 
 
-class _Measured:
-    """What of the starting model is measured: the text that its experts carry, where a trial asks for it, and a step's time."""
-
-    def __init__(self, folder: RunFolder, job: Job, cluster: _Cluster, sweep: Sweep) -> None:
-        splits = next((d.values for d in sweep.space.dimensions if d.name == "expert_split"), ())
-        self.affinity = _read_affinity(folder) if "affinity" in splits else None
-        wanted = "affinity" in splits and self.affinity is None
-        if cluster.use_gpu:
-            task = ray.remote(num_cpus=1, num_gpus=1, max_retries=0, max_calls=1)(_measure)
-            found, self.step_seconds = ray.get(task.remote(job, wanted))
-        else:
-            found, self.step_seconds = _measure(job, wanted)
-        if found:
-            self.affinity = found
-            storage.write_bytes(folder.at("affinity.json"), json.dumps(asdict(found)).encode())
-
-
-def _measure(job: Job, affinity: bool) -> tuple[Affinity | None, float | None]:
-    device = torch.device("cuda" if torch.cuda.is_available() and job.config.use_gpu is not False else "cpu")
-    return measure_affinity(job, device) if affinity else None, step_seconds(job, device)
+def _measured(folder: RunFolder, jobs: Mapping[str, Job], cluster: _Cluster, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
+    """What is measured of the starting models: where a trial asks for it, the text that each one's experts carry; and a step's seconds."""
+    splits = next((d.values for d in sweep.space.dimensions if d.name == "expert_split"), ())
+    known = _read_affinities(folder) if "affinity" in splits else {}
+    wanted = [key for key in jobs if "affinity" in splits and key not in known]
+    if cluster.use_gpu:
+        task = ray.remote(num_cpus=1, num_gpus=1, max_retries=0, max_calls=1)(_measure)
+        found, step_s = ray.get(task.remote(dict(jobs), wanted))
+    else:
+        found, step_s = _measure(jobs, wanted)
+    if found:
+        known |= found
+        content = {**asdict(next(iter(known.values()))), "starts": {key: asdict(each) for key, each in known.items()}}
+        storage.write_bytes(folder.at(AFFINITY), json.dumps(content).encode())
+    return known, step_s
 
 
-def _read_affinity(folder: RunFolder) -> Affinity | None:
-    """As an earlier start has measured it."""
+def _measure(jobs: Mapping[str, Job], affinities: Sequence[str]) -> tuple[dict[str, Affinity], float | None]:
+    first = next(iter(jobs.values()))
+    device = torch.device("cuda" if torch.cuda.is_available() and first.config.use_gpu is not False else "cpu")
+    return {key: measure_affinity(jobs[key], device) for key in affinities}, step_seconds(first, device)
+
+
+def _read_affinities(folder: RunFolder) -> dict[str, Affinity]:
+    """As an earlier start has measured them."""
     try:
-        return Affinity(**json.loads(storage.read_bytes(folder.at("affinity.json"))))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+        return {key: Affinity(**each) for key, each in json.loads(storage.read_bytes(folder.at(AFFINITY)))["starts"].items()}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _description(sweep: Sweep, job: Job, cluster: _Cluster) -> dict[str, Any]:
@@ -329,7 +335,7 @@ def _teller(sweep: Sweep, console: Console) -> Tell:
     return tell
 
 
-def _finish(sweep: Sweep, model: Any, folder: RunFolder, file: LedgerFile, console: Console) -> dict[str, Any]:
+def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console) -> dict[str, Any]:
     """best.yaml, summary.json and the report."""
     ledger, objective = file.reread(), sweep.objectives[0]
     order = ranked(ledger.trials.values(), objective)
@@ -338,7 +344,7 @@ def _finish(sweep: Sweep, model: Any, folder: RunFolder, file: LedgerFile, conso
     if best:
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
-        storage.write_bytes(folder.at("best.yaml"), Setting(sweep, model, None, {}).best_yaml(best, why).encode())
+        storage.write_bytes(folder.at("best.yaml"), Setting(sweep, {}, {}).best_yaml(best, why).encode())
         command = f"most-ray train --config {storage.redact(folder.at('best.yaml'))}"
     _forget_kept(folder, file)
     summary = {

@@ -16,11 +16,12 @@ from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Estimate
 from most_ray.train.session import Job
 
+_MOST_EXPERTS = 16
 _RATES = ("wer", "cer", "cycle_wer", "outside_wer", "unit_error_rate")
 
 
 def start_screen(
-    sweep: Sweep, ledger: Ledger, place: str, job: Job, where: str, affinity: Affinity | None, cost: Estimate, console: Console
+    sweep: Sweep, ledger: Ledger, place: str, job: Job, where: str, affinities: Sequence[Affinity], cost: Estimate, console: Console
 ) -> None:
     """What the sweep is about to do, and what that will cost."""
     options = sweep.options
@@ -40,9 +41,11 @@ def start_screen(
     }
     if options.max_hours:
         rows["budget"] = f"{options.max_hours:g} hours, of which {ledger.spent_s / 3600:.2f} are spent"
-    if affinity:
-        shares = ", ".join(f"{expert} ({affinity.share[expert]:.1%})" for expert in affinity.most_text_first[:16])
-        rows["affinity"] = f"text on the starting model, by expert: {shares}"
+    if affinities:
+        first = affinities[0]
+        shares = ", ".join(f"{expert} ({first.share[expert]:.1%})" for expert in first.order[:_MOST_EXPERTS])
+        several = f" (the first of {len(affinities)})" if len(affinities) > 1 else ""
+        rows["affinity"] = f"text on the starting model{several}, by expert: {shares}"
     for name, text in rows.items():
         _say(console, f"  {name:<11} {text}")
     table = Table(title="Space")

@@ -28,10 +28,10 @@ _STEPS = 3  # that are timed, behind one that warms up
 
 @dataclass(frozen=True)
 class Affinity:
-    """most_text_first: experts by the text that they carry in the starting model; share: of a layer's selections, by expert, mean over
+    """order: experts by the text that they carry in the starting model; share: of a layer's selections, by expert, mean over
     layers; tokens: text tokens it was measured on."""
 
-    most_text_first: list[int]
+    order: list[int]
     share: list[float]
     tokens: int
 
@@ -43,8 +43,8 @@ def measure_affinity(job: Job, device: torch.device) -> Affinity:
     """
     model = load_model(local_copy(job.model_path), RoutingOverrides(use_modality_aware_routing=False)).to(device).eval()
     load, tokens = text_load(model, texts_of(open_plan(job.plan), job), device)
-    most_text_first, share = rank_experts(load)
-    return Affinity(most_text_first, share, tokens)
+    order, share = rank_experts(load)
+    return Affinity(order, share, tokens)
 
 
 def texts_of(plan: Plan, job: Job) -> Iterator[np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import yaml
 from most_ray import storage
 from most_ray.config import RunConfig, config_from
 from most_ray.errors import ConfigError, UserError
+from most_ray.model.build import PRESETS
 from most_ray.model.configuration import MostConfig, check_experts
 from most_ray.sweep.ledger import TRIALS, Trial
 from most_ray.sweep.options import Sweep
@@ -23,16 +26,46 @@ _TRIED = 2_000  # proposals that are looked at for a valid one
 
 
 @dataclass(frozen=True)
+class Start:
+    """A starting model's configuration, and its experts by the text that they carry (None where no trial asks for that)."""
+
+    model: MostConfig
+    most_text_first: Sequence[int] | None = None
+
+
+def start_key(sweep: Sweep, values: Values) -> str:
+    """What of a trial's values makes its starting model, JSON of an object: its folder or preset; of a preset, also its weights' seed."""
+    named = values.get("model_name_or_path", sweep.run.model_name_or_path)
+    names = ("model_name_or_path", "seed") if named in PRESETS else ("model_name_or_path",)
+    return json.dumps({name: values[name] for name in names if name in values})
+
+
+def start_keys(sweep: Sweep) -> list[str]:
+    """Those of all trials that there can be.
+
+    Raises:
+        ConfigError: the space makes more starting models than affinity could be measured on.
+    """
+    by_affinity = any(d.name == "expert_split" and "affinity" in d.values for d in sweep.space.dimensions)
+    moved = sorted(name for name in sweep.space.names if name.startswith("train_") and name.endswith("_dirs"))
+    if by_affinity and moved and sweep.run.model_name_or_path in PRESETS:
+        rule = "makes a preset's tokenizer another for each trial, so that affinity would be measured on none of their models."
+        raise ConfigError(f"space.{moved[0]}", None, rule, "Make a starting model by `most-ray init-model`, and name that.")
+    dimensions = [d for d in sweep.space.dimensions if d.name in ("model_name_or_path", "seed")]
+    points = itertools.product(*(d.listed or () for d in dimensions))
+    return list(dict.fromkeys(start_key(sweep, dict(zip((d.name for d in dimensions), point, strict=True))) for point in points))
+
+
+@dataclass(frozen=True)
 class Setting:
     """What all trials of a sweep stand on.
 
-    model: the starting model's configuration; most_text_first: its experts by the text that they carry, None where no trial asks for it;
-    shared: what of the run was settled for all trials (devices, workers, threads), so that none depends on where it is started.
+    starts: starting models by `start_key`; shared: what of the run was settled for all trials (devices, workers, threads), so that none
+    depends on where it is started.
     """
 
     sweep: Sweep
-    model: MostConfig
-    most_text_first: Sequence[int] | None
+    starts: Mapping[str, Start]
     shared: Mapping[str, Any]
 
     def settings_of(self, values: Values) -> dict[str, Any]:
@@ -42,40 +75,20 @@ class Setting:
             UserError: the trial cannot be; names what of it.
         """
         settings = self.sweep.space.settings(values)
+        start = self.starts[start_key(self.sweep, values)]
         split, n_audio = settings.pop("expert_split", None), settings.pop("audio_experts", None)
         if split is not None or n_audio is not None:
-            n_audio = self._audio_experts() if n_audio is None else n_audio
-            text, audio = split_experts(split or "contiguous", self.model.n_routed_experts, n_audio, self.most_text_first)
+            n_audio = self._audio_experts(start.model) if n_audio is None else n_audio
+            text, audio = split_experts(split or "contiguous", start.model.n_routed_experts, n_audio, start.most_text_first)
             settings |= {"use_modality_aware_routing": True, "text_expert_indices": text, "audio_expert_indices": audio}
         settings |= self.shared
-        self._check(self.config(settings, "check"))
+        _check(self.config(settings, "check"), start.model)
         return settings
 
-    def _audio_experts(self) -> int:
+    def _audio_experts(self, model: MostConfig) -> int:
         """How many there are where no trial says it: as in the model that is started from, else half of them."""
-        given = self.sweep.run.audio_expert_indices or self.model.audio_expert_indices
-        return len(given) if given else self.model.n_routed_experts // 2
-
-    def _check(self, config: RunConfig) -> None:
-        model = self.model
-        aware = model.use_modality_aware_routing if config.use_modality_aware_routing is None else config.use_modality_aware_routing
-        every = set(range(model.n_routed_experts))
-        text, audio = config.text_expert_indices, config.audio_expert_indices
-        if text is None and audio is not None:  # one group named: the other is what is left, as for any run
-            text = tuple(sorted(every - set(audio)))
-        elif audio is None and text is not None:
-            audio = tuple(sorted(every - set(text)))
-        check_experts(
-            n_routed_experts=model.n_routed_experts,
-            top_k=config.num_experts_per_tok or model.num_experts_per_tok,
-            modality_aware=aware,
-            text=model.text_expert_indices if text is None else text,
-            audio=model.audio_expert_indices if audio is None else audio,
-            n_group=model.n_group if model.topk_method == "group_limited_greedy" else None,
-            topk_group=model.topk_group,
-        )
-        workers = (config.num_workers or (1,))[-1]
-        plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)
+        given = self.sweep.run.audio_expert_indices or model.audio_expert_indices
+        return len(given) if given else model.n_routed_experts // 2
 
     def config(self, settings: Mapping[str, Any], run: str, **changes: Any) -> RunConfig:
         """The configuration of a trial's run, which lies in the sweep's folder beside the others; all of them share token stores."""
@@ -98,6 +111,28 @@ class Setting:
             whole |= {"resume_from_checkpoint": storage.redact(parent["place"]), "accept_data_change": True}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in whole.items()}
         return f"# {why}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
+
+
+def _check(config: RunConfig, model: MostConfig) -> None:
+    """Whether a run of `config` can start from a model. Raises UserError."""
+    aware = model.use_modality_aware_routing if config.use_modality_aware_routing is None else config.use_modality_aware_routing
+    every = set(range(model.n_routed_experts))
+    text, audio = config.text_expert_indices, config.audio_expert_indices
+    if text is None and audio is not None:  # one group named: the other is what is left, as for any run
+        text = tuple(sorted(every - set(audio)))
+    elif audio is None and text is not None:
+        audio = tuple(sorted(every - set(text)))
+    check_experts(
+        n_routed_experts=model.n_routed_experts,
+        top_k=config.num_experts_per_tok or model.num_experts_per_tok,
+        modality_aware=aware,
+        text=model.text_expert_indices if text is None else text,
+        audio=model.audio_expert_indices if audio is None else audio,
+        n_group=model.n_group if model.topk_method == "group_limited_greedy" else None,
+        topk_group=model.topk_group,
+    )
+    workers = (config.num_workers or (1,))[-1]
+    plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)
 
 
 def proposals(sweep: Sweep) -> Iterator[Values]:

@@ -300,4 +300,4 @@ def test_the_winner_by_itself_has_the_trials_word_error_rate(ray_cluster: str, t
     assert main(["report", str(tmp_path / "real")]) == 0
     affinity = json.loads((tmp_path / "real" / "affinity.json").read_text())
     of_affinity = next(trial for trial in ledger.trials.values() if trial.values["expert_split"] == "affinity")
-    assert of_affinity.settings["audio_expert_indices"] == sorted(affinity["most_text_first"][-4:])
+    assert of_affinity.settings["audio_expert_indices"] == sorted(affinity["order"][-4:])
