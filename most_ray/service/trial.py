@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # for new lines of metrics
 _LEAVE_S = 180.0  # for a run to write a checkpoint and go
 LOG = "train.log"
-TRAIN = ("-m", "most_ray.cli", "train", "--config", "/dev/stdin")  # what carries a trial out, behind the interpreter
+# What carries a trial out, behind the interpreter. -P: modules of that name in the working directory are not taken.
+TRAIN = ("-P", "-m", "most_ray.cli", "train", "--config", "/dev/stdin")
 KEPT = "kept"  # checkpoints that other trials go on from, in the sweep's folder
 _POINTER = "checkpoint.json"
 _ENDED: dict[str, Any] = {}
