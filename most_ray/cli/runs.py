@@ -39,8 +39,8 @@ def add(commands: Any) -> None:
     plan.add_argument("--trace", type=Path, required=True, help="file for the lines that --trace_records would write")
     configuration.add_flags(plan)
 
-    report = add_command(commands, "report", _report, "a page to look at: one run, or several side by side")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, paths or URIs")
+    report = add_command(commands, "report", _report, "a page to look at: one run, several side by side, or a sweep")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
     report.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html; for several runs report.html)")
 
     export = add_command(commands, "export", _export, "a checkpoint to Hugging Face layout")
