@@ -17,7 +17,6 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from most_ray.errors import UserError
-from most_ray.service.trial import kept_place
 from most_ray.sweep.ledger import LedgerFile, Trial
 from most_ray.sweep.options import Sweep, mutable
 from most_ray.sweep.space import Dimension, Space, Values
@@ -303,10 +302,10 @@ class Pbt(_Recording, PopulationBasedTraining):
     """Population based training (Jaderberg et al., arXiv 1711.09846). A trial that is replaced gets a new run, which begins with a
     checkpoint of the better trial and its settings, perturbed within their ranges."""
 
-    def __init__(self, recorder: Recorder, setting: Setting, sweep_place: str, total_steps: int, ledger: LedgerFile) -> None:
+    def __init__(self, recorder: Recorder, setting: Setting, total_steps: int, ledger: LedgerFile) -> None:
         sweep = setting.sweep
         self._dimensions = {d.name: d for d in sweep.space.dimensions if d.name in mutable(sweep.space)}
-        self._setting, self._place, self._file = setting, sweep_place, ledger
+        self._setting, self._file = setting, ledger
         self._draw = random.Random(f"{sweep.options.search_seed}/{len(ledger.ledger.trials)}")
         super().__init__(
             time_attr="step",
@@ -334,7 +333,7 @@ class Pbt(_Recording, PopulationBasedTraining):
         step = self._trial_state[trial_to_clone].last_train_time
         values = self.perturbed(other["values"])
         generation = len(self._file.ledger.trials[own["trial"]].runs)
-        parent = {"trial": other["trial"], "run": other["run"], "step": step, "place": kept_place(self._place, other["run"], step)}
+        parent = {"trial": other["trial"], "run": other["run"], "step": step}
         line = {
             "trial": own["trial"],
             "run": run_name(own["trial"], generation),

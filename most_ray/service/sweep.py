@@ -30,8 +30,8 @@ from most_ray.service.ingest import runner_of
 from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
-from most_ray.service.trial import KEPT, TRAIN, TrialActor
-from most_ray.sweep.ledger import LedgerFile, Trial, ranked
+from most_ray.service.trial import TRAIN, TrialActor
+from most_ray.sweep.ledger import KEPT, LedgerFile, Trial, kept_place, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys
@@ -44,6 +44,7 @@ _TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation
 _ACTOR_CPUS = 0.01  # of a trial's actor, which waits
 _TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
 AFFINITY = "affinity.json"
+_PATIENCE_S = 30 * 86400.0  # for room that others have taken: a trial that gave up would be a result lost
 _ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, that the trial goes on after
 # What may differ between two starts of a sweep: it changes no trial.
 _FREE = (
@@ -256,7 +257,7 @@ def _search(
     if options.scheduler == "asha":
         scheduler = Asha(recorder, sweep, job.total_steps, file.ledger.trials)
     elif options.scheduler == "pbt":  # which takes no search: its population is there from the beginning
-        scheduler = Pbt(recorder, setting, folder.place, job.total_steps, file)
+        scheduler = Pbt(recorder, setting, job.total_steps, file)
         works = list(iter(proposals.next, None))
         if not works:
             return False
@@ -291,8 +292,9 @@ def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
     config = setting.config({}, "trial")
     values = {**setting.sweep.values, **{name: getattr(config, name) for name in ("output_dir", "store_dir", "wandb_group")}}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    patience = {} if "room_timeout_s" in setting.sweep.values else {"room_timeout_s": _PATIENCE_S}
     return {
-        "values": {**plain, "ray_address": ray.get_runtime_context().gcs_address},
+        "values": {**plain, **patience, "ray_address": ray.get_runtime_context().gcs_address},
         "sweep_place": folder.place,
         "directory": os.getcwd(),
         "train": TRAIN,
@@ -372,7 +374,8 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
 
 def _forget_kept(folder: RunFolder, file: LedgerFile) -> None:
     """Checkpoints that trials were to go on from stay only where a trial's last run began with them: best.yaml may name one."""
-    wanted = {parent["place"] for trial in file.ledger.trials.values() if (parent := trial.parents[-1] if trial.parents else None)}
+    parents = [trial.parents[-1] for trial in file.ledger.trials.values() if trial.parents]
+    wanted = {kept_place(folder.place, parent["run"], parent["step"]) for parent in parents if parent}
     kept = folder.at(KEPT)
     if file.ledger.in_state("open"):
         return

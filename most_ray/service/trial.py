@@ -18,14 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from ray import tune
 
 from most_ray import storage
 from most_ray.errors import STOPPED
-from most_ray.sweep.ledger import intervals_of, metrics_of
+from most_ray.sweep.ledger import intervals_of, kept_place, metrics_of
 from most_ray.train.folder import COMMIT, RunFolder, step_place
 from most_ray.train.journal import decoded
 
@@ -35,14 +35,9 @@ _LEAVE_S = 180.0  # for a run to write a checkpoint and go
 LOG = "train.log"
 # What carries a trial out, behind the interpreter. -P: modules of that name in the working directory are not taken.
 TRAIN = ("-P", "-m", "most_ray.cli", "train", "--config", "/dev/stdin")
-KEPT = "kept"  # checkpoints that other trials go on from, in the sweep's folder
 _POINTER = "checkpoint.json"
 _ENDED: dict[str, Any] = {}
 _OF_RAY_WORKERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RAY_JOB_ID", "RAY_RAYLET_PID")  # set for the actor, not for a driver
-
-
-def kept_place(sweep_place: str, run: str, step: int) -> str:
-    return step_place(storage.join(sweep_place, KEPT, run), step)
 
 
 class TrialActor(tune.Trainable):
@@ -61,12 +56,15 @@ class TrialActor(tune.Trainable):
         self._command, self._directory = [sys.executable, *common["train"]], str(common["directory"])
         self._values = {**common["values"], **work["settings"], "name": self._run}
         if parent := work.get("parent"):
-            self._values |= {"resume_from_checkpoint": parent["place"], "accept_data_change": True}
+            place = kept_place(self._sweep_place, parent["run"], parent["step"])
+            self._values |= {"resume_from_checkpoint": place, "accept_data_change": True}
         self._folder = RunFolder(storage.join(str(self._values["output_dir"]), self._run))
         self._after = int(work.get("after", 0))
         self._last = self._after
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: Iterator[dict[str, Any] | None] = iter(())
+        self._read = 0  # bytes of metrics.jsonl
+        self._trained: dict[int, dict[str, Any]] = {}  # `train` lines of steps whose evaluations will come
 
     def step(self) -> dict[str, Any]:
         if self._process is None:
@@ -112,17 +110,37 @@ class TrialActor(tune.Trainable):
 
     def _new_lines(self) -> list[dict[str, Any]]:
         try:
-            content = storage.read_bytes(self._folder.at("metrics.jsonl"))
+            with storage.open_read(self._folder.at("metrics.jsonl")) as stream:
+                content = self._read_on(stream)
         except FileNotFoundError:
             return []
-        lines = [line for raw in content.splitlines(keepends=True) if (line := decoded(raw))]
-        trained = {line["step"]: line for line in lines if line.get("kind") == "train"}
-        found = {line["step"]: {**line, "train": trained.get(line["step"])} for line in lines if line.get("kind") == "evaluation"}
-        return [found[step] for step in sorted(found) if step > self._last]
+        judged: dict[int, dict[str, Any]] = {}
+        for raw in content.splitlines(keepends=True):
+            line = decoded(raw) or {}
+            if line.get("kind") == "train" and self._is_judged(line["step"]):
+                self._trained[line["step"]] = line
+            elif line.get("kind") == "evaluation":
+                judged[line["step"]] = line
+        return [{**line, "train": self._trained.get(step)} for step, line in sorted(judged.items()) if step > self._last]
+
+    def _is_judged(self, step: int) -> bool:
+        """Whether a step is one that an evaluation comes of."""
+        every = self._values.get("eval_steps")
+        return step == self._values.get("max_steps") or (every is not None and step % int(every) == 0)
+
+    def _read_on(self, stream: BinaryIO) -> bytes:
+        """Whole lines behind those that were read before; from the beginning where a restart of the run has cut the file back."""
+        if self._read and (stream.seek(0, os.SEEK_END) < self._read or stream.seek(self._read - 1) < 0 or stream.read(1) != b"\n"):
+            self._read = 0
+        stream.seek(self._read)
+        content = stream.read()
+        content = content[: content.rfind(b"\n") + 1]
+        self._read += len(content)
+        return content
 
     def _result(self, line: dict[str, Any]) -> dict[str, Any]:
         self._last = int(line["step"])
-        metrics = metrics_of(line, line["train"])
+        metrics = metrics_of(line, line.get("train"))
         details = json.dumps({"metrics": metrics, "intervals": intervals_of(line)})
         values = {f"objective_{index}": metrics[name] for index, name in enumerate(self._objectives) if name in metrics}
         return {"step": self._last, "details": details, **values}

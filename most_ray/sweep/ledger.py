@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from most_ray import storage
 from most_ray.errors import ConfigError
-from most_ray.train.folder import RunFolder
+from most_ray.train.folder import RunFolder, step_place
 
-FILE, TRIALS = "trials.jsonl", "trials"
+FILE, TRIALS, KEPT = "trials.jsonl", "trials", "kept"
 State = Literal["open", "finished", "stopped", "failed"]
 _RATES = {"words": "wer", "characters": "cer", "units": "unit_error_rate", "cycle": "cycle_wer", "outside": "outside_wer"}
 _PLAIN = ("loss", "perplexity", "duration_ratio")
@@ -254,4 +254,10 @@ def at_step(trial: Trial, metric: str, step: int) -> float | None:
 
 
 def folder_of(sweep_place: str, run: str) -> str:
+    """A trial's run."""
     return storage.join(sweep_place, TRIALS, run)
+
+
+def kept_place(sweep_place: str, run: str, step: int) -> str:
+    """A checkpoint that other trials go on from, when the run itself has long forgotten it."""
+    return step_place(storage.join(sweep_place, KEPT, run), step)

@@ -15,7 +15,7 @@ from most_ray.config import RunConfig, config_from
 from most_ray.errors import ConfigError, UserError
 from most_ray.model.build import PRESETS
 from most_ray.model.configuration import MostConfig, check_experts
-from most_ray.sweep.ledger import TRIALS, Trial
+from most_ray.sweep.ledger import TRIALS, Trial, kept_place
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
 from most_ray.sweep.splits import split_experts
@@ -108,7 +108,8 @@ class Setting:
         whole = {"name": f"{base.name}-best", "output_dir": base.output_dir, **kept, **trial.settings}
         parent = trial.parents[-1] if trial.parents else None
         if parent:
-            whole |= {"resume_from_checkpoint": storage.redact(parent["place"]), "accept_data_change": True}
+            redacted_place = storage.redact(self.sweep.run.run_place)
+            whole |= {"resume_from_checkpoint": kept_place(redacted_place, parent["run"], parent["step"]), "accept_data_change": True}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in whole.items()}
         return f"# {why}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
 

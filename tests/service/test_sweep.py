@@ -185,9 +185,8 @@ def test_population_based_training_goes_on_from_the_better(fake: None, tmp_path:
             lines = [json.loads(line) for line in (tmp_path / "pbt" / "trials" / run / "metrics.jsonl").read_text().splitlines()]
             assert lines[0] == {"kind": "start", "step": parent["step"]}
         assert 0.001 <= trial.values["learning_rate"] <= 0.05
-        assert (Path(parent["place"]) / "commit.json").exists()
-    kept = list((tmp_path / "pbt" / "kept").glob("*/step-*"))
-    assert {str(path) for path in kept} == {parent["place"] for t in ledger.trials.values() if (parent := t.parents[-1])}
+    kept = {(path.parent.parent.name, int(path.parent.name[5:])) for path in (tmp_path / "pbt" / "kept").glob("*/step-*/commit.json")}
+    assert kept == {(parent["run"], parent["step"]) for trial in replaced if (parent := trial.parents[-1])}
     assert_nothing_left()
 
 
