@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
     sweep = add_command(commands, "sweep", _sweep, "many runs, to find the settings that are best; the same name goes on")
     text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which hold for all trials; flags overrule it"
     sweep.epilog = (
-        "The file's `space` names settings: any of a run's keys, audio_experts (how many), expert_split (contiguous, interleaved, "
-        "affinity); each with {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, both ends "
-        "included; short: 2..6, [a, b], a | b."
+        "The file's `space` names settings: any of a run's keys, audio_experts (their number), expert_split (a way, as below). "
+        "Each with {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, "
+        "both ends included; short: 2..6, [a, b], a | b. Ways to split experts: contiguous, interleaved, affinity."
     )
     sweep.add_argument("--config", type=Path, required=True, help=text)
     options.add_flags(sweep)
