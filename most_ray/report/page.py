@@ -210,7 +210,8 @@ def _grid(found: Sequence[Figure]) -> str:
 def _piece(piece: sweeps.Piece) -> str:
     if isinstance(piece, str):
         return piece
-    return f'<div class="grid small">{"".join(map(_figure, piece.figures))}</div>' if piece.small else _grid(piece.figures)
+    drawn = f'<div class="grid small">{"".join(map(_figure, piece.figures))}</div>' if piece.small else _grid(piece.figures)
+    return f'<div class="stretch" style="--least: {piece.least}px">{drawn}</div>' if piece.least else drawn
 
 
 def _figure(figure: Figure) -> str:

@@ -87,7 +87,8 @@ footer { color: var(--soft); font-size: 12px; padding-top: 30px; padding-bottom:
 .effects { margin-top: 4px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 pre { font: 12px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; margin: 6px 0 8px; padding: 10px 12px; border-radius: 4px;
   background: var(--tint); white-space: pre-wrap; overflow-wrap: anywhere; }
-#fig-parallel { overflow-x: auto; } #fig-parallel .plot { min-width: 700px; }
+.stretch .figure { overflow-x: auto; } .stretch .plot { min-width: var(--least); }
+.stretch .top, .stretch .note { position: sticky; left: 0; }
 #fig-parallel .annotation .bg { fill: var(--panel) !important; fill-opacity: .8 !important; }
 @media (min-width: 1180px) { .grid { grid-template-columns: repeat(2, minmax(0, 1fr)); } .grid > .wide { grid-column: 1 / -1; }
 }
@@ -100,7 +101,7 @@ pre { font: 12px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; mar
   nav, .figure button, .modebar, audio { display: none !important; } .grid { display: block; } .grid > section { margin-bottom: 12px; }
   .figure, tr { break-inside: avoid; } h2, h3, h4 { break-after: avoid; } .scroll { overflow: visible; }
   td, .figures td { white-space: normal; } :root { --bad: #b03a2e; } .tall > .scroll { max-height: none; overflow: visible; }
-  .trials td { white-space: normal; } #fig-parallel .plot { min-width: 0; } }
+  .trials td { white-space: normal; } .stretch .plot { min-width: 0; } }
 """
 
 SCRIPT = """

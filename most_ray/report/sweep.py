@@ -35,15 +35,18 @@ from most_ray.sweep.space import Dimension
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "open": "open"}
 _REASON = 90  # characters of one in the table; failures are told in full further down
+_AXIS = 125  # pixels between two axes of settings
 _MISSING = '<span class="none">–</span>'
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Figures that stand beside each other; `small`: as many as there is room for."""
+    """Figures that stand beside each other. `small`: as many as there is room for; `least`: pixels that each is wide at least, scrolling
+    where there is no room."""
 
     figures: Sequence[Figure]
     small: bool = False
+    least: int = 0
 
 
 Piece = str | Drawn  # of a part of the page; text is markup
@@ -83,7 +86,6 @@ def is_sweep(place: str) -> bool:
 def read_sweep(place: str) -> Sweep:
     """The sweep at a place for which `is_sweep` holds."""
     ledger = read_ledger(place) or Ledger({}, {})
-    ledger.trials = {number: trial for number, trial in ledger.trials.items() if trial.runs}
     for trial in ledger.trials.values():
         trial.results = [_plain(result) for result in trial.results]
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
@@ -251,8 +253,8 @@ def _cell(trial: Trial, metric: str) -> str:
 
 
 def _settings(sweep: Sweep, objective: Objective) -> list[Piece]:
-    small = against(sweep.best, sweep.dimensions, objective)
-    pieces = _drawn(parallel(sweep.best, sweep.dimensions, objective))
+    small, together = against(sweep.best, sweep.dimensions, objective), parallel(sweep.best, sweep.dimensions, objective)
+    pieces: list[Piece] = [Drawn([together], least=_AXIS * (len(sweep.dimensions) + 1))] if together else []
     if small:
         keys = "".join(
             f'<span class="entry"><span class="swatch" style="background:{colour}"></span>{text(name)}</span>'
@@ -302,7 +304,7 @@ def _verdict(difference: Difference | None, objective: Objective) -> str:
     if difference.interval is None:
         return f"{found}; with fewer than two trials of one of them, no interval is known."
     clear = difference.interval[0] > 0
-    chance = "more than chance" if clear else "zero lies within: it may be chance"
+    chance = "zero lies outside" if clear else "zero lies within: it may be chance"
     return f"{found} (95%: {' to '.join(bounds)}), {chance}."
 
 

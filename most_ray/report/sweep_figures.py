@@ -20,7 +20,7 @@ _BY_RANK = ("#15929b", "#6ba3a8", "#9aa2ab", "#c98791", "#cf4a60")  # fifths of 
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
 _COLOURED_BY = "expert_split"
 _RATES = ("wer", "cer", "unit_error_rate", "cycle_wer", "outside_wer")
-_LONGEST = 22  # characters of a tick
+_LONGEST = 16  # characters of a tick: what there is room for between two axes
 _MOST_TICKS = 12
 
 Trials = Sequence[Trial]
@@ -247,7 +247,12 @@ def against(best_first: Trials, dimensions: Sequence[Dimension], objective: Obje
         traces = [_marks(members, scale, objective.metric, colour, symbol) for _, colour, symbol, members in groups]
         shape = base_layout(250) | {"hovermode": "closest", "showlegend": False}
         shape["margin"] |= {"t": 12, "l": 56, "b": 8}
-        shape["xaxis"] = axis([0, 1], "y", "") | {"showgrid": False, "range": [-0.06, 1.06], "automargin": True}
+        shape["xaxis"] = axis([0, 1], "y", "") | {
+            "showgrid": False,
+            "range": [-0.06, 1.06],
+            "automargin": True,
+            "autotickangles": [0, -30, -60],
+        }
         shape["xaxis"] |= {"tickvals": [place for place, _ in scale.ticks], "ticktext": [_cut(text) for _, text in scale.ticks]}
         shape["yaxis"] = _values_axis(objective, "x")
         if max(bounds) > min(bounds):
@@ -341,7 +346,7 @@ def front(trials: Trials, best: Trials, objectives: Sequence[Objective]) -> Figu
 def text_share(affinity: dict[str, Any]) -> Figure | None:
     """How much of the text each expert carries in the starting model, in the order that affinity gives them to text."""
     share = [value if (value := number(entry)) is not None else 0.0 for entry in entries(affinity.get("share"))]
-    order = [int(found) for entry in entries(affinity.get("most_text_first")) if (found := number(entry)) is not None]
+    order = [int(found) for entry in entries(affinity.get("order")) if (found := number(entry)) is not None]
     if not share or sorted(order) != list(range(len(share))):
         return None
     bars = {

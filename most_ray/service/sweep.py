@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -342,12 +343,12 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
     ledger, objective = file.reread(), sweep.objectives[0]
     order = ranked(ledger.trials.values(), objective)
     best = next((trial for trial in order if trial.state == "finished"), None)
-    command = None
+    commands: dict[str, str] = {}
     if best:
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
         storage.write_bytes(folder.at("best.yaml"), Setting(sweep, {}, {}).best_yaml(best, why).encode())
-        command = f"most-ray train --config {storage.redact(folder.at('best.yaml'))}"
+        commands = _commands(sweep, storage.redact(folder.at("best.yaml")))
     _forget_kept(folder, file)
     summary = {
         "name": sweep.run.name,
@@ -355,7 +356,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         "trials": {state: len(ledger.in_state(state)) for state in ("finished", "stopped", "failed", "open")},
         "best": best
         and {"trial": best.number, "run": best.runs[-1], "values": best.values, "step": best.step, "metrics": best.results[-1].metrics},
-        "command": command,
+        "commands": commands,
         "hours": round(ledger.spent_s / 3600, 4),
         "report": storage.redact(folder.at("report.html")),
     }
@@ -370,6 +371,15 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         rule = f"failed, all {len(ledger.trials)} of them, at last so: {list(ledger.trials.values())[-1].reason}"
         raise RunIncompleteError("trials", None, rule, "Their logs are in trials/*/train.log.")
     return summary
+
+
+def _commands(sweep: Sweep, best: str) -> dict[str, str]:
+    """What trains the winner: `again`, to the trial's own numbers; `in full`, where the base's run has another length than the trials."""
+    again = f"most-ray train --config {shlex.quote(best)}"
+    if not sweep.overruled:
+        return {"again": again}
+    flags = [word for name, value in sweep.overruled.items() for word in (f"--{name}", "none" if value is None else str(value))]
+    return {"again": again, "in full": shlex.join([*shlex.split(again), "--name", f"{sweep.run.name}-full", *flags])}
 
 
 def _forget_kept(folder: RunFolder, file: LedgerFile) -> None:
