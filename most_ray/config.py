@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from most_ray import storage
-from most_ray.errors import ConfigError, nearest
+from most_ray.errors import ConfigError, DataError, nearest
 
 
 def option(default: Any, help_text: str) -> Any:
@@ -320,22 +320,23 @@ def _check(config: RunConfig) -> None:
         raise ConfigError("ignore_optimizer_state", True, "needs resume_from_checkpoint, the weights to start from.")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a configuration file.
+def read_yaml(place: str | Path) -> dict[str, Any]:
+    """The keys and values of a configuration file, a path or a URI.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or is no mapping.
     """
+    shown = storage.redact(str(place))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"cannot be read ({error}).") from error
+        values = yaml.safe_load(storage.read_bytes(place).decode("utf-8"))
+    except (OSError, UnicodeDecodeError, DataError) as error:
+        raise ConfigError("config", shown, f"cannot be read ({error}).") from error
     except yaml.YAMLError as error:
-        raise ConfigError("config", str(path), f"is not YAML ({' '.join(str(error).split())}).") from error
+        raise ConfigError("config", shown, f"is not YAML ({' '.join(str(error).split())}).") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError("config", str(path), "holds no `key: value` lines.")
+        raise ConfigError("config", shown, "holds no `key: value` lines.")
     return {str(key): value for key, value in values.items()}
 
 
@@ -376,7 +377,7 @@ def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if name in _FIELDS}
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> RunConfig:
+def load_config(path: str | Path | None, flags: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> RunConfig:
     """A file's values, overruled by flags."""
     values = read_yaml(path) if path else {}
     return config_from({**values, **dict(flags)})

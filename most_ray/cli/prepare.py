@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
 
     store = add_command(prepare, "store", _store, "the token stores of a run's records, as `train` makes them at its first start")
     store.description = _STORE_HELP
-    store.add_argument("--config", type=Path, help="YAML file with any of the keys below; flags overrule it")
+    store.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
     store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare it with its checksum")
     configuration.add_flags(store)
 

@@ -29,12 +29,12 @@ def add(commands: Any) -> None:
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
 
     train = add_command(commands, "train", _train, "a training run in OUTPUT_DIR/NAME; the same name resumes")
-    train.add_argument("--config", type=Path, help="YAML file with any of the keys below; flags overrule it")
+    train.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
     recordings.add_flags(train)
     configuration.add_flags(train)
 
     plan = add_command(commands, "plan", _plan, "which records each step will hold, without training")
-    plan.add_argument("--config", type=Path, help="the run's YAML file")
+    plan.add_argument("--config", help="the run's YAML file")
     plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
     plan.add_argument("--trace", type=Path, required=True, help="file for the lines that --trace_records would write")
     configuration.add_flags(plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +22,7 @@ def add(commands: Any) -> None:
         "Each with {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, "
         "both ends included; short: 2..6, [a, b], a | b. Ways to split experts: contiguous, interleaved, affinity."
     )
-    sweep.add_argument("--config", type=Path, required=True, help=text)
+    sweep.add_argument("--config", required=True, help=text)
     options.add_flags(sweep)
     configuration.add_flags(sweep)
 

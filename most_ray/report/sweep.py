@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from most_ray.report.sweep_figures import (
 )
 from most_ray.report.tables import duration, pairs, table, text
 from most_ray.sweep.effects import Difference, Effect, Level, dimensions_of, effects, level_name
-from most_ray.sweep.ledger import FILE, Ledger, Objective, Result, Trial, folder_of, pareto, ranked, read_ledger
+from most_ray.sweep.ledger import BEST, FILE, Ledger, Objective, Result, Trial, commands_of, folder_of, pareto, ranked, read_ledger
 from most_ray.sweep.space import Dimension
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "open": "open"}
@@ -91,7 +90,7 @@ def read_sweep(place: str) -> Sweep:
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
     best = ranked(ledger.trials.values(), objectives[0]) if objectives else []
     name = str(ledger.sweep.get("name") or storage.name_of(storage.absolute(place)))
-    config, affinity = _content(place, "best.yaml"), _content(place, "affinity.json")
+    config, affinity = _content(place, BEST), _content(place, "affinity.json")
     ended = _content(place, "summary.json") is not None
     best_yaml = None if config is None else config.decode(errors="replace")
     return Sweep(place, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, _object(affinity), ended)
@@ -178,10 +177,13 @@ def _winner(sweep: Sweep) -> list[Piece]:
     rows += [(text(dimension.name), _setting(trial, dimension)) for dimension in sweep.dimensions]
     rows.append(("run", f"<code>{text(storage.redact(_folder(sweep, trial) or trial.runs[-1]))}</code>"))
     goes_on = '<p class="note">The sweep goes on: another trial may come to win.</p>' if sweep.ledger.in_state("open") else ""
-    command = shlex.join(["most-ray", "train", "--config", storage.redact(storage.join(sweep.place, "best.yaml"))])
+    commands = "".join(
+        f'<h4>{text(name.capitalize())}</h4><pre class="command">{text(command)}</pre>'
+        for name, command in commands_of(sweep.ledger, sweep.place).items()
+    )
     return [
         pairs(rows) + goes_on,
-        f'<div class="card"><h3>To train with it</h3><pre class="command">{text(command)}</pre></div>',
+        f'<div class="card"><h3>To train with it</h3>{commands}</div>',
         f'<div class="card"><h3>best.yaml</h3><pre>{text(sweep.best_yaml)}</pre></div>',
     ]
 

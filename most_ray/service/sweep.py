@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -32,7 +31,7 @@ from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, 
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
 from most_ray.service.trial import TRAIN, TrialActor
-from most_ray.sweep.ledger import KEPT, LedgerFile, Trial, kept_place, ranked
+from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_place, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys
@@ -220,6 +219,7 @@ def _description(sweep: Sweep, job: Job, cluster: _Cluster) -> dict[str, Any]:
         "max_trials": sweep.max_trials,
         "max_steps": job.total_steps,
         "concurrent": cluster.concurrent,
+        "full": dict(sweep.overruled),
         "shared": cluster.shared,
         "fixed": _fixed(sweep),
     }
@@ -347,8 +347,8 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
     if best:
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
-        storage.write_bytes(folder.at("best.yaml"), Setting(sweep, {}, {}).best_yaml(best, why).encode())
-        commands = _commands(sweep, storage.redact(folder.at("best.yaml")))
+        storage.write_bytes(folder.at(BEST), Setting(sweep, {}, {}).best_yaml(best, why).encode())
+        commands = commands_of(ledger, folder.place)
     _forget_kept(folder, file)
     summary = {
         "name": sweep.run.name,
@@ -371,15 +371,6 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         rule = f"failed, all {len(ledger.trials)} of them, at last so: {list(ledger.trials.values())[-1].reason}"
         raise RunIncompleteError("trials", None, rule, "Their logs are in trials/*/train.log.")
     return summary
-
-
-def _commands(sweep: Sweep, best: str) -> dict[str, str]:
-    """What trains the winner: `again`, to the trial's own numbers; `in full`, where the base's run has another length than the trials."""
-    again = f"most-ray train --config {shlex.quote(best)}"
-    if not sweep.overruled:
-        return {"again": again}
-    flags = [word for name, value in sweep.overruled.items() for word in (f"--{name}", "none" if value is None else str(value))]
-    return {"again": again, "in full": shlex.join([*shlex.split(again), "--name", f"{sweep.run.name}-full", *flags])}
 
 
 def _forget_kept(folder: RunFolder, file: LedgerFile) -> None:

@@ -2,7 +2,8 @@
 
 Lines are JSON, each with `kind` and `time`; a later line about a trial adds to the earlier ones:
 
-- `sweep`: a start. name, objectives, dimensions (name, kind, values or low and high), search, scheduler, max_trials, max_steps, concurrent.
+- `sweep`: a start. name, objectives, dimensions (name, kind, values or low and high), search, scheduler, max_trials, max_steps,
+  concurrent; full: how long the base's run is, where it is not as long as the trials.
 - `trial`: a trial and the run that carries it out. trial (from 1), run (its folder in trials/), values (by dimension), settings (what of
   the base configuration its run changes); parent: {trial, run, step} of the checkpoint that it goes on from, or null. A further line with
   another run: population based training has replaced the trial by a changed copy of its parent.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from most_ray import storage
 from most_ray.errors import ConfigError
 from most_ray.train.folder import RunFolder, step_place
 
-FILE, TRIALS, KEPT = "trials.jsonl", "trials", "kept"
+FILE, TRIALS, KEPT, BEST = "trials.jsonl", "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
 _RATES = {"words": "wer", "characters": "cer", "units": "unit_error_rate", "cycle": "cycle_wer", "outside": "outside_wer"}
 _PLAIN = ("loss", "perplexity", "duration_ratio")
@@ -90,7 +92,7 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> Ledger:
             else:
                 _fold_trial(ledger, line, now)
                 last = max(last, now)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
     ledger.spent_s += last - began
     ledger.trials = dict(sorted(ledger.trials.items()))
@@ -100,11 +102,12 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> Ledger:
 def _fold_trial(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
     number = int(line["trial"])
     if line["kind"] == "trial":
+        run, values, settings = str(line["run"]), dict(line["values"]), dict(line["settings"])
         trial = ledger.trials.setdefault(number, Trial(number, began=now))
-        if not trial.runs or trial.runs[-1] != line["run"]:
-            trial.runs.append(str(line["run"]))
+        if not trial.runs or trial.runs[-1] != run:
+            trial.runs.append(run)
             trial.parents.append(line.get("parent"))
-        trial.values, trial.settings = dict(line["values"]), dict(line["settings"])
+        trial.values, trial.settings = values, settings
         return
     trial = ledger.trials[number]
     if line["kind"] == "result":
@@ -185,7 +188,8 @@ def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = 
     found: dict[str, Any] = {}
     for name, figures in evaluation.get("sets", {}).items():
         for part, called in _RATES.items():
-            found[f"{called}/{_bare(name)}"] = (figures.get(part) or {}).get("rate")
+            if errors := figures.get(part):  # sets of two tasks may be called alike: one has no say about the other's figures
+                found[f"{called}/{_bare(name)}"] = errors.get("rate")
         found |= {f"{key}/{name}": figures.get(key) for key in _PLAIN}
     for mean in ("wer", "loss"):
         of_sets = [value for name, value in found.items() if name.startswith(f"{mean}/") and value is not None]
@@ -217,8 +221,9 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        direction, _, name = text.rpartition(":")
-        return cls(name.strip(), direction.strip() == "max")
+        direction, colon, name = text.partition(":")
+        # Any other word before a colon is part of a set's name, or a slip that must not turn the search round.
+        return cls(name.strip(), True) if colon and direction.strip() == "max" else cls(text.strip())
 
     def __str__(self) -> str:
         return f"max:{self.metric}" if self.largest else self.metric
@@ -256,6 +261,16 @@ def at_step(trial: Trial, metric: str, step: int) -> float | None:
 def folder_of(sweep_place: str, run: str) -> str:
     """A trial's run."""
     return storage.join(sweep_place, TRIALS, run)
+
+
+def commands_of(ledger: Ledger, sweep_place: str) -> dict[str, str]:
+    """What trains the winner: `again`, to the trial's own numbers; `in full`, where the base's run has another length than the trials."""
+    again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_place, BEST))]
+    full = ledger.sweep.get("full") or {}
+    if not isinstance(full, dict) or not full:
+        return {"again": shlex.join(again)}
+    flags = [word for name, value in full.items() for word in (f"--{name}", "none" if value is None else str(value))]
+    return {"again": shlex.join(again), "in full": shlex.join([*again, "--name", f"{ledger.sweep.get('name', 'sweep')}-full", *flags])}
 
 
 def kept_place(sweep_place: str, run: str, step: int) -> str:

@@ -43,12 +43,14 @@ class SweepOptions:
 
 _FIELDS = {f.name: f for f in dataclasses.fields(SweepOptions)}
 _HINTS = typing.get_type_hints(SweepOptions)
+_LENGTH = ("max_steps", "epochs", "eval_steps", "save_steps")
 _RUN_FIELDS = {f.name for f in dataclasses.fields(RunConfig)}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """run: what all trials share; `name` and `output_dir` are the sweep's. values: its keys as they were given; raw_space: as it stood."""
+    """run: what all trials share; `name` and `output_dir` are the sweep's. values: those of its keys that were given; raw_space: as it
+    stood; overruled: how long the base's own run is, where the sweep's trials are of another length."""
 
     options: SweepOptions
     space: Space
@@ -56,6 +58,7 @@ class Sweep:
     values: Mapping[str, Any]
     raw_space: Mapping[str, Any]
     objectives: tuple[Objective, ...]
+    overruled: Mapping[str, Any]
 
     @property
     def max_trials(self) -> int:
@@ -81,7 +84,7 @@ class Sweep:
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def load_sweep(path: Path | None, flags: Mapping[str, Any]) -> Sweep:
+def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
     """A sweep's file, overruled by flags.
 
     Raises:
@@ -94,11 +97,12 @@ def load_sweep(path: Path | None, flags: Mapping[str, Any]) -> Sweep:
             raise ConfigError(name, None, "is no known flag or configuration key.", nearest(name, [*_FIELDS, *_RUN_FIELDS, "space"]))
     options = SweepOptions(**{name: coerce(name, value, _HINTS) for name, value in given.items() if name in _FIELDS})
     own = {name: value for name, value in given.items() if name in _RUN_FIELDS}
-    base = read_yaml(Path(options.base)) if options.base else {}
+    base = read_yaml(options.base) if options.base else {}
     values = {"name": "sweep", **{name: value for name, value in base.items() if name != "name"}, **own}
     run = config_from(values)
     space = parse_space(raw_space)
-    sweep = Sweep(options, space, run, values, raw_space, _objectives(options, run))
+    overruled = {name: base.get(name) for name in _LENGTH if base and base.get(name) != own.get(name, base.get(name))}
+    sweep = Sweep(options, space, run, {name: getattr(run, name) for name in values}, raw_space, _objectives(options, run), overruled)
     _check(sweep)
     return sweep
 

@@ -23,7 +23,7 @@ from most_ray.sweep.splits import SPLITS
 Kind = Literal["choice", "grid", "uniform", "loguniform", "randint"]
 Values = dict[str, Any]
 ROUTING = ("audio_experts", "expert_split")
-_INDICES = ("text_expert_indices", "audio_expert_indices")
+_SETTLED_BY_ROUTING = ("text_expert_indices", "audio_expert_indices", "use_modality_aware_routing")
 # What belongs to the sweep as a whole: its place, each trial's share of the cluster, and what makes trials comparable step by step.
 _OF_THE_SWEEP = (
     "name output_dir store_dir ray_address trace_records resume_from_checkpoint ignore_optimizer_state num_workers cpus_per_worker "
@@ -61,7 +61,8 @@ class Dimension:
         if self.kind == "uniform":
             return self.low + share * (self.high - self.low)
         if self.kind == "loguniform":
-            return math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+            value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
+            return min(self.high, max(self.low, value))  # rounding can lead out of the range by a last digit
         known = self.listed
         assert known is not None
         return known[min(len(known) - 1, int(share * len(known)))]
@@ -137,17 +138,22 @@ def parse_space(raw: Any) -> Space:
             elements: list[Any] = []
             for index, element in enumerate(spec):
                 inner = _dimension(f"{key}[{index}]", element, key) if isinstance(element, Mapping) else None
-                elements.append(None if inner else _value(key, element))
+                elements.append(None if inner else _element(key, index, element))
                 dimensions += [inner] if inner else []
             lists[key] = tuple(elements)
         else:
             dimensions.append(_dimension(key, spec, key))
     named = set(raw)
-    if named & set(ROUTING) and named & set(_INDICES):
-        raise ConfigError(
-            "space", sorted(named & set(_INDICES)), f"says what {sorted(named & set(ROUTING))} say too.", "Leave one of them out."
-        )
+    if named & set(ROUTING) and (twice := sorted(named & set(_SETTLED_BY_ROUTING))):
+        raise ConfigError("space", twice, f"says what {sorted(named & set(ROUTING))} say too.", "Leave one of them out.")
     return Space(tuple(dimensions), lists)
+
+
+def _element(key: str, index: int, element: Any) -> Any:
+    value = _value(key, element)
+    if value is None or isinstance(value, list):
+        raise ConfigError(f"space.{key}[{index}]", element, "is not one element of the list.")
+    return value
 
 
 def _check_key(key: str) -> None:
@@ -229,7 +235,7 @@ def _value(key: str, value: Any) -> Any:
     except ConfigError as error:
         raise ConfigError(f"space.{key}", value, error.rule, error.remedy) from error
     if isinstance(found, tuple):
-        found = list(found) if isinstance(value, list | tuple) else found[0]
+        found = found[0] if len(found) == 1 and not isinstance(value, list | tuple) else list(found)
     for text in found if isinstance(found, list) else [found]:
         if isinstance(text, str) and storage.redact(text) != text:
             raise ConfigError(

@@ -47,7 +47,7 @@ def start_keys(sweep: Sweep) -> list[str]:
         ConfigError: the space makes more starting models than affinity could be measured on.
     """
     by_affinity = any(d.name == "expert_split" and "affinity" in d.values for d in sweep.space.dimensions)
-    moved = sorted(name for name in sweep.space.names if name.startswith("train_") and name.endswith("_dirs"))
+    moved = sorted(name for name in sweep.space.names if name.startswith("train_") and name.split("[")[0].endswith("_dirs"))
     if by_affinity and moved and sweep.run.model_name_or_path in PRESETS:
         rule = "makes a preset's tokenizer another for each trial, so that affinity would be measured on none of their models."
         raise ConfigError(f"space.{moved[0]}", None, rule, "Make a starting model by `most-ray init-model`, and name that.")
@@ -189,11 +189,11 @@ def estimate(sweep: Sweep, total_steps: int, left: int, concurrent: int, step_s:
 
 
 def _fewest_at_rungs(trials: int, grace: int, total: int, factor: float) -> list[int]:
-    """Steps made up to each rung where at each but one of `factor` trials is stopped: each trial makes the first rung's."""
+    """Steps made up to each rung where at each but one of `factor` trials is stopped, the best never: each trial makes the first rung's."""
     made, rung, before, going = [], float(min(grace, total)), 0.0, float(trials)
-    while going >= 1 and before < total:
+    while trials and before < total:
         made.append(round(going * (min(rung, total) - before)))
-        before, rung, going = rung, rung * factor, going / factor
+        before, rung, going = rung, rung * factor, max(1.0, going / factor)
     return made
 
 

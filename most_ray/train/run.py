@@ -18,7 +18,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train on this rank. 0: the goal was reached; 2: something that the user can mend; 75: stopped as asked, behind a checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
-    parser.add_argument("--config", type=Path, help="YAML file with any of the keys below; flags overrule it")
+    parser.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
     configuration.add_flags(parser)
     args = parser.parse_args(argv)
     stop = threading.Event()
