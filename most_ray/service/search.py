@@ -12,15 +12,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from most_ray import storage
 from most_ray.errors import UserError
-from most_ray.sweep.ledger import LedgerFile, Trial
+from most_ray.sweep.ledger import LedgerFile, Trial, kept_place
 from most_ray.sweep.options import Sweep, mutable
 from most_ray.sweep.space import Dimension, Space, Values
 from most_ray.sweep.trials import Setting, run_name
+from most_ray.train.folder import COMMIT
 
 Tell = Callable[[Trial], None]  # called with a trial of whom something is new
 _STARTUP_TRIALS = 10  # of Optuna's TPE that are drawn at random, of many trials; of few, a quarter
@@ -130,16 +133,16 @@ class Tpe:
             constant_liar=not several,  # several trials at once shall not crowd at one place
             warn_independent_sampling=False,
         )
-        storage = optuna.storages.InMemoryStorage()
+        memory = optuna.storages.InMemoryStorage()
         study = optuna.create_study(
-            storage=storage, study_name="sweep", directions=["maximize" if mode == "max" else "minimize" for mode in modes]
+            storage=memory, study_name="sweep", directions=["maximize" if mode == "max" else "minimize" for mode in modes]
         )
         distributions = {d.name: _distribution(d) for d in self._space.dimensions}
         for trial in known:
             study.add_trial(_told(trial, self._space, distributions, [o.metric for o in self._objectives]))
         names = [f"objective_{index}" for index in range(len(modes))]
         metric, mode = (names, modes) if several else (names[0], modes[0])
-        self._search = OptunaSearch(distributions, metric=metric, mode=mode, sampler=sampler, storage=storage, study_name="sweep")
+        self._search = OptunaSearch(distributions, metric=metric, mode=mode, sampler=sampler, storage=memory, study_name="sweep")
 
     def values(self, trial_id: str) -> Values:
         found: Mapping[str, Any] = self._search.suggest(trial_id) or {}
@@ -192,11 +195,12 @@ class Recorder:
         self._file, self._tell, self._total_steps = ledger, tell, total_steps
 
     def result(self, work: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        if "details" not in result:
-            return
+        trial = self._file.ledger.trials[work["trial"]]
+        if "details" not in result or any((told.run, told.step) == (work["run"], result["step"]) for told in trial.results):
+            return  # no news; or told by an actor that was lost
         self._file.write("result", trial=work["trial"], run=work["run"], step=result["step"], **json.loads(result["details"]))
         if result["step"] < self._total_steps:  # else its end is told next
-            self._tell(self._file.ledger.trials[work["trial"]])
+            self._tell(trial)
 
     def end(self, work: Mapping[str, Any], step: int, state: str, reason: str | None = None) -> None:
         self._file.write("end", trial=work["trial"], step=step, state=state, reason=reason)
@@ -236,7 +240,8 @@ class _Recording(Unsaved, TrialScheduler):
         super().on_trial_complete(tune_controller, trial, result)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        self.recorder.error(trial.config["work"])
+        if trial.status != TuneTrial.ERROR:  # else Tune has taken note of the loss already, and is about to start the trial again
+            self.recorder.error(trial.config["work"])
         super().on_trial_error(tune_controller, trial)
 
 
@@ -300,12 +305,19 @@ class Asha(_Recording, AsyncHyperBandScheduler):
 
 class Pbt(_Recording, PopulationBasedTraining):
     """Population based training (Jaderberg et al., arXiv 1711.09846). A trial that is replaced gets a new run, which begins with a
-    checkpoint of the better trial and its settings, perturbed within their ranges."""
+    checkpoint of the better trial and its settings, perturbed within their ranges.
 
-    def __init__(self, recorder: Recorder, setting: Setting, total_steps: int, ledger: LedgerFile) -> None:
+    Args:
+        turns: there is room for a part of the trials only. They then stop at each comparison, and it comes when all have come to it; else
+            every trial is compared with what the others have come to, and only those that are replaced stop.
+    """
+
+    def __init__(
+        self, recorder: Recorder, setting: Setting, total_steps: int, ledger: LedgerFile, sweep_place: str, turns: bool = False
+    ) -> None:
         sweep = setting.sweep
         self._dimensions = {d.name: d for d in sweep.space.dimensions if d.name in mutable(sweep.space)}
-        self._setting, self._file = setting, ledger
+        self._setting, self._file, self._place = setting, ledger, sweep_place
         self._draw = random.Random(f"{sweep.options.search_seed}/{len(ledger.ledger.trials)}")
         super().__init__(
             time_attr="step",
@@ -315,6 +327,7 @@ class Pbt(_Recording, PopulationBasedTraining):
             custom_explore_fn=lambda config: config,  # settings are made in _get_new_config
             log_config=False,
             require_attrs=False,
+            synch=turns,
         )
         self.recorder, self.total_steps = recorder, total_steps
 
@@ -327,6 +340,12 @@ class Pbt(_Recording, PopulationBasedTraining):
             else:
                 made[name] = min(dimension.high, max(dimension.low, values[name] * self._draw.choice((0.8, 1.2))))
         return made
+
+    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
+        """Only where the better trial's checkpoint could be kept; else the worse one goes on as it is."""
+        other, step = trial_to_clone.config["work"], self._trial_state[trial_to_clone].last_train_time
+        if storage.exists(storage.join(kept_place(self._place, other["run"], step), COMMIT)):
+            super()._exploit(tune_controller, trial, trial_to_clone)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         own, other = trial.config["work"], trial_to_clone.config["work"]

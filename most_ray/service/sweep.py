@@ -30,7 +30,7 @@ from most_ray.service.ingest import runner_of
 from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
-from most_ray.service.trial import TRAIN, TrialActor
+from most_ray.service.trial import TRAIN, Slots, TrialActor
 from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_place, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
@@ -45,6 +45,7 @@ _ACTOR_CPUS = 0.01  # of a trial's actor, which waits
 _TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
 AFFINITY = "affinity.json"
 _PATIENCE_S = 30 * 86400.0  # for room that others have taken: a trial that gave up would be a result lost
+_JUDGED_LATE = 2  # evaluations that population based training may be behind a run
 _ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, that the trial goes on after
 # What may differ between two starts of a sweep: it changes no trial.
 _FREE = (
@@ -252,23 +253,26 @@ def _search(
     ending = _Ending(terminated, None if left_s is None else time.monotonic() + left_s)
     tell = _teller(sweep, console)
     recorder, proposals = Recorder(file, tell, job.total_steps), Proposals(setting, file, tell)
-    search: dict[str, Any] = {"search_alg": proposals, "num_samples": sweep.max_trials}
+    search: dict[str, Any] = {"search_alg": proposals, "num_samples": sweep.max_trials, "max_concurrent_trials": concurrent}
     space: dict[str, Any] = {}
     scheduler: Any = Fifo(recorder, job.total_steps)
+    slots = None
     if options.scheduler == "asha":
         scheduler = Asha(recorder, sweep, job.total_steps, file.ledger.trials)
     elif options.scheduler == "pbt":  # which takes no search: its population is there from the beginning
-        scheduler = Pbt(recorder, setting, job.total_steps, file)
         works = list(iter(proposals.next, None))
         if not works:
             return False
+        turns = len(works) > concurrent
+        scheduler = Pbt(recorder, setting, job.total_steps, file, folder.place, turns)
         search, space = {"num_samples": 1}, {"work": tune.grid_search(works)}
-    actor = tune.with_parameters(TrialActor, common=_common(setting, folder))
+        slots = ray.remote(num_cpus=0)(Slots).remote(concurrent) if turns else None
+    actor = tune.with_parameters(TrialActor, common={**_common(setting, folder), "slots": slots})
     with _quiet_tune():
         tuner = tune.Tuner(
             tune.with_resources(actor, {"CPU": _ACTOR_CPUS}),
             param_space=space,
-            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent, **search),
+            tune_config=tune.TuneConfig(scheduler=scheduler, **search),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=folder.place,
@@ -284,6 +288,8 @@ def _search(
             tuner.fit()
         finally:
             terminated.patient = False
+            if slots is not None:
+                ray.kill(slots)
             storage.remove(folder.at("tune"))
     return ending.late and bool(file.ledger.in_state("open"))
 
@@ -293,7 +299,10 @@ def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
     config = setting.config({}, "trial")
     values = {**setting.sweep.values, **{name: getattr(config, name) for name in ("output_dir", "store_dir", "wandb_group")}}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    patience = {} if "room_timeout_s" in setting.sweep.values else {"room_timeout_s": _PATIENCE_S}
+    patience: dict[str, Any] = {} if "room_timeout_s" in setting.sweep.values else {"room_timeout_s": _PATIENCE_S}
+    if setting.sweep.options.scheduler == "pbt":  # a checkpoint stays until its evaluation is in and others have taken it up
+        saves = math.ceil(_JUDGED_LATE * (config.eval_steps or 1) / config.save_steps) + _JUDGED_LATE
+        patience["keep_last"] = max(config.keep_last, saves)
     return {
         "values": {**plain, **patience, "ray_address": ray.get_runtime_context().gcs_address},
         "sweep_place": folder.place,
@@ -380,6 +389,8 @@ def _forget_kept(folder: RunFolder, file: LedgerFile) -> None:
     kept = folder.at(KEPT)
     if file.ledger.in_state("open"):
         return
+    if not wanted:
+        storage.remove(kept)
     places = {storage.parent(entry.place) for entry in storage.list_files(kept, ("commit.json",))} if storage.exists(kept) else set()
     for place in places - wanted:
         storage.remove(place)

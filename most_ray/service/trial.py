@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ray
 import yaml
 from ray import tune
 
@@ -31,6 +32,7 @@ from most_ray.train.journal import decoded
 
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # for new lines of metrics
+_LEASE_S = 120.0  # without a word, after which a run's slot is another's
 _LEAVE_S = 180.0  # for a run to write a checkpoint and go
 LOG = "train.log"
 # What carries a trial out, behind the interpreter. -P: modules of that name in the working directory are not taken.
@@ -40,19 +42,40 @@ _ENDED: dict[str, Any] = {}
 _OF_RAY_WORKERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RAY_JOB_ID", "RAY_RAYLET_PID")  # set for the actor, not for a driver
 
 
+class Slots:
+    """Room for `count` runs at once, where more trials are under way than that and take turns. A run that is not heard of has left."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._held: dict[str, float] = {}
+
+    def take(self, run: str) -> bool:
+        """Whether a run may be, or go on being, carried out; to be asked again within `_LEASE_S` seconds."""
+        now = time.monotonic()
+        self._held = {other: heard for other, heard in self._held.items() if now - heard < _LEASE_S}
+        if run not in self._held and len(self._held) >= self._count:
+            return False
+        self._held[run] = now
+        return True
+
+    def leave(self, run: str) -> None:
+        self._held.pop(run, None)
+
+
 class TrialActor(tune.Trainable):
     """Each `step` brings the run's next evaluation, or, without news, nothing but the step of the last one: Tune's calls wait for each
     other, and a wish to stop must not wait for an evaluation. Results: step, details (JSON: metrics, intervals), one value per objective as
     objective_0 and on; at the end of the run done, and failed (a reason) where it was not the goal.
 
-    The configuration is the trial's line of the ledger; `common` (a run's values for all trials, sweep_place, objectives) comes as an
-    object of Ray, for it may hold credentials, and Tune writes configurations to disk.
+    The configuration is the trial's line of the ledger; `common` (a run's values for all trials, sweep_place, objectives, directory, train,
+    slots: an actor of `Slots` or None) comes as an object of Ray, for it may hold credentials, and Tune writes configurations to disk.
     """
 
     def setup(self, config: dict[str, Any], common: Mapping[str, Any]) -> None:
         work = config["work"]
         self._run, self._sweep_place = str(work["run"]), str(common["sweep_place"])
         self._objectives: list[str] = list(common["objectives"])
+        self._slots = common["slots"]
         self._command, self._directory = [sys.executable, *common["train"]], str(common["directory"])
         self._values = {**common["values"], **work["settings"], "name": self._run}
         if parent := work.get("parent"):
@@ -67,6 +90,9 @@ class TrialActor(tune.Trainable):
         self._trained: dict[int, dict[str, Any]] = {}  # `train` lines of steps whose evaluations will come
 
     def step(self) -> dict[str, Any]:
+        if self._slots is not None and not ray.get(self._slots.take.remote(self._run)):
+            time.sleep(_LOOK_EVERY_S)
+            return {"step": self._last}
         if self._process is None:
             self._process = self._start()
             self._lines = self._evaluations()
@@ -187,6 +213,8 @@ class TrialActor(tune.Trainable):
         if process.returncode not in (0, STOPPED):
             logger.debug("run %s: %s", self._run, self._reason(process.returncode))
         self._folder.push(LOG)
+        if self._slots is not None:
+            ray.get(self._slots.leave.remote(self._run))
 
 
 def _end_with_parent() -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -152,6 +153,31 @@ def test_a_space_without_a_valid_trial_is_refused(fake: None, tmp_path: Path) ->
     assert not (tmp_path / "impossible" / "trials").exists()
 
 
+def test_a_trial_whose_actor_is_lost_goes_on(fake: None, tmp_path: Path) -> None:
+    """As with its node: Tune starts it again, the run goes on behind its checkpoint, and no result is told twice."""
+    sweep = sweep_of(tmp_path, "lost", {"learning_rate": [0.01]}, max_trials=1, max_steps=60)
+    killed: list[int] = []
+
+    def kill_it() -> None:
+        while not killed:
+            ledger = read_ledger(str(tmp_path / "lost"))
+            if ledger and ledger.trials and ledger.trials[1].results:
+                killed.extend(p.pid for p in psutil.process_iter(["cmdline"]) if "TrialActor" in " ".join(p.info["cmdline"] or []))
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_it)
+    thread.start()
+    run_sweep(sweep, Console(quiet=True))
+    thread.join()
+    ledger = ledger_of(tmp_path, "lost")
+    assert killed and ledger.trials[1].state == "finished" and starts(tmp_path, "lost") == {"001": 2}
+    lines = [json.loads(line) for line in (tmp_path / "lost" / "trials.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "result"] == list(range(2, 61, 2))
+    assert_nothing_left()
+
+
 def test_asha_stops_the_worse_and_its_state_outlives_a_kill(fake: None, tmp_path: Path) -> None:
     """The best is never stopped; of the others those go on that are in the better half of all that came to their step (0.03 at step 2, not
     at step 4); what was stopped is told with its step."""
@@ -171,11 +197,12 @@ def test_asha_stops_the_worse_and_its_state_outlives_a_kill(fake: None, tmp_path
     assert_nothing_left()
 
 
-def test_population_based_training_goes_on_from_the_better(fake: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [4, 2])
+def test_population_based_training_goes_on_from_the_better(fake: None, tmp_path: Path, room: int) -> None:
     """The worst trial's later runs begin with a better one's checkpoint and its settings, changed within the range; the checkpoint that
-    the last run began with is kept, and best.yaml names it where the winner has one."""
+    the last run began with is kept. Where there is room for half of the trials they take turns, and are compared all the same."""
     space = {"learning_rate": {"uniform": [0.001, 0.05]}}
-    ledger = make(tmp_path, "pbt", space, scheduler="pbt", max_trials=4, max_concurrent_trials=4)
+    ledger = make(tmp_path, "pbt", space, scheduler="pbt", max_trials=4, max_concurrent_trials=room, max_steps=6)
     assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 4
     replaced = [trial for trial in ledger.trials.values() if len(trial.runs) > 1]
     assert replaced
@@ -187,7 +214,19 @@ def test_population_based_training_goes_on_from_the_better(fake: None, tmp_path:
         assert 0.001 <= trial.values["learning_rate"] <= 0.05
     kept = {(path.parent.parent.name, int(path.parent.name[5:])) for path in (tmp_path / "pbt" / "kept").glob("*/step-*/commit.json")}
     assert kept == {(parent["run"], parent["step"]) for trial in replaced if (parent := trial.parents[-1])}
+    spans = [tuple(map(float, line.split())) for path in tmp_path.glob("pbt/trials/*/spans") for line in path.read_text().splitlines()]
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) <= room
+    if room < 4:  # every trial was compared with all others at step 2: the worst of the first rates is among those replaced
+        first = {number: read_values(tmp_path / "pbt", number) for number in ledger.trials}
+        worst = max(first, key=lambda number: abs(first[number] - 0.01))
+        assert len(ledger.trials[worst].runs) > 1
     assert_nothing_left()
+
+
+def read_values(sweep: Path, number: int) -> float:
+    """The learning rate that a trial began with."""
+    lines = map(json.loads, (sweep / "trials.jsonl").read_text().splitlines())
+    return next(line["values"]["learning_rate"] for line in lines if line["kind"] == "trial" and line["trial"] == number)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -1,7 +1,8 @@
 """Stands in for `most-ray train` in tests of sweeps: reads a configuration from standard input and leaves what a run leaves, in no time.
 
 Its word error rate is a function of the settings and the step, the lower the nearer learning_rate is to 0.01; two learning rates do more:
-at 0.666 it fails, at 0.999 it kills itself. It goes on behind its newest checkpoint, and counts its starts in `starts`.
+at 0.666 it fails, at 0.999 it kills itself. It goes on behind its newest checkpoint, counts its starts in `starts`, and leaves the times of
+its beginnings and ends in `spans`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main() -> int:
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     done = newest(folder, config)
-    with (folder / "metrics.jsonl").open("a") as metrics:
+    with (folder / "metrics.jsonl").open("a") as metrics, (folder / "spans").open("a") as spans:
+        began = time.time()
 
         def write(**line: Any) -> None:
             metrics.write(json.dumps(line) + "\n")
@@ -55,8 +57,9 @@ def main() -> int:
                 rates = {"rate": wer_of(rate, step), "interval": [0.0, 1.0]}
                 write(kind="evaluation", step=step, sets={"asr/test_takes": {"words": rates, "loss": rate}})
             if stopped:
-                return 75
-    return 0
+                break
+        spans.write(f"{began} {time.time()}\n")
+    return 75 if stopped else 0
 
 
 def newest(folder: Path, config: dict[str, Any]) -> int:
