@@ -7,6 +7,7 @@ nothing that a trial has started outlives it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import logging
 import os
@@ -117,7 +118,7 @@ class TrialActor(tune.Trainable):
                 env=environment,
                 cwd=self._directory if os.path.isdir(self._directory) else None,  # relative places are taken from where the sweep runs
                 start_new_session=True,  # Ctrl-C is for the sweep, which asks its trials to stop
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=functools.partial(_end_with, os.getpid()) if sys.platform == "linux" else None,
             )
         assert process.stdin is not None
         process.stdin.write(yaml.safe_dump(self._values).encode())
@@ -217,9 +218,11 @@ class TrialActor(tune.Trainable):
             ray.get(self._slots.leave.remote(self._run))
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """Between fork and exec: should the actor be killed, the run is asked to stop (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(STOPPED)
 
 
 def _copy(source: str, target: str) -> None:
