@@ -183,7 +183,7 @@ class RunConfig(TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelO
         shown: dict[str, Any] = {}
         for place in dataclasses.fields(self):
             value = getattr(self, place.name)
-            if value and place.name.endswith(("_dir", "_dirs", "_path", "_checkpoint")):
+            if value and place.name.endswith(("_dir", "_dirs", "_path", "_checkpoint", "_records", "recogniser", "vocoder")):
                 shown[place.name] = tuple(map(storage.redact, value)) if isinstance(value, tuple) else storage.redact(value)
         return dataclasses.replace(self, **shown)
 

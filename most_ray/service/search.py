@@ -6,6 +6,8 @@ Tune's own state is never read back: whoever goes on replays the ledger, so that
 from __future__ import annotations
 
 import collections
+import contextlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ from most_ray.sweep.trials import Setting, run_name
 from most_ray.train.folder import COMMIT
 
 Tell = Callable[[Trial], None]  # called with a trial of whom something is new
+_PERTURBATIONS = 20  # that are tried for one that can be trained
 _STARTUP_TRIALS = 10  # of Optuna's TPE that are drawn at random, of many trials; of few, a quarter
 
 
@@ -77,7 +80,7 @@ class Proposals(Unsaved, Searcher):
             self._file.write("end", trial=number, step=0, state="failed", reason=reason)
             self._tell(trial)
             if self._tpe:
-                self._tpe.on_trial_complete(trial_id, error=True)
+                self._tpe.on_trial_complete(trial_id, trial)
         return None
 
     def _propose(self, number: int, trial_id: str) -> Values | None:
@@ -94,12 +97,9 @@ class Proposals(Unsaved, Searcher):
             self._tpe.on_trial_result(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        del result  # the last one, which ends a run, has no figures: the ledger has
         if self._tpe:
-            state = self._file.ledger.trials[self._numbers[trial_id]].state
-            finished = (
-                result if state == "finished" else None
-            )  # what was stopped has no final value: Optuna ranks it by what it had come to
-            self._tpe.on_trial_complete(trial_id, finished, error or state == "failed")
+            self._tpe.on_trial_complete(trial_id, self._file.ledger.trials[self._numbers[trial_id]], error)
 
 
 def _work(trial: Trial) -> dict[str, Any]:
@@ -119,15 +119,15 @@ class Tpe:
     """Optuna's tree-structured Parzen estimator by Ray's integration, told first what an earlier start has found out."""
 
     def __init__(self, sweep: Sweep, ledger: LedgerFile) -> None:
-        self._space, self._objectives = sweep.space, sweep.objectives
+        self._space, self._objectives, self._count = sweep.space, sweep.objectives, itertools.count()
         modes = ["max" if objective.largest else "min" for objective in self._objectives]
         several = len(modes) > 1
-        self._asked: set[str] = set()
+        self._asked: dict[str, str] = {}  # Optuna's names of proposals by Tune's ids: of one, several where proposals cannot be trained
         known = [trial for trial in ledger.ledger.trials.values() if trial.state != "open"]
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(
             # Another seed at each start: else the random draws at its beginning would be those of the first start again.
-            seed=sweep.options.search_seed + len(known),
+            seed=sweep.options.search_seed + len(ledger.ledger.trials),
             n_startup_trials=min(_STARTUP_TRIALS, max(3, sweep.max_trials // 4)),
             multivariate=not several,
             constant_liar=not several,  # several trials at once shall not crowd at one place
@@ -145,8 +145,8 @@ class Tpe:
         self._search = OptunaSearch(distributions, metric=metric, mode=mode, sampler=sampler, storage=memory, study_name="sweep")
 
     def values(self, trial_id: str) -> Values:
-        found: Mapping[str, Any] = self._search.suggest(trial_id) or {}
-        self._asked.add(trial_id)
+        name = self._asked[trial_id] = f"{trial_id}/{next(self._count)}"
+        found: Mapping[str, Any] = self._search.suggest(name) or {}
         return {d.name: d.values[found[d.name]] if d.values else found[d.name] for d in self._space.dimensions}
 
     def adopt(self, trial_id: str, trial: Trial) -> None:
@@ -156,12 +156,16 @@ class Tpe:
         self.values(trial_id)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if trial_id in self._asked and "objective_0" in result:
-            self._search.on_trial_result(trial_id, {**result, "training_iteration": result["step"]})
+        if "objective_0" in result:
+            self._search.on_trial_result(self._asked[trial_id], {**result, "training_iteration": result["step"]})
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id in self._asked:
-            self._search.on_trial_complete(trial_id, result, error)
+    def on_trial_complete(self, trial_id: str, trial: Trial, error: bool = False) -> None:
+        """What was stopped early has no final value: Optuna ranks it by what it had come to."""
+        values = [trial.metric(objective.metric) for objective in self._objectives]
+        finished = trial.state == "finished" and None not in values
+        result = {f"objective_{index}": value for index, value in enumerate(values)} if finished else None
+        failed = error or trial.state != "stopped"
+        self._search.on_trial_complete(self._asked[trial_id], result, error=failed)
 
 
 def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
@@ -231,8 +235,6 @@ class _Recording(Unsaved, TrialScheduler):
         if result["step"] >= self.total_steps:
             return TrialScheduler.CONTINUE
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP:
-            self.recorder.end(trial.config["work"], result["step"], "stopped", f"the scheduler, at step {result['step']}")
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -282,9 +284,7 @@ class Asha(_Recording, AsyncHyperBandScheduler):
                     AsyncHyperBandScheduler.on_trial_result(self, None, _Named(trial.number), told)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        named = _Named(trial.config["work"]["trial"])
-        if named.trial_id not in self._trial_info:
-            super().on_trial_add(tune_controller, named)
+        super().on_trial_add(tune_controller, _Named(trial.config["work"]["trial"]))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         work = trial.config["work"]
@@ -318,7 +318,7 @@ class Pbt(_Recording, PopulationBasedTraining):
         sweep = setting.sweep
         self._dimensions = {d.name: d for d in sweep.space.dimensions if d.name in mutable(sweep.space)}
         self._setting, self._file, self._place = setting, ledger, sweep_place
-        self._draw = random.Random(f"{sweep.options.search_seed}/{len(ledger.ledger.trials)}")
+        self._draw = random.Random(f"{sweep.options.search_seed}/{sum(len(trial.runs) for trial in ledger.ledger.trials.values())}")
         super().__init__(
             time_attr="step",
             metric="objective_0",
@@ -341,6 +341,14 @@ class Pbt(_Recording, PopulationBasedTraining):
                 made[name] = min(dimension.high, max(dimension.low, values[name] * self._draw.choice((0.8, 1.2))))
         return made
 
+    def _trainable(self, values: Values) -> tuple[Values, dict[str, Any]]:
+        """Perturbed values and their settings; those that are there, where the range holds too many values that no run takes."""
+        for _ in range(_PERTURBATIONS):
+            with contextlib.suppress(UserError):
+                made = self.perturbed(values)
+                return made, self._setting.settings_of(made)
+        return values, self._setting.settings_of(values)
+
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
         """Only where the better trial's checkpoint could be kept; else the worse one goes on as it is."""
         other, step = trial_to_clone.config["work"], self._trial_state[trial_to_clone].last_train_time
@@ -350,14 +358,14 @@ class Pbt(_Recording, PopulationBasedTraining):
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         own, other = trial.config["work"], trial_to_clone.config["work"]
         step = self._trial_state[trial_to_clone].last_train_time
-        values = self.perturbed(other["values"])
+        values, settings = self._trainable(other["values"])
         generation = len(self._file.ledger.trials[own["trial"]].runs)
         parent = {"trial": other["trial"], "run": other["run"], "step": step}
         line = {
             "trial": own["trial"],
             "run": run_name(own["trial"], generation),
             "values": values,
-            "settings": self._setting.settings_of(values),
+            "settings": settings,
             "parent": parent,
         }
         self._file.write("trial", **line)

@@ -6,6 +6,7 @@ nothing that a trial has started outlives it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -39,6 +40,7 @@ LOG = "train.log"
 # What carries a trial out, behind the interpreter. -P: modules of that name in the working directory are not taken.
 TRAIN = ("-P", "-m", "most_ray.cli", "train", "--config", "/dev/stdin")
 _POINTER = "checkpoint.json"
+_TAIL = 200  # bytes by which a place in metrics.jsonl is known again: they hold the step and the time
 _ENDED: dict[str, Any] = {}
 _OF_RAY_WORKERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RAY_JOB_ID", "RAY_RAYLET_PID")  # set for the actor, not for a driver
 
@@ -83,11 +85,11 @@ class TrialActor(tune.Trainable):
             place = kept_place(self._sweep_place, parent["run"], parent["step"])
             self._values |= {"resume_from_checkpoint": place, "accept_data_change": True}
         self._folder = RunFolder(storage.join(str(self._values["output_dir"]), self._run))
-        self._after = int(work.get("after", 0))
-        self._last = self._after
+        self._last = int(work.get("after", 0))  # step of the last result
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: Iterator[dict[str, Any] | None] = iter(())
-        self._read = 0  # bytes of metrics.jsonl
+        self._read, self._tail = 0, b""  # bytes of metrics.jsonl that were read, and the last of them
+        self._said = 0  # bytes of the log that earlier starts have written
         self._trained: dict[int, dict[str, Any]] = {}  # `train` lines of steps whose evaluations will come
 
     def step(self) -> dict[str, Any]:
@@ -103,6 +105,8 @@ class TrialActor(tune.Trainable):
             return {"step": self._last}
         if line is _ENDED:
             code = self._process.wait()
+            if code == STOPPED:  # by somebody else, as where its node is taken away: Tune starts the trial again
+                raise RuntimeError(f"run {self._run} was asked to stop, not by the sweep")
             return {"step": self._last, "done": True, **({"failed": self._reason(code)} if code else {})}
         return self._result(line)
 
@@ -110,6 +114,7 @@ class TrialActor(tune.Trainable):
         """The configuration goes by standard input: on the command line or in a file it would be seen."""
         environment = {name: value for name, value in os.environ.items() if name not in _OF_RAY_WORKERS}
         with (self._folder.local / LOG).open("ab") as log:
+            self._said = log.tell()
             process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -121,8 +126,8 @@ class TrialActor(tune.Trainable):
                 preexec_fn=functools.partial(_end_with, os.getpid()) if sys.platform == "linux" else None,
             )
         assert process.stdin is not None
-        process.stdin.write(yaml.safe_dump(self._values).encode())
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError), process.stdin as stream:  # one that is gone already says so by its exit code
+            stream.write(yaml.safe_dump(self._values).encode())
         return process
 
     def _evaluations(self) -> Iterator[dict[str, Any] | None]:
@@ -157,12 +162,14 @@ class TrialActor(tune.Trainable):
 
     def _read_on(self, stream: BinaryIO) -> bytes:
         """Whole lines behind those that were read before; from the beginning where a restart of the run has cut the file back."""
-        if self._read and (stream.seek(0, os.SEEK_END) < self._read or stream.seek(self._read - 1) < 0 or stream.read(1) != b"\n"):
+        stream.seek(self._read - len(self._tail))
+        if stream.read(len(self._tail)) != self._tail:
             self._read = 0
-        stream.seek(self._read)
+            stream.seek(0)
         content = stream.read()
         content = content[: content.rfind(b"\n") + 1]
         self._read += len(content)
+        self._tail = content[-_TAIL:] or self._tail
         return content
 
     def _result(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +185,7 @@ class TrialActor(tune.Trainable):
             name = signal.Signals(-code).name
             return f"its process was ended by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
         try:
-            said = (self._folder.local / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            said = (self._folder.local / LOG).read_bytes()[self._said :].decode("utf-8", "replace").strip().splitlines()
         except OSError:
             said = []
         own = next((line for line in reversed(said) if line.startswith("most-ray: ")), said[-1] if said else "")
@@ -196,7 +203,7 @@ class TrialActor(tune.Trainable):
         """A trial that was set aside goes on behind what it has told; one that takes up another's checkpoint begins its own run."""
         pointer = json.loads((Path(checkpoint) / _POINTER).read_text(encoding="utf-8"))
         if pointer["run"] == self._run:
-            self._after = self._last = max(self._last, int(pointer["step"]))
+            self._last = max(self._last, int(pointer["step"]))
 
     def cleanup(self) -> None:
         """Tune lets the trial go. A run under way writes a checkpoint, which whoever goes on begins with."""

@@ -41,7 +41,8 @@ def measure_affinity(job: Job, device: torch.device) -> Affinity:
 
     The text is that of the run's first records, in the run's mix: instructions, transcripts, prompts of speech, without the speech.
     """
-    model = load_model(local_copy(job.model_path), RoutingOverrides(use_modality_aware_routing=False)).to(device).eval()
+    overrides = RoutingOverrides(use_modality_aware_routing=False, num_experts_per_tok=job.config.num_experts_per_tok)
+    model = load_model(local_copy(job.model_path), overrides).to(device)
     load, tokens = text_load(model, texts_of(open_plan(job.plan), job), device)
     order, share = rank_experts(load)
     return Affinity(order, share, tokens)

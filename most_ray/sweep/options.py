@@ -62,7 +62,7 @@ class Sweep:
 
     @property
     def max_trials(self) -> int:
-        points = len(self.space.grid("grid")) if self.options.search == "grid" else None
+        points = self.space.grid_size("grid") if self.options.search == "grid" else None
         wanted = self.options.max_trials or points or 10
         return min(wanted, points) if points else wanted
 
@@ -101,7 +101,8 @@ def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
     values = {"name": "sweep", **{name: value for name, value in base.items() if name != "name"}, **own}
     run = config_from(values)
     space = parse_space(raw_space)
-    overruled = {name: base.get(name) for name in _LENGTH if base and base.get(name) != own.get(name, base.get(name))}
+    before = config_from({name: base[name] for name in _LENGTH if name in base})
+    overruled = {name: getattr(before, name) for name in _LENGTH if base and getattr(before, name) != getattr(run, name)}
     sweep = Sweep(options, space, run, {name: getattr(run, name) for name in values}, raw_space, _objectives(options, run), overruled)
     _check(sweep)
     return sweep

@@ -5,7 +5,6 @@ Random and grid proposals are functions of (space, seed, k) alone: however often
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import typing
@@ -87,23 +86,35 @@ class Space:
     def names(self) -> list[str]:
         return [dimension.name for dimension in self.dimensions]
 
-    def grid(self, search: str) -> list[Values]:
-        """The points of the grid: of all dimensions where the search is `grid`, else of those that say so; one empty point without any."""
-        chosen = [d for d in self.dimensions if search == "grid" or d.kind == "grid"]
-        every = [d.listed or () for d in chosen]
-        return [dict(zip((d.name for d in chosen), point, strict=True)) for point in itertools.product(*every)]
+    def _gridded(self, search: str) -> list[Dimension]:
+        """The dimensions of the grid: all of them where the search is `grid`, else those that say so."""
+        return [d for d in self.dimensions if search == "grid" or d.kind == "grid"]
+
+    def grid_size(self, search: str) -> int:
+        """Points of the grid, 1 where it has no dimension."""
+        return math.prod(len(d.listed or ()) for d in self._gridded(search))
+
+    def grid_point(self, search: str, k: int) -> Values:
+        """The k-th of them, the last dimension changing fastest."""
+        point: Values = {}
+        for dimension in reversed(self._gridded(search)):
+            values = dimension.listed or ()
+            k, place = divmod(k, len(values))
+            point[dimension.name] = values[place]
+        return point
 
     def proposal(self, search: str, seed: int, k: int) -> Values | None:
         """The values of trial k, from 0; None behind the end of a grid. Not of `tpe`, whose proposals depend on results.
 
         A random search goes round the grid's points in turn and draws all other dimensions anew for each trial.
         """
-        points = self.grid(search)
-        if search == "grid" and k >= len(points):
+        size = self.grid_size(search)
+        if search == "grid" and k >= size:
             return None
         shares = np.random.Generator(np.random.PCG64([seed, k])).random(len(self.dimensions))
-        drawn = {d.name: d.at(float(share)) for d, share in zip(self.dimensions, shares, strict=True)}
-        return {**drawn, **points[k % len(points)]}
+        drawn = {d.name: d.at(float(share)) for d, share in zip(self.dimensions, shares, strict=True) if search != "grid"}
+        made = {**drawn, **self.grid_point(search, k % size)}
+        return {name: made[name] for name in self.names}
 
     def settings(self, values: Values) -> Values:
         """Values by dimension as keys of the run's configuration and of ROUTING."""

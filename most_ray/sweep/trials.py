@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from most_ray.sweep.splits import split_experts
 from most_ray.train.prepare import store_dir_of
 from most_ray.train.topology import plan_topologies
 
+_MOST_STARTS = 64
 _TRIED = 2_000  # proposals that are looked at for a valid one
 
 
@@ -52,6 +54,9 @@ def start_keys(sweep: Sweep) -> list[str]:
         rule = "makes a preset's tokenizer another for each trial, so that affinity would be measured on none of their models."
         raise ConfigError(f"space.{moved[0]}", None, rule, "Make a starting model by `most-ray init-model`, and name that.")
     dimensions = [d for d in sweep.space.dimensions if d.name in ("model_name_or_path", "seed")]
+    if (many := math.prod(len(d.listed or ()) for d in dimensions)) > _MOST_STARTS and sweep.run.model_name_or_path in PRESETS:
+        rule = f"makes {many} starting models, each of which is prepared before the first trial; at most {_MOST_STARTS} are."
+        raise ConfigError(f"space.{dimensions[-1].name}", None, rule, "Name fewer values, or a model's folder: model_name_or_path.")
     points = itertools.product(*(d.listed or () for d in dimensions))
     return list(dict.fromkeys(start_key(sweep, dict(zip((d.name for d in dimensions), point, strict=True))) for point in points))
 
@@ -90,7 +95,7 @@ class Setting:
         given = self.sweep.run.audio_expert_indices or model.audio_expert_indices
         return len(given) if given else model.n_routed_experts // 2
 
-    def config(self, settings: Mapping[str, Any], run: str, **changes: Any) -> RunConfig:
+    def config(self, settings: Mapping[str, Any], run: str) -> RunConfig:
         """The configuration of a trial's run, which lies in the sweep's folder beside the others; all of them share token stores."""
         base = self.sweep.run
         place = {
@@ -99,7 +104,7 @@ class Setting:
             "store_dir": store_dir_of(base),
             "wandb_group": base.wandb_group or base.name,
         }
-        return config_from({**self.sweep.values, **settings, **place, **changes})
+        return config_from({**self.sweep.values, **settings, **place})
 
     def best_yaml(self, trial: Trial, why: str) -> str:
         """The winner as a configuration of its own: a run of the same steps that makes the same numbers."""
@@ -138,9 +143,8 @@ def _check(config: RunConfig, model: MostConfig) -> None:
 
 def proposals(sweep: Sweep) -> Iterator[Values]:
     """Values that trials may get: of random and grid those that they will, of tpe random ones out of the same space."""
-    search = "random" if sweep.options.search == "tpe" else sweep.options.search
     for k in range(max(_TRIED, sweep.max_trials)):
-        values = sweep.space.proposal(search, sweep.options.search_seed, k)
+        values = sweep.space.proposal(sweep.options.search, sweep.options.search_seed, k)
         if values is None:
             return
         yield values

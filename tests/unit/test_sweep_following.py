@@ -116,7 +116,7 @@ def test_damaged_lines_are_passed_over(quick: None, tmp_path: Path) -> None:
 
 
 def test_what_was_read_is_not_read_again(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for a byte, and for half a line that was there."""
+    """But for the end by which the place is known again, and for half a line that was there."""
     actor, _, metrics = attended(str(tmp_path))
     read: list[int] = []
 
@@ -134,7 +134,7 @@ def test_what_was_read_is_not_read_again(quick: None, tmp_path: Path, monkeypatc
             metrics.write_bytes(written + whole[:end])
             assert told(actor) == ([step] if end == 300 else [])
         written += whole
-    assert sum(read) <= len(written) + 8 * 100 + 16
+    assert sum(read) <= len(written) + 8 * 100 + 16 * 200
 
 
 @settings(max_examples=80, derandomize=True)
@@ -172,10 +172,7 @@ def test_a_restart_of_the_run_tells_each_step_once(data: st.DataObject) -> None:
     assert found == [2, 4, 6, 8, 10, 12]
 
 
-ALIGNED = pytest.mark.xfail(strict=True, reason="takes any end of a line at its place for the one that it has read")
-
-
-@pytest.mark.parametrize("length", [170, 250, 300, pytest.param(200, marks=ALIGNED)])
+@pytest.mark.parametrize("length", [170, 250, 300, 200])
 def test_a_restart_before_an_evaluation_has_come(quick: None, tmp_path: Path, length: int) -> None:
     """It comes first of all behind the restart, among lines that stand where others were read: shorter, longer or as long as those."""
     actor, _, metrics = attended(str(tmp_path))

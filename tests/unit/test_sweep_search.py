@@ -270,9 +270,6 @@ def test_tpe_ranks_a_stopped_trial_by_what_it_had_come_to(tmp_path: Path, file: 
     assert study.trials[0].intermediate_values == {4: 0.7}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the last result, which ends a run, has no figures: it is told as pruned, with several objectives not at all"
-)
 @pytest.mark.parametrize("objectives", [["wer/takes"], ["wer/takes", "max:loss"]])
 def test_tpe_is_told_the_values_of_a_finished_trial(tmp_path: Path, file: LedgerFile, objectives: list[str]) -> None:
     """The last result of a trial is that its run has ended: without figures, which were told before."""
@@ -290,7 +287,6 @@ def test_tpe_is_told_the_values_of_a_finished_trial(tmp_path: Path, file: Ledger
     assert states(study_of(proposals._tpe)) == [("COMPLETE", [0.25, 2.0][: len(objectives)])]
 
 
-@pytest.mark.xfail(strict=True, reason="OptunaSearch gives the same point again under the same id")
 def test_tpe_proposes_anew_where_a_proposal_cannot_be_trained(tmp_path: Path, file: LedgerFile) -> None:
     space = {"audio_experts": "6..8", "learning_rate": {"uniform": [0.1, 0.2]}}
     proposals = Proposals(setting_of(sweep_of(tmp_path, space, search="tpe", max_trials=30)), file, Told())
@@ -300,7 +296,6 @@ def test_tpe_proposes_anew_where_a_proposal_cannot_be_trained(tmp_path: Path, fi
     assert len(set(points)) == len(points) > 4
 
 
-@pytest.mark.xfail(strict=True, reason="the sampler's seed counts ended trials alone")
 def test_tpe_does_not_repeat_what_is_still_open(tmp_path: Path, file: LedgerFile) -> None:
     """A start that was stopped before any trial had ended."""
     setting = setting_of(tpe_sweep(tmp_path))

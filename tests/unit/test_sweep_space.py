@@ -275,10 +275,10 @@ def test_a_grid_in_order_and_its_end() -> None:
     space = space_of("seed: 1..2\nlr_scheduler: [linear, cosine]\nexpert_split: {grid: [affinity]}")
     points = [(1, "linear"), (1, "cosine"), (2, "linear"), (2, "cosine")]
     wanted = [{"seed": seed, "lr_scheduler": name, "expert_split": "affinity"} for seed, name in points]
-    assert space.grid("grid") == wanted
+    assert [space.grid_point("grid", k) for k in range(space.grid_size("grid"))] == wanted
     assert [space.proposal("grid", 5, k) for k in range(6)] == [*wanted, None, None]
-    assert space.grid("random") == [{"expert_split": "affinity"}]
-    assert space_of("seed: 1..2").grid("random") == [{}]
+    assert (space.grid_size("random"), space.grid_point("random", 0)) == (1, {"expert_split": "affinity"})
+    assert (space_of("seed: 1..2").grid_size("random"), space_of("seed: 1..2").grid_point("random", 0)) == (1, {})
 
 
 # Splits

@@ -154,7 +154,7 @@ SAID = [
         "print('most-ray: data error: train_asr_dirs: holds nothing.'); print('bye'); sys.exit(2)",
         "data error: train_asr_dirs: holds nothing.",
     ),
-    ("print('most-ray: a'); print('most-ray: b'); sys.exit(75)", "b"),
+    ("print('most-ray: a'); print('most-ray: b'); sys.exit(3)", "b"),
     ("raise KeyError('x')", "KeyError: 'x'"),
     ("sys.exit(3)", "exit code 3"),
     ("print('most-ray: s3://key:hunter2@bucket/x is gone'); sys.exit(1)", "s3://***@bucket/x is gone"),
@@ -171,7 +171,12 @@ def test_why_a_run_failed(make: MakeActor, code: str, reason: str) -> None:
     actor.cleanup()
 
 
-@pytest.mark.xfail(strict=True, reason="looks for the run's own words in all of its log")
+def test_a_run_that_somebody_else_stops_is_started_again(make: MakeActor) -> None:
+    """As where its node is taken away: by Tune, for which the actor fails."""
+    with pytest.raises(RuntimeError, match="not by the sweep"):
+        news(make(("-c", "import sys; sys.stdin.read(); sys.exit(75)")))
+
+
 def test_why_a_run_failed_is_not_what_an_earlier_start_said(make: MakeActor, tmp_path: Path) -> None:
     """A start that was stopped has said so in the same log."""
     actor = make(("-c", "import sys; sys.stdin.read(); raise KeyError('x')"))
