@@ -13,22 +13,23 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
+import ray.exceptions
 import torch
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.stopper import Stopper
 from rich.console import Console
 
 from most_ray import storage
-from most_ray.config import RunConfig, config_from
+from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.model.build import read_config
 from most_ray.report import write_report
+from most_ray.service.allotment import ACTOR_CPUS, Allotment
 from most_ray.service.attempts import RunIncompleteError
-from most_ray.service.cluster import connect, named_cluster
-from most_ray.service.control import Terminated, WorkerShare, room, stopped, usable_nodes
+from most_ray.service.control import Terminated, stopped
 from most_ray.service.ingest import runner_of
 from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
-from most_ray.service.stream import TASK_CPUS
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
 from most_ray.service.trial import TRAIN, Slots, TrialActor
 from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_place, ranked
@@ -40,9 +41,6 @@ from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
 from most_ray.train.session import Job, overrides_of
 
 logger = logging.getLogger(__name__)
-_TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation
-_ACTOR_CPUS = 0.01  # of a trial's actor, which waits
-_TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
 AFFINITY = "affinity.json"
 _PATIENCE_S = 30 * 86400.0  # for room that others have taken: a trial that gave up would be a result lost
 _JUDGED_LATE = 2  # evaluations that population based training may be behind a run
@@ -77,18 +75,18 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
     models = {key: read_config(local_copy(each.job.model_path), overrides_of(sweep.run)) for key, each in starts.items()}
     # Before anything starts, so before it is known which experts carry text: any order will do for it.
     first_valid(Setting(sweep, {key: Start(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
-    left = sweep.max_trials - len(file.ledger.trials) + len(file.ledger.in_state("open"))
+    left = max(0, sweep.max_trials - len(file.ledger.trials)) + len(file.ledger.in_state("open"))
     if left > 0:
-        connected = _Cluster(sweep, prepared, left, file.ledger.sweep.get("shared"))
-        jobs = {key: replace(each.job, threads=connected.threads) for key, each in starts.items()}
-        affinities, step_s = _measured(folder, jobs, connected, sweep)
+        allotment = Allotment(sweep, prepared, left, file.ledger.sweep.get("shared"))
+        jobs = {key: replace(each.job, threads=allotment.threads) for key, each in starts.items()}
+        affinities, step_s = _measured(folder, jobs, allotment, sweep)
         orders = {key: affinities[key].order if key in affinities else None for key in models}
-        setting = Setting(sweep, {key: Start(model, orders[key]) for key, model in models.items()}, connected.shared)
-        cost = estimate(sweep, job.total_steps, left, connected.concurrent, step_s)
+        setting = Setting(sweep, {key: Start(model, orders[key]) for key, model in models.items()}, allotment.shared)
+        cost = estimate(sweep, job.total_steps, left, allotment.concurrent, step_s)
         storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
-        file.write("sweep", **_description(sweep, job, connected))
-        start_screen(sweep, file.ledger, folder.place, job, connected.where, list(affinities.values()), cost, console)
-        cut = _search(setting, job, folder, file, connected.concurrent, console, terminated)
+        file.write("sweep", **_description(sweep, job, allotment))
+        start_screen(sweep, file.ledger, folder.place, job, allotment.where, list(affinities.values()), cost, console)
+        cut = _search(setting, job, folder, file, allotment.concurrent, console, terminated)
         if terminated.is_set():
             raise stopped("came: trials under way have stopped behind a checkpoint.")
         if cut:
@@ -100,9 +98,9 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
 
 def _check_same(sweep: Sweep, file: LedgerFile) -> None:
     """Raises ConfigError where a ledger is there of trials that could not be compared with this sweep's."""
-    before, now = file.ledger.sweep.get("fixed"), _fixed(sweep)
-    if before is not None and before != now:
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    before, now = file.ledger.sweep.get("fixed") or {}, _fixed(sweep)
+    # A key that one of them does not have is another version's, whose default is what was always done.
+    if changed := sorted(name for name in {*before} & {*now} if before[name] != now[name]):
         rule = f"is the name of a sweep whose {', '.join(changed)} {'was' if len(changed) == 1 else 'were'} another."
         raise ConfigError("name", sweep.run.name, rule, "Choose a new name, or put back what was changed.")
 
@@ -124,66 +122,12 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
     return prepare_run(config_from({**sweep.values, **changes}), runner_of)
 
 
-class _Cluster:
-    """The Ray that the sweep uses, and each trial's share of it. `shared`: what trials get of it, the same at every start of a sweep."""
-
-    def __init__(self, sweep: Sweep, prepared: Prepared, left: int, before: dict[str, Any] | None) -> None:
-        run = sweep.run
-        self.use_gpu, self.workers = prepared.use_gpu, prepared.topologies[-1].world_size
-        self._share = WorkerShare.of(run, self.use_gpu)
-        self._cpus = self.workers * self._share.cpus + _TASKS_OF_A_RUN + TASK_CPUS * (run.eval_workers - 1) + _ACTOR_CPUS
-        cores = os.cpu_count() or 1
-        here = (
-            None if named_cluster(run) or ray.is_initialized() else self._here(run, min(left, sweep.options.max_concurrent_trials or left))
-        )
-        connect(run, math.ceil((here or 1) * self._cpus) + 1)
-        fits = self._room()
-        if fits < 1:
-            raise ConfigError(
-                "num_workers",
-                self.workers,
-                f"is more than the cluster has room for: a trial takes {self.workers} workers of {self._share} each, and "
-                f"{self._cpus - self.workers * self._share.cpus:g} CPUs for their data and evaluations.",
-                "Use fewer workers, or lower cpus_per_worker.",
-            )
-        self.room = fits if here is None else min(fits, here)
-        self.concurrent = min(left, self.room, sweep.options.max_concurrent_trials or self.room)
-        self.threads = run.threads_per_worker or (1 if self.use_gpu else max(1, cores // (self.concurrent * self.workers)))
-        self.shared = before or {
-            "use_gpu": self.use_gpu,
-            "num_workers": [self.workers],
-            "threads_per_worker": self.threads,
-            "max_steps": prepared.job.total_steps,  # of epochs, a trial's mix would make another number
-        }
-        self.threads = int(self.shared["threads_per_worker"])
-
-    def _here(self, run: RunConfig, wanted: int) -> int:
-        """Trials at once on this machine: a core or a GPU for each worker, and memory for their processes."""
-        cores = os.cpu_count() or 1
-        slots = torch.cuda.device_count() / self._share.gpus if self._share.gpus else cores / (run.threads_per_worker or 1)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _TRIAL_BYTES
-        return max(1, min(wanted, int(slots) // self.workers, memory))
-
-    def _room(self) -> int:
-        """Trials that the whole cluster could hold."""
-        nodes = usable_nodes()
-        by_cpus = int(ray.cluster_resources().get("CPU", 0.0) / self._cpus + 1e-6)
-        return min(by_cpus, room(nodes, self._share, by_cpus * _TASKS_OF_A_RUN) // self.workers)
-
-    @property
-    def where(self) -> str:
-        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
-        each = " each" if self.workers > 1 else ""
-        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-        return f"{self.concurrent} at a time (room for {self.room}); {workers} of {self._share}{each}, {threads}"
-
-
-def _measured(folder: RunFolder, jobs: Mapping[str, Job], cluster: _Cluster, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
+def _measured(folder: RunFolder, jobs: Mapping[str, Job], allotment: Allotment, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
     """What is measured of the starting models: where a trial asks for it, the text that each one's experts carry; and a step's seconds."""
     splits = next((d.values for d in sweep.space.dimensions if d.name == "expert_split"), ())
     known = _read_affinities(folder) if "affinity" in splits else {}
     wanted = [key for key in jobs if "affinity" in splits and key not in known]
-    if cluster.use_gpu:
+    if allotment.use_gpu:
         task = ray.remote(num_cpus=1, num_gpus=1, max_retries=0, max_calls=1)(_measure)
         found, step_s = ray.get(task.remote(dict(jobs), wanted))
     else:
@@ -209,7 +153,7 @@ def _read_affinities(folder: RunFolder) -> dict[str, Affinity]:
         return {}
 
 
-def _description(sweep: Sweep, job: Job, cluster: _Cluster) -> dict[str, Any]:
+def _description(sweep: Sweep, job: Job, allotment: Allotment) -> dict[str, Any]:
     """The ledger's line of a start."""
     return {
         "name": sweep.run.name,
@@ -219,9 +163,9 @@ def _description(sweep: Sweep, job: Job, cluster: _Cluster) -> dict[str, Any]:
         "scheduler": sweep.options.scheduler,
         "max_trials": sweep.max_trials,
         "max_steps": job.total_steps,
-        "concurrent": cluster.concurrent,
+        "concurrent": allotment.concurrent,
         "full": dict(sweep.overruled),
-        "shared": cluster.shared,
+        "shared": allotment.shared,
         "fixed": _fixed(sweep),
     }
 
@@ -270,7 +214,7 @@ def _search(
     actor = tune.with_parameters(TrialActor, common={**_common(setting, folder), "slots": slots})
     with _quiet_tune():
         tuner = tune.Tuner(
-            tune.with_resources(actor, {"CPU": _ACTOR_CPUS}),
+            tune.with_resources(actor, {"CPU": ACTOR_CPUS}),
             param_space=space,
             tune_config=tune.TuneConfig(scheduler=scheduler, **search),
             run_config=tune.RunConfig(
@@ -286,10 +230,14 @@ def _search(
         terminated.patient = True
         try:
             tuner.fit()
+        except (TuneError, ray.exceptions.RayError) as error:
+            rule = f"was cut short ({str(error).strip().splitlines()[-1]})."
+            raise RunIncompleteError("sweep", sweep.run.name, rule, "The same command goes on.") from error
         finally:
             terminated.patient = False
             if slots is not None:
-                ray.kill(slots)
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(slots)
             storage.remove(folder.at("tune"))
     return ending.late and bool(file.ledger.in_state("open"))
 
