@@ -9,11 +9,11 @@ BIN := .venv/bin
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
 
-# Tests that start Ray mostly wait for processes to come up: they run beside the others.
-ALONE := tests/end_to_end/test_without_ray.py
+# Tests that start Ray mostly wait for processes to come up: they run beside the others, but for two files, which make the halves even.
+ALONE := tests/end_to_end/test_without_ray.py tests/service/test_sweep.py
 test: .venv/.installed  ## all tests
 	@sh .ci/chromium.sh
-	@$(BIN)/python -m pytest tests/service tests/end_to_end --ignore $(ALONE) > .test-ray.log 2>&1 & ray=$$!; \
+	@$(BIN)/python -m pytest tests/service tests/end_to_end $(addprefix --ignore ,$(ALONE)) > .test-ray.log 2>&1 & ray=$$!; \
 	$(BIN)/python -m pytest tests/unit tests/browser tests/golden tests/distributed $(ALONE); first=$$?; \
 	wait $$ray; second=$$?; cat .test-ray.log; test $$first = 0 -a $$second = 0
 

@@ -84,7 +84,7 @@ def nothing_left() -> dict[str, Any]:
     actors = [a.class_name for a in list_actors(limit=10_000) if a.state != "DEAD" and a.class_name not in OF_RAY_DATA]
     groups = [(group.placement_group_id, group.state) for group in list_placement_groups(limit=10_000) if group.state != "REMOVED"]
     own = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    runs = [line for line in own if "most_ray.cli train" in line or "tests.support.fake_run" in line or "ray::Trial" in line]
+    runs = [line for line in own if "most_ray.cli train --config /dev/stdin" in line or "tests.support.fake_run" in line or "ray::Trial" in line]
     return {"actors": actors, "groups": groups, "processes": runs}
 
 
