@@ -151,6 +151,16 @@ def test_online_a_line_counts_as_logged_where_it_has_reached_the_server(tmp_path
     assert not elsewhere._logged and elsewhere._next == 50 and elsewhere._marks == {"train": 45, "evaluation": 40}
 
 
+def test_the_trials_of_a_sweep_are_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **keywords: given.update(keywords))
+    config = config_from({"name": "001", "wandb_project": "p", "wandb_mode": "offline", "wandb_group": "splits"})
+    Wandb(config, str(tmp_path), None)._init(tmp_path)
+    assert (given["name"], given["group"]) == ("001", "splits")
+
+
 def shown_by_tensorboard(run: Path) -> Counter[tuple[str, int]]:
     """Tags and steps that TensorBoard would show: a start at a step hides what came before it, from there on."""
     from tensorboardX.proto import event_pb2
