@@ -172,14 +172,15 @@ def _drawn(*figures: Figure | None) -> list[Piece]:
 def _winner(sweep: Sweep) -> list[Piece]:
     if sweep.best_yaml is None or not sweep.best:
         return []
-    trial = sweep.best[0]
+    # best.yaml is of the trial that had won when the sweep last ended; one that goes on may have a better one by now.
+    trial = next((trial for trial in sweep.best if f"-best-{trial.runs[-1]}\n" in sweep.best_yaml), sweep.best[0])
     rows = [(text(str(objective)), _cell(trial, objective.metric)) for objective in sweep.objectives]
     rows += [(text(dimension.name), _setting(trial, dimension)) for dimension in sweep.dimensions]
     rows.append(("run", f"<code>{text(storage.redact(_folder(sweep, trial) or trial.runs[-1]))}</code>"))
     goes_on = '<p class="note">The sweep goes on: another trial may come to win.</p>' if sweep.ledger.in_state("open") else ""
     commands = "".join(
         f'<h4>{text(name.capitalize())}</h4><pre class="command">{text(command)}</pre>'
-        for name, command in commands_of(sweep.ledger, sweep.place).items()
+        for name, command in commands_of(sweep.ledger, sweep.place, trial.runs[-1]).items()
     )
     return [
         pairs(rows) + goes_on,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from most_ray.config import RunConfig
 from most_ray.errors import ConfigError
 from most_ray.service.cluster import connect, named_cluster
 from most_ray.service.control import WorkerShare, room, usable_nodes
@@ -35,47 +35,45 @@ class Allotment:
     """
 
     def __init__(self, sweep: Sweep, prepared: Prepared, left: int, before: dict[str, Any] | None) -> None:
-        run = sweep.run
-        self.use_gpu, self.workers = prepared.use_gpu, prepared.topologies[-1].world_size
+        run, known = sweep.run, before or {}
+        self.use_gpu = bool(known.get("use_gpu", prepared.use_gpu))
+        self.workers = int(known.get("num_workers", [prepared.topologies[-1].world_size])[0])
         self._share = WorkerShare.of(run, self.use_gpu)
-        self._cpus = self.workers * self._share.cpus + _TASKS_OF_A_RUN + TASK_CPUS * (run.eval_workers - 1) + ACTOR_CPUS
-        cores = os.cpu_count() or 1
-        here = (
-            None if named_cluster(run) or ray.is_initialized() else self._here(run, min(left, sweep.options.max_concurrent_trials or left))
-        )
-        connect(run, math.ceil((here or 1) * self._cpus) + 1)
+        evaluations = 0 if run.eval_inline else run.eval_workers
+        self._needs = self._share.resources(self.workers)
+        self._needs["CPU"] += _TASKS_OF_A_RUN + TASK_CPUS * max(0, evaluations - 1) + ACTOR_CPUS
+        if beside := evaluations * run.eval_gpus:  # a run holds its workers' until its last evaluation is in
+            self._needs["GPU"] = self._needs.get("GPU", 0.0) + beside
+        threads = int(known.get("threads_per_worker", run.threads_per_worker or 0))
+        here = None if named_cluster(run) or ray.is_initialized() else self._here(threads or 1)
+        wanted = min(left, sweep.options.max_concurrent_trials or left)
+        connect(run, math.ceil(min(here or 1, wanted) * self._needs["CPU"]) + 1)
         fits = self._room()
         if fits < 1:
-            raise ConfigError(
-                "num_workers",
-                self.workers,
-                f"is more than the cluster has room for: a trial takes {self.workers} workers of {self._share} each, and "
-                f"{self._cpus - self.workers * self._share.cpus:g} CPUs for their data and evaluations.",
-                "Use fewer workers, or lower cpus_per_worker.",
-            )
-        self.room = fits if here is None else min(fits, here)
-        self.concurrent = min(left, self.room, sweep.options.max_concurrent_trials or self.room)
-        self.threads = run.threads_per_worker or (1 if self.use_gpu else max(1, cores // (self.concurrent * self.workers)))
+            needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
+            rule = f"is more than the cluster has room for: with {self.workers} workers of {self._share} each a trial takes {needs}."
+            raise ConfigError("num_workers", self.workers, rule, "Use fewer workers, or lower cpus_per_worker.")
+        self.room = here or fits
+        self.concurrent = min(wanted, fits, self.room)
+        self.threads = threads or (1 if self.use_gpu else max(1, _cores() // (self.concurrent * self.workers)))
         self.shared = before or {
             "use_gpu": self.use_gpu,
             "num_workers": [self.workers],
             "threads_per_worker": self.threads,
             "max_steps": prepared.job.total_steps,  # of epochs, a trial's mix would make another number
         }
-        self.threads = int(self.shared["threads_per_worker"])
 
-    def _here(self, run: RunConfig, wanted: int) -> int:
-        """Trials at once on this machine: a core or a GPU for each worker, and memory for their processes."""
-        cores = os.cpu_count() or 1
-        slots = torch.cuda.device_count() / self._share.gpus if self._share.gpus else cores / (run.threads_per_worker or 1)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _TRIAL_BYTES
-        return max(1, min(wanted, int(slots) // self.workers, memory))
+    def _here(self, threads: int) -> int:
+        """Trials at once on this machine: a core for each thread, or GPUs; and memory for their processes."""
+        gpus = self._needs.get("GPU", 0.0)
+        by_devices = torch.cuda.device_count() / gpus if gpus else _cores() / (threads * self.workers)
+        return max(1, min(int(by_devices), _memory() // _TRIAL_BYTES))
 
     def _room(self) -> int:
         """Trials that the whole cluster could hold."""
-        nodes = usable_nodes()
-        by_cpus = int(ray.cluster_resources().get("CPU", 0.0) / self._cpus + 1e-6)
-        return min(by_cpus, room(nodes, self._share, by_cpus * _TASKS_OF_A_RUN) // self.workers)
+        resources = ray.cluster_resources()
+        by_sum = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in self._needs.items() if amount)
+        return min(by_sum, room(usable_nodes(), self._share, by_sum * _TASKS_OF_A_RUN) // self.workers)
 
     @property
     def where(self) -> str:
@@ -83,3 +81,17 @@ class Allotment:
         each = " each" if self.workers > 1 else ""
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         return f"{self.concurrent} at a time (room for {self.room}); {workers} of {self._share}{each}, {threads}"
+
+
+def _cores() -> int:
+    """That this process may use: a container can have fewer than its host."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> int:
+    """Bytes of this machine, or of this container (cgroup v2) where that has fewer."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return whole

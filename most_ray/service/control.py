@@ -87,6 +87,7 @@ class Terminated(threading.Event):
     the second time, the process ends at once."""
 
     patient = False
+    name = "SIGTERM"  # of the signal that came
 
     def install(self, interrupt: bool = False) -> None:
         """Take SIGTERM; once more behind `ray.init`, which sets a handler of its own. `interrupt`: Ctrl-C too."""
@@ -95,11 +96,11 @@ class Terminated(threading.Event):
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        del number, frame
-        again = self.is_set()
+        del frame
+        again, self.name = self.is_set(), signal.Signals(number).name
         self.set()
         if again or not self.patient:
-            raise stopped("came.")
+            raise stopped("came.", self.name)
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[Terminated]:
@@ -113,8 +114,8 @@ class Terminated(threading.Event):
                     signal.signal(number, handler)
 
 
-def stopped(rule: str) -> RunStoppedError:
-    return RunStoppedError("SIGTERM", None, rule, "The same command goes on.")
+def stopped(rule: str, name: str = "SIGTERM") -> RunStoppedError:
+    return RunStoppedError(name, None, rule, "The same command goes on.")
 
 
 class Watcher:

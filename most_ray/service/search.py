@@ -28,6 +28,7 @@ from most_ray.sweep.trials import Setting, run_name
 from most_ray.train.folder import COMMIT
 
 Tell = Callable[[Trial], None]  # called with a trial of whom something is new
+_WORST = 1e30  # finite, for means are taken of it
 _PERTURBATIONS = 20  # that are tried for one that can be trained
 _STARTUP_TRIALS = 10  # of Optuna's TPE that are drawn at random, of many trials; of few, a quarter
 
@@ -73,11 +74,12 @@ class Proposals(Unsaved, Searcher):
                 settings, reason = self._setting.settings_of(values), None
             except UserError as error:
                 settings, reason = {}, str(error)
-            self._file.write("trial", trial=number, run=run_name(number), values=values, settings=settings, parent=None)
+            # In one line: a kill between two would leave a trial open that cannot be.
+            invalid = {"invalid": reason} if reason else {}
+            self._file.write("trial", trial=number, run=run_name(number), values=values, settings=settings, parent=None, **invalid)
             trial = self._file.ledger.trials[number]
             if reason is None:
                 return _work(trial)
-            self._file.write("end", trial=number, step=0, state="failed", reason=reason)
             self._tell(trial)
             if self._tpe:
                 self._tpe.on_trial_complete(trial_id, trial)
@@ -224,16 +226,25 @@ class Recorder:
         self.end(work, step, "failed", "its actor was lost, as when a node goes or memory runs out")
 
 
+def judged(result: dict[str, Any], mode: str | None) -> dict[str, Any]:
+    """An evaluation whose objective has no value, as of a loss that is not finite, is worse than any other."""
+    if "details" not in result or "objective_0" in result:
+        return result
+    return {**result, "objective_0": -_WORST if mode == "max" else _WORST}
+
+
 class _Recording(Unsaved, TrialScheduler):
     """Mixed into Tune's schedulers. Nothing is decided on a trial that has made its last step: it has only its export left to write."""
 
     recorder: Recorder
     total_steps: int
+    _mode: str | None = None
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         self.recorder.result(trial.config["work"], result)
         if result["step"] >= self.total_steps:
             return TrialScheduler.CONTINUE
+        result = judged(result, self._mode)
         decision: str = super().on_trial_result(tune_controller, trial, result)
         return decision
 
@@ -279,9 +290,9 @@ class Asha(_Recording, AsyncHyperBandScheduler):
         for trial in known.values():
             AsyncHyperBandScheduler.on_trial_add(self, None, _Named(trial.number))
             for result in trial.results:
-                if objective.metric in result.metrics:
-                    told = {"step": result.step, "objective_0": result.metrics[objective.metric]}
-                    AsyncHyperBandScheduler.on_trial_result(self, None, _Named(trial.number), told)
+                known_value = {"objective_0": result.metrics[objective.metric]} if objective.metric in result.metrics else {}
+                told = judged({"step": result.step, "details": "", **known_value}, self._mode)
+                AsyncHyperBandScheduler.on_trial_result(self, None, _Named(trial.number), told)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _Named(trial.config["work"]["trial"]))
@@ -291,6 +302,7 @@ class Asha(_Recording, AsyncHyperBandScheduler):
         self.recorder.result(work, result)
         if result["step"] >= self.total_steps:
             return TrialScheduler.CONTINUE
+        result = judged(result, self._mode)
         decision: str = AsyncHyperBandScheduler.on_trial_result(self, tune_controller, _Named(work["trial"]), result)
         if decision == TrialScheduler.STOP:
             self.recorder.end(work, result["step"], "stopped", f"asha, at step {result['step']}")
@@ -330,6 +342,12 @@ class Pbt(_Recording, PopulationBasedTraining):
             synch=turns,
         )
         self.recorder, self.total_steps = recorder, total_steps
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """One that goes on is compared where it would have been next."""
+        super().on_trial_add(tune_controller, trial)
+        step = self._file.ledger.trials[trial.config["work"]["trial"]].step
+        self._trial_state[trial].last_perturbation_time = step - step % int(self._perturbation_interval)
 
     def perturbed(self, values: Values) -> Values:
         """Each mutable setting drawn anew, one time in four, else times 1.2 or 0.8, as far as its range goes."""

@@ -23,7 +23,6 @@ from rich.console import Console
 from most_ray import storage
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.model.build import read_config
 from most_ray.report import write_report
 from most_ray.service.allotment import ACTOR_CPUS, Allotment
 from most_ray.service.attempts import RunIncompleteError
@@ -31,14 +30,16 @@ from most_ray.service.control import Terminated, stopped
 from most_ray.service.ingest import runner_of
 from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
+from most_ray.service.telemetry import wandb_key
 from most_ray.service.trial import TRAIN, Slots, TrialActor
 from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_place, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
-from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys
-from most_ray.train.folder import RunFolder, local_copy
+from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys, starting_config
+from most_ray.train.folder import LEDGER, RunFolder
+from most_ray.train.preflight import check_places
 from most_ray.train.prepare import Prepared, prepare_run, store_dir_of
-from most_ray.train.session import Job, overrides_of
+from most_ray.train.session import Job
 
 logger = logging.getLogger(__name__)
 AFFINITY = "affinity.json"
@@ -56,9 +57,15 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
     """Make all trials that are still to be made. The same name goes on where it stopped. Returns the summary.
 
     Raises:
-        UserError: what the user can mend, a sweep that was asked to stop, or one none of whose trials was trained to its end.
+        UserError: what the user can mend, a sweep that was asked to stop, or one all of whose trials failed.
     """
-    folder = RunFolder(sweep.run.run_place)
+    check_places(sweep.run)
+    place = sweep.run.run_place
+    others = [name for name in ("metrics.jsonl", "checkpoints", "parts", "config.yaml") if storage.exists(storage.join(place, name))]
+    if others and not storage.exists(storage.join(place, LEDGER)):
+        rule = f"is taken: {storage.redact(place)} holds {others[0]}, and is no sweep's."
+        raise ConfigError("name", sweep.run.name, rule, "Choose another name.")
+    folder = RunFolder(place)
     file = LedgerFile(folder)
     try:
         with Terminated().on_sigterm() as terminated:
@@ -69,12 +76,12 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
 
 def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, terminated: Terminated) -> dict[str, Any]:
     _check_same(sweep, file)
-    starts = {key: _prepare(sweep, key) for key in start_keys(sweep)}
+    models = {key: starting_config(sweep, key) for key in start_keys(sweep)}
+    # Before anything is taken in or started, so before it is known which experts carry text: any order will do for it.
+    first_valid(Setting(sweep, {key: Start(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
+    starts = {key: _prepare(sweep, key) for key in models}
     prepared = next(iter(starts.values()))
     job = prepared.job
-    models = {key: read_config(local_copy(each.job.model_path), overrides_of(sweep.run)) for key, each in starts.items()}
-    # Before anything starts, so before it is known which experts carry text: any order will do for it.
-    first_valid(Setting(sweep, {key: Start(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
     left = max(0, sweep.max_trials - len(file.ledger.trials)) + len(file.ledger.in_state("open"))
     if left > 0:
         allotment = Allotment(sweep, prepared, left, file.ledger.sweep.get("shared"))
@@ -84,11 +91,11 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
         setting = Setting(sweep, {key: Start(model, orders[key]) for key, model in models.items()}, allotment.shared)
         cost = estimate(sweep, job.total_steps, left, allotment.concurrent, step_s)
         storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
-        file.write("sweep", **_description(sweep, job, allotment))
+        file.write("sweep", **_description(sweep, job, allotment, file))
         start_screen(sweep, file.ledger, folder.place, job, allotment.where, list(affinities.values()), cost, console)
         cut = _search(setting, job, folder, file, allotment.concurrent, console, terminated)
         if terminated.is_set():
-            raise stopped("came: trials under way have stopped behind a checkpoint.")
+            raise stopped("came: trials under way have stopped behind a checkpoint.", terminated.name)
         if cut:
             console.print(f"max_hours = {sweep.options.max_hours:g} are used up; a higher one goes on.", highlight=False, soft_wrap=True)
     else:
@@ -153,8 +160,9 @@ def _read_affinities(folder: RunFolder) -> dict[str, Affinity]:
         return {}
 
 
-def _description(sweep: Sweep, job: Job, allotment: Allotment) -> dict[str, Any]:
+def _description(sweep: Sweep, job: Job, allotment: Allotment, file: LedgerFile) -> dict[str, Any]:
     """The ledger's line of a start."""
+    before = file.ledger.sweep.get("full")
     return {
         "name": sweep.run.name,
         "objectives": [str(objective) for objective in sweep.objectives],
@@ -164,7 +172,7 @@ def _description(sweep: Sweep, job: Job, allotment: Allotment) -> dict[str, Any]
         "max_trials": sweep.max_trials,
         "max_steps": job.total_steps,
         "concurrent": allotment.concurrent,
-        "full": dict(sweep.overruled),
+        "full": dict(sweep.overruled) if before is None else before,
         "shared": allotment.shared,
         "fixed": _fixed(sweep),
     }
@@ -255,6 +263,7 @@ def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         "values": {**plain, **patience, "ray_address": ray.get_runtime_context().gcs_address},
         "sweep_place": folder.place,
         "directory": os.getcwd(),
+        "environment": {"WANDB_API_KEY": key.reveal()} if (key := wandb_key(setting.sweep.run)) else {},
         "train": TRAIN,
         "objectives": [objective.metric for objective in setting.sweep.objectives],
     }
@@ -305,7 +314,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
         storage.write_bytes(folder.at(BEST), Setting(sweep, {}, {}).best_yaml(best, why).encode())
-        commands = commands_of(ledger, folder.place)
+        commands = commands_of(ledger, folder.place, best.runs[-1])
     _forget_kept(folder, file)
     summary = {
         "name": sweep.run.name,

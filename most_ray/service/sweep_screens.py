@@ -114,8 +114,10 @@ def last_screen(ledger: Ledger, objectives: Sequence[Objective], summary: Mappin
         front = pareto(ledger.trials.values(), objectives)
         _say(console, f"Not beaten in every objective (Pareto front): trials {', '.join(str(trial.number) for trial in front) or 'none'}")
     _say(console, f"Time:       {duration(ledger.spent_s)}")
-    if summary["best"]:
-        _say(console, f"Best:       trial {summary['best']['trial']}")
+    _say(
+        console,
+        f"Best:       trial {summary['best']['trial']}" if summary["best"] else "Best:       none yet: no trial has made all its steps",
+    )
     for name, command in summary["commands"].items():
         _say(console, f"{name.capitalize() + ':':<11} {command}")
     _say(console, f"Report:     {summary['report']}")

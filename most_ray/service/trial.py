@@ -34,9 +34,10 @@ from most_ray.train.journal import decoded
 
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # for new lines of metrics
-_LEASE_S = 120.0  # without a word, after which a run's slot is another's
 _LEAVE_S = 180.0  # for a run to write a checkpoint and go
+_LEASE_S = 2 * _LEAVE_S  # without a word, after which a run's slot is another's
 LOG = "train.log"
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up here: nothing may be loaded between fork and exec
 # What carries a trial out, behind the interpreter. -P: modules of that name in the working directory are not taken.
 TRAIN = ("-P", "-m", "most_ray.cli", "train", "--config", "/dev/stdin")
 _POINTER = "checkpoint.json"
@@ -70,8 +71,9 @@ class TrialActor(tune.Trainable):
     other, and a wish to stop must not wait for an evaluation. Results: step, details (JSON: metrics, intervals), one value per objective as
     objective_0 and on; at the end of the run done, and failed (a reason) where it was not the goal.
 
-    The configuration is the trial's line of the ledger; `common` (a run's values for all trials, sweep_place, objectives, directory, train,
-    slots: an actor of `Slots` or None) comes as an object of Ray, for it may hold credentials, and Tune writes configurations to disk.
+    The configuration is the trial's line of the ledger. `common` comes as an object of Ray, for it may hold credentials, and Tune writes
+    configurations to disk: a run's values for all trials, sweep_place, objectives, directory, train, environment (variables that the driver
+    has), slots (an actor of `Slots`, or None).
     """
 
     def setup(self, config: dict[str, Any], common: Mapping[str, Any]) -> None:
@@ -79,6 +81,7 @@ class TrialActor(tune.Trainable):
         self._run, self._sweep_place = str(work["run"]), str(common["sweep_place"])
         self._objectives: list[str] = list(common["objectives"])
         self._slots = common["slots"]
+        self._environment = dict(common["environment"])
         self._command, self._directory = [sys.executable, *common["train"]], str(common["directory"])
         self._values = {**common["values"], **work["settings"], "name": self._run}
         if parent := work.get("parent"):
@@ -112,7 +115,7 @@ class TrialActor(tune.Trainable):
 
     def _start(self) -> subprocess.Popen[bytes]:
         """The configuration goes by standard input: on the command line or in a file it would be seen."""
-        environment = {name: value for name, value in os.environ.items() if name not in _OF_RAY_WORKERS}
+        environment = {name: value for name, value in os.environ.items() if name not in _OF_RAY_WORKERS} | self._environment
         with (self._folder.local / LOG).open("ab") as log:
             self._said = log.tell()
             process = subprocess.Popen(
@@ -123,7 +126,7 @@ class TrialActor(tune.Trainable):
                 env=environment,
                 cwd=self._directory if os.path.isdir(self._directory) else None,  # relative places are taken from where the sweep runs
                 start_new_session=True,  # Ctrl-C is for the sweep, which asks its trials to stop
-                preexec_fn=functools.partial(_end_with, os.getpid()) if sys.platform == "linux" else None,
+                preexec_fn=functools.partial(_end_with, os.getpid()) if _PRCTL else None,
             )
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as stream:  # one that is gone already says so by its exit code
@@ -227,7 +230,8 @@ class TrialActor(tune.Trainable):
 
 def _end_with(parent: int) -> None:
     """Between fork and exec: should the actor be killed, the run is asked to stop (prctl(2), PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    assert _PRCTL is not None
+    _PRCTL(1, signal.SIGTERM)
     if os.getppid() != parent:  # it was killed before that
         os._exit(STOPPED)
 

@@ -6,7 +6,7 @@ Lines are JSON, each with `kind` and `time`; a later line about a trial adds to 
   concurrent; full: how long the base's run is, where it is not as long as the trials.
 - `trial`: a trial and the run that carries it out. trial (from 1), run (its folder in trials/), values (by dimension), settings (what of
   the base configuration its run changes); parent: {trial, run, step} of the checkpoint that it goes on from, or null. A further line with
-  another run: population based training has replaced the trial by a changed copy of its parent.
+  another run: population based training has replaced the trial by a changed copy of its parent. invalid: why it cannot be trained at all.
 - `result`: trial, run, step, metrics (see `metrics_of`), intervals (95%, of those that have one).
 - `end`: trial, step, state (`finished`: all its steps; `stopped`: by the scheduler; `failed`), reason.
 """
@@ -17,15 +17,16 @@ import fcntl
 import json
 import shlex
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from most_ray import storage
 from most_ray.errors import ConfigError
-from most_ray.train.folder import RunFolder, step_place
+from most_ray.train.folder import LEDGER, RunFolder, step_place
 
-FILE, TRIALS, KEPT, BEST = "trials.jsonl", "trials", "kept", "best.yaml"
+FILE, TRIALS, KEPT, BEST = LEDGER, "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
 _RATES = {"words": "wer", "characters": "cer", "units": "unit_error_rate", "cycle": "cycle_wer", "outside": "outside_wer"}
 _PLAIN = ("loss", "perplexity", "duration_ratio")
@@ -62,8 +63,8 @@ class Trial:
         return self.results[-1].step if self.results else 0
 
     def metric(self, name: str) -> float | None:
-        """Its last value."""
-        return next((result.metrics[name] for result in reversed(self.results) if name in result.metrics), None)
+        """Its value at the last result; None where it has none there, as of a loss that is not finite: an earlier one would flatter."""
+        return self.results[-1].metrics.get(name) if self.results else None
 
 
 @dataclass
@@ -108,6 +109,8 @@ def _fold_trial(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
             trial.runs.append(run)
             trial.parents.append(line.get("parent"))
         trial.values, trial.settings = values, settings
+        if line.get("invalid"):
+            trial.state, trial.reason, trial.ended = "failed", str(line["invalid"]), now
         return
     trial = ledger.trials[number]
     if line["kind"] == "result":
@@ -120,7 +123,8 @@ def _fold_trial(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
 
 
 class LedgerFile:
-    """The file, for the one process that writes it. A last line that a kill has torn is cut off; behind a URI every line goes there.
+    """The file, for the one process that writes it. A last line that a kill has torn is cut off; behind a URI every line goes there, as
+    long as no other machine has taken the sweep over.
 
     Raises:
         ConfigError: another process has it.
@@ -134,6 +138,9 @@ class LedgerFile:
         except OSError:
             place = storage.redact(folder.place)
             raise ConfigError("name", place, "is being swept by another process.", "Wait for it, or choose another name.") from None
+        self._mark = uuid.uuid4().hex
+        if folder.remote:
+            folder.mark(self._mark)
         folder.pull(FILE)
         path = folder.local / FILE
         content = path.read_bytes() if path.exists() else b""
@@ -143,6 +150,9 @@ class LedgerFile:
         self._stream.truncate(len(whole))
 
     def write(self, kind: str, **content: Any) -> None:
+        if self._folder.remote and self._folder.marked() != self._mark:
+            rule = "has been taken over by a newer start of the same sweep."
+            raise ConfigError("name", storage.redact(self._folder.place), rule, "One driver at a time.")
         line = {"kind": kind, "time": round(time.time(), 3), **content}
         self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._stream.flush()
@@ -223,7 +233,7 @@ class Objective:
     def parse(cls, text: str) -> Objective:
         direction, colon, name = text.partition(":")
         # Any other word before a colon is part of a set's name, or a slip that must not turn the search round.
-        return cls(name.strip(), True) if colon and direction.strip() == "max" else cls(text.strip())
+        return cls(name.strip(), direction.strip() == "max") if colon and direction.strip() in ("min", "max") else cls(text.strip())
 
     def __str__(self) -> str:
         return f"max:{self.metric}" if self.largest else self.metric
@@ -263,14 +273,16 @@ def folder_of(sweep_place: str, run: str) -> str:
     return storage.join(sweep_place, TRIALS, run)
 
 
-def commands_of(ledger: Ledger, sweep_place: str) -> dict[str, str]:
-    """What trains the winner: `again`, to the trial's own numbers; `in full`, where the base's run has another length than the trials."""
+def commands_of(ledger: Ledger, sweep_place: str, run: str) -> dict[str, str]:
+    """What trains the winner, whose run is `run`: `again`, to the trial's own numbers; `in full`, where the base's run is of another length
+    than the trials."""
     again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_place, BEST))]
     full = ledger.sweep.get("full") or {}
     if not isinstance(full, dict) or not full:
         return {"again": shlex.join(again)}
     flags = [word for name, value in full.items() for word in (f"--{name}", "none" if value is None else str(value))]
-    return {"again": shlex.join(again), "in full": shlex.join([*again, "--name", f"{ledger.sweep.get('name', 'sweep')}-full", *flags])}
+    name = f"{ledger.sweep.get('name', 'sweep')}-full-{run}"
+    return {"again": shlex.join(again), "in full": shlex.join([*again, "--name", name, *flags])}
 
 
 def kept_place(sweep_place: str, run: str, step: int) -> str:

@@ -18,7 +18,7 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, nearest
 from most_ray.records import TASKS
 from most_ray.sweep.ledger import Objective
-from most_ray.sweep.space import Space, parse_space
+from most_ray.sweep.space import ROUTING, Space, parse_space
 from most_ray.train.schema import TRAIN
 
 
@@ -155,6 +155,14 @@ def _check(sweep: Sweep) -> None:
         raise ConfigError("resume_from_checkpoint", run.resume_from_checkpoint, rule, "Export it and name that folder: model_name_or_path.")
     if options.scheduler != "none" and run.eval_steps is None:
         raise ConfigError("eval_steps", None, f"is needed: {options.scheduler} compares trials at their evaluations.", "Give it.")
+    if run.trace_records:
+        rule = "is one file, which all trials would write at once."
+        raise ConfigError("trace_records", run.trace_records, rule, "Trace the winner: give it to the command that trains it.")
+    trained = [objective.metric for objective in sweep.objectives if objective.metric.startswith("train/")]
+    if trained and run.eval_steps and run.eval_steps % run.logging_steps:
+        rule = f"is compared every {run.eval_steps} steps, and written down every {run.logging_steps}."
+        raise ConfigError("objectives", trained[0], rule, "Let eval_steps be a multiple of logging_steps.")
+    _check_ends(sweep)
     endless = [d.name for d in sweep.space.dimensions if d.listed is None]
     if options.search == "grid" and endless:
         raise ConfigError(
@@ -163,6 +171,20 @@ def _check(sweep: Sweep) -> None:
     if options.search == "tpe" and (gridded := [d.name for d in sweep.space.dimensions if d.kind == "grid"]):
         raise ConfigError(f"space.{gridded[0]}", None, "is a grid, which tpe does not go through.", "Use `choice`.")
     _check_scheduler(sweep)
+
+
+def _check_ends(sweep: Sweep) -> None:
+    """Raises ConfigError where an end of a range is no value that a run takes: of such a range many trials would fail."""
+    for dimension in sweep.space.dimensions:
+        if dimension.values or dimension.name in ROUTING or "[" in dimension.name:
+            continue
+        for end in (dimension.low, dimension.high):
+            value = int(end) if dimension.kind == "randint" else end
+            try:
+                config_from({**sweep.values, dimension.name: value})
+            except ConfigError as error:
+                if error.field == dimension.name:
+                    raise ConfigError(f"space.{dimension.name}", value, error.rule, error.remedy) from error
 
 
 def _check_scheduler(sweep: Sweep) -> None:

@@ -198,6 +198,8 @@ def _dimension(name: str, spec: Any, key: str) -> Dimension:
     if isinstance(spec, str) and "|" in spec:
         spec = [part.strip() for part in spec.split("|")]
     given = spec if isinstance(spec, list) else [spec]
+    if not given:
+        raise ConfigError(f"space.{name}", spec, "is no list of values.")
     return Dimension(name, "choice", _distinct(name, [_value(key, value) for value in given]))
 
 

@@ -14,17 +14,18 @@ import yaml
 from most_ray import storage
 from most_ray.config import RunConfig, config_from
 from most_ray.errors import ConfigError, UserError
-from most_ray.model.build import PRESETS
+from most_ray.model.build import PRESETS, read_config
 from most_ray.model.configuration import MostConfig, check_experts
 from most_ray.sweep.ledger import TRIALS, Trial, kept_place
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
 from most_ray.sweep.splits import split_experts
+from most_ray.train.folder import local_copy
 from most_ray.train.prepare import store_dir_of
 from most_ray.train.topology import plan_topologies
 
 _MOST_STARTS = 64
-_TRIED = 2_000  # proposals that are looked at for a valid one
+_TRIED = 2_000  # proposals that are looked at for a valid one, where results will decide on them
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Setting:
         """The winner as a configuration of its own: a run of the same steps that makes the same numbers."""
         base = self.sweep.run.redacted()
         kept = {name: value for name, value in vars(base).items() if name in self.sweep.values and name not in ("name", "output_dir")}
-        whole = {"name": f"{base.name}-best", "output_dir": base.output_dir, **kept, **trial.settings}
+        whole = {"name": f"{base.name}-best-{trial.runs[-1]}", "output_dir": base.output_dir, **kept, **trial.settings}
         parent = trial.parents[-1] if trial.parents else None
         if parent:
             redacted_place = storage.redact(self.sweep.run.run_place)
@@ -141,9 +142,21 @@ def _check(config: RunConfig, model: MostConfig) -> None:
     plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)
 
 
+def starting_config(sweep: Sweep, key: str) -> MostConfig:
+    """The configuration of a starting model, before its tokenizer is made.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = json.loads(key).get("model_name_or_path", sweep.run.model_name_or_path)
+    if name in PRESETS:
+        return MostConfig(**{setting: value for setting, value in PRESETS[name].items() if setting != "text_vocab_size"})
+    return read_config(local_copy(storage.absolute(name) if storage.is_remote(name) else name))
+
+
 def proposals(sweep: Sweep) -> Iterator[Values]:
-    """Values that trials may get: of random and grid those that they will, of tpe random ones out of the same space."""
-    for k in range(max(_TRIED, sweep.max_trials)):
+    """Values that trials get by random and grid; of tpe random ones out of the same space."""
+    for k in range(_TRIED if sweep.options.search == "tpe" else sweep.max_trials):
         values = sweep.space.proposal(sweep.options.search, sweep.options.search_seed, k)
         if values is None:
             return

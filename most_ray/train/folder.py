@@ -10,6 +10,7 @@ from most_ray import storage
 from most_ray.cache import node_cache
 from most_ray.errors import DataError
 
+LEDGER = "trials.jsonl"  # in the folder of a sweep, which is no run's
 COMMIT = "commit.json"  # the last file of a checkpoint: with it, the checkpoint counts
 
 

@@ -27,7 +27,7 @@ from most_ray.speech.kit import FOLDER as KIT
 from most_ray.speech.kit import copy_kit, find_kit
 from most_ray.template import Vocabulary, template_texts
 from most_ray.train import checkpoint
-from most_ray.train.folder import RunFolder, local_copy
+from most_ray.train.folder import LEDGER, RunFolder, local_copy
 from most_ray.train.preflight import check_places
 from most_ray.train.session import Job, overrides_of, threads_of
 from most_ray.train.topology import Topology, plan_topologies
@@ -81,6 +81,8 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
         trace_records=config.trace_records and str(Path(config.trace_records).absolute()),
         resume_from_checkpoint=config.resume_from_checkpoint and storage.absolute(config.resume_from_checkpoint),
     )
+    if storage.exists(storage.join(config.run_place, LEDGER)):
+        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_place)} holds {LEDGER}.", "Choose another name.")
     folder = RunFolder(config.run_place)
     use_gpu, fewest, most = _devices(config)
     fewest, most = (workers, workers) if workers else (fewest, most)

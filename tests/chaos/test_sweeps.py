@@ -70,5 +70,5 @@ def test_population_based_training_and_its_winner_trained_again(tmp_path: Path) 
     best = json.loads((tmp_path / "pbt" / "summary.json").read_text())["best"]
     again = [sys.executable, "-m", "most_ray.cli", "train", "--config", str(tmp_path / "pbt" / "best.yaml")]
     assert subprocess.run(again, cwd=ROOT, timeout=600).returncode == 0
-    alone = json.loads((tmp_path / "pbt-best" / "summary.json").read_text())
+    alone = json.loads((tmp_path / f"pbt-best-{best['run']}" / "summary.json").read_text())
     assert alone["wer"]["test_takes"] == best["metrics"]["wer/test_takes"]

@@ -84,7 +84,9 @@ def nothing_left() -> dict[str, Any]:
     actors = [a.class_name for a in list_actors(limit=10_000) if a.state != "DEAD" and a.class_name not in OF_RAY_DATA]
     groups = [(group.placement_group_id, group.state) for group in list_placement_groups(limit=10_000) if group.state != "REMOVED"]
     own = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    runs = [line for line in own if "most_ray.cli train --config /dev/stdin" in line or "tests.support.fake_run" in line or "ray::Trial" in line]
+    runs = [
+        line for line in own if "most_ray.cli train --config /dev/stdin" in line or "tests.support.fake_run" in line or "ray::Trial" in line
+    ]
     return {"actors": actors, "groups": groups, "processes": runs}
 
 
@@ -109,7 +111,7 @@ def test_four_trials_on_room_for_one(fake: None, tmp_path: Path) -> None:
     left = " ".join(sorted(path.name for path in (tmp_path / "four").iterdir()))
     assert left == ".lock best.yaml report.html start summary.json sweep.yaml trials trials.jsonl"
     best = yaml.safe_load((tmp_path / "four" / "best.yaml").read_text())
-    assert (best["learning_rate"], best["name"], best["output_dir"]) == (0.01, "four-best", str(tmp_path))
+    assert (best["learning_rate"], best["name"], best["output_dir"]) == (0.01, "four-best-002", str(tmp_path))
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["best"]["trial"] == 2
     assert_nothing_left()
 
@@ -332,7 +334,7 @@ def test_the_winner_by_itself_has_the_trials_word_error_rate(ray_cluster: str, t
     assert_nothing_left()
     summary = json.loads((tmp_path / "real" / "summary.json").read_text())
     assert main(["train", "--config", str(tmp_path / "real" / "best.yaml")]) == 0
-    alone = json.loads((tmp_path / "real-best" / "summary.json").read_text())
+    alone = json.loads((tmp_path / f"real-best-{summary['best']['run']}" / "summary.json").read_text())
     assert alone["wer"]["test_takes"] == summary["best"]["metrics"]["wer/test_takes"]
     assert alone["loss"] == summary["best"]["metrics"]["train/loss"]
     assert main(["report", str(tmp_path / "real")]) == 0

@@ -20,7 +20,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 
 from most_ray import storage
-from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder
+from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, judged
 from most_ray.sweep.ledger import LedgerFile, kept_place
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Setting
@@ -356,12 +356,37 @@ def test_a_trial_is_replaced_where_the_better_ones_checkpoint_was_kept(tmp_path:
 
 
 def test_a_perturbed_setting_that_cannot_be_trained_ends_no_sweep(tmp_path: Path, file: LedgerFile) -> None:
-    """A range may hold values that no run takes: proposals of that kind fail by themselves."""
-    space = {"asr_tts_mix_ratio": {"uniform": [0.95, 1.6]}}
-    sweep = sweep_of(tmp_path, space, scheduler="pbt")
+    """A range may hold values that no run takes together: others are drawn, and where none is found, the better trial's own stay."""
+    space = {"train_asr_weights": [{"uniform": [0.5, 2.0]}], "learning_rate": {"uniform": [0.1, 0.2]}}
+    sweep = sweep_of(tmp_path, space, scheduler="pbt", train_asr_dirs=["a"])
     pbt = Pbt(Recorder(file, Told(), TOTAL), setting_of(sweep), TOTAL, file, str(tmp_path))
-    replace_worse(pbt, file, tmp_path, {"asr_tts_mix_ratio": 0.95})
-    assert 0.95 <= file.ledger.trials[2].values["asr_tts_mix_ratio"] <= 1.0
+    values = {"train_asr_weights[0]": 1.0, "learning_rate": 0.15}
+    drawn = [{**values, "learning_rate": -1.0}, {**values, "learning_rate": 0.16}]
+    pbt.perturbed = lambda _: drawn.pop(0)  # type: ignore[method-assign]
+    replace_worse(pbt, file, tmp_path, values)
+    assert file.ledger.trials[2].values["learning_rate"] == 0.16
+    pbt.perturbed = lambda _: {**values, "learning_rate": -1.0}  # type: ignore[method-assign]
+    assert pbt._trainable(values)[0] == values
+
+
+def test_a_trial_that_goes_on_is_compared_where_it_would_have_been_next(tmp_path: Path, file: LedgerFile) -> None:
+    pbt, _ = pbt_of(tmp_path, file)
+    add(file, 1, {"learning_rate": 0.1}, s4=0.1, s6=0.1)
+    trial = tune_trial(1, values={"learning_rate": 0.1})
+    controller = MagicMock(search_alg=None)
+    trial.run_metadata = MagicMock()
+    trial.run_metadata.checkpoint_manager.checkpoint_config.num_to_keep = None
+    pbt.on_trial_add(controller, trial)
+    every = int(pbt._perturbation_interval)
+    assert pbt._trial_state[trial].last_perturbation_time == 6 - 6 % every
+
+
+def test_an_evaluation_without_a_value_is_the_worst(tmp_path: Path, file: LedgerFile) -> None:
+    """As of a loss that is not finite: of a search for the smallest and for the largest; what is no evaluation stays as it is."""
+    assert judged({"step": 2}, "min") == {"step": 2}
+    assert judged({"step": 2, "details": "", "objective_0": 1.0}, "min")["objective_0"] == 1.0
+    assert judged({"step": 2, "details": ""}, "min")["objective_0"] > 1e20
+    assert judged({"step": 2, "details": ""}, "max")["objective_0"] < -1e20
 
 
 # Credentials

@@ -55,6 +55,7 @@ def actor_of(output: str, sweep: str, train: tuple[str, ...], values: dict[str, 
         "directory": str(ROOT),
         "train": train,
         "objectives": ["wer/test_takes", "train/loss"],
+        "environment": {},
         "slots": None,
     }
     actor.setup({"work": {"trial": 1, "run": "001", "settings": {"learning_rate": 0.02}, "parent": None, **work}}, common)
@@ -217,9 +218,9 @@ def test_an_actor_that_is_killed_takes_its_run_with_it(tmp_path: Path) -> None:
     """The run is asked to stop, as by whoever lets it go."""
     os.mkfifo(tmp_path / "said")
     said = os.open(tmp_path / "said", os.O_RDONLY | os.O_NONBLOCK)
-    run = (
-        f"import os, signal, sys; out = open({str(tmp_path / 'said')!r}, 'w', 1); "
-        "signal.signal(15, lambda *_: sys.exit(print('asked', file=out))); print(os.getpid(), file=out); signal.pause()"
+    run = (  # by os.write: a signal may come while print is at work
+        f"import os, signal; out = os.open({str(tmp_path / 'said')!r}, os.O_WRONLY); "
+        "signal.signal(15, lambda *_: (os.write(out, b'asked\\n'), os._exit(0))); os.write(out, b'%d\\n' % os.getpid()); signal.pause()"
     )
     made = f"actor_of({str(tmp_path)!r}, {str(tmp_path)!r}, ('-c', {run!r}), {{}}, {{}})"
     holder = f"import signal; from {__name__} import actor_of; {made}.step(); signal.pause()"
@@ -255,9 +256,9 @@ def test_room_for_so_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     slots.leave("b")
     slots.leave("unknown")
     assert [slots.take(run) for run in ("c", "b")] == [True, False]
-    now[0] = 119.0
+    now[0] = module._LEASE_S - 1
     assert [slots.take(run) for run in ("b", "c")] == [False, True]
-    now[0] = 120.0
+    now[0] = module._LEASE_S
     assert [slots.take(run) for run in ("b", "a", "c")] == [True, False, True]
 
 
