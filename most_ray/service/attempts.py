@@ -203,7 +203,8 @@ def _cause(error: BaseException) -> UserError | str:
             if isinstance(cause, UserError):
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
-        shown[rank] = str(failure).strip()
+        # Of a worker that is gone Ray Train says so, and keeps what Ray says of its end beside it.
+        shown[rank] = str(getattr(failure, "health_check_failure", failure)).strip()
     own = _first_to_fail(shown)
     if own is not None:
         logger.error("rank %d failed:\n%s", own, shown[own])
@@ -219,5 +220,7 @@ def _first_to_fail(failures: dict[int, str]) -> int | None:
 
 def _headline(text: str) -> str:
     """What a failure says in one line: the last one of a traceback, the first one of Ray's explanations."""
+    if "OUT_OF_MEMORY" in text or "low on memory" in text:
+        return "its process was killed, for the node ran out of memory"
     lines = [line.strip() for line in text.strip().splitlines()]
     return lines[-1 if lines[0].startswith("Traceback") else 0] if lines else ""

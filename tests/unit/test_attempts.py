@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from rich.console import Console
 
 from most_ray.config import config_from
@@ -101,3 +102,12 @@ def test_a_stop_during_the_last_evaluation_is_a_stop(monkeypatch: pytest.MonkeyP
         ended(monkeypatch, [TERMINATED], [False], terminated)
     assert stop.value.exit_code == 75
     assert ended(monkeypatch, [TERMINATED], [True], terminated) == 1
+
+
+def test_a_worker_that_was_killed_for_memory_is_told_so() -> None:
+    """In a line, for a run and for a sweep's ledger; of another end, what Ray says of it."""
+    gone = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
+    full = gone + "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed due to the node running low on memory."
+    for text, told in ((full, "its process was killed, for the node ran out of memory"), (gone, gone.splitlines()[0])):
+        failure = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError(text))
+        assert _cause(FailedError({0: failure})) == f"rank 0: {told}"
