@@ -97,7 +97,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
             console.print(f"The workers were lost ({cause}); going on from the last checkpoint, {left} more allowed.", highlight=False)
         else:
             times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
-            rule = f"failed {times}, at last so: {cause}"
+            rule = f"failed {times}, at last so: {cause.rstrip('.')}."
             raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
 
 

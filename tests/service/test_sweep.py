@@ -3,6 +3,7 @@ which of them are made, stopped, gone on with and counted. The last tests make r
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import yaml
 from ray.util.state import list_actors, list_placement_groups
 from rich.console import Console
@@ -79,22 +81,25 @@ def starts(folder: Path, name: str) -> dict[str, int]:
     return {path.parent.name: len(path.read_text().split()) for path in (folder / name / "trials").glob("*/starts")}
 
 
-def nothing_left() -> dict[str, Any]:
-    """What there is in the cluster, by Ray's state API, and of trials' processes."""
-    actors = [a.class_name for a in list_actors(limit=10_000) if a.state != "DEAD" and a.class_name not in OF_RAY_DATA]
-    groups = [(group.placement_group_id, group.state) for group in list_placement_groups(limit=10_000) if group.state != "REMOVED"]
-    own = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    runs = [
-        line for line in own if "most_ray.cli train --config /dev/stdin" in line or "tests.support.fake_run" in line or "ray::Trial" in line
-    ]
+def nothing_left(folder: Path) -> dict[str, Any]:
+    """What there is in the cluster, by Ray's state API, and of the processes of trials below a folder."""
+    here = ray.get_runtime_context().gcs_address  # another Ray may run on this machine
+    actors = [a.class_name for a in list_actors(address=here, limit=10_000) if a.state != "DEAD" and a.class_name not in OF_RAY_DATA]
+    groups = [(g.placement_group_id, g.state) for g in list_placement_groups(address=here, limit=10_000) if g.state != "REMOVED"]
+    runs = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "most_ray.cli train --config /dev/stdin" in words or "tests.support.fake_run" in words:
+            with contextlib.suppress(psutil.Error):
+                runs += [words for file in process.open_files() if file.path.startswith(str(folder))][:1]
     return {"actors": actors, "groups": groups, "processes": runs}
 
 
-def assert_nothing_left() -> None:
+def assert_nothing_left(folder: Path) -> None:
     deadline = time.monotonic() + 30
-    while any(nothing_left().values()) and time.monotonic() < deadline:
+    while any(nothing_left(folder).values()) and time.monotonic() < deadline:
         os.sched_yield()  # Ray tells of an actor's end a moment behind it
-    assert nothing_left() == {"actors": [], "groups": [], "processes": []}
+    assert nothing_left(folder) == {"actors": [], "groups": [], "processes": []}
 
 
 def test_four_trials_on_room_for_one(fake: None, tmp_path: Path) -> None:
@@ -113,7 +118,7 @@ def test_four_trials_on_room_for_one(fake: None, tmp_path: Path) -> None:
     best = yaml.safe_load((tmp_path / "four" / "best.yaml").read_text())
     assert (best["learning_rate"], best["name"], best["output_dir"]) == (0.01, "four-best-002", str(tmp_path))
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["best"]["trial"] == 2
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
 
 
 def test_a_complete_sweep_is_left_alone(fake: None, tmp_path: Path) -> None:
@@ -177,7 +182,7 @@ def test_a_trial_whose_actor_is_lost_goes_on(fake: None, tmp_path: Path) -> None
     assert killed and ledger.trials[1].state == "finished" and starts(tmp_path, "lost") == {"001": 2}
     lines = [json.loads(line) for line in (tmp_path / "lost" / "trials.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "result"] == list(range(2, 61, 2))
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
 
 
 def test_asha_stops_the_worse_and_its_state_outlives_a_kill(fake: None, tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_asha_stops_the_worse_and_its_state_outlives_a_kill(fake: None, tmp_path
     (tmp_path / "asha" / "trials.jsonl").write_text("".join(lines[:cut]))
     again = make(tmp_path, "asha", space, **changes)
     assert {trial.values["learning_rate"]: (trial.state, trial.step) for trial in again.trials.values()} == found
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("room", [4, 2])
@@ -222,7 +227,7 @@ def test_population_based_training_goes_on_from_the_better(fake: None, tmp_path:
         first = {number: read_values(tmp_path / "pbt", number) for number in ledger.trials}
         worst = max(first, key=lambda number: abs(first[number] - 0.01))
         assert len(ledger.trials[worst].runs) > 1
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
 
 
 def read_values(sweep: Path, number: int) -> float:
@@ -253,7 +258,7 @@ def test_the_time_that_is_allowed_ends_a_sweep(fake: None, tmp_path: Path) -> No
     endless = {"search": "grid", "max_steps": 4000, "eval_steps": 20, "save_steps": 20}
     cut = make(tmp_path, "late", space, max_hours=12 / 3600, **endless)
     assert {trial.state for trial in cut.trials.values()} == {"open"} and all(trial.step for trial in cut.trials.values())
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
     for trial in cut.trials.values():
         lines = (tmp_path / "late" / "trials" / trial.runs[0] / "metrics.jsonl").read_text().splitlines()
         trained = [json.loads(line)["step"] for line in lines if json.loads(line)["kind"] == "train"]
@@ -308,7 +313,7 @@ def test_a_killed_driver(ray_cluster: str, tmp_path: Path) -> None:
     assert Counter(line["trial"] for line in lines if line["kind"] == "end") == {1: 1, 2: 1, 3: 1, 4: 1}
     results = Counter((line["run"], line["step"]) for line in lines if line["kind"] == "result")
     assert set(results.values()) == {1} and len(results) == 4 * 20
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
 
 
 def test_two_drivers_of_one_sweep(fake: None, tmp_path: Path) -> None:
@@ -331,7 +336,7 @@ def test_the_winner_by_itself_has_the_trials_word_error_rate(ray_cluster: str, t
     run_sweep(sweep, Console(quiet=True))
     ledger = ledger_of(tmp_path, "real")
     assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 2
-    assert_nothing_left()
+    assert_nothing_left(tmp_path)
     summary = json.loads((tmp_path / "real" / "summary.json").read_text())
     assert main(["train", "--config", str(tmp_path / "real" / "best.yaml")]) == 0
     alone = json.loads((tmp_path / f"real-best-{summary['best']['run']}" / "summary.json").read_text())
