@@ -167,7 +167,11 @@ class LedgerFile:
         return fold(parse((self._folder.local / FILE).read_bytes()))
 
     def close(self) -> None:
+        """A sweep that was refused leaves no ledger: its folder may yet be a run's."""
         self._stream.close()
+        path = self._folder.local / FILE
+        if not path.stat().st_size:
+            path.unlink()
         self._lock.close()
 
 

@@ -239,6 +239,15 @@ def test_a_place_that_is_taken_is_told_without_credentials(tmp_path: Path, monke
     held.close()
 
 
+def test_a_sweep_that_was_refused_leaves_no_ledger(tmp_path: Path) -> None:
+    LedgerFile(RunFolder(str(tmp_path))).close()
+    assert not (tmp_path / "trials.jsonl").exists()
+    file = LedgerFile(RunFolder(str(tmp_path)))
+    file.write("sweep", name="mine")
+    file.close()
+    assert (tmp_path / "trials.jsonl").read_text().startswith('{"kind": "sweep"')
+
+
 def test_a_sweep_that_another_machine_has_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a URI locks do not reach: the mark at the place says whose it is, and who has lost it writes nothing more."""
     marks: dict[str, str] = {}
