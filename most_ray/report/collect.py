@@ -16,6 +16,7 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.report.differences import words_of
+from most_ray.train.journal import parse_lines
 
 _SPOKEN = 5  # utterances to be heard
 _VOCODER = ("speech", "vocoder.safetensors")  # written out: the modules that name them take seconds to import
@@ -182,19 +183,6 @@ def _read(place: str, name: str) -> RunData:
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
     environment = _mapping(place, "environment.json")
     return RunData(name, starts, train, experts, judged, summary, _config(place), environment, hypotheses, speech, kit)
-
-
-def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The objects of JSON Lines, without lines that are torn or are none."""
-    found = []
-    for line in content.split(b"\n"):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:

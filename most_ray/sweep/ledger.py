@@ -25,6 +25,7 @@ from typing import Any, Literal
 from most_ray import storage
 from most_ray.errors import ConfigError
 from most_ray.train.folder import LEDGER, RunFolder, step_place
+from most_ray.train.journal import parse_lines
 
 FILE, TRIALS, KEPT, BEST = LEDGER, "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
@@ -145,7 +146,7 @@ class LedgerFile:
         path = folder.local / FILE
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        self.ledger = fold(parse(whole))
+        self.ledger = fold(parse_lines(whole))
         self._stream = path.open("ab")
         self._stream.truncate(len(whole))
 
@@ -164,7 +165,7 @@ class LedgerFile:
 
     def reread(self) -> Ledger:
         """The ledger as the file has it, with the time that has been spent."""
-        return fold(parse((self._folder.local / FILE).read_bytes()))
+        return fold(parse_lines((self._folder.local / FILE).read_bytes()))
 
     def close(self) -> None:
         """A sweep that was refused leaves no ledger: its folder may yet be a run's."""
@@ -175,23 +176,10 @@ class LedgerFile:
         self._lock.close()
 
 
-def parse(content: bytes) -> list[dict[str, Any]]:
-    """The objects of JSON Lines, without what is torn or is none."""
-    found = []
-    for raw in content.splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
-
-
 def read_ledger(place: str) -> Ledger | None:
     """The ledger of the sweep at a place (path or URI); None where there is none."""
     try:
-        return fold(parse(storage.read_bytes(storage.join(place, FILE))))
+        return fold(parse_lines(storage.read_bytes(storage.join(place, FILE))))
     except FileNotFoundError:
         return None
 

@@ -77,3 +77,16 @@ def read_journal(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """All whole lines; of one kind: `kind`."""
     lines = [decoded(raw) for raw in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
     return [line for line in lines if line and kind in (None, line.get("kind"))]
+
+
+def parse_lines(content: bytes) -> list[dict[str, Any]]:
+    """The objects of JSON Lines, with a step or without, but for lines that are torn or are none."""
+    found = []
+    for line in content.split(b"\n"):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
 from most_ray.report import write_report
+from tests.support.pages import Opened
 from tests.support.report_data import write_kit, write_run
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if program is None:
-        if os.environ.get("CI"):
-            pytest.fail("no Chromium, and CI always has it (.ci/chromium.sh)")
-        pytest.skip("needs Chromium: apt-get install chromium")
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to run as root otherwise
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=arguments)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +27,6 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, places in made.items():
         write_report(places, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in made}
-
-
-class Opened:
-    """A page that has drawn its figures, with all that it said and asked for on the way."""
-
-    def __init__(self, browser: Browser, path: Path) -> None:
-        self.page: Page = browser.new_context(viewport={"width": 1400, "height": 1000}).new_page()
-        self.said: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-drawn]")
-
-    def until(self, condition: str) -> None:
-        """Wait for a condition in JavaScript. (Playwright's own wait evaluates text in the page, which its policy forbids.)"""
-        self.page.evaluate(
-            f"() => new Promise(done => {{ const look = () => {condition} ? done() : requestAnimationFrame(look); look(); }})"
-        )
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
 
 from most_ray.report import write_report
-from tests.browser.test_report import browser  # noqa: F401 - a fixture
+from tests.support.pages import Opened
 from tests.support.sweep_data import OBJECTIVES, write_population, write_sweep
 
 FIGURES = {
@@ -34,22 +33,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in FIGURES}
 
 
-class Opened:
-    """A page that has drawn its figures, with all that it said and asked for on the way."""
-
-    def __init__(self, program: Browser, path: Path, **options: Any) -> None:
-        self.page: Page = program.new_context(**{"viewport": {"width": 1400, "height": 1000}, **options}).new_page()
-        self.said: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-drawn]")
-
-
 @pytest.fixture(scope="module")
-def open_page(browser: Browser, reports: dict[str, Path]) -> Callable[..., Opened]:  # noqa: F811
+def open_page(browser: Browser, reports: dict[str, Path]) -> Callable[..., Opened]:
     """A sweep's page by its name, in a window of its own."""
     return lambda name, **options: Opened(browser, reports[name], **options)
 

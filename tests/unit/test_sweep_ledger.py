@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError
 from most_ray.sweep import ledger
-from most_ray.sweep.ledger import LedgerFile, Objective, Result, Trial, at_step, fold, intervals_of, metrics_of, pareto, parse, ranked
+from most_ray.sweep.ledger import LedgerFile, Objective, Result, Trial, at_step, fold, intervals_of, metrics_of, pareto, ranked
 from most_ray.train.folder import RunFolder
+from most_ray.train.journal import parse_lines
 from most_ray.train.schema import check_line
 
 WER = Objective("wer/takes")
@@ -198,7 +199,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: str) -> None:
 
 def test_what_is_no_object_is_passed_over() -> None:
     content = b'{"kind": "sweep"}\n[1]\n"text"\n7\n\n{"a"\n\xff\xfe\n{"b": 2}\n{"c'
-    assert parse(content) == [{"kind": "sweep"}, {"b": 2}]
+    assert parse_lines(content) == [{"kind": "sweep"}, {"b": 2}]
 
 
 def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path: Path) -> None:
