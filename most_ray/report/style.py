@@ -65,7 +65,8 @@ details { margin-top: 8px; } summary { cursor: pointer; color: var(--soft); font
 .keys td { overflow-wrap: anywhere; min-width: 90px; } .marked th, .mark { color: var(--ink); font-weight: 600; }
 .pairs { columns: 330px; column-gap: 36px; margin: 0; font-size: 13px; }
 .pairs div { display: flex; gap: 14px; padding: 4px 0; border-bottom: 1px solid var(--line); break-inside: avoid; }
-.pairs dt { color: var(--soft); flex: 1 1 45%; overflow-wrap: anywhere; } .pairs dd { margin: 0; flex: 1 1 55%; overflow-wrap: anywhere; }
+.pairs dt { color: var(--soft); flex: 1 1 45%; overflow-wrap: anywhere; } .pairs dd { margin: 0; flex: 1 1 55%; overflow-wrap: anywhere;
+  min-width: 0; } .pairs code { white-space: normal; }
 .pairs.marked dt { color: var(--ink); font-weight: 600; }
 .halves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 560px), 1fr)); gap: 0 36px; align-items: start; }
 footer { color: var(--soft); font-size: 12px; padding-top: 30px; padding-bottom: 40px; }

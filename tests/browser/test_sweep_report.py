@@ -23,7 +23,7 @@ FIGURES = {
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of a sweep of two objectives, of one of many trials, of one that goes on, and of population based training."""
-    folder = tmp_path_factory.mktemp("sweeps")
+    folder = tmp_path_factory.mktemp("sweeps-in-a-folder-whose-name-is-wider-than-the-column-that-a-path-stands-in")
     write_sweep(folder / "splits", objectives=OBJECTIVES)
     write_sweep(folder / "many", trials=120, runs=(1, 2))
     write_sweep(folder / "live", trials=8, live=True)
