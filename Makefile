@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: train test chaos sweep bench an4 check format digits-data clean
+.PHONY: train test chaos cluster sweep bench an4 check format digits-data clean
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
@@ -20,6 +20,12 @@ test: .venv/.installed  ## all tests
 chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
+
+cluster: .venv/.installed  ## real clusters of this machine: jobs, Slurm, Prometheus, hosts that are cut off; needs root, about 25 minutes
+	@sh .ci/chromium.sh
+	@sh .ci/prometheus.sh
+	@sh .ci/slurm.sh
+	$(BIN)/python -m pytest tests/cluster
 
 sweep: .venv/.installed  ## which experts for speech, and how much of each task: 8 trials, 10 to 20 minutes: runs/sweep-digits
 	$(BIN)/most-ray sweep --config jobs/configs/sweep-digits.yaml

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from most_ray.cli import evaluate, prepare, runs, speech, sweep
+from most_ray.cli import cluster, evaluate, prepare, runs, speech, sweep
 from most_ray.cli.parser import Parser, remember_flags
 from most_ray.errors import UserError
 
@@ -16,7 +16,7 @@ from most_ray.errors import UserError
 def build_parser() -> Parser:
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for each in (prepare, runs, sweep, evaluate, speech):
+    for each in (prepare, runs, sweep, evaluate, speech, cluster):
         each.add(commands)
     remember_flags(parser)
     return parser

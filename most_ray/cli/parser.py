@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from most_ray import config as configuration
+from most_ray.cli.job import placed
 from most_ray.errors import ConfigError, nearest
 
 _TELL_S = 30.0  # between lines of progress in a log file
@@ -51,8 +52,8 @@ def add_command(where: Any, name: str, run: Callable[[argparse.Namespace], int],
 
 
 def config_of(args: argparse.Namespace) -> configuration.RunConfig:
-    """The configuration of --config, overruled by flags."""
-    return configuration.load_config(args.config, configuration.flag_values(args))
+    """The configuration of --config, overruled by flags; in a job, with its places."""
+    return placed(configuration.load_config(args.config, configuration.flag_values(args)))
 
 
 def remember_flags(parser: Parser) -> None:

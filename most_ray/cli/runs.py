@@ -30,6 +30,14 @@ def add(commands: Any) -> None:
 
     train = add_command(commands, "train", _train, "a training run in OUTPUT_DIR/NAME; the same name resumes")
     train.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
+    train.add_argument(
+        "--dry_run",
+        nargs="?",
+        const="",
+        metavar="DEVICE",
+        help="say what the run would be, its memory, checkpoints and time, and start nothing; reckoned with a device, as H100 or cpu "
+        "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)",
+    )
     recordings.add_flags(train)
     configuration.add_flags(train)
 
@@ -68,13 +76,21 @@ def _train(args: argparse.Namespace) -> int:
     for name in ("corpus", "features"):
         if getattr(args, name) and not args.from_audio:
             raise ConfigError(name, getattr(args, name), "goes with from_audio: it says how recordings are taken.")
+    if args.from_audio and args.dry_run is not None:
+        raise ConfigError("dry_run", args.dry_run, "does not go with from_audio, which has no records yet.", "Name its run.yaml as config.")
     if args.from_audio:
         args.config = recordings.prepare(args, configuration.flag_values(args), _echoed)
     config = config_of(args)
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
+    if args.dry_run is not None:
+        from most_ray.service.dry_screen import dry_screen
+        from most_ray.train.dryrun import dry_run
+
+        dry_screen(dry_run(config, args.dry_run), console)
+        return 0
     from most_ray.service.screens import last_screen
     from most_ray.service.trainer import run_training
 
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     last_screen(run_training(config, console), console)
     return 0
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from most_ray import config as configuration
+from most_ray.cli.job import placed
 from most_ray.cli.parser import add_command
 
 
@@ -31,6 +33,8 @@ def _sweep(args: argparse.Namespace) -> int:
     from most_ray.sweep.options import flag_values, load_sweep
 
     sweep = load_sweep(args.config, flag_values(args))
+    run = placed(sweep.run)
+    sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
     from most_ray.service.sweep import run_sweep
 
     console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width of its own

@@ -4,7 +4,9 @@ or too many failures."""
 from __future__ import annotations
 
 import collections
+import functools
 import logging
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +20,21 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
 from most_ray.errors import UserError
-from most_ray.service.control import PREEMPTED, Terminated, Watcher, WorkerShare, answering_nodes, forget, room, stopped, usable_nodes
+from most_ray.service.control import (
+    PREEMPTED,
+    NodeWish,
+    Terminated,
+    Watcher,
+    WorkerShare,
+    answering_nodes,
+    forget,
+    release_room,
+    room,
+    stopped,
+    usable_nodes,
+)
 from most_ray.service.evaluation import EvaluationJob
+from most_ray.service.process_group import OnNodeAddress
 from most_ray.service.stream import TASK_CPUS
 from most_ray.service.telemetry import wandb_key
 from most_ray.service.worker import WorkerJob, train_worker
@@ -71,12 +86,20 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
         RunStoppedError: SIGTERM came; a checkpoint was written where workers were training. RunIncompleteError: too many failures, or
             no room. UserError: what a user can mend, as a rank has raised it.
     """
+    wish = NodeWish(WorkerShare.of(prepared.job.config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
+    try:
+        _run_attempts(prepared, validation, console, terminated, wish)
+    finally:
+        wish.cancel()
+
+
+def _run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: Terminated, wish: NodeWish) -> None:
     config = prepared.job.config
     failures = FailureWindow(config.max_failures, config.failure_window_s)
     doubtful = False
     while True:
-        topology = _settle(prepared, doubtful, terminated, console)
-        watcher, error = _attempt(prepared, topology, validation, terminated)
+        topology = _settle(prepared, doubtful, terminated, console, wish)
+        watcher, error = _attempt(prepared, topology, validation, terminated, wish)
         if error is None and (watcher.reason is None or complete(prepared)):
             return
         cause = _cause(error) if error else ""
@@ -94,7 +117,8 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
             console.print("Others took the room for the workers; looking again.", highlight=False)
         elif failures.allows(time.monotonic()):
             left = config.max_failures - len(failures.times)
-            console.print(f"The workers were lost ({cause}); going on from the last checkpoint, {left} more allowed.", highlight=False)
+            text = f"The workers were lost ({cause}); going on from the last checkpoint, {left} more allowed."
+            console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's words hold brackets
         else:
             times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
             rule = f"failed {times}, at last so: {cause.rstrip('.')}."
@@ -114,7 +138,7 @@ def _found_no_room(error: BaseException) -> bool:
 
 
 def _attempt(
-    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: Terminated
+    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: Terminated, wish: NodeWish
 ) -> tuple[Watcher, BaseException | None]:
     """One worker group, until it ends: what it was asked meanwhile, and how it failed."""
     n_workers = topology.world_size
@@ -126,13 +150,15 @@ def _attempt(
     last = checkpoint.step_place(prepared.folder.checkpoints, job.total_steps)
 
     def more_room() -> bool:
+        wish.renew()
         if not larger or last in checkpoint.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
             return False
         return n_workers + room(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = _Trainer(
-        train_worker,
-        train_loop_config=WorkerJob(job, validation, wandb_key=wandb_key(job.config)),
+        # Not as train_loop_config: Ray's dashboard would show it, and wants a dict.
+        functools.partial(train_worker, WorkerJob(job, validation, wandb_key=wandb_key(job.config))),
+        torch_config=OnNodeAddress(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=n_workers,
             use_gpu=prepared.use_gpu,
@@ -155,13 +181,15 @@ def _attempt(
         finally:
             terminated.patient = False
     try:
+        if error is not None:
+            release_room()
         forget(driver, n_workers)
     except Exception:  # Ray may be gone with the workers: some bytes stay in a store that does not answer
         logger.debug("Ray's key-value store did not answer", exc_info=True)
     return watcher, error
 
 
-def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console: Console) -> Topology:
+def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console: Console, wish: NodeWish) -> Topology:
     """The largest layout that the cluster has room for beside its other work; waits for room for the smallest.
 
     Args:
@@ -174,6 +202,7 @@ def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console:
     timeout, share = prepared.job.config.room_timeout_s, WorkerShare.of(prepared.job.config, prepared.use_gpu)
     began, told = time.monotonic(), 0.0
     while not terminated.is_set():
+        wish.renew()
         nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
         most, free = (room(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
         fitting = [topology for topology in prepared.topologies if topology.world_size <= free]
@@ -209,7 +238,10 @@ def _cause(error: BaseException) -> UserError | str:
     if own is not None:
         logger.error("rank %d failed:\n%s", own, shown[own])
         return f"rank {own}: {_headline(shown[own])}"
-    return _headline(str(error)) or repr(error)
+    # What failed before the workers began is in a task's error inside Ray Train's, whose first lines only say that there is one.
+    inner = getattr(error, "controller_failure", None) or error
+    inner = getattr(inner, "cause", None) or inner
+    return _headline(str(inner)) or repr(inner)
 
 
 def _first_to_fail(failures: dict[int, str]) -> int | None:
@@ -222,5 +254,8 @@ def _headline(text: str) -> str:
     """What a failure says in one line: the last one of a traceback, the first one of Ray's explanations."""
     if "OUT_OF_MEMORY" in text or "low on memory" in text:
         return "its process was killed, for the node ran out of memory"
+    if "its node has died" in text:
+        address = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
+        return f"its node{' ' + address[1] if address else ''} is gone"
     lines = [line.strip() for line in text.strip().splitlines()]
     return lines[-1 if lines[0].startswith("Traceback") else 0] if lines else ""

@@ -7,9 +7,11 @@ import os
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError
+from most_ray.service.address import check_address
 from most_ray.service.control import WorkerShare
 from most_ray.service.stream import TASK_CPUS
 
@@ -18,10 +20,19 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
     """Join the cluster that is named, or start one on this machine with room for the most workers and their data tasks.
 
     Raises:
-        ConfigError: the cluster is smaller than the fewest workers need, or has no GPUs left for evaluations.
+        ConfigError: the cluster is, and will be, smaller than the fewest workers need, or has no GPUs left for evaluations.
     """
     connect(config, most + 2)
-    resources = ray.cluster_resources()
+    check_needs(config, fewest, most, use_gpu)
+
+
+def check_needs(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
+    """Whether the cluster that was joined has, or will have, what a run needs.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    resources = most_resources()
     beside = 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus
     if beside:  # the workers hold theirs until the last evaluation is in
         check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, most * config.gpus_per_worker if use_gpu else 0.0)
@@ -35,6 +46,28 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
                 f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
                 "Use fewer workers.",
             )
+
+
+def most_resources() -> dict[str, float]:
+    """What the cluster has, and what its autoscaler could make of it where it has one; by Ray's names."""
+    from ray._private.state import state  # no public way in Ray 2.60
+
+    found = {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
+    for name, amount in (state.get_max_resources_from_cluster_config() or {}).items():
+        found[name] = max(found.get(name, 0.0), float(amount))
+    return found
+
+
+def cluster_gpus(config: RunConfig) -> int | None:
+    """GPUs of the cluster that is named, which is joined; None where a run stays on this machine.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    if not named_cluster(config):
+        return None
+    connect(config, 0)
+    return int(most_resources().get("GPU", 0.0))
 
 
 def connect(config: RunConfig, local_cpus: int) -> None:
@@ -52,10 +85,12 @@ def connect(config: RunConfig, local_cpus: int) -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(os.cpu_count() or 1, 2 * local_cpus)))
         ray.init(**local_ray_options(local_cpus))
         return
+    check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError("ray_address", address, f"cannot be joined ({' '.join(str(error).split())[:200]}).") from error
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = f"cannot be joined ({' '.join(str(error).split())[:200]})."
+        raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
 
 
 def named_cluster(config: RunConfig) -> str | None:

@@ -12,12 +12,16 @@ import math
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import ray
 import ray.exceptions
+from ray import PlacementGroupID
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
 from ray.experimental import internal_kv
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from most_ray.config import RunConfig
@@ -25,6 +29,7 @@ from most_ray.errors import STOPPED, UserError
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
+_WISH_S = 180.0
 TERMINATED, PREEMPTED, RESIZED = "terminated", "preempted", "resized"
 
 
@@ -194,6 +199,47 @@ def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
             ray.get(reference)
             found.add(asked[reference])
     return found
+
+
+def release_room() -> None:
+    """Give back what this driver holds for workers, and end those that are left; between attempts only. Of a group that failed while its
+    workers were coming up (a network that does not carry it) Ray Train 2.60 keeps both for as long as the driver lives."""
+    own = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(own) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+class NodeWish:
+    """Asks a cluster that grows by itself for room for a run's workers. `_settle` looks for room before Ray is asked for workers, so
+    without it such a cluster would never learn that it is too small. Ray merges the wishes of all who ask; each lasts `_WISH_S`."""
+
+    def __init__(self, share: WorkerShare, workers: int, task_cpus: float) -> None:
+        self._bundles = [*([share.resources()] * workers), {"CPU": task_cpus}]
+        self._asked = -math.inf
+        self._coordinator: DefaultAutoscalingCoordinator | None = None
+
+    def renew(self) -> None:
+        """Called again and again while the run wants the room."""
+        if time.monotonic() - self._asked < _WISH_S / 6:
+            return
+        self._asked = time.monotonic()
+        if self._coordinator is None and grows():
+            self._coordinator = DefaultAutoscalingCoordinator(f"most_ray-{uuid.uuid4().hex}")
+        if self._coordinator:
+            self._coordinator.request_resources(self._bundles, expire_after_s=_WISH_S)
+
+    def cancel(self) -> None:
+        """Nodes that stand idle may go."""
+        if self._coordinator:
+            self._coordinator.cancel_request()
+
+
+def grows() -> bool:
+    """Whether the cluster has an autoscaler."""
+    from ray._private.state import state  # no public way in Ray 2.60
+
+    return state.get_max_resources_from_cluster_config() is not None
 
 
 @dataclass(frozen=True)

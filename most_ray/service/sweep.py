@@ -26,8 +26,10 @@ from most_ray.errors import ConfigError
 from most_ray.report import write_report
 from most_ray.service.allotment import ACTOR_CPUS, Allotment
 from most_ray.service.attempts import RunIncompleteError
+from most_ray.service.cluster import cluster_gpus
 from most_ray.service.control import Terminated, stopped
 from most_ray.service.ingest import runner_of
+from most_ray.service.preflight import check_cluster, report_findings
 from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
 from most_ray.service.sweep_screens import last_screen, start_screen, trial_line
 from most_ray.service.telemetry import wandb_key
@@ -76,6 +78,9 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
 
 def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, terminated: Terminated) -> dict[str, Any]:
     _check_same(sweep, file)
+    if cluster_gpus(sweep.run) is not None:
+        terminated.install(interrupt=True)
+        report_findings(check_cluster(sweep.run), console)
     models = {key: starting_config(sweep, key) for key in start_keys(sweep)}
     # Before anything is taken in or started, so before it is known which experts carry text: any order will do for it.
     first_valid(Setting(sweep, {key: Start(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
@@ -126,7 +131,7 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
     base = sweep.run
     name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
     changes = {**json.loads(key), "output_dir": base.run_place, "name": name, "store_dir": store_dir_of(base)}
-    return prepare_run(config_from({**sweep.values, **changes}), runner_of)
+    return prepare_run(config_from({**sweep.values, **changes}), runner_of, gpus=cluster_gpus(base))
 
 
 def _measured(folder: RunFolder, jobs: Mapping[str, Job], allotment: Allotment, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:

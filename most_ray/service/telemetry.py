@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from most_ray import storage
 from most_ray.config import RunConfig
+from most_ray.service.ray_metrics import RayMetrics
 from most_ray.service.tracked import AXES, Key, exchange, key_of, lines_in_event_files, lines_of, row_of, rows_in_wandb_files
 from most_ray.train.folder import RunFolder
 from most_ray.train.reporter import Tracker
@@ -61,12 +64,14 @@ def wandb_key(config: RunConfig) -> Secret | None:
 
 
 def trackers_of(config: RunConfig, run_place: str, key: Secret | None) -> list[Tracker]:
-    """The trackers that a run asks for, on rank 0. None of them can hold up training or end it."""
+    """The trackers that a run asks for, and Ray's own metrics where Ray runs it; on rank 0. None can hold up training or end it."""
     trackers: list[Tracker] = []
     if uses_wandb(config):
         trackers.append(Background("Weights & Biases", Wandb(config, run_place, key), key))
     if config.tensorboard:
         trackers.append(Background("TensorBoard", TensorBoard(run_place)))
+    if ray.is_initialized():
+        trackers.append(Background("Ray's metrics", RayMetrics(config)))
     return trackers
 
 

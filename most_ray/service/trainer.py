@@ -17,21 +17,26 @@ from most_ray.config import RunConfig, to_yaml
 from most_ray.errors import ConfigError
 from most_ray.evaluation.evaluate import Directories
 from most_ray.evaluation.share import EvaluationSettings
+from most_ray.model.build import read_config
+from most_ray.model.configuration import MostConfig
 from most_ray.records import TASKS
 from most_ray.report import write_report
 from most_ray.report.environment import environment
 from most_ray.service.attempts import RunIncompleteError, complete, run_attempts
-from most_ray.service.cluster import start_ray
+from most_ray.service.cluster import cluster_gpus, start_ray
 from most_ray.service.control import Terminated, usable_nodes
 from most_ray.service.evaluation import EvaluationJob, open_outside
 from most_ray.service.ingest import runner_of
+from most_ray.service.preflight import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.progress import ProgressWatcher
 from most_ray.service.screens import first_screen
 from most_ray.train import checkpoint
 from most_ray.train.export import export_checkpoint
-from most_ray.train.folder import RunFolder
+from most_ray.train.folder import RunFolder, local_copy
 from most_ray.train.journal import read_journal
+from most_ray.train.memory import checkpoint_bytes
 from most_ray.train.prepare import Prepared, keep_kit, prepare_run, store_dir_of
+from most_ray.train.session import overrides_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,11 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[str, Any]:
-    prepared = prepare_run(config, runner_of)
+    gpus = cluster_gpus(config)
+    if gpus is not None:
+        terminated.install()
+        report_findings(check_cluster(config), console)
+    prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     last = checkpoint.step_place(folder.checkpoints, job.total_steps)
     for place, reason in prepared.torn:
@@ -69,6 +78,10 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
         open_outside(evaluation_job(config).settings, folder.place, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
+    report_findings(
+        [*check_space(config, checkpoint_bytes(_model_config(prepared), job.topology)), *check_tracking(config), *check_safety(config)],
+        console,
+    )
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
     started = time.monotonic()
     if prepared.done_steps < job.total_steps or not complete(prepared):
@@ -85,6 +98,10 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")
     return finish_run(prepared, trained, last)
+
+
+def _model_config(prepared: Prepared) -> MostConfig:
+    return read_config(local_copy(prepared.job.model_path), overrides_of(prepared.job.config))
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:

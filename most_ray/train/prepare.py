@@ -21,7 +21,7 @@ from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
 from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
-from most_ray.model.tokenizer import load_tokenizer, vocabulary_of
+from most_ray.model.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.records import TASKS, Task, parse_record, read_raw, record_files
 from most_ray.speech.kit import FOLDER as KIT
 from most_ray.speech.kit import copy_kit, find_kit
@@ -66,27 +66,34 @@ class Prepared:
         return replace(self.job, topology=topology, threads=threads, driver=driver)
 
 
-def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | None = None) -> Prepared:
+def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | None = None, gpus: int | None = None) -> Prepared:
     """Check everything that can be checked without a worker, and make what the workers need. `runner` says who takes records in;
-    `workers`, their number where it is already settled.
+    `workers`, their number where it is already settled; `gpus`, those of the cluster (None: this machine's).
 
     Raises:
         UserError: whatever a user can mend.
     """
     check_places(config)
-    _check_directories(config)
+    check_given(config)
+    folder = RunFolder(config.run_place)
+    use_gpu, fewest, most = devices_of(config, gpus=gpus)
+    fewest, most = (workers, workers) if workers else (fewest, most)
+    sources = open_sources(config, folder, runner(config, use_gpu))
+    return settle(config, folder, sources, use_gpu, fewest, most)
+
+
+def settle(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
+    """The run that its configuration and its sources make, on `fewest` to `most` workers; `folder`: where its checkpoints are looked for.
+
+    Raises:
+        UserError: they do not go together.
+    """
     # Workers have another working directory: what they open themselves must not depend on it.
     config = replace(
         config,
         trace_records=config.trace_records and str(Path(config.trace_records).absolute()),
         resume_from_checkpoint=config.resume_from_checkpoint and storage.absolute(config.resume_from_checkpoint),
     )
-    if storage.exists(storage.join(config.run_place, LEDGER)):
-        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_place)} holds {LEDGER}.", "Choose another name.")
-    folder = RunFolder(config.run_place)
-    use_gpu, fewest, most = _devices(config)
-    fewest, most = (workers, workers) if workers else (fewest, most)
-    sources = open_sources(config, folder, runner(config, use_gpu))
     stores = sources.training + sources.validation
     model_config = read_config(local_copy(sources.model_path), overrides_of(config))
     topologies = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
@@ -102,7 +109,7 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
     units = one_unit_identity(stores)
     if not config.accept_data_change:
         check_units(model_config, units, sources.model_path)
-    plan = Plan(spec)
+    plan = Plan(spec, sources.training)
     ids = sources.vocabulary.ids
     job = Job(
         config=config,
@@ -128,6 +135,17 @@ def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> N
     sets = [f"{store.task}/{store.name}" for store in validation if kind == "loss" or store.task == "asr"]
     if config.keep_best and not any(not name or known == name or known.endswith(f"/{name}") for known in sets):
         raise ConfigError("best_metric", config.best_metric, "is measured on no validation set.", nearest(name, [*sets, "wer", "loss"]))
+
+
+def check_given(config: RunConfig) -> None:
+    """The directories of records are there, and the run's folder is no sweep's.
+
+    Raises:
+        ConfigError: one of them is not so.
+    """
+    _check_directories(config)
+    if storage.exists(storage.join(config.run_place, LEDGER)):
+        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_place)} holds {LEDGER}.", "Choose another name.")
 
 
 def _check_directories(config: RunConfig) -> None:
@@ -156,8 +174,12 @@ class Sources:
     n_rejected: int
 
 
-def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here) -> Sources:
-    """Token stores of all directories: those that are there, and new ones for what is new or has changed.
+TakeIn = Callable[[str, Recipe, str, Runner], TokenStore]
+
+
+def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, take_in: TakeIn = ingest_directory) -> Sources:
+    """Token stores of all directories: those that are there, and new ones for what is new or has changed. `take_in`: makes one of a
+    directory.
 
     Raises:
         UserError: a directory or the model is not there, holds nothing usable, or too many bad records.
@@ -167,12 +189,12 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here) -
     model_config = read_config(local_model, overrides_of(config))
     if not config.accept_data_change:
         check_template(model_config, model_path)
-    vocabulary = vocabulary_of(load_tokenizer(local_model))
+    vocabulary = _vocabulary(config, local_model)
     store_dir = store_dir_of(config)
 
     def stores_of(use: str, tasks: Sequence[Task], limit: int) -> list[TokenStore]:
         return [
-            ingest_directory(directory, Recipe(task, vocabulary, limit, config.overlong if use == "train" else "reject"), store_dir, run)
+            take_in(directory, Recipe(task, vocabulary, limit, config.overlong if use == "train" else "reject"), store_dir, run)
             for task in tasks
             for directory in getattr(config, f"{use}_{task}_dirs")
         ]
@@ -183,6 +205,16 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here) -
     n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / "rejected.jsonl")
     folder.push("rejected.jsonl")
     return Sources(model_path, vocabulary, training, validation, n_rejected)
+
+
+def _vocabulary(config: RunConfig, model: str) -> Vocabulary:
+    """Raises CheckpointError where the model's tokenizer knows no speech, as DeepSeek-V2's own."""
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.get_vocab().keys() & set(AUDIO_TOKENS):
+        name = storage.redact(config.model_name_or_path)
+        remedy = f"Make a model that does, and name its folder: most-ray init-model --from_deepseek {name} --output models/most."
+        raise CheckpointError("model_name_or_path", name, "has a tokenizer that knows no speech units.", remedy)
+    return vocabulary_of(tokenizer)
 
 
 def keep_kit(prepared: Prepared) -> None:
@@ -264,11 +296,15 @@ def texts_of(directory: str | Path, limit: int = 200_000) -> Iterator[str]:
                 continue  # ingest sets it aside with its reason
 
 
-def _devices(config: RunConfig) -> tuple[bool, int, int]:
-    """Whether on GPUs, and the fewest and the most workers."""
-    gpus = torch.cuda.device_count()
+def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = None) -> tuple[bool, int, int]:
+    """Whether on GPUs, and the fewest and the most workers. `gpus`: the cluster's (None: this machine's).
+
+    Raises:
+        ConfigError: GPUs are asked for, there are none and no cluster is named; not without `must_be_here`.
+    """
+    gpus = torch.cuda.device_count() if gpus is None else gpus
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
-    if use_gpu and gpus == 0 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
+    if must_be_here and use_gpu and gpus == 0 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError("use_gpu", True, "but this machine has no GPU.", "Leave it out, or name a cluster with ray_address.")
     given = config.num_workers or ((max(1, gpus) if use_gpu else 1),)
     return use_gpu, given[0], given[-1]

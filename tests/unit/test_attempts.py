@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError
 from rich.console import Console
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service import attempts
-from most_ray.service.attempts import FailureWindow, RunIncompleteError, _cause
+from most_ray.service import attempts, control
+from most_ray.service.attempts import FailureWindow, RunIncompleteError, _cause, run_attempts
 from most_ray.service.control import RESIZED, TERMINATED, RunStoppedError, Terminated
 
 
@@ -77,6 +78,9 @@ def test_sigterm_is_patient_only_while_workers_train() -> None:
             assert raised == expected and terminated.is_set()
 
 
+PREPARED = SimpleNamespace(job=SimpleNamespace(config=config_from({})), use_gpu=False, topologies=[SimpleNamespace(world_size=1)])
+
+
 def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bool], terminated: Terminated) -> int:
     """`run_attempts` over attempts that end without an error, for these reasons; how many were made."""
     made: list[str] = []
@@ -88,8 +92,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bo
     monkeypatch.setattr(attempts, "_attempt", attempt)
     monkeypatch.setattr(attempts, "_settle", lambda *_: None)
     monkeypatch.setattr(attempts, "complete", lambda _: complete[len(made) - 1])
-    prepared = SimpleNamespace(job=SimpleNamespace(config=config_from({})))
-    attempts.run_attempts(prepared, None, Console(quiet=True), terminated)  # type: ignore[arg-type]
+    attempts.run_attempts(PREPARED, None, Console(quiet=True), terminated)  # type: ignore[arg-type]
     return len(made)
 
 
@@ -111,3 +114,57 @@ def test_a_worker_that_was_killed_for_memory_is_told_so() -> None:
     for text, told in ((full, "its process was killed, for the node ran out of memory"), (gone, gone.splitlines()[0])):
         failure = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError(text))
         assert _cause(FailedError({0: failure})) == f"rank 0: {told}"
+
+
+def test_a_worker_whose_host_is_gone_is_told_with_the_address() -> None:
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tip: 10.0.0.7\n"
+    failure = WorkerHealthCheckFailedError("...", RuntimeError(died + "The actor died because its node has died. Node Id: c53e"))
+    assert _cause(FailedError({1: failure})) == "rank 1: its node 10.0.0.7 is gone"
+
+
+def test_a_group_that_could_not_be_made_is_told_in_its_own_words() -> None:
+    """Not by Ray Train's first line, which only says that there was an error; and brackets are no markup."""
+    task = RuntimeError("ray::execute._setup_torch_process_group() (pid=400, ip=10.0.0.7)\n  ^^^^\nRuntimeError: ...")
+    task.cause = RuntimeError("[/third_party/gloo/tcp/pair.cc:152] Connection refused")  # type: ignore[attr-defined]
+    assert _cause(ControllerError(task)) == "[/third_party/gloo/tcp/pair.cc:152] Connection refused"
+
+
+def test_what_is_said_of_a_loss_may_hold_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo's errors begin with a path in brackets, which a console would take for a mark that is closed."""
+    lost = ControllerError(RuntimeError("[/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456"))
+    endings = [(SimpleNamespace(reason=None), lost), (SimpleNamespace(reason=None), None)]
+    monkeypatch.setattr(attempts, "_settle", lambda *args: None)
+    monkeypatch.setattr(attempts, "_attempt", lambda *args: endings.pop(0))
+    console = Console(record=True, width=300)
+    run_attempts(PREPARED, None, console, Terminated())  # type: ignore[arg-type]
+    assert "([/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456); going on" in console.export_text()
+
+
+def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoscaler hears of a run that waits for room (promise 33), again before it forgets, and that it is over."""
+    said: list[object] = []
+
+    class Coordinator:
+        def __init__(self, requester: str) -> None:
+            self.requester = requester
+
+        def request_resources(self, resources: list[dict[str, float]], expire_after_s: float) -> None:
+            said.append((self.requester, resources, expire_after_s))
+
+        def cancel_request(self) -> None:
+            said.append(self.requester)
+
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(control, "DefaultAutoscalingCoordinator", Coordinator)
+    monkeypatch.setattr(control.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(control, "grows", lambda: False)
+    for grows, expected in ((False, 0), (True, 3)):
+        monkeypatch.setattr(control, "grows", lambda grows=grows: grows)
+        wish = control.NodeWish(control.WorkerShare(2, 1), 3, 1.0)
+        for _ in range(70):
+            clock.now += 1
+            wish.renew()
+        assert len(said) == expected
+        wish.cancel()
+    assert said[0] == (said[-1], [{"CPU": 2, "GPU": 1}] * 3 + [{"CPU": 1.0}], 180.0)
+    assert len({entry[0] for entry in said[:-1]}) == 1  # type: ignore[index]

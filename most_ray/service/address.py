@@ -1,0 +1,79 @@
+"""Whether a cluster can be joined at an address, found within seconds: Ray itself tries for minutes, and says little."""
+
+from __future__ import annotations
+
+import re
+import socket
+
+import grpc
+import ray
+from ray._common.network_utils import is_localhost
+from ray._private import ray_constants
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import get_node_ip_address
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
+
+from most_ray.errors import ConfigError
+
+NO_TOKEN = "asks for a token, and none is here."
+WRONG_TOKEN = "does not take this token."
+TOKEN_REMEDY = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token."
+_CONNECT_S, _ANSWER_S = 5.0, 10.0
+
+
+def check_address(address: str) -> None:
+    """Ask what listens at HOST:PORT whether it is a Ray of this version that takes this token. Other forms ("auto") are Ray's to judge.
+
+    Ray puts this machine's outward address in the place of a loopback one, where a head that listens on loopback alone does not answer:
+    then the loopback one is made to stay.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if re.match(r"https?://", address):
+        rule = "is a dashboard's address, which takes jobs: a run joins Ray itself."
+        raise ConfigError("ray_address", address, rule, "Use `most-ray submit`, or HOST:6379 on one of the cluster's machines.")
+    match = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
+    if not match:
+        return
+    host, port = match[1], int(match[2])
+    if is_localhost(host):
+        outward = get_node_ip_address()
+        if not _listens(outward, port) and _listens(host, port):
+            ray_constants.ENABLE_RAY_CLUSTER = False
+        else:
+            host = outward
+    if not _listens(host, port):
+        raise ConfigError("ray_address", address, "does not answer: nothing listens there.", "Check it, and that Ray runs there.")
+    _check_ray(address, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def _check_ray(address: str, target: str) -> None:
+    try:
+        with init_grpc_channel(target) as channel:
+            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            reply = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S)
+    except AuthenticationError as error:
+        raise ConfigError("ray_address", address, NO_TOKEN, TOKEN_REMEDY) from error
+    except grpc.RpcError as error:
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            raise ConfigError("ray_address", address, WRONG_TOKEN if is_token_auth_enabled() else NO_TOKEN, TOKEN_REMEDY) from error
+        rule = f"does not answer as Ray does ({error.code().name.lower()})."
+        raise ConfigError("ray_address", address, rule, "Name the head's own port (6379), not the dashboard's or a client's.") from error
+    if reply.ray_version != ray.__version__:
+        raise ConfigError("ray_address", address, *version_rule(reply.ray_version))
+
+
+def version_rule(theirs: str) -> tuple[str, str]:
+    """The rule and the remedy where a cluster runs another Ray than this process."""
+    return f"runs Ray {theirs}, this is {ray.__version__}.", "Install the same on both."
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False

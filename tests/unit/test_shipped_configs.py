@@ -1,0 +1,163 @@
+"""Every configuration in jobs/configs is a run that can start, once its data and model are where it names them; run_training.sh."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from most_ray.cli import main
+from most_ray.config import load_config
+from most_ray.records import read_raw
+from most_ray.train.dryrun import DryRun, dry_run
+from tests.conftest import ROOT
+from tests.support.builders import text, write_records
+
+CONFIGS = ROOT / "jobs" / "configs"
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "base" not in yaml.safe_load(path.read_text(encoding="utf-8")))
+GPUS = {"deepseek-v2-lite-dp": (1, 8, 1), "deepseek-v2-lite-ep": (1, 8, 8), "deepseek-v2-lite-dp-ep": (1, 8, 4)}
+GPUS |= {"large": (8, 8, 8), "stage1": (1, 8, 8), "stage2": (1, 8, 8)}
+MIXES = {
+    "stage1": {"asr/": 0.4, "tts/": 0.4, "text/": 0.2},
+    # Instructions by speech are heard or spoken, half and half: 0.4 in all.
+    "stage2": {"asr/heard": 0.2, "tts/spoken": 0.2, "text/": 0.4, "asr/train_asr": 0.1, "tts/train_tts": 0.1},
+}
+# What another run makes: until then the model that one began with stands in.
+MODELS = {"runs/stage1/export": "models/most-v2-lite"}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A folder with other records of digits, forty each, wherever any configuration looks for records."""
+    folder = tmp_path_factory.mktemp("stand-ins") / "checkout"
+    records = {
+        task: [raw for _, raw in read_raw(digits / f"test_{name}/records.jsonl.gz")] for task, name in (("asr", "takes"), ("tts", "tts"))
+    }
+    records["text"] = [text(index) for index in range(200)]
+    count = 0
+    for name in RUNS:
+        config = load_config(CONFIGS / f"{name}.yaml")
+        for task, some in records.items():
+            for directory in (*getattr(config, f"train_{task}_dirs"), *getattr(config, f"val_{task}_dirs")):
+                if not (folder / directory).exists():
+                    write_records(folder / directory, some[count % 100 :][:40])
+                    shutil.copy(digits / "test_takes/units.json", folder / directory)
+                    count += 1
+    return folder
+
+
+@pytest.fixture
+def checkout(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(stand_ins)
+    return stand_ins
+
+
+def dried(name: str) -> DryRun:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    return dry_run(replace(config, model_name_or_path=MODELS.get(config.model_name_or_path, config.model_name_or_path)))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_shipped_configuration_can_start(checkout: Path, name: str) -> None:
+    """Its name is its file's; it has the layout and the mix that it says and fits into 80 GB; nothing is written where it would run."""
+    before = sorted(checkout.rglob("*"))
+    run = dried(name)
+    assert run.config.name == name and run.total_steps >= 1 and run.rejected == 0
+    assert sorted(checkout.rglob("*")) == before
+    found = {source.name: source.share for source in run.sources}
+    for key, share in MIXES.get(name, {}).items():
+        assert sum(value for source, value in found.items() if source.startswith(key)) == pytest.approx(share, abs=2e-9), (key, found)
+    topology = run.topology
+    assert (topology.dp_replicate, topology.fsdp, topology.ep) == GPUS.get(name, (1, 2, 2) if name == "small-cpu" else (1, 1, 1))
+    if name in GPUS:
+        assert run.config.use_gpu and run.config.bf16 and run.device.name == "H100 SXM" and run.parameters == 15_706_484_224
+        # Rows of real recordings are full of them: as many supervised tokens as there are tokens, at most.
+        logits = 10 * run.config.train_batch_size * run.config.max_seq_length * 102400
+        assert run.device.memory and run.memory.total(checkpointing=True) - run.memory.logits + logits < 0.9 * run.device.memory
+    else:
+        assert not run.notes and run.parameters < 2_000_000
+
+
+def test_every_kind_of_run_is_there() -> None:
+    """Those that the documents name."""
+    assert {"digits", "small-cpu", "an4", "librispeech_units", *GPUS} == set(RUNS)
+
+
+# run_training.sh
+
+
+def script(tmp_path: Path, *words: str, config: str | None = None) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The script with a most-ray on PATH that writes its arguments down; and those."""
+    jobs = tmp_path / "it's here" / "jobs"
+    if not jobs.exists():
+        shutil.copytree(CONFIGS, jobs / "configs")
+        shutil.copy(ROOT / "jobs" / "run_training.sh", jobs)
+        stub = tmp_path / "bin" / "most-ray"
+        stub.parent.mkdir()
+        stub.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word" >> "$SEEN"; done\nexit 75\n', encoding="utf-8")
+        stub.chmod(0o755)
+    seen = tmp_path / "seen"
+    seen.unlink(missing_ok=True)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SEEN": str(seen)} | ({"CONFIG": config} if config else {})
+    done = subprocess.run(["sh", str(jobs / "run_training.sh"), *words], capture_output=True, text=True, env=environment)
+    return done, seen.read_text(encoding="utf-8").splitlines() if seen.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("single", "digits"), ("dp", "deepseek-v2-lite-dp"), ("ep", "deepseek-v2-lite-ep"), ("large", "large")],
+)
+def test_the_script_runs_its_configuration(tmp_path: Path, kind: str, file: str) -> None:
+    """With all flags, quoted or not; its exit code is the command's; what it prints can be pasted."""
+    flags = ["--dry_run", "--name", "a b$c'd", "--wandb_tags", ""]
+    done, seen = script(tmp_path, kind, *flags)
+    place = str(tmp_path / "it's here" / "jobs" / "configs" / f"{file}.yaml")
+    assert done.returncode == 75 and seen == ["train", "--config", place, *(["--num_workers", "1"] if kind == "single" else []), *flags]
+    command = done.stdout.strip()
+    again = subprocess.run(["sh", "-c", f'set -- {command}; printf "%s\\n" "$@"'], capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines()[1:] == seen
+
+
+def test_the_script_takes_another_configuration(tmp_path: Path) -> None:
+    done, seen = script(tmp_path, "ep", config="my run.yaml")
+    assert done.returncode == 75 and seen == ["train", "--config", "my run.yaml"]
+
+
+@pytest.mark.parametrize("words", [[], ["double"], ["--dry_run"]])
+def test_the_script_says_how_it_is_used(tmp_path: Path, words: list[str]) -> None:
+    done, seen = script(tmp_path, *words)
+    assert done.returncode == 2 and done.stderr.startswith("usage: ") and not done.stdout and not seen
+
+
+def test_the_script_without_the_program(tmp_path: Path) -> None:
+    script(tmp_path)
+    (tmp_path / "bin" / "most-ray").unlink()
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    jobs = tmp_path / "it's here" / "jobs"
+    done = subprocess.run(["sh", str(jobs / "run_training.sh"), "dp"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "neither in .venv/bin nor on PATH" in done.stderr
+
+
+def test_the_script_is_a_clean_shell_script() -> None:
+    """By shellcheck."""
+    checker = ROOT / ".venv" / "bin" / "shellcheck"
+    program = str(checker) if checker.exists() else shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([program, "--shell=sh", str(ROOT / "jobs" / "run_training.sh")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_command_shows_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--dry_run` with a device, on a configuration for GPUs, where there is none: what it says it rests on is said."""
+    assert main(["train", "--config", str(CONFIGS / "deepseek-v2-lite-ep.yaml"), "--dry_run", "H200"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("nothing is started", "published sizes of deepseek-ai/DeepSeek-V2-Lite", "init-model --from_deepseek", "about"):
+        assert part in shown, part
+    for part in ("1 replica x 8 shards, expert parallel 8", "H200", "35% of that is reached", "Fits: ", "checkpoints 175.5"):
+        assert part in shown, part
