@@ -13,6 +13,8 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 ALONE := tests/end_to_end/test_without_ray.py tests/service/test_sweep.py
 test: .venv/.installed  ## all tests
 	@sh .ci/chromium.sh
+	@sh .ci/prometheus.sh
+	@sh .ci/slurm.sh
 	@$(BIN)/python -m pytest tests/service tests/end_to_end $(addprefix --ignore ,$(ALONE)) > .test-ray.log 2>&1 & ray=$$!; \
 	$(BIN)/python -m pytest tests/unit tests/browser tests/golden tests/distributed $(ALONE); first=$$?; \
 	wait $$ray; second=$$?; cat .test-ray.log; test $$first = 0 -a $$second = 0

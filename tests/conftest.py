@@ -35,8 +35,8 @@ def ray_cluster() -> Iterator[str]:
     """The one local Ray of all tests that need it; its address."""
     import ray
 
-    from most_ray.service.cluster import local_ray_options
+    from most_ray.service.cluster import start_local_ray
 
-    ray.init(**{**local_ray_options(6), "include_dashboard": True})  # for its state API
+    start_local_ray(6, include_dashboard=True)  # for its state API
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

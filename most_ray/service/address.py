@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 
@@ -9,6 +10,7 @@ import grpc
 import ray
 from ray._common.network_utils import is_localhost
 from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import get_node_ip_address
@@ -21,6 +23,12 @@ NO_TOKEN = "asks for a token, and none is here."
 WRONG_TOKEN = "does not take this token."
 TOKEN_REMEDY = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token."
 _CONNECT_S, _ANSWER_S = 5.0, 10.0
+
+
+def use_token() -> None:
+    """Show the token that is there (~/.ray/auth_token), also where RAY_AUTH_MODE does not say so: as `ray.init` does."""
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)  # it warns of just that
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def check_address(address: str) -> None:
@@ -47,6 +55,7 @@ def check_address(address: str) -> None:
             host = outward
     if not _listens(host, port):
         raise ConfigError("ray_address", address, "does not answer: nothing listens there.", "Check it, and that Ray runs there.")
+    use_token()
     _check_ray(address, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 

@@ -19,6 +19,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
+from most_ray import storage
 from most_ray.errors import UserError
 from most_ray.service.control import (
     PREEMPTED,
@@ -166,8 +167,8 @@ def _attempt(
         ),
         # Failures are counted here: Ray Train's own count knows no window, and a new attempt may have another size.
         run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=job.run_place,
+            name=job.config.name,
+            storage_path=storage.join(job.run_place, "ray"),
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )

@@ -8,11 +8,12 @@ from typing import Any
 
 import ray
 import ray.exceptions
+from ray._private import ray_constants
 
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError
 from most_ray.service.address import check_address
-from most_ray.service.control import WorkerShare
+from most_ray.service.control import WorkerShare, grows
 from most_ray.service.stream import TASK_CPUS
 
 
@@ -38,14 +39,13 @@ def check_needs(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> Non
         check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, most * config.gpus_per_worker if use_gpu else 0.0)
     needed = WorkerShare.of(config, use_gpu).resources(fewest)
     needed["CPU"] += TASK_CPUS
-    for name, amount in needed.items():
-        if resources.get(name, 0.0) < amount:
-            raise ConfigError(
-                "num_workers",
-                fewest,
-                f"needs {amount:g} {name}, the cluster has {resources.get(name, 0.0):g}.",
-                "Use fewer workers.",
-            )
+    if grows():  # it may become large enough: that is waited for
+        return
+    short = {name: amount for name, amount in needed.items() if resources.get(name, 0.0) < amount}
+    if short:
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in sorted(short.items(), reverse=True))
+        there = " and ".join(f"{resources.get(name, 0.0):g}" for name in sorted(short, reverse=True))
+        raise ConfigError("num_workers", fewest, f"needs {wanted}, the cluster has {there}.", "Use fewer workers, or add nodes.")
 
 
 def most_resources() -> dict[str, float]:
@@ -83,14 +83,16 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     if not address:
         # Several runs at once have more processes than Ray expects of so few cores: it would warn of each further one.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(os.cpu_count() or 1, 2 * local_cpus)))
-        ray.init(**local_ray_options(local_cpus))
+        start_local_ray(local_cpus)
         return
     check_address(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = f"cannot be joined ({' '.join(str(error).split())[:200]})."
         raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
+    if joined.dashboard_url:  # without one, Ray Train would complain of it every second
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 
 def named_cluster(config: RunConfig) -> str | None:
@@ -110,9 +112,13 @@ def check_evaluation_gpus(field: str, each: float, needed: float, training: floa
         raise ConfigError(field, each, rule, "Lower it, or use fewer workers.")
 
 
-def local_ray_options(num_cpus: int) -> dict[str, Any]:
-    """A Ray on this machine, on loopback. Its logical CPUs: one for each worker, and two for their data tasks and an evaluation."""
-    return {
+def start_local_ray(num_cpus: int, **changes: Any) -> Any:
+    """A Ray on this machine, on loopback alone. Its logical CPUs: one for each worker, and two for their data tasks and an evaluation.
+    `changes`: other arguments of `ray.init`, whose context it returns."""
+    # Else Ray takes the machine's outward address for 127.0.0.1 and listens on every one; read by its processes, and here already.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    options = {
         "num_cpus": num_cpus,
         "include_dashboard": False,
         "log_to_driver": False,
@@ -120,6 +126,7 @@ def local_ray_options(num_cpus: int) -> dict[str, Any]:
         "object_store_memory": 512 << 20,
         "_node_ip_address": "127.0.0.1",
     }
+    return ray.init(**{**options, **changes})
 
 
 def _set_ray_environment() -> None:
@@ -128,6 +135,5 @@ def _set_ray_environment() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_DEDUP_LOGS": "1",
-        "RAY_TRAIN_ENABLE_STATE_TRACKING": os.environ.get("RAY_TRAIN_ENABLE_STATE_TRACKING", "0"),
     }.items():
         os.environ.setdefault(name, value)

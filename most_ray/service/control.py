@@ -7,6 +7,7 @@ the all-reduce that every step makes anyway.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import ray
 import ray.exceptions
 from ray import PlacementGroupID
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
 from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -236,10 +238,15 @@ class NodeWish:
 
 
 def grows() -> bool:
-    """Whether the cluster has an autoscaler."""
+    """Whether the cluster has an autoscaler: of the second version by its configuration, of the first by what it reports of nodes. (One
+    that only watches calls each node's type by the node.)"""
     from ray._private.state import state  # no public way in Ray 2.60
 
-    return state.get_max_resources_from_cluster_config() is not None
+    if state.get_max_resources_from_cluster_config() is not None:
+        return True
+    report = json.loads(internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
+    types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(not kind.startswith("node_") for kind in types.values())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 
 from most_ray.errors import STOPPED, ConfigError, UserError, nearest
-from most_ray.service.address import NO_TOKEN, TOKEN_REMEDY, WRONG_TOKEN, check_address, version_rule
+from most_ray.service.address import NO_TOKEN, TOKEN_REMEDY, WRONG_TOKEN, check_address, use_token, version_rule
 
 DEFAULT = "http://127.0.0.1:8265"
 # What never goes along; .gitignore and .rayignore add to it.
@@ -108,6 +108,7 @@ def open_client(address: str | None, environ: Mapping[str, str] = os.environ) ->
     if not re.match(r"https?://", shown):
         check_address(shown)
     os.environ["RAY_API_SERVER_ADDRESS"] = shown  # which Ray prefers to what it is told
+    use_token()
     try:
         client = JobSubmissionClient(shown)
     except AuthenticationError as error:

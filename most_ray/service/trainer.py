@@ -23,7 +23,7 @@ from most_ray.records import TASKS
 from most_ray.report import write_report
 from most_ray.report.environment import environment
 from most_ray.service.attempts import RunIncompleteError, complete, run_attempts
-from most_ray.service.cluster import cluster_gpus, start_ray
+from most_ray.service.cluster import check_needs, cluster_gpus, start_ray
 from most_ray.service.control import Terminated, usable_nodes
 from most_ray.service.evaluation import EvaluationJob, open_outside
 from most_ray.service.ingest import runner_of
@@ -35,7 +35,7 @@ from most_ray.train.export import export_checkpoint
 from most_ray.train.folder import RunFolder, local_copy
 from most_ray.train.journal import read_journal
 from most_ray.train.memory import checkpoint_bytes
-from most_ray.train.prepare import Prepared, keep_kit, prepare_run, store_dir_of
+from most_ray.train.prepare import Prepared, check_given, devices_of, keep_kit, prepare_run, store_dir_of
 from most_ray.train.session import overrides_of
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,10 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
     gpus = cluster_gpus(config)
     if gpus is not None:
         terminated.install()
+        check_given(config)
+        use_gpu, fewest, most = devices_of(config, gpus=gpus)
+        if not storage.exists(storage.join(config.run_place, "summary.json")):  # a run that is complete needs nothing
+            check_needs(config, fewest, most, use_gpu)
         report_findings(check_cluster(config), console)
     prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder

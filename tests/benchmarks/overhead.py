@@ -16,7 +16,7 @@ from pathlib import Path
 
 import ray
 
-from most_ray.service.cluster import local_ray_options
+from most_ray.service.cluster import start_local_ray
 from most_ray.train.journal import read_journal
 from tests.benchmarks.common import show, write
 from tests.end_to_end.faults.harness import by_itself, finish, under_ray
@@ -52,7 +52,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        address = ray.init(**local_ray_options(max(args.workers) + 2)).address_info["gcs_address"]
+        address = start_local_ray(max(args.workers) + 2).address_info["gcs_address"]
         found = [compare(Path(folder), address, workers, args.steps, args.rounds) for workers in args.workers]
         ray.shutdown()
     rows = [

@@ -27,7 +27,7 @@ import ray
 import torch
 import transformers
 
-from most_ray.service.cluster import local_ray_options
+from most_ray.service.cluster import start_local_ray
 from most_ray.service.units import spread
 from most_ray.speech import parts as parts_module
 from most_ray.speech.audio import load_audio, seconds_of
@@ -153,7 +153,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        ray.init(**local_ray_options(4))
+        start_local_ray(4)
         found = [
             rates("MFCC", MfccSettings(), args.mfcc, args.rounds, folder / "mfcc", 8),
             rates("HuBERT-base, layer 9", hubert(folder / "model"), args.hubert, args.rounds, folder / "hubert", 1),

@@ -27,7 +27,7 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from most_ray.data.batch import open_plan, rank_batch
 from most_ray.data.feed import StreamSpec
-from most_ray.service.cluster import local_ray_options
+from most_ray.service.cluster import start_local_ray
 from most_ray.service.stream import stream_batches
 from most_ray.train.journal import read_journal
 from tests.benchmarks import common
@@ -43,7 +43,7 @@ MAX_ROWS = 16
 def local_ray(**changes: Any) -> Iterator[None]:
     """A Ray as a run on this machine has it, in a folder of its own, ended whatever happens."""
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
-        ray.init(**{**local_ray_options(max(RANKS) + 2), "_temp_dir": folder, **changes})
+        start_local_ray(max(RANKS) + 2, _temp_dir=folder, **changes)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         try:
             yield

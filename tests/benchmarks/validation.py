@@ -20,7 +20,7 @@ from pathlib import Path
 
 import ray
 
-from most_ray.service.cluster import local_ray_options
+from most_ray.service.cluster import start_local_ray
 from most_ray.train.journal import read_journal
 from tests.benchmarks.common import show, write
 from tests.end_to_end.faults.harness import finish, under_ray
@@ -51,7 +51,7 @@ def main() -> int:
     found: dict[str, list[dict[str, float]]] = {"without": [], "with": [], "busy": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        address = ray.init(**local_ray_options(3)).address_info["gcs_address"]
+        address = start_local_ray(3).address_info["gcs_address"]
         for number in range(args.rounds):
             for how in reversed(found) if number % 2 else found:
                 other = subprocess.Popen([sys.executable, "-c", BUSY], preexec_fn=lambda: os.nice(19)) if how == "busy" else None

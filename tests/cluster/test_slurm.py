@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 
 from most_ray.train.journal import read_journal
-from tests.support.slurm import Slurm, missing, slurm, wait_until
+from tests.support.slurm import Slurm, require, slurm, wait_until
 
 SCRIPT = "cluster/slurm/train.sbatch"
 
 
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if missing():
-        pytest.skip(f"needs Slurm, which has no {', '.join(missing())} here: sh .ci/slurm.sh")
+    require()
     with slurm(tmp_path_factory.mktemp("slurm")) as made:
         yield made
 
@@ -38,11 +37,6 @@ def submit(made: Slurm, folder: Path, name: str, steps: int, *options: str, node
 def steps_done(folder: Path, name: str) -> list[int]:
     place = folder / name / "metrics.jsonl"
     return [int(line["step"]) for line in read_journal(place, "train")] if place.exists() else []
-
-
-def test_slurm_would_take_the_job_as_it_is(two_nodes: Slurm) -> None:
-    """All directives are known to Slurm; options on the command line overrule them."""
-    assert "to start at" in two_nodes.call("sbatch", "--test-only", "--nodes=2", "--cpus-per-task=4", SCRIPT, "--config", "FILE")
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -85,7 +85,7 @@ def running(watched: Watched) -> bool:
 
 
 def logged_in(browser: Browser, cluster: LocalCluster) -> Page:
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page = browser.new_page(viewport={"width": 1300, "height": 1900})
     page.goto(cluster.dashboard)
     page.get_by_placeholder("Enter your authentication token").fill(cluster.token)
     page.get_by_role("button", name="Submit").click()
@@ -158,9 +158,14 @@ def test_the_job_page_shows_workers_and_data(watched: Watched, browser: Browser,
         page.get_by_text(section, exact=True).last.click()
     for section in ("Ray Data Overview", "Actor Table"):
         page.get_by_text(section, exact=True).click()
-    for shown in ("dataset_", "RayTrainWorker"):
-        expect(page.locator("td", has_text=shown).first).to_be_visible(timeout=60_000)
-    page.screenshot(path=tmp_path / "dashboard-job.png", full_page=True)
+    page.get_by_label("Class", exact=True).fill("RayTrainWorker")
+    page.get_by_label("Class", exact=True).press("Enter")
+    expect(page.locator("td", has_text="dataset_").first).to_be_visible(timeout=60_000)
+    expect(page.locator("td", has_text="RayTrainWorker")).to_have_count(2, timeout=60_000)
+    expect(page.locator("td", has_text="TrainController")).to_have_count(0)
+    expect(page.get_by_text("0 / 0")).to_have_count(0, timeout=60_000)  # the stream has come to something
+    page.evaluate("window.scrollTo(0, 0)")
+    page.screenshot(path=tmp_path / "dashboard-job.png")
     page.close()
     kept(tmp_path / "dashboard-job.png")
 

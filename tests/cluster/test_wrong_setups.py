@@ -97,7 +97,9 @@ def test_read_only_storage(refused: Run, mounted: Callable[[str], Path]) -> None
 
 
 def test_too_few_gpus(train: Run) -> None:
-    assert "num_workers = 8: needs 8 GPU, the cluster has 0. Use fewer workers." in train("--use_gpu", "true", "--num_workers", "8")
+    assert "num_workers = 2: needs 2 GPU, the cluster has 0. Use fewer workers, or add nodes." in train(
+        "--use_gpu", "true", "--num_workers", "2"
+    )
 
 
 def test_expert_parallel_size_that_does_not_divide(train: Run) -> None:

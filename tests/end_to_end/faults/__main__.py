@@ -12,7 +12,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from most_ray.service.cluster import local_ray_options
+from most_ray.service.cluster import start_local_ray
 from tests.end_to_end.faults.harness import Report, kills_inside_saves, random_kills
 
 
@@ -48,7 +48,7 @@ def main() -> int:
             show(f"{args.saves} kills inside a save, {args.ranks} ranks", report, console)
             passed &= report.passed
         if args.kills:
-            address = ray.init(**local_ray_options(4)).address_info["gcs_address"]
+            address = start_local_ray(4).address_info["gcs_address"]
             report = random_kills(Path(folder) / "random", address, args.kills, 6 * args.kills, 5, args.seed)
             ray.shutdown()
             show(f"{args.kills} random kills, 2 workers under Ray", report, console)
