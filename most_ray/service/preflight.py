@@ -181,7 +181,7 @@ def _storage(reports: Sequence[NodeReport]) -> list[Finding]:
     found = Counter((each.field, each.place, each.rule, each.missing) for report in reports for each in report.troubles)
     for (name, place, rule, missing), _ in sorted(found.items()):
         hosts = [report.host for report in reports if any((t.field, t.place, t.rule) == (name, place, rule) for t in report.troubles)]
-        text = f"{rule} on {_names(hosts)}, and is there on the driver's machine" if missing else f"{rule} on {_names(hosts)}"
+        text = f"{rule} on {_names(hosts)}, unlike on the driver's machine" if missing else f"{rule} on {_names(hosts)}"
         remedy = "Name a folder that all nodes mount, or a URI as s3://bucket/folder" if missing else "Mend it there, or name another"
         check = "storage" if name in ("output_dir", "store_dir") else "data"
         findings.append(Finding(check, "error", _names(hosts), text, remedy, name, storage.redact(place)))

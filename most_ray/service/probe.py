@@ -119,8 +119,10 @@ def _read(name: str, place: str) -> Trouble | None:
         if not storage.exists(place):
             return Trouble(name, place, "is not there", missing=True)
         if storage.is_remote(place):
-            return None if storage.list_files(place, ("",)) else Trouble(name, place, "is empty")
+            return None if storage.list_files(place, ("",)) else Trouble(name, place, "is empty", missing=True)
         local = storage.local(place)
+        if local.is_dir() and not any(local.iterdir()):  # as where a file system is not mounted
+            return Trouble(name, place, "is empty", missing=True)
         first = next((path for path in sorted(local.iterdir()) if path.is_file()), None) if local.is_dir() else local
         if first is not None:
             with first.open("rb") as stream:

@@ -64,7 +64,9 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
     job, folder = prepared.job, prepared.folder
     last = checkpoint.step_place(folder.checkpoints, job.total_steps)
     for place, reason in prepared.torn:
-        console.print(f"Checkpoint {storage.redact(place)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True)
+        console.print(
+            f"Checkpoint {storage.redact(place)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True, markup=False
+        )
     folder.pull("summary.json")
     summary = _read_summary(folder.local / "summary.json")
     if summary and summary.get("step") == job.total_steps and prepared.done_steps >= job.total_steps:

@@ -77,10 +77,17 @@ def test_a_place_that_only_the_driver_has_is_one_finding_for_all_nodes(tmp_path:
     first, second = judge([answer(report("a")), *map(answer, reports)], versions() | OWN)[:2]
     said = sorted(str(finding.error()) for finding in (first, second))
     assert said[0].endswith(
-        "is not there on b, c, and is there on the driver's machine. Name a folder that all nodes mount, or a URI as s3://bucket/folder."
+        "is not there on b, c, unlike on the driver's machine. Name a folder that all nodes mount, or a URI as s3://bucket/folder."
     )
     assert said[0].startswith("output_dir = ")
     assert said[1].startswith("val_asr_dirs = ")
+
+
+def test_an_empty_folder_is_a_file_system_that_is_not_mounted(tmp_path: Path) -> None:
+    (trouble,) = examine(Probe("m", reads=(("val_asr_dirs", str(tmp_path)),))).troubles
+    assert trouble.rule == "is empty" and trouble.missing
+    (tmp_path / "parts").mkdir()
+    assert examine(Probe("m", reads=(("val_asr_dirs", str(tmp_path)),))).troubles == ()
 
 
 def test_the_probe_writes_renames_reads_and_leaves_nothing(tmp_path: Path) -> None:
@@ -197,6 +204,7 @@ class Gcs(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gcs, str]]:
     """What answers as a cluster's head does, and its address."""
     monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", True)
+    monkeypatch.setattr("most_ray.service.address.use_token", lambda: None)  # this machine may have one
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     server, service = grpc.server(futures.ThreadPoolExecutor(2)), Gcs()

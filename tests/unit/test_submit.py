@@ -139,6 +139,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", state.url)  # so that it is put back
+    monkeypatch.setattr(service, "use_token", lambda: None)  # this machine may have one
     yield state
     server.shutdown()
     server.server_close()
@@ -197,6 +198,7 @@ def test_a_cluster_that_does_not_take_jobs_is_said_in_one_line(
 def test_without_any_cluster_it_is_said_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "DEFAULT", "http://127.0.0.1:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that it is put back
+    monkeypatch.setattr(service, "use_token", lambda: None)
     with pytest.raises(ConfigError, match=r"does not answer.*cluster/local/up.sh"):
         open_client(None, {})
 
