@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
 from tests.conftest import ROOT
+from tests.support.pages import chromium
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,4 @@ def local_cluster() -> Iterator[LocalCluster]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses to run as root otherwise
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=arguments)
-        yield running
-        running.close()
+browser = pytest.fixture(scope="module", name="browser")(chromium)

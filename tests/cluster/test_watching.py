@@ -66,7 +66,7 @@ def awaited(what: str, attempt: Callable[[], T], limit_s: float) -> T:
 def watched(local_cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Two workers with their experts spread over both, so that every figure has a value."""
     if shutil.which("prometheus") is None:
-        pytest.skip("needs Prometheus: sh .ci/prometheus.sh, as root")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs Prometheus: sh .ci/prometheus.sh, as root")
     folder = tmp_path_factory.mktemp("runs")
     flags = f"--name {RUN} --output_dir {folder} --max_steps 90 --eval_steps 30 --save_steps 20 --num_workers 2 --ep_size 2"
     train = f"python jobs/train.py --config jobs/configs/digits.yaml {flags}".split()
