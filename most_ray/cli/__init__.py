@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from most_ray.cli import cluster, evaluate, prepare, runs, speech, sweep
+from most_ray.cli.job import place_arguments
 from most_ray.cli.parser import Parser, remember_flags
 from most_ray.errors import UserError
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     try:
         args = build_parser().parse_args(argv)
+        place_arguments(args)
         return int(args.run(args))
     except UserError as error:
         print(f"most-ray: {error.kind}: {error}", file=sys.stderr)

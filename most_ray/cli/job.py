@@ -3,6 +3,7 @@ after the job: what it writes there would be lost."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 from most_ray import storage
 from most_ray.config import RunConfig
 
-WRITTEN = ("output_dir", "store_dir", "trace_records")
+WRITTEN = ("output", "output_dir", "store_dir", "trace_records")
+READ = ("model", "input", "input_dir", "records", "checkpoint", "kmeans")  # of commands that have no configuration
 HOME = "MOST_RAY_HOME"
 
 
@@ -43,6 +45,20 @@ def placed(config: RunConfig, home: Path | None = None) -> RunConfig:
         elif value and each.name.endswith(("_path", "_checkpoint", "recogniser", "vocoder")) and "/" in value:  # no name of a preset
             changes[each.name] = found(home, value)
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+def place_arguments(args: argparse.Namespace) -> None:
+    """The same for a command's own flags, in a job."""
+    home = job_home()
+    if home is None:
+        return
+    for name, value in vars(args).items():
+        if name in WRITTEN and isinstance(value, str | Path):
+            setattr(args, name, type(value)(_below(home, str(value))))
+        elif name in READ and isinstance(value, str | Path):
+            setattr(args, name, type(value)(found(home, str(value))))
+        elif (name in READ or name.endswith("_dirs")) and isinstance(value, list):
+            setattr(args, name, [type(each)(found(home, str(each))) for each in value])
 
 
 def found(home: Path, place: str) -> str:

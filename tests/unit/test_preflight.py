@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
 from concurrent import futures
@@ -14,7 +15,7 @@ import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from rich.console import Console
 
-from most_ray.cli.job import found, job_home, placed
+from most_ray.cli.job import found, job_home, place_arguments, placed
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.service import preflight
@@ -188,6 +189,20 @@ def test_a_job_writes_below_its_home_and_reads_what_went_along_first(tmp_path: P
     assert placed(config_from({"model_name_or_path": "tiny"}), home).model_name_or_path == "tiny"
     assert found(home, "deepseek-ai/DeepSeek-V2-Lite") == "deepseek-ai/DeepSeek-V2-Lite"
     assert placed(config) == config
+
+
+def test_the_flags_of_other_commands_are_placed_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `evaluate`: figures that were written beside the job's own folder would be lost."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr("most_ray.cli.job.job_home", lambda: tmp_path)
+    args = argparse.Namespace(output=Path("e.json"), store_dir=None, model="model", asr_dirs=["x", "/y"], num_workers=2, config="c.yaml")
+    place_arguments(args)
+    assert args == argparse.Namespace(
+        output=tmp_path / "e.json", store_dir=None, model=str(tmp_path / "model"), asr_dirs=["x", "/y"], num_workers=2, config="c.yaml"
+    )
+    monkeypatch.setattr("most_ray.cli.job.job_home", lambda: None)
+    place_arguments(outside := argparse.Namespace(output=Path("e.json")))
+    assert outside.output == Path("e.json")
 
 
 class Gcs(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
