@@ -169,7 +169,8 @@ if [ "$PROMETHEUS_PORT" != off ]; then
     await prometheus 300 Prometheus answers "http://127.0.0.1:$PROMETHEUS_PORT/-/ready"
 fi
 if [ "$GRAFANA_PORT" != off ]; then
-    "$python" -c 'import secrets; print(secrets.token_urlsafe(16), end="")' >"$STATE/grafana_password"
+    # Grafana takes a password only when it makes its database: the first one stays.
+    [ -s "$STATE/grafana_password" ] || "$python" -c 'import secrets; print(secrets.token_urlsafe(16), end="")' >"$STATE/grafana_password"
     server=$([ "$(basename "$grafana")" = grafana-server ] || echo server)
     # shellcheck disable=SC2086 # no word where grafana-server is the program
     start grafana env \

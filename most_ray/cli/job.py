@@ -14,7 +14,17 @@ from most_ray import storage
 from most_ray.config import RunConfig
 
 WRITTEN = ("output", "output_dir", "store_dir", "trace_records")
-READ = ("model", "input", "input_dir", "records", "checkpoint", "kmeans")  # of commands that have no configuration
+READ = (
+    "model",
+    "input",
+    "input_dir",
+    "records",
+    "checkpoint",
+    "kmeans",
+    "recogniser",
+    "vocoder",
+    "from_audio",
+)  # of commands that have no configuration
 HOME = "MOST_RAY_HOME"
 
 
@@ -23,8 +33,8 @@ def job_home(environ: Mapping[str, str] = os.environ) -> Path | None:
     None in a process that is no submitted job."""
     try:
         about = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-        submitted = "job_submission_id" in about.get("metadata", {})
-    except (ValueError, AttributeError):
+        submitted = "job_submission_id" in about["metadata"]
+    except (ValueError, TypeError, KeyError):
         submitted = False
     return Path(environ.get(HOME) or Path.home()).absolute() if submitted else None
 
@@ -70,4 +80,4 @@ def found(home: Path, place: str) -> str:
 
 
 def _below(home: Path, place: str) -> str:
-    return place if storage.is_remote(place) else str(home / storage.local(place))
+    return place if storage.is_remote(place) else str(home / storage.local(place).expanduser())

@@ -75,6 +75,16 @@ def _check_ray(address: str, target: str) -> None:
         raise ConfigError("ray_address", address, *version_rule(reply.ray_version))
 
 
+def asks_for_token(target: str) -> bool:
+    """Whether the Ray at HOST:PORT refuses who shows none."""
+    try:
+        with grpc.insecure_channel(target) as channel:
+            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S)
+    except grpc.RpcError:
+        return True
+    return False
+
+
 def version_rule(theirs: str) -> tuple[str, str]:
     """The rule and the remedy where a cluster runs another Ray than this process."""
     return f"runs Ray {theirs}, this is {ray.__version__}.", "Install the same on both."
@@ -84,5 +94,5 @@ def _listens(host: str, port: int) -> bool:
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_S):
             return True
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of what can be no host's name
         return False

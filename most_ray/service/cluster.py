@@ -10,6 +10,7 @@ import ray
 import ray.exceptions
 from ray._private import ray_constants
 
+from most_ray import storage
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError
 from most_ray.service.address import check_address
@@ -33,14 +34,15 @@ def check_needs(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> Non
     Raises:
         ConfigError: it has not.
     """
-    resources = most_resources()
+    resources, most_known = most_resources()
+    if grows() and not most_known:  # it may become large enough: that is waited for
+        return
     beside = 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus
     if beside:  # the workers hold theirs until the last evaluation is in
-        check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, most * config.gpus_per_worker if use_gpu else 0.0)
+        training = most * config.gpus_per_worker if use_gpu else 0.0
+        check_evaluation_gpus("eval_gpus", config.eval_gpus, beside, training)
     needed = WorkerShare.of(config, use_gpu).resources(fewest)
     needed["CPU"] += TASK_CPUS
-    if grows():  # it may become large enough: that is waited for
-        return
     short = {name: amount for name, amount in needed.items() if resources.get(name, 0.0) < amount}
     if short:
         wanted = " and ".join(f"{amount:g} {name}" for name, amount in sorted(short.items(), reverse=True))
@@ -48,18 +50,19 @@ def check_needs(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> Non
         raise ConfigError("num_workers", fewest, f"needs {wanted}, the cluster has {there}.", "Use fewer workers, or add nodes.")
 
 
-def most_resources() -> dict[str, float]:
-    """What the cluster has, and what its autoscaler could make of it where it has one; by Ray's names."""
+def most_resources() -> tuple[dict[str, float], bool]:
+    """What the cluster has, or what its autoscaler could make of it where that is known; by Ray's names, and whether it was known."""
     from ray._private.state import state  # no public way in Ray 2.60
 
     found = {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
-    for name, amount in (state.get_max_resources_from_cluster_config() or {}).items():
+    largest = state.get_max_resources_from_cluster_config()
+    for name, amount in (largest or {}).items():
         found[name] = max(found.get(name, 0.0), float(amount))
-    return found
+    return found, largest is not None
 
 
 def cluster_gpus(config: RunConfig) -> int | None:
-    """GPUs of the cluster that is named, which is joined; None where a run stays on this machine.
+    """GPUs that the cluster that is named has now; it is joined. None where a run stays on this machine.
 
     Raises:
         ConfigError: the cluster does not answer.
@@ -67,7 +70,7 @@ def cluster_gpus(config: RunConfig) -> int | None:
     if not named_cluster(config):
         return None
     connect(config, 0)
-    return int(most_resources().get("GPU", 0.0))
+    return int(ray.cluster_resources().get("GPU", 0.0))
 
 
 def connect(config: RunConfig, local_cpus: int) -> None:
@@ -91,7 +94,9 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = f"cannot be joined ({' '.join(str(error).split())[:200]})."
         raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
-    if joined.dashboard_url:  # without one, Ray Train would complain of it every second
+    if storage.redact(config.run_place) != config.run_place:
+        os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # the dashboard would show the credentials in it
+    elif joined.dashboard_url:  # without one, Ray Train would complain of it every second
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
 
 
@@ -106,7 +111,7 @@ def check_evaluation_gpus(field: str, each: float, needed: float, training: floa
     Raises:
         ConfigError: the cluster has too few.
     """
-    gpus = ray.cluster_resources().get("GPU", 0.0)
+    gpus = most_resources()[0].get("GPU", 0.0)
     if gpus < training + needed:
         rule = f"needs {needed:g} GPUs for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."
         raise ConfigError(field, each, rule, "Lower it, or use fewer workers.")

@@ -21,6 +21,7 @@ import ray
 import ray.exceptions
 from ray import PlacementGroupID
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
 from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
@@ -226,23 +227,27 @@ class NodeWish:
         if time.monotonic() - self._asked < _WISH_S / 6:
             return
         self._asked = time.monotonic()
-        if self._coordinator is None and grows():
-            self._coordinator = DefaultAutoscalingCoordinator(f"most_ray-{uuid.uuid4().hex}")
-        if self._coordinator:
-            self._coordinator.request_resources(self._bundles, expire_after_s=_WISH_S)
+        try:
+            if self._coordinator is None and grows():
+                self._coordinator = DefaultAutoscalingCoordinator(f"most_ray-{uuid.uuid4().hex}")
+            if self._coordinator:
+                self._coordinator.request_resources(self._bundles, expire_after_s=_WISH_S)
+        except Exception:  # Ray may be busy with a failure: it is asked again
+            logger.debug("the autoscaler could not be asked", exc_info=True)
 
     def cancel(self) -> None:
         """Nodes that stand idle may go."""
-        if self._coordinator:
-            self._coordinator.cancel_request()
+        try:
+            if self._coordinator:
+                self._coordinator.cancel_request()
+        except Exception:  # Ray may be gone; wishes end by themselves
+            logger.debug("the autoscaler could not be told", exc_info=True)
 
 
 def grows() -> bool:
-    """Whether the cluster has an autoscaler: of the second version by its configuration, of the first by what it reports of nodes. (One
-    that only watches calls each node's type by the node.)"""
-    from ray._private.state import state  # no public way in Ray 2.60
-
-    if state.get_max_resources_from_cluster_config() is not None:
+    """Whether the cluster has an autoscaler: the second version says so, the first tells what types its nodes have. (One that only
+    watches calls each node's type by the node.)"""
+    if is_autoscaler_v2(fetch_from_server=True):
         return True
     report = json.loads(internal_kv._internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}")
     types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}

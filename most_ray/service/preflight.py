@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -21,10 +20,12 @@ from most_ray.config import RunConfig
 from most_ray.errors import ConfigError, DataError, UserError
 from most_ray.model.build import PRESETS
 from most_ray.records import TASKS
+from most_ray.service.address import asks_for_token
 from most_ray.service.cluster import named_cluster
 from most_ray.service.control import usable_nodes
 from most_ray.service.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
 from most_ray.service.telemetry import uses_wandb, wandb_key
+from most_ray.train import checkpoint
 from most_ray.train.prepare import store_dir_of
 
 Level = Literal["ok", "warning", "error"]
@@ -57,12 +58,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Answer:
-    """A node's report, or None where it gave none in time; asked and answered: the driver's clock around it, UNIX seconds."""
+    """A node's report, or None where it gave none in time, or could not (`failure`); asked and answered: the driver's clock around it,
+    UNIX seconds."""
 
     node: str
     report: NodeReport | None
     asked: float
     answered: float
+    failure: str = ""
 
 
 def check_cluster(config: RunConfig) -> list[Finding]:
@@ -77,8 +80,12 @@ def check_cluster(config: RunConfig) -> list[Finding]:
             reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
             remedy = "Name a folder or URI that can be written to"
             findings.append(Finding("storage", "error", "driver", reason.rstrip("."), remedy, name, storage.redact(place)))
+    here = {(each.field, each.place): each.rule for each in examine(Probe(probe.mark, (), probe.reads)).troubles}
+    for (name, place), rule in here.items():
+        findings.append(Finding("data", "error", "driver", rule, "Check it", name, storage.redact(place)))
     try:
-        answers = ask_nodes(Probe(probe.mark, tuple((n, p) for n, p in probe.writes if p in left), probe.reads))
+        reads = tuple(read for read in probe.reads if read not in here)
+        answers = ask_nodes(Probe(probe.mark, tuple((n, p) for n, p in probe.writes if p in left), reads))
     finally:
         for place in left:
             remove_mark(place, probe.mark)
@@ -133,32 +140,47 @@ def ask_nodes(probe: Probe) -> list[Answer]:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, until - time.monotonic()))
         if not done:
             break
-        answers.append(Answer(asked[done[0]], _report(done[0]), began, time.time()))
+        report, failure = _report(done[0])
+        answers.append(Answer(asked[done[0]], report, began, time.time(), failure))
     for reference in waiting:
         ray.cancel(reference, force=True)
     return answers + [Answer(asked[reference], None, began, time.time()) for reference in waiting]
 
 
-def _report(reference: ray.ObjectRef) -> NodeReport | None:
+def _report(reference: ray.ObjectRef) -> tuple[NodeReport | None, str]:
+    """What a node has answered, or why it could not."""
     try:
         report: NodeReport = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # as where this package is missing, or an older one
+        return None, str(error).strip().splitlines()[-1][:200]
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        return None, " ".join(str(error).split())[:200]
     except ray.exceptions.RayError:  # the node went meanwhile, or its process died: said as a node that does not answer
-        return None
-    return report
+        return None, ""
+    return report, ""
 
 
 def judge(answers: Sequence[Answer], own: Mapping[str, str]) -> list[Finding]:
     """What the nodes' answers mean. Pure. `own`: the driver's versions."""
     findings = []
-    silent = [answer.node for answer in answers if answer.report is None]
-    if silent:
+    for reason in sorted({answer.failure for answer in answers if answer.failure}):
+        nodes = [answer.node for answer in answers if answer.failure == reason]
+        text = f"{_names(nodes)} cannot run this package: {reason}"
+        findings.append(Finding("nodes", "error", _names(nodes), text, "Install the same on all nodes", "most_ray"))
+    silent = [answer.node for answer in answers if answer.report is None and not answer.failure]
+    if silent and len(silent) == len(answers):
+        text = f"no node gave an answer within {ANSWER_S:g} s"
+        findings.append(Finding("nodes", "error", "cluster", text, "Look at the nodes' raylet.out", "ray_address", "..."))
+    elif silent:
         rule = f"gave no answer within {ANSWER_S:g} s"
         remedy = "Look at that node's raylet.out; the run goes on without it where the others have room"
         findings.append(Finding("nodes", "warning", _names(silent), rule, remedy))
     reports = [(answer, answer.report) for answer in answers if answer.report]
     findings += _storage([report for _, report in reports])
     for name, version in own.items():
-        others = {report.host: report.versions.get(name, "missing") for _, report in reports if report.versions.get(name) != version}
+        # Behind "+" stands what a wheel was built for: a head without GPUs may have another one.
+        shown = {report.host: report.versions.get(name, "missing") for _, report in reports}
+        others = {host: found for host, found in shown.items() if found.partition("+")[0] != version.partition("+")[0]}
         if others:
             found = ", ".join(sorted(set(others.values())))
             text = f"{_names(others)} {'has' if len(others) == 1 else 'have'} {name} {found}, the driver {version}"
@@ -194,13 +216,15 @@ def _names(hosts: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def check_space(config: RunConfig, checkpoint_bytes: int) -> list[Finding]:
-    """Free space of a local output_dir against the checkpoints that will lie there at once. `checkpoint_bytes`: of one of them."""
+    """Free space of a local output_dir, with that of the checkpoints that are there and will go, against those that will lie there at
+    once. `checkpoint_bytes`: of one of them."""
     if storage.is_remote(config.run_place):
         return []
     path = storage.local(config.run_place)
     free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    free += len(checkpoint.committed(storage.join(config.run_place, "checkpoints"))) * checkpoint_bytes
     most = config.keep_last + config.keep_best + 1  # the one that is being written comes before an old one goes
-    shown, needed = f"{free / 2**30:.1f} GiB are free", f"{most} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB at once"
+    shown, needed = f"{free / 2**30:.1f} GiB are free or its own", f"{most} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB at once"
     if free < 2 * checkpoint_bytes:
         text = f"{shown}, and a checkpoint takes {checkpoint_bytes / 2**30:.1f} GiB: not even two have room"
         return [Finding("space", "error", "driver", text, "Free some, or name another", "output_dir", config.output_dir)]
@@ -222,8 +246,7 @@ def check_tracking(config: RunConfig) -> list[Finding]:
 
 def check_safety(config: RunConfig) -> list[Finding]:
     """Whether who can reach a cluster's ports may do everything on it."""
-    address = named_cluster(config)
-    if not address or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+    if not named_cluster(config) or asks_for_token(ray.get_runtime_context().gcs_address):
         return []
     nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
     if all(node.startswith("127.") for node in nodes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -48,13 +49,20 @@ class _Backend(_TorchBackend):
         ray.get([worker_group.execute_single_async(i, _setup_torch_process_group, world_rank=i, **about) for i in ranks])
 
 
+logger = logging.getLogger(__name__)
 _store: list[TCPStore] = []  # a worker's own, for as long as its process lives
 
 
 def open_store() -> tuple[str, int]:
     """The store of a process group on this node's address alone, and where it is; runs in rank 0's worker."""
     address = ray.util.get_node_ip_address()
-    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as listening:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        listening = socket.create_server((address, 0), family=family)
+    except OSError:  # as behind address translation, where no interface of this machine has it
+        logger.warning("no interface has this node's address %s: the workers' store listens on all of them", address)
+        listening = socket.create_server(("", 0), family=family)
+    with listening:
         port = int(listening.getsockname()[1])
         _store.append(TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()))
     return address, port

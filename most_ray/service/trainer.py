@@ -59,7 +59,7 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
         use_gpu, fewest, most = devices_of(config, gpus=gpus)
         if not storage.exists(storage.join(config.run_place, "summary.json")):  # a run that is complete needs nothing
             check_needs(config, fewest, most, use_gpu)
-        report_findings(check_cluster(config), console)
+            report_findings(check_cluster(config), console)
     prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     last = checkpoint.step_place(folder.checkpoints, job.total_steps)

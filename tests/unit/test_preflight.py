@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -18,9 +19,19 @@ from rich.console import Console
 from most_ray.cli.job import found, job_home, place_arguments, placed
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service import preflight
+from most_ray.service import cluster, control, preflight
 from most_ray.service.address import check_address
-from most_ray.service.preflight import Answer, Finding, check_space, check_tracking, judge, places_read, places_written, report_findings
+from most_ray.service.preflight import (
+    Answer,
+    Finding,
+    check_safety,
+    check_space,
+    check_tracking,
+    judge,
+    places_read,
+    places_written,
+    report_findings,
+)
 from most_ray.service.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
 
 OWN = {"python": "3.11", "ray": "2.60.0", "most_ray": "abc"}
@@ -59,9 +70,24 @@ def test_only_what_lies_outside_of_question_and_answer_is_skew(clock: float, sec
     assert all(finding.level == "warning" for finding in findings)
 
 
-def test_a_silent_node_is_named_and_ends_nothing() -> None:
+def test_a_silent_node_is_named_and_ends_nothing_unless_all_are() -> None:
     (finding,) = judge([answer(None, "b"), answer(report("a"))], OWN)
     assert (finding.level, finding.where) == ("warning", "b")
+    (finding,) = judge([answer(None, "b"), answer(None, "c")], OWN)
+    assert finding.level == "error"
+
+
+def test_a_node_that_cannot_load_this_package_is_no_silent_one() -> None:
+    missing = dataclasses.replace(answer(None, "b"), failure="ModuleNotFoundError: No module named 'most_ray'")
+    (finding,) = judge([missing, answer(report("a"))], OWN)
+    assert str(finding.error()).startswith("most_ray: b cannot run this package: ModuleNotFoundError: No module named 'most_ray'. Install")
+
+
+def test_what_a_wheel_was_built_for_is_no_other_version() -> None:
+    """A head without GPUs has torch+cpu, its workers torch+cu130."""
+    own = {"torch": "2.13.0+cpu"}
+    assert judge([answer(report("a", versions={"torch": "2.13.0+cu130"})), answer(report("b", versions={"torch": "2.13.0"}))], own) == []
+    assert judge([answer(report("a", versions={"torch": "2.12.0+cpu"}))], own)[0].level == "error"
 
 
 def test_few_open_files_are_warned_of() -> None:
@@ -136,6 +162,16 @@ def test_room_for_the_checkpoints_that_lie_there_at_once(tmp_path: Path, monkeyp
     assert check_space(config_from({"output_dir": "s3://bucket/runs"}), 1 << 60) == []
 
 
+def test_a_run_that_goes_on_has_the_room_that_its_checkpoints_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 GiB, checkpoints of 40, one of them there: the same command goes on."""
+    config = config_from({"output_dir": str(tmp_path), "name": "r", "keep_last": 1})
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=60 << 30))
+    assert check_space(config, 40 << 30)[0].level == "error"
+    (tmp_path / "r" / "checkpoints" / "step-000000001").mkdir(parents=True)
+    (tmp_path / "r" / "checkpoints" / "step-000000001" / "commit.json").write_text("{}")
+    assert check_space(config, 40 << 30)[0].level == "ok"
+
+
 def test_a_run_without_a_key_of_its_tracker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "wandb_key", lambda _: None)
     assert check_tracking(config_from({})) == []
@@ -167,6 +203,7 @@ def test_only_a_submitted_job_has_a_home() -> None:
     assert job_home({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}) is None
     assert job_home({"RAY_JOB_CONFIG_JSON_ENV_VAR": "no json"}) is None
     assert job_home({"RAY_JOB_CONFIG_JSON_ENV_VAR": "[]"}) is None
+    assert job_home({"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": null}'}) is None
     assert job_home({**JOB, "MOST_RAY_HOME": "/shared"}) == Path("/shared")
     assert job_home(JOB) == Path.home()
 
@@ -250,7 +287,50 @@ def test_a_head_that_wants_a_token_is_told_from_one_that_wants_another(gcs: tupl
         check_address(gcs[1])
 
 
+def test_whether_a_cluster_asks_for_a_token_is_asked_of_it(gcs: tuple[Gcs, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of this process, which may have one all the same."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(preflight.ray, "nodes", lambda: [{"NodeManagerAddress": "10.0.0.5", "Alive": True}])
+    monkeypatch.setattr(preflight.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(preflight.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=gcs[1]))
+    config = config_from({"ray_address": gcs[1]})
+    assert "asks for no token" in check_safety(config)[0].text
+    gcs[0].asks = True
+    assert check_safety(config) == []
+
+
+def test_a_cluster_that_grows_is_found_by_either_autoscaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second version stands in Ray's store; the first tells its nodes' types; one that only watches calls them by the node."""
+    monkeypatch.setattr(control, "is_autoscaler_v2", lambda fetch_from_server: True)
+    assert control.grows()
+    monkeypatch.setattr(control, "is_autoscaler_v2", lambda fetch_from_server: False)
+    for types, grows in (({"a": "node_a"}, False), ({"a": "ray.head.default"}, True), (None, False)):
+        report = json.dumps({"autoscaler_report": {"node_type_mapping": types}}).encode()
+        monkeypatch.setattr(control.internal_kv, "_internal_kv_get", lambda _, report=report: report)
+        assert control.grows() == grows
+    monkeypatch.setattr(control.internal_kv, "_internal_kv_get", lambda _: None)
+    assert not control.grows()
+
+
+@pytest.mark.parametrize(
+    ("grows", "largest", "refused"), [(False, None, True), (True, None, False), (True, 64.0, True), (True, 256.0, False)]
+)
+def test_a_cluster_that_may_become_large_enough_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, grows: bool, largest: float | None, refused: bool
+) -> None:
+    monkeypatch.setattr(cluster, "grows", lambda: grows)
+    monkeypatch.setattr(cluster, "most_resources", lambda: ({"CPU": largest or 4.0}, largest is not None))
+    config = config_from({"eval_inline": True})
+    if refused:
+        with pytest.raises(ConfigError, match=r"num_workers = 128: needs 128\.25 CPU, the cluster has"):
+            cluster.check_needs(config, 128, 128, False)
+    else:
+        cluster.check_needs(config, 128, 128, False)
+
+
 def test_what_is_no_head_is_refused_within_seconds() -> None:
+    with pytest.raises(ConfigError, match="nothing listens there"):
+        check_address("a..b:6379")
     with pytest.raises(ConfigError, match="nothing listens there"):
         check_address("127.0.0.1:1")
     with pytest.raises(ConfigError, match="is a dashboard's address"):
