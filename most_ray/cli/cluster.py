@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
+import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from most_ray.cli.parser import Parser, add_command, config_of
 from most_ray.errors import ConfigError, nearest
 
 _SUBMITTED = ("train", "sweep", "evaluate", "prepare", "doctor")
+_ROLE = "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like."
 
 
 def add(commands: Any) -> None:
@@ -48,35 +50,37 @@ def _submit(args: argparse.Namespace) -> int:
     _own_flags(own)
     options, words = own.parse_known_args(args.words, argparse.Namespace(**vars(args)))
     address, folder = getattr(options, "address", None), getattr(options, "working_dir", Path()).absolute()
-    console = Console(width=None if sys.stdout.isatty() else 140)
     from most_ray.service import submit as service
 
     if name := getattr(options, "stop", None):
         if words:
             raise ConfigError("stop", name, "stands alone: it starts nothing.", "Leave the command out.")
-        return service.stop(service.open_client(address), name, console)
-    run, place, words = _checked(words, folder)
+        return service.stop(service.open_client(address), name, _out)
+    job = _checked(words, folder)
     package = service.package_of(folder)
+    if job.config:
+        package.check_holds(job.config)
     client = service.open_client(address)
     cluster = service.describe_cluster(client)
-    base = service.job_name(run, place)
-    submission, new = service.submit(client, base, ["python", "-m", "most_ray.cli", *words], package)
-    shown = ", ".join(f"{amount:g} {name}" for name, amount in cluster.items())
-    going = f"{package.bytes / 2**20:.1f} MiB go along" if new else "it is under way already, and is followed"
-    _say(console, f"Job {submission} on {client.get_address()} ({shown or 'the cluster does not say what it has'}): {going}.")
-    hints = f"Stop it behind a checkpoint: most-ray submit --stop {submission}"
-    if getattr(options, "detach", False):
-        _say(console, f"{hints}. The same command follows it.")
-        return 0
+    base = service.job_name(job.name, job.place)
+    where = f" --address {shlex.quote(storage.redact(address))}" if address else ""
+    stopping = f"Stop it{' behind a checkpoint' if job.resumes else ''}: most-ray submit --stop"
+    submission = None
     try:
+        submission, new = service.submit(client, base, ["python", "-m", "most_ray.cli", *job.words], package, _out)
+        shown = ", ".join(f"{amount:g} {name}" for name, amount in cluster.items()) or "the cluster does not say what it has"
+        going = f"{package.bytes / 2**20:.1f} MiB go along" if new else "it is under way already, and is followed"
+        _out(f"Job {submission} on {storage.redact(client.get_address())} ({shown}): {going}.\n")
+        if getattr(options, "detach", False):
+            _out(f"{stopping} {submission}{where}. The same command follows it.\n")
+            return 0
         return service.follow(client, submission, lambda job: service.why_pending(job, cluster, package), _out)
     except KeyboardInterrupt:
-        _say(console, f"\nDetached, the job goes on. The same command follows it again. {hints}")
+        if submission is None and (submission := service.under_way(client, base, _out)) is None:
+            _out("\nInterrupted: the cluster has no job of this run under way. The same command submits it.\n")
+            return 130
+        _out(f"\nDetached, the job goes on. The same command follows it again. {stopping} {submission}{where}\n")
         return 0
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _out(text: str) -> None:
@@ -84,9 +88,20 @@ def _out(text: str) -> None:
     sys.stdout.flush()
 
 
-def _checked(words: list[str], folder: Path) -> tuple[str, str, list[str]]:
-    """What is submitted, checked as far as that goes here: the run's name, its place, and the words with the configuration's path as the
-    job will see it.
+@dataclass(frozen=True)
+class _Job:
+    """What is submitted. name, place: what tells it from others; words: the command, with its configuration's path as the job will see it;
+    config: that path, where it goes along; resumes: whether it goes on from a checkpoint."""
+
+    name: str
+    place: str
+    words: list[str]
+    config: str | None
+    resumes: bool
+
+
+def _checked(words: list[str], folder: Path) -> _Job:
+    """What is submitted, checked as far as that goes here.
 
     Raises:
         ConfigError: the command, its flags or its configuration are wrong, or would show a credential.
@@ -98,36 +113,73 @@ def _checked(words: list[str], folder: Path) -> tuple[str, str, list[str]]:
         raise ConfigError("command", words[0] if words else None, rule, remedy)
     if secret := next((word for word in words if storage.redact(word) != word), None):
         rule = "holds credentials, and a job's command is seen by all who see the cluster."
-        raise ConfigError("flag", storage.redact(secret), rule, "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like.")
+        raise ConfigError("flag", storage.redact(secret), rule, _ROLE)
     args = build_parser().parse_args(words)
-    if args.command == "prepare" or args.command == "evaluate":
-        output = str(getattr(args, "output", ""))
-        return f"{args.command}-{Path(output).stem}", output, words
+    name, place = _identity(args)
+    config = str(args.config) if getattr(args, "config", None) else None
+    inner = _inner(config, folder) if config and not storage.is_remote(config) else None
+    if inner:
+        before = ["", *words]
+        words = [
+            f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word
+            for last, word in zip(before, words, strict=False)
+        ]
+    return _Job(name, place, words, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
+
+
+def _identity(args: argparse.Namespace) -> tuple[str, str]:
+    """A command's name and place: those of two commands differ that may run at once, those of the same one do not.
+
+    Raises:
+        ConfigError: its configuration is wrong, or holds a credential.
+    """
+    if args.command == "evaluate":
+        return f"evaluate-{args.output.stem}", str(args.output)
+    if args.command == "prepare" and args.what != "store":
+        given = vars(args)
+        place = next(str(given[name]) for name in ("output", "output_dir", "records", "config", "what") if given.get(name))
+        if args.what == "tts" and args.config:
+            from most_ray.speech.convert import read_conversions
+
+            read_conversions(args.config)
+            _check_secrets(args.config, {"input_dir": args.config.read_text()})  # as text: a Path has lost what tells a URI
+        return f"prepare-{args.what}-{Path(place).stem}", place
     if args.command == "sweep":
         from most_ray.sweep.options import flag_values, load_sweep
 
         run = load_sweep(args.config, flag_values(args)).run
     else:
         run = configuration.load_config(args.config, configuration.flag_values(args))
-    words = _within(words, args.config, folder) if args.config else words
-    name = f"doctor-{os.getpid()}" if args.command == "doctor" else run.name
-    return name, str(Path(run.output_dir, run.name)), words
+    if args.config and not storage.is_remote(args.config):
+        redacted = run.redacted()
+        _check_secrets(args.config, {name: str(value) for name, value in vars(run).items() if value != getattr(redacted, name)})
+    place = str(Path(run.output_dir, run.name))
+    if args.command == "prepare":
+        verified = " verified" if args.verify else ""
+        return f"prepare-store-{run.name}", (run.store_dir or place) + verified
+    if args.command == "doctor":
+        return f"doctor-{run.name}", place
+    return f"dry-{run.name}" if args.command == "train" and args.dry_run is not None else run.name, place
 
 
-def _within(words: list[str], config: str, folder: Path) -> list[str]:
-    """The words with the configuration's path below the folder that goes along.
+def _check_secrets(config: str | Path, values: dict[str, str]) -> None:
+    """Raises ConfigError where a value of a configuration holds a credential."""
+    if name := next((name for name, value in values.items() if storage.redact(value) != value), None):
+        rule = f"holds credentials ({name}), and what goes along is kept by the cluster."
+        raise ConfigError("config", storage.redact(str(config)), rule, _ROLE)
+
+
+def _inner(config: str, folder: Path) -> str:
+    """A configuration's path below the folder that goes along.
 
     Raises:
         ConfigError: it lies elsewhere.
     """
-    if storage.is_remote(config):
-        return words
     path = storage.local(config).resolve()
     if not path.is_relative_to(folder.resolve()):
         rule = f"lies outside of the folder that goes along ({folder})."
         raise ConfigError("config", config, rule, "Copy it into that folder, or name another one by --working_dir.")
-    inner = path.relative_to(folder.resolve()).as_posix()
-    return [inner if word == config else f"--config={inner}" if word == f"--config={config}" else word for word in words]
+    return path.relative_to(folder.resolve()).as_posix()
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,7 +15,9 @@ import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._private.runtime_env import packaging
 
+from most_ray.cli import cluster as command
 from most_ray.cli import main
 from most_ray.errors import ConfigError
 from most_ray.service import submit as service
@@ -71,10 +73,28 @@ def test_what_goes_along_is_weighed_without_what_stays(tmp_path: Path) -> None:
     assert 3100 <= found.bytes < 4000
 
 
-def test_a_folder_over_rays_limit_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weight_is_that_of_rays_archive_to_the_byte(tmp_path: Path) -> None:
+    """Ray stores files, it does not compress them: so the limit can be told without packing."""
+    folder = tmp_path / "folder"
+    for name in ("a/b.bin", "a/äö.txt", "c.txt", "runs/z", "d/.keep", "d/log.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x" * 5000)
+    (folder / "d" / ".gitignore").write_text("*.txt\n")
+    (folder / "empty").mkdir()
+    (folder / "gone").symlink_to("nowhere")
+    archive = tmp_path / "archive.zip"
+    packaging.create_package(str(folder), archive, include_gitignore=True, excludes=list(service.EXCLUDES))
+    assert package_of(folder).bytes == archive.stat().st_size
+    assert package_of(folder).files == {"a/b.bin", "a/äö.txt", "c.txt", "d/.keep", "d/.gitignore"}
+
+
+def test_a_folder_over_the_dashboards_limit_is_refused_at_once(tmp_path: Path) -> None:
+    """The dashboard takes 100 MiB in one request, less than the 512 of what keeps it."""
     with (tmp_path / "weights.bin").open("wb") as stream:
-        stream.truncate(600 << 20)  # a hole: nothing is written
-    with pytest.raises(ConfigError, match=r"holds 600 MiB, a job takes at most 5\d\d: weights.bin 600 MiB. Name in .gitignore"):
+        stream.truncate(99 << 20)  # a hole: nothing is written
+        package_of(tmp_path).check()
+        stream.truncate(100 << 20)
+    with pytest.raises(ConfigError, match=r"holds 100 MiB, a job takes at most 100: weights.bin 100 MiB. Name in .gitignore"):
         package_of(tmp_path).check()
     with pytest.raises(ConfigError, match="is no folder"):
         package_of(tmp_path / "nothing")
@@ -91,12 +111,16 @@ def test_what_a_pending_job_waits_for_is_said(tmp_path: Path) -> None:
 
 @dataclass
 class Dashboard:
-    """Answers as Ray's job server does. jobs: those that there are; posts: what was submitted."""
+    """Answers as Ray's job server does. jobs: those that there are; posts: what was submitted; on_post: what it does then (None: takes it);
+    on_put: its answer to a package; stops: the jobs that were asked to stop."""
 
     version: str = ray.__version__
     status: int = 200
     jobs: list[dict[str, Any]] = field(default_factory=list)
     posts: list[dict[str, Any]] = field(default_factory=list)
+    on_post: Callable[[], str] | None = None
+    on_put: tuple[int, str] = (200, "{}")
+    stops: list[str] = field(default_factory=list)
     url: str = ""
 
 
@@ -108,8 +132,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
         def log_message(self, *_: object) -> None:
             pass
 
-        def answer(self, content: Any) -> None:
-            self.send_response(state.status)
+        def answer(self, content: Any, status: int | None = None) -> None:
+            self.send_response(status or state.status)
             self.end_headers()
             self.wfile.write((content if isinstance(content, str) else json.dumps(content)).encode())
 
@@ -123,18 +147,31 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
             if self.path.startswith("/api/v0/nodes"):
                 nodes = [{"state": "ALIVE", "resources_total": {"CPU": 4.0}}, {"state": "DEAD", "resources_total": {"CPU": 9.0}}]
                 return self.answer({"data": {"result": {"result": nodes}}})
-            return self.answer(state.jobs if self.path == "/api/jobs/" else {})
+            if self.path.startswith("/api/packages/"):
+                return self.answer("", 404)
+            if self.path == "/api/jobs/":
+                return self.answer(state.jobs)
+            name = self.path.split("/")[3]
+            found = [each for each in state.jobs if each["submission_id"] == name]
+            return self.answer(found[0]) if found else self.answer(f"Job {name} does not exist", 404)
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer({})
+            self.answer(state.on_put[1], state.on_put[0])
 
         def do_POST(self) -> None:
+            if self.path.endswith("/stop"):
+                state.stops.append(self.path.split("/")[3])
+                for each in state.jobs:
+                    each["status"] = "STOPPED" if each["submission_id"] == state.stops[-1] else each["status"]
+                return self.answer({"stopped": True})
+            if state.on_post:
+                return self.answer(state.on_post(), 400)
             state.posts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.answer({"job_id": state.posts[-1]["submission_id"], "submission_id": state.posts[-1]["submission_id"]})
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     state.url = f"http://127.0.0.1:{server.server_address[1]}"
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -145,8 +182,8 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     server.server_close()
 
 
-def job(name: str, status: str) -> dict[str, Any]:
-    return {"type": "SUBMISSION", "submission_id": name, "status": status, "entrypoint": "x"}
+def job(name: str, status: str, entrypoint: str = "x") -> dict[str, Any]:
+    return {"type": "SUBMISSION", "submission_id": name, "status": status, "entrypoint": entrypoint}
 
 
 def submitted(dashboard: Dashboard, *words: str) -> int:
@@ -234,3 +271,171 @@ def test_what_is_stopped_must_be_there(dashboard: Dashboard, capsys: pytest.Capt
     dashboard.jobs = [job("digits-ab", "RUNNING")]
     assert main(["submit", "--address", dashboard.url, "--stop", "digit-ab"]) == 2
     assert "Did you mean 'digits-ab'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "train", ["python -m most_ray.cli train --config x", "python jobs/train.py", "python -m most_ray.cli sweep --config x"]
+)
+def test_a_run_that_is_stopped_is_said_to_go_on(dashboard: Dashboard, capsys: pytest.CaptureFixture[str], train: str) -> None:
+    dashboard.jobs = [job("digits-ab", "RUNNING", train)]
+    assert main(["submit", "--address", dashboard.url, "--stop", "digits-ab"]) == 0
+    assert dashboard.stops == ["digits-ab"]
+    assert "digits-ab: STOPPED. Submitted again it goes on from its last checkpoint." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["prepare units --output train", "doctor", "train --config x --dry_run H100"])
+def test_what_has_no_checkpoint_is_not_said_to_go_on(dashboard: Dashboard, capsys: pytest.CaptureFixture[str], other: str) -> None:
+    dashboard.jobs = [job("x-ab", "RUNNING", f"python -m most_ray.cli {other}")]
+    assert main(["submit", "--address", dashboard.url, "--stop", "x-ab"]) == 0
+    assert capsys.readouterr().out == "x-ab: STOPPED.\n"
+
+
+def test_a_job_that_has_ended_is_not_stopped_again(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard.jobs = [job("digits-ab", "FAILED", "python -m most_ray.cli train")]
+    assert main(["submit", "--address", dashboard.url, "--stop", "digits-ab"]) == 0
+    assert capsys.readouterr().out == "digits-ab has ended already (FAILED).\n"
+    assert dashboard.stops == []
+
+
+def test_interrupting_a_stop_leaves_it_going(
+    dashboard: Dashboard, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard.jobs = [job("digits-ab", "RUNNING")]
+    monkeypatch.setattr(service._Client, "stop_job", lambda *_: True)
+    monkeypatch.setattr(service.time, "sleep", interrupt)
+    assert main(["submit", "--address", dashboard.url, "--stop", "digits-ab"]) == 130
+    assert "the job goes on stopping" in capsys.readouterr().out
+
+
+def interrupt(*_: object, **__: object) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_interrupted_while_submitting_says_whether_there_is_a_job(
+    dashboard: Dashboard, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    name = job_name("digits", "runs/digits")
+
+    def submit_job(*_: object, **__: object) -> None:
+        dashboard.jobs = [job(name, "PENDING")] if made else []
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(service._Client, "submit_job", submit_job)
+    assert submitted(dashboard) == (0 if made else 130)
+    said = capsys.readouterr().out
+    assert (
+        f"Detached, the job goes on. The same command follows it again. Stop it behind a checkpoint: most-ray submit --stop {name}" in said
+    ) == made
+    assert ("has no job of this run under way" in said) != made
+
+
+def test_the_hint_to_stop_names_the_cluster_that_was_named(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submitted(dashboard) == 0
+    assert f"most-ray submit --stop {job_name('digits', 'runs/digits')} --address {dashboard.url}" in capsys.readouterr().out
+
+
+def test_a_faster_submitter_is_joined_and_any_other_refusal_is_said(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    name = job_name("digits", "runs/digits")
+    dashboard.on_post = lambda: "the runtime environment names a package already installed"
+    assert submitted(dashboard) == 2
+    assert "was refused (Request failed with status code 400: the runtime environment names" in capsys.readouterr().err
+
+    def other() -> str:
+        dashboard.jobs = [job(name, "PENDING")]
+        return "taken"
+
+    dashboard.on_post = other
+    assert submitted(dashboard) == 0
+    assert "under way already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("answer", [(413, "Request Entity Too Large"), (500, "aiohttp.web_exceptions.HTTPRequestEntityTooLarge: ...")])
+def test_a_package_that_a_cluster_finds_too_large_is_said_with_its_remedy(
+    dashboard: Dashboard, capsys: pytest.CaptureFixture[str], answer: tuple[int, str]
+) -> None:
+    """The dashboard's own refusal is a 500 around a traceback; a proxy's is a 413."""
+    dashboard.on_put = answer
+    assert submitted(dashboard) == 2
+    assert "more than the cluster takes: data 1 MiB, configs 0 MiB" in (error := capsys.readouterr().err)
+    assert "Name in .gitignore or .rayignore" in error
+
+
+@pytest.mark.parametrize(
+    ("place", "ignore", "said"),
+    [
+        ("runs/a/config.yaml", "", "runs never does"),
+        ("own/config.yaml", "own/", "/.gitignore keeps it here"),
+        ("own/config.yaml", "*.yaml", "/.gitignore keeps it here"),
+    ],
+)
+def test_a_configuration_that_stays_here_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str, ignore: str, said: str
+) -> None:
+    monkeypatch.setattr(service, "open_client", lambda address: pytest.fail("asked"))
+    (tmp_path / ".gitignore").write_text(ignore)
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_text("name: a\n")
+    assert main(["submit", "--working_dir", str(tmp_path), "train", "--config", str(tmp_path / place)]) == 2
+    error = capsys.readouterr().err
+    assert f"config = {place!r}: does not go along: " in error
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("words", "content"),
+    [
+        (["train"], "train_asr_dirs: ['s3://key:secret@bucket/records']"),
+        (["prepare", "store"], "store_dir: s3://key:secret@bucket/store"),
+        (["sweep"], "train_asr_dirs: ['s3://key:secret@bucket/records']\nval_asr_dirs: [v]\nspace: {learning_rate: 1 | 2}"),
+        (["prepare", "tts"], '[{"dataset_name": "a", "input_dir": "s3://key:secret@bucket/a", "output_dir": "b", "file_pattern": "*"}]'),
+    ],
+)
+def test_credentials_in_a_configuration_do_not_go_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], content: str
+) -> None:
+    monkeypatch.setattr(service, "open_client", lambda address: pytest.fail("asked"))
+    (tmp_path / "a.yaml").write_text(content)
+    assert main(["submit", "--working_dir", str(tmp_path), *words, "--config", str(tmp_path / "a.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "holds credentials" in error
+    assert "what goes along is kept by the cluster" in error
+    assert "secret" not in error
+
+
+def identity(*words: str) -> tuple[str, str, list[str]]:
+    made = command._checked(list(words), Path(DIGITS).parents[1])
+    return made.name, made.place, made.words
+
+
+def test_commands_that_may_run_at_once_have_names_of_their_own() -> None:
+    units = ("prepare", "units", "--input", "x", "--features", "mfcc")
+    tts = ("prepare", "tts", "--input_dir", "a")
+    different = [
+        ("train", "--config", DIGITS),
+        ("train", "--config", DIGITS, "--dry_run"),
+        ("prepare", "store", "--config", DIGITS),
+        ("prepare", "store", "--config", DIGITS, "--verify"),
+        ("prepare", "store", "--config", DIGITS, "--name", "other"),
+        ("prepare", "store", "--config", DIGITS, "--store_dir", "other"),
+        (*units, "--output", "a"),
+        (*units, "--output", "b"),
+        ("prepare", "vocoder", "--input", "x", "--records", "a"),
+        ("prepare", "vocoder", "--input", "x", "--records", "b"),
+        (*tts, "--output_dir", "b"),
+        (*tts, "--output_dir", "c"),
+    ]
+    made = [job_name(*identity(*words)[:2]) for words in different]
+    assert len(set(made)) == len(made)
+    assert made == [job_name(*identity(*words)[:2]) for words in different]
+    assert made[1].startswith("dry-digits-")
+
+
+def test_every_commands_configuration_is_named_as_the_job_will_see_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert identity("prepare", "store", "--config", DIGITS)[2] == ["prepare", "store", "--config", "configs/digits.yaml"]
+    monkeypatch.chdir(tmp_path)
+    Path("tts.json").write_text('{"dataset_name": "a", "input_dir": "a", "output_dir": "b", "file_pattern": "*"}')
+    made = command._checked(["prepare", "tts", "--config=./tts.json"], tmp_path)
+    assert made.words == ["prepare", "tts", "--config=tts.json"]
+    with pytest.raises(ConfigError, match="lies outside of the folder"):
+        identity("prepare", "tts", "--config", "./tts.json")
