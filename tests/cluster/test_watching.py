@@ -119,7 +119,7 @@ def test_data_lists_the_stream(watched: Watched) -> None:
     def stream() -> bool:
         job = watched.job()["job_id"]
         datasets = watched.cluster.get(f"/api/data/datasets/{job}")["datasets"] if job else []
-        return any("_fetch" in operator["name"] for dataset in datasets for operator in dataset["operators"])
+        return any("_fetch" in operator.get("name", "") for dataset in datasets for operator in dataset["operators"])
 
     awaited("the stream", stream, 300)
 
