@@ -42,7 +42,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
     attempt("cluster", lambda: gpus.append(cluster_gpus(config)), "")
     joined = bool(gpus) and gpus[0] is not None
     if joined:
-        findings[-1] = replace(findings[-1], where="cluster", text=f"{len(usable_nodes())} nodes, {_resources()}")
+        findings[-1] = replace(findings[-1], where="cluster", text=f"{_resources()} on {len(usable_nodes())} node(s)")
     elif gpus:
         findings[-1] = replace(findings[-1], text="none is named: a run would start Ray on this machine")
     attempt("storage", lambda: check_places(config), f"{storage.redact(config.run_place)} can be written to")

@@ -35,8 +35,9 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
     "PYTHONUNBUFFERED": "1",
 }
-for _name in ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-    logging.getLogger(_name).setLevel(logging.WARNING)  # they tell of each file that stays here, and of each request
+_RUNTIME, _JOBS = "ray._private.runtime_env", "ray.dashboard.modules"
+for _name in (f"{_RUNTIME}.packaging", f"{_RUNTIME}.working_dir", f"{_JOBS}.dashboard_sdk", f"{_JOBS}.job.sdk"):
+    logging.getLogger(_name).setLevel(logging.ERROR)  # they tell of each file that stays here, and of each request
 _LOOK_S, _EXPLAIN_S, _QUIET_S, _SILENCE_S, _REQUEST_S = 0.5, 10.0, 10.0, 300.0, 120.0
 _NO_ANSWER = (aiohttp.ClientError, RuntimeError, OSError)  # Ray's of any status but 200 are RuntimeErrors, those of requests OSErrors
 _TOO_LARGE = r"status code 413|Entity ?Too ?Large|exceeds the maximum size"  # of a proxy, the dashboard (within a 500) and the GCS
@@ -219,7 +220,7 @@ def describe_cluster(client: JobSubmissionClient) -> dict[str, float]:
     except (*_NO_ANSWER, AuthenticationError, ValueError, KeyError, TypeError):
         return {}
     alive = [node for node in nodes if node.get("state") == "ALIVE"]
-    total: dict[str, float] = {"nodes": len(alive)}
+    total: dict[str, float] = {"node" if len(alive) == 1 else "nodes": len(alive)}
     for node in alive:
         for name in ("CPU", "GPU"):
             total[name] = total.get(name, 0.0) + float((node.get("resources_total") or {}).get(name, 0.0))
@@ -263,7 +264,7 @@ def _known(client: JobSubmissionClient, out: Callable[[str], Any]) -> list[tuple
 
 def why_pending(job: JobDetails, cluster: Mapping[str, float], package: Package) -> str:
     """What a job may be waiting for. Pure."""
-    if cluster and not cluster.get("nodes"):
+    if cluster.get("nodes") == 0:
         return "no node of the cluster is alive"
     if job.driver_agent_http_address is None:
         return (

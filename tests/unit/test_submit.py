@@ -197,7 +197,7 @@ def test_a_job_is_named_by_its_run_and_has_time_to_stop(dashboard: Dashboard, ca
     assert post["entrypoint"] == "python -m most_ray.cli train --config configs/digits.yaml --max_steps 5"
     assert int(post["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 300
     said = capsys.readouterr().out
-    assert "(1 nodes, 4 CPU, 0 GPU)" in said
+    assert "(1 node, 4 CPU, 0 GPU)" in said
     assert f"most-ray submit --stop {post['submission_id']}" in said
 
 
