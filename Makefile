@@ -23,7 +23,7 @@ chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, a
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
 
-cluster: .venv/.installed  ## real clusters of this machine: jobs, Slurm, Prometheus, hosts that are cut off; needs root, about 25 minutes
+cluster: .venv/.installed  ## real clusters of this machine: jobs, Slurm, Prometheus, hosts that are cut off; needs root, about 20 minutes
 	@sh .ci/chromium.sh
 	@sh .ci/prometheus.sh
 	@sh .ci/slurm.sh

@@ -51,7 +51,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
     if joined:
         attempt("nodes", lambda: check_cluster(config), "all nodes write, read and run alike")
     else:
-        attempt("limits", judge_here, "open files suffice")
+        attempt("limits", _judge_here, "open files suffice")
     topologies: list[Topology] = []
     if gpus:
         attempt("room", lambda: topologies.extend(_check_room(config, gpus[0], joined)), "the workers have room")
@@ -62,7 +62,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
     return findings
 
 
-def judge_here() -> list[Finding]:
+def _judge_here() -> list[Finding]:
     """This machine's limits."""
     report = examine(Probe(mark=""))
     return judge([Answer(report.host, report, report.time, report.time)], versions())

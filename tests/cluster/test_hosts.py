@@ -20,7 +20,7 @@ from most_ray.train.journal import read_journal
 from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import Report, by_itself, compare, end_all, finish, flags_of, newest_commit, steps_done
 from tests.support import hosts as hosts_module
-from tests.support.hosts import DEADLINE_S, Host, Hosts, View, wait_for, why_no_namespaces
+from tests.support.hosts import DEADLINE_S, Host, Hosts, View, require_namespaces, wait_for
 
 # At the digits run's own rate, 3e-3, rounding grows: runs of one and of two workers part. At this one they differ by 3e-7 for the first 70
 # steps, until the first token is that close to the border between two experts. Few and large steps, so that all lie before that.
@@ -45,8 +45,7 @@ def answer(host: Host, log: Path, script: str) -> str:
 
 def test_hosts_are_apart(tmp_path: Path) -> None:
     """Names, files and the network: a host's own disk, one that is full, one that cannot be written to; and a cable that can be pulled."""
-    if (reason := why_no_namespaces()) is not None:
-        pytest.skip(f"hosts cannot be apart here: {reason}")
+    require_namespaces()
     shared, own, full, fixed = (tmp_path / name for name in ("shared", "own", "full", "fixed"))
     for folder in (shared, fixed):
         folder.mkdir()
@@ -73,8 +72,7 @@ def test_hosts_are_apart(tmp_path: Path) -> None:
 
 def test_hosts_end_with_the_one_who_made_them(tmp_path: Path) -> None:
     """Killed in the middle, a test leaves no process and no namespace."""
-    if (reason := why_no_namespaces()) is not None:
-        pytest.skip(f"hosts would be left behind here: {reason}")
+    require_namespaces()
     script = "import time, tests.support.hosts as h\nx = h.Hosts(1)\n"
     script += "x[0].start(['sleep', '987654'], x.folder / 'log')\nprint(x.folder, flush=True)\ntime.sleep(1000)"
     maker = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -6,9 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.support.hosts import Hosts, View, why_no_namespaces
+from tests.support.hosts import Hosts, View, require_namespaces
 
 WITHIN_S = 30.0
 MOUNT = "Name a folder that all nodes mount, or a URI as s3://bucket/folder."
@@ -16,8 +14,7 @@ MOUNT = "Name a folder that all nodes mount, or a URI as s3://bucket/folder."
 
 def test_a_place_that_only_the_head_has_is_named_with_the_host(tmp_path: Path) -> None:
     """An output_dir on the head's own disk; the same on another host full, and read-only; data that lie on the head alone."""
-    if (reason := why_no_namespaces()) is not None:
-        pytest.skip(f"hosts cannot have disks of their own here: {reason}")
+    require_namespaces()
     shared, own, full, fixed, data = (tmp_path / name for name in ("shared", "own", "full", "fixed", "data"))
     for folder in (shared, own, full, fixed):
         folder.mkdir()
