@@ -242,7 +242,11 @@ class Host:
             self._inside.end()
             self._inside = None
             assert self._hosts.switch
-            self._hosts.switch.do(f"ip link delete dev cable{self.number}")  # the kernel would too, at its leisure
+            try:
+                self._hosts.switch.do(f"ip link delete dev cable{self.number}")
+            except AssertionError as error:
+                if "Cannot find device" not in str(error):  # the kernel takes it away too, at its leisure, or has already
+                    raise
         while self._started:
             process = self._started.pop()
             if process.poll() is None:
