@@ -58,7 +58,8 @@ def examine_run(config: RunConfig) -> list[Finding]:
     if topologies:
         attempt("space", lambda: _check_space(config, topologies[-1]))
     attempt("tracking", lambda: check_tracking(config), "Weights & Biases is not used")
-    attempt("safety", lambda: check_safety(config), "no other machine reaches it without a token")
+    if gpus:
+        attempt("safety", lambda: check_safety(config), "no other machine reaches it without a token")
     return findings
 
 

@@ -245,10 +245,11 @@ def check_tracking(config: RunConfig) -> list[Finding]:
 
 
 def check_safety(config: RunConfig) -> list[Finding]:
-    """Whether who can reach a cluster's ports may do everything on it."""
-    if not named_cluster(config) or asks_for_token(ray.get_runtime_context().gcs_address):
+    """Whether who can reach the ports of the cluster that was joined may do everything on it."""
+    # Asked first: these calls of Ray's start a Ray where there is none, which listens on all addresses.
+    if not named_cluster(config) or not ray.is_initialized() or asks_for_token(ray.get_runtime_context().gcs_address):
         return []
-    nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
     if all(node.startswith("127.") for node in nodes):
         return []
     text = "the cluster asks for no token: whoever reaches its ports runs what they like on it"

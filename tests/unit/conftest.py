@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Iterator
 
@@ -9,6 +10,16 @@ from pyarrow import fs
 
 from most_ray.data.plan import Plan
 from tests.support.builders import make_plan, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def without_ray() -> Iterator[None]:
+    """No unit test starts Ray: many of Ray's calls do by themselves, and the tests behind would find it running."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("the test has started Ray")
 
 
 @pytest.fixture(scope="module")
