@@ -43,6 +43,8 @@ bench: .venv/.installed  ## the benchmarks of the data engine, of saving, of wha
 	$(BIN)/python -m tests.benchmarks.overhead
 	$(BIN)/python -m tests.benchmarks.validation
 	$(BIN)/python -m tests.benchmarks.speech
+	$(BIN)/python -m tests.benchmarks.train
+	$(BIN)/python -m tests.benchmarks.loss_memory
 
 an4: .venv/.installed  ## from AN4's recordings to the word error rate on eight held-out speakers: make an4 AN4=DIR
 	BIN=$(BIN) sh tests/benchmarks/an4.sh "$(AN4)"

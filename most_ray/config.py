@@ -95,8 +95,15 @@ class OptimizerOptions:
     )
     max_skipped_steps: int = option(20, "steps in a row with a loss or gradient that is not finite, and so skipped, that end the run")
     fp16: bool = option(False, "float16 autocast with loss scaling")
-    bf16: bool = option(False, "bfloat16 autocast")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    bf16: bool | None = option(None, "bfloat16 autocast (default: where the device is made for it; a run goes on with what it began with)")
+    optimizer_state: Literal["float32", "int8"] = option(
+        "float32", "AdamW's moments: int8 takes 2 bytes a parameter instead of 8, needs most_ray[int8], and compiles for a minute on GPUs"
+    )
+    gradient_checkpointing: bool = option(False, "the same as recompute: full")
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activations that the backward pass computes again: those of attention (selective), or of whole layers (full)"
+    )
+    compile_layers: bool = option(False, "compile norms and MLPs (not attention and routed experts, whose shapes change): costs a minute")
     deterministic: bool = option(False, "the same run gives the same weights to the bit on the same machines; slower")
     seed: int = option(0, "seed of initialisation, mixing and shuffling")
 
@@ -172,6 +179,11 @@ class TrackingOptions:
 @dataclass(frozen=True)
 class RunConfig(TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelOptions, OptimizerOptions, DataOptions, ModelOptions):
     """Everything that a training run is asked for."""
+
+    @property
+    def recomputed(self) -> Literal["none", "selective", "full"]:
+        """Activations that the backward pass computes again, whichever way it was asked for."""
+        return "full" if self.gradient_checkpointing else self.recompute
 
     @property
     def run_place(self) -> str:
@@ -310,6 +322,8 @@ def _check(config: RunConfig) -> None:
             raise ConfigError(name, getattr(config, name), "must lie in 0..1, without the 1.")
     if config.fp16 and config.bf16:
         raise ConfigError("fp16", True, "and bf16 exclude each other.", "Choose one.")
+    if config.gradient_checkpointing and config.recompute == "selective":
+        raise ConfigError("recompute", config.recompute, "and gradient_checkpointing (recompute: full) exclude each other.", "Choose one.")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError("name", config.name, "must be a plain folder name.", "Put the path into output_dir.")
     for task in ("asr", "tts", "text"):

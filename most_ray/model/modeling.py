@@ -18,20 +18,26 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
-    DeepseekV2Attention,
     DeepseekV2DecoderLayer,
     DeepseekV2ForCausalLM,
+    DeepseekV2MLP,
     DeepseekV2Model,
     DeepseekV2Moe,
     DeepseekV2PreTrainedModel,
+    DeepseekV2RMSNorm,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from most_ray.data.batch import PADDING
+from most_ray.model.attention import MostAttention
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
-from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of
+from most_ray.model.experts import EXPERTS
+from most_ray.model.head import MostHead
+from most_ray.model.kernels import SwiGlu, compute_dtype, rms_norm
+from most_ray.model.packed import PackedRows, Records
+from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of, record_routing
 from most_ray.template import IGNORE
 
 
@@ -47,12 +53,39 @@ class MostModelOutput(MoeModelOutputWithPast):
 class MostCausalLMOutput(MoeCausalLMOutputWithPast):
     """`loss` is the mean over supervised tokens plus the weighted balance loss, of which `aux_loss` is the latter part alone.
 
-    With `token_losses_only`: token_losses (N,) float32 and aux_sum (unweighted sums), no loss and no logits.
+    With `token_losses_only` or `packed`: token_losses (N,) float32 and aux_sum (unweighted sums), no loss and no logits.
     """
 
     aux_sum: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
     expert_load: torch.Tensor | None = None
+
+
+def _make(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Turn a module of the library's into one of a subclass that adds nothing but behaviour. A new one would draw from the generator, and
+    a seed would no longer give the weights that it has always given."""
+    module.__class__ = kind
+
+
+class MostNorm(DeepseekV2RMSNorm):
+    """RMS norm (..., D), its result in the type of the matrix products that take it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, compute_dtype(hidden_states))
+
+
+class MostFullNorm(DeepseekV2RMSNorm):
+    """The same in the type of its input: what a router takes is not lowered."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
+
+
+class MostMlp(DeepseekV2MLP):
+    """The library's gated MLP."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class MostMoe(DeepseekV2Moe):
@@ -67,6 +100,7 @@ class MostMoe(DeepseekV2Moe):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.gate = MostRouter(config)
+        _make(self.shared_experts, MostMlp)
         self.placement: tuple[int, ...] | None = None
         self.ep_size = 1
         self.register_buffer("expert_slots", None, persistent=False)
@@ -79,19 +113,30 @@ class MostMoe(DeepseekV2Moe):
 
     def forward(self, hidden_states: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, RouterStats]:
         flat = hidden_states.view(-1, hidden_states.shape[-1])
+        n_real = len(routing.modality)
         # index_select, whose backward adds rows; plain indexing's scatters elements and takes a tenth of a small step.
-        tokens = flat if routing.tokens is None else flat.index_select(0, routing.tokens)
+        tokens = flat[:n_real] if routing.tokens is None else flat.index_select(0, routing.tokens)
         _, weights, indices, probabilities = self.gate(tokens, routing.allowed)
         slots = indices if self.expert_slots is None else self.expert_slots[indices]
-        routed = self.experts(tokens, slots, weights.to(tokens.dtype)).to(flat.dtype)
-        if routing.tokens is not None:
-            routed = torch.zeros_like(flat).index_copy(0, routing.tokens, routed)
-        output = routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+        lowered = flat.to(compute_dtype(flat))  # once for all that take it
+        arguments = lowered[:n_real] if routing.tokens is None else lowered.index_select(0, routing.tokens), slots, weights
+        # Where it pays, counts travel to other ranks' experts while the statistics are made, tokens while the shared experts are busy.
+        exchange = getattr(self.experts, "exchange", None)
+        outgoing = exchange.begin(*arguments) if exchange and exchange.overlaps else None
         if self.training and self.config.aux_loss_alpha > 0:
             aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux)
         else:
             aux_loss = probabilities.new_zeros(())
-        return output, RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
+        stats = RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
+        if outgoing:
+            arguments = outgoing.send()
+        shared = self.shared_experts(lowered)
+        routed = self.experts(*arguments)
+        if routing.tokens is None:
+            routed = F.pad(routed, (0, 0, 0, len(flat) - n_real))
+        else:
+            routed = torch.zeros_like(lowered).index_copy(0, routing.tokens, routed)
+        return (routed + shared).view_as(hidden_states), stats
 
 
 class MostDecoderLayer(DeepseekV2DecoderLayer):
@@ -101,8 +146,14 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
 
     def __init__(self, config: MostConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        _make(self.self_attn, MostAttention)
+        _make(self.input_layernorm, MostNorm)
         if isinstance(self.mlp, DeepseekV2Moe):
             self.mlp = MostMoe(config)
+            _make(self.post_attention_layernorm, MostFullNorm)
+        else:
+            _make(self.mlp, MostMlp)
+            _make(self.post_attention_layernorm, MostNorm)
 
     def forward(
         self,
@@ -111,6 +162,7 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: torch.Tensor | None = None,
+        records: Records | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, RouterStats | None]:
         attended, _ = self.self_attn(
@@ -118,6 +170,7 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_embeddings=position_embeddings,
+            records=records,
             **kwargs,
         )
         hidden_states = hidden_states + attended
@@ -136,9 +189,12 @@ class MostPreTrainedModel(DeepseekV2PreTrainedModel):
     _can_set_experts_implementation_cached_value = True
     _can_record_outputs: ClassVar = {
         "hidden_states": OutputRecorder(MostDecoderLayer, index=0),
-        "attentions": DeepseekV2Attention,
+        "attentions": MostAttention,
         "router_logits": OutputRecorder(MostRouter, index=0),
     }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(EXPERTS if requested_experts is None else requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -153,6 +209,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList([MostDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        _make(self.norm, MostNorm)
         self.post_init()
 
     @merge_with_config_defaults
@@ -167,10 +224,12 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         use_cache: bool | None = None,
         modality: torch.Tensor | None = None,
         previous_load: torch.Tensor | None = None,
+        records: Records | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
         """`modality` (B, S): TEXT, AUDIO or PADDING per token; from the ids (and a 2-d attention mask) where it is not given.
-        `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`)."""
+        `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
+        `records`: where they lie, for tokens (1, T) of records one behind the other without padding; no mask, no cache."""
         if modality is None:
             if input_ids is None:
                 raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
@@ -181,18 +240,24 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        packed = position_ids if past_key_values is None and attention_mask is None else None
-        routing = make_routing(modality, packed, self.config)
+        if records is not None:
+            n_real = len(records.segments)
+            routing = record_routing(modality.view(-1)[:n_real], records.segments, len(records), self.config)
+        else:
+            packed = position_ids if past_key_values is None and attention_mask is None else None
+            routing = make_routing(modality, packed, self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask = None
+        if records is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         stats: list[RouterStats] = []
@@ -207,6 +272,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                records=records,
                 **kwargs,
             )
             if layer_stats is not None:
@@ -225,6 +291,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.model = MostModel(config)
+        _make(self.lm_head, MostHead)
         self.post_init()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -245,14 +312,26 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         modality: torch.Tensor | None = None,
         token_losses_only: bool = False,
+        packed: PackedRows | None = None,
         **kwargs: Any,
     ) -> MostCausalLMOutput:
         """Next-token prediction; `labels` (B, S) are aligned with input_ids and shifted here, IGNORE where unsupervised.
 
         `token_losses_only` runs the head on supervised positions alone and returns their losses one by one, in row order: what
-        a trainer needs that divides by the global number of tokens.
+        a trainer needs that divides by the global number of tokens. `packed`, in the place of all other inputs, gives the same faster.
         """
-        outputs: MostModelOutput = self.model(
+        if packed is not None:
+            outputs = self.model(
+                input_ids=packed.input_ids,
+                position_ids=packed.positions,
+                modality=packed.modality,
+                records=packed.records,
+                use_cache=False,
+                **kwargs,
+            )
+            losses = self.lm_head(outputs.last_hidden_state[0].index_select(0, packed.supervised), packed.targets)
+            return MostCausalLMOutput(aux_sum=outputs.aux_loss, token_losses=losses, expert_load=outputs.expert_load)
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -266,8 +345,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         if labels is not None and token_losses_only:
             targets = labels[:, 1:]
             supervised = (targets != IGNORE).flatten().nonzero().squeeze(-1)
-            logits = self.lm_head(hidden_states[:, :-1].flatten(0, 1).index_select(0, supervised))
-            losses = F.cross_entropy(logits.float(), targets.flatten()[supervised], reduction="none")
+            losses = self.lm_head(hidden_states[:, :-1].flatten(0, 1).index_select(0, supervised), targets.flatten()[supervised])
             return MostCausalLMOutput(aux_sum=outputs.aux_loss, token_losses=losses, expert_load=outputs.expert_load)
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = aux_loss = None

@@ -23,7 +23,7 @@ BALANCE_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name
 class Routing(NamedTuple):
     """What every layer's router must know of the batch; made once per forward pass and handed down as an argument.
 
-    tokens: indices (T,) of the tokens that are not padding in the flattened (B*S,) batch, or None where none is padding.
+    tokens: indices (T,) of the tokens that are not padding in the flattened (B*S,) batch, or None where they are its first T.
     modality: (T,) TEXT or AUDIO.
     allowed: (T, E) bool, the experts that each token may use; None where any will do.
     segments: (T,) index of the record that each token belongs to.
@@ -70,13 +70,18 @@ def make_routing(modality: torch.Tensor, position_ids: torch.Tensor | None, conf
         flat = flat[tokens]
         _, segments = torch.unique_consecutive(segments[tokens], return_inverse=True)
     n_segments = int(segments[-1]) + 1 if segments.numel() else 0
+    return record_routing(flat, segments, n_segments, config)._replace(tokens=tokens)
+
+
+def record_routing(modality: torch.Tensor, segments: torch.Tensor, n_segments: int, config: MostConfig) -> Routing:
+    """Routing of tokens (T,), none of them padding, of records that are known."""
     allowed = None
     if config.use_modality_aware_routing:
         table = torch.zeros(2, config.n_routed_experts, dtype=torch.bool)
         table[TEXT, config.text_expert_indices] = True
         table[AUDIO, config.audio_expert_indices] = True
-        allowed = table.to(flat.device)[flat]
-    return Routing(tokens, flat, allowed, segments, n_segments)
+        allowed = table.to(modality.device)[modality]
+    return Routing(None, modality, allowed, segments, n_segments)
 
 
 class MostRouter(DeepseekV2TopkRouter):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
 
 from most_ray import storage
 from most_ray.service.progress import duration
-from most_ray.train.dryrun import DryRun, Layout
-from most_ray.train.memory import Memory
+from most_ray.train.devices import SHARE_PRODUCTS, SHARE_STREAMS
+from most_ray.train.dryrun import DryRun
+from most_ray.train.layouts import ROOM, Layout
+from most_ray.train.memory import Recompute
 from most_ray.train.topology import Topology
 
 _GIB = 1 << 30
-_ROOM = 0.9  # of a device's memory: the rest is for what is not counted
+_RECOMPUTED: dict[Recompute, tuple[str, str]] = {
+    "none": ("activations", ""),
+    "selective": ("selective", ", recompute: selective"),
+    "full": ("recomputed", ", recompute: full"),
+}
+_SHOWN_LAYOUTS = 4
+_WORTH = 1.05  # times as fast: less is within what such a reckoning is wrong by
 
 
 def dry_screen(run: DryRun, console: Console) -> None:
@@ -43,6 +49,9 @@ def dry_screen(run: DryRun, console: Console) -> None:
         _say(console, f"  {name:<11} {text}")
     console.print(_mix(run))
     console.print(_memory(run))
+    if len(run.choices) > 1:
+        console.print(_layouts(run))
+        _best(run, console)
     _verdict(run, console)
 
 
@@ -79,8 +88,12 @@ def _device(run: DryRun) -> str:
     device = run.device
     half = run.config.bf16 or run.config.fp16
     peaks = f"{device.half / 1e12:,.4g} x 10^12 operations a second in half precision, " if half else ""
-    routed = " (routed experts)" if half else ""
-    return f"{device.name}, {peaks}{device.full / 1e12:,.4g} x 10^12 in float32{routed}; assumed: {device.share:.0%} of that is reached"
+    if run.calibration is None:
+        reached = f"assumed: {SHARE_PRODUCTS:.0%} of that in matrix products, {SHARE_STREAMS:.0%} of memory's and links' bandwidth"
+    else:
+        how = "measured on" if run.calibration.measured else "too large to be measured: assumed for"
+        reached = f"{run.calibration.rate / 1e12:,.2g} {how} the model's steps"
+    return f"{device.name}, {peaks}{device.full / 1e12:,.4g} x 10^12 in float32; {reached}"
 
 
 def _seconds(seconds: float) -> str:
@@ -112,27 +125,48 @@ def _memory(run: DryRun) -> Table:
         "moments": "AdamW's moments",
         "gathered": "gathered by FSDP, at most",
         "copies": "weights in half precision",
-        "logits": "the head's logits",
+        "logits": "a block of the head's logits",
     }
     memories = [layout.memory for layout in run.layouts]
     for name, label in kinds.items():
         table.add_row(label, *(_gib(getattr(memory, name)) for memory in memories))
-    chosen = run.config.gradient_checkpointing
-    labels = {False: "without gradient checkpointing", True: "with gradient checkpointing"}
-    for checkpointing, label in labels.items():
-        kept = [memory.recomputed if checkpointing else memory.activations for memory in memories]
-        table.add_row(f"activations {label}", *map(_gib, kept))
+    for what, label in _RECOMPUTED.values():
+        table.add_row(f"activations{label}", *(_gib(getattr(memory, what)) for memory in memories))
     table.add_section()
-    for checkpointing, label in labels.items():
-        mark = " (this run)" if checkpointing == chosen else ""
-        table.add_row(f"all {label}{mark}", *_totals(memories, checkpointing))
+    for kind, (_, label) in _RECOMPUTED.items():
+        mark = " (this run)" if kind == run.config.recomputed else ""
+        table.add_row(f"all{label}{mark}", *(_gib(memory.total(kind)) for memory in memories))
     if run.device.memory:
         table.add_row(f"what a worker has ({run.device.name})", *[_gib(run.device.memory)] * len(memories))
     return table
 
 
-def _totals(memories: Sequence[Memory], checkpointing: bool) -> list[str]:
-    return [_gib(memory.total(checkpointing)) for memory in memories]
+def _layouts(run: DryRun) -> Table:
+    """The best ones and the run's own."""
+    shown = [choice for index, choice in enumerate(run.choices) if index < _SHOWN_LAYOUTS or choice.topology == run.topology]
+    table = Table(title=f"Layouts of {_count(run.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
+    headings = ("replicas x shards, expert parallel", "tokens/s", "communication", "MiB sent by a worker", "GiB of a worker")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for choice in shown:
+        own = " (this run)" if choice.topology == run.topology else ""
+        memory = f"{_gib(choice.memory.total(run.config.recomputed))}{'' if choice.fits else ', too much'}"
+        sent = sum(choice.cost.sent.values()) / (1 << 20)
+        speed = f"{run.tokens / choice.cost.seconds:,.0f}"
+        sizes = f"{choice.topology.dp_replicate} x {choice.topology.fsdp}, {choice.topology.ep}"
+        table.add_row(f"{sizes}{own}", speed, f"{choice.cost.communication:.0%}", f"{sent:,.1f}", memory)
+    return table
+
+
+def _best(run: DryRun, console: Console) -> None:
+    """Name it, where the run has another one and that costs it something."""
+    best, own = run.choices[0], next(choice for choice in run.choices if choice.topology == run.topology)
+    gain = own.cost.seconds / best.cost.seconds
+    if not best.fits or (own.fits and gain < _WORTH):
+        return
+    sizes = f"dp_replicate_size: {best.topology.dp_replicate}, ep_size: {best.topology.ep}"
+    why = f"about {gain:.2g} times as fast as this run's" if own.fits else "which fits, as this run's does not"
+    _say(console, f"Best layout: {sizes}, {why}.")
 
 
 def _gib(count: int) -> str:
@@ -144,15 +178,16 @@ def _verdict(run: DryRun, console: Console) -> None:
     has = run.device.memory
     if not has:
         return
-    chosen = run.config.gradient_checkpointing
-    layout = max(run.layouts, key=lambda one: one.memory.total(chosen))
-    needs = layout.memory.total(chosen)
+    kind = run.config.recomputed
+    layout = max(run.layouts, key=lambda one: one.memory.total(kind))
+    needs = layout.memory.total(kind)
     share = f"{needs / has:.0%} of a worker's memory on {_count(layout.topology.world_size, 'worker')}"
     more = "the device's context, its libraries' buffers and fragmentation come on top"
-    if needs <= _ROOM * has:
+    if needs <= ROOM * has:
         _say(console, f"Fits: {share}; {more}.")
         return
     remedy = "lower train_batch_size or max_seq_length, or take more workers"
-    if not chosen and layout.memory.total(True) <= _ROOM * has:
-        remedy = "set gradient_checkpointing: true"
+    fitting = [other for other in _RECOMPUTED if layout.memory.total(other) < needs and layout.memory.total(other) <= ROOM * has]
+    if fitting:
+        remedy = f"set recompute: {fitting[0]}"
     _say(console, f"{'Hardly fits' if needs <= has else 'Does not fit'}: {share}, and {more}; {remedy}.")

@@ -16,6 +16,7 @@ from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.sweep.splits import rank_experts
 from most_ray.train.folder import local_copy
+from most_ray.train.recompute import apply_recompute, compile_layers
 from most_ray.train.session import Job, overrides_of
 from most_ray.train.state import make_state
 from most_ray.train.step import Precision, run_step
@@ -85,10 +86,11 @@ def step_seconds(job: Job, device: torch.device) -> float | None:
     try:
         torch.set_num_threads(job.threads)
         model = load_model(local_copy(job.model_path), overrides_of(job.config)).to(device)
-        if job.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        apply_recompute(model, job.config.recomputed)
+        if job.config.compile_layers:
+            compile_layers(model)
         state = make_state(model, job.config, job.total_steps)
-        precision = Precision(torch.float16 if job.config.fp16 else torch.bfloat16 if job.config.bf16 else None)
+        precision = Precision.of(job.config)
         plan, took = open_plan(job.plan), []
         for step in range(1, min(job.total_steps, _STEPS + 1) + 1):
             batch = rank_batch(plan, step, 0, job.topology.world_size, job.config.train_batch_size, job.layout)

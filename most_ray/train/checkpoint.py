@@ -1,8 +1,9 @@
 """Checkpoints: one safetensors file per rank, a commit marker last. A folder without the marker is not a checkpoint.
 
-Nothing in a checkpoint is pickled. Tensors are named `model.NAME`, `optimizer.NAME.MOMENT`, `state.NAME` and `random.DEVICE.RANK`; any
-number of ranks in any layout reads what any other wrote. All else is in state.json. The marker, commit.json, lists every file with its
-size and xxh3. Places are paths or URIs (`s3://bucket/run/checkpoints/step-000000100`). Writing is in writer.py.
+Nothing in a checkpoint is pickled. Tensors are named `model.NAME`, `optimizer.NAME.MOMENT` (in 8 bits MOMENT_codes and MOMENT_scale),
+`state.NAME` and `random.DEVICE.RANK`; any number of ranks in any layout reads what any other wrote. All else is in state.json. The marker,
+commit.json, lists every file with its size and xxh3. Places are paths or URIs (`s3://bucket/run/checkpoints/step-000000100`). Writing is in
+writer.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from most_ray.errors import CheckpointError
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.train.folder import COMMIT, step_place
+from most_ray.train.optimizer import saved_state
 from most_ray.train.ranks import this_rank, world_size
 from most_ray.train.retention import superfluous
 from most_ray.train.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
@@ -266,12 +268,18 @@ def model_parts(model: nn.Module, rank: int | None = None) -> list[Part]:
 
 def state_parts(state: TrainState, rank: int | None = None) -> list[Part]:
     """All tensors of a training state under their checkpoint names; they share memory with it."""
-    parts = model_parts(state.model, rank)
+    return _readable_parts(state, (), rank)[0]
+
+
+def _readable_parts(state: TrainState, stored: Container[str], rank: int | None = None) -> tuple[list[Part], list[Callable[[], None]]]:
+    """The same with moments in the form that `stored` names, and what is to be done when they have been read."""
+    parts, ends = model_parts(state.model, rank), []
     for name, parameter in state.model.named_parameters():
         order = row_order(state.model, name)
-        for moment, value in sorted(state.optimizer.state.get(parameter, {}).items()):
-            parts.append(part_of(f"optimizer.{name}.{moment}", value, order if value.shape == parameter.shape else None, rank))
-    return parts + [part_of(f"state.{name}", value, None, rank) for name, value in sorted(state.buffers.items())]
+        tensors, end = saved_state(state.optimizer, parameter, f"optimizer.{name}.", stored)
+        parts += [part_of(what, value, order if value.dim() else None, rank) for what, value in tensors.items()]
+        ends.append(end)
+    return parts + [part_of(f"state.{name}", value, None, rank) for name, value in sorted(state.buffers.items())], ends
 
 
 def random_parts() -> list[Part]:
@@ -301,13 +309,15 @@ def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scra
     if n_tensors != content["n_tensors"]:
         raise _damaged(place, f"{n_tensors} of {content['n_tensors']} model tensors are there")
     # Buffers that a run has come to need since (balance biases are zeros), and random states of ranks that were not there, begin anew.
-    parts = state_parts(state) if with_optimizer else model_parts(state.model)
+    parts, ends = _readable_parts(state, files.index) if with_optimizer else (model_parts(state.model), [])
     found = [part for part in parts if part.name in files.index or not (part.name.startswith("state.") or part.name.endswith(BALANCE_BIAS))]
     if not with_optimizer:
         files.read(found)
         return content
     random = [part for part in random_parts() if part.name in files.index]
     files.read(found + random)
+    for end in ends:
+        end()
     for part in random:
         (torch.set_rng_state if ".cpu." in part.name else torch.cuda.set_rng_state)(part.rectangles[0].local)
     state.step = content["step"]

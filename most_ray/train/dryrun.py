@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from most_ray import storage
 from most_ray.config import RunConfig
-from most_ray.data.batch import forward_shape
+from most_ray.data.batch import rank_batch
 from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here, units_manifest
-from most_ray.data.plan import Plan
 from most_ray.data.store import TokenStore
 from most_ray.errors import ConfigError, DataError, RecordError
 from most_ray.model.build import PRESETS, init_model, read_config
@@ -32,12 +30,14 @@ from most_ray.model.known import PUBLISHED, published_name
 from most_ray.model.tokenizer import token_ids, train_tokenizer
 from most_ray.records import TASKS, read_with_offsets, record_files
 from most_ray.train import checkpoint
+from most_ray.train.calibration import CALIBRATED, Calibration, calibrate
 from most_ray.train.devices import Device, device_of
-from most_ray.train.flops import model_flops
 from most_ray.train.folder import RunFolder, local_copy
-from most_ray.train.memory import Load, Memory, Shapes, checkpoint_files, memory_of
+from most_ray.train.layouts import Choice, Layout, Reckoning, steps_of
+from most_ray.train.memory import Memory, Shapes
 from most_ray.train.prepare import Prepared, check_given, devices_of, open_sources, settle, store_dir_of, training_texts
 from most_ray.train.session import overrides_of
+from most_ray.train.step import Precision
 from most_ray.train.topology import Topology
 
 SMALL_BYTES = 256 << 20  # records of so many bytes in all are taken in, larger ones by a sample
@@ -58,24 +58,10 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The run on one number of workers. passes, rows: forward passes of a rank in a step, packed rows in each; operations: of a
-    step on all ranks. The bytes are those of the rank that holds most; checkpoint_bytes, those of all ranks' files."""
-
-    topology: Topology
-    passes: int
-    rows: int
-    memory: Memory
-    checkpoint_bytes_per_rank: int
-    checkpoint_bytes: int
-    operations: float
-    seconds_per_step: float
-
-
-@dataclass(frozen=True)
 class DryRun:
-    """What a run would be. layouts: on its fewest and its most workers, one where these are the same. Records, tokens, supervised tokens
-    and packed rows are those of a mean step. notes: what its figures rest on. about_records: records were counted by samples; about_tokens:
+    """What a run would be. layouts: on its fewest and its most workers, one where these are the same; choices: all layouts of the most,
+    the best first. calibration: what was measured of this machine's CPU, where it is the device. Records, tokens, supervised tokens and
+    packed rows are those of a mean step. notes: what its figures rest on. about_records: records were counted by samples; about_tokens:
     or were tokenised by a stand-in. What follows from them is an estimate too."""
 
     config: RunConfig
@@ -93,6 +79,8 @@ class DryRun:
     supervised: float
     packs: float
     layouts: tuple[Layout, ...]
+    choices: tuple[Choice, ...]
+    calibration: Calibration | None
     notes: tuple[str, ...]
     about_records: bool
     about_tokens: bool
@@ -120,7 +108,7 @@ class DryRun:
 
     @property
     def seconds_per_step(self) -> float:
-        return self.layouts[-1].seconds_per_step
+        return self.layouts[-1].cost.seconds
 
     @property
     def seconds_to_first_checkpoint(self) -> float:
@@ -281,45 +269,35 @@ class _Extrapolated(TokenStore):
         self.lengths = np.resize(sample.lengths, count)
         self.prompt_lengths = np.resize(sample.prompt_lengths, count)
         n_tokens = int(self.lengths.sum(dtype=np.int64))
+        self._sampled = len(sample)
         self.manifest = {**sample.manifest, "n_records": count, "n_tokens": n_tokens, "source": storage.redact(source)}
+        self._sampled = len(sample)
 
-
-@dataclass(frozen=True)
-class _Step:
-    """One step: lengths of its records and how much of each is supervised, int64 (records,), and its packs."""
-
-    lengths: np.ndarray
-    supervised: np.ndarray
-    packs: list[list[int]]
-
-    def most_supervised(self, world_size: int, passes: int, rows: int) -> int:
-        """Supervised tokens of the forward pass, of any rank, that has most."""
-        each = [int(self.supervised[pack].sum()) for pack in self.packs]
-        mine = [each[rank::world_size] for rank in range(world_size)]
-        return max(sum(rank[p * rows : (p + 1) * rows]) for rank in mine for p in range(passes))
-
-
-def _steps(plan: Plan, first: int, last: int) -> list[_Step]:
-    """Some steps, evenly from first to last."""
-    found = []
-    for k in sorted({round(number) for number in np.linspace(first, max(first, last), _STEPS)}):
-        step = plan.step(k)
-        lengths, prompts = np.empty(len(step.rows), np.int64), np.empty(len(step.rows), np.int64)
-        for source, store in enumerate(plan.stores):
-            chosen = step.sources == source
-            lengths[chosen], prompts[chosen] = store.lengths[step.rows[chosen]], store.prompt_lengths[step.rows[chosen]]
-        found.append(_Step(lengths, lengths - prompts, step.packs))
-    return found
+    def record(self, row: int) -> tuple[str, np.ndarray]:
+        return super().record(row % self._sampled)
 
 
 def _reckon(config: RunConfig, prepared: Prepared, trial: _Trial, asked: str) -> DryRun:
     job, plan = prepared.job, prepared.plan
-    dtype = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
+    config = dataclasses.replace(config, bf16=job.config.bf16)
+    dtype = Precision.of(config).dtype
     device = device_of(asked, prepared.use_gpu, dtype, job.topology.world_size, job.threads)
     model_config = read_config(local_copy(job.model_path), overrides_of(config))
     shapes = Shapes(model_config)
-    steps = _steps(plan, prepared.done_steps + 1, job.total_steps)
+    steps = steps_of(plan, prepared.done_steps + 1, job.total_steps, _STEPS)
+    calibration = None
+    if device.speed is None:
+        world, first = job.topology.world_size, prepared.done_steps + 1
+        batches = [rank_batch(plan, first + k, 0, world, config.train_batch_size, job.layout) for k in range(CALIBRATED)]
+        calibration = calibrate(model_config, config, batches, dtype, device.half, job.threads)
+
+    def reckoning(workers: int) -> Reckoning:
+        speed = calibration.speed(workers) if calibration else device.speed
+        assert speed is not None, "what no table has was measured"
+        return Reckoning(config, shapes, steps, workers, speed, device.is_gpu)
+
     ends = dict.fromkeys((prepared.topologies[0], prepared.topologies[-1]))
+    reckonings = {topology: reckoning(topology.world_size) for topology in ends}
     mix = plan.mix(job.total_steps)
     every = [config.save_steps, *([config.eval_steps] if job.has_validation and config.eval_steps else [])]
     return DryRun(
@@ -340,44 +318,10 @@ def _reckon(config: RunConfig, prepared: Prepared, trial: _Trial, asked: str) ->
         tokens=float(np.mean([step.lengths.sum() for step in steps])),
         supervised=float(np.mean([step.supervised.sum() for step in steps])),
         packs=float(np.mean([len(step.packs) for step in steps])),
-        layouts=tuple(_layout(config, shapes, topology, steps, device, dtype) for topology in ends),
+        layouts=tuple(reckonings[topology].layout(topology) for topology in ends),
+        choices=reckonings[job.topology].choices(device.memory),
+        calibration=calibration,
         notes=tuple(trial.notes),
         about_records=trial.sampled,
         about_tokens=trial.sampled or trial.stand_in,
     )
-
-
-def _layout(config: RunConfig, shapes: Shapes, topology: Topology, steps: list[_Step], device: Device, dtype: torch.dtype | None) -> Layout:
-    """The largest of the steps says what a rank holds, all of them how long they take."""
-    world = topology.world_size
-    forms = [forward_shape(len(step.packs), world, config.train_batch_size) for step in steps]
-    supervised = max(step.most_supervised(world, *form) for step, form in zip(steps, forms, strict=True))
-    passes, rows = max(form[0] for form in forms), max(form[1] for form in forms)
-    load = Load(rows, config.max_seq_length, supervised, dtype is not None, device.is_gpu)
-    per_rank, total = checkpoint_files(shapes, topology)
-    flops, experts = model_flops(shapes.config), _full_precision(shapes.config)
-    operations, seconds = [], []
-    for step, (n_passes, n_rows) in zip(steps, forms, strict=True):
-        tokens, pairs = int(step.lengths.sum()), int((step.lengths * (step.lengths + 1)).sum()) // 2
-        all_of_it = flops.of_training(tokens, pairs, int(step.supervised.sum()))
-        in_full = 3 * experts * tokens
-        operations.append(all_of_it)
-        waits = n_passes * n_rows * world / len(step.packs)  # rows that hold nothing take as long
-        seconds.append(waits / world / device.share * ((all_of_it - in_full) / device.half + in_full / device.full))
-    return Layout(
-        topology=topology,
-        passes=passes,
-        rows=rows,
-        memory=memory_of(shapes, topology, load),
-        checkpoint_bytes_per_rank=per_rank,
-        checkpoint_bytes=total,
-        operations=float(np.mean(operations)),
-        seconds_per_step=float(np.mean(seconds)),
-    )
-
-
-def _full_precision(config: MostConfig) -> int:
-    """Operations for each token of a forward pass that are made in float32 under autocast too: of routers and routed experts."""
-    layers = config.num_hidden_layers - min(config.first_k_dense_replace, config.num_hidden_layers)
-    routed = 3 * config.moe_intermediate_size * config.num_experts_per_tok
-    return 2 * layers * config.hidden_size * (config.n_routed_experts + routed)

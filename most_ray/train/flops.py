@@ -27,7 +27,7 @@ class ModelFlops:
     per_pair: int
     per_target: int
 
-    def of_training(self, tokens: int, pairs: int, targets: int) -> int:
+    def of_training(self, tokens: float, pairs: float, targets: float) -> float:
         """Forward and backward: the gradients of a product's two factors are a product each."""
         return 3 * (self.per_token * tokens + self.per_pair * pairs + self.per_target * targets)
 
@@ -51,6 +51,20 @@ def model_flops(config: MostConfig) -> ModelFlops:
         per_pair=2 * layers * heads * (query_dim + config.v_head_dim),
         per_target=2 * hidden * config.vocab_size,
     )
+
+
+def full_precision_flops(config: MostConfig) -> int:
+    """Operations for each token of a forward pass that are made in float32 under autocast too: the routers'."""
+    return 2 * _expert_layers(config) * config.hidden_size * config.n_routed_experts
+
+
+def routed_flops(config: MostConfig) -> int:
+    """Operations of routed experts for each token of a forward pass."""
+    return 2 * _expert_layers(config) * 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok
+
+
+def _expert_layers(config: MostConfig) -> int:
+    return config.num_hidden_layers - min(config.first_k_dense_replace, config.num_hidden_layers)
 
 
 @dataclass(frozen=True)

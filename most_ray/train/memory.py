@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from most_ray.model.configuration import MostConfig
+from most_ray.model.head import _MOST_LOGITS
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import plan_placement
 from most_ray.train.checkpoint import random_parts
@@ -23,15 +24,17 @@ from most_ray.train.shards import Part, Staging, part_of
 from most_ray.train.state import BALANCE_LOAD
 from most_ray.train.topology import Topology
 
-_FULL = 4  # bytes of a float32: what weights, gradients, moments and the residual stream are in, autocast or not
+FULL = 4  # bytes of a float32: what weights, gradients, moments and the residual stream are in, autocast or not
+Recompute = Literal["none", "selective", "full"]  # RunConfig.recomputed
 _EXPERTS = ".mlp.experts."
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on a rank, the one that holds most. weights, gradients, moments: its shards in float32, AdamW's moments both. gathered: the
-    peak of what FSDP puts together. copies: weights in half precision, which autocast keeps. activations: of all layers, without
-    gradient checkpointing; recomputed: the same with it. logits: the head's, with their gradients."""
+    peak of what FSDP puts together. copies: weights in half precision, which autocast keeps, of experts a layer's. activations: of all
+    layers; selective, recomputed: the same where the backward pass computes some or all of them again. logits: a block of the head's,
+    with their gradients."""
 
     weights: int
     gradients: int
@@ -39,25 +42,27 @@ class Memory:
     gathered: int
     copies: int
     activations: int
+    selective: int
     recomputed: int
     logits: int
 
-    def total(self, checkpointing: bool) -> int:
-        """With gradient checkpointing, or without."""
-        kept = self.recomputed if checkpointing else self.activations
+    def total(self, recompute: Recompute) -> int:
+        """With what is computed again."""
+        kept = {"none": self.activations, "selective": self.selective, "full": self.recomputed}[recompute]
         return self.weights + self.gradients + self.moments + self.gathered + self.copies + kept + self.logits
 
 
 @dataclass(frozen=True)
 class Load:
     """A forward pass of a rank: rows of length tokens, and how many of its tokens are supervised. half: under autocast in a type of two
-    bytes; on_gpu: its kernels keep no scores of attention."""
+    bytes; on_gpu: attention is in it too; moment: bytes of each of AdamW's two moments of a parameter."""
 
     rows: int
     length: int
     supervised: int
     half: bool
     on_gpu: bool
+    moment: float = FULL
 
 
 class Shapes:
@@ -90,12 +95,32 @@ class Shapes:
         chunk = -(-n // size)
         return range(start + min(rank * chunk, n), start + min((rank + 1) * chunk, n))
 
+    @property
+    def groups(self) -> tuple[frozenset[int], ...]:
+        """The experts that a token of each modality may use."""
+        config = self.config
+        if not config.use_modality_aware_routing:
+            return (frozenset(range(config.n_routed_experts)),)
+        return frozenset(config.text_expert_indices or ()), frozenset(config.audio_expert_indices or ())
+
     def placement(self, ep_size: int) -> tuple[int, ...]:
         """The expert in each row of the expert tensors."""
         config = self.config
         aware = config.use_modality_aware_routing
         groups = (config.text_expert_indices or (), config.audio_expert_indices or ()) if aware else ((), ())
         return plan_placement(*groups, config.n_routed_experts, ep_size)
+
+    def units(self) -> dict[str, tuple[int, int]]:
+        """What FSDP2 gathers in one piece, as transformers wraps DeepSeek-V2, by its name: parameters without those of routed experts, and
+        these. The last norm is in the head's."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, shape in self.parameters.items():
+            unit = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name.removesuffix(".weight")
+            unit = "lm_head" if unit == "model.norm" else unit
+            dense, experts = found.get(unit, (0, 0))
+            count = math.prod(shape)
+            found[unit] = (dense, experts + count) if _EXPERTS in name else (dense + count, experts)
+        return found
 
     def held(self, topology: Topology, rank: int) -> int:
         """Parameters on a rank."""
@@ -104,22 +129,36 @@ class Shapes:
 
 def memory_of(shapes: Shapes, topology: Topology, load: Load) -> Memory:
     """What a rank needs at most, on the first rank of a replica, which never holds less than another."""
-    held = _FULL * shapes.held(topology, 0)
+    held = shapes.held(topology, 0)
     every, layer_peak = _activations(shapes.config, load, topology.ep > 1)
-    copies = 2 * sum(math.prod(shapes.parameters[name]) for name in shapes.linear) if load.half else 0
-    residual = _FULL * shapes.config.hidden_size * load.rows * load.length
-    # In half precision the logits, the same in float32 and their logarithms; behind them the last, its gradient and that in half precision.
-    each_logit = 2 * _FULL + 2 * load.half
+    tokens = load.rows * load.length
+    residual = shapes.layers * FULL * shapes.config.hidden_size * tokens
     return Memory(
-        weights=held,
-        gradients=held,
-        moments=2 * held,
+        weights=FULL * held,
+        gradients=FULL * held,
+        moments=round(2 * load.moment * held),
         gathered=_gathered(shapes, topology),
-        copies=copies,
+        copies=_copies(shapes, topology) if load.half else 0,
         activations=every,
-        recomputed=shapes.layers * residual + layer_peak,
-        logits=each_logit * load.supervised * shapes.config.vocab_size,
+        selective=residual + tokens * _products_kept(shapes.config, load) + layer_peak,
+        recomputed=residual + layer_peak,
+        logits=_logits(shapes.config.vocab_size, load),
     )
+
+
+def _copies(shapes: Shapes, topology: Topology) -> int:
+    """Autocast's own of linear layers, for the whole pass; of experts, for as long as a layer runs, where FSDP has gathered them."""
+    linear = sum(math.prod(shapes.parameters[name]) for name in shapes.linear if name != "lm_head.weight")
+    return 2 * (linear + max(experts for _, experts in shapes.units().values()) // topology.ep)
+
+
+def _logits(vocabulary: int, load: Load) -> int:
+    """Of the blocks that the head cuts the vocabulary into: the products and, in half precision, the same in float32 and what goes into the
+    next products; where one block is all, the backward pass has the forward pass's as well."""
+    tokens = max(1, load.supervised)
+    block = min(vocabulary, max(1024, _MOST_LOGITS // tokens))
+    each = (2 + FULL + 2 if load.half else FULL) + (FULL if block == vocabulary else 0)
+    return each * load.supervised * block
 
 
 def _gathered(shapes: Shapes, topology: Topology) -> int:
@@ -127,73 +166,76 @@ def _gathered(shapes: Shapes, topology: Topology) -> int:
     of the head and a layer, where that is more."""
     if topology.world_size == 1:
         return 0
-    units: dict[str, int] = defaultdict(int)
-    for name, shape in shapes.parameters.items():
-        unit = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name
-        units[unit] += _FULL * math.prod(shape) // (topology.ep if _EXPERTS in name else 1)
+    units = {name: FULL * (dense + experts // topology.ep) for name, (dense, experts) in shapes.units().items()}
     largest = max(size for unit, size in units.items() if unit.startswith("model.layers."))
-    return max(4 * largest, 2 * units["lm_head.weight"] + 2 * largest)
+    return max(4 * largest, 2 * units["lm_head"] + 2 * largest)
 
 
 def _activations(config: MostConfig, load: Load, exchanged: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward pass: of all of the stack, and of its largest layer alone."""
-    attention = _attention(config, load)
+    """Bytes that autograd keeps of a forward pass over full rows: of all of the stack, and of its largest layer alone."""
+    attention = _attention(config, load.half, load.half and load.on_gpu)
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
     dense = attention + _mlp(config, config.intermediate_size, load.half)
     experts = attention + _experts(config, load.half, exchanged)
-    last = _norm(config.hidden_size) + (0 if load.half else _FULL * config.hidden_size)
-    shared = 8 + _FULL * config.qk_rope_head_dim  # ids, and angles as complex numbers
+    last = _norm(config.hidden_size)
+    shared = 4 * 8 + FULL * config.qk_rope_head_dim  # ids, places, records and angles as complex numbers
     tokens = load.rows * load.length
     n_experts = config.num_hidden_layers - n_dense
     return tokens * (n_dense * dense + n_experts * experts + last + shared), tokens * max(dense * (n_dense > 0), experts * (n_experts > 0))
 
 
+def _products_kept(config: MostConfig, load: Load) -> int:
+    """Per token, what `recompute.py` keeps of all layers with selective: results of linear layers, routers and attention."""
+    hidden, heads, width = config.hidden_size, config.num_attention_heads, 2 if load.half else FULL
+    key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    compressed = config.kv_lora_rank + config.qk_rope_head_dim + (config.q_lora_rank or 0)
+    attended = heads * key * (2 if load.half and load.on_gpu else FULL) + FULL * heads
+    attention = attended + width * (heads * key + compressed + heads * (config.qk_nope_head_dim + config.v_head_dim) + hidden)
+    n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
+    dense = width * (2 * config.intermediate_size + hidden)
+    experts = width * (2 * config.moe_intermediate_size * config.n_shared_experts + hidden) + FULL * config.n_routed_experts
+    return config.num_hidden_layers * attention + n_dense * dense + (config.num_hidden_layers - n_dense) * experts
+
+
 def _norm(width: int) -> int:
-    """An RMS norm of float32 numbers: its input, the normalised values, and the factor."""
-    return 2 * _FULL * width + _FULL
+    """An RMS norm keeps its input in float32 and the factor."""
+    return FULL * width + FULL
 
 
 def _inner_norm(width: int, half: bool) -> int:
-    """The same between two linear layers: raised to float32, the values in the type of both, and the next one's input."""
-    return (_FULL + 2 + 2 if half else 3 * _FULL) * width + _FULL
+    """The library's between two linear layers: raised to float32, the values in the type of both, and the next one's input."""
+    return (FULL + 2 + 2 if half else 3 * FULL) * width + FULL
 
 
-def _attention(config: MostConfig, load: Load) -> int:
-    """Per token, with the layer's first norm."""
-    hidden, heads, value = config.hidden_size, config.num_attention_heads, config.v_head_dim
+def _attention(config: MostConfig, half: bool, lowered: bool) -> int:
+    """Per token, with the layer's first norm: queries, keys, values and output as wide as keys, the normaliser; the output of its width."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    width = 2 if load.half else _FULL
-    # Autocast makes each linear layer its own copy of the input.
-    kept = _norm(hidden) + (2 * 2 * hidden if load.half else _FULL * hidden)
-    kept += _inner_norm(config.kv_lora_rank, load.half) + (0 if load.half else _FULL * config.qk_rope_head_dim)
+    width = 2 if half else FULL
+    kept = _norm(hidden) + width * hidden
+    kept += _inner_norm(config.kv_lora_rank, half) + (0 if half else FULL * config.qk_rope_head_dim)
     if config.q_lora_rank is not None:
-        kept += _inner_norm(config.q_lora_rank, load.half)
-    output = width * heads * value
-    if load.on_gpu or key == value:
-        # Queries, keys, what keys and values are cut from, the normaliser, the mask of packed rows; the output, which CPUs copy.
-        kept += width * heads * (2 * key + config.qk_nope_head_dim + value) + _FULL * heads + width * load.length
-        return kept + (output if load.on_gpu else 2 * output)
-    # In float32, scores as well: CPUs have no other kernel for values of another width than keys.
-    return kept + _FULL * heads * (2 * key + value + load.length) + output
+        kept += _inner_norm(config.q_lora_rank, half)
+    return kept + heads * ((2 if lowered else FULL) * 4 * key + width * config.v_head_dim + FULL)
 
 
 def _mlp(config: MostConfig, intermediate: int, half: bool) -> int:
-    """Per token, with the norm before it: gate, its activation, up, their product; the input twice under autocast."""
-    hidden = config.hidden_size
-    return _norm(hidden) + (2 * 2 * hidden + 4 * 2 * intermediate if half else _FULL * hidden + 4 * _FULL * intermediate)
+    """Per token, with the norm before it: its input, gate, up and what goes into the last product."""
+    return _norm(config.hidden_size) + (2 if half else FULL) * (config.hidden_size + 3 * intermediate)
 
 
 def _experts(config: MostConfig, half: bool, exchanged: bool) -> int:
-    """Per token: router, routed experts (in float32 under autocast as well), shared experts."""
+    """Per token: router, routed experts, shared experts, which all take the norm's output, the first in float32."""
     hidden, intermediate, chosen = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    width = 2 if half else FULL
     masks = 2 if config.use_modality_aware_routing else 0
-    router = (2 * _FULL + masks) * config.n_routed_experts + 8 * chosen + 8
-    each = _FULL * (2 * hidden + 4 * intermediate + 1) + 3 * 8
-    if exchanged:  # received, handed back and sorted again
-        each += 2 * _FULL * hidden + 8
+    router = (2 * FULL + masks) * config.n_routed_experts + (8 + FULL) * chosen
+    # Of each pair gate and up, and three indices.
+    each = 2 * width * intermediate + 3 * 8
+    if exchanged:  # a row as it came, and as it went out
+        each += 2 * width * hidden + 8
     shared = _mlp(config, intermediate * config.n_shared_experts, half)
-    # The router takes the norm's output in float32, which in float32 the shared experts take too.
-    return shared + (_FULL * hidden if half else 0) + router + chosen * each
+    return shared + (FULL * hidden if half else 0) + router + chosen * each
 
 
 class _Measured(Staging):

@@ -27,7 +27,9 @@ from most_ray.speech.kit import FOLDER as KIT
 from most_ray.speech.kit import copy_kit, find_kit
 from most_ray.template import Vocabulary, template_texts
 from most_ray.train import checkpoint
+from most_ray.train.devices import prefers_bf16
 from most_ray.train.folder import LEDGER, RunFolder, local_copy
+from most_ray.train.optimizer import check_available
 from most_ray.train.preflight import check_places
 from most_ray.train.session import Job, overrides_of, threads_of
 from most_ray.train.topology import Topology, plan_topologies
@@ -105,6 +107,9 @@ def settle(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool
         store.verify(VERIFIED_BYTES)
     _check_best_metric(config, sources.validation)
     start, torn = _starting_point(config, folder, sources.vocabulary.fingerprint())
+    if config.bf16 is None:
+        # Checkpoints that do not say are of the time when it had to be asked for.
+        config = replace(config, bf16=bool(start.get("bf16")) if start else prefers_bf16(use_gpu) and not config.fp16)
     spec = make_spec(config, sources.training, _global_batch_size(config, most, start))
     units = one_unit_identity(stores)
     if not config.accept_data_change:
@@ -138,11 +143,12 @@ def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> N
 
 
 def check_given(config: RunConfig) -> None:
-    """The directories of records are there, and the run's folder is no sweep's.
+    """The directories of records are there, the run's folder is no sweep's, and the libraries that it needs are installed.
 
     Raises:
         ConfigError: one of them is not so.
     """
+    check_available(config)
     _check_directories(config)
     if storage.exists(storage.join(config.run_place, LEDGER)):
         raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_place)} holds {LEDGER}.", "Choose another name.")

@@ -68,6 +68,7 @@ START: Mapping[str, Key] = {
     "topology": Key(TOPOLOGY, "", "how they are laid out"),
     "device": Key(str, "", '"cpu", or the GPU\'s name'),
     "threads": Key(int, "", "CPU threads of each rank"),
+    "precision": Key(Literal["float32", "bfloat16", "float16"], "", "type of matrix products; sums, weights and moments are float32"),
     "exact": Key(bool, "", "it goes on just as an uninterrupted run would: nothing that decides on the data has changed"),
     "changed": Key(list[str], "", "what has changed and was accepted"),
     "global_batch_size": Key(int, "records", "of a step"),

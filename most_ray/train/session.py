@@ -24,6 +24,7 @@ from most_ray.data.feed import StreamSpec, local_batches
 from most_ray.data.plan import Cursor, Plan, PlanSpec, check_cursor
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.model.build import RoutingOverrides, config_json, load_model
+from most_ray.model.exchange import EXCHANGE
 from most_ray.model.tokenizer import load_tokenizer
 from most_ray.template import template_hash
 from most_ray.train import checkpoint, retention
@@ -32,6 +33,7 @@ from most_ray.train.folder import RunFolder, local_copy
 from most_ray.train.loop import LoopSettings, make_meter, train
 from most_ray.train.metrics import Meter
 from most_ray.train.ranks import this_rank, world_size
+from most_ray.train.recompute import apply_recompute, compile_layers
 from most_ray.train.reporter import RunReporter, Tracker
 from most_ray.train.state import TrainState, make_state
 from most_ray.train.step import Precision
@@ -159,6 +161,7 @@ def _about(job: Job, state: TrainState, device: torch.device, accepted: list[str
         "topology": {"dp_replicate": job.topology.dp_replicate, "fsdp": job.topology.fsdp, "ep": job.topology.ep},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": job.threads,
+        "precision": "float16" if job.config.fp16 else "bfloat16" if job.config.bf16 else "float32",
         "exact": not accepted,
         "changed": accepted,
         "global_batch_size": job.plan.global_batch_size,
@@ -178,7 +181,7 @@ def _settings(job: Job, device: torch.device) -> LoopSettings:
         total_steps=job.total_steps,
         logging_steps=config.logging_steps,
         max_grad_norm=config.max_grad_norm,
-        precision=Precision(torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None),
+        precision=Precision.of(config),
         device=device,
         asr_loss_weight=config.asr_loss_weight,
         max_skipped_steps=config.max_skipped_steps,
@@ -191,15 +194,18 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
     topology = job.topology
     distributed = None
     if topology.world_size > 1:
-        distributed = DistributedConfig(dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep)
+        distributed = DistributedConfig(
+            dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep, ep_implementation=EXCHANGE
+        )
     biased = False
     if start.place is not None:
         biased = bool(json.loads(storage.read_bytes(storage.join(start.place, "config.json"))).get("use_balance_bias"))
     model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
     model.config.template_hash = template_hash()
     model.config.units_identity = job.units_identity
-    if job.config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply_recompute(model, job.config.recomputed)
+    if job.config.compile_layers:
+        compile_layers(model)
     if topology.world_size == 1:
         model.to(device)
     return model
@@ -345,6 +351,7 @@ class Saver:
             "template": template_hash(),
             "units": job.units_identity,
             "meter": self._meter.state(),
+            "bf16": bool(job.config.bf16),
         }
         model_config = config_json(state.model_config)
 

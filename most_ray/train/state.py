@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from most_ray.config import OptimizerOptions
 from most_ray.model.configuration import MostConfig
 from most_ray.model.routing import MostRouter
+from most_ray.train.optimizer import make_optimizer
 
 BALANCE_LOAD = "balance_load"
 
@@ -73,33 +71,6 @@ def make_state(model: nn.Module, options: OptimizerOptions, total_steps: int) ->
     return state
 
 
-def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
-    """AdamW, fused; its moments exist from the start, so that a checkpoint can be read into them.
-
-    Parameters on different meshes (dense and expert) go into different groups: one fused call takes one mesh.
-    """
-    groups: dict[tuple[Any, bool], list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups[mesh, parameter.dim() > 1].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "weight_decay": options.weight_decay if decays else 0.0} for (_, decays), params in groups.items()],
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        fused=True,
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    return optimizer
-
-
 def set_schedule(state: TrainState, last_epoch: int) -> None:
     """The schedule is a function of one number; rates per parameter group are made anew, for another layout has other groups."""
     scheduler = state.scheduler
@@ -107,4 +78,7 @@ def set_schedule(state: TrainState, last_epoch: int) -> None:
     rates = [base * factor(last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler._last_lr = rates
     for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor):  # torchao's: compiled code must not have it as a constant
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

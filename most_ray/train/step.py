@@ -22,8 +22,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from most_ray.config import OptimizerOptions
 from most_ray.data.batch import PADDING, Batch
 from most_ray.errors import UserError
+from most_ray.model.packed import pack_rows
 from most_ray.model.routing import update_balance_bias
 from most_ray.records import TASKS
 from most_ray.template import IGNORE
@@ -63,6 +65,11 @@ class Precision:
     """Autocast type, or None for float32."""
 
     dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, options: OptimizerOptions) -> Precision:
+        """What was asked for."""
+        return cls(torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None)
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype=self.dtype) if self.dtype else contextlib.nullcontext()
@@ -142,22 +149,12 @@ def _accumulate(
     load: torch.Tensor | None = None
     previous_load = state.buffers[BALANCE_LOAD].to(device) if BALANCE_LOAD in state.buffers else None
     for index in range(len(batch.input_ids)):
-        input_ids, labels, positions, modality, task = (
-            torch.from_numpy(array[index]).to(device, torch.long)
-            for array in (batch.input_ids, batch.labels, batch.positions, batch.modality, batch.task)
-        )
+        arrays = (batch.input_ids, batch.labels, batch.positions, batch.modality)
+        packed = pack_rows(*(array[index] for array in arrays)).to(device)
+        tasks = torch.from_numpy(batch.task[index, :, 1:][batch.labels[index, :, 1:] != IGNORE].astype(np.int64)).to(device)
         with precision.context(device):
-            output = model(
-                input_ids=input_ids,
-                position_ids=positions,
-                modality=modality,
-                labels=labels,
-                use_cache=False,
-                token_losses_only=True,
-                previous_load=previous_load,
-            )
+            output = model(packed=packed, previous_load=previous_load)
         aux = config.aux_loss_alpha * output.aux_sum / n_aux
-        tasks = task[:, 1:][labels[:, 1:] != IGNORE]
         loss = (output.token_losses * weights[tasks]).sum() / denominator + aux
         (loss * (ranks * state.loss_scale.scale)).backward()
         loss_sums.index_add_(0, tasks, output.token_losses.detach().double())

@@ -2,27 +2,30 @@
 
 - `TransformersPeer`: transformers' DeepSeek-V2 in a plain PyTorch loop on our packed rows, in float32.
 - `train_with_trainer`: Hugging Face's Trainer with its default arguments and a padding collator, in float32.
-- `OriginalPeer`: the way of the original MoST, whose code is not here: a reconstruction from its README (DeepSeek-V2, modality-aware routing,
-  one record a row), from what is known of its router and losses, and from the modelling code that DeepSeek-V2 was published with, which it
-  was made from: tokens repeated for each of their experts and a loop over experts that masks them, eager attention, full float32 logits.
+- `OriginalPeer`: as the original MoST does it, whose code is not here: reconstructed from its README (DeepSeek-V2, routing by modality),
+  from what is known of its router and losses, and from the modelling code that DeepSeek-V2 was published with, which it was made from:
+  tokens repeated for each of their experts and a loop over experts that masks them, eager attention, full float32 logits. Its documented
+  batch is one record, accumulated; here all records of a step are one padded batch, which is faster.
 
 Shapes: M forward passes, B rows, S positions, T tokens (padding too), D hidden, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, DeepseekV2Moe
+from transformers.trainer_callback import PrinterCallback
 
 from most_ray.config import OptimizerOptions
 from most_ray.data.batch import PADDING, Batch
@@ -30,18 +33,29 @@ from most_ray.model.build import quiet_transformers
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.template import IGNORE
+from tests.benchmarks.common import Took
 
 Record = dict[str, list[int]]  # input_ids and labels
+
+
+class Stopwatch:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> Took:
+        return Took(time.perf_counter() - self._wall, time.process_time() - self._cpu)
 
 
 def records_of(batch: Batch) -> list[Record]:
     """The records of packed rows, one by one."""
     found: list[Record] = []
-    rows = zip(*(array.reshape(-1, array.shape[-1]) for array in (batch.input_ids, batch.labels, batch.positions, batch.modality)), strict=True)
-    for ids, labels, positions, modality in rows:
+    arrays = (batch.input_ids, batch.labels, batch.positions, batch.modality)
+    for ids, labels, positions, modality in zip(*(array.reshape(-1, array.shape[-1]) for array in arrays), strict=True):
         used = int((modality != PADDING).sum())
-        starts = [*(index for index in range(used) if positions[index] == 0), used]
-        found += [{"input_ids": ids[a:b].tolist(), "labels": labels[a:b].tolist()} for a, b in zip(starts, starts[1:], strict=False)]
+        borders = [*np.flatnonzero(positions[:used] == 0).tolist(), used]
+        found += [{"input_ids": ids[a:b].tolist(), "labels": labels[a:b].tolist()} for a, b in itertools.pairwise(borders)]
     return found
 
 
@@ -108,29 +122,29 @@ class TransformersPeer:
                 # Without a mask and without a cache the library tells records apart by positions that begin anew.
                 loss = self._model(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, labels=labels).loss / passes
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total, self._loop.update()
 
 
 class _Clock(TrainerCallback):
-    def __init__(self, told: Callable[[float], None]) -> None:
+    def __init__(self, told: Callable[[Took], None]) -> None:
         self._told = told
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.perf_counter()
+        self._watch = Stopwatch()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._told(time.perf_counter() - self._start)
-        self._start = time.perf_counter()
+        self._told(self._watch.read())
+        self._watch = Stopwatch()
 
 
 def train_with_trainer(
-    ours: MostForCausalLM, steps: Sequence[Sequence[Record]], folder: str | Path, told: Callable[[float], None] = lambda _: None
+    ours: MostForCausalLM, steps: Sequence[Sequence[Record]], folder: str | Path, told: Callable[[Took], None] = lambda _: None
 ) -> float:
     """Hugging Face's Trainer over `steps` of equally many records each; the mean loss.
 
     Arguments are the default ones but for the batch size, the order, which is the given one, and that nothing is logged or saved. `told`
-    gets the seconds of each step, its data included; what it does itself counts in none of them.
+    gets what each step took, its data included; what it does itself counts in none of them.
     """
     size = len(steps[0])
     assert all(len(step) == size for step in steps), "the Trainer's batches are of one size"
@@ -151,11 +165,10 @@ def train_with_trainer(
             stock_model(ours),
             arguments,
             data_collator=PaddingCollator(ours.config.pad_token_id),
-            train_dataset=[record for step in steps for record in step],  # type: ignore[arg-type]
+            train_dataset=[record for step in steps for record in step],
             callbacks=[_Clock(told)],
         )
-        for printer in ("PrinterCallback", "ProgressCallback"):
-            trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if type(c).__name__ != printer]
+        trainer.remove_callback(PrinterCallback)
         return float(trainer.train().training_loss)
 
 
@@ -178,21 +191,19 @@ class MaskedLoopMoe(nn.Module):
     audio: (B, S) bool, set before each forward pass; None where routing does not look at modality.
     """
 
+    audio: torch.Tensor | None
+
     def __init__(self, moe: DeepseekV2Moe, config: MostConfig) -> None:
         super().__init__()
         self._config, self.audio = config, None
         self.weight = nn.Parameter(moe.gate.weight.detach().clone())
         self.shared_experts = moe.shared_experts
-        self.experts = nn.ModuleList(DeepseekV2MLP(config, config.moe_intermediate_size) for _ in range(config.n_routed_experts))
-        fused = moe.experts
-        with torch.no_grad():
-            for index, expert in enumerate(self.experts):
-                gate, up = fused.gate_up_proj[index].chunk(2)
-                expert.gate_proj.weight.copy_(gate)
-                expert.up_proj.weight.copy_(up)
-                expert.down_proj.weight.copy_(fused.down_proj[index])
-
-    audio: torch.Tensor | None
+        self.experts = nn.ModuleList()
+        for gate_up, down in zip(moe.experts.gate_up_proj.detach(), moe.experts.down_proj.detach(), strict=True):
+            gate, up = gate_up.chunk(2)
+            expert = DeepseekV2MLP(config, intermediate_size=config.moe_intermediate_size)
+            expert.load_state_dict({"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down})
+            self.experts.append(expert)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -231,7 +242,7 @@ class OriginalPeer:
     """A loop over padded rows with experts, attention and loss computed as the original does."""
 
     def __init__(self, ours: MostForCausalLM, options: OptimizerOptions, total_steps: int) -> None:
-        self._model, self._config = copy.deepcopy(stock_model(ours, attention="eager", experts="eager")), ours.config
+        self._model, self._config = stock_model(ours, attention="eager", experts="eager"), ours.config
         self._moes: list[MaskedLoopMoe] = []
         for layer in self._model.model.layers:
             if isinstance(layer.mlp, DeepseekV2Moe):
@@ -253,4 +264,4 @@ class OriginalPeer:
         logits, targets = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
         loss = nn.CrossEntropyLoss()(logits.view(-1, logits.shape[-1]), targets.view(-1))
         loss.backward()
-        return float(loss), self._loop.update()
+        return float(loss.detach()), self._loop.update()

@@ -110,23 +110,26 @@ def test_each_rank_holds_its_share_of_both_groups(setting: Setting) -> None:
 
 
 def received(setting: Setting, topology: tuple[int, int, int], placed: bool) -> dict[str, Any]:
-    """Rows that this rank's experts got in one step on speech, and the figure of the metrics line."""
-    from transformers.distributed.expert_parallel import AllToAllEP
-
+    """Selections that this rank's experts got in one step on speech, and the figure of the metrics line."""
     from most_ray.model import build
 
     if not placed:
         build.place_experts = lambda model, ep_size: None  # type: ignore[assignment]
     counts: list[int] = []
-    dispatch = AllToAllEP._dispatch_tokens
 
-    def counting(self: Any, *args: Any) -> Any:
-        answer = dispatch(self, *args)
-        counts.append(len(answer[0]))
-        return answer
+    def counted(exchange: Any) -> Any:
+        forward = exchange.experts_forward
 
-    AllToAllEP._dispatch_tokens = counting
+        def counting(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            counts.append(int((slots < exchange.num_local_experts).sum()))
+            return forward(rows, slots, weights)  # type: ignore[no-any-return]
+
+        return counting
+
     state = make(setting.models["wide"], topology)
+    for module in state.model.modules():
+        if hasattr(module, "exchange"):
+            module.exchange.experts_forward = counted(module.exchange)
     result = steps(state, open_plan(setting.speech), 1)[0]
     rows = torch.zeros(dist.get_world_size(), dtype=torch.long)
     rows[dist.get_rank()] = sum(counts)

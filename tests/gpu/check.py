@@ -30,6 +30,7 @@ from most_ray.records import TASKS
 from most_ray.template import IGNORE
 from most_ray.train import checkpoint
 from most_ray.train.determinism import reset_deterministic, set_deterministic
+from most_ray.train.recompute import apply_recompute
 from most_ray.train.replicas import check_replicas
 from most_ray.train.state import TrainState, make_state
 from most_ray.train.step import Precision, run_step
@@ -121,7 +122,7 @@ def one_device(model_dir: str, folder: Path, device: torch.device) -> dict[str, 
         half = train(fresh(model_dir, device, fp16=dtype is torch.float16), device, dtype)
         report[str(dtype).removeprefix("torch.")] = within({"loss": compared(exact, half)["loss"]}, bound)
     recomputed = fresh(model_dir, device)
-    recomputed.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply_recompute(recomputed.model, "full")
     report["recomputed"] = within(compared(exact, train(recomputed, device)), FLOAT32_BOUND)
     report["checkpoint"] = there_and_back(model_dir, folder, device)
     set_deterministic(0)

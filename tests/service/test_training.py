@@ -40,6 +40,7 @@ CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
 def config_of(folder: Path, name: str, **changes: Any) -> RunConfig:
     os.chdir(ROOT)
     values = {"max_steps": STEPS, "save_steps": 8, "output_dir": str(folder), "name": name, "warmup_steps": 5, "val_tts_dirs": []}
+    values["bf16"] = False  # losses are compared
     return load_config(CONFIG, {**values, "trace_records": str(folder / f"{name}.trace"), **changes})
 
 

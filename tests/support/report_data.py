@@ -97,6 +97,7 @@ def _start(step: int, time: float, steps: int, workers: int) -> dict[str, Any]:
         "topology": {"dp_replicate": 1, "fsdp": 2, "ep": workers // 2},
         "device": "Some GPU",
         "threads": 8,
+        "precision": "bfloat16",
         "exact": step == 0,
         "changed": ["data"] if step else [],
         "global_batch_size": 64,

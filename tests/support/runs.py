@@ -49,6 +49,7 @@ def prepare_small(root: Path, name: str = "small", **changes: Any) -> Prepared:
         "trace_records": str(root / f"{name}.trace"),
         "use_gpu": False,
         "threads_per_worker": 1,
+        "bf16": False,
     }
     return prepare_run(config_from({**options, **changes}))
 

@@ -18,6 +18,7 @@ from most_ray.data.batch import Batch, forward_shape, open_plan, rank_batch
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.placement import experts_of_ranks, row_order
+from most_ray.train.recompute import apply_recompute
 from most_ray.train.state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.step import Precision, StepResult, run_step
 from most_ray.train.writer import CheckpointWriter
@@ -32,7 +33,10 @@ def layout_of(topology: tuple[int, int, int]) -> DistributedConfig | None:
     replicas, shards, experts = topology
     if replicas * shards == 1:
         return None
-    return DistributedConfig(dp_replicate_size=replicas, fsdp_size=shards, ep_size=experts)
+    # Here, since a machine with one device may have a transformers that has no such thing as an implementation of the exchange.
+    from most_ray.model.exchange import EXCHANGE
+
+    return DistributedConfig(dp_replicate_size=replicas, fsdp_size=shards, ep_size=experts, ep_implementation=EXCHANGE)
 
 
 def make(model_dir: str, topology: tuple[int, int, int] = (1, 1, 1), total: int = 20, **options: Any) -> TrainState:
@@ -44,8 +48,7 @@ def make(model_dir: str, topology: tuple[int, int, int] = (1, 1, 1), total: int 
         use_balance_bias=config.balance_bias_rate > 0 or None,
     )
     model = load_model(model_dir, overrides, distributed=layout_of(topology))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    apply_recompute(model, config.recomputed)
     return make_state(model, config, total)
 
 

@@ -50,6 +50,7 @@ def flags_of(folder: Path, name: str, **changes: Any) -> list[str]:
         "val_tts_dirs": "",
         "warmup_steps": 5,
         "max_failures": 1000,
+        "bf16": "false",  # losses are compared
         **changes,
     }
     words = {flag: value if isinstance(value, list) else [str(value)] for flag, value in values.items()}

@@ -1,0 +1,114 @@
+"""Multi-head latent attention over records that lie one behind the other, without a mask.
+
+Shapes: T tokens, H heads, Q width of queries and keys, W width of values, G records.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
+from transformers.cache_utils import Cache
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
+
+from most_ray.model.kernels import compute_dtype
+from most_ray.model.packed import Records
+
+# Before torch 2.12 a flag said the same.
+_HAS_WINDOW = "window_size" in inspect.signature(varlen.varlen_attn).parameters
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _HAS_WINDOW else {"is_causal": True}
+
+
+class MostAttention(DeepseekV2Attention):
+    """The library's attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and the same over records."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: torch.Tensor | None = None,
+        records: Records | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """With `records`: hidden states (1, T or more, D), no mask, no cache; what is behind the T-th token attends to nothing."""
+        if records is None:
+            return super().forward(hidden_states, attention_mask, past_key_values, position_embeddings, **kwargs)
+        assert position_embeddings is not None
+        x = hidden_states[0].to(compute_dtype(hidden_states))
+        n_tokens, nope = len(x), self.qk_nope_head_dim
+        angles = position_embeddings[0].unsqueeze(1)
+        query = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.view(n_tokens, self.num_heads, self.qk_head_dim)
+        latent, key_pe = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        expanded = self.kv_b_proj(self.kv_a_layernorm(latent)).view(n_tokens, self.num_heads, nope + self.v_head_dim)
+        key_nope, value = expanded.split([nope, self.v_head_dim], dim=-1)
+        query_nope, query_pe = query.split([nope, self.qk_rope_head_dim], dim=-1)
+        query = torch.cat([query_nope, _rotate(query_pe, angles)], dim=-1)
+        key = torch.cat([key_nope, _rotate(key_pe.unsqueeze(1), angles).expand(-1, self.num_heads, -1)], dim=-1)
+        n_real = len(records.restore)
+        attended = attend(query[:n_real], key[:n_real], value[:n_real], records, self.scaling).flatten(1)
+        return self.o_proj(F.pad(attended, (0, 0, 0, n_tokens - n_real))).unsqueeze(0), None
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of neighbouring pairs: (T, H, P) by complex numbers (T, 1, P/2), in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float) -> torch.Tensor:
+    """Causal attention within each record: queries and keys (T, H, Q), values (T, H, W) -> (T, H, W)."""
+    if not records.groups:
+        return value + 0 * (query.sum() + key.sum())  # of no tokens: but no weight goes without its gradient of zeros
+    # Flash kernels want values as wide as keys; others keep all scores, or mask them.
+    width, wide = value.shape[-1], max(query.shape[-1], value.shape[-1])
+    query, key, value = (F.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        factor = scale * math.sqrt(query.shape[-1])  # the kernel's own scale is 1 / sqrt(Q)
+        longest = records.longest
+        starts = records.starts
+        query = query if math.isclose(factor, 1.0) else query * factor
+        attended = varlen.varlen_attn(query, key, value, starts, starts, longest, longest, **_CAUSAL)
+        assert isinstance(attended, torch.Tensor), "the normalisers were not asked for"
+        return attended[..., :width]
+    sizes = [count * length for count, length in records.groups]
+    parts = [_Gather.apply(each, records.gather, records.restore).split(sizes) for each in (query, key, value)]
+    found = []
+    for (count, length), *each in zip(records.groups, *parts, strict=True):
+        q, k, v = (rows.float().unflatten(0, (count, length)).transpose(1, 2) for rows in each)
+        with torch.autocast(query.device.type, enabled=False):  # its kernel for CPUs takes ten times as long for bfloat16's gradients
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        found.append(output.transpose(1, 2).flatten(0, 1).to(value.dtype))
+    return _Restore.apply(torch.cat(found), records.restore)[..., :width]
+
+
+class _Gather(torch.autograd.Function):
+    """Tokens into groups of records. What fills a record up has no gradient: each token's comes from its own place alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor, restore: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(restore)
+        return rows.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Restore(torch.autograd.Function):
+    """The way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, restore: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(restore)
+        ctx.shape = rows.shape
+        return rows.index_select(0, restore)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None

@@ -1,0 +1,139 @@
+"""Routed experts as one function, registered with transformers as `most_ray`.
+
+Pairs of a token and one of its experts are sorted by expert; each expert multiplies its rows in one piece, in the autocast's type. The
+backward pass is written out: it keeps the tokens and the inner products alone, and gathers the rest anew.
+
+Shapes: T tokens, D hidden, I inner, E experts on this rank, K experts per token, P rows of pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from most_ray.model.kernels import compute_dtype, round_up
+
+EXPERTS = "most_ray"
+
+
+def experts_forward(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """(T, D), experts (T, K) and their weights (T, K) -> the weighted sum of their outputs (T, D), in the type of hidden_states.
+
+    Experts numbered E and above are other ranks': they add nothing and cost nothing.
+    """
+    x = hidden_states.to(compute_dtype(hidden_states))
+    return _Experts.apply(x, top_k_index, top_k_weights.float(), module.gate_up_proj, module.down_proj).to(hidden_states.dtype)
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a token and an expert of this rank, by expert. token: (P,) each row's, T where a row only fills up; pair: (P,) its place
+    among all T * K, T * K where it fills up; place: (T, K) the row of each pair, P of those that are elsewhere; ends: (E,) int32, where
+    each expert's rows end, on the host as well unless the device is a GPU."""
+
+    token: torch.Tensor
+    pair: torch.Tensor
+    place: torch.Tensor
+    ends: torch.Tensor
+
+
+def _sort(index: torch.Tensor, n_experts: int, dtype: torch.dtype) -> _Pairs:
+    n_tokens, k = index.shape
+    flat = index.reshape(-1)
+    experts, order = flat.sort(stable=True)
+    counts = torch.bincount(flat, minlength=n_experts)[:n_experts]
+    if index.is_cuda:  # nothing is waited for: pairs that are elsewhere stay behind the last end
+        ends = counts.cumsum(0, dtype=torch.int32)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device).where(experts < n_experts, len(order))
+        return _Pairs(order // k, order, place.view(n_tokens, k), ends)
+    held = int(counts.sum())
+    sizes = torch.tensor([round_up(count, dtype) for count in counts.tolist()])
+    ends = sizes.cumsum(0)
+    n_rows = int(ends[-1])
+    shift = (ends - sizes) - (counts.cumsum(0) - counts)
+    order = order[:held]
+    rows = torch.arange(held) + shift[experts[:held]]
+    pair = torch.full((n_rows,), n_tokens * k).index_copy_(0, rows, order)
+    place = torch.full((n_tokens * k,), n_rows).index_copy_(0, order, rows)
+    return _Pairs(pair // k, pair, place.view(n_tokens, k), ends.int())
+
+
+class _Experts(torch.autograd.Function):
+    """Sum over k of w_k down_k(silu(gate_k x) * up_k x). Routing weights multiply what goes into the last product, so that their gradient
+    needs none of its results."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
+        pairs = _sort(index, len(gate_up), x.dtype)
+        inner = _products(_with_zero(x).index_select(0, pairs.token), gate_up.to(x.dtype).transpose(1, 2), pairs.ends)
+        gate, up = inner.chunk(2, dim=-1)
+        weight = _with_zero(weights.reshape(-1, 1)).index_select(0, pairs.pair).to(x.dtype)
+        rows = _products(F.silu(gate).mul_(up).mul_(weight), down.to(x.dtype).transpose(1, 2), pairs.ends)
+        ctx.save_for_backward(x, weights, gate_up, down, inner, *pairs)
+        return _sum_by_token(rows, pairs.place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weights, gate_up, down, inner, *saved = ctx.saved_tensors
+        pairs = _Pairs(*saved)
+        weight = _with_zero(weights.reshape(-1, 1)).index_select(0, pairs.pair).to(x.dtype)
+        gate, up = inner.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        active = silu * up
+        grad_rows = _with_zero(grad.to(x.dtype)).index_select(0, pairs.token)
+        grad_active = _products(grad_rows, down.to(x.dtype), pairs.ends)
+        weights_grad = (grad_active * active).sum(-1, dtype=torch.float32)
+        weights_grad = F.pad(weights_grad, (0, 1)).index_select(0, pairs.place.view(-1)).view_as(weights)
+        down_grad = _weight_gradient(grad_rows, active.mul_(weight), pairs.ends, down)
+        grad_active.mul_(weight)
+        grad_inner = torch.empty_like(inner)
+        grad_gate, grad_up = grad_inner.chunk(2, dim=-1)
+        torch.mul(grad_active, silu, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_active.mul_(up), gate, grad_input=grad_gate)
+        gate_up_grad = _weight_gradient(grad_inner, _with_zero(x).index_select(0, pairs.token), pairs.ends, gate_up)
+        x_grad = _sum_by_token(_products(grad_inner, gate_up.to(x.dtype), pairs.ends), pairs.place)
+        return x_grad, None, weights_grad, gate_up_grad, down_grad
+
+
+def _with_zero(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (T, D) and one of zeros."""
+    return F.pad(rows, (0, 0, 0, 1))
+
+
+def _sum_by_token(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Rows (P, D) summed over each token's experts, (T, D); in a fixed order, unlike additions by index."""
+    return _with_zero(rows).index_select(0, place.view(-1)).view(*place.shape, rows.shape[1]).sum(1)
+
+
+def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows (P, A) of each expert times its matrix (E, A, B): (P, B)."""
+    if rows.is_cuda:
+        return F.grouped_mm(rows, matrices, offs=ends)
+    output = rows.new_empty(len(rows), matrices.shape[2])
+    start = 0
+    for matrix, end in zip(matrices, ends.tolist(), strict=True):
+        if end > start:
+            torch.mm(rows[start:end], matrix, out=output[start:end])
+        start = end
+    return output
+
+
+def _weight_gradient(grads: torch.Tensor, inputs: torch.Tensor, ends: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of each expert's matrix, (E, B, A), from gradients (P, B) of its products and their inputs (P, A)."""
+    if grads.is_cuda:
+        return F.grouped_mm(grads.t(), inputs, offs=ends).to(like.dtype)
+    found = torch.empty_like(like)
+    start = 0
+    for matrix, end in zip(found, ends.tolist(), strict=True):
+        matrix.copy_(grads[start:end].t() @ inputs[start:end])
+        start = end
+    return found
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)

@@ -1,0 +1,88 @@
+"""The language-model head and its loss without logits of the whole vocabulary.
+
+Shapes: N supervised tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from most_ray.model.kernels import compute_dtype, round_up
+
+_MOST_LOGITS = 1 << 23  # that are there at once
+
+
+class MostHead(nn.Linear):
+    """The head; with targets it gives their losses instead of logits. Called as a module either way, for that is when FSDP puts its
+    weights together."""
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., D) -> logits (..., V); or (N, D) and targets (N,) -> cross-entropy of each target, (N,) float32."""
+        if targets is None:
+            return super().forward(hidden)
+        count, dtype = len(targets), compute_dtype(hidden)
+        filling = round_up(count, dtype) - count
+        hidden = F.pad(hidden.to(dtype), (0, 0, 0, filling))
+        return _TokenLosses.apply(hidden, self.weight, F.pad(targets, (0, filling)))[:count]
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Block by block of the vocabulary, so that memory does not grow with it; the backward pass computes the blocks anew. Products in the
+    type of `hidden`, all else in float32. Each row of the weights' gradient is written once.
+
+    torch.nn.functional.linear_cross_entropy (torch 2.13) has the same purpose; tests/benchmarks/RESULTS.md has both side by side.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        normaliser = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+        chosen = torch.zeros(len(hidden), device=hidden.device)
+        blocks = list(_blocks(len(hidden), len(weight)))
+        kept = None
+        for start, end in blocks:
+            logits = hidden @ weight[start:end].to(hidden.dtype).t()
+            kept = logits if len(blocks) == 1 else None
+            logits = logits.float()
+            chosen += _at_targets(logits, targets, start)
+            normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1)) if len(blocks) > 1 else logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, targets, normaliser, kept)
+        return normaliser - chosen
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden, weight, targets, normaliser, kept = ctx.saved_tensors
+        hidden_grad = torch.zeros(hidden.shape, device=hidden.device)
+        weight_grad = torch.empty_like(weight)
+        by = grad.unsqueeze(-1)
+        for start, end in _blocks(len(hidden), len(weight)):
+            rows = weight[start:end].to(hidden.dtype)
+            logits = (hidden @ rows.t() if kept is None else kept).float()
+            # softmax - one-hot, times what each loss counts.
+            share = logits.sub_(normaliser.unsqueeze(-1)).exp_() if kept is None else (logits - normaliser.unsqueeze(-1)).exp_()
+            share.mul_(by)
+            inside = (targets >= start) & (targets < end)
+            places = (targets - start).clamp(0, end - start - 1).unsqueeze(-1)
+            share.scatter_add_(1, places, -(grad * inside).unsqueeze(-1))
+            lowered = share.to(hidden.dtype)
+            weight_grad[start:end] = lowered.t() @ hidden
+            hidden_grad += lowered @ rows
+        return hidden_grad.to(hidden.dtype), weight_grad, None
+
+
+def _blocks(n_tokens: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    """Ranges of the vocabulary for so many tokens."""
+    size = max(1024, _MOST_LOGITS // max(1, n_tokens))
+    for start in range(0, vocabulary, size):
+        yield start, min(start + size, vocabulary)
+
+
+def _at_targets(logits: torch.Tensor, targets: torch.Tensor, start: int) -> torch.Tensor:
+    """The logits (N, block) of those targets that lie in this block, 0 for others: (N,)."""
+    inside = (targets >= start) & (targets < start + logits.shape[1])
+    places = (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(-1)
+    return logits.gather(1, places).squeeze(-1).where(inside, 0.0)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+SCRIPT = """
+import sys
+from tests.gpu.run import main
+assert main([]) == 0, "skipped"
+assert main(["--device", "cpu", "--length", "96", "--output", sys.argv[1]]) == 0
+assert "ray" not in sys.modules and "pytest" not in sys.modules
+"""
+
+
+def test_the_gpu_run_skips_without_a_gpu_and_its_code_runs_on_a_cpu(tmp_path: Path) -> None:
+    """Our paths and the plain ones agree within their bounds, and every contender is timed, without Ray and without pytest."""
+    output = tmp_path / "gpu_run.json"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(output)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tests.gpu.run: skipped, there is no GPU here")
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["ok"] and set(report["right"]) == {"float32", "bfloat16"}
+    speed = report["speed"]
+    assert speed["layers"] == 2 and speed["rows"] == [2, 96] and next(iter(speed["ratios"].values())) == 1.0
+    for name, entry in speed["contenders"].items():
+        assert "error" not in entry and entry["tokens_per_second"] > 0 and 0 < entry["mfu"] < 1, name
+        assert f"{entry['tokens_per_second']:,.0f}" in done.stdout
