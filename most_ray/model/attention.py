@@ -69,13 +69,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records:
     width, wide = value.shape[-1], max(query.shape[-1], value.shape[-1])
     query, key, value = (F.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        factor = scale * math.sqrt(query.shape[-1])  # the kernel's own scale is 1 / sqrt(Q)
-        longest = records.longest
-        starts = records.starts
-        query = query if math.isclose(factor, 1.0) else query * factor
-        attended = varlen.varlen_attn(query, key, value, starts, starts, longest, longest, **_CAUSAL)
-        assert isinstance(attended, torch.Tensor), "the normalisers were not asked for"
-        return attended[..., :width]
+        return variable_length(query, key, value, records, scale)[..., :width]
     sizes = [count * length for count, length in records.groups]
     parts = [_Gather.apply(each, records.gather, records.restore).split(sizes) for each in (query, key, value)]
     found = []
@@ -85,6 +79,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records:
             output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         found.append(output.transpose(1, 2).flatten(0, 1).to(value.dtype))
     return _Restore.apply(torch.cat(found), records.restore)[..., :width]
+
+
+def variable_length(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float) -> torch.Tensor:
+    """The same by torch's kernel for GPUs, of half precision and with values as wide as keys."""
+    factor = scale * math.sqrt(query.shape[-1])  # the kernel's own scale is 1 / sqrt(Q)
+    query = query if math.isclose(factor, 1.0) else query * factor
+    starts, longest = records.starts, records.longest
+    attended = varlen.varlen_attn(query, key, value, starts, starts, longest, longest, **_CAUSAL)
+    assert isinstance(attended, torch.Tensor), "the normalisers were not asked for"
+    return attended
 
 
 class _Gather(torch.autograd.Function):

@@ -71,10 +71,10 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
         pairs = _sort(index, len(gate_up), x.dtype)
-        inner = _products(_with_zero(x).index_select(0, pairs.token), gate_up.to(x.dtype).transpose(1, 2), pairs.ends)
+        inner = _products(_with_zero(x).index_select(0, pairs.token), gate_up.transpose(1, 2), pairs.ends)
         gate, up = inner.chunk(2, dim=-1)
         weight = _with_zero(weights.reshape(-1, 1)).index_select(0, pairs.pair).to(x.dtype)
-        rows = _products(F.silu(gate).mul_(up).mul_(weight), down.to(x.dtype).transpose(1, 2), pairs.ends)
+        rows = _products(F.silu(gate).mul_(up).mul_(weight), down.transpose(1, 2), pairs.ends)
         ctx.save_for_backward(x, weights, gate_up, down, inner, *pairs)
         return _sum_by_token(rows, pairs.place)
 
@@ -87,7 +87,7 @@ class _Experts(torch.autograd.Function):
         silu = F.silu(gate)
         active = silu * up
         grad_rows = _with_zero(grad.to(x.dtype)).index_select(0, pairs.token)
-        grad_active = _products(grad_rows, down.to(x.dtype), pairs.ends)
+        grad_active = _products(grad_rows, down, pairs.ends)
         weights_grad = (grad_active * active).sum(-1, dtype=torch.float32)
         weights_grad = F.pad(weights_grad, (0, 1)).index_select(0, pairs.place.view(-1)).view_as(weights)
         down_grad = _weight_gradient(grad_rows, active.mul_(weight), pairs.ends, down)
@@ -97,7 +97,7 @@ class _Experts(torch.autograd.Function):
         torch.mul(grad_active, silu, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_active.mul_(up), gate, grad_input=grad_gate)
         gate_up_grad = _weight_gradient(grad_inner, _with_zero(x).index_select(0, pairs.token), pairs.ends, gate_up)
-        x_grad = _sum_by_token(_products(grad_inner, gate_up.to(x.dtype), pairs.ends), pairs.place)
+        x_grad = _sum_by_token(_products(grad_inner, gate_up, pairs.ends), pairs.place)
         return x_grad, None, weights_grad, gate_up_grad, down_grad
 
 
@@ -112,14 +112,14 @@ def _sum_by_token(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows (P, A) of each expert times its matrix (E, A, B): (P, B)."""
+    """Rows (P, A) of each expert times its matrix (E, A, B), in the type of the rows: (P, B)."""
     if rows.is_cuda:
-        return F.grouped_mm(rows, matrices, offs=ends)
+        return F.grouped_mm(rows, matrices.to(rows.dtype), offs=ends)
     output = rows.new_empty(len(rows), matrices.shape[2])
     start = 0
     for matrix, end in zip(matrices, ends.tolist(), strict=True):
         if end > start:
-            torch.mm(rows[start:end], matrix, out=output[start:end])
+            torch.mm(rows[start:end], matrix.to(rows.dtype), out=output[start:end])
         start = end
     return output
 
