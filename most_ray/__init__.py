@@ -5,6 +5,7 @@ at the moment transformers' auto classes are first imported, not before (so that
 """
 
 import importlib
+import logging
 import sys
 from typing import Any
 
@@ -12,6 +13,10 @@ import wrapt
 
 __version__ = "0.1.0"
 
+# transformers loads torchao where it is installed (most_ray[int8]), which tells every process of kernels that it cannot load on a CPU, and
+# makes torch tell of enumerations.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "Enum subclass" not in record.msg)
 
 _AUTO = "transformers.models.auto.modeling_auto"
 # Modules that load the auto classes on their way, where somebody imports them first, and what they have once they are complete.
