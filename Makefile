@@ -32,7 +32,7 @@ cluster: .venv/.installed  ## real clusters of this machine: jobs, Slurm, Promet
 sweep: .venv/.installed  ## which experts for speech, and how much of each task: 8 trials, 10 to 20 minutes: runs/sweep-digits
 	$(BIN)/most-ray sweep --config jobs/configs/sweep-digits.yaml
 
-bench: .venv/.installed  ## the benchmarks of the data engine, of saving, of what Ray and evaluations cost and of units, about 35 minutes: runs/bench/*.json
+bench: .venv/.installed  ## all benchmarks: data, training against its peers, saving, what Ray and evaluations cost, units; about an hour: runs/bench/*.json
 	rm -rf runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.packing
@@ -45,6 +45,8 @@ bench: .venv/.installed  ## the benchmarks of the data engine, of saving, of wha
 	$(BIN)/python -m tests.benchmarks.speech
 	$(BIN)/python -m tests.benchmarks.train
 	$(BIN)/python -m tests.benchmarks.loss_memory
+	$(BIN)/python -m tests.benchmarks.exchange
+	$(BIN)/python -m tests.benchmarks.cost
 
 an4: .venv/.installed  ## from AN4's recordings to the word error rate on eight held-out speakers: make an4 AN4=DIR
 	BIN=$(BIN) sh tests/benchmarks/an4.sh "$(AN4)"
