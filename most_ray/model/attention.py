@@ -50,8 +50,8 @@ class MostAttention(DeepseekV2Attention):
         query_nope, query_pe = query.split([nope, self.qk_rope_head_dim], dim=-1)
         query = torch.cat([query_nope, _rotate(query_pe, angles)], dim=-1)
         key = torch.cat([key_nope, _rotate(key_pe.unsqueeze(1), angles).expand(-1, self.num_heads, -1)], dim=-1)
-        n_real = len(records.restore)
-        attended = attend(query[:n_real], key[:n_real], value[:n_real], records, self.scaling).flatten(1)
+        n_real, dropout = len(records.restore), self.attention_dropout if self.training else 0.0
+        attended = attend(query[:n_real], key[:n_real], value[:n_real], records, self.scaling, dropout).flatten(1)
         return self.o_proj(F.pad(attended, (0, 0, 0, n_tokens - n_real))).unsqueeze(0), None
 
 
@@ -61,14 +61,16 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float) -> torch.Tensor:
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
     """Causal attention within each record: queries and keys (T, H, Q), values (T, H, W) -> (T, H, W)."""
     if not records.groups:
         return value + 0 * (query.sum() + key.sum())  # of no tokens: but no weight goes without its gradient of zeros
     # Flash kernels want values as wide as keys; others keep all scores, or mask them.
     width, wide = value.shape[-1], max(query.shape[-1], value.shape[-1])
     query, key, value = (F.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if not dropout and _has_kernel(query):
         return variable_length(query, key, value, records, scale)[..., :width]
     sizes = [count * length for count, length in records.groups]
     parts = [_Gather.apply(each, records.gather, records.restore).split(sizes) for each in (query, key, value)]
@@ -76,9 +78,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records:
     for (count, length), *each in zip(records.groups, *parts, strict=True):
         q, k, v = (rows.float().unflatten(0, (count, length)).transpose(1, 2) for rows in each)
         with torch.autocast(query.device.type, enabled=False):  # its kernel for CPUs takes ten times as long for bfloat16's gradients
-            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
         found.append(output.transpose(1, 2).flatten(0, 1).to(value.dtype))
     return _Restore.apply(torch.cat(found), records.restore)[..., :width]
+
+
+def _has_kernel(query: torch.Tensor) -> bool:
+    """Whether torch's kernel for records of any length takes these: half precision on GPUs from Ampere on, heads of up to 256."""
+    if not (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)) or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def variable_length(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float) -> torch.Tensor:

@@ -44,12 +44,9 @@ def _sort(index: torch.Tensor, n_experts: int, dtype: torch.dtype) -> _Pairs:
     n_tokens, k = index.shape
     flat = index.reshape(-1)
     experts, order = flat.sort(stable=True)
+    if _on_gpu(index):
+        return _sort_on_device(experts, order, index.shape, n_experts)
     counts = torch.bincount(flat, minlength=n_experts)[:n_experts]
-    if index.is_cuda:  # nothing is waited for: pairs that are elsewhere stay behind the last end
-        ends = counts.cumsum(0, dtype=torch.int32)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device).where(experts < n_experts, len(order))
-        return _Pairs(order // k, order, place.view(n_tokens, k), ends)
     held = int(counts.sum())
     sizes = torch.tensor([round_up(count, dtype) for count in counts.tolist()])
     ends = sizes.cumsum(0)
@@ -60,6 +57,15 @@ def _sort(index: torch.Tensor, n_experts: int, dtype: torch.dtype) -> _Pairs:
     pair = torch.full((n_rows,), n_tokens * k).index_copy_(0, rows, order)
     place = torch.full((n_tokens * k,), n_rows).index_copy_(0, order, rows)
     return _Pairs(pair // k, pair, place.view(n_tokens, k), ends.int())
+
+
+def _sort_on_device(experts: torch.Tensor, order: torch.Tensor, shape: torch.Size, n_experts: int) -> _Pairs:
+    """Without waiting for the device: pairs that are elsewhere stay, behind the last end, where nothing is computed."""
+    n_tokens, k = shape
+    numbers = torch.arange(n_experts, device=experts.device)
+    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+    rows = torch.arange(len(order), device=order.device).where(experts < n_experts, len(order))
+    return _Pairs(order // k, order, torch.empty_like(order).index_copy_(0, order, rows).view(n_tokens, k), ends)
 
 
 class _Experts(torch.autograd.Function):
@@ -113,8 +119,8 @@ def _sum_by_token(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows (P, A) of each expert times its matrix (E, A, B), in the type of the rows: (P, B)."""
-    if rows.is_cuda:
-        return F.grouped_mm(rows, matrices.to(rows.dtype), offs=ends)
+    if _on_gpu(rows):
+        return _grouped(rows, matrices.to(rows.dtype), ends) if len(rows) else rows.new_zeros(0, matrices.shape[2])
     output = rows.new_empty(len(rows), matrices.shape[2])
     start = 0
     for matrix, end in zip(matrices, ends.tolist(), strict=True):
@@ -124,10 +130,23 @@ def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) ->
     return output
 
 
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's grouped product, whose fast kernels are for bfloat16 from Hopper on."""
+    return F.grouped_mm(left, right, offs=ends)
+
+
 def _weight_gradient(grads: torch.Tensor, inputs: torch.Tensor, ends: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of each expert's matrix, (E, B, A), from gradients (P, B) of its products and their inputs (P, A)."""
-    if grads.is_cuda:
-        return F.grouped_mm(grads.t(), inputs, offs=ends).to(like.dtype)
+    if _on_gpu(grads):
+        if not len(grads):
+            return torch.zeros_like(like)
+        # Of experts without rows kernels may write nothing (pytorch issue 172439).
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return _grouped(grads.t(), inputs, ends).masked_fill_(empty.view(-1, 1, 1), 0).to(like.dtype)
     found = torch.empty_like(like)
     start = 0
     for matrix, end in zip(found, ends.tolist(), strict=True):

@@ -28,7 +28,7 @@ class MostHead(nn.Linear):
         count, dtype = len(targets), compute_dtype(hidden)
         filling = round_up(count, dtype) - count
         hidden = F.pad(hidden.to(dtype), (0, 0, 0, filling))
-        return _TokenLosses.apply(hidden, self.weight, F.pad(targets, (0, filling)))[:count]
+        return _TokenLosses.apply(hidden, self.weight, F.pad(targets, (0, filling)))[:count].clone()  # FSDP warns of views
 
 
 class _TokenLosses(torch.autograd.Function):

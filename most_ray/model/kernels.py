@@ -24,15 +24,15 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        grad = grad.float()
+        x, held, scale = ctx.saved_tensors
+        grad, weight = grad.float(), held.float()
         normed = x.float() * scale
         product = grad * normed
         weight_grad = product.reshape(-1, x.shape[-1]).sum(0)
         # (g w - n mean(g w n)) scale, with n the normalised values.
         mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
         x_grad = (grad * weight).sub_(normed.mul_(mean)).mul_(scale)
-        return x_grad.to(x.dtype), weight_grad, None, None
+        return x_grad.to(x.dtype), weight_grad.to(held.dtype), None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:

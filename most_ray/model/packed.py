@@ -41,7 +41,7 @@ class Records:
         return len(self.starts) - 1
 
     def to(self, device: torch.device) -> Records:
-        starts, segments, gather, restore = (_to(each, device) for each in (self.starts, self.segments, self.gather, self.restore))
+        starts, segments, gather, restore = (to_device(each, device) for each in (self.starts, self.segments, self.gather, self.restore))
         return replace(self, starts=starts, segments=segments, gather=gather, restore=restore)
 
 
@@ -59,11 +59,14 @@ class PackedRows:
     targets: torch.Tensor
 
     def to(self, device: torch.device) -> PackedRows:
-        ids, positions, modality = (_to(each, device) for each in (self.input_ids, self.positions, self.modality))
-        return PackedRows(ids, positions, modality, self.records.to(device), _to(self.supervised, device), _to(self.targets, device))
+        ids, positions, modality = (to_device(each, device) for each in (self.input_ids, self.positions, self.modality))
+        return PackedRows(
+            ids, positions, modality, self.records.to(device), to_device(self.supervised, device), to_device(self.targets, device)
+        )
 
 
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy there that the host does not wait for."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)  # else the host would wait for all that the device has to do

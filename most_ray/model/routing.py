@@ -6,6 +6,7 @@ L layers with experts.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -77,11 +78,18 @@ def record_routing(modality: torch.Tensor, segments: torch.Tensor, n_segments: i
     """Routing of tokens (T,), none of them padding, of records that are known."""
     allowed = None
     if config.use_modality_aware_routing:
-        table = torch.zeros(2, config.n_routed_experts, dtype=torch.bool)
-        table[TEXT, config.text_expert_indices] = True
-        table[AUDIO, config.audio_expert_indices] = True
-        allowed = table.to(modality.device)[modality]
+        groups = tuple(config.text_expert_indices or ()), tuple(config.audio_expert_indices or ())
+        allowed = _allowed(*groups, config.n_routed_experts, modality.device)[modality]
     return Routing(None, modality, allowed, segments, n_segments)
+
+
+@functools.lru_cache(maxsize=8)
+def _allowed(text: tuple[int, ...], audio: tuple[int, ...], n_experts: int, device: torch.device) -> torch.Tensor:
+    """The experts that each modality may use, (2, E) bool; kept, for a GPU would be waited for each time it is made."""
+    table = torch.zeros(2, n_experts, dtype=torch.bool)
+    table[TEXT, list(text)] = True
+    table[AUDIO, list(audio)] = True
+    return table.to(device)
 
 
 class MostRouter(DeepseekV2TopkRouter):
@@ -152,7 +160,10 @@ def balance_loss(indices: torch.Tensor, probabilities: torch.Tensor, routing: Ro
 def expert_load(indices: torch.Tensor, modality: torch.Tensor, n_experts: int) -> torch.Tensor:
     """Selections per modality and expert, (2, E) int64."""
     slots = (modality.unsqueeze(-1) * n_experts + indices).view(-1)
-    return torch.bincount(slots, minlength=2 * n_experts).view(2, n_experts)
+    # Not bincount, which waits for a GPU.
+    return (
+        torch.zeros(2 * n_experts, dtype=torch.long, device=slots.device).scatter_add_(0, slots, torch.ones_like(slots)).view(2, n_experts)
+    )
 
 
 def leaked_selections(load: torch.Tensor, config: MostConfig) -> int:

@@ -109,7 +109,7 @@ def settle(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool
     start, torn = _starting_point(config, folder, sources.vocabulary.fingerprint())
     if config.bf16 is None:
         # Checkpoints that do not say are of the time when it had to be asked for.
-        config = replace(config, bf16=bool(start.get("bf16")) if start else prefers_bf16(use_gpu) and not config.fp16)
+        config = replace(config, bf16=not config.fp16 and (bool(start.get("bf16")) if start else prefers_bf16(use_gpu)))
     spec = make_spec(config, sources.training, _global_batch_size(config, most, start))
     units = one_unit_identity(stores)
     if not config.accept_data_change:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from most_ray.config import OptimizerOptions
 from most_ray.data.batch import PADDING, Batch
 from most_ray.errors import UserError
-from most_ray.model.packed import pack_rows
+from most_ray.model.packed import pack_rows, to_device
 from most_ray.model.routing import update_balance_bias
 from most_ray.records import TASKS
 from most_ray.template import IGNORE
@@ -139,9 +139,9 @@ def _accumulate(
     """Gradients of all forward passes, multiplied by the loss scale, into the parameters. Returns this rank's float64 sums (losses per
     task, supervised tokens per task, weighted balance loss) and its load (L, 2, E)."""
     model, config, ranks = state.model, state.model_config, world_size()
-    weights = torch.ones(len(TASKS), device=device)
-    weights[TASKS.index("asr")] = asr_loss_weight
-    denominator = sum(count * float(weight) for count, weight in zip(batch.n_supervised, weights, strict=True))
+    by_task = [asr_loss_weight if task == "asr" else 1.0 for task in TASKS]
+    weights = to_device(torch.tensor(by_task), device)
+    denominator = sum(count * weight for count, weight in zip(batch.n_supervised, by_task, strict=True))
     n_aux = batch.n_records if config.seq_aux else batch.n_tokens
     loss_sums = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
     token_counts = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
@@ -151,7 +151,8 @@ def _accumulate(
     for index in range(len(batch.input_ids)):
         arrays = (batch.input_ids, batch.labels, batch.positions, batch.modality)
         packed = pack_rows(*(array[index] for array in arrays)).to(device)
-        tasks = torch.from_numpy(batch.task[index, :, 1:][batch.labels[index, :, 1:] != IGNORE].astype(np.int64)).to(device)
+        tasks = torch.from_numpy(batch.task[index, :, 1:][batch.labels[index, :, 1:] != IGNORE].astype(np.int64))
+        tasks = to_device(tasks, device)
         with precision.context(device):
             output = model(packed=packed, previous_load=previous_load)
         aux = config.aux_loss_alpha * output.aux_sum / n_aux

@@ -191,7 +191,7 @@ def layers_that_fit(work: Work) -> int:
     if work.device.type == "cpu":
         return 2
     free = ROOM * torch.cuda.mem_get_info(work.device)[0]
-    load = Load(work.packs, work.length, work.packs * work.length // 2, half=True)
+    load = Load(work.packs, work.length, work.packs * work.length // 2, half=True, on_gpu=True)
     for layers in range(2, MOST_LAYERS + 1):
         if memory_of(Shapes(work.config(layers)), Topology(1, 1, 1), load).total("none") > free:
             return max(2, layers - 1)
@@ -252,9 +252,10 @@ def compared(work: Work, layers: int) -> dict[str, Any]:
         except torch.OutOfMemoryError:
             if layers <= 2:
                 raise
-            layers = max(2, layers - max(1, layers // 8))
-            gc.collect()
-            torch.cuda.empty_cache()
+        # Behind the handler, whose traceback holds the model that did not fit.
+        layers = max(2, layers - max(1, layers // 8))
+        gc.collect()
+        torch.cuda.empty_cache()
     config, batch = work.config(layers), work.batch(1)
     operations = model_flops(config).of_training(batch.n_tokens, attended_pairs(batch), sum(batch.n_supervised))
     peak = peak_flops(work.device, torch.bfloat16)

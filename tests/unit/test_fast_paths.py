@@ -16,7 +16,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
 
 from most_ray.data.batch import AUDIO, PADDING, TEXT
-from most_ray.model import attention, head
+from most_ray.model import attention, experts, head
 from most_ray.model.experts import experts_forward
 from most_ray.model.kernels import SwiGlu, rms_norm, round_up
 from most_ray.model.packed import PackedRows, lay_out, pack_rows
@@ -255,7 +255,8 @@ def test_variable_length_kernels_are_given_records(monkeypatch: pytest.MonkeyPat
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: Any, others: Any, longest: int, same: int, **causal: Any
     ) -> torch.Tensor:
-        assert (longest, same) == (9, 9) and starts is others and starts.dtype == torch.int32 and causal
+        assert (longest, same) == (9, 9) and starts is others and starts.dtype == torch.int32
+        assert causal in ({"window_size": (-1, 0)}, {"is_causal": True})
         ends = starts.tolist()
         parts = []
         for start, end in itertools.pairwise(ends):
@@ -273,3 +274,56 @@ def test_packed_rows_move_whole() -> None:
     tensors = [found.input_ids, found.positions, found.modality, found.supervised, found.targets]
     tensors += [found.records.starts, found.records.segments, found.records.gather, found.records.restore]
     assert isinstance(found, PackedRows) and all(tensor.is_meta for tensor in tensors)
+
+
+def test_grouped_products_of_gpus_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Played on a CPU by a kernel that writes nothing where there is nothing to write: rows behind the last end, experts without rows."""
+
+    def grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        assert ends.dtype == torch.int32
+        bounds = list(itertools.pairwise([0, *ends.tolist()]))
+        if right.dim() == 3:
+            output = torch.full((len(left), right.shape[2]), torch.nan)
+            for matrix, (start, end) in zip(right, bounds, strict=True):
+                output[start:end] = left[start:end] @ matrix
+            return output
+        return torch.stack(
+            [
+                left[:, start:end] @ right[start:end] if end > start else torch.full((len(left), right.shape[1]), torch.nan)
+                for start, end in bounds
+            ]
+        )
+
+    torch.manual_seed(0)
+    module = tiny_model().model.layers[1].mlp.experts
+    for count, index in (
+        (40, torch.randint(2, 9, (40, 2))),
+        (0, torch.zeros(0, 2, dtype=torch.long)),
+    ):  # 8: of another rank; 0 and 1 get none
+        answers = []
+        x, weights = torch.randn(count, 32), torch.rand(count, 2)
+        for on_gpu in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(experts, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+                patch.setattr(experts, "_grouped", grouped)
+                module.zero_grad()
+                own = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+                output = experts_forward(module, own[0], index, own[1])
+                output.square().sum().backward()
+                answers.append([output, own[0].grad, own[1].grad, module.gate_up_proj.grad, module.down_proj.grad])
+        for found, expected in zip(*answers, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_is_held_in_bfloat16_can_be_trained() -> None:
+    model = tiny_model().to(torch.bfloat16).train()
+    model(packed=pack_rows(*rows_of([[9, 4]], 16))).token_losses.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == parameter.dtype for parameter in model.parameters())
+
+
+def test_dropout_of_attention_is_applied_in_training_alone() -> None:
+    model, arrays = tiny_model(attention_dropout=0.5), pack_rows(*rows_of([[9, 4]], 16))
+    for training in (True, False):
+        model.train(training)
+        first, second = (model(packed=arrays).token_losses for _ in range(2))
+        assert torch.equal(first, second) is not training

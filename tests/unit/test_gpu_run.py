@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.conftest import ROOT
+from tests.gpu import run
 
 SCRIPT = """
 import sys
@@ -32,3 +36,13 @@ def test_the_gpu_run_skips_without_a_gpu_and_its_code_runs_on_a_cpu(tmp_path: Pa
     for name, entry in speed["contenders"].items():
         assert "error" not in entry and entry["tokens_per_second"] > 0 and 0 < entry["mfu"] < 1, name
         assert f"{entry['tokens_per_second']:,.0f}" in done.stdout
+
+
+def test_as_many_layers_as_fit_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the free memory of a GPU, which is played here: more of it, more layers, from two to all."""
+    work = run.Work(torch.device("cuda"), {}, packs=1, length=512, rounds=1, warmup=1, timed=1)
+    found = []
+    for free in (1 << 20, 16 << 20, 1 << 40):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        found.append(run.layers_that_fit(work))
+    assert found[0] == 2 < found[1] < found[2] == run.MOST_LAYERS
