@@ -82,7 +82,7 @@ def _check_space(config: RunConfig, topology: Topology) -> list[Finding]:
     if config.model_name_or_path in PRESETS:
         return [Finding("space", "ok", "driver", "a preset's checkpoints are small")]
     model = read_config(local_copy(config.model_name_or_path), overrides_of(config))
-    return check_space(config, checkpoint_bytes(model, topology))
+    return check_space(config, checkpoint_bytes(model, topology, config.optimizer_state))
 
 
 def _resources() -> str:

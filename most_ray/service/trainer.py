@@ -84,10 +84,8 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
         open_outside(evaluation_job(config).settings, folder.place, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
-    report_findings(
-        [*check_space(config, checkpoint_bytes(_model_config(prepared), job.topology)), *check_tracking(config), *check_safety(config)],
-        console,
-    )
+    size = checkpoint_bytes(_model_config(prepared), job.topology, config.optimizer_state)
+    report_findings([*check_space(config, size), *check_tracking(config), *check_safety(config)], console)
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
     started = time.monotonic()
     if prepared.done_steps < job.total_steps or not complete(prepared):

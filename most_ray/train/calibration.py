@@ -41,12 +41,14 @@ from most_ray.train.step import Precision, attended_pairs, run_step
 CALIBRATED = 5  # batches that are wanted
 clock: Callable[[], float] = time.perf_counter  # where others use the same cores, a benchmark takes processor time
 _CPU = torch.device("cpu")
-_MOST_PARAMETERS = 1 << 26  # of what is measured: a GiB with gradients and moments
-_PASS_S = 2.0  # that a pass should take at most
+_MOST_PARAMETERS = 1 << 26  # of what is measured: a GiB with gradients and moments, and three of them are there at once
+_PASS_S = 1.0  # that a pass should take at most, at a share of the peak that is only guessed
+_LAST_S = 7.0  # after which no more batches are begun: with the last one some ten seconds
 _SHARE = 0.1  # of the peak that is reached, about: to choose by, and for models of which not even a part can be measured
 _UPDATED = 2e8  # parameters a second of the optimizer, about, where nothing can be measured
 Way = Literal["plain", "sharded", "exchanged"]
 _WAYS: tuple[Way, ...] = ("plain", "sharded", "exchanged")  # each is the one before and something more
+_MOST_RANKS = 8  # of gloo that are measured: each has sockets to all others, and this process only so many files
 _SMALL, _LARGE, _CALLS = 1 << 12, 1 << 21, 12  # bytes of a collective's whole message, and how often it is sent
 
 
@@ -100,8 +102,12 @@ class Calibration:
 def calibrate(
     config: MostConfig, options: OptimizerOptions, batches: Sequence[Batch], dtype: torch.dtype | None, peak: float, threads: int
 ) -> Calibration:
-    """Measure steps of a model on a rank's batches, some seconds; the first is a warm-up. They must differ as a run's do: what libraries
-    keep for shapes that they have seen would help equal ones. dtype: of the autocast, in which the device has this peak."""
+    """Measure steps of a model on a rank's batches, up to some ten seconds; the first is a warm-up, and where steps are slow not all of
+    the others are taken. They must differ as a run's do: what libraries keep for shapes that they have seen would help equal ones. dtype:
+    of the autocast, in which the device has this peak.
+
+    The ways take turns on each batch, so that whatever else slows the machine slows all of them: their models, up to a GiB each, are in
+    memory together."""
     part = _part(config, Shapes(config), batches[0], peak)
     if part is None:
         return Calibration(_SHARE * peak, _UPDATED, 0.0, 0.0, 0.0, threads, measured=False)
@@ -111,20 +117,31 @@ def calibrate(
     try:
         with torch.random.fork_rng(), _alone():
             ways = [_Twin(twin, options, Precision(dtype), way) for way in _WAYS]
-            taken = np.array([_by_turns(ways, _first_rows(batch, rows), index) for index, batch in enumerate(batches)])
+            taken = _timed(ways, [_first_rows(batch, rows) for batch in batches])
     finally:
         torch.set_num_threads(before)
-    passed, updated = np.median(taken[1:, 0], axis=0)
+    passed = float(np.median(taken[1:, 0, 0]))
+    updates = taken[1:, 0, 1][taken[1:, 0, 1] > 0]  # a step whose loss or gradients are not finite makes none
     sharding, exchange = (np.maximum(0.0, np.median(taken[1:, way] - taken[1:, way - 1], axis=0)) for way in (1, 2))
     layers = config.num_hidden_layers / twin.num_hidden_layers  # the model may have more of them than what was measured
     return Calibration(
-        rate=statistics.median(_operations(twin, _first_rows(batch, rows)) for batch in batches[1:]) / float(passed),
-        updated=Shapes(twin).count / float(updated),
+        rate=statistics.median(_operations(twin, _first_rows(batch, rows)) for batch in batches[1 : len(taken)]) / passed,
+        updated=Shapes(twin).count / float(np.median(updates)) if len(updates) else _UPDATED,
         sharding=float(sharding[0]) * layers,
         sharding_update=float(sharding[1]) * layers,
         exchange=float(exchange[0]) * layers,
         threads=threads,
     )
+
+
+def _timed(ways: Sequence[_Twin], batches: Sequence[Batch]) -> np.ndarray:
+    """Seconds (batches, ways, 2) of a pass and of an update: of the warm-up, of the next batch, and of others while there is time."""
+    started, taken = clock(), []
+    for index, batch in enumerate(batches):
+        if index > 1 and clock() - started > _LAST_S:
+            break
+        taken.append(_by_turns(ways, batch, index))
+    return np.array(taken)
 
 
 def _by_turns(ways: Sequence[_Twin], batch: Batch, first: int) -> list[tuple[float, float]]:
@@ -219,7 +236,9 @@ def _operations(config: MostConfig, batch: Batch) -> float:
 
 
 def measure_links(ranks: int) -> CpuLinks:
-    """gloo among so many threads of this process, over the loopback device as between processes. Half a second."""
+    """gloo among so many threads of this process, over the loopback device as between processes; of many ranks a few, by which the rounds
+    of all are reckoned. A second or two."""
+    ranks = min(ranks, _MOST_RANKS)
     seconds: dict[Kind, dict[int, float]] = {}
     if ranks > 1:
         together = threading.Barrier(ranks)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from most_ray.model.configuration import MostConfig
-from most_ray.train.flops import full_precision_flops, model_flops, routed_flops
+from most_ray.train.flops import attention_flops, full_precision_flops, model_flops
 from most_ray.train.memory import FULL, Recompute, Shapes
 from most_ray.train.topology import Topology, plan_topology
 
@@ -63,8 +63,8 @@ class Speed:
 @dataclass(frozen=True)
 class Work:
     """A step of the busiest rank: forward passes; of all of them tokens (of which padding is none), attended pairs and supervised tokens;
-    half: under
-    autocast in a type of two bytes; kept: bytes that autograd keeps in all passes; recompute: what of the forward pass is made twice."""
+    half: under autocast in a type of two bytes; kept: bytes that autograd keeps in all passes; recompute: what of the forward pass is made
+    twice."""
 
     passes: int
     tokens: float
@@ -143,7 +143,7 @@ def _exchange(shapes: Shapes, ep: int, work: Work) -> Collective:
     answer = config.hidden_size * (2 if work.half else FULL)
     row, k = _aligned(answer), config.num_experts_per_tok
     there, back = _aligned(row + 2 * FULL * k), _aligned(row + FULL * k)
-    again = work.recompute != "none"
+    again = work.recompute == "full"  # selective leaves experts alone
     nbytes = there + back + 2 * answer + (there + answer if again else 0)
     layers = sum(experts > 0 for _, experts in shapes.units().values())
     rows = work.tokens / work.passes * distinct_ranks(shapes, ep) * (ep - 1) / ep
@@ -159,9 +159,12 @@ def step_cost(shapes: Shapes, topology: Topology, work: Work, speed: Speed) -> S
     """Of the busiest rank, for which the others wait."""
     operations = model_flops(shapes.config).of_training(work.tokens, work.pairs, work.targets)
     in_full = 3 * full_precision_flops(shapes.config) * work.tokens if work.half else operations
-    routed = 3 * routed_flops(shapes.config) * work.tokens
-    again = 1 + {"none": 0.0, "selective": routed / operations, "full": 1.0}[work.recompute] / 3
-    compute = again * ((operations - in_full) / speed.half + in_full / speed.full)
+    compute = (operations - in_full) / speed.half + in_full / speed.full
+    if work.recompute == "full":
+        compute += compute / 3
+    elif work.recompute == "selective":
+        per_token, per_pair = attention_flops(shapes.config)
+        compute += (per_token * work.tokens + per_pair * work.pairs) / (speed.half if work.half else speed.full)
     compute += _TRAFFIC * work.kept / speed.moved
     held = shapes.held(topology, 0)
     update = held / speed.updated

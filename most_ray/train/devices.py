@@ -28,10 +28,10 @@ class _Card:
     between: float
 
 
-# Rates of products are those of `listed_peak`. The first one that begins with a name counts. Memory and NVLink (half of the sum of both
-# directions) are from the data sheets that flops.py names; cards without it, or with bridges of two cards only, have PCIe 3.0, 4.0 or 5.0
-# x16 (16, 32, 64). Network: 400 Gb/s a card as in NVIDIA's DGX H100 and B200 and AMD's MI300X platform, 200 in DGX A100, 100 for two in
-# DGX-1 (V100), 100 for a machine of 8 cards on PCIe.
+# Rates of products are those of `listed_peak`. A whole name counts before the first one that begins with it. Memory and NVLink (half of the
+# sum of both directions) are from the data sheets that flops.py names; cards without it, or with bridges of two cards only, have PCIe 3.0,
+# 4.0 or 5.0 x16 (16, 32, 64). Network: 400 Gb/s a card as in NVIDIA's DGX H100 and B200 and AMD's MI300X platform, 200 in DGX A100, 100 for
+# two in DGX-1 (V100), 100 for a machine of 8 cards on PCIe.
 _GPUS = {
     "H100 SXM": _Card(79, 3350, 450, 50),
     "H100 PCIe": _Card(79, 2000, 64, 1.6),
@@ -133,7 +133,9 @@ def device_of(asked: str, use_gpu: bool, dtype: torch.dtype | None, workers: int
         )
         return Device(name, True, half, full, total, _assumed(half, full, _card_of(name, total)))
     wanted = asked or "H100 SXM"
-    found = next((name for name in _GPUS if name.lower().startswith(wanted.lower())), None)
+    by_name = {name.lower(): name for name in _GPUS}
+    begun = (name for lower, name in by_name.items() if lower.startswith(wanted.lower()))
+    found = by_name.get(wanted.lower()) or next(begun, None)
     if found is None:
         raise ConfigError("dry_run", asked, "is no device that is known.", nearest(asked, [*_GPUS, "cpu"]))
     half, full = (listed_peak(found, each, tf32=False) or 0.0 for each in (dtype, None))

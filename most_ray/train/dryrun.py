@@ -269,7 +269,6 @@ class _Extrapolated(TokenStore):
         self.lengths = np.resize(sample.lengths, count)
         self.prompt_lengths = np.resize(sample.prompt_lengths, count)
         n_tokens = int(self.lengths.sum(dtype=np.int64))
-        self._sampled = len(sample)
         self.manifest = {**sample.manifest, "n_records": count, "n_tokens": n_tokens, "source": storage.redact(source)}
         self._sampled = len(sample)
 

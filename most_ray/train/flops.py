@@ -34,21 +34,15 @@ class ModelFlops:
 
 def model_flops(config: MostConfig) -> ModelFlops:
     """Of DeepSeek-V2 (arXiv 2405.04434, section 2): compressed attention, dense layers, shared and top-k routed experts, router, head."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-    rank = config.q_lora_rank
-    query = hidden * heads * query_dim if rank is None else rank * (hidden + heads * query_dim)
-    compressed = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
-    expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    attention = query + compressed + expanded + heads * config.v_head_dim * hidden
+    hidden = config.hidden_size
+    attention, per_pair = attention_flops(config)
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
     dense = 3 * hidden * config.intermediate_size
     n_experts = config.n_shared_experts + config.num_experts_per_tok
     experts = hidden * config.n_routed_experts + 3 * hidden * config.moe_intermediate_size * n_experts
-    layers = config.num_hidden_layers
     return ModelFlops(
-        per_token=2 * (layers * attention + n_dense * dense + (layers - n_dense) * experts),
-        per_pair=2 * layers * heads * (query_dim + config.v_head_dim),
+        per_token=attention + 2 * (n_dense * dense + _expert_layers(config) * experts),
+        per_pair=per_pair,
         per_target=2 * hidden * config.vocab_size,
     )
 
@@ -58,9 +52,17 @@ def full_precision_flops(config: MostConfig) -> int:
     return 2 * _expert_layers(config) * config.hidden_size * config.n_routed_experts
 
 
-def routed_flops(config: MostConfig) -> int:
-    """Operations of routed experts for each token of a forward pass."""
-    return 2 * _expert_layers(config) * 3 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok
+def attention_flops(config: MostConfig) -> tuple[int, int]:
+    """Operations of attention for each token, its projections, and for each pair of a forward pass."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    rank = config.q_lora_rank
+    query = hidden * heads * query_dim if rank is None else rank * (hidden + heads * query_dim)
+    compressed = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
+    expanded = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    projections = query + compressed + expanded + heads * config.v_head_dim * hidden
+    layers = config.num_hidden_layers
+    return 2 * layers * projections, 2 * layers * heads * (query_dim + config.v_head_dim)
 
 
 def _expert_layers(config: MostConfig) -> int:

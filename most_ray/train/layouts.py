@@ -79,7 +79,7 @@ class Reckoning:
     them how long they take."""
 
     def __init__(self, config: RunConfig, shapes: Shapes, steps: Sequence[Step], workers: int, speed: Speed, on_gpu: bool) -> None:
-        self._shapes, self._speed, self._workers = shapes, speed, workers
+        self._shapes, self._speed, self._workers, self._moments = shapes, speed, workers, config.optimizer_state
         forms = [forward_shape(len(step.packs), workers, config.train_batch_size) for step in steps]
         parts = [step.by_pass(workers, *form) for step, form in zip(steps, forms, strict=True)]
         self.passes, self.rows = max(form[0] for form in forms), max(form[1] for form in forms)
@@ -97,7 +97,7 @@ class Reckoning:
         self._operations = float(np.mean([flops.of_training(*part.sum((0, 1)).tolist()) for part in parts]))
 
     def layout(self, topology: Topology) -> Layout:
-        per_rank, total = checkpoint_files(self._shapes, topology)
+        per_rank, total = checkpoint_files(self._shapes, topology, self._moments)
         memory, cost = self._memory(topology), step_cost(self._shapes, topology, self._work, self._speed)
         return Layout(topology, self.passes, self.rows, memory, per_rank, total, self._operations, cost)
 

@@ -20,12 +20,14 @@ from most_ray.model.head import _MOST_LOGITS
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import plan_placement
 from most_ray.train.checkpoint import random_parts
+from most_ray.train.optimizer import block_size
 from most_ray.train.shards import Part, Staging, part_of
 from most_ray.train.state import BALANCE_LOAD
 from most_ray.train.topology import Topology
 
 FULL = 4  # bytes of a float32: what weights, gradients, moments and the residual stream are in, autocast or not
 Recompute = Literal["none", "selective", "full"]  # RunConfig.recomputed
+Moments = Literal["float32", "int8"]  # RunConfig.optimizer_state
 _EXPERTS = ".mlp.experts."
 
 
@@ -33,8 +35,8 @@ _EXPERTS = ".mlp.experts."
 class Memory:
     """Bytes on a rank, the one that holds most. weights, gradients, moments: its shards in float32, AdamW's moments both. gathered: the
     peak of what FSDP puts together. copies: weights in half precision, which autocast keeps, of experts a layer's. activations: of all
-    layers; selective, recomputed: the same where the backward pass computes some or all of them again. logits: a block of the head's,
-    with their gradients."""
+    layers; selective, recomputed: the same where the backward pass computes attention or whole layers again, one at a time. logits: a
+    block of the head's, with their gradients."""
 
     weights: int
     gradients: int
@@ -133,6 +135,7 @@ def memory_of(shapes: Shapes, topology: Topology, load: Load) -> Memory:
     every, layer_peak = _activations(shapes.config, load, topology.ep > 1)
     tokens = load.rows * load.length
     residual = shapes.layers * FULL * shapes.config.hidden_size * tokens
+    again = tokens * _attention_again(shapes.config, load)
     return Memory(
         weights=FULL * held,
         gradients=FULL * held,
@@ -140,7 +143,7 @@ def memory_of(shapes: Shapes, topology: Topology, load: Load) -> Memory:
         gathered=_gathered(shapes, topology),
         copies=_copies(shapes, topology) if load.half else 0,
         activations=every,
-        selective=residual + tokens * _products_kept(shapes.config, load) + layer_peak,
+        selective=every - shapes.layers * again + again,
         recomputed=residual + layer_peak,
         logits=_logits(shapes.config.vocab_size, load),
     )
@@ -184,17 +187,10 @@ def _activations(config: MostConfig, load: Load, exchanged: bool) -> tuple[int, 
     return tokens * (n_dense * dense + n_experts * experts + last + shared), tokens * max(dense * (n_dense > 0), experts * (n_experts > 0))
 
 
-def _products_kept(config: MostConfig, load: Load) -> int:
-    """Per token, what `recompute.py` keeps of all layers with selective: results of linear layers, routers and attention."""
-    hidden, heads, width = config.hidden_size, config.num_attention_heads, 2 if load.half else FULL
-    key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    compressed = config.kv_lora_rank + config.qk_rope_head_dim + (config.q_lora_rank or 0)
-    attended = heads * key * (2 if load.half and load.on_gpu else FULL) + FULL * heads
-    attention = attended + width * (heads * key + compressed + heads * (config.qk_nope_head_dim + config.v_head_dim) + hidden)
-    n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
-    dense = width * (2 * config.intermediate_size + hidden)
-    experts = width * (2 * config.moe_intermediate_size * config.n_shared_experts + hidden) + FULL * config.n_routed_experts
-    return config.num_hidden_layers * attention + n_dense * dense + (config.num_hidden_layers - n_dense) * experts
+def _attention_again(config: MostConfig, load: Load) -> int:
+    """Per token and layer, what selective recomputation does not keep: of attention all but its input and the norm in front of it."""
+    kept = _norm(config.hidden_size) + (2 if load.half else FULL) * config.hidden_size
+    return _attention(config, load.half, load.half and load.on_gpu) - kept
 
 
 def _norm(width: int) -> int:
@@ -250,10 +246,10 @@ class _Measured(Staging):
         return len(self._header)
 
 
-def checkpoint_files(shapes: Shapes, topology: Topology) -> tuple[int, int]:
+def checkpoint_files(shapes: Shapes, topology: Topology, moments: Moments) -> tuple[int, int]:
     """Bytes of the first rank's file, which is the largest, and of all ranks' files together. Headers of other ranks are taken to be as
     long as the first one's. The tokenizer and the descriptions beside them, some megabytes at most, are not counted."""
-    random, parts = random_parts(), list(_parts(shapes, topology))
+    random, parts = random_parts(), list(_parts(shapes, topology, moments))
     first, of_replica = _Measured(), _Measured()
     first.plan([*parts, *random])
     of_replica.plan(random)  # a rank of another replica than the first writes its random states alone
@@ -262,16 +258,18 @@ def checkpoint_files(shapes: Shapes, topology: Topology) -> tuple[int, int]:
     return first.nbytes, total
 
 
-def _parts(shapes: Shapes, topology: Topology) -> Iterator[Part]:
+def _parts(shapes: Shapes, topology: Topology, moments: Moments) -> Iterator[Part]:
     """What the first rank writes, as `checkpoint.state_parts` orders it."""
     config = shapes.config
-    cut = {name: _part(shapes, topology, name) for name in shapes.parameters}
+    cut = {name: _part(shapes, topology, name, shape, torch.float32) for name, shape in shapes.parameters.items()}
     for name, tensor in shapes.state.items():
         label = f"model.{name}"
         yield dataclasses.replace(cut[name], name=label) if name in cut else _alike(label, tensor)
     for name, part in cut.items():
+        stored = _moment(shapes, topology, name, part) if moments == "int8" else {"": part}
         for moment in ("exp_avg", "exp_avg_sq"):
-            yield dataclasses.replace(part, name=f"optimizer.{name}.{moment}")
+            for form, each in stored.items():
+                yield dataclasses.replace(each, name=f"optimizer.{name}.{moment}{form}")
         yield _alike(f"optimizer.{name}.step", torch.empty((), device="meta"))
     if not config.seq_aux and config.aux_loss_alpha > 0:
         layers = sum(name.endswith(".mlp.gate.weight") for name in shapes.parameters)
@@ -283,14 +281,24 @@ def _alike(name: str, tensor: torch.Tensor) -> Part:
     return part_of(name, tensor, rank=0)
 
 
-def _part(shapes: Shapes, topology: Topology, name: str) -> Part:
-    """The first rank's part of a parameter."""
-    shape, rows = shapes.parameters[name], shapes.rows(name, topology, 0)
+def _moment(shapes: Shapes, topology: Topology, name: str, part: Part) -> dict[str, Part]:
+    """The first rank's parts of a moment in 8 bits, by what `optimizer.saved_state` puts behind its name; a small one stays as it is."""
+    shape = shapes.parameters[name]
+    block = block_size(torch.empty(shape, device="meta"))
+    if block is None:
+        return {"": part}
+    scale = (shape[0], math.prod(shape[1:]) // block)
+    return {"_codes": _part(shapes, topology, name, shape, torch.uint8), "_scale": _part(shapes, topology, name, scale, torch.float32)}
+
+
+def _part(shapes: Shapes, topology: Topology, name: str, shape: Sequence[int], dtype: torch.dtype) -> Part:
+    """The first rank's part of a tensor whose rows lie as a parameter's."""
+    rows = shapes.rows(name, topology, 0)
     order = [shapes.placement(topology.ep)[row] for row in rows] if _EXPERTS in name else rows
-    local = torch.empty((len(rows), *shape[1:]), device="meta")
+    local = torch.empty((len(rows), *shape[1:]), dtype=dtype, device="meta")
     return dataclasses.replace(part_of(name, local, order, rank=0), shape=tuple(shape))
 
 
-def checkpoint_bytes(config: MostConfig, topology: Topology) -> int:
+def checkpoint_bytes(config: MostConfig, topology: Topology, moments: Moments) -> int:
     """Bytes of a whole checkpoint: weights, moments and random states, as the writer writes them on this layout."""
-    return checkpoint_files(Shapes(config), topology)[1]
+    return checkpoint_files(Shapes(config), topology, moments)[1]

@@ -105,6 +105,7 @@ def test_volumes_by_hand() -> None:
     assert exchange.nbytes == pytest.approx(rows * (4 * 4096 + 48 + 32)) and exchange.calls == 26 * 5 and not exchange.hidden
     again = collectives_of(shapes, topology, dataclasses.replace(WORK, recompute="full"))
     assert again[-1].nbytes == pytest.approx(rows * (6 * 4096 + 48 + 32 + 48)) and again[:-1] == every[:-1]
+    assert collectives_of(shapes, topology, dataclasses.replace(WORK, recompute="selective")) == every  # experts are left alone
     assert collectives_of(shapes, Topology(1, 1, 1), WORK) == []
 
 
@@ -124,7 +125,7 @@ def test_distinct_ranks_are_those_of_random_routing(aware: bool, ep: int) -> Non
 
 
 def test_a_step_by_hand() -> None:
-    """Products, what moves, the optimizer; recomputing adds a third of it; on several ranks what is not hidden."""
+    """Products, what moves, the optimizer; recomputing adds a third of it, or attention's forward pass; on several ranks what is open."""
     shapes = Shapes(lite())
     speed = Speed(half=400e12, full=400e12, moved=2e12, updated=1e11, links=FAST)
     work = dataclasses.replace(WORK, tokens=16384.0, pairs=2e7, targets=4000.0, kept=1e10)
@@ -134,6 +135,10 @@ def test_a_step_by_hand() -> None:
     assert alone.update == pytest.approx(shapes.count / 1e11) and alone.exposed == alone.communication == 0
     again = step_cost(shapes, Topology(1, 1, 1), dataclasses.replace(work, recompute="full"), speed)
     assert again.compute - alone.compute == pytest.approx(operations / 400e12 / 3)
+    attention = step_cost(shapes, Topology(1, 1, 1), dataclasses.replace(work, recompute="selective"), speed)
+    # Of DeepSeek-V2-Lite's 27 layers: 16 heads of 192 wide queries, keys of 512 + 64 that become 128 + 128, values of 128.
+    projections = 2048 * 16 * 192 + 2048 * (512 + 64) + 512 * 16 * 256 + 16 * 128 * 2048
+    assert attention.compute - alone.compute == pytest.approx(2 * 27 * (projections * 16384 + 16 * (192 + 128) * 2e7) / 400e12)
     eight = step_cost(shapes, Topology(1, 8, 1), work, speed)
     seconds = work.passes * sum(FAST.seconds(one) for one in collectives_of(shapes, Topology(1, 8, 1), work))
     assert eight.exposed == pytest.approx(max(seconds - eight.compute, seconds / 29))
@@ -205,6 +210,15 @@ def test_the_best_layout_fits_and_is_the_fastest() -> None:
     assert choices[0].topology.ep > 1 and not any(choice.topology == Topology(8, 1, 1) for choice in fitting)
 
 
+def test_a_layouts_checkpoint_has_the_runs_moments() -> None:
+    """In 8 bits a byte of each parameter and four for a block of 256, twice; the weight has four more."""
+    shapes, topology = Shapes(lite()), Topology(1, 8, 8)
+    for moments, each in (("float32", 4), ("int8", 1 + 4 / 256)):
+        layout = reckoning("H100", 8, lite(), optimizer_state=moments).layout(topology)
+        assert layout.checkpoint_bytes == pytest.approx((4 + 2 * each) * shapes.count, rel=1e-3)
+        assert 8 * layout.checkpoint_bytes_per_rank == pytest.approx(layout.checkpoint_bytes, rel=1e-2)
+
+
 def test_slow_links_want_few_bytes() -> None:
     """Between machines with one slow way for eight cards, less is sent than within one machine."""
     slow, fast = (reckoning(gpu, 16, lite(), recompute="full").choices(None)[0].cost for gpu in ("L40S", "H200"))
@@ -233,10 +247,46 @@ def test_a_calibration_is_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not dist.is_initialized() and torch.get_num_threads() == threads and torch.equal(torch.random.get_rng_state(), state)
     shapes = Shapes(config)
     assert calibration._part(config, shapes, batches[0], 1e11) is not None
-    cut = calibration._part(config, shapes, batches[0], calibration._operations(config, calibration._first_rows(batches[0], 2)) * 4.9)
+    cut = calibration._part(config, shapes, batches[0], calibration._operations(config, calibration._first_rows(batches[0], 2)) * 9.8)
     assert cut is not None and cut[0].num_hidden_layers == 2 and cut[0].first_k_dense_replace == 1
     monkeypatch.setattr(calibration, "_MOST_PARAMETERS", 1000)
     assert calibrate(config, options, batches, None, 1e11, 1) == calibration.Calibration(1e10, 2e8, 0.0, 0.0, 0.0, 1, measured=False)
+
+
+@pytest.mark.parametrize("updates", [[0.0] * 4, [0.0, 0.5, 0.0, 0.0]], ids=["none", "one"])
+def test_steps_without_an_update_tell_nothing_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: list[float]) -> None:
+    """Those that are not finite are skipped; where all are, the rate is assumed."""
+    plan, config = make_plan(tmp_path), tiny_config()
+    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATED + 1)]
+    monkeypatch.setattr(calibration, "_by_turns", lambda ways, batch, first: [(0.1, [1.0, *updates][first])] * 3)
+    found = calibrate(config, config_from({}), batches, None, peak=1e11, threads=1)
+    assert found.measured and found.updated == (Shapes(config).count / 0.5 if any(updates) else 2e8)
+
+
+def test_a_calibration_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow steps are measured once after the warm-up, whatever number of batches there is."""
+    plan, now, taken = make_plan(tmp_path), [0.0], []
+    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATED + 1)]
+
+    def slow(ways: Any, batch: Any, first: int) -> list[tuple[float, float]]:
+        taken.append(first)
+        now[0] += 4.0
+        return [(4.0, 0.5)] * 3
+
+    monkeypatch.setattr(calibration, "clock", lambda: now[0])
+    monkeypatch.setattr(calibration, "_by_turns", slow)
+    found = calibrate(tiny_config(), config_from({}), batches, None, peak=1e11, threads=1)
+    operations = calibration._operations(tiny_config(), calibration._first_rows(batches[1], batches[1].input_ids.shape[1]))
+    assert taken == [0, 1] and found.measured and found.rate == pytest.approx(operations / 4.0)
+
+
+def test_of_many_ranks_of_gloo_a_few_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is joined to each other, in one process; what all take follows from the rounds."""
+    made, group = [], calibration._group
+    monkeypatch.setattr(calibration, "_group", lambda store, rank, ranks: made.append(ranks) or group(store, rank, ranks))
+    links = measure_links(12)
+    assert made == [8] * 8
+    assert links.seconds(Collective("all-gather", 12, 1, 7, 0.0, True)) == pytest.approx(11 * links.call["all-gather"])
 
 
 def test_gloo_is_measured_between_threads() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,8 +26,9 @@ from most_ray.train import dryrun
 from most_ray.train.devices import device_of
 from most_ray.train.dryrun import dry_run
 from most_ray.train.flops import model_flops
-from most_ray.train.memory import Load, Shapes, checkpoint_bytes, checkpoint_files, memory_of
+from most_ray.train.memory import Load, Moments, Shapes, checkpoint_bytes, checkpoint_files, memory_of
 from most_ray.train.prepare import make_stores, prepare_run
+from most_ray.train.recompute import apply_recompute
 from most_ray.train.state import make_state
 from most_ray.train.topology import Topology
 from most_ray.train.writer import CheckpointWriter
@@ -126,9 +127,27 @@ def test_ranks_hold_every_row_once(topology: Topology) -> None:
     ids=["plain", "compressed queries", "other sizes"],
 )
 def test_activations_are_what_autograd_keeps(changes: dict[str, Any], half: bool) -> None:
-    """Within a fiftieth, on a CPU: what a forward pass saves for the backward pass, weights and their copies apart."""
+    """Within a fiftieth, on a CPU; with selective recomputation, of what it saves too."""
     config = tiny_config(**changes)
+    load = Load(*ROWS, 0, half, on_gpu=False)
+    memory = memory_of(Shapes(config), ALONE, load)
+    none, selective = (bytes_kept(config, half, kind) for kind in ("none", "selective"))
+    assert memory.activations == pytest.approx(none, rel=0.02)
+    saved = none - selective
+    again = saved / config.num_hidden_layers  # of the one layer that the backward pass is at
+    assert memory.selective == pytest.approx(selective + again, rel=0.02)
+    assert memory.activations - memory.selective == pytest.approx(saved - again, rel=0.02)
+    assert memory.recomputed < memory.selective < memory.activations
+
+
+ROWS = (8, 120)
+
+
+def bytes_kept(config: MostConfig, half: bool, recompute: Literal["none", "selective"]) -> int:
+    """What a forward pass saves for the backward pass, weights and their copies apart."""
+    torch.manual_seed(0)  # the same choice of experts each time
     model = MostForCausalLM(config).train()
+    apply_recompute(model, recompute)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     copies = {tuple(reversed(parameter.shape)) for parameter in model.parameters() if parameter.dim() == 2}
     kept: dict[int, torch.Tensor] = {}
@@ -139,7 +158,14 @@ def test_activations_are_what_autograd_keeps(changes: dict[str, Any], half: bool
             kept[place] = tensor
         return tensor
 
-    rows = np.random.default_rng(0).integers(3, 800, (8, 120)).astype(np.int32)
+    def keep_given(_: object, args: object, given: dict[str, Any]) -> None:
+        for tensor in (given["hidden_states"], given["position_embeddings"], given["records"].gather, given["records"].restore):
+            keep(tensor)
+
+    if recompute == "selective":  # what is to be made again keeps what it was given, of which the hooks are not told
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(keep_given, with_kwargs=True)
+    rows = np.random.default_rng(0).integers(3, 800, ROWS).astype(np.int32)
     positions = np.tile(np.concatenate([np.arange(80), np.arange(40)]), (len(rows), 1)).astype(np.int32)
     modality = ((rows >= config.first_audio_token) & (rows <= config.last_audio_token)).astype(np.int8)
     packed = pack_rows(rows, np.full_like(rows, IGNORE), positions, modality)
@@ -148,10 +174,7 @@ def test_activations_are_what_autograd_keeps(changes: dict[str, Any], half: bool
         model.model(
             input_ids=packed.input_ids, position_ids=packed.positions, modality=packed.modality, records=packed.records, use_cache=False
         )
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    memory = memory_of(Shapes(config), ALONE, Load(*rows.shape, 0, half, on_gpu=False))
-    assert memory.activations == pytest.approx(measured, rel=0.02)
-    assert memory.recomputed < memory.selective < memory.activations
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize(
@@ -170,25 +193,29 @@ def test_published_sizes(name: str, parameters: int) -> None:
 # Checkpoints
 
 
+@pytest.mark.parametrize("moments", ["float32", "int8"])
 @pytest.mark.parametrize("changes", [{}, {"use_balance_bias": True, "seq_aux": False}], ids=["plain", "with buffers"])
-def test_checkpoint_bytes_are_those_of_a_checkpoint(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_checkpoint_bytes_are_those_of_a_checkpoint(tmp_path: Path, changes: dict[str, Any], moments: Moments) -> None:
     """The rank's file to the byte, the folder to a fiftieth."""
-    model = tiny_model(**changes)
+    if moments == "int8":
+        pytest.importorskip("torchao")
+    model, config = tiny_model(**changes), config_from({"optimizer_state": moments})
     writer = CheckpointWriter(background=False)
-    writer.save(str(tmp_path / "step-000000001"), make_state(model, config_from({}), 10), {}, lambda _: None, lambda: True)
+    writer.save(str(tmp_path / "step-000000001"), make_state(model, config, 10), {}, lambda _: None, lambda: True)
     writer.close()
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "step-000000001").iterdir()}
-    found = checkpoint_bytes(model.config, ALONE)
-    assert found == sizes["rank-00000.safetensors"] == checkpoint_files(Shapes(model.config), ALONE)[0]
+    found = checkpoint_bytes(model.config, ALONE, moments)
+    assert found == sizes["rank-00000.safetensors"] == checkpoint_files(Shapes(model.config), ALONE, moments)[0]
     assert found == pytest.approx(sum(sizes.values()), rel=0.02)
 
 
-def test_checkpoints_are_as_large_on_any_layout() -> None:
+@pytest.mark.parametrize("moments", ["float32", "int8"])
+def test_checkpoints_are_as_large_on_any_layout(moments: Moments) -> None:
     """But for headers: a rank of four writes a fourth; another replica next to nothing."""
     shapes = Shapes(tiny_config(hidden_size=512, intermediate_size=2048, moe_intermediate_size=512))
-    _, alone = checkpoint_files(shapes, ALONE)
+    _, alone = checkpoint_files(shapes, ALONE, moments)
     for topology in (Topology(1, 4, 1), Topology(1, 4, 2), Topology(2, 4, 4)):
-        first, total = checkpoint_files(shapes, topology)
+        first, total = checkpoint_files(shapes, topology, moments)
         assert total == pytest.approx(alone, rel=0.01) and 4 * first == pytest.approx(total, rel=0.01)
 
 
@@ -209,7 +236,7 @@ def test_a_dry_run_is_the_run(data: Path) -> None:
     assert run.supervised == sum(sum(step.n_supervised) for step in steps) / len(steps)
     assert run.packs == sum(len(step.packs) for step in steps) / len(steps)
     model_config = Shapes(MostConfig.from_pretrained(prepared.job.model_path))
-    assert (run.checkpoint_bytes_per_rank, run.checkpoint_bytes) == checkpoint_files(model_config, run.topology)
+    assert (run.checkpoint_bytes_per_rank, run.checkpoint_bytes) == checkpoint_files(model_config, run.topology, "float32")
     assert run.first_checkpoint == run.total_steps and run.kept_bytes == 2 * run.checkpoint_bytes
     assert run.seconds_to_end == pytest.approx(run.total_steps * run.seconds_per_step) == run.seconds_to_first_checkpoint
     assert run.topology in [choice.topology for choice in run.choices]
@@ -277,11 +304,13 @@ def test_deepseek_without_speech_is_refused_by_name(data: Path, tmp_path: Path) 
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a name or its beginning; for a run on GPUs where there is none, an H100; else this machine's CPU, with nothing left changed."""
+    """By a name, else its beginning; for a run on GPUs where there is none, an H100; else this machine's CPU, with nothing left changed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = [device_of(asked, True, torch.bfloat16, 8, 1) for asked in ("", "H100", "h100 sxm")]
     assert {device.name for device in found} == {"H100 SXM"} and found[0].half == 989.4e12
     assert found[0].full == pytest.approx(66.9e12) and device_of("V100", False, torch.bfloat16, 1, 1).half == pytest.approx(15.7e12)
+    names = {asked: device_of(asked, True, torch.bfloat16, 1, 1).name for asked in ("A10", "l4", "A100", "H200", "h100 pcie", "V100")}
+    assert list(names.values()) == ["A10", "L4", "A100 80GB", "H200", "H100 PCIe", "V100 32GB"]
     threads = torch.get_num_threads()
     cpu = device_of("", False, None, 2, 1)
     assert not cpu.is_gpu and cpu.speed is None and cpu.memory and 1e8 < cpu.full == cpu.half and torch.get_num_threads() == threads
