@@ -6,6 +6,7 @@ Bandwidths are the makers', in one direction; the shares of them that programs r
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -145,7 +146,7 @@ def device_of(asked: str, use_gpu: bool, dtype: torch.dtype | None, workers: int
 
 def _card_of(name: str, memory: int) -> _Card:
     """The listed card that a GPU with torch's name for it is most like."""
-    alike = {known: card for known, card in _GPUS.items() if known.split()[0] in name}
+    alike = {known: card for known, card in _GPUS.items() if re.search(rf"\b{known.split()[0]}(?!\w)", name)}
     if not alike:
         return _UNKNOWN
     return alike[min(alike, key=lambda known: (any(w not in name for w in known.split()), abs((alike[known].memory << 30) - memory)))]

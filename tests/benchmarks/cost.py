@@ -98,9 +98,10 @@ def predict(config: RunConfig, processor: bool) -> DryRun:
         return dry_run(config, "cpu")
 
     def shared(ranks: int) -> CpuLinks:
-        links, cores = measured_links(ranks), _cores(ranks)
+        links = measured_links(ranks)
+        cores = _cores(links.ranks)
         shares = ({kind: each / cores for kind, each in figures.items()} for figures in (links.call, links.byte))
-        return CpuLinks(ranks, *shares)
+        return CpuLinks(links.ranks, *shares)
 
     measured_links = calibration.measure_links
     with mock.patch.object(calibration, "clock", time.process_time), mock.patch.object(calibration, "measure_links", shared):
