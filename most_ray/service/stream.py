@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import ray.data
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.experimental import internal_kv
 from safetensors.numpy import load as unpack_arrays
 from safetensors.numpy import save as pack_arrays
@@ -28,6 +30,7 @@ from most_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
 TASK_CPUS = 0.25  # of one fetching task; small, so that it fits beside the training workers
+_PAUSE_S = 0.05  # of blocks that last for seconds
 _TASKS = 2  # fetching at once
 _BLOCK_BYTES = 4 << 20
 _BLOCKS_PER_DATASET = 256
@@ -93,6 +96,16 @@ def step_bytes(spec: StreamSpec) -> int:
     return int((packs / spec.world_size + 1) * spec.plan.max_seq_length * _BYTES_PER_TOKEN)
 
 
+class _Unhurried(ExecutionCallback):
+    """A pause in each turn of Ray Data's scheduling loop. It runs in the process that trains; where blocks are ready that nobody has asked
+    for yet it does not wait for anything (Ray 2.60), and would hold the interpreter's lock nine tenths of the time: a step takes that lock
+    again after each operation."""
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        del executor
+        time.sleep(_PAUSE_S)
+
+
 def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _Board) -> Iterator[Batch]:
     n_blocks = -(-(last - first + 1) // chunk)
     context = DataContext.get_current()
@@ -100,6 +113,7 @@ def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _Bo
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_store_budget(spec, chunk))
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [_Unhurried]
     board.waiting_for = (first, min(last, first + chunk - 1))
     dataset = ray.data.range(n_blocks, override_num_blocks=n_blocks).map_batches(
         _fetch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from most_ray.service.telemetry import Secret, trackers_of
 from most_ray.service.validation import Validation
 from most_ray.train.session import Job, Surroundings, run_rank
 
+_SWITCH_S = 1e-4
+
 
 @dataclass(frozen=True)
 class WorkerJob:
@@ -32,6 +35,9 @@ class WorkerJob:
 
 def train_worker(work: WorkerJob) -> None:
     """The training function that Ray Train runs in each worker; its process group is up."""
+    # Ray Data's threads are busy in this process: a step, which takes the interpreter's lock again after each operation, would wait the
+    # default of 5 ms for it a hundred times.
+    sys.setswitchinterval(_SWITCH_S)
     context = ray.train.get_context()
     rank, job = context.get_world_rank(), work.job
     # transformers reads the layout's rank from the environment; Ray Train has set it, on every backend.
