@@ -74,9 +74,14 @@ class _TokenLosses(torch.autograd.Function):
         return hidden_grad.to(hidden.dtype), weight_grad, None
 
 
+def logits_block(n_tokens: int, vocabulary: int) -> int:
+    """Rows of the vocabulary whose logits are there at once."""
+    return min(vocabulary, max(1024, _MOST_LOGITS // max(1, n_tokens)))
+
+
 def _blocks(n_tokens: int, vocabulary: int) -> Iterator[tuple[int, int]]:
     """Ranges of the vocabulary for so many tokens."""
-    size = max(1024, _MOST_LOGITS // max(1, n_tokens))
+    size = logits_block(n_tokens, vocabulary)
     for start in range(0, vocabulary, size):
         yield start, min(start + size, vocabulary)
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from most_ray.model.configuration import MostConfig
-from most_ray.model.head import _MOST_LOGITS
+from most_ray.model.head import logits_block
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import plan_placement
 from most_ray.train.checkpoint import random_parts
@@ -158,8 +158,7 @@ def _copies(shapes: Shapes, topology: Topology) -> int:
 def _logits(vocabulary: int, load: Load) -> int:
     """Of the blocks that the head cuts the vocabulary into: the products and, in half precision, the same in float32 and what goes into the
     next products; where one block is all, the backward pass has the forward pass's as well."""
-    tokens = max(1, load.supervised)
-    block = min(vocabulary, max(1024, _MOST_LOGITS // tokens))
+    block = logits_block(load.supervised, vocabulary)
     each = (2 + FULL + 2 if load.half else FULL) + (FULL if block == vocabulary else 0)
     return each * load.supervised * block
 

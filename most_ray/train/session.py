@@ -191,13 +191,11 @@ def _settings(job: Job, device: torch.device) -> LoopSettings:
 
 
 def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Module:
-    topology = job.topology
-    distributed = None
+    topology, biased, distributed = job.topology, False, None
     if topology.world_size > 1:
         distributed = DistributedConfig(
             dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep, ep_implementation=EXCHANGE
         )
-    biased = False
     if start.place is not None:
         biased = bool(json.loads(storage.read_bytes(storage.join(start.place, "config.json"))).get("use_balance_bias"))
     model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
