@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from most_ray.data.batch import PADDING
 from most_ray.evaluation.beam import Beams
+from most_ray.model.compat import CACHE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
 from most_ray.model.routing import RouterStats
 
@@ -118,12 +119,12 @@ class _Context:
             input_ids=self._next,
             attention_mask=self._mask,
             position_ids=self._positions,
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
             modality=_modality(self._forward.model, self._next, self._mask, alive),
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, CACHE)
         return output.logits[:, -1].float()
 
     def append(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> None:

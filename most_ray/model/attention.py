@@ -5,22 +5,16 @@ Shapes: T tokens, H heads, Q width of queries and keys, W width of values, G rec
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
-from transformers.cache_utils import Cache
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
 from most_ray.model.kernels import compute_dtype
 from most_ray.model.packed import Records
-
-# Before torch 2.12 a flag said the same.
-_HAS_WINDOW = "window_size" in inspect.signature(varlen.varlen_attn).parameters
-_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _HAS_WINDOW else {"is_causal": True}
 
 
 class MostAttention(DeepseekV2Attention):
@@ -30,14 +24,14 @@ class MostAttention(DeepseekV2Attention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         position_embeddings: torch.Tensor | None = None,
         records: Records | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `records`: hidden states (1, T or more, D), no mask, no cache; what is behind the T-th token attends to nothing."""
+        """With `records`: hidden states (1, T or more, D), no mask, no cache; what is behind the T-th token attends to nothing. A cache
+        is among the other arguments, by the name that the library has for it."""
         if records is None:
-            return super().forward(hidden_states, attention_mask, past_key_values, position_embeddings, **kwargs)
+            return super().forward(hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs)
         assert position_embeddings is not None
         x = hidden_states[0].to(compute_dtype(hidden_states))
         n_tokens, nope = len(x), self.qk_nope_head_dim
@@ -95,7 +89,7 @@ def variable_length(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     factor = scale * math.sqrt(query.shape[-1])  # the kernel's own scale is 1 / sqrt(Q)
     query = query if math.isclose(factor, 1.0) else query * factor
     starts, longest = records.starts, records.longest
-    attended = varlen.varlen_attn(query, key, value, starts, starts, longest, longest, **_CAUSAL)
+    attended = varlen.varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(-1, 0))
     assert isinstance(attended, torch.Tensor), "the normalisers were not asked for"
     return attended
 

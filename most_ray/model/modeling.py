@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from most_ray.data.batch import PADDING
 from most_ray.model.attention import MostAttention
+from most_ray.model.compat import CACHE, one_cache
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.experts import EXPERTS
 from most_ray.model.head import MostHead
@@ -159,20 +160,10 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
         self,
         hidden_states: torch.Tensor,
         routing: Routing,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: torch.Tensor | None = None,
-        records: Records | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, RouterStats | None]:
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            records=records,
-            **kwargs,
-        )
+        """(B, S, D) -> the same, and what the routing did (None in layers without experts); the other arguments are the attention's."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, MostMoe):
@@ -219,17 +210,20 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         modality: torch.Tensor | None = None,
         previous_load: torch.Tensor | None = None,
         records: Records | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
         """`modality` (B, S): TEXT, AUDIO or PADDING per token; from the ids (and a 2-d attention mask) where it is not given.
         `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
-        `records`: where they lie, for tokens (1, T) of records one behind the other without padding; no mask, no cache."""
+        `records`: where they lie, for tokens (1, T) of records one behind the other without padding; no mask, no cache.
+        `past_key_values`: the older name of `cache`."""
+        cache = one_cache(cache, past_key_values)
         if modality is None:
             if input_ids is None:
                 raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
@@ -238,16 +232,16 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
                 modality = modality.masked_fill(attention_mask[:, -modality.shape[1] :] == 0, PADDING)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if records is not None:
             n_real = len(records.segments)
             routing = record_routing(modality.view(-1)[:n_real], records.segments, len(records), self.config)
         else:
-            packed = position_ids if past_key_values is None and attention_mask is None else None
+            packed = position_ids if cache is None and attention_mask is None else None
             routing = make_routing(modality, packed, self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         causal_mask = None
         if records is None:
@@ -255,8 +249,8 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -268,20 +262,20 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
                 hidden_states,
                 routing=routing,
                 attention_mask=causal_mask,
-                past_key_values=past_key_values,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 records=records,
+                **{CACHE: cache},
                 **kwargs,
             )
             if layer_stats is not None:
                 stats.append(layer_stats)
         return MostModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
             aux_loss=torch.stack([s.aux_loss for s in stats]).sum() if stats else hidden_states.new_zeros(()),
             expert_load=torch.stack([s.load for s in stats]) if stats else None,
+            **{CACHE: cache},
         )
 
 
@@ -305,7 +299,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -313,12 +307,14 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         modality: torch.Tensor | None = None,
         token_losses_only: bool = False,
         packed: PackedRows | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostCausalLMOutput:
         """Next-token prediction; `labels` (B, S) are aligned with input_ids and shifted here, IGNORE where unsupervised.
 
         `token_losses_only` runs the head on supervised positions alone and returns their losses one by one, in row order: what
         a trainer needs that divides by the global number of tokens. `packed`, in the place of all other inputs, gives the same faster.
+        `past_key_values`: the older name of `cache`.
         """
         if packed is not None:
             outputs = self.model(
@@ -335,7 +331,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             modality=modality,
@@ -362,11 +358,11 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             aux_loss=aux_loss,
             aux_sum=outputs.aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             expert_load=outputs.expert_load,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

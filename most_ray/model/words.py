@@ -8,6 +8,7 @@ import random
 import re
 import string
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
@@ -33,17 +34,18 @@ class TextEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._digest = hashlib.blake2b(self._tokenizer.to_str().encode(), digest_size=16).digest()
-        # A text's first word, and those that stand behind a space.
-        self._first, self._later = _known_words(self._digest)
+        self._known = _known_words(self._digest)
         self._many_new = True  # of the last texts, so likely of the next: then all are searched for new words before any is put together
-        self._by_words = divides_at_spaces(self._tokenizer) and self._agrees(_PROBES)
+        if self._known.divisible is None:
+            self._known.divisible = divides_at_spaces(self._tokenizer) and self._agrees(_PROBES)
+        self._by_words = self._known.divisible
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_first", "_later")}
+        return {name: value for name, value in self.__dict__.items() if name != "_known"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._first, self._later = _known_words(self._digest)
+        self._known = _known_words(self._digest)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._by_words:
@@ -60,19 +62,20 @@ class TextEncoder:
         return self._words(texts) == self._whole(texts)
 
     def _words(self, texts: Sequence[str]) -> list[list[int]]:
-        if len(self._later) > _CACHED_WORDS:
-            self._first.clear()
-            self._later.clear()
-        known = self._later.__getitem__
+        first, later = self._known.first, self._known.later
+        if len(later) > _CACHED_WORDS:
+            first.clear()
+            later.clear()
+        known = later.__getitem__
         ids: list[list[int]] = []
         rest: list[tuple[int, list[str] | None]] = []  # texts with words that are new, or that cannot be divided
         all_words = [_divide(text) for text in texts]
-        size = len(self._later)
+        size = len(later)
         if self._many_new:
             self._learn_from([words for words in all_words if words])
         for place, words in enumerate(all_words):
             try:
-                ids.append([] if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))])
+                ids.append([] if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))])
             except KeyError:
                 ids.append([])
                 rest.append((place, words))
@@ -80,15 +83,15 @@ class TextEncoder:
                 if words is None:
                     rest.append((place, None))
         self._learn_from([words for _, words in rest if words])
-        self._many_new = len(self._later) - size > len(texts) // 4
+        self._many_new = len(later) - size > len(texts) // 4
         whole = iter(self._whole([texts[place] for place, words in rest if words is None]))
         for place, words in rest:
-            ids[place] = next(whole) if words is None else [*self._first[words[0]], *chain.from_iterable(map(known, words[1:]))]
+            ids[place] = next(whole) if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))]
         return ids
 
     def _learn_from(self, divided: Sequence[list[str]]) -> None:
-        self._learn(self._first, {words[0] for words in divided}, "")
-        self._learn(self._later, set(chain.from_iterable(words[1:] for words in divided)), " ")
+        self._learn(self._known.first, {words[0] for words in divided}, "")
+        self._learn(self._known.later, set(chain.from_iterable(words[1:] for words in divided)), " ")
 
     def _learn(self, known: dict[str, list[int]], words: set[str], before: str) -> None:
         """Tokenise words that are new, many as one text: a call for each would cost several times as much. Not those that end in a
@@ -107,14 +110,21 @@ class TextEncoder:
             known |= {word: ids[a:b] for word, (a, b) in zip(some, pairwise([0, *cuts]), strict=True)}
 
 
-Words = dict[str, list[int]]
+@dataclass
+class _Known:
+    """The ids of words that a text begins with, of words that stand behind a space, and whether texts may be put together from them (None:
+    not tried yet)."""
+
+    first: dict[str, list[int]] = field(default_factory=dict)
+    later: dict[str, list[int]] = field(default_factory=dict)
+    divisible: bool | None = None
 
 
 @lru_cache(maxsize=4)
-def _known_words(digest: bytes) -> tuple[Words, Words]:
-    """The words that this process knows of a tokenizer: the tasks that it runs one after the other share them."""
+def _known_words(digest: bytes) -> _Known:
+    """What this process knows of a tokenizer: the tasks that it runs one after the other share it."""
     del digest
-    return {}, {}
+    return _Known()
 
 
 def _divide(text: str) -> list[str] | None:

@@ -15,6 +15,7 @@ from most_ray import storage
 from most_ray.config import RunConfig, config_from
 from most_ray.errors import ConfigError, UserError
 from most_ray.model.build import PRESETS, read_config
+from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig, check_experts
 from most_ray.sweep.ledger import TRIALS, Trial, kept_place
 from most_ray.sweep.options import Sweep
@@ -139,6 +140,7 @@ def _check(config: RunConfig, model: MostConfig) -> None:
         topk_group=model.topk_group,
     )
     workers = (config.num_workers or (1,))[-1]
+    check_workers(workers)
     plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)
 
 

@@ -28,6 +28,7 @@ from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
 from most_ray.config import OptimizerOptions
 from most_ray.data.batch import PADDING, Batch
+from most_ray.model.compat import LAYS_OUT
 from most_ray.model.configuration import MostConfig
 from most_ray.model.exchange import EXCHANGE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
@@ -116,13 +117,14 @@ def calibrate(
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(), _alone():
-            ways = [_Twin(twin, options, Precision(dtype), way) for way in _WAYS]
+            ways = [_Twin(twin, options, Precision(dtype), way) for way in (_WAYS if LAYS_OUT else _WAYS[:1])]
             taken = _timed(ways, [_first_rows(batch, rows) for batch in batches])
     finally:
         torch.set_num_threads(before)
     passed = float(np.median(taken[1:, 0, 0]))
     updates = taken[1:, 0, 1][taken[1:, 0, 1] > 0]  # a step whose loss or gradients are not finite makes none
-    sharding, exchange = (np.maximum(0.0, np.median(taken[1:, way] - taken[1:, way - 1], axis=0)) for way in (1, 2))
+    added = [np.maximum(0.0, np.median(taken[1:, way] - taken[1:, way - 1], axis=0)) for way in range(1, len(ways))]
+    sharding, exchange = added or np.zeros((2, 2))
     layers = config.num_hidden_layers / twin.num_hidden_layers  # the model may have more of them than what was measured
     return Calibration(
         rate=statistics.median(_operations(twin, _first_rows(batch, rows)) for batch in batches[1 : len(taken)]) / passed,

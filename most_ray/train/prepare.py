@@ -21,6 +21,7 @@ from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
 from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
+from most_ray.model.compat import check_workers
 from most_ray.model.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.records import TASKS, Task, parse_record, read_raw, record_files
 from most_ray.speech.kit import FOLDER as KIT
@@ -306,13 +307,15 @@ def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = 
     """Whether on GPUs, and the fewest and the most workers. `gpus`: the cluster's (None: this machine's).
 
     Raises:
-        ConfigError: GPUs are asked for, there are none and no cluster is named; not without `must_be_here`.
+        ConfigError: GPUs are asked for, there are none and no cluster is named (not without `must_be_here`); the installed transformers
+            cannot lay a model out over so many workers.
     """
     gpus = torch.cuda.device_count() if gpus is None else gpus
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
     if must_be_here and use_gpu and gpus == 0 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
         raise ConfigError("use_gpu", True, "but this machine has no GPU.", "Leave it out, or name a cluster with ray_address.")
     given = config.num_workers or ((max(1, gpus) if use_gpu else 1),)
+    check_workers(given[-1])
     return use_gpu, given[0], given[-1]
 
 

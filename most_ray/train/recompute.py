@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from most_ray.model.compat import CACHE, checkpoint_layers
+
 
 def apply_recompute(model: Any, kind: Literal["none", "selective", "full"]) -> None:
     """Let the backward pass compute activations again that a transformers model would keep.
@@ -19,16 +21,19 @@ def apply_recompute(model: Any, kind: Literal["none", "selective", "full"]) -> N
     that takes more time than it saves.)
     """
     if kind == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     elif kind == "selective":
         for layer in _layers(model):
-            layer.self_attn.forward = _again(layer.self_attn.forward)
+            layer.self_attn.forward = _again(layer.self_attn)
 
 
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _again(attention: nn.Module) -> Callable[..., Any]:
+    forward = attention.forward
+
     @functools.wraps(forward)
     def wrapped(*args: Any, **keywords: Any) -> Any:
-        if torch.is_grad_enabled():
+        if attention.training and torch.is_grad_enabled():
+            keywords.pop(CACHE, None)  # computed again it would be written to once more; the library drops it from whole layers too
             return checkpoint(forward, *args, use_reentrant=False, **keywords)
         return forward(*args, **keywords)
 

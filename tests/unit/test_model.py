@@ -17,10 +17,12 @@ from most_ray.data.batch import PADDING
 from most_ray.data.plan import Plan
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.model.build import RoutingOverrides, from_deepseek, init_model, load_model, read_config, save_model
+from most_ray.model.compat import checkpoint_layers
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.tokenizer import load_tokenizer, train_tokenizer
 from most_ray.template import IGNORE
 from tests.support.builders import IDS, make_plan, tiny_config, tiny_model
+from tests.support.fresh import FreshPython
 from tests.unit.test_plan import LAYOUT
 
 
@@ -132,7 +134,7 @@ def test_gradient_checkpointing_changes_nothing(plan: Plan) -> None:
     for checkpointing in (False, True):
         model = tiny_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(model)
         totals = forward_batch(model, plan, 1, rows=3)
         (totals["loss"] + totals["aux"]).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -210,10 +212,9 @@ def test_auto_classes_know_it_in_a_fresh_process(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["HubertModel", "DeepseekV2ForCausalLM", "LlamaForCausalLM"])
-def test_any_model_of_transformers_may_come_first(first: str) -> None:
+def test_any_model_of_transformers_may_come_first(fresh_python: FreshPython, first: str) -> None:
     """Importing most_ray must not break a program that uses other models: they load the auto classes half way through themselves."""
-    code = f"import most_ray, sys, transformers\ntransformers.{first}\nprint('most_ray.model.modeling' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh_python.run(f"import most_ray, sys, transformers\ntransformers.{first}\nprint('most_ray.model.modeling' in sys.modules)")
     assert done.stdout.split() == ["True"], done.stderr
 
 
@@ -341,7 +342,7 @@ def test_a_model_without_balance_biases_starts_with_zeros(saved: Path, tmp_path:
 def test_batch_balance_takes_each_layers_load_of_the_step_before(checkpointing: bool) -> None:
     model = tiny_model(seq_aux=False).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_layers(model)
     seen: list[torch.Tensor] = []
     handles = [layer.mlp.gate.register_forward_hook(lambda *call: seen.append(call[2][3])) for layer in model.model.layers[1:]]
     ids = torch.tensor([[5, IDS.unit_base + 1, 9, IDS.unit_base + 4, IDS.unit_base + 9]])
@@ -361,11 +362,15 @@ def test_batch_balance_takes_each_layers_load_of_the_step_before(checkpointing: 
         "import most_ray.model.routing",
         "import most_ray; import transformers.models.deepseek_v2.modeling_deepseek_v2",
         "import most_ray; from transformers import AutoModelForCausalLM",
-        "import most_ray.data.plan, sys; assert 'torch' not in sys.modules",
     ],
 )
-def test_modules_can_be_imported_in_any_order(first: str) -> None:
+def test_modules_can_be_imported_in_any_order(fresh_python: FreshPython, first: str) -> None:
     """A first import of DeepSeek-V2's module, through whatever of ours, met the registration of ours half-way."""
     check = "from transformers import AutoConfig; import most_ray.model.modeling; AutoConfig.for_model('most', num_experts_per_tok=2)"
-    done = subprocess.run([sys.executable, "-c", f"{first}; {check}"], capture_output=True, text=True, check=False, timeout=120)
+    done = fresh_python.run(f"{first}; {check}")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_is_made_without_torch() -> None:
+    code = "import most_ray.data.plan, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

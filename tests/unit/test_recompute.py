@@ -79,6 +79,19 @@ def test_nothing_is_kept_or_computed_again_where_no_gradient_is_asked_for(model_
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_with_a_cache_is_training_without(model_dir: str, kind: Kind) -> None:
+    """What is computed again would write to it once more. (Callers of the model may leave `use_cache` on, its default.)"""
+    state = made(model_dir, kind)
+    ids = torch.arange(3, 17)[None]
+    gradients = []
+    for use_cache in (False, True):
+        state.optimizer.zero_grad()
+        state.model.train()(input_ids=ids, labels=ids, use_cache=use_cache).loss.backward()
+        gradients.append([p.grad.clone() for p in state.model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 20 and all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 def compile_traced(state: TrainState) -> list[str]:
     """Compile without generating code, which takes minutes; the classes of the modules that were asked for."""
     asked: list[str] = []

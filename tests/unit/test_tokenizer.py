@@ -128,9 +128,9 @@ def test_an_encoder_travels_without_its_words() -> None:
     expected = encoder(SENTENCES)
     sent = pickle.dumps(encoder)
     again = pickle.loads(sent)
-    assert again._later is encoder._later and again(SENTENCES) == expected
+    assert again._known is encoder._known and again(SENTENCES) == expected
     _known_words.cache_clear()
-    assert not pickle.loads(sent)._later and pickle.loads(sent)(SENTENCES) == expected
+    assert not pickle.loads(sent)._known.later and pickle.loads(sent)(SENTENCES) == expected
 
 
 def test_decoding_gives_the_text_back() -> None:
