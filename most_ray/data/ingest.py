@@ -297,8 +297,8 @@ def _split(item: Encoded, limit: int) -> list[Encoded]:
     return [Encoded(np.concatenate([prompt, cut]), item.prompt_length, item.task) for cut in cuts]
 
 
-def _read_part(part: Part) -> tuple[dict[str, Any], np.ndarray, list[bytes]]:
-    """What part.json says, the lengths and prompt lengths, the lines of rejected.jsonl; checked.
+def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
+    """What part.json says, index.npy, the lines of rejected.jsonl; checked.
 
     Raises:
         DataError: names the file that is damaged.
@@ -312,8 +312,7 @@ def _read_part(part: Part) -> tuple[dict[str, Any], np.ndarray, list[bytes]]:
             raise DataError(
                 "part", storage.redact(place), "does not match its checksum.", f"Delete {storage.redact(part.place)}; it is made anew."
             )
-    index = np.load(io.BytesIO(files["index.npy"]), allow_pickle=False)
-    return content, index, files["rejected.jsonl"].splitlines()
+    return content, files["index.npy"], files["rejected.jsonl"].splitlines()
 
 
 def _assemble(ingest: Ingest) -> None:
@@ -330,7 +329,9 @@ def _assemble(ingest: Ingest) -> None:
         with (folder / "rejected.jsonl").open("wb") as sink, ThreadPoolExecutor(_READERS) as pool:
             for part, (content, part_index, rejected) in zip(ingest.parts, pool.map(_read_part, ingest.parts), strict=True):
                 shards += [{"part": part.key, **shard} for shard in content["shards"]]
-                index.append(part_index)
+                # Here and not in the pool: numpy parses a file's header with `ast`, which Python 3.11 cannot do in several threads at
+                # once ("AST constructor recursion depth mismatch").
+                index.append(np.load(io.BytesIO(part_index), allow_pickle=False))
                 for line in map(json.loads, rejected):
                     line = {"file": storage.redact(part.file), **line, "index": line["index"] + seen_of.get(part.file, 0)}
                     sink.write(json.dumps(line).encode() + b"\n")

@@ -133,7 +133,6 @@ class Tpe:
             n_startup_trials=min(_STARTUP_TRIALS, max(3, sweep.max_trials // 4)),
             multivariate=not several,
             constant_liar=not several,  # several trials at once shall not crowd at one place
-            warn_independent_sampling=False,
         )
         memory = optuna.storages.InMemoryStorage()
         study = optuna.create_study(

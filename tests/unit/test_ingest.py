@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import gzip
 import io
 import json
@@ -7,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,6 +148,22 @@ def test_every_record_is_in_the_store_or_rejected(tmp_path: Path, records: list[
     assert kept == [
         i for i, r in enumerate(expected) if r and r.task == "asr" and len(encode_records([r], char_vocabulary())[0].input_ids) <= 200
     ]
+
+
+def test_one_thread_parses_the_headers_of_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many parts are read at once, and numpy parses with `ast`, which in Python 3.11 fails where threads do so at the same time."""
+    folder = write_records(tmp_path / "a", [asr(i) for i in range(60)])
+    monkeypatch.setattr("most_ray.data.ingest.RANGE", 700)
+    parsing: list[tuple[int, str]] = []
+    evaluate = ast.literal_eval
+
+    def noted(text: str) -> Any:
+        parsing.append((threading.get_ident(), text))
+        return evaluate(text)
+
+    monkeypatch.setattr(ast, "literal_eval", noted)
+    assert len(ingest(folder)) == 60
+    assert len(parsing) > 5 and {thread for thread, _ in parsing} == {threading.get_ident()}
 
 
 def mutate(content: bytes, draw: random.Random) -> tuple[bytes, int, int]:
