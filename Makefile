@@ -1,29 +1,44 @@
-# Every target sets up .venv by itself. On a machine without a GPU the CPU build of torch saves some gigabytes:
-#   make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
-PYTHON ?= python3
-TORCH ?= torch==2.13.0
+# Every target sets up .venv by itself, from the locks in .ci/locks: PYTHON, TORCH and TORCH_INDEX are explained in .ci/venv.sh.
+export PYTHON TORCH TORCH_INDEX
 BIN := .venv/bin
+.NOTPARALLEL:
 
-.PHONY: train test chaos cluster sweep bench an4 check format digits-data clean
+.PHONY: train test test-newest test-oldest chaos cluster sweep bench an4 check format lock digits-data clean asked
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
 
+# What the model is in every release of transformers that pyproject.toml allows: run on the oldest too.
+FLOOR := $(addprefix tests/unit/test_,$(addsuffix .py,generation decode model routing step checkpoint evaluation encoder library_names))
 # Tests that start Ray mostly wait for processes to come up: they run beside the others, but for two files, which make the halves even.
 ALONE := tests/end_to_end/test_without_ray.py tests/service/test_sweep.py
-test: .venv/.installed  ## all tests
+test: .venv/.installed-dev .venv-floor/.installed  ## all tests
 	@sh .ci/chromium.sh
 	@sh .ci/prometheus.sh
 	@sh .ci/slurm.sh
 	@$(BIN)/python -m pytest tests/service tests/end_to_end $(addprefix --ignore ,$(ALONE)) > .test-ray.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest tests/unit tests/browser tests/golden tests/distributed $(ALONE); first=$$?; \
-	wait $$ray; second=$$?; cat .test-ray.log; test $$first = 0 -a $$second = 0
+	$(BIN)/python -m pytest tests/unit; unit=$$?; \
+	PYTHONPATH=.venv-floor $(BIN)/python -m pytest $(FLOOR); floor=$$?; \
+	$(BIN)/python -m pytest tests/browser tests/golden tests/distributed $(ALONE); first=$$?; \
+	wait $$ray; second=$$?; cat .test-ray.log; test $$unit = 0 -a $$floor = 0 -a $$first = 0 -a $$second = 0
 
-chaos: .venv/.installed  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
+test-newest:  ## the unit tests with the newest releases that pyproject.toml allows, in .venv-newest
+	@sh .ci/venv.sh newest
+	@.venv-newest/bin/python .ci/lock.py --compare
+	.venv-newest/bin/python -m pytest tests/unit
+
+# transformers 5.22 has one worker alone: what works there, `make test` tries.
+test-oldest: .venv/.installed-dev  ## the unit tests with the oldest releases that pyproject.toml allows, in .venv-oldest: 3 GB for torch
+	@echo ".venv-oldest: the oldest of each range"
+	@$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python .venv-oldest
+	@$(BIN)/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable ".[dev]" "transformers>=5.23"
+	.venv-oldest/bin/python -m pytest tests/unit
+
+chaos: .venv/.installed-dev  ## whole runs killed, resized, preempted and resumed, about 50 minutes: what is left stays equal
 	$(BIN)/python -m pytest tests/chaos
 	$(BIN)/python -m tests.end_to_end.faults --kills 20 --saves 20
 
-cluster: .venv/.installed  ## real clusters of this machine: jobs, Slurm, Prometheus, hosts that are cut off; needs root, about 20 minutes
+cluster: .venv/.installed-dev  ## real clusters of this machine: jobs, Slurm, Prometheus, hosts that are cut off; needs root, about 20 minutes
 	@sh .ci/chromium.sh
 	@sh .ci/prometheus.sh
 	@sh .ci/slurm.sh
@@ -32,7 +47,7 @@ cluster: .venv/.installed  ## real clusters of this machine: jobs, Slurm, Promet
 sweep: .venv/.installed  ## which experts for speech, and how much of each task: 8 trials, 10 to 20 minutes: runs/sweep-digits
 	$(BIN)/most-ray sweep --config jobs/configs/sweep-digits.yaml
 
-bench: .venv/.installed  ## all benchmarks: data, training against its peers, saving, what Ray and evaluations cost, units; about an hour: runs/bench/*.json
+bench: .venv/.installed-dev  ## all benchmarks: data, training against its peers, saving, what Ray and evaluations cost, units; about an hour: runs/bench/*.json
 	rm -rf runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.packing
@@ -51,22 +66,38 @@ bench: .venv/.installed  ## all benchmarks: data, training against its peers, sa
 an4: .venv/.installed  ## from AN4's recordings to the word error rate on eight held-out speakers: make an4 AN4=DIR
 	BIN=$(BIN) sh tests/benchmarks/an4.sh "$(AN4)"
 
-check: .venv/.installed  ## lint, format, types, layering
+check: .venv/.installed-dev  ## lint, format, types, layering
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pip check
 
-format: .venv/.installed  ## what `check` would complain of, mended where a tool can
+format: .venv/.installed-dev  ## what `check` would complain of, mended where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 digits-data: .venv/.installed  ## jobs/data/digits from the recordings: make digits-data FSDD=DIR
 	BIN=$(BIN) sh jobs/data/digits/make.sh "$(FSDD)"
 
-.venv/.installed: pyproject.toml .ci/venv.sh .ci/get_pip.py
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" sh .ci/venv.sh
+LOCKS := .ci/venv.sh .ci/get_pip.py pyproject.toml $(wildcard .ci/locks/*.txt)
+# A Python or a build of torch that is named may be another than the environment has.
+ASKED := $(if $(strip $(PYTHON)$(TORCH)$(TORCH_INDEX)),asked)
+.venv/.installed: $(LOCKS) $(ASKED)
+	@sh .ci/venv.sh run
+.venv/.installed-dev: $(LOCKS) $(ASKED)
+	@sh .ci/venv.sh dev
+asked:
+
+.venv-floor/.installed: .ci/locks/floor.txt .venv/.installed-dev
+	@echo ".venv-floor: the oldest transformers that pyproject.toml allows"
+	@rm -rf .venv-floor && $(BIN)/python -m pip install -qq --no-user --no-deps --require-hashes --target .venv-floor --requirement .ci/locks/floor.txt
+	@touch $@
+
+lock:  ## .ci/locks anew, from the newest releases that pyproject.toml allows; KEEP=1: only what must change
+	@test -x $(BIN)/uv || sh .ci/venv.sh dev
+	$(BIN)/python .ci/lock.py $(if $(KEEP),--keep)
 
 clean:  ## everything that was made, runs included
-	rm -rf .venv runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-floor runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

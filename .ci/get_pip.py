@@ -1,7 +1,8 @@
-"""Install pip into this interpreter's environment from its wheel on PyPI, checked against the digest that PyPI gives."""
+"""Install the pip of .ci/locks/pip.txt into this interpreter's environment from its wheel: from PyPI, or what PIP_INDEX_URL names."""
 
 import hashlib
-import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -9,15 +10,20 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urljoin
 
-INDEX = "https://pypi.org/pypi/pip/json"
+lock = (Path(__file__).parent / "locks" / "pip.txt").read_text(encoding="utf-8")
+name = f"pip-{re.search(r'^pip==([^ ;]+)', lock, re.MULTILINE)[1]}-py3-none-any.whl"
+index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + "/pip/"
 
-with urllib.request.urlopen(INDEX, timeout=60) as answer:
-    wheel = next(url for url in json.load(answer)["urls"] if url["packagetype"] == "bdist_wheel")
-with urllib.request.urlopen(urljoin(INDEX, wheel["url"]), timeout=60) as answer:
+with urllib.request.urlopen(index, timeout=60) as answer:
+    links = re.findall(r'href="([^"]+)"', answer.read().decode())
+link = next((link for link in links if f"/{name}" in f"/{link}"), None)
+if link is None:
+    sys.exit(f"{index} has no {name}")
+with urllib.request.urlopen(urljoin(index, link), timeout=60) as answer:
     content = answer.read()
-if hashlib.sha256(content).hexdigest() != wheel["digests"]["sha256"]:
-    sys.exit("the pip wheel does not match its digest")
+if f"sha256:{hashlib.sha256(content).hexdigest()}" not in lock:
+    sys.exit(f"{name} does not match the hash in .ci/locks/pip.txt")
 with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / wheel["filename"]
+    path = Path(folder) / name
     path.write_bytes(content)
-    subprocess.run([sys.executable, f"{path}/pip", "install", "--quiet", "--no-index", str(path)], check=True)
+    subprocess.run([sys.executable, f"{path}/pip", "install", "-qq", "--no-index", "--no-user", str(path)], check=True)

@@ -29,7 +29,7 @@ from most_ray.service.address import NO_TOKEN, TOKEN_REMEDY, WRONG_TOKEN, check_
 T = TypeVar("T")
 DEFAULT = "http://127.0.0.1:8265"
 # What never goes along; .gitignore and .rayignore add to it.
-EXCLUDES = (".git", ".venv", "venv", "runs", "wandb", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+EXCLUDES = (".git", ".venv*", "venv", "runs", "wandb", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": "600",  # by default a job that is stopped has 3 s, too few for a checkpoint
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs

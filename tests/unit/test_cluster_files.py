@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +18,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from most_ray import config as configuration
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tool
 from tests.support.cluster_files import CLUSTER, instructions, manifests, offences, text_files, unknown_fields
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -236,9 +233,10 @@ def test_every_machine_asks_for_the_token(machines: dict[str, Any]) -> None:
 def test_machines_get_the_working_copy(machines: dict[str, Any]) -> None:
     """All that an installation needs, nothing that is large or private."""
     mounts = {remote: local for remote, local in machines["file_mounts"].items() if "auth_token" not in remote}
-    assert set(mounts.values()) == {"pyproject.toml", "README.md", "LICENSE", "most_ray", "jobs"}
+    assert set(mounts.values()) == {".ci", "pyproject.toml", "README.md", "LICENSE", "most_ray", "jobs"}
     assert all(remote == f"~/most_ray/{local}" and (ROOT / local).exists() for remote, local in mounts.items())
-    assert any("pip install" in line and "--editable ~/most_ray" in line for line in machines["worker_setup_commands"])
+    for of in ("head", "worker"):  # the same versions, from the lock
+        assert "TORCH=cuda sh ~/most_ray/.ci/venv.sh run" in machines[f"{of}_setup_commands"]
 
 
 def test_machines_without_work_are_given_back(machines: dict[str, Any]) -> None:
@@ -306,6 +304,10 @@ def test_the_image_is_safe_and_holds_the_working_copy() -> None:
     assert "*" in (ROOT / ".dockerignore").read_text().splitlines()
     user = next(rest for name, rest in instructions(text) if name == "USER")
     assert int(user) == pods("RayJob")["head"]["spec"]["securityContext"]["runAsUser"]
+    installs = [rest for name, rest in instructions(text) if name == "RUN" and "pip install" in rest]
+    assert len(installs) == 3 and all("--no-deps" in rest for rest in installs)  # all that is installed is named
+    locks = [re.findall(r"\.ci/locks/([a-z-]+(?:\$TORCH)?)\.txt", rest) for rest in installs if "--require-hashes" in rest]
+    assert locks == [["torch-$TORCH"], ["run"]] and ("ARG", "TORCH=cuda") in instructions(text)
 
 
 @pytest.mark.parametrize(
@@ -383,14 +385,10 @@ def test_what_is_closed_is_let_through(line: str) -> None:
 # Slurm
 
 
-SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-
-
-@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 def test_shell_scripts_are_clean() -> None:
-    scripts = [path for path in text_files(CLUSTER, ROOT / "jobs") if path.suffix in (".sh", ".sbatch")]
+    scripts = [path for path in text_files(CLUSTER, ROOT / "jobs", ROOT / ".ci") if path.suffix in (".sh", ".sbatch")]
     assert scripts
     done = subprocess.run(
-        [str(SHELLCHECK), "--external-sources", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True, check=False
+        [tool("shellcheck"), "--external-sources", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout

@@ -64,7 +64,15 @@ def test_submitting_again_and_again_never_doubles(ends: list[bool]) -> None:
 
 
 def test_what_goes_along_is_weighed_without_what_stays(tmp_path: Path) -> None:
-    for name, size in {"a/b.bin": 3000, "c.txt": 100, ".git/x": 9999, ".venv/lib/y": 9999, "runs/z": 9999, "big.log": 5000}.items():
+    for name, size in {
+        "a/b.bin": 3000,
+        "c.txt": 100,
+        ".git/x": 9999,
+        ".venv/lib/y": 9999,
+        ".venv-newest/y": 9999,
+        "runs/z": 9999,
+        "big.log": 5000,
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
     (tmp_path / ".gitignore").write_text("*.log\n")
