@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: busy cores are the rule in tests
+# Before torch loads: busy cores are the rule in tests; and of what oneDNN makes ready for each shape of a product, and keeps a thousand of
+# in each of two caches, a few will do.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("busy", deadline=None)  # cores are shared: a slow example is no failure
 settings.load_profile("busy")
@@ -23,6 +29,16 @@ def shared() -> Path:
             pytest.fail("../shared is missing, and CI always has it")
         pytest.skip("needs ../shared (real recordings and reference vectors), which is not beside this checkout")
     return SHARED
+
+
+def tool(name: str) -> str:
+    """A program that a test needs beside Python: of this environment, or of the machine."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
+    if found is None:
+        if os.environ.get("CI"):
+            pytest.fail(f"no {name}, and CI always has it (.ci/prometheus.sh, .ci/locks/dev.txt)")
+        pytest.skip(f"needs {name}")
+    return found
 
 
 @pytest.fixture(scope="session")

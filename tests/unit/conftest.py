@@ -1,15 +1,131 @@
 from __future__ import annotations
 
+import ctypes
+import gc
+import logging
+import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from most_ray.data.plan import Plan
+from tests.conftest import ROOT
 from tests.support.builders import make_plan, tiny_model
+from tests.support.fresh import FreshPython
+
+_LIBC = ctypes.CDLL(None)
+_CREATES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_written: list[str] = []  # by this process, since a test has begun
+
+
+def _note_what_is_written(event: str, arguments: tuple[Any, ...]) -> None:
+    path = None
+    if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+        path = arguments[0] if (arguments[2] or 0) & _CREATES else None
+    elif event == "os.mkdir":
+        path = None if os.path.isdir(arguments[0]) else arguments[0]
+    elif event in ("os.rename", "os.link", "os.symlink"):
+        path = arguments[1]
+    if path is not None:
+        _written.append(os.path.abspath(os.fsdecode(path)))
+
+
+if hasattr(_LIBC, "mallopt"):  # glibc: threads share one heap (M_ARENA_MAX), of which the unused part can be given back
+    _LIBC.mallopt(-8, 1)
+tempfile.gettempdir()  # tries the folder out; libraries ask for it when they are imported
+sys.addaudithook(_note_what_is_written)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Where tests may write: below pytest's folder, in which temporary files and caches of libraries lie too; and devices. (What Python,
+    pytest and hypothesis keep for the next run is their own.)"""
+    base = tmp_path_factory.getbasetemp()
+    made = (
+        str(base),
+        str(base.parent),
+        str(base.parent / "pytest-current"),
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
+    )  # the last at import
+    _written[:] = [path for path in _written if path not in made]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("TMPDIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+            folder = base / name[0].lower() / name.rpartition("_")[0].lower()  # short: sockets lie in it
+            folder.mkdir(parents=True, exist_ok=True)
+            patch.setenv(name, str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "inductor"))
+        patch.setattr(tempfile, "tempdir", None)
+        yield [f"{base}/", "/dev/", "/proc/", *(f"{ROOT / name}/" for name in (".pytest_cache", ".hypothesis"))]
+
+
+@pytest.fixture(autouse=True)
+def written_below_tmp_path(places: list[str]) -> Iterator[None]:
+    """No test writes elsewhere, nor fails for what lies there; of what this process's Python opens, makes or renames."""
+    yield
+    elsewhere = {path for path in _written if not f"{path}/".startswith(tuple(places)) and "__pycache__" not in path}
+    _written.clear()
+    assert not elsewhere, f"written outside of tmp_path: {sorted(elsewhere)}"
+
+
+@pytest.fixture
+def short_folder(tmp_path_factory: pytest.TempPathFactory, places: list[str]) -> Iterator[Path]:
+    """A folder whose name is short enough for sockets in it, whatever the user is called."""
+    folder = tmp_path_factory.mktemp("s")
+    if len(str(folder)) <= 43:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        places.append(name)
+        yield Path(name)
+    places.remove(name)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tensors of unit tests are small, and where other processes have the cores too, threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def collected() -> Iterator[None]:
+    """What the garbage collector need not look through each time is put aside meanwhile."""
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_given_back(collected: None) -> None:
+    """What the file before has needed is given back. What is left is there to stay, from the imports a million objects."""
+    gc.collect()
+    gc.freeze()
+    pyarrow.default_memory_pool().release_unused()
+    if hasattr(_LIBC, "malloc_trim"):  # glibc
+        _LIBC.malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def told() -> Iterator[list[object]]:
+    """What transformers logs meanwhile: nothing that anything is deprecated. (Python's warnings of calls in most_ray are errors by
+    pyproject.toml.)"""
+    heard: list[object] = []
+    ear, logger = logging.Handler(), logging.getLogger("transformers")
+    ear.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(ear)
+    yield heard
+    logger.removeHandler(ear)
+    assert [line for line in map(str, heard) if "deprecat" in line.lower()] == []
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +136,14 @@ def without_ray() -> Iterator[None]:
     if ray and ray.is_initialized():
         ray.shutdown()
         pytest.fail("the test has started Ray")
+
+
+@pytest.fixture(scope="module")
+def fresh_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshPython]:
+    """Processes that have imported nothing of ours yet."""
+    python = FreshPython(tmp_path_factory.mktemp("fresh"), ROOT)
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,12 @@ from rich.console import Console
 
 from most_ray.cli import main
 from most_ray.cli.parser import tracked
+from most_ray.model import compat
 from tests.conftest import ROOT
 from tests.support.builders import asr, tts, write_records
 
 CONFIG = str(ROOT / "jobs" / "configs" / "digits.yaml")
+DIGITS = "jobs/data/digits"
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +35,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return captured.err
 
 
-def train(tmp_path: Path, *words: str) -> list[str]:
-    return ["train", "--config", CONFIG, "--output_dir", str(tmp_path / "runs"), "--max_steps", "2", *words]
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the digits are ingested, once for all tests."""
+    return tmp_path_factory.mktemp("stores")
 
 
 @pytest.mark.parametrize(
@@ -60,12 +64,12 @@ def train(tmp_path: Path, *words: str) -> list[str]:
         (["--wandb_project", "p", "--wandb_mode", "online"], "needs a key"),
         (["--trace_records", "/proc/x/y"], "trace_records"),
         (["--use_gpu"], "no GPU"),
-        (["--trace_records", "README.md"], "exists and is no trace"),
+        (["--trace_records", "TEXT"], "exists and is no trace"),
         (["stray"], "belongs to no flag"),
     ],
 )
 def test_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    tmp_path: Path, stores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     import torch
 
@@ -74,7 +78,26 @@ def test_training(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert message in refused(capsys, *train(tmp_path, *words))
+    text = tmp_path / "text"
+    text.write_text("no trace\n")
+    places = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(stores)]
+    places += ["--train_asr_dirs", f"{DIGITS}/test_takes", "--train_tts_dirs", f"{DIGITS}/test_tts"]  # the smaller sets
+    words = [word.replace("TEXT", str(text)) for word in words]
+    assert message in refused(capsys, "train", "--config", CONFIG, *places, "--max_steps", "2", *words)
+    assert text.read_text() == "no trace\n"
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_an_old_library_has_one_worker(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dry: list[str]
+) -> None:
+    """transformers 5.22: said before any record is ingested."""
+    monkeypatch.setattr(compat, "LAYS_OUT", False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    places = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(tmp_path / "stores")]
+    told = refused(capsys, "train", "--config", CONFIG, *places, "--num_workers", "1,2", *dry)
+    assert "num_workers = 2: needs transformers 5.23 or later" in told and "pip install 'transformers>=5.23'" in told
+    assert not list((tmp_path / "stores").rglob("*.arrow"))
 
 
 def test_a_typo_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,31 +130,31 @@ def test_bad_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("words", "message"),
     [
         (
-            ["evaluate", "--model", "./none", "--asr_dirs", "jobs/data/digits/test_takes", "--output", "/tmp/x.json"],
+            ["evaluate", "--model", "./none", "--asr_dirs", "jobs/data/digits/test_takes", "--output", "OUT.json"],
             "does not exist",
         ),
-        (["evaluate", "--model", "x", "--output", "/tmp/x.json"], "at least one directory"),
-        (["export", "--checkpoint", "none", "--output", "/tmp/x"], "never completed"),
-        (["init-model", "--output", "/tmp/x"], "exactly one"),
+        (["evaluate", "--model", "x", "--output", "OUT.json"], "at least one directory"),
+        (["export", "--checkpoint", "none", "--output", "OUT"], "never completed"),
+        (["init-model", "--output", "OUT"], "exactly one"),
         (
-            ["init-model", "--preset", "tinny", "--records", "jobs/data/digits/test_takes", "--output", "/tmp/x"],
+            ["init-model", "--preset", "tinny", "--records", "jobs/data/digits/test_takes", "--output", "OUT"],
             "Did you mean 'tiny'",
         ),
-        (["prepare", "tts", "--input_dir", "none", "--output_dir", "/tmp/x", "--dataset_name", "d"], "does not exist"),
-        (["prepare", "units", "--input", "none", "--output", "/tmp/x"], "exactly one"),
-        (["prepare", "units", "--input", "none", "--output", "/tmp/x", "--fit_kmeans", "20"], "does not exist"),
-        (["prepare", "units", "--input", "x", "--output", "/tmp/x", "--fit_kmeans", "501"], "2..500"),
+        (["prepare", "tts", "--input_dir", "none", "--output_dir", "OUT", "--dataset_name", "d"], "does not exist"),
+        (["prepare", "units", "--input", "none", "--output", "OUT"], "exactly one"),
+        (["prepare", "units", "--input", "none", "--output", "OUT", "--fit_kmeans", "20"], "does not exist"),
+        (["prepare", "units", "--input", "x", "--output", "OUT", "--fit_kmeans", "501"], "2..500"),
         (
-            ["prepare", "units", "--input", "x", "--output", "/tmp/x", "--fit_kmeans", "5", "--perturb", "0.9,9"],
+            ["prepare", "units", "--input", "x", "--output", "OUT", "--fit_kmeans", "5", "--perturb", "0.9,9"],
             "between 0.5 and 2",
         ),
-        (["plan", "--config", CONFIG, "--steps", "5", "--trace", "/tmp/x"], "FROM:TO"),
+        (["plan", "--config", CONFIG, "--steps", "5", "--trace", "OUT"], "FROM:TO"),
         (["trian"], "invalid choice"),
         ([], "required"),
     ],
 )
-def test_other_commands(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    assert message in refused(capsys, *words)
+def test_other_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert message in refused(capsys, *(word.replace("OUT", str(tmp_path / "out")) for word in words))
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,10 @@ TOPOLOGIES = ((1, 2, 1), (1, 2, 2))
 def record_collectives(model_dir: str, spec: PlanSpec) -> list[list[tuple[str, int]]]:
     """For each topology, kind and bytes that this rank sends of each collective of a step, as FSDP asks torch for it."""
     seen: list[list[tuple[str, int]]] = []
-    for kind, names in (("all-gather", ("all_gather_single", "all_gather_into_tensor")), ("reduce-scatter", ("reduce_scatter_single",))):
-        for name in names:
-            spy(name, kind, seen)
+    for kind in ("all_gather", "reduce_scatter"):
+        for name in (f"{kind}_single", f"{kind}_into_tensor" if kind == "all_gather" else f"{kind}_tensor"):
+            if hasattr(dist, name):
+                spy(name, kind.replace("_", "-"), seen)
     plan = open_plan(spec)
     for topology in TOPOLOGIES:
         state = make(model_dir, topology)
@@ -251,6 +252,14 @@ def test_a_calibration_is_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cut is not None and cut[0].num_hidden_layers == 2 and cut[0].first_k_dense_replace == 1
     monkeypatch.setattr(calibration, "_MOST_PARAMETERS", 1000)
     assert calibrate(config, options, batches, None, 1e11, 1) == calibration.Calibration(1e10, 2e8, 0.0, 0.0, 0.0, 1, measured=False)
+
+
+def test_where_the_library_lays_nothing_out_one_worker_is_measured_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.22: neither shards nor an exchange, and so no time of theirs."""
+    monkeypatch.setattr(calibration, "LAYS_OUT", False)
+    batches = [rank_batch(make_plan(tmp_path), step, 0, 1, 2, LAYOUT) for step in range(1, 3)]
+    found = calibrate(tiny_config(), config_from({}), batches, None, peak=1e11, threads=1)
+    assert found.measured and found.rate > 0 and (found.sharding, found.sharding_update, found.exchange) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("updates", [[0.0] * 4, [0.0, 0.5, 0.0, 0.0]], ids=["none", "one"])

@@ -16,7 +16,7 @@ from most_ray.cli import main
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.evaluation.ask import speak_texts, transcribe_units
 from most_ray.evaluation.decode import Decoded, Forward
-from most_ray.evaluation.evaluate import Directories, combine, hypotheses_of, open_sets
+from most_ray.evaluation.evaluate import Directories, Evaluation, combine, hypotheses_of, open_sets
 from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
 from most_ray.evaluation.share import score_share
 from most_ray.model.build import load_model
@@ -30,6 +30,19 @@ from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(scene: Scene) -> Evaluation:
+    """The scene scored once, for the tests that look at the outcome."""
+    return evaluate(scene)
+
+
+@pytest.fixture
+def written(evaluated: Evaluation, tmp_path: Path) -> Path:
+    """Its hypotheses, in a folder of the test's own beside e.json."""
+    evaluated.write(tmp_path / "e.json")
+    return tmp_path / "e.hypotheses.jsonl"
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -46,24 +59,23 @@ def test_batches_and_workers_change_nothing(scene: Scene, beams: int) -> None:
         assert other.result["routing"] == reference.result["routing"]
 
 
-def test_a_file_scored_again_gives_the_same_numbers(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluation = evaluate(scene)
-    evaluation.write(tmp_path / "e.json")
-    written = (tmp_path / "e.json").read_bytes()
-    assert hypotheses_of(tmp_path / "e.json").name == "e.hypotheses.jsonl"
-    assert main(["evaluate", "--rescore", str(tmp_path / "e.hypotheses.jsonl"), "--output", str(tmp_path / "again.json")]) == 0
-    assert (tmp_path / "again.json").read_bytes() == written
+def test_a_file_scored_again_gives_the_same_numbers(
+    evaluated: Evaluation, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hypotheses_of(tmp_path / "e.json") == written
+    assert main(["evaluate", "--rescore", str(written), "--output", str(tmp_path / "again.json")]) == 0
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "e.json").read_bytes()
     assert "asr/spoken: WER 450.00% [342.86%, 514.29%]  CER" in capsys.readouterr().out
-    raw = rescore(str(tmp_path / "e.hypotheses.jsonl"), "none")
+    raw = rescore(str(written), "none")
     assert raw["settings"]["normaliser"] == "none"
-    assert raw["sets"]["asr/spoken"]["characters"] != evaluation.result["sets"]["asr/spoken"]["characters"]
+    assert raw["sets"]["asr/spoken"]["characters"] != evaluated.result["sets"]["asr/spoken"]["characters"]
 
 
-def test_the_command_is_the_same_function(scene: Scene, tmp_path: Path) -> None:
+def test_the_command_is_the_same_function(scene: Scene, evaluated: Evaluation, tmp_path: Path) -> None:
     places = [flag for task in ("asr", "tts", "text") for flag in (f"--{task}_dirs", *getattr(scene.directories, task))]
     limits = ["--max_new_tokens", "12", "--max_new_units", "20", "--batch_size", "3"]
     assert main(["evaluate", "--model", scene.model, *places, *limits, "--output", str(tmp_path / "e.json")]) == 0
-    result, own = json.loads((tmp_path / "e.json").read_text()), json.loads(json.dumps(evaluate(scene).result))
+    result, own = json.loads((tmp_path / "e.json").read_text()), json.loads(json.dumps(evaluated.result))
     for values in (result, own):
         for section in values["sets"].values():
             section.pop("rejected_file")
@@ -157,9 +169,8 @@ def test_records_that_are_missing_or_doubled_are_an_error(scene: Scene) -> None:
         combine([first, second, second], sets, SETTINGS, model.config, tokenizer, scene.model)
 
 
-def test_a_file_is_not_written_over_itself(scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate(scene).write(tmp_path / "e.json")
-    path = (tmp_path / "e.hypotheses.jsonl").rename(tmp_path / "kept.jsonl")
+def test_a_file_is_not_written_over_itself(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written.rename(tmp_path / "kept.jsonl")
     before = path.read_bytes()
     assert main(["evaluate", "--rescore", str(path), "--output", str(path)]) == 2
     assert path.read_bytes() == before and "it would be lost" in capsys.readouterr().err
@@ -261,14 +272,12 @@ def _future(lines: list[str]) -> list[str]:
     ],
 )
 def test_a_file_that_cannot_be_scored_is_named_with_its_line(
-    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[str]], list[str]], message: str
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[str]], list[str]], message: str
 ) -> None:
-    evaluate(scene).write(tmp_path / "e.json")
-    path = tmp_path / "e.hypotheses.jsonl"
-    path.write_text("".join(f"{line}\n" for line in damage(path.read_text().splitlines())))
+    written.write_text("".join(f"{line}\n" for line in damage(written.read_text().splitlines())))
     with pytest.raises(DataError, match=message):
-        rescore(str(path))
-    assert main(["evaluate", "--rescore", str(path), "--output", str(tmp_path / "again.json")]) == 2
+        rescore(str(written))
+    assert main(["evaluate", "--rescore", str(written), "--output", str(tmp_path / "again.json")]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -294,9 +303,9 @@ def test_wrong_uses(words: list[str], message: str, tmp_path: Path, capsys: pyte
     assert message in capsys.readouterr().err
 
 
-def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene) -> None:
+def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluated: Evaluation) -> None:
     """Promise 26: `transcribe` and `synthesize` ask by the same template and caps; one answer does not hang on the others."""
-    rows = evaluate(scene).rows
+    rows = evaluated.rows
     forward, tokenizer = Forward(load_model(scene.model)), load_tokenizer(scene.model)
     forward.model.eval()
     spoken = [row for row in rows if row["task"] == "tts"]

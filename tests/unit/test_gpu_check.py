@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.support.fresh import FreshPython
 
 SCRIPT = """
 import sys
@@ -17,12 +14,9 @@ assert "ray" not in sys.modules and "pytest" not in sys.modules
 """
 
 
-def test_the_gpu_check_skips_without_a_gpu_and_its_code_runs_on_a_cpu(tmp_path: Path) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+def test_the_gpu_check_skips_without_a_gpu_and_its_code_runs_on_a_cpu(fresh_python: FreshPython, tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(output)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = fresh_python.run(SCRIPT, str(output), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     first, last = (done.stdout.splitlines()[place] for place in (0, -1))
     assert first.startswith("tests.gpu.check: skipped, there is no GPU here")

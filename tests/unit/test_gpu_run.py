@@ -1,16 +1,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
 from tests.gpu import run
+from tests.support.fresh import FreshPython
 
 SCRIPT = """
 import sys
@@ -21,12 +18,10 @@ assert "ray" not in sys.modules and "pytest" not in sys.modules
 """
 
 
-def test_the_gpu_run_skips_without_a_gpu_and_its_code_runs_on_a_cpu(tmp_path: Path) -> None:
+def test_the_gpu_run_skips_without_a_gpu_and_its_code_runs_on_a_cpu(fresh_python: FreshPython, tmp_path: Path) -> None:
     """Our paths and the plain ones agree within their bounds, and every contender is timed, without Ray and without pytest."""
     output = tmp_path / "gpu_run.json"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = fresh_python.run(SCRIPT, str(output), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tests.gpu.run: skipped, there is no GPU here")
     report = json.loads(output.read_text(encoding="utf-8"))

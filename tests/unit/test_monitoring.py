@@ -6,13 +6,11 @@ Ray, Prometheus and Grafana are stand-ins here, tests/cluster has the real ones.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import pytest
 import yaml
 
 from most_ray.service.ray_metrics import METRICS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, tool
 
 MONITORING = ROOT / "cluster" / "monitoring"
 NAMES = ("RAY_PORT", "DASHBOARD_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
@@ -58,15 +56,6 @@ for server in servers[1:]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
 servers[0].serve_forever()
 """
-
-
-def tool(name: str) -> str:
-    for found in (ROOT / ".venv" / "bin" / name, shutil.which(name)):
-        if found and Path(found).exists():
-            return str(found)
-    if os.environ.get("CI"):
-        pytest.fail(f"no {name}, and CI always has it (.ci/prometheus.sh, .venv)")
-    pytest.skip(f"needs {name}")
 
 
 def asked(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -118,13 +107,12 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def place(tmp_path: Path, short_folder: Path) -> Iterator[Place]:
     probes = [socket.create_server(("127.0.0.1", 0)) for _ in NAMES]
     ports = {name: str(probe.getsockname()[1]) for name, probe in zip(NAMES, probes, strict=True)}
     for probe in probes:
         probe.close()
-    sockets = tempfile.mkdtemp(dir="/tmp")  # their names must be short
-    place = Place(tmp_path, {**ports, "RAY_TMPDIR": sockets})
+    place = Place(tmp_path, {**ports, "RAY_TMPDIR": str(short_folder)})
     shutil.copytree(ROOT / "cluster" / "local", tmp_path / "cluster" / "local")
     shutil.copytree(MONITORING, tmp_path / "cluster" / "monitoring")
     place.add(".venv/bin", "ray")
@@ -134,7 +122,6 @@ def place(tmp_path: Path) -> Iterator[Place]:
     yield place
     for process in place.processes():
         process.kill()
-    shutil.rmtree(sockets)
 
 
 def test_where_the_states_folder_is_too_deep_for_sockets_they_lie_elsewhere(place: Place) -> None:
@@ -291,12 +278,6 @@ def wait(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)  # between two looks at another process
-
-
-def test_scripts_are_as_shellcheck_wants_them() -> None:
-    scripts = [*sorted((ROOT / "cluster" / "local").glob("*.sh")), ROOT / ".ci" / "prometheus.sh"]
-    checked = asked("shellcheck", "-x", *map(str, scripts))
-    assert checked.returncode == 0, checked.stdout
 
 
 RULES = yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"][0]["rules"]

@@ -14,6 +14,7 @@ import yaml
 from most_ray.cli import main
 from most_ray.config import load_config
 from most_ray.records import read_raw
+from most_ray.train import calibration
 from most_ray.train.dryrun import DryRun, dry_run
 from tests.conftest import ROOT
 from tests.support.builders import text, write_records
@@ -54,6 +55,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 @pytest.fixture
 def checkout(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(stand_ins)
+    monkeypatch.setattr(calibration, "_LAST_S", 0.0)  # as few steps as can be measured: how fast this machine is matters to no test here
     return stand_ins
 
 
@@ -139,16 +141,6 @@ def test_the_script_without_the_program(tmp_path: Path) -> None:
     jobs = tmp_path / "it's here" / "jobs"
     done = subprocess.run(["sh", str(jobs / "run_training.sh"), "dp"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "neither in .venv/bin nor on PATH" in done.stderr
-
-
-def test_the_script_is_a_clean_shell_script() -> None:
-    """By shellcheck."""
-    checker = ROOT / ".venv" / "bin" / "shellcheck"
-    program = str(checker) if checker.exists() else shutil.which("shellcheck")
-    if program is None:
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run([program, "--shell=sh", str(ROOT / "jobs" / "run_training.sh")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 def test_the_command_shows_it(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

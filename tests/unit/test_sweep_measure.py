@@ -137,7 +137,7 @@ def test_a_step_is_timed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     run_step = measure.run_step
 
     def spy(state: TrainState, batch: Batch, *rest: Any) -> Any:
-        seen.append((batch.step, torch.get_num_threads(), state.model.is_gradient_checkpointing))
+        seen.append((batch.step, torch.get_num_threads(), state.model.model.layers[0].gradient_checkpointing))
         return run_step(state, batch, *rest)
 
     monkeypatch.setattr(measure, "run_step", spy)

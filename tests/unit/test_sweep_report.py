@@ -114,11 +114,11 @@ def test_the_command_names_the_sweep_as_it_was_given(folder: Path, monkeypatch: 
 
 
 def test_credentials_in_a_place_are_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = dataclasses.replace(read_sweep(str(folder)), place="s3://key:secret@bucket/sweep?session_token=word")
+    sweep = dataclasses.replace(read_sweep(str(folder)), place="s3://key:hush-hush@bucket/sweep?session_token=hushed")
     monkeypatch.setattr("most_ray.storage.exists", lambda place: False)
     made = sweep_page(sweep)
     assert "bucket/sweep/best.yaml" in made
-    assert "secret" not in made and "session_token" not in made
+    assert [word for word in ("hush", "session_token=") if word in made] == []
 
 
 def test_trials_are_listed_the_best_first_and_failed_ones_behind(made: str, folder: Path) -> None:
