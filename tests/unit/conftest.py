@@ -50,12 +50,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Where tests may write: below pytest's folder, in which temporary files and caches of libraries lie too; and devices. (What Python,
     pytest and hypothesis keep for the next run is their own.)"""
     base = tmp_path_factory.getbasetemp()
-    made = (
-        str(base),
-        str(base.parent),
-        str(base.parent / "pytest-current"),
-        os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
-    )  # the last at import
+    at_import = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which torch sets, and makes
+    made = (str(base), str(base.parent), str(base.parent / "pytest-current"), at_import)
     _written[:] = [path for path in _written if path not in made]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("TMPDIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
