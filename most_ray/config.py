@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from most_ray import storage
 from most_ray.errors import ConfigError, DataError, nearest
+from most_ray.io import storage
 
 
 def option(default: Any, help_text: str) -> Any:

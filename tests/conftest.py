@@ -51,7 +51,7 @@ def ray_cluster() -> Iterator[str]:
     """The one local Ray of all tests that need it; its address."""
     import ray
 
-    from most_ray.service.cluster import start_local_ray
+    from most_ray.service.cluster.connection import start_local_ray
 
     start_local_ray(6, include_dashboard=True)  # for its state API
     yield ray.get_runtime_context().gcs_address

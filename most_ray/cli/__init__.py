@@ -8,8 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from most_ray.cli import cluster, evaluate, prepare, runs, speech, sweep
-from most_ray.cli.job import place_arguments
+from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands, sweep_command
+from most_ray.cli.job_files import place_arguments
 from most_ray.cli.parser import Parser, remember_flags
 from most_ray.errors import UserError
 
@@ -17,7 +17,7 @@ from most_ray.errors import UserError
 def build_parser() -> Parser:
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for each in (prepare, runs, sweep, evaluate, speech, cluster):
+    for each in (prepare_commands, run_commands, sweep_command, evaluate_command, speech_commands, cluster_commands):
         each.add(commands)
     remember_flags(parser)
     return parser

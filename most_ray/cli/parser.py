@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from most_ray import config as configuration
-from most_ray.cli.job import placed
+from most_ray.cli.job_files import placed
 from most_ray.errors import ConfigError, nearest
 
 _TELL_S = 30.0  # between lines of progress in a log file

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from most_ray import config as configuration
-from most_ray import storage
 from most_ray.errors import ConfigError, DataError
+from most_ray.io import storage
 
 _SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # more voices than there are speakers; for what a few minutes can train
 _SMALL_HOURS = 10.0
@@ -105,8 +105,8 @@ def guess_layout(directory: Path) -> str:
 def _divide(directory: Path, layout: str) -> tuple[Division, float]:
     """What to validate on: the corpus' own test split, else speakers that training does not hear, else every tenth recording; and the
     hours of audio, from the first recordings' headers."""
-    from most_ray.speech.audio import seconds_of
-    from most_ray.speech.corpora import CorpusOptions, Utterance, parse_condition, read_corpus
+    from most_ray.speech.corpora.audio import seconds_of
+    from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, parse_condition, read_corpus
 
     speakers: dict[str, int] = {}
     splits: dict[str, int] = {}

@@ -24,13 +24,13 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from most_ray import storage
 from most_ray.data.store import PART_FILES, SCRATCH, STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
 from most_ray.errors import DataError, RecordError
-from most_ray.jsonio import MAX_RECORD, read_lines
-from most_ray.records import RECORD_SUFFIXES, UNFINISHED, Record, Task, is_lines, parse_records, read_with_offsets, record_files
-from most_ray.storage import Entry
-from most_ray.template import Encoded, Vocabulary, encode_records
+from most_ray.io import storage
+from most_ray.io.json_stream import MAX_RECORD, read_lines
+from most_ray.io.storage import Entry
+from most_ray.records.record import RECORD_SUFFIXES, UNFINISHED, Record, Task, is_lines, parse_records, read_with_offsets, record_files
+from most_ray.records.template import Encoded, Vocabulary, encode_records
 
 logger = logging.getLogger(__name__)
 Overlong = Literal["reject", "set_aside", "split"]

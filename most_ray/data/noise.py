@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from most_ray.data.hashing import mix_keys, uniform
-from most_ray.records import N_UNITS
+from most_ray.records.record import N_UNITS
 
 
 @dataclass(frozen=True)

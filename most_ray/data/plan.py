@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray import storage
 from most_ray.config import RunConfig
 from most_ray.data.mixture import MIXTURE_VERSION, Mixture, integer_weights
 from most_ray.data.noise import NO_NOISE, UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
-from most_ray.records import TASKS, units_identity
+from most_ray.io import storage
+from most_ray.records.record import TASKS, units_identity
 
 
 @dataclass(frozen=True)

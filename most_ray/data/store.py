@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from most_ray import storage
-from most_ray.cache import node_cache
 from most_ray.errors import DataError
-from most_ray.template import Encoded
+from most_ray.io import storage
+from most_ray.io.node_cache import node_cache
+from most_ray.records.template import Encoded
 
 STORE_VERSION = 2
 PART_FILES = ("index.npy", "rejected.jsonl")  # of a part, beside its shards

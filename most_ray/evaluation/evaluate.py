@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from most_ray import storage
 from most_ray.data.ingest import Recipe, check_rejected, ingest_directory
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.hypotheses import Row, figures, write_figures, write_hypotheses
-from most_ray.evaluation.share import EvaluationSet, EvaluationSettings, Share, asr_instruction
+from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, Share, asr_instruction
+from most_ray.io import storage
 from most_ray.model.build import check_template, check_units
 from most_ray.model.configuration import MostConfig
 from most_ray.model.routing import load_summary
-from most_ray.model.tokenizer import vocabulary_of
-from most_ray.records import TASKS, Task
-from most_ray.template import template_hash
+from most_ray.records.record import TASKS, Task
+from most_ray.records.template import template_hash
+from most_ray.records.tokenizer import vocabulary_of
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from most_ray import storage
 from most_ray.errors import DataError, nearest
 from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, normaliser, word_counts
-from most_ray.records import TASKS
+from most_ray.io import storage
+from most_ray.records.record import TASKS
 
 FORMAT = 1
 _SAMPLES = 5  # of each set

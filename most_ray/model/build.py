@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
-from most_ray import storage
 from most_ray.errors import CheckpointError, ConfigError, nearest
+from most_ray.io import storage
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import place_experts
 from most_ray.model.routing import BALANCE_BIAS
-from most_ray.model.tokenizer import add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
-from most_ray.template import template_hash
+from most_ray.records.template import template_hash
+from most_ray.records.tokenizer import add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
 
 PRESETS: dict[str, dict[str, Any]] = {
     # About 1 M parameters: spoken digits in minutes on two cores.

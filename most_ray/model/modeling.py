@@ -39,7 +39,7 @@ from most_ray.model.head import MostHead
 from most_ray.model.kernels import SwiGlu, compute_dtype, rms_norm
 from most_ray.model.packed import PackedRows, Records
 from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of, record_routing
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
 
 
 @dataclass

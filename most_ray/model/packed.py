@@ -15,7 +15,7 @@ import torch
 
 from most_ray.data.batch import PADDING
 from most_ray.model.kernels import round_up
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
 
 _ALIKE = 0.8  # a record shares a group with one that is longer where it is at least so much of its length
 

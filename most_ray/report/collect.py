@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from most_ray import storage
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
+from most_ray.io import storage
+from most_ray.io.journal import parse_lines
 from most_ray.report.differences import words_of
-from most_ray.train.journal import parse_lines
 
 _SPOKEN = 5  # utterances to be heard
 _VOCODER = ("speech", "vocoder.safetensors")  # written out: the modules that name them take seconds to import

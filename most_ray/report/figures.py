@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from most_ray.records import TASKS
+from most_ray.records.record import TASKS
 from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import (
     TASK_COLOURS,
@@ -22,7 +22,7 @@ from most_ray.report.curves import (
     run_colour,
     shade,
 )
-from most_ray.report.experts import expert_balance, expert_load
+from most_ray.report.expert_figures import expert_balance, expert_load
 
 Runs = Sequence[RunData]
 

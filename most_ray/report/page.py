@@ -14,16 +14,16 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from most_ray import storage
 from most_ray.errors import DataError
-from most_ray.report import sweep as sweeps
-from most_ray.report import tables
+from most_ray.io import storage
+from most_ray.report import run_tables
+from most_ray.report import sweep_page as sweeps
 from most_ray.report.collect import RunData, collect
 from most_ray.report.curves import Figure
 from most_ray.report.figures import figures
-from most_ray.report.speech import speech
+from most_ray.report.run_tables import text
+from most_ray.report.speech_samples import speech
 from most_ray.report.style import SCRIPT, STYLE
-from most_ray.report.tables import text
 
 
 def write_report(places: Sequence[str], output: Path) -> None:
@@ -48,9 +48,9 @@ def _page_of(places: Sequence[str]) -> str:
 def page(runs: Sequence[RunData]) -> str:
     """The page about runs; the same runs give the same."""
     names = ", ".join(run.name for run in runs)
-    states = [("complete" if run.complete else "going", (f"{run.name}: " if len(runs) > 1 else "") + tables.state(run)) for run in runs]
-    heading = " ".join(f'<span class="run">{name}</span>' for name in tables.run_names(runs))
-    tiles = tables.highlights(runs[0]) if len(runs) == 1 else []
+    states = [("complete" if run.complete else "going", (f"{run.name}: " if len(runs) > 1 else "") + run_tables.state(run)) for run in runs]
+    heading = " ".join(f'<span class="run">{name}</span>' for name in run_tables.run_names(runs))
+    tiles = run_tables.highlights(runs[0]) if len(runs) == 1 else []
     return _shell(f"{names}: run report", heading, states, tiles, _parts(runs, figures(runs)))
 
 
@@ -144,7 +144,7 @@ def _tiles(entries: Sequence[tuple[str, str, str]]) -> str:
 
 def _parts(runs: Sequence[RunData], drawn: dict[str, list[Figure]]) -> list[tuple[str, str]]:
     """Titles and contents, in the page's order."""
-    parts = [("Summary", tables.summary(runs) + _absent(runs))]
+    parts = [("Summary", run_tables.summary(runs) + _absent(runs))]
     evaluation = "".join(
         f'<div class="card"><h3>{title}</h3>{found}</div>'
         for task, title in (
@@ -152,12 +152,12 @@ def _parts(runs: Sequence[RunData], drawn: dict[str, list[Figure]]) -> list[tupl
             ("tts", "Synthesis, last evaluation"),
             ("text", "Text, last evaluation"),
         )
-        if (found := tables.last_figures(runs, task))
+        if (found := run_tables.last_figures(runs, task))
     )
-    if confused := tables.confusion_tables(runs):
+    if confused := run_tables.confusion_tables(runs):
         note = '<p class="note">The most frequent words that were not recognised as themselves, at the last evaluation.</p>'
         evaluation += f'<div class="card" id="confusions"><h3>Confusions</h3>{note}<div class="columns">{"".join(confused)}</div></div>'
-    if shown := tables.samples(runs):
+    if shown := run_tables.samples(runs):
         classes = "halves" if len(runs) == 1 else ""
         inner = f'<div class="{classes}">{"".join(shown)}</div>'
         evaluation += f'<div class="card" id="samples"><h3>Samples</h3>{_LEGEND}{inner}</div>'
@@ -166,8 +166,8 @@ def _parts(runs: Sequence[RunData], drawn: dict[str, list[Figure]]) -> list[tupl
         inner = _grid(drawn.get(title, ())) + (evaluation if title == "Evaluation" else "")
         if inner:
             parts.append(("Training" if title == "Loss" else title, inner))
-    parts += [("Configuration", found)] if (found := tables.configuration(runs)) else []
-    parts += [("Environment", found)] if (found := tables.surroundings(runs)) else []
+    parts += [("Configuration", found)] if (found := run_tables.configuration(runs)) else []
+    parts += [("Environment", found)] if (found := run_tables.surroundings(runs)) else []
     return parts
 
 

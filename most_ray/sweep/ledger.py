@@ -22,10 +22,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from most_ray import storage
 from most_ray.errors import ConfigError
-from most_ray.train.folder import LEDGER, RunFolder, step_place
-from most_ray.train.journal import parse_lines
+from most_ray.io import storage
+from most_ray.io.journal import parse_lines
+from most_ray.io.run_folder import LEDGER, RunFolder, step_place
 
 FILE, TRIALS, KEPT, BEST = LEDGER, "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]

@@ -16,10 +16,10 @@ from most_ray import config as configuration
 from most_ray.config import RunConfig, coerce, config_from, option, read_yaml
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, nearest
-from most_ray.records import TASKS
+from most_ray.metrics.schema import TRAIN
+from most_ray.records.record import TASKS
 from most_ray.sweep.ledger import Objective
 from most_ray.sweep.space import ROUTING, Space, parse_space
-from most_ray.train.schema import TRAIN
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray import storage
 from most_ray.config import RunConfig, coerce
 from most_ray.errors import ConfigError, nearest
+from most_ray.io import storage
 from most_ray.sweep.splits import SPLITS
 
 Kind = Literal["choice", "grid", "uniform", "loguniform", "randint"]

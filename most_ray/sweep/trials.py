@@ -11,19 +11,19 @@ from typing import Any
 
 import yaml
 
-from most_ray import storage
 from most_ray.config import RunConfig, config_from
+from most_ray.distributed.topology import plan_topologies
 from most_ray.errors import ConfigError, UserError
+from most_ray.io import storage
+from most_ray.io.run_folder import local_copy
 from most_ray.model.build import PRESETS, read_config
 from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig, check_experts
+from most_ray.runs.resolve import store_dir_of
 from most_ray.sweep.ledger import TRIALS, Trial, kept_place
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
 from most_ray.sweep.splits import split_experts
-from most_ray.train.folder import local_copy
-from most_ray.train.prepare import store_dir_of
-from most_ray.train.topology import plan_topologies
 
 _MOST_STARTS = 64
 _TRIED = 2_000  # proposals that are looked at for a valid one, where results will decide on them

@@ -11,9 +11,9 @@ import torch
 
 from most_ray.data.batch import Batch
 from most_ray.model.placement import experts_of_ranks
-from most_ray.train.metrics import EXPERTS_STEPS, Meter
+from most_ray.optim.train_state import TrainState
+from most_ray.train.meter import EXPERTS_STEPS, Meter
 from most_ray.train.replicas import check_replicas
-from most_ray.train.state import TrainState
 from most_ray.train.step import Precision, run_step
 
 

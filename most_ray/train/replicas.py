@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from most_ray.errors import UserError
-from most_ray.train.state import TrainState
+from most_ray.optim.train_state import TrainState
 
 _CHUNK = 1 << 22  # elements hashed at once, each of them 8 bytes twice
 _MIX = 0x9E3779B97F4A7C15 - (1 << 64)  # 2**64 over the golden ratio, as a signed number: odd, bits well spread

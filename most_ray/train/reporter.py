@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
+from most_ray.distributed.ranks import world_size
 from most_ray.errors import DataError
-from most_ray.train.folder import RunFolder
-from most_ray.train.journal import LATE, Journal, decoded
-from most_ray.train.ranks import world_size
+from most_ray.io.journal import LATE, Journal, decoded
+from most_ray.io.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 from most_ray import config as configuration
-from most_ray import storage
+from most_ray.checkpoint import reader
+from most_ray.checkpoint.export import export_checkpoint
+from most_ray.distributed.ranks import this_rank
 from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
-from most_ray.train import checkpoint
-from most_ray.train.export import export_checkpoint
-from most_ray.train.prepare import Prepared, keep_kit, prepare_run
-from most_ray.train.ranks import this_rank
+from most_ray.io import storage
+from most_ray.runs.resolve import Prepared, keep_kit, prepare_run
 from most_ray.train.session import Job, Surroundings, claim_run, run_rank
 
 logger = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ def _export(prepared: Prepared) -> None:
         CheckpointError: there are none.
     """
     folder = prepared.folder
-    last = checkpoint.step_place(folder.checkpoints, prepared.job.total_steps)
-    if last not in checkpoint.committed(folder.checkpoints):
+    last = reader.step_place(folder.checkpoints, prepared.job.total_steps)
+    if last not in reader.committed(folder.checkpoints):
         raise CheckpointError("step", prepared.job.total_steps, "was not reached: no checkpoint of the last step was completed.")
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")

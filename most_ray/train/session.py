@@ -17,28 +17,28 @@ import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
-from most_ray import storage
+from most_ray.checkpoint import reader, retention
+from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.config import RunConfig, to_yaml
 from most_ray.data.batch import Batch, TokenLayout, open_plan
 from most_ray.data.feed import StreamSpec, local_batches
 from most_ray.data.plan import Cursor, Plan, PlanSpec, check_cursor
+from most_ray.distributed.determinism import set_deterministic, set_seeds
+from most_ray.distributed.ranks import this_rank, world_size
+from most_ray.distributed.topology import Topology
 from most_ray.errors import CheckpointError, ConfigError
+from most_ray.io import storage
+from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.model.build import RoutingOverrides, config_json, load_model
 from most_ray.model.exchange import EXCHANGE
-from most_ray.model.tokenizer import load_tokenizer
-from most_ray.template import template_hash
-from most_ray.train import checkpoint, retention
-from most_ray.train.determinism import set_deterministic, set_seeds
-from most_ray.train.folder import RunFolder, local_copy
+from most_ray.optim.train_state import TrainState, make_state
+from most_ray.records.template import template_hash
+from most_ray.records.tokenizer import load_tokenizer
 from most_ray.train.loop import LoopSettings, make_meter, train
-from most_ray.train.metrics import Meter
-from most_ray.train.ranks import this_rank, world_size
+from most_ray.train.meter import Meter
 from most_ray.train.recompute import apply_recompute, compile_layers
 from most_ray.train.reporter import RunReporter, Tracker
-from most_ray.train.state import TrainState, make_state
 from most_ray.train.step import Precision
-from most_ray.train.topology import Topology
-from most_ray.train.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
         dist.broadcast_object_list(attempt, src=0)
     if not attempt[0]:
         raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
-    seen = checkpoint.together(folder.marked)
+    seen = reader.together(folder.marked)
     if any(mark != seen[0] for mark in seen):
         blind = [other for other, mark in enumerate(seen) if mark != seen[0]]
         rule = f"is not shared by all nodes: ranks {blind} do not see there what rank 0 has written."
@@ -250,15 +250,15 @@ class _Start:
 def _starting_point(job: Job, folder: RunFolder) -> _Start:
     """The ranks agree, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
-    own, torn = checkpoint.newest_intact_together(folder.checkpoints)
-    checkpoint.require_one(own, torn)
+    own, torn = reader.newest_intact_together(folder.checkpoints)
+    reader.require_one(own, torn)
     if this_rank() == 0:
         for damaged, reason in torn:
             logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
-            checkpoint.revoke(damaged)  # its step will be saved anew
+            reader.revoke(damaged)  # its step will be saved anew
     place = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
-    step = checkpoint.together(lambda: int(checkpoint.read_state(place)["step"]) if place and not fresh else 0)[0]
+    step = reader.together(lambda: int(reader.read_state(place)["step"]) if place and not fresh else 0)[0]
     return _Start(place, fresh, step)
 
 
@@ -267,7 +267,7 @@ def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig, met
     accepted: list[str] = []
     if start.place is None:
         return accepted
-    content = checkpoint.load(start.place, state, with_optimizer=not start.fresh)
+    content = reader.load(start.place, state, with_optimizer=not start.fresh)
     if not start.fresh:
         accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
         if "meter" in content:
@@ -303,13 +303,13 @@ class Saver:
         self._writer.prepare(state)
         missing = [
             (step, place)
-            for place in (checkpoint.committed(self._folder.checkpoints) if self._rank == 0 else [])
-            if self._due(step := checkpoint.step_of(place)) and step <= state.step and step not in self._reporter.evaluations
+            for place in (reader.committed(self._folder.checkpoints) if self._rank == 0 else [])
+            if self._due(step := reader.step_of(place)) and step <= state.step and step not in self._reporter.evaluations
         ]
         if self._validator:
             for step, place in missing:
                 self._validator.start(step, place)
-        elif self._evaluate_here and checkpoint.together(lambda: any(step == state.step for step, _ in missing))[0]:
+        elif self._evaluate_here and reader.together(lambda: any(step == state.step for step, _ in missing))[0]:
             self._evaluate(state)  # of the older ones the weights are no longer there
 
     def _due(self, step: int) -> bool:
@@ -359,7 +359,7 @@ class Saver:
             load_tokenizer(local_copy(job.model_path)).save_pretrained(directory)
             self._reporter.push()
 
-        place = checkpoint.step_place(folder.checkpoints, state.step)
+        place = reader.step_place(folder.checkpoints, state.step)
         self._writer.save(place, state, content, files, lambda: folder.marked() == self._attempt)
 
     def _follow(self) -> None:
@@ -384,7 +384,7 @@ class Saver:
             if score is not None:
                 scores[step] = score
         pending = self._reporter.held | (self._validator.pending() if self._validator else set())
-        checkpoint.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
+        reader.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
     def finish(self, reached: bool, wants_stop: Callable[[], bool]) -> None:
         """The last checkpoint is on disk, and every evaluation in; who is to stop does not wait for those: the run makes them once more

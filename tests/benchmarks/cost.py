@@ -30,11 +30,11 @@ from most_ray.config import RunConfig, load_config
 from most_ray.data.batch import open_plan, rank_batch
 from most_ray.model.build import init_model, read_config, save_model
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.model.tokenizer import load_tokenizer
-from most_ray.train import calibration
-from most_ray.train.calibration import CpuLinks
-from most_ray.train.dryrun import DryRun, dry_run
-from most_ray.train.prepare import prepare_run, training_texts
+from most_ray.planner import calibration
+from most_ray.planner.calibration import CpuLinks
+from most_ray.planner.dry_run import DryRun, dry_run
+from most_ray.records.tokenizer import load_tokenizer
+from most_ray.runs.resolve import prepare_run, training_texts
 from most_ray.train.session import Job
 from most_ray.train.step import Precision, run_step
 from tests.benchmarks.common import ROOT, show, write

@@ -30,7 +30,7 @@ from most_ray.data.plan import PlanSpec
 from most_ray.model.exchange import EXCHANGE
 from most_ray.model.experts import EXPERTS
 from most_ray.model.placement import experts_of_ranks, rank_load_ratio
-from most_ray.records import units_to_text
+from most_ray.records.record import units_to_text
 from tests.benchmarks.common import show, write
 from tests.support.builders import WORDS, asr, make_store, tiny_config, tiny_model, tts
 from tests.support.gloo import run_ranks

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from most_ray.data.ingest import Part, Recipe, make_part
-from most_ray.model.tokenizer import train_tokenizer, vocabulary_of
-from most_ray.model.words import _known_words
-from most_ray.records import ASR_INSTRUCTION, Record, units_to_text
-from most_ray.template import template_texts
+from most_ray.records.batch_tokenizer import _known_words
+from most_ray.records.record import ASR_INSTRUCTION, Record, units_to_text
+from most_ray.records.template import template_texts
+from most_ray.records.tokenizer import train_tokenizer, vocabulary_of
 from tests.benchmarks import common
 
 TOKENS = 820  # of a record: 14 seconds at 50 units a second, and its words

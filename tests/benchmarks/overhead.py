@@ -16,8 +16,8 @@ from pathlib import Path
 
 import ray
 
-from most_ray.service.cluster import start_local_ray
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
+from most_ray.service.cluster.connection import start_local_ray
 from tests.benchmarks.common import show, write
 from tests.end_to_end.faults.harness import by_itself, finish, under_ray
 

@@ -32,7 +32,7 @@ from most_ray.data.batch import PADDING, Batch
 from most_ray.model.build import quiet_transformers
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
 from tests.benchmarks.common import Took
 
 Record = dict[str, list[int]]  # input_ids and labels

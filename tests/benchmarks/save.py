@@ -26,9 +26,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from most_ray.train import checkpoint
-from most_ray.train.state import TrainState
-from most_ray.train.writer import CheckpointWriter
+from most_ray.checkpoint import reader
+from most_ray.checkpoint.writer import CheckpointWriter
+from most_ray.optim.train_state import TrainState
 from tests.benchmarks import common
 from tests.support.gloo import run_ranks
 from tests.support.training import bare_state
@@ -164,14 +164,14 @@ def stalls(folder: str, rounds: int, size: tuple[int, int]) -> dict[str, list[di
 def verify(place: str, state: TrainState, size: tuple[int, int]) -> None:
     """Every hash, and a fresh state filled with it, against one that is saved and read the plain way: training has gone on meanwhile."""
     again = make_bench_state(*size)
-    checkpoint.load(place, again)
-    assert checkpoint.damage(place, deep=True) is None
+    reader.load(place, again)
+    assert reader.damage(place, deep=True) is None
     assert again.step < state.step or not dist.is_initialized()
     other = CheckpointWriter(background=False)
     other.save(f"{place}-again", again, {}, lambda _: None, lambda: True)
     other.close()
     barrier()
-    files = [checkpoint.read_marker(at)["files"] for at in (place, f"{place}-again")]
+    files = [reader.read_marker(at)["files"] for at in (place, f"{place}-again")]
     assert files[0] == files[1], "what was read and written again is the same, to the byte"
     barrier()
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -27,14 +27,14 @@ import ray
 import torch
 import transformers
 
-from most_ray.service.cluster import start_local_ray
-from most_ray.service.units import spread
-from most_ray.speech import parts as parts_module
-from most_ray.speech.audio import load_audio, seconds_of
-from most_ray.speech.corpora import CorpusOptions
-from most_ray.speech.features import EncoderSettings, FeatureSettings, MfccSettings, open_extractor
-from most_ray.speech.parts import Encode, Part, about_beside, digest, read_chunk, run_here, scan_corpus
-from most_ray.speech.units import assign, remove_repeats
+from most_ray.service.cluster.connection import start_local_ray
+from most_ray.service.tasks.unit_tasks import spread
+from most_ray.speech.corpora.audio import load_audio, seconds_of
+from most_ray.speech.corpora.corpus import CorpusOptions
+from most_ray.speech.units import corpus_parts as parts_module
+from most_ray.speech.units.clustering import assign, remove_repeats
+from most_ray.speech.units.corpus_parts import Encode, Part, about_beside, digest, read_chunk, run_here, scan_corpus
+from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings, open_extractor
 from tests.benchmarks.common import SHARED, show, write
 
 UNITS = 500

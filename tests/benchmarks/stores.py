@@ -13,7 +13,7 @@ import numpy as np
 from most_ray.data.batch import TokenLayout
 from most_ray.data.plan import PlanSpec
 from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, file_digest, seal
-from most_ray.template import Encoded
+from most_ray.records.template import Encoded
 
 ROW = 2048
 LAYOUT = TokenLayout(first_audio=300, last_audio=801, pad=2, unit_base=300)

@@ -27,9 +27,9 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from most_ray.data.batch import open_plan, rank_batch
 from most_ray.data.feed import StreamSpec
-from most_ray.service.cluster import start_local_ray
-from most_ray.service.stream import stream_batches
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
+from most_ray.service.cluster.connection import start_local_ray
+from most_ray.service.tasks.batch_stream import stream_batches
 from tests.benchmarks import common
 from tests.benchmarks.stores import LAYOUT, fill, spec_of
 

@@ -37,12 +37,12 @@ from most_ray.data.batch import PADDING, Batch, TokenLayout, rank_batch
 from most_ray.data.plan import Plan
 from most_ray.model.build import read_config
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.speech.convert import Conversion, prepare_tts
-from most_ray.speech.corpora import CorpusOptions
-from most_ray.speech.prepare import UnitsJob, prepare_units
-from most_ray.template import IGNORE
-from most_ray.train.prepare import prepare_run
-from most_ray.train.state import make_state
+from most_ray.optim.train_state import make_state
+from most_ray.records.template import IGNORE
+from most_ray.records.tts_records import Conversion, prepare_tts
+from most_ray.runs.resolve import prepare_run
+from most_ray.speech.corpora.corpus import CorpusOptions
+from most_ray.speech.units.build import UnitsJob, prepare_units
 from most_ray.train.step import Precision, run_step
 from tests.benchmarks import common
 from tests.benchmarks.peers import OriginalPeer, Record, Stopwatch, TransformersPeer, records_of, train_with_trainer

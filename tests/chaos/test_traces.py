@@ -20,8 +20,8 @@ import pytest
 
 from most_ray.config import load_config
 from most_ray.data.batch import forward_shape
-from most_ray.train.journal import read_journal
-from most_ray.train.prepare import prepare_run
+from most_ray.io.journal import read_journal
+from most_ray.runs.resolve import prepare_run
 from tests.conftest import ROOT
 
 STEPS = 28

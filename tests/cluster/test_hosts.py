@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
 from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import Report, by_itself, compare, end_all, finish, flags_of, newest_commit, steps_done
 from tests.support import hosts as hosts_module

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
 from tests.support.slurm import Slurm, require, slurm, wait_until
 
 SCRIPT = "cluster/slurm/train.sbatch"

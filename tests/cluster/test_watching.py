@@ -23,7 +23,7 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
 from tests.cluster.conftest import LocalCluster
 from tests.conftest import ROOT
 

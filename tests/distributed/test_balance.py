@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from most_ray.checkpoint import reader
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
-from most_ray.train import checkpoint
-from most_ray.train.state import BALANCE_LOAD, TrainState
+from most_ray.optim.train_state import BALANCE_LOAD, TrainState
 from tests.support.builders import make_plan, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.training import loss_of, make, save_to, spy_gradients, steps
@@ -110,7 +110,7 @@ def test_a_restart_changes_nothing(setting: Setting, variant: str, tmp_path: Pat
     steps(state, plan, 3)
     save_to(tmp_path / "step-000000003", state, plan)
     resumed = make(setting.model_dir, **options)
-    checkpoint.load(tmp_path / "step-000000003", resumed)
+    reader.load(tmp_path / "step-000000003", resumed)
     assert balance_of(resumed) and all(torch.equal(balance_of(resumed)[name], tensor) for name, tensor in balance_of(state).items())
     assert [loss_of(r) for r in steps(resumed, plan, 2)] == expected
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), through.model.parameters(), strict=True))

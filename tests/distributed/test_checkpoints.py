@@ -17,15 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from most_ray.checkpoint import reader, shards
+from most_ray.checkpoint.export import export_checkpoint
+from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
 from most_ray.errors import CheckpointError
 from most_ray.model.placement import row_order
-from most_ray.model.tokenizer import train_tokenizer
-from most_ray.train import checkpoint, shards
-from most_ray.train.export import export_checkpoint
-from most_ray.train.state import TrainState
-from most_ray.train.writer import CheckpointWriter
+from most_ray.optim.train_state import TrainState
+from most_ray.records.tokenizer import train_tokenizer
 from tests.support.builders import WORDS, make_plan, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.training import bare_state, content_of, full_weights, loss_of, make, save_to, steps
@@ -112,7 +112,7 @@ def load_all(setting: Setting, world: int) -> dict[tuple[Topology, Topology], di
             with torch.no_grad():
                 for parameter in state.model.parameters():
                     parameter.zero_()
-            content = checkpoint.load(f"{setting.folder}/{named(saved)}", state)
+            content = reader.load(f"{setting.folder}/{named(saved)}", state)
             assert content["ranks"]["world_size"] == 4 and state.step == 3
             write(f"{setting.folder}/{named(saved, topology)}", state, setting)
             found[saved, topology] = outcome(state, setting.spec)
@@ -155,8 +155,8 @@ def test_files_hold_each_tensor_once_under_its_own_rows(setting: Setting, saved:
     larger than its share."""
     for topology, expected in saved.items():
         folder = Path(setting.folder) / named(topology)
-        content = checkpoint.read_state(str(folder))
-        index = checkpoint.CheckpointFiles(str(folder)).index
+        content = reader.read_state(str(folder))
+        index = reader.CheckpointFiles(str(folder)).index
         weights = {f"model.{name}": tensor for name, tensor in expected["weights"].items()}
         assert sum(name.startswith("model.") for name in index) == content["n_tensors"] == len(weights)
         for name, stored in index.items():
@@ -184,7 +184,7 @@ def save_while_training(setting: Setting) -> list[str]:
     for attempt in range(2):  # with new buffers and with kept ones
         writer.save(str(folder / f"step-00000001{attempt}"), state, content_of(state, plan), lambda _: None, lambda: True)
         before = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
-        assert not (folder / f"step-00000001{attempt}" / checkpoint.COMMIT).exists()
+        assert not (folder / f"step-00000001{attempt}" / reader.COMMIT).exists()
         steps(make(setting.model_dir, (1, 2, 2)), plan, 1)  # collectives of training beside those of the save
         with torch.no_grad():
             for parameter in state.model.parameters():
@@ -195,7 +195,7 @@ def save_while_training(setting: Setting) -> list[str]:
             for name, parameter in state.model.named_parameters():
                 parameter.copy_(before[name])
     writer.close()
-    return list(json.loads((folder / "step-000000001" / checkpoint.COMMIT).read_text())["files"])
+    return list(json.loads((folder / "step-000000001" / reader.COMMIT).read_text())["files"])
 
 
 def slow(seconds: float) -> None:
@@ -247,7 +247,7 @@ def fail_on_rank_1(setting: Setting) -> tuple[str, list[str], list[str]]:
     writer.wait()
     writer.close()
     dist.barrier()
-    return str(raised.value), left, checkpoint.committed(folder)
+    return str(raised.value), left, reader.committed(folder)
 
 
 def test_a_rank_that_fails_fails_the_save_on_all(setting: Setting) -> None:
@@ -263,18 +263,18 @@ def find_intact(setting: Setting) -> list[Any]:
     folder = Path(setting.folder) / "torn"
     for step in (1, 2, 3):
         state.step = step
-        save_to(checkpoint.step_place(str(folder), step), state, plan)
+        save_to(reader.step_place(str(folder), step), state, plan)
     dist.barrier()
     if dist.get_rank() == 0:
         for step, file in ((2, "rank-00001.safetensors"), (3, "rank-00000.safetensors")):
-            path = Path(checkpoint.step_place(str(folder), step)) / file
+            path = Path(reader.step_place(str(folder), step)) / file
             data = bytearray(path.read_bytes())
             data[-200] ^= 1
             path.write_bytes(data)
     dist.barrier()
-    shallow = checkpoint.newest_intact_together(str(folder), deep_bytes=0)
+    shallow = reader.newest_intact_together(str(folder), deep_bytes=0)
     dist.barrier()
-    return [shallow, checkpoint.newest_intact_together(str(folder))]
+    return [shallow, reader.newest_intact_together(str(folder))]
 
 
 def test_ranks_share_the_search_for_the_newest_intact_checkpoint(setting: Setting) -> None:

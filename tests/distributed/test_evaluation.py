@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
-from most_ray.evaluation.share import EvaluationSettings
-from most_ray.service.evaluation import EvaluationJob, InlineEvaluation
+from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
+from most_ray.evaluation.scoring import EvaluationSettings
 from tests.support.builders import make_plan
 from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
 from tests.support.gloo import run_ranks

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
-from most_ray.train.determinism import set_deterministic
+from most_ray.distributed.determinism import set_deterministic
+from most_ray.optim.train_state import TrainState
 from most_ray.train.loop import LoopSettings, train
 from most_ray.train.replicas import ReplicaError, check_replicas
-from most_ray.train.state import TrainState
 from most_ray.train.step import Precision, TrainingDivergedError
 from tests.support.builders import make_plan, tiny_model
 from tests.support.gloo import run_ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from most_ray.errors import CheckpointError, ConfigError
-from most_ray.train.folder import RunFolder
+from most_ray.io.run_folder import RunFolder
 from most_ray.train.session import _take_over, claim_run
 from tests.support.gloo import run_ranks
 

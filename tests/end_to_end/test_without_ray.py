@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
 from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import flags_of
 

@@ -23,18 +23,18 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
+from most_ray.checkpoint import reader
+from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.config import config_from
 from most_ray.data.batch import AUDIO, PADDING, TEXT, Batch
+from most_ray.distributed.determinism import reset_deterministic, set_deterministic
 from most_ray.model.build import load_model
-from most_ray.records import TASKS
-from most_ray.template import IGNORE
-from most_ray.train import checkpoint
-from most_ray.train.determinism import reset_deterministic, set_deterministic
+from most_ray.optim.train_state import TrainState, make_state
+from most_ray.records.record import TASKS
+from most_ray.records.template import IGNORE
 from most_ray.train.recompute import apply_recompute
 from most_ray.train.replicas import check_replicas
-from most_ray.train.state import TrainState, make_state
 from most_ray.train.step import Precision, run_step
-from most_ray.train.writer import CheckpointWriter
 from tests.support.builders import IDS, tiny_model
 from tests.support.training import differences, full_weights, layout_of, loss_of, spy_gradients
 
@@ -143,7 +143,7 @@ def there_and_back(model_dir: str, folder: Path, device: torch.device) -> dict[s
     seconds = time.perf_counter() - started
     writer.close()
     other = fresh(model_dir, device)
-    checkpoint.load(str(folder / "step-000000002"), other)
+    reader.load(str(folder / "step-000000002"), other)
     weights = full_weights(other)
     equal = all(torch.equal(weight, weights[name]) for name, weight in full_weights(state).items())
     difference = abs(train(other, device, count=1)["losses"][0] / train(state, device, count=1)["losses"][0] - 1)

@@ -26,12 +26,12 @@ from torch import nn
 
 from most_ray.config import config_from
 from most_ray.data.batch import Batch
+from most_ray.distributed.topology import Topology
+from most_ray.metrics.flops import model_flops, peak_flops
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.train.flops import model_flops, peak_flops
-from most_ray.train.memory import Load, Shapes, memory_of
-from most_ray.train.state import make_state
+from most_ray.optim.train_state import make_state
+from most_ray.planner.memory import Load, Shapes, memory_of
 from most_ray.train.step import Precision, attended_pairs, run_step
-from most_ray.train.topology import Topology
 from tests.benchmarks.peers import stock_model
 from tests.gpu.check import FLOAT32_BOUND, HALF, batch_of, within
 from tests.support.builders import tiny_config

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from most_ray import storage
 from most_ray.data.batch import rank_batch
 from most_ray.data.feed import StreamSpec
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.errors import DataError
-from most_ray.service.ingest import spread
-from most_ray.service.stream import stream_batches
+from most_ray.io import storage
+from most_ray.service.tasks.batch_stream import stream_batches
+from most_ray.service.tasks.ingest_tasks import spread
 from tests.support.builders import asr, char_vocabulary, write_records
 from tests.unit.test_plan import LAYOUT
 

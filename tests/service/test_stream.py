@@ -17,8 +17,8 @@ from most_ray.data.batch import Batch, rank_batch
 from most_ray.data.feed import StreamSpec, StreamStalledError, watched
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
-from most_ray.service import stream
-from most_ray.service.stream import decode_batch, encode_batch, stream_batches
+from most_ray.service.tasks import batch_stream
+from most_ray.service.tasks.batch_stream import decode_batch, encode_batch, stream_batches
 from tests.support.builders import make_plan
 from tests.unit.test_plan import LAYOUT
 
@@ -46,8 +46,8 @@ def test_the_stream_is_the_plan(
     ray_cluster: str, plan: Plan, monkeypatch: pytest.MonkeyPatch, rank: int, world: int, first: int, last: int
 ) -> None:
     """Over blocks and over datasets, neither of which the steps are a multiple of."""
-    monkeypatch.setattr(stream, "steps_per_block", lambda _: 4)
-    monkeypatch.setattr(stream, "_BLOCKS_PER_DATASET", 3)
+    monkeypatch.setattr(batch_stream, "steps_per_block", lambda _: 4)
+    monkeypatch.setattr(batch_stream, "_BLOCKS_PER_DATASET", 3)
     spec = StreamSpec(plan.spec, LAYOUT, rank, world, 2)
     count = 0
     for step, batch in zip(range(first, last + 1), stream_batches(spec, first, last), strict=True):
@@ -60,9 +60,9 @@ def test_blocks_stay_small_and_start_up_does_not_grow(plan: Plan, tmp_path: Path
     from dataclasses import replace
 
     spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2)
-    assert 1 <= stream.steps_per_block(spec) <= 64
+    assert 1 <= batch_stream.steps_per_block(spec) <= 64
     large = StreamSpec(replace(plan.spec, global_batch_size=1 << 17, max_seq_length=4096), LAYOUT, 0, 8, 8)
-    assert stream.steps_per_block(large) <= 2
+    assert batch_stream.steps_per_block(large) <= 2
 
 
 def test_a_stream_that_stalls_ends_naming_the_stage() -> None:
@@ -106,18 +106,18 @@ def _slow(*_: Any) -> Any:
 def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that cannot be scheduled, and one that reads for ever."""
     spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2, timeout_s=8.0)
-    monkeypatch.setattr(stream, "TASK_CPUS", 1e4)
+    monkeypatch.setattr(batch_stream, "TASK_CPUS", 1e4)
     with pytest.raises(StreamStalledError, match=r"stage schedule: .*steps 1 to .*has not begun \([\d.]+ of the cluster's [\d.]+ CPUs"):
         next(stream_batches(spec, 1, 10))
-    monkeypatch.setattr(stream, "TASK_CPUS", 0.25)
-    monkeypatch.setattr(stream, "rank_batch", _slow)
-    monkeypatch.setattr(stream._fetch, "__module__", "__main__")  # by value, so that the task has the slow one
-    ray.cloudpickle.register_pickle_by_value(stream)
+    monkeypatch.setattr(batch_stream, "TASK_CPUS", 0.25)
+    monkeypatch.setattr(batch_stream, "rank_batch", _slow)
+    monkeypatch.setattr(batch_stream._fetch, "__module__", "__main__")  # by value, so that the task has the slow one
+    ray.cloudpickle.register_pickle_by_value(batch_stream)
     try:
         with pytest.raises(StreamStalledError, match=r"stage read \(records from the token store\): steps 1 to .*, on .* for \d+ s"):
             next(stream_batches(spec, 1, 10))
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(stream)
+        ray.cloudpickle.unregister_pickle_by_value(batch_stream)
 
 
 def test_a_damaged_shard_ends_the_stream_with_its_name(ray_cluster: str, tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from rich.console import Console
 
 from most_ray.cli import main
 from most_ray.errors import ConfigError
-from most_ray.service import sweep as driver
-from most_ray.service.attempts import RunIncompleteError
-from most_ray.service.sweep import run_sweep
+from most_ray.service.training.attempts import RunIncompleteError
+from most_ray.service.tune import runner as driver
+from most_ray.service.tune.runner import run_sweep
 from most_ray.sweep.ledger import Ledger, read_ledger
 from most_ray.sweep.options import Sweep, load_sweep
 from tests.conftest import ROOT
@@ -320,8 +320,8 @@ def test_a_killed_driver(ray_cluster: str, tmp_path: Path) -> None:
 
 def test_two_drivers_of_one_sweep(fake: None, tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "taken", {"learning_rate": [0.01, 0.02]})
+    from most_ray.io.run_folder import RunFolder
     from most_ray.sweep.ledger import LedgerFile
-    from most_ray.train.folder import RunFolder
 
     held = LedgerFile(RunFolder(str(tmp_path / "taken")))
     with pytest.raises(ConfigError, match="being swept by another process"):

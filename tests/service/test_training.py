@@ -17,20 +17,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import most_ray  # noqa: F401
-from most_ray import storage
+from most_ray.checkpoint import reader
 from most_ray.cli import main
 from most_ray.config import RunConfig, load_config
 from most_ray.data.batch import Batch
 from most_ray.data.feed import StreamSpec
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.evaluation.hypotheses import read_hypotheses
-from most_ray.service.attempts import RunIncompleteError
-from most_ray.service.stream import stream_batches
-from most_ray.service.trainer import run_training
-from most_ray.service.worker import WorkerJob
-from most_ray.train import checkpoint
-from most_ray.train.journal import read_journal
-from most_ray.train.schema import check_line
+from most_ray.io import storage
+from most_ray.io.journal import read_journal
+from most_ray.metrics.schema import check_line
+from most_ray.service.tasks.batch_stream import stream_batches
+from most_ray.service.training.attempts import RunIncompleteError
+from most_ray.service.training.trainer import run_training
+from most_ray.service.training.worker import WorkerJob
 from tests.conftest import ROOT
 
 STEPS = 20
@@ -155,7 +155,7 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
     checkpoint = folder / "reference" / "checkpoints" / "step-000000020"
     for place in (tmp_path / "precious", folder):
         assert main(["export", "--checkpoint", str(checkpoint), "--output", str(place)]) == 2
-    assert (tmp_path / "precious" / "notes.txt").exists() and checkpoint.exists()
+    assert (tmp_path / "precious" / "notes.txt").exists() and reader.exists()
     again = tmp_path / "again"
     assert main(["export", "--checkpoint", str(folder / "reference/checkpoints/step-000000020"), "--output", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
@@ -194,7 +194,7 @@ def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> 
     changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "keep_last": 1, "keep_best": 2, "best_metric": "loss/asr/test_takes"}
     run(folder, "evaluated", eval_steps=10, **changes)
     # Saved at 8, 10, 16 and 20: the last one stays, and those that have a score.
-    assert [checkpoint.step_of(place) for place in checkpoint.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
+    assert [reader.step_of(place) for place in reader.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
     result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
     assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
     assert losses(folder, "evaluated") == losses(folder, "reference")
@@ -247,7 +247,7 @@ def test_evaluations_that_fail_are_told_and_made_by_the_next_start(folder: Path,
 
     changes = {"val_asr_dirs": [str(records)], "max_steps": 4, "eval_steps": 2, "warmup_steps": 1}
     with monkeypatch.context() as patch:
-        patch.setattr("most_ray.service.attempts.WorkerJob", functools.partial(WorkerJob, stream=losing))
+        patch.setattr("most_ray.service.training.attempts.WorkerJob", functools.partial(WorkerJob, stream=losing))
         with pytest.raises(DataError, match="val"):
             run(folder, "unscored", **changes)
     before = read_journal(folder / "unscored" / "metrics.jsonl", "train")
@@ -285,7 +285,7 @@ def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     config = config_of(folder, "broken", max_failures=0, val_asr_dirs=[])
-    from most_ray.train.prepare import prepare_run
+    from most_ray.runs.resolve import prepare_run
 
     prepare_run(config)
     weights = folder / "broken" / "init" / "model.safetensors"
@@ -310,7 +310,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
                 raise ZeroDivisionError("rank 1 has had enough")
             yield batch
 
-    monkeypatch.setattr("most_ray.service.attempts.WorkerJob", functools.partial(WorkerJob, stream=failing))
+    monkeypatch.setattr("most_ray.service.training.attempts.WorkerJob", functools.partial(WorkerJob, stream=failing))
     with pytest.raises(RunIncompleteError, match=r"failed 2 times within 3600 s, at last so: rank 1: .*rank 1 has had enough") as error:
         run(folder, "raising", num_workers=2, ep_size=2, max_failures=1, val_asr_dirs=[])
     took = time.time() - float(raised.read_text().splitlines()[-1])
@@ -328,7 +328,7 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
     place = bucket % "runs/remote"
     names = {entry.name for entry in storage.list_files(place, ("",))}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "export/config.json", "init/config.json"} <= names
-    assert [checkpoint.step_of(c) for c in checkpoint.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
+    assert [reader.step_of(c) for c in reader.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
     lines = [json.loads(line) for line in storage.read_bytes(bucket % "runs/remote/metrics.jsonl").splitlines()]
     steps = {kind: [line["step"] for line in lines if line["kind"] == kind] for kind in ("start", "train", "evaluation")}
     assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]} and summary["step"] == 6
@@ -337,7 +337,7 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
 
 def test_a_run_that_goes_on_keeps_its_global_batch_size(folder: Path, reference: dict[str, Any]) -> None:
     """Where the size was never named, another number of workers must not change it."""
-    from most_ray.train.prepare import prepare_run
+    from most_ray.runs.resolve import prepare_run
 
     changes = {"global_batch_size": None, "train_batch_size": 2, "gradient_accumulation_steps": 4, "val_asr_dirs": []}
     run(folder, "unnamed", max_steps=2, **changes)

@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from most_ray.errors import DataError
-from most_ray.service.units import runner_of, spread
-from most_ray.speech.corpora import CorpusOptions
-from most_ray.speech.features import EncoderSettings, FeatureSettings, MfccSettings
-from most_ray.speech.parts import Part, Runner, Work
-from most_ray.speech.prepare import UnitsJob, prepare_units
+from most_ray.service.tasks.unit_tasks import runner_of, spread
+from most_ray.speech.corpora.corpus import CorpusOptions
+from most_ray.speech.units.build import UnitsJob, prepare_units
+from most_ray.speech.units.corpus_parts import Part, Runner, Work
+from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
 
 OUTPUTS = ("records.jsonl.gz", "kmeans.npy", "units.json", "rejected.jsonl")
 
@@ -27,7 +27,7 @@ OUTPUTS = ("records.jsonl.gz", "kmeans.npy", "units.json", "rejected.jsonl")
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Twelve recordings of three speakers, one of them damaged, in parts of two."""
-    monkeypatch.setattr("most_ray.speech.parts.PART", 2)
+    monkeypatch.setattr("most_ray.speech.units.corpus_parts.PART", 2)
     folder = tmp_path / "corpus"
     folder.mkdir()
     random = np.random.default_rng(0)

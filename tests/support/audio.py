@@ -15,8 +15,8 @@ import pytest
 import soundfile
 
 from most_ray.cli import main
-from most_ray.records import read_raw, record_files
-from most_ray.speech.parts import Part, Work, run_here
+from most_ray.records.record import read_raw, record_files
+from most_ray.speech.units.corpus_parts import Part, Work, run_here
 
 
 def tone(seconds: float, pitch: float, rate: int = 8000) -> np.ndarray:

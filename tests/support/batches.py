@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from most_ray.data.batch import AUDIO, PADDING, Batch
-from most_ray.records import TASKS
-from most_ray.template import IGNORE
+from most_ray.records.record import TASKS
+from most_ray.records.template import IGNORE
 from tests.support.builders import IDS
 
 

@@ -12,8 +12,8 @@ from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.data.store import TokenStore
-from most_ray.records import ASR_INSTRUCTION, TTS_INSTRUCTION, units_to_text
-from most_ray.template import TokenIds, Vocabulary
+from most_ray.records.record import ASR_INSTRUCTION, TTS_INSTRUCTION, units_to_text
+from most_ray.records.template import TokenIds, Vocabulary
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 IDS = TokenIds(bos=0, eos=1, pad=2, begin_audio=800, end_audio=801, unit_base=300)

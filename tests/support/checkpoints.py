@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from most_ray.train import checkpoint
-from most_ray.train.state import TrainState
-from most_ray.train.writer import CheckpointWriter
+from most_ray.checkpoint import reader
+from most_ray.checkpoint.writer import CheckpointWriter
+from most_ray.optim.train_state import TrainState
 from tests.support.training import bare_state
 
 
@@ -37,13 +37,13 @@ def saved_at(checkpoints: str | Path, *steps: int) -> list[str]:
     for step in steps:
         state = small(float(step))
         state.step = step
-        save(checkpoint.step_place(str(checkpoints), step), state)
-    return [checkpoint.step_place(str(checkpoints), step) for step in steps]
+        save(reader.step_place(str(checkpoints), step), state)
+    return [reader.step_place(str(checkpoints), step) for step in steps]
 
 
 def weight_in(place: str | Path) -> float:
     state = small(-1.0)
-    checkpoint.load(place, state)
+    reader.load(place, state)
     values = {float(value) for parameter in state.model.parameters() for value in parameter.detach().flatten()}
     assert len(values) == 1
     return values.pop()

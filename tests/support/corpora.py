@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from most_ray.speech.corpora import CorpusOptions, Unusable, Utterance, read_corpus
+from most_ray.speech.corpora.corpus import CorpusOptions, Unusable, Utterance, read_corpus
 
 
 def read(layout: str, directory: Path, **options: Any) -> tuple[list[Utterance], list[Unusable]]:

@@ -10,9 +10,9 @@ import torch
 
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, combine, open_sets
-from most_ray.evaluation.share import EvaluationSettings, Outside, score_share
+from most_ray.evaluation.scoring import EvaluationSettings, Outside, score_share
 from most_ray.model.build import load_model, save_model
-from most_ray.model.tokenizer import load_tokenizer, token_ids, train_tokenizer
+from most_ray.records.tokenizer import load_tokenizer, token_ids, train_tokenizer
 from tests.support.builders import WORDS, asr, text, tiny_model, tts, write_records
 
 SETTINGS = EvaluationSettings(batch_size=3, max_new_tokens=12, max_new_units=20)

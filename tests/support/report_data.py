@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.speech.kit import FOLDER
-from most_ray.speech.vocoder import FILE, Example, UnitVocoder, VocoderSettings, fit_vocoder
+from most_ray.speech.vocoder.assets import FOLDER
+from most_ray.speech.vocoder.network import FILE, Example, UnitVocoder, VocoderSettings, fit_vocoder
 
 LAYERS, EXPERTS = 6, 8
 GROUPS = {"text": [0, 1, 2, 3], "audio": [4, 5, 6, 7]}

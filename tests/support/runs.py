@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from most_ray.config import config_from
-from most_ray.train.journal import read_journal
-from most_ray.train.prepare import Prepared, prepare_run
+from most_ray.io.journal import read_journal
+from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.train.session import Surroundings, claim_run, run_rank
 from tests.support.builders import asr, text, tts, write_records
 from tests.support.training import CPU

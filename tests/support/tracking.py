@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from most_ray.service.tracked import _log_records
+from most_ray.metrics.rows import _log_records
 
 
 def wandb_rows(run: Path) -> list[dict[str, Any]]:

@@ -13,15 +13,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
+from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.config import RunConfig, config_from
 from most_ray.data.batch import Batch, forward_shape, open_plan, rank_batch
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.placement import experts_of_ranks, row_order
+from most_ray.optim.train_state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.recompute import apply_recompute
-from most_ray.train.state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.step import Precision, StepResult, run_step
-from most_ray.train.writer import CheckpointWriter
 from tests.support.builders import LAYOUT
 
 CPU = torch.device("cpu")

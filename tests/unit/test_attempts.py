@@ -14,9 +14,10 @@ from rich.console import Console
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service import attempts, control
-from most_ray.service.attempts import FailureWindow, RunIncompleteError, _cause, run_attempts
-from most_ray.service.control import RESIZED, TERMINATED, RunStoppedError, Terminated
+from most_ray.service.cluster import control
+from most_ray.service.cluster.control import RESIZED, TERMINATED, RunStoppedError, Terminated
+from most_ray.service.training import attempts
+from most_ray.service.training.attempts import FailureWindow, RunIncompleteError, _cause, run_attempts
 
 
 def test_three_within_the_window_and_no_more() -> None:

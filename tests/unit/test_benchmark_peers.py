@@ -11,7 +11,7 @@ import torch
 from most_ray.config import OptimizerOptions
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
-from most_ray.train.state import make_state
+from most_ray.optim.train_state import make_state
 from most_ray.train.step import Precision, run_step
 from tests.benchmarks.peers import OriginalPeer, TransformersPeer, records_of, train_with_trainer
 from tests.support.builders import tiny_model

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from most_ray import storage
+from most_ray.checkpoint import reader
+from most_ray.checkpoint.export import export_checkpoint
+from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.data.plan import Plan
 from most_ray.errors import CheckpointError
-from most_ray.model.tokenizer import train_tokenizer
-from most_ray.train import checkpoint
-from most_ray.train.export import export_checkpoint
-from most_ray.train.writer import CheckpointWriter
+from most_ray.io import storage
+from most_ray.records.tokenizer import train_tokenizer
 from tests.support.builders import WORDS, tiny_model
 from tests.support.checkpoints import save, small, weight_in
 from tests.support.training import full_weights, loss_of, make, save_to, steps
@@ -33,7 +33,7 @@ def test_what_follows_a_restore_is_what_would_have_followed(model_dir: str, plan
         save_to(tmp_path / f"step-{state.step}", state, plan)
         torch.manual_seed(99)
         again = make(model_dir, **options)
-        content = checkpoint.load(tmp_path / f"step-{state.step}", again)
+        content = reader.load(tmp_path / f"step-{state.step}", again)
         assert content["cursor"]["step"] == again.step == state.step
         state = again
         results += steps(state, plan, stop - state.step, dtype=dtype)
@@ -47,7 +47,7 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
     save(tmp_path / "c", small())
     expected = torch.rand(3)
     torch.manual_seed(1)
-    checkpoint.load(tmp_path / "c", small())
+    reader.load(tmp_path / "c", small())
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -58,12 +58,12 @@ def test_buffers_come_back_where_they_are_stored(tmp_path: Path) -> None:
     save(tmp_path / "c", state)
     again = small()
     again.buffers.update(load=torch.zeros(2, 3, dtype=torch.int64), newer=torch.full((2,), 7))
-    checkpoint.load(tmp_path / "c", again)
+    reader.load(tmp_path / "c", again)
     assert torch.equal(again.buffers["load"], torch.arange(6).view(2, 3)) and again.buffers["newer"].tolist() == [7, 7]
     assert again.skipped_in_row == 2
     again.buffers["load"] = torch.zeros(3, 3, dtype=torch.int64)
     with pytest.raises(CheckpointError, match=r"holds state.load in shape \(2, 3\)"):
-        checkpoint.load(tmp_path / "c", again)
+        reader.load(tmp_path / "c", again)
 
 
 def test_weights_alone(model_dir: str, plan: Plan, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_weights_alone(model_dir: str, plan: Plan, tmp_path: Path) -> None:
     steps(state, plan, 3)
     save_to(tmp_path / "c", state, plan)
     fresh = make(model_dir)
-    checkpoint.load(tmp_path / "c", fresh, with_optimizer=False)
+    reader.load(tmp_path / "c", fresh, with_optimizer=False)
     assert fresh.step == 0 and fresh.scheduler.get_last_lr()[0] == 0.0
     assert all(float(v["exp_avg"].abs().sum()) == 0.0 for v in fresh.optimizer.state.values())
     assert all(torch.equal(w, full_weights(state)[n]) for n, w in full_weights(fresh).items())
@@ -82,7 +82,7 @@ def test_state_says_what_wrote_it(tmp_path: Path) -> None:
     state = small()
     made = CheckpointWriter(background=False)
     made.save(str(tmp_path / "c"), state, {"template": "abc"}, lambda _: None, lambda: True)
-    content = checkpoint.read_state(tmp_path / "c")
+    content = reader.read_state(tmp_path / "c")
     assert content["template"] == "abc" and content["n_tensors"] == 2
     assert content["tensor_bytes"] == 4 * (3 * (40 * 60 + 60) + 2)
     assert content["versions"].keys() == {"most_ray", "torch", "transformers", "python"}
@@ -93,7 +93,7 @@ def test_state_says_what_wrote_it(tmp_path: Path) -> None:
 def test_float16_after_float32_begins_with_a_fresh_scale(model_dir: str, plan: Plan, tmp_path: Path) -> None:
     save_to(tmp_path / "c", make(model_dir), plan)
     state = make(model_dir, fp16=True)
-    checkpoint.load(tmp_path / "c", state)
+    reader.load(tmp_path / "c", state)
     assert state.loss_scale.enabled and state.loss_scale.scale == 2.0**16
 
 
@@ -115,11 +115,11 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan
         other = tmp_path / message.split()[-1]
         tiny_model(**changes, **({"text_expert_indices": None} if "n_routed_experts" in changes else {})).save_pretrained(other)
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.load(place, make(str(other)))
-    marker = json.loads((place / checkpoint.COMMIT).read_text())
+            reader.load(place, make(str(other)))
+    marker = json.loads((place / reader.COMMIT).read_text())
     for number, content in ((99, {**marker, "format": 99}), (1, {"step": 0})):  # as the version before wrote it
-        (place / checkpoint.COMMIT).write_text(json.dumps(content))
-        for read in (lambda: checkpoint.read_state(place), lambda: checkpoint.newest_intact(str(tmp_path))):
+        (place / reader.COMMIT).write_text(json.dumps(content))
+        for read in (lambda: reader.read_state(place), lambda: reader.newest_intact(str(tmp_path))):
             with pytest.raises(CheckpointError, match=f"format {number}, not 2"):
                 read()
 
@@ -131,31 +131,31 @@ def bucket(s3: str) -> str:
 
 def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
     """Uploaded, listed, checked, read, pruned; scratch is left empty."""
-    assert checkpoint.committed(bucket) == [] and checkpoint.newest_intact(bucket) == (None, [])
+    assert reader.committed(bucket) == [] and reader.newest_intact(bucket) == (None, [])
     made = CheckpointWriter(scratch=tmp_path)
     for step in (1, 2, 3):
         state = small(float(step))
         state.step = step
         files = lambda folder: (folder / "tokenizer.json").write_text("{}") and None  # noqa: E731
-        made.save(checkpoint.step_place(bucket, step), state, {}, files, lambda: True)
+        made.save(reader.step_place(bucket, step), state, {}, files, lambda: True)
     made.wait()
-    assert [(saved.step, saved.place) for saved in made.poll()] == [(step, checkpoint.step_place(bucket, step)) for step in (1, 2, 3)]
+    assert [(saved.step, saved.place) for saved in made.poll()] == [(step, reader.step_place(bucket, step)) for step in (1, 2, 3)]
     made.close()
-    places = checkpoint.committed(bucket)
-    assert [checkpoint.step_of(place) for place in places] == [1, 2, 3] and all(place.startswith("s3://") for place in places)
+    places = reader.committed(bucket)
+    assert [reader.step_of(place) for place in places] == [1, 2, 3] and all(place.startswith("s3://") for place in places)
     state = small(-1.0)
-    assert checkpoint.load(places[1], state, scratch=tmp_path)["step"] == state.step == 2
+    assert reader.load(places[1], state, scratch=tmp_path)["step"] == state.step == 2
     assert weight_in(places[1]) == 2.0
     storage.write_bytes(storage.join(places[2], "tokenizer.json"), b"[]")
-    assert checkpoint.newest_intact(bucket) == (
+    assert reader.newest_intact(bucket) == (
         places[1],
         [(places[2], "tokenizer.json has other content than was written (its hash differs)")],
     )
     storage.write_bytes(storage.join(places[2], "tokenizer.json"), b"[1]")
-    assert "tokenizer.json has 3 bytes, not 2" in str(checkpoint.damage(places[2]))
-    checkpoint.revoke(places[0])
-    assert checkpoint.prune(bucket, 1) == [2]
-    assert checkpoint.committed(bucket) == places[2:]
+    assert "tokenizer.json has 3 bytes, not 2" in str(reader.damage(places[2]))
+    reader.revoke(places[0])
+    assert reader.prune(bucket, 1) == [2]
+    assert reader.committed(bucket) == places[2:]
     assert {entry.name.split("/")[0] for entry in storage.list_files(bucket, ("",))} == {"step-000000003"}
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ DIGITS = "jobs/data/digits"
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("most_ray.service.trainer.run_attempts", lambda *_: pytest.fail("workers were started"), raising=True)
+    monkeypatch.setattr("most_ray.service.training.trainer.run_attempts", lambda *_: pytest.fail("workers were started"), raising=True)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -14,8 +14,8 @@ import pytest
 
 from most_ray.cli import main
 from most_ray.errors import ConfigError
-from most_ray.records import TTS_INSTRUCTION, asr_to_tts, parse_record
-from most_ray.speech.convert import Conversion, prepare_tts, read_conversions
+from most_ray.records.record import TTS_INSTRUCTION, asr_to_tts, parse_record
+from most_ray.records.tts_records import Conversion, prepare_tts, read_conversions
 from tests.support.audio import contents, lines_of, refused
 from tests.support.builders import asr, tts, write_records
 
@@ -252,7 +252,7 @@ def test_a_conversion_that_fails_leaves_the_old_files(source: Path, tmp_path: Pa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("most_ray.speech.convert.asr_to_tts", full)
+    monkeypatch.setattr("most_ray.records.tts_records.asr_to_tts", full)
     with pytest.raises(OSError, match="No space left"):
         prepare_tts(Conversion(source, tmp_path / "out"))
     assert contents(tmp_path / "out")["records.jsonl.gz"] == before

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError, DataError
-from most_ray.speech.corpora import (
+from most_ray.speech.corpora.corpus import (
     LAYOUTS,
     CorpusOptions,
     Utterance,

@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor
 from most_ray.config import config_from
 from most_ray.data.batch import rank_batch
 from most_ray.data.plan import PlanSpec
+from most_ray.distributed.topology import Topology
+from most_ray.metrics.flops import model_flops
 from most_ray.model.configuration import MostConfig
-from most_ray.model.known import PUBLISHED
-from most_ray.train import calibration
-from most_ray.train.calibration import CALIBRATED, calibrate, measure_links
-from most_ray.train.cost import Collective, Speed, Work, collectives_of, distinct_ranks, layouts_of, step_cost
-from most_ray.train.devices import GpuLinks, _card_of, device_of
-from most_ray.train.flops import model_flops
-from most_ray.train.layouts import Reckoning, Step
-from most_ray.train.memory import Shapes
-from most_ray.train.topology import Topology
+from most_ray.planner import calibration
+from most_ray.planner.calibration import CALIBRATED, calibrate, measure_links
+from most_ray.planner.cost import Collective, Speed, Work, collectives_of, distinct_ranks, layouts_of, step_cost
+from most_ray.planner.hardware import GpuLinks, _card_of, device_of
+from most_ray.planner.layouts import Reckoning, Step
+from most_ray.planner.memory import Shapes
+from most_ray.planner.published_sizes import PUBLISHED
 from tests.support.builders import LAYOUT, make_plan, tiny_config, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.training import make, open_plan, rows_for, steps

@@ -8,35 +8,35 @@ from pathlib import Path
 
 import pytest
 
+from most_ray.checkpoint import reader
 from most_ray.errors import CheckpointError
-from most_ray.train import checkpoint
 from tests.support.checkpoints import save, saved_at, small, weight_in
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
     places = saved_at(tmp_path, 1, 2, 3)
-    assert checkpoint.committed(str(tmp_path)) == places
-    assert [checkpoint.step_of(place) for place in places] == [1, 2, 3]
-    (Path(places[2]) / checkpoint.COMMIT).unlink()
-    assert checkpoint.committed(str(tmp_path)) == places[:2]
+    assert reader.committed(str(tmp_path)) == places
+    assert [reader.step_of(place) for place in places] == [1, 2, 3]
+    (Path(places[2]) / reader.COMMIT).unlink()
+    assert reader.committed(str(tmp_path)) == places[:2]
     with pytest.raises(CheckpointError, match="never completed"):
-        checkpoint.load(places[2], small())
-    assert checkpoint.newest_intact(str(tmp_path)) == (places[1], [])
-    assert checkpoint.prune(str(tmp_path), 1) == [1]
-    assert checkpoint.committed(str(tmp_path)) == places[1:2]
+        reader.load(places[2], small())
+    assert reader.newest_intact(str(tmp_path)) == (places[1], [])
+    assert reader.prune(str(tmp_path), 1) == [1]
+    assert reader.committed(str(tmp_path)) == places[1:2]
     assert Path(places[2]).exists(), "a checkpoint under way is newer than all complete ones"
     saved_at(tmp_path, 3)  # a dead attempt's folder is written anew
-    assert weight_in(checkpoint.committed(str(tmp_path))[-1]) == 3.0
+    assert weight_in(reader.committed(str(tmp_path))[-1]) == 3.0
     with pytest.raises(CheckpointError, match="is not named step-NNNNNNNNN"):
-        checkpoint.step_of(str(tmp_path))
+        reader.step_of(str(tmp_path))
 
 
 def test_what_a_dead_attempt_left_is_no_part_of_the_next_one(tmp_path: Path) -> None:
-    place = Path(checkpoint.step_place(str(tmp_path), 1))
+    place = Path(reader.step_place(str(tmp_path), 1))
     place.mkdir()
     (place / "rank-00007.safetensors").write_bytes(b"of a larger group")
     saved_at(tmp_path, 1)
-    assert sorted(checkpoint.read_marker(str(place))["files"]) == ["rank-00000.safetensors", "state.json"]
+    assert sorted(reader.read_marker(str(place))["files"]) == ["rank-00000.safetensors", "state.json"]
     assert weight_in(place) == 1.0
 
 
@@ -48,15 +48,15 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, mo
 
     monkeypatch.setattr(shutil, "rmtree", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(str(tmp_path), 1)
-    assert checkpoint.committed(str(tmp_path)) == places[1:]
+        reader.prune(str(tmp_path), 1)
+    assert reader.committed(str(tmp_path)) == places[1:]
 
 
 def test_the_best_and_the_evaluated_are_kept(tmp_path: Path) -> None:
     saved_at(tmp_path, 1, 2, 3, 4, 5, 6)
-    (tmp_path / "step-000000002" / checkpoint.COMMIT).unlink()  # what a dead attempt left
+    (tmp_path / "step-000000002" / reader.COMMIT).unlink()  # what a dead attempt left
     (tmp_path / "step-other").mkdir()
-    assert checkpoint.prune(str(tmp_path), 1, 1, {1: 0.5, 3: 0.1, 4: 0.2}, {4}) == [1, 5]
+    assert reader.prune(str(tmp_path), 1, 1, {1: 0.5, 3: 0.1, 4: 0.2}, {4}) == [1, 5]
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "4", "6", "r"]
 
 
@@ -94,23 +94,23 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     """It is passed over, and the step may be saved anew once it is revoked."""
     places = saved_at(tmp_path, 1, 2)
-    assert [checkpoint.damage(place, deep=True) for place in places] == [None, None]
+    assert [reader.damage(place, deep=True) for place in places] == [None, None]
     damage(Path(places[1]) / file)
-    place, ((torn, reason),) = checkpoint.newest_intact(str(tmp_path))
+    place, ((torn, reason),) = reader.newest_intact(str(tmp_path))
     assert place == places[0] and torn == places[1] and pytest.approx(weight_in(place)) == 1.0
     assert re.match(message, reason), reason
-    checkpoint.revoke(places[1])
-    assert checkpoint.committed(str(tmp_path)) == places[:1]
+    reader.revoke(places[1])
+    assert reader.committed(str(tmp_path)) == places[:1]
     saved_at(tmp_path, 2)
-    assert checkpoint.newest_intact(str(tmp_path)) == (places[1], [])
+    assert reader.newest_intact(str(tmp_path)) == (places[1], [])
 
 
 def test_only_the_asked_share_is_hashed(tmp_path: Path) -> None:
     (place,) = saved_at(tmp_path, 1)
     flip(Path(place) / "rank-00000.safetensors")  # the first of two files
-    assert checkpoint.damage(place) is None
-    assert checkpoint.damage(place, 0, 2, deep=True) and checkpoint.damage(place, 1, 2, deep=True) is None
-    assert checkpoint.newest_intact(str(tmp_path), deep_bytes=1000) == (place, [])
+    assert reader.damage(place) is None
+    assert reader.damage(place, 0, 2, deep=True) and reader.damage(place, 1, 2, deep=True) is None
+    assert reader.newest_intact(str(tmp_path), deep_bytes=1000) == (place, [])
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -118,12 +118,12 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         (place,) = saved_at(tmp_path, 1)
         damage(Path(place) / "rank-00000.safetensors")
         with pytest.raises(CheckpointError, match=r"damaged file \(.*rank-00000.safetensors.*Delete it to go on from an older one"):
-            checkpoint.load(place, small())
+            reader.load(place, small())
         shutil.rmtree(place)
     (place,) = saved_at(tmp_path, 1)
     garbage(Path(place) / "commit.json")
     with pytest.raises(CheckpointError, match=r"commit\.json is cut off"):
-        checkpoint.read_state(place)
+        reader.read_state(place)
 
 
 def test_tensors_that_are_missing_since_the_save_are_told(tmp_path: Path) -> None:
@@ -131,15 +131,15 @@ def test_tensors_that_are_missing_since_the_save_are_told(tmp_path: Path) -> Non
     state = json.loads((tmp_path / "c" / "state.json").read_text())
     (tmp_path / "c" / "state.json").write_text(json.dumps({**state, "n_tensors": 3}))
     with pytest.raises(CheckpointError, match="2 of 3 model tensors"):
-        checkpoint.load(tmp_path / "c", small())
+        reader.load(tmp_path / "c", small())
 
 
 def test_a_run_without_an_intact_checkpoint_does_not_begin_anew(tmp_path: Path) -> None:
     places = saved_at(tmp_path, 1, 2)
     for place in places:
-        (Path(place) / checkpoint.COMMIT).write_text("{")
-    intact, torn = checkpoint.newest_intact(str(tmp_path))
+        (Path(place) / reader.COMMIT).write_text("{")
+    intact, torn = reader.newest_intact(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"step-000000002.*is damaged \(commit.json.*so are all 2 of the run"):
-        checkpoint.require_one(intact, torn)
-    checkpoint.require_one(None, [])
-    checkpoint.require_one(places[0], [(places[1], "x")])
+        reader.require_one(intact, torn)
+    reader.require_one(None, [])
+    reader.require_one(places[0], [(places[1], "x")])

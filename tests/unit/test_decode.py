@@ -9,8 +9,8 @@ import torch
 from most_ray.data.plan import distinct_names
 from most_ray.evaluation.beam import Beams
 from most_ray.evaluation.decode import Forward, Search, count_routing, decode
-from most_ray.evaluation.share import record_losses
-from most_ray.template import IGNORE
+from most_ray.evaluation.scoring import record_losses
+from most_ray.records.template import IGNORE
 from tests.support.builders import IDS, asr, make_store, tiny_model
 
 STOP = [IDS.eos, IDS.end_audio]

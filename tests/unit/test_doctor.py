@@ -9,7 +9,7 @@ import ray
 
 from most_ray.cli import main
 from most_ray.config import config_from
-from most_ray.service.doctor import examine_run
+from most_ray.service.preflight.doctor import examine_run
 
 
 @pytest.fixture(autouse=True)

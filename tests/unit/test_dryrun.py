@@ -14,24 +14,24 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
+from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.cli import main
 from most_ray.config import RunConfig, config_from
+from most_ray.distributed.topology import Topology
 from most_ray.errors import CheckpointError, ConfigError
+from most_ray.metrics.flops import model_flops
 from most_ray.model.configuration import MostConfig
-from most_ray.model.known import PUBLISHED, published_name
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.packed import pack_rows
-from most_ray.template import IGNORE
-from most_ray.train import dryrun
-from most_ray.train.devices import device_of
-from most_ray.train.dryrun import dry_run
-from most_ray.train.flops import model_flops
-from most_ray.train.memory import Load, Moments, Shapes, checkpoint_bytes, checkpoint_files, memory_of
-from most_ray.train.prepare import make_stores, prepare_run
+from most_ray.optim.train_state import make_state
+from most_ray.planner import dry_run as dry_run_module
+from most_ray.planner.dry_run import dry_run
+from most_ray.planner.hardware import device_of
+from most_ray.planner.memory import Load, Moments, Shapes, checkpoint_bytes, checkpoint_files, memory_of
+from most_ray.planner.published_sizes import PUBLISHED, published_name
+from most_ray.records.template import IGNORE
+from most_ray.runs.resolve import make_stores, prepare_run
 from most_ray.train.recompute import apply_recompute
-from most_ray.train.state import make_state
-from most_ray.train.topology import Topology
-from most_ray.train.writer import CheckpointWriter
 from tests.support.builders import asr, tiny_config, tiny_model, tts, write_records
 
 ALONE = Topology(1, 1, 1)
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, make in (("asr", asr), ("tts", tts)):
         write_records(folder / name, [make(index, 5 + index % 3) for index in range(60)])
-    tokenizer = dryrun.train_tokenizer(["some words"], 300)
+    tokenizer = dry_run.train_tokenizer(["some words"], 300)
     plain = type(tokenizer)(tokenizer_object=tokenizers_without_speech(tokenizer), bos_token="<s>", eos_token="</s>")
     plain.save_pretrained(folder / "plain")
     (folder / "plain" / "config.json").write_text(json.dumps({"model_type": "deepseek_v2", **PUBLISHED["deepseek-ai/DeepSeek-V2-Lite"]}))
@@ -264,8 +264,8 @@ def test_an_elastic_run_has_two_layouts(data: Path) -> None:
 
 def test_large_data_are_sampled(data: Path, monkeypatch: pytest.MonkeyPatch, digits: Path) -> None:
     """By the first records of each directory; token stores that are there are used as they are."""
-    monkeypatch.setattr(dryrun, "SMALL_BYTES", 0)
-    monkeypatch.setattr(dryrun, "SAMPLE_RECORDS", 200)
+    monkeypatch.setattr(dry_run_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dry_run_module, "SAMPLE_RECORDS", 200)
     config = config_of(data, train_asr_dirs=[str(digits / "test_speaker")], name="large", output_dir=str(data / "large"), max_steps=20)
     run = dry_run(config, "H100")
     assert run.about_records and run.about_tokens and any("about" in note for note in run.notes)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
 from most_ray.errors import CheckpointError, ConfigError
-from most_ray.speech import encoder as encoder_module
-from most_ray.speech.encoder import EncoderExtractor
-from most_ray.speech.features import EncoderSettings, Extractor, one_thread, open_extractor, parse_features
+from most_ray.speech.units import encoder as encoder_module
+from most_ray.speech.units.encoder import EncoderExtractor
+from most_ray.speech.units.features import EncoderSettings, Extractor, one_thread, open_extractor, parse_features
 
 LAYERS = 3
 SMALL: dict[str, Any] = {

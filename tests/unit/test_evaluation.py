@@ -14,15 +14,15 @@ import torch
 
 from most_ray.cli import main
 from most_ray.errors import CheckpointError, ConfigError, DataError
-from most_ray.evaluation.ask import speak_texts, transcribe_units
 from most_ray.evaluation.decode import Decoded, Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, combine, hypotheses_of, open_sets
+from most_ray.evaluation.generate import speak_texts, transcribe_units
 from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
-from most_ray.evaluation.share import score_share
+from most_ray.evaluation.inline import open_outside
+from most_ray.evaluation.scoring import score_share
 from most_ray.model.build import load_model
-from most_ray.model.tokenizer import load_tokenizer, token_ids
-from most_ray.records import ASR_INSTRUCTION
-from most_ray.service.evaluation import open_outside
+from most_ray.records.record import ASR_INSTRUCTION
+from most_ray.records.tokenizer import load_tokenizer, token_ids
 from tests.support.builders import asr, tts, write_records
 from tests.support.evaluation import SETTINGS, Scene, evaluate, make_scene
 
@@ -106,7 +106,7 @@ def test_a_sound_that_is_held_is_no_loop(scene: Scene, monkeypatch: pytest.Monke
     """Units may be kept with their repeats; the same said in text is a loop."""
     ids = token_ids(load_tokenizer(scene.model))
     held = Decoded([ids.unit_base + 5] * 12, ids.end_audio)
-    monkeypatch.setattr("most_ray.evaluation.ask.decode", lambda forward, prompts, *_: [held for _ in prompts])
+    monkeypatch.setattr("most_ray.evaluation.generate.decode", lambda forward, prompts, *_: [held for _ in prompts])
     sets = evaluate(scene).result["sets"]
     assert (sets["tts/to_speak"]["loop_rate"], sets["tts/to_speak"]["end_of_audio_rate"]) == (0.0, 1.0)
     assert (sets["asr/spoken"]["loop_rate"], sets["asr/spoken"]["foreign_rate"]) == (1.0, 1.0)

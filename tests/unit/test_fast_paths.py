@@ -20,7 +20,7 @@ from most_ray.model import attention, experts, head
 from most_ray.model.experts import experts_forward
 from most_ray.model.kernels import SwiGlu, rms_norm, round_up
 from most_ray.model.packed import PackedRows, lay_out, pack_rows
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
 from tests.support.builders import IDS, tiny_model
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

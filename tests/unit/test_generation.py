@@ -17,7 +17,7 @@ import most_ray  # noqa: F401
 from most_ray.evaluation.decode import Forward, Search, decode
 from most_ray.model.build import init_model, save_model
 from most_ray.model.compat import CACHE, one_cache
-from most_ray.model.tokenizer import load_tokenizer
+from most_ray.records.tokenizer import load_tokenizer
 from tests.support.builders import WORDS
 
 TEXT = "User: seven eight\n\nAssistant: "

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from most_ray.data.ingest import Part, Recipe, check_rejected, ingest_directory, make_part, run_here
 from most_ray.data.store import TokenStore
 from most_ray.errors import DataError, RecordError
-from most_ray.jsonio import read_lines, read_values
-from most_ray.records import Record, parse_record, parse_records
-from most_ray.template import encode_records
+from most_ray.io.json_stream import read_lines, read_values
+from most_ray.records.record import Record, parse_record, parse_records
+from most_ray.records.template import encode_records
 from tests.support.builders import asr, char_vocabulary, make_store, text, tts, write_records
 
 

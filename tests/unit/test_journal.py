@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from most_ray.train.journal import Journal, read_journal
+from most_ray.io.journal import Journal, read_journal
 
 
 def written(path: Path, resume: int, *lines: dict[str, Any]) -> None:

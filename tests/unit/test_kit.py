@@ -19,11 +19,11 @@ from most_ray import config as configuration
 from most_ray.cli import main, recordings
 from most_ray.cli.recordings import choose_division, guess_layout, run_settings
 from most_ray.errors import CheckpointError, ConfigError, DataError
-from most_ray.records import parse_record, units_identity
-from most_ray.speech.audio import load_audio
-from most_ray.speech.corpora import Utterance, parse_condition, selected
-from most_ray.speech.features import MfccSettings
-from most_ray.speech.kit import copy_kit, find_kit, open_kit, read_manifest
+from most_ray.records.record import parse_record, units_identity
+from most_ray.speech.corpora.audio import load_audio
+from most_ray.speech.corpora.corpus import Utterance, parse_condition, selected
+from most_ray.speech.units.features import MfccSettings
+from most_ray.speech.vocoder.assets import copy_kit, find_kit, open_kit, read_manifest
 from tests.support.audio import contents, prepare, records_of, refused, table, tones
 from tests.support.corpora import cut_of, libriheavy, put
 

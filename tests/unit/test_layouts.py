@@ -18,11 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from most_ray.errors import DataError
-from most_ray.speech.corpora import (
-    CorpusOptions,
-    Utterance,
-    read_corpus,
-)
+from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, read_corpus
 from tests.support.corpora import cut_of, libriheavy, librispeech, put, read, reasons
 
 

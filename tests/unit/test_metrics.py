@@ -12,9 +12,9 @@ import torch
 from most_ray.config import config_from
 from most_ray.data.batch import AUDIO, TEXT
 from most_ray.errors import ConfigError
-from most_ray.service.evaluation import write_evaluation
-from most_ray.train import schema
-from most_ray.train.metrics import Meter, perplexity
+from most_ray.evaluation.inline import write_evaluation
+from most_ray.metrics import schema
+from most_ray.train.meter import Meter, perplexity
 from most_ray.train.step import StepResult
 from tests.conftest import ROOT
 from tests.support.builders import tiny_config
@@ -143,7 +143,7 @@ def test_perplexities_are_numbers_or_null(loss: float | None, expected: float | 
 
 
 def test_metrics_md_is_made_of_the_schema() -> None:
-    assert (ROOT / "METRICS.md").read_text(encoding="utf-8") == schema.markdown(), "python -m most_ray.train.schema > METRICS.md"
+    assert (ROOT / "METRICS.md").read_text(encoding="utf-8") == schema.markdown(), "python -m most_ray.metrics.schema > METRICS.md"
 
 
 def test_lines_of_evaluations_are_as_documented(tmp_path: Path) -> None:

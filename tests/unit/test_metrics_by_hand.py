@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
+from most_ray.checkpoint import reader
+from most_ray.metrics.flops import measured_peak, model_flops
+from most_ray.metrics.schema import check_line
 from most_ray.model.build import load_model
 from most_ray.model.routing import MostRouter
-from most_ray.records import TASKS
-from most_ray.train import checkpoint
-from most_ray.train.flops import measured_peak, model_flops
-from most_ray.train.prepare import Prepared
-from most_ray.train.schema import check_line
+from most_ray.optim.train_state import make_state
+from most_ray.records.record import TASKS
+from most_ray.runs.resolve import Prepared
 from most_ray.train.session import overrides_of
-from most_ray.train.state import make_state
 from tests.support.runs import go, lines_of, numbers_in, prepare_small
 from tests.support.training import CPU
 
@@ -73,7 +73,7 @@ def weights_after(prepared: Prepared, step: int) -> Any:
     config = prepared.job.config
     state = make_state(load_model(prepared.job.model_path, overrides_of(config)), config, STEPS)
     if step:
-        checkpoint.load(checkpoint.step_place(prepared.folder.checkpoints, step), state, with_optimizer=False)
+        reader.load(reader.step_place(prepared.folder.checkpoints, step), state, with_optimizer=False)
     return state.model.train()
 
 

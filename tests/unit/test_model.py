@@ -19,8 +19,8 @@ from most_ray.errors import CheckpointError, ConfigError
 from most_ray.model.build import RoutingOverrides, from_deepseek, init_model, load_model, read_config, save_model
 from most_ray.model.compat import checkpoint_layers
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.model.tokenizer import load_tokenizer, train_tokenizer
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
+from most_ray.records.tokenizer import load_tokenizer, train_tokenizer
 from tests.support.builders import IDS, make_plan, tiny_config, tiny_model
 from tests.support.fresh import FreshPython
 from tests.unit.test_plan import LAYOUT

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from most_ray.service.ray_metrics import METRICS
+from most_ray.service.cluster.prometheus import METRICS
 from tests.conftest import ROOT, tool
 
 MONITORING = ROOT / "cluster" / "monitoring"

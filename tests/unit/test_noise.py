@@ -13,7 +13,7 @@ from most_ray.data.batch import rank_batch
 from most_ray.data.noise import UnitNoise, noisy_units
 from most_ray.data.plan import Plan, make_spec
 from most_ray.errors import ConfigError
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
 from tests.support.builders import asr, make_plan, make_store
 from tests.unit.test_plan import LAYOUT
 

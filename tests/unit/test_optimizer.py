@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from most_ray.checkpoint import reader
 from most_ray.config import config_from
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import Plan
 from most_ray.errors import ConfigError
-from most_ray.train import checkpoint
-from most_ray.train.optimizer import block_size, check_available, make_optimizer
-from most_ray.train.state import TrainState
+from most_ray.optim.optimizer import block_size, check_available, make_optimizer
+from most_ray.optim.train_state import TrainState
 from tests.support.gloo import run_ranks
 from tests.support.training import full_weights, loss_of, make, save_to, steps
 
@@ -53,7 +53,7 @@ def test_a_resumed_run_in_eight_bits_is_the_run_that_was_not_stopped(model_dir: 
     results = steps(first, plan, 3)
     save_to(tmp_path / "c", first, plan)
     again = make(model_dir, **INT8)
-    checkpoint.load(tmp_path / "c", again)
+    reader.load(tmp_path / "c", again)
     assert all(torch.equal(moment, moments(first)[name]) for name, moment in moments(again).items())
     results += steps(again, plan, 3)
     assert [(loss_of(r), r.learning_rate) for r in results] == [(loss_of(r), r.learning_rate) for r in expected]
@@ -67,12 +67,12 @@ def test_a_checkpoint_goes_from_one_form_to_the_other(model_dir: str, plan: Plan
     steps(low, plan, 3)
     save_to(tmp_path / "low", low, plan)
     full = make(model_dir)
-    checkpoint.load(tmp_path / "low", full)
+    reader.load(tmp_path / "low", full)
     assert all(torch.equal(moment, moments(low)[name]) for name, moment in moments(full).items())
     steps(full, plan, 2)
     save_to(tmp_path / "full", full, plan)
     back = make(model_dir, **INT8)
-    checkpoint.load(tmp_path / "full", back)
+    reader.load(tmp_path / "full", back)
     assert back.step == 5 and all(torch.equal(weight, full_weights(back)[name]) for name, weight in full_weights(full).items())
     parameters = dict(full.model.named_parameters())
     n_low = 0
@@ -123,7 +123,7 @@ def moved(model_dir: str, spec: Any, topology: tuple[int, int, int], source: str
     plan = open_plan(spec)
     state = make(model_dir, topology, **INT8)
     if source:
-        checkpoint.load(source, state)
+        reader.load(source, state)
     else:
         steps(state, plan, 3)
     save_to(target, state, plan)

@@ -14,7 +14,7 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
 
 from most_ray.errors import CheckpointError
-from most_ray.evaluation.outside import OutsideRecogniser
+from most_ray.evaluation.external_asr import OutsideRecogniser
 from tests.support.evaluation import evaluate, make_scene
 
 RATE = 16_000

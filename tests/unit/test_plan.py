@@ -14,7 +14,7 @@ from most_ray.config import config_from
 from most_ray.data.batch import PADDING, forward_shape, rank_batch
 from most_ray.data.plan import Cursor, Plan, check_cursor, check_units, make_spec, source_weights
 from most_ray.errors import CheckpointError, ConfigError, DataError
-from most_ray.template import IGNORE
+from most_ray.records.template import IGNORE
 from tests.support.builders import IDS, LAYOUT, asr, make_plan, make_store, text, tts, write_records
 
 

@@ -16,12 +16,14 @@ import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from rich.console import Console
 
-from most_ray.cli.job import found, job_home, place_arguments, placed
+from most_ray.cli.job_files import found, job_home, place_arguments, placed
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service import cluster, control, preflight
-from most_ray.service.address import check_address
-from most_ray.service.preflight import (
+from most_ray.service.cluster import connection, control
+from most_ray.service.cluster.address import check_address
+from most_ray.service.cluster.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
+from most_ray.service.preflight import checks
+from most_ray.service.preflight.checks import (
     Answer,
     Finding,
     check_safety,
@@ -32,7 +34,6 @@ from most_ray.service.preflight import (
     places_written,
     report_findings,
 )
-from most_ray.service.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
 
 OWN = {"python": "3.11", "ray": "2.60.0", "most_ray": "abc"}
 
@@ -141,7 +142,7 @@ def test_a_folder_that_cannot_be_written_to_says_why(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("most_ray.storage.write_bytes", refuse)
+    monkeypatch.setattr("most_ray.io.storage.write_bytes", refuse)
     (trouble,) = examine(Probe("mark", (("output_dir", str(tmp_path)),))).troubles
     assert trouble.rule == "cannot be written to (No space left on device)"
     assert not trouble.missing
@@ -156,7 +157,7 @@ def test_what_a_run_writes_and_reads(tmp_path: Path) -> None:
 def test_room_for_the_checkpoints_that_lie_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """keep_last and the one that is being written; two must fit in any case."""
     config = config_from({"output_dir": str(tmp_path), "keep_last": 3})
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 30))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 30))
     levels = {size: check_space(config, int(size * 2**30))[0].level for size in (2.4, 2.6, 4.9, 5.1)}
     assert levels == {2.4: "ok", 2.6: "warning", 4.9: "warning", 5.1: "error"}
     assert check_space(config_from({"output_dir": "s3://bucket/runs"}), 1 << 60) == []
@@ -165,7 +166,7 @@ def test_room_for_the_checkpoints_that_lie_there_at_once(tmp_path: Path, monkeyp
 def test_a_run_that_goes_on_has_the_room_that_its_checkpoints_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 GiB, checkpoints of 40, one of them there: the same command goes on."""
     config = config_from({"output_dir": str(tmp_path), "name": "r", "keep_last": 1})
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=60 << 30))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=60 << 30))
     assert check_space(config, 40 << 30)[0].level == "error"
     (tmp_path / "r" / "checkpoints" / "step-000000001").mkdir(parents=True)
     (tmp_path / "r" / "checkpoints" / "step-000000001" / "commit.json").write_text("{}")
@@ -173,7 +174,7 @@ def test_a_run_that_goes_on_has_the_room_that_its_checkpoints_hold(tmp_path: Pat
 
 
 def test_a_run_without_a_key_of_its_tracker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "wandb_key", lambda _: None)
+    monkeypatch.setattr(checks, "wandb_key", lambda _: None)
     assert check_tracking(config_from({})) == []
     (finding,) = check_tracking(config_from({"wandb_project": "p"}))
     assert finding.level == "warning"
@@ -231,13 +232,13 @@ def test_a_job_writes_below_its_home_and_reads_what_went_along_first(tmp_path: P
 def test_the_flags_of_other_commands_are_placed_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of `evaluate`: figures that were written beside the job's own folder would be lost."""
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr("most_ray.cli.job.job_home", lambda: tmp_path)
+    monkeypatch.setattr("most_ray.cli.job_files.job_home", lambda: tmp_path)
     args = argparse.Namespace(output=Path("e.json"), store_dir=None, model="model", asr_dirs=["x", "/y"], num_workers=2, config="c.yaml")
     place_arguments(args)
     assert args == argparse.Namespace(
         output=tmp_path / "e.json", store_dir=None, model=str(tmp_path / "model"), asr_dirs=["x", "/y"], num_workers=2, config="c.yaml"
     )
-    monkeypatch.setattr("most_ray.cli.job.job_home", lambda: None)
+    monkeypatch.setattr("most_ray.cli.job_files.job_home", lambda: None)
     place_arguments(outside := argparse.Namespace(output=Path("e.json")))
     assert outside.output == Path("e.json")
 
@@ -256,7 +257,7 @@ class Gcs(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
 def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gcs, str]]:
     """What answers as a cluster's head does, and its address."""
     monkeypatch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", True)
-    monkeypatch.setattr("most_ray.service.address.use_token", lambda: None)  # this machine may have one
+    monkeypatch.setattr("most_ray.service.cluster.address.use_token", lambda: None)  # this machine may have one
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     server, service = grpc.server(futures.ThreadPoolExecutor(2)), Gcs()
@@ -282,7 +283,7 @@ def test_a_head_that_wants_a_token_is_told_from_one_that_wants_another(gcs: tupl
     gcs[0].asks = True
     with pytest.raises(ConfigError, match=r"asks for a token, and none is here\. Set RAY_AUTH_MODE=token"):
         check_address(gcs[1])
-    monkeypatch.setattr("most_ray.service.address.is_token_auth_enabled", lambda: True)
+    monkeypatch.setattr("most_ray.service.cluster.address.is_token_auth_enabled", lambda: True)
     with pytest.raises(ConfigError, match=r"does not take this token\. Set RAY_AUTH_MODE=token"):
         check_address(gcs[1])
 
@@ -290,9 +291,9 @@ def test_a_head_that_wants_a_token_is_told_from_one_that_wants_another(gcs: tupl
 def test_whether_a_cluster_asks_for_a_token_is_asked_of_it(gcs: tuple[Gcs, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not of this process, which may have one all the same."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setattr(preflight.ray, "nodes", lambda: [{"NodeManagerAddress": "10.0.0.5", "Alive": True}])
-    monkeypatch.setattr(preflight.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(preflight.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=gcs[1]))
+    monkeypatch.setattr(checks.ray, "nodes", lambda: [{"NodeManagerAddress": "10.0.0.5", "Alive": True}])
+    monkeypatch.setattr(checks.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(checks.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=gcs[1]))
     config = config_from({"ray_address": gcs[1]})
     assert "asks for no token" in check_safety(config)[0].text
     gcs[0].asks = True
@@ -318,14 +319,14 @@ def test_a_cluster_that_grows_is_found_by_either_autoscaler(monkeypatch: pytest.
 def test_a_cluster_that_may_become_large_enough_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, grows: bool, largest: float | None, refused: bool
 ) -> None:
-    monkeypatch.setattr(cluster, "grows", lambda: grows)
-    monkeypatch.setattr(cluster, "most_resources", lambda: ({"CPU": largest or 4.0}, largest is not None))
+    monkeypatch.setattr(connection, "grows", lambda: grows)
+    monkeypatch.setattr(connection, "most_resources", lambda: ({"CPU": largest or 4.0}, largest is not None))
     config = config_from({"eval_inline": True})
     if refused:
         with pytest.raises(ConfigError, match=r"num_workers = 128: needs 128\.25 CPU, the cluster has"):
-            cluster.check_needs(config, 128, 128, False)
+            connection.check_needs(config, 128, 128, False)
     else:
-        cluster.check_needs(config, 128, 128, False)
+        connection.check_needs(config, 128, 128, False)
 
 
 def test_what_is_no_head_is_refused_within_seconds() -> None:

@@ -15,14 +15,14 @@ import soundfile
 
 from most_ray.cli import main
 from most_ray.data.ingest import Recipe, ingest_directory
-from most_ray.records import parse_record, units_identity
-from most_ray.speech import parts
-from most_ray.speech import prepare as preparing
-from most_ray.speech.corpora import CorpusOptions, parse_condition
-from most_ray.speech.features import Frames
-from most_ray.speech.parts import Runner, run_here
-from most_ray.speech.prepare import UnitsJob, prepare_units
-from most_ray.speech.units import load_kmeans, save_kmeans
+from most_ray.records.record import parse_record, units_identity
+from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
+from most_ray.speech.units import build as preparing
+from most_ray.speech.units import corpus_parts
+from most_ray.speech.units.build import UnitsJob, prepare_units
+from most_ray.speech.units.clustering import load_kmeans, save_kmeans
+from most_ray.speech.units.corpus_parts import Runner, run_here
+from most_ray.speech.units.features import Frames
 from tests.support.audio import (
     Counting,
     contents,
@@ -85,7 +85,7 @@ def test_the_same_command_gives_the_same_bytes_wherever_the_recordings_lie(corpu
     prepare(corpus, tmp_path / "one", *words)
     prepare(moved, tmp_path / "two", *words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "PART", 3)
+        patch.setattr(corpus_parts, "PART", 3)
         prepare(moved, tmp_path / "three", *words)
     prepare(corpus, tmp_path / "all", *FIT)
     for name in ("records.jsonl.gz", "units.json", "kmeans.npy"):
@@ -121,7 +121,7 @@ class Loudness:
 
 def test_features_that_need_no_speakers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is measured; where the centroids are known the recordings are heard once, and only the selected ones."""
-    for module in (parts, preparing):
+    for module in (corpus_parts, preparing):
         monkeypatch.setattr(module, "open_extractor", lambda *_: Loudness())
     (corpus / "2.flac").write_bytes(b"no audio")
     counts = run(corpus, tmp_path / "o")
@@ -144,7 +144,7 @@ def made_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("done", [1, 5, 7])
 def test_a_stopped_command_makes_only_what_is_missing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int) -> None:
     """Four parts to measure, four to encode; the bytes are those of a command that nobody stopped."""
-    monkeypatch.setattr(parts, "PART", 2)
+    monkeypatch.setattr(corpus_parts, "PART", 2)
     run(corpus, tmp_path / "whole", whole := Counting())
     assert whole.made == [*(("Measure", i) for i in range(4)), *(("Encode", i) for i in range(4))]
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +157,7 @@ def test_a_stopped_command_makes_only_what_is_missing(corpus: Path, tmp_path: Pa
 
 def test_a_part_that_was_half_written_is_made_again(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a part's own name says that it is done."""
-    monkeypatch.setattr(parts, "PART", 2)
+    monkeypatch.setattr(corpus_parts, "PART", 2)
     with pytest.raises(KeyboardInterrupt):
         run(corpus, tmp_path / "o", Counting(stop_after=6))
     *_, last = sorted((tmp_path / "o/.work").glob("records-*.jsonl.gz"))
@@ -170,7 +170,7 @@ def test_a_part_that_was_half_written_is_made_again(corpus: Path, tmp_path: Path
 
 def test_the_order_of_the_parts_does_not_matter(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes finish in any order; the bytes are the same."""
-    monkeypatch.setattr(parts, "PART", 2)
+    monkeypatch.setattr(corpus_parts, "PART", 2)
     (corpus / "3.flac").write_bytes(b"no audio")
     for name, runner in (("one", Counting()), ("two", Counting(backwards=True))):
         run(corpus, tmp_path / name, runner, perturb=(0.9, 1.0), fit_frames=50)
@@ -245,8 +245,8 @@ def test_all_forms_hold_the_same_records(corpus: Path, tmp_path: Path) -> None:
 def test_many_records_are_many_files(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Numbered, together each record once in its order; and no file of another command stays."""
     one = prepare(corpus, tmp_path / "one", *FIT)
-    monkeypatch.setattr(parts, "PART", 2)
-    monkeypatch.setattr("most_ray.speech.output.SHARD_BYTES", 100)
+    monkeypatch.setattr(corpus_parts, "PART", 2)
+    monkeypatch.setattr("most_ray.speech.units.output.SHARD_BYTES", 100)
     many = prepare(corpus, tmp_path / "many", *FIT, "--form", form)
     assert sorted(path.name for path in (tmp_path / "many").glob("rec*")) == [f"records-{i:05d}.{form}" for i in range(4)]
     assert many == one
@@ -256,7 +256,7 @@ def test_many_records_are_many_files(corpus: Path, tmp_path: Path, monkeypatch: 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times the utterances: the same but for some hundred bytes for each part."""
-    monkeypatch.setattr(parts, "PART", 5)
+    monkeypatch.setattr(corpus_parts, "PART", 5)
     soundfile.write(tmp_path / "a.flac", np.random.default_rng(0).normal(0, 0.1, 6400), 16000)
     peaks = []
     for count in (10, 12, 120):  # the first loads what is loaded once
@@ -384,5 +384,5 @@ def test_an_output_that_is_a_file(corpus: Path, tmp_path: Path, capsys: pytest.C
 
 def test_ray_is_not_loaded_where_nobody_asked_for_it(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--num_actors 0 works where there is no Ray."""
-    monkeypatch.setitem(sys.modules, "most_ray.service.units", None)
+    monkeypatch.setitem(sys.modules, "most_ray.service.tasks.unit_tasks", None)
     assert len(prepare(corpus, tmp_path / "o", *FIT)) == 8

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from most_ray.records import parse_record
+from most_ray.records.record import parse_record
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, refused, table, tone, tones, units_command
 from tests.support.corpora import cut_of, libriheavy
 

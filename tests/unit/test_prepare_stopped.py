@@ -17,17 +17,17 @@ from most_ray.cli import main
 from most_ray.cli.recordings import choose_division
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.errors import CheckpointError, DataError
-from most_ray.evaluation.ask import Spoken
-from most_ray.records import units_identity
-from most_ray.speech import output as placing
-from most_ray.speech import parts
-from most_ray.speech.audio import load_audio
-from most_ray.speech.corpora import CorpusOptions, parse_condition
-from most_ray.speech.features import EncoderSettings, MfccExtractor, MfccSettings
-from most_ray.speech.kit import copy_kit
-from most_ray.speech.parts import Measure, Part, Work, run_here
-from most_ray.speech.prepare import UnitsJob, prepare_units
-from most_ray.speech.units import save_kmeans
+from most_ray.evaluation.generate import Spoken
+from most_ray.records.record import units_identity
+from most_ray.speech.corpora.audio import load_audio
+from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
+from most_ray.speech.units import corpus_parts
+from most_ray.speech.units import output as placing
+from most_ray.speech.units.build import UnitsJob, prepare_units
+from most_ray.speech.units.clustering import save_kmeans
+from most_ray.speech.units.corpus_parts import Measure, Part, Work, run_here
+from most_ray.speech.units.features import EncoderSettings, MfccExtractor, MfccSettings
+from most_ray.speech.vocoder.assets import copy_kit
 from tests.support.audio import lines_of, prepare, records_of, refused, table, tones, units_command
 from tests.support.builders import asr, char_vocabulary, write_records
 
@@ -49,7 +49,7 @@ def test_two_commands_at_one_output_keep_out_of_each_others_way(corpus: Path, tm
         assert "by another command" in capsys.readouterr().err
         # Even one that does not look at the lock cannot put other recordings under a name that is known.
         chunk = Path(found[0].chunk).read_bytes()
-        parts.scan_corpus(CorpusOptions("folder", corpus), [parse_condition("split=test")], [1.0], "speaker", output / ".work")
+        corpus_parts.scan_corpus(CorpusOptions("folder", corpus), [parse_condition("split=test")], [1.0], "speaker", output / ".work")
         assert Path(found[0].chunk).read_bytes() == chunk
         yield from run_here(work, found)
 
@@ -64,7 +64,7 @@ def test_records_that_are_being_replaced_are_not_read(corpus: Path, tmp_path: Pa
     output = tmp_path / "out"
     prepare(corpus, output, "--fit_kmeans", "4")
     with monkeypatch.context() as patch:
-        target = placing if at == "save_kmeans" else "most_ray.speech.prepare"
+        target = placing if at == "save_kmeans" else "most_ray.speech.units.build"
         patch.setattr(*((target, at) if at == "save_kmeans" else (f"{target}.{at}",)), killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_units(UnitsJob(CorpusOptions("folder", corpus), output, fit_kmeans=8), lambda items, *_: items)
@@ -218,15 +218,15 @@ def test_centroids_go_in_by_one_move(tmp_path: Path) -> None:
 
 def test_the_sample_of_a_long_recording_is_drawn_from_all_of_it(tmp_path: Path) -> None:
     """k-means that heard only how recordings begin would know little of speech."""
-    scan = parts.scan_corpus(CorpusOptions("folder", tones(tmp_path / "corpus")), [], [1.0], "speaker", tmp_path / "work")
+    scan = corpus_parts.scan_corpus(CorpusOptions("folder", tones(tmp_path / "corpus")), [], [1.0], "speaker", tmp_path / "work")
     extractor = MfccExtractor(MfccSettings())
-    work = Measure(MfccSettings(), parts.digest(extractor.identity), "speaker", 120.0, 6, 0, str(tmp_path / "work"))
+    work = Measure(MfccSettings(), corpus_parts.digest(extractor.identity), "speaker", 120.0, 6, 0, str(tmp_path / "work"))
     list(run_here(work, scan.parts))
     with np.load(work.target(scan.parts[0])) as found:
         sample = found["sample"]
     frames = [
         [values.tolist() for values in each.values]
-        for item in parts.read_chunk(scan.parts[0].chunk)
+        for item in corpus_parts.read_chunk(scan.parts[0].chunk)
         for each in extractor([load_audio(Path(item["path"]), 16000)])
     ]
     places = [each.index(row) for row in sample.tolist() for each in frames if row in each]
@@ -262,17 +262,19 @@ def test_who_speaks_most_is_not_held_out() -> None:
 def test_little_work_starts_no_cluster() -> None:
     """Some seconds' work must not wait for Ray; an encoder's is much sooner."""
     mebibyte = 1 << 20
-    assert not parts.worth_a_cluster(MfccSettings(), 100 * mebibyte) and parts.worth_a_cluster(MfccSettings(), 1000 * mebibyte)
-    assert parts.worth_a_cluster(EncoderSettings("hubert", "x", 9), 100 * mebibyte)
+    assert not corpus_parts.worth_a_cluster(MfccSettings(), 100 * mebibyte) and corpus_parts.worth_a_cluster(
+        MfccSettings(), 1000 * mebibyte
+    )
+    assert corpus_parts.worth_a_cluster(EncoderSettings("hubert", "x", 9), 100 * mebibyte)
 
 
 def test_a_text_is_spoken_into_a_file(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model answers is what is heard, made by the vocoder of its kit."""
     prepare(corpus, tmp_path / "out", "--fit_kmeans", "4")
     assert main(["prepare", "vocoder", "--input", str(corpus), "--records", str(tmp_path / "out"), "--seconds", "1"]) == 0
-    monkeypatch.setattr("most_ray.cli.speech._kit_folder", lambda _: str(tmp_path / "out"))
-    monkeypatch.setattr("most_ray.cli.speech._open", lambda _: (None, None))
-    monkeypatch.setattr("most_ray.evaluation.ask.speak_texts", lambda _, __, texts, ___: [Spoken([3, 0, 2], [], 1) for _ in texts])
+    monkeypatch.setattr("most_ray.cli.speech_commands._kit_folder", lambda _: str(tmp_path / "out"))
+    monkeypatch.setattr("most_ray.cli.speech_commands._open", lambda _: (None, None))
+    monkeypatch.setattr("most_ray.evaluation.generate.speak_texts", lambda _, __, texts, ___: [Spoken([3, 0, 2], [], 1) for _ in texts])
     said, units = tmp_path / "said.wav", tmp_path / "units.wav"
     assert main(["synthesize", "--model", "m", "--text", "seven", "--output", str(said)]) == 0
     assert main(["synthesize", "--speech", str(tmp_path / "out"), "--units", "[Hu3][Hu0][Hu2]", "--output", str(units)]) == 0

@@ -11,8 +11,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from most_ray.service import process_group
-from most_ray.service.process_group import OnNodeAddress, choose_interface, interface_of, open_store
+from most_ray.service.cluster import process_group
+from most_ray.service.cluster.process_group import OnNodeAddress, choose_interface, interface_of, open_store
 
 
 def test_the_interface_of_an_address() -> None:

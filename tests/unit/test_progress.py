@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from most_ray.service.progress import Narrator, Pace, ProgressWatcher, duration, evaluated
+from most_ray.console.progress import Narrator, Pace, ProgressWatcher, duration, evaluated
 
 
 def train(step: int, step_time: float = 2.0, **more: Any) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import pytest
 import ray
 
 from most_ray.config import config_from
-from most_ray.service import ray_metrics
-from most_ray.service.ray_metrics import ALL, METRICS, RayMetrics
-from most_ray.service.telemetry import Background, trackers_of
-from most_ray.train.journal import Journal
-from most_ray.train.schema import check_line
+from most_ray.io.journal import Journal
+from most_ray.metrics.schema import check_line
+from most_ray.service.cluster import prometheus
+from most_ray.service.cluster.prometheus import ALL, METRICS, RayMetrics
+from most_ray.trackers.base import Background, trackers_of
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 START = {"total_steps": 100, "workers": 2}
@@ -35,7 +35,7 @@ def series(monkeypatch: pytest.MonkeyPatch) -> Series:
             assert isinstance(value, float) and set(tags) == self.keys and all(isinstance(tag, str) for tag in tags.values())
             exported[self.name, frozenset(tags.items())] = value
 
-    monkeypatch.setattr(ray_metrics, "Gauge", Gauge)
+    monkeypatch.setattr(prometheus, "Gauge", Gauge)
     return exported
 
 
@@ -163,7 +163,7 @@ def test_lines_that_were_written_before_a_slow_tracker_began_count_once(series: 
 def test_checkpoints_are_counted_and_dated(series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker, _ = started(tmp_path / "metrics.jsonl")
     assert of(series, "checkpoint_step") is None
-    monkeypatch.setattr(ray_metrics.time, "time", lambda: 1234.5)
+    monkeypatch.setattr(prometheus.time, "time", lambda: 1234.5)
     tracker.checkpoint(20, "s3://user:word@bucket/step-20")
     assert (of(series, "checkpoint_step"), of(series, "checkpoints")) == (20, 1)
     assert of(series, "checkpoint_timestamp_seconds") == 1234.5
@@ -175,7 +175,7 @@ def test_a_start_that_makes_no_step_is_seen_to_stand_still_from_its_start(
 ) -> None:
     tracker, journal = started(tmp_path / "metrics.jsonl")
     write(journal, tracker, train(1))
-    monkeypatch.setattr(ray_metrics.time, "time", lambda: 5000.0)
+    monkeypatch.setattr(prometheus.time, "time", lambda: 5000.0)
     started(tmp_path / "metrics.jsonl", step=1, at=4990.0)
     assert of(series, "last_step_timestamp_seconds") == 5000.0 and of(series, "line_seconds") == 0.0
 
@@ -184,7 +184,7 @@ def test_figures_are_set_anew_while_the_run_lives_and_no_more_behind_its_end(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray forgets a gauge 20 s after it was set, which must not hide a run whose steps hang."""
-    monkeypatch.setattr(ray_metrics, "_REFRESH_S", 0.001)
+    monkeypatch.setattr(prometheus, "_REFRESH_S", 0.001)
     before = threading.enumerate()
     tracker, journal = started(tmp_path / "metrics.jsonl")
     write(journal, tracker, train(1))
@@ -226,7 +226,7 @@ def test_a_failure_of_rays_metrics_ends_no_run(monkeypatch: pytest.MonkeyPatch, 
     def refuse(*_: Any) -> None:
         raise RuntimeError("no exporter")
 
-    monkeypatch.setattr(ray_metrics, "Gauge", refuse)
+    monkeypatch.setattr(prometheus, "Gauge", refuse)
     tracker = Background("Ray's metrics", RayMetrics(config_from({"name": "r"})))
     tracker.begin(0, tmp_path / "metrics.jsonl")
     tracker.log(train(1))

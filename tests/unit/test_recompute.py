@@ -11,8 +11,8 @@ from most_ray.config import config_from
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import Plan
 from most_ray.errors import ConfigError
+from most_ray.optim.train_state import TrainState
 from most_ray.train.recompute import apply_recompute, compile_layers
-from most_ray.train.state import TrainState
 from most_ray.train.step import Precision, run_step
 from tests.support.gloo import run_ranks
 from tests.support.training import CPU, batch_of, differences, full_weights, loss_of, make, spy_gradients, steps

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from most_ray.errors import DataError, RecordError
-from most_ray.jsonio import read_lines
-from most_ray.records import (
+from most_ray.io.json_stream import read_lines
+from most_ray.records.record import (
     Record,
     asr_to_tts,
     parse_record,
@@ -156,8 +156,8 @@ def test_bytes_that_are_not_utf8_cost_one_record(tmp_path: Path) -> None:
 
 
 def test_huge_fields_and_deep_nesting_cost_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("most_ray.jsonio.MAX_RECORD", 1 << 16)
-    monkeypatch.setattr("most_ray.jsonio._CHUNK", 1 << 12)
+    monkeypatch.setattr("most_ray.io.json_stream.MAX_RECORD", 1 << 16)
+    monkeypatch.setattr("most_ray.io.json_stream._CHUNK", 1 << 12)
     texts = [json.dumps(record) for record in RECORDS]
     deep = '{"id": "deep", "instruction": ' + "[" * 100_000 + "]" * 100_000 + "}"
     huge = json.dumps({**RECORDS[0], "metadata": {"x": "y" * 1_000_000}})
@@ -172,7 +172,7 @@ def test_huge_fields_and_deep_nesting_cost_one_record(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 4096])
 def test_byte_ranges_together_give_every_line_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("most_ray.jsonio._CHUNK", chunk)
+    monkeypatch.setattr("most_ray.io.json_stream._CHUNK", chunk)
     content = "\n".join([*map(json.dumps, RECORDS), "", "oops", json.dumps(asr(9))]).encode()
     whole = list(read_lines(io.BytesIO(content)))
     for size in (1, 13, 100, len(content)):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from most_ray.data.plan import Plan
-from most_ray.train.determinism import reset_deterministic, set_deterministic
+from most_ray.distributed.determinism import reset_deterministic, set_deterministic
 from most_ray.train.replicas import check_replicas, checksum, shard_index, unequal
 from tests.support.training import full_weights, make, steps
 

@@ -19,7 +19,7 @@ from most_ray.report.differences import Piece, align, words_of
 from most_ray.report.environment import environment
 from most_ray.report.figures import figures, mix_of, throughput, word_errors
 from most_ray.report.page import embed, page
-from most_ray.report.tables import difference, samples
+from most_ray.report.run_tables import difference, samples
 from tests.support.report_data import EXPERTS, LAYERS, write_run
 
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)>&<b>'

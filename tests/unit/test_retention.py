@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from most_ray.train.retention import superfluous
+from most_ray.checkpoint.retention import superfluous
 
 STEPS = [10, 20, 30, 40, 50]
 SCORES = {10: 0.3, 20: 0.1, 30: 0.2, 40: 0.1}

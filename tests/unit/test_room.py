@@ -10,10 +10,10 @@ import pytest
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service import allotment as module
-from most_ray.service import control
-from most_ray.service.allotment import Allotment
-from most_ray.service.control import WorkerShare, room
+from most_ray.service.cluster import control
+from most_ray.service.cluster.control import WorkerShare, room
+from most_ray.service.tune import trial_resources as module
+from most_ray.service.tune.trial_resources import Allotment
 from most_ray.sweep.options import load_sweep
 
 NODES = {"a": {"CPU": 4.0, "GPU": 2.0}, "b": {"CPU": 1.5, "GPU": 1.0}, "c": {"CPU": 8.0}}

@@ -11,9 +11,9 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from most_ray.config import config_from
-from most_ray.service.screens import first_screen, last_screen, spread, where
-from most_ray.train.folder import RunFolder
-from most_ray.train.topology import Topology
+from most_ray.console.run_screens import first_screen, last_screen, spread, where
+from most_ray.distributed.topology import Topology
+from most_ray.io.run_folder import RunFolder
 from tests.support.builders import make_plan
 
 

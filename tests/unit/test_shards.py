@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from most_ray.train import shards
-from most_ray.train.shards import Staging, part_of
+from most_ray.checkpoint import shards
+from most_ray.checkpoint.shards import Staging, part_of
 
 
 def test_every_type_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:

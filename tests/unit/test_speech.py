@@ -14,10 +14,9 @@ import pytest
 import soundfile
 
 from most_ray.errors import ConfigError, DataError
-from most_ray.records import parse_record, units_identity
-from most_ray.speech.audio import load_audio, seconds_of
-from most_ray.speech.features import EncoderSettings, MfccSettings, loud_part, mfcc, parse_features
-from most_ray.speech.units import (
+from most_ray.records.record import parse_record, units_identity
+from most_ray.speech.corpora.audio import load_audio, seconds_of
+from most_ray.speech.units.clustering import (
     SpeakerStatistics,
     assign,
     fit_kmeans,
@@ -28,6 +27,7 @@ from most_ray.speech.units import (
     save_kmeans,
     units_for,
 )
+from most_ray.speech.units.features import EncoderSettings, MfccSettings, loud_part, mfcc, parse_features
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, tone
 
 SPEECH = "LibriSpeech/train-clean-5/3526/176653/3526-176653-0012.flac"  # 8.82 s

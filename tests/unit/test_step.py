@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from most_ray.data.plan import Plan
-from most_ray.train.metrics import Meter
-from most_ray.train.state import LossScale
+from most_ray.optim.train_state import LossScale
+from most_ray.train.meter import Meter
 from most_ray.train.step import Precision, TrainingDivergedError, run_step
 from tests.support.batches import padded
 from tests.support.training import CPU, batch_of, full_weights, loss_of, make, steps

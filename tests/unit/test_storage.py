@@ -22,9 +22,9 @@ import fsspec
 import moto.settings
 import pytest
 
-from most_ray import storage
-from most_ray.cache import Cache, node_cache
 from most_ray.errors import ConfigError, DataError
+from most_ray.io import storage
+from most_ray.io.node_cache import Cache, node_cache
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_one_download_for_many_threads(memory: str, cache: Cache, monkeypatch: p
 
 def test_one_download_for_several_processes(s3: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     storage.write_bytes(s3 + "/x.bin", b"data")
-    code = "import sys; from most_ray.cache import node_cache; print(node_cache().fetch(sys.argv[1]).read_bytes())"
+    code = "import sys; from most_ray.io.node_cache import node_cache; print(node_cache().fetch(sys.argv[1]).read_bytes())"
     environment = os.environ | {"MOST_RAY_CACHE_DIR": str(tmp_path / "new" / "cache")}
     with caplog.at_level(logging.INFO, "werkzeug"):
         command = [sys.executable, "-c", code, s3 + "/x.bin"]

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray._private.runtime_env import packaging
 
-from most_ray.cli import cluster as command
+from most_ray.cli import cluster_commands as command
 from most_ray.cli import main
 from most_ray.errors import ConfigError
-from most_ray.service import submit as service
-from most_ray.service.submit import job_name, next_job, open_client, package_of, why_pending
+from most_ray.service.cluster import submit as service
+from most_ray.service.cluster.submit import job_name, next_job, open_client, package_of, why_pending
 
 DIGITS = str(Path(__file__).resolve().parents[2] / "jobs" / "configs" / "digits.yaml")
 

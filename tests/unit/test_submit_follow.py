@@ -14,7 +14,7 @@ import requests
 from ray.job_submission import JobDetails
 
 from most_ray.errors import ConfigError
-from most_ray.service import submit as service
+from most_ray.service.cluster import submit as service
 from tests.unit.test_submit import job
 
 DIGITS = str(Path(__file__).resolve().parents[2] / "jobs" / "configs" / "digits.yaml")

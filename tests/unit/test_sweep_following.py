@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from most_ray.service import trial as module
-from most_ray.service.trial import TrialActor
-from most_ray.train.journal import Journal
+from most_ray.io.journal import Journal
+from most_ray.service.tune import trial as module
+from most_ray.service.tune.trial import TrialActor
 from tests.unit.test_sweep_trial import actor_of
 
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError
+from most_ray.io.journal import parse_lines
+from most_ray.io.run_folder import RunFolder
+from most_ray.metrics.schema import check_line
 from most_ray.sweep import ledger
 from most_ray.sweep.ledger import LedgerFile, Objective, Result, Trial, at_step, fold, intervals_of, metrics_of, pareto, ranked
-from most_ray.train.folder import RunFolder
-from most_ray.train.journal import parse_lines
-from most_ray.train.schema import check_line
 
 WER = Objective("wer/takes")
 

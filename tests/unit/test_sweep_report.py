@@ -14,8 +14,8 @@ import pytest
 from most_ray.errors import DataError
 from most_ray.report import write_report
 from most_ray.report.page import sweep_page
-from most_ray.report.sweep import Drawn, is_sweep, parts, read_sweep, states, steps_trained, tiles
 from most_ray.report.sweep_figures import against, front, parallel, progress, text_share
+from most_ray.report.sweep_page import Drawn, is_sweep, parts, read_sweep, states, steps_trained, tiles
 from most_ray.sweep.effects import dimensions_of
 from most_ray.sweep.ledger import Ledger, Objective, Result, Trial, pareto, ranked
 from tests.support.report_data import write_run
@@ -115,7 +115,7 @@ def test_the_command_names_the_sweep_as_it_was_given(folder: Path, monkeypatch: 
 
 def test_credentials_in_a_place_are_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = dataclasses.replace(read_sweep(str(folder)), place="s3://key:hush-hush@bucket/sweep?session_token=hushed")
-    monkeypatch.setattr("most_ray.storage.exists", lambda place: False)
+    monkeypatch.setattr("most_ray.io.storage.exists", lambda place: False)
     made = sweep_page(sweep)
     assert "bucket/sweep/best.yaml" in made
     assert [word for word in ("hush", "session_token=") if word in made] == []

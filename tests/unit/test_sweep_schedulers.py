@@ -19,12 +19,12 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 
-from most_ray import storage
-from most_ray.service.search import Asha, Fifo, Pbt, Proposals, Recorder, judged
+from most_ray.io import storage
+from most_ray.io.run_folder import RunFolder
+from most_ray.service.tune.search import Asha, Fifo, Pbt, Proposals, Recorder, judged
 from most_ray.sweep.ledger import LedgerFile, kept_place
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Setting
-from most_ray.train.folder import RunFolder
 from tests.unit.test_sweep_options import setting_of, sweep_of
 from tests.unit.test_sweep_search import TOTAL, Told, add, lines_of, reopened, result_of
 

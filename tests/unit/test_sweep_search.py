@@ -11,10 +11,10 @@ import optuna
 import pytest
 from ray.tune.search import Searcher
 
-from most_ray.service.search import Proposals, Recorder, Tpe
+from most_ray.io.run_folder import RunFolder
+from most_ray.service.tune.search import Proposals, Recorder, Tpe
 from most_ray.sweep.ledger import LedgerFile, Trial
 from most_ray.sweep.options import Sweep
-from most_ray.train.folder import RunFolder
 from tests.unit.test_sweep_options import setting_of, sweep_of
 
 TOTAL = 12  # steps of a trial, evaluated every fourth

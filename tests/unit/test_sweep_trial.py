@@ -17,9 +17,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from most_ray import storage
-from most_ray.service import trial as module
-from most_ray.service.trial import Slots, TrialActor
+from most_ray.io import storage
+from most_ray.service.tune import trial as module
+from most_ray.service.tune.trial import Slots, TrialActor
 from tests.conftest import ROOT
 from tests.support.fake_run import wer_of
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from most_ray.model.tokenizer import token_ids, train_tokenizer, vocabulary_of
-from most_ray.records import parse_record
-from most_ray.template import IGNORE, Vocabulary, encode_records, template_hash, template_texts, units_of
+from most_ray.records.record import parse_record
+from most_ray.records.template import IGNORE, Vocabulary, encode_records, template_hash, template_texts, units_of
+from most_ray.records.tokenizer import token_ids, train_tokenizer, vocabulary_of
 from tests.support.builders import asr, text, tts
 
 
@@ -67,7 +67,7 @@ def test_batches_encode_like_single_records(vocabulary: Vocabulary) -> None:
 
 
 def test_tokenizer_survives_saving(tokenizer, vocabulary: Vocabulary, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from most_ray.model.tokenizer import load_tokenizer
+    from most_ray.records.tokenizer import load_tokenizer
 
     tokenizer.save_pretrained(tmp_path)
     again = vocabulary_of(load_tokenizer(tmp_path))

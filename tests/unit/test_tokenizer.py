@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from most_ray.model.tokenizer import BOS, EOS, PAD, add_audio_tokens, train_tokenizer
-from most_ray.model.words import TextEncoder, _known_words
+from most_ray.records.batch_tokenizer import TextEncoder, _known_words
+from most_ray.records.tokenizer import BOS, EOS, PAD, add_audio_tokens, train_tokenizer
 
 SENTENCES = [
     "CHAPTER ONE MISSUS RACHEL LYNDE IS SURPRISED",

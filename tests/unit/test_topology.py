@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from most_ray.distributed.topology import plan_topologies, plan_topology
 from most_ray.errors import TopologyError
-from most_ray.train.topology import plan_topologies, plan_topology
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCo
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2CodeHifiGan
 
 from most_ray.errors import CheckpointError, DataError
-from most_ray.speech.audio import load_audio
-from most_ray.speech.code_hifigan import CodeHifiGan
-from most_ray.speech.features import MfccSettings, mfcc
-from most_ray.speech.units import assign, load_kmeans
-from most_ray.speech.vocoder import Example, UnitVocoder, VocoderSettings, fit_vocoder, open_vocoder
+from most_ray.speech.corpora.audio import load_audio
+from most_ray.speech.units.clustering import assign, load_kmeans
+from most_ray.speech.units.features import MfccSettings, mfcc
+from most_ray.speech.vocoder.code_hifigan import CodeHifiGan
+from most_ray.speech.vocoder.network import Example, UnitVocoder, VocoderSettings, fit_vocoder, open_vocoder
 
 RATE = 16000
 PITCHES = (300, 700, 1300, 2200, 3400, 5000)  # Hz, one for each unit

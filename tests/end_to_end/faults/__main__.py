@@ -12,7 +12,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from most_ray.service.cluster import start_local_ray
+from most_ray.service.cluster.connection import start_local_ray
 from tests.end_to_end.faults.harness import Report, kills_inside_saves, random_kills
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"

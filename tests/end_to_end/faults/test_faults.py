@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from most_ray.train.journal import read_journal
+from most_ray.io.journal import read_journal
 from tests.end_to_end.faults.harness import end_all, kills_inside_saves, random_kills
 from tests.support.tracking import times_logged, wandb_rows
 

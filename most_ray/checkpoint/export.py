@@ -1,0 +1,107 @@
+"""A checkpoint as a model folder in Hugging Face layout."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast, initialization
+
+from most_ray.checkpoint import reader
+from most_ray.errors import ConfigError
+from most_ray.io import storage
+from most_ray.io.run_folder import local_copy
+from most_ray.model.build import load_model, read_config, save_model
+from most_ray.model.configuration import MostConfig
+from most_ray.model.modeling import MostForCausalLM
+from most_ray.records.tokenizer import load_tokenizer
+from most_ray.speech.vocoder.assets import FOLDER as KIT
+from most_ray.speech.vocoder.assets import copy_kit, find_kit
+
+
+def export_checkpoint(place: str | Path, output: Path) -> None:
+    """Write the weights, configuration and tokenizer of a complete checkpoint, from any number of ranks, to the local folder `output`;
+    with them, in speech/, what makes units of recordings and recordings of units, where the run has it.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged, or its tensors are not the model's.
+    """
+    place = str(place)
+    reader.read_state(place)
+    _check_output(place, output)
+    model, tokenizer = _checkpoint_model(place)
+    output = output.absolute()
+    temporary, old = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_model(model, tokenizer, temporary)
+    identity = getattr(model.config, "units_identity", None)
+    if kit := find_kit(place, identity):
+        copy_kit([kit], str(temporary / KIT), identity)
+    if output.exists():
+        output.rename(old)
+    temporary.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def open_model(place: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
+    """The model and tokenizer of a model folder, a hub name, or a complete checkpoint, in float32 in this process's memory.
+
+    Raises:
+        CheckpointError: nothing usable is there.
+    """
+    if _is_checkpoint(place):
+        return _checkpoint_model(place)
+    folder = local_copy(place)
+    return load_model(folder), load_tokenizer(folder)
+
+
+def open_description(place: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
+    """The configuration and tokenizer of what `open_model` opens, without its weights."""
+    if not _is_checkpoint(place):
+        folder = local_copy(place)
+        return read_config(folder), load_tokenizer(folder)
+    reader.read_state(place)
+    with tempfile.TemporaryDirectory(prefix="most_ray-export-") as scratch:
+        folder = _model_files(place, Path(scratch))
+        return read_config(folder), load_tokenizer(folder)
+
+
+def _is_checkpoint(place: str) -> bool:
+    return storage.exists(storage.join(place, reader.COMMIT))
+
+
+def _checkpoint_model(place: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
+    config, tokenizer = open_description(place)
+    with initialization.no_init_weights():  # but buffers that no file holds are made
+        model = MostForCausalLM(config)
+    reader.read_model(place, model)
+    return model, tokenizer
+
+
+def _model_files(place: str, scratch: Path) -> str:
+    """A local folder with the checkpoint's configuration and tokenizer."""
+    if not storage.is_remote(place):
+        return str(storage.local(place))
+    for entry in storage.list_files(place, ("",)):
+        if not entry.name.endswith(".safetensors"):
+            (scratch / entry.name).parent.mkdir(parents=True, exist_ok=True)
+            storage.download(entry.place, scratch / entry.name)
+    return str(scratch)
+
+
+def _check_output(place: str, output: Path) -> None:
+    """Only what is an export already may be replaced by one.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    if not output.exists():
+        return
+    directory = None if storage.is_remote(place) else storage.local(place).resolve()
+    if directory and output.resolve() in (directory, *directory.parents):
+        raise ConfigError("output", str(output), "holds the checkpoint itself.", "Name another folder.")
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    if names and not {"config.json", "generation_config.json"} <= names:
+        raise ConfigError("output", str(output), "exists and is no exported model.", "Name another folder.")

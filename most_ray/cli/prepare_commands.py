@@ -1,0 +1,252 @@
+"""`most-ray prepare ...`: recordings and records made ready."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from most_ray import config as configuration
+from most_ray.cli.parser import Parser, add_command, check_output, config_of, tracked
+from most_ray.errors import ConfigError
+from most_ray.records.record import N_UNITS
+
+if TYPE_CHECKING:
+    from most_ray.speech.units.build import MakeRunner, UnitsJob
+    from most_ray.speech.units.corpus_parts import Runner
+
+
+def add(commands: Any) -> None:
+    prepare = commands.add_parser("prepare", help="make records", description="Make records.").add_subparsers(
+        dest="what", metavar="WHAT", required=True, parser_class=Parser
+    )
+    units = add_command(prepare, "units", _units, "recordings with transcripts to ASR records")
+    _corpus_flags(units)
+    units.add_argument("--output", type=Path, required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
+    units.add_argument("--kmeans", type=Path, help="centroids (.npy or .safetensors) to use")
+    units.add_argument(
+        "--fit_kmeans", metavar="K", help="fit K centroids to the selected recordings instead (auto: as many as they can tell)"
+    )
+    _fit_flags(units)
+    units.add_argument("--perturb", default="1.0", help="speeds at which each recording is taken, as 0.9,1.0,1.1 (default: 1.0)")
+    units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
+    units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help="of the records (default: jsonl.gz)")
+
+    kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings")
+    _corpus_flags(kmeans)
+    kmeans.add_argument("--output", type=Path, required=True, help="a .npy file, or .safetensors, which says what it was fitted on")
+    kmeans.add_argument("--k", default="auto", help="centroids, at most 500 (default: auto, as many as the recordings can tell)")
+    _fit_flags(kmeans)
+
+    vocoder = add_command(prepare, "vocoder", _vocoder, "what makes records' units sound again, learned from their recordings")
+    _corpus_flags(vocoder, features=False)
+    vocoder.add_argument("--records", type=Path, required=True, help="folder of `prepare units`; gets vocoder.safetensors")
+    vocoder.add_argument("--encoder", help="where the speech encoder of the units lies (default: where it lay when they were made)")
+    vocoder.add_argument("--seconds", type=float, default=1800.0, help="of speech to learn from, at most (default: 1800)")
+    vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of which recordings it hears (default: 0)")
+
+    tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of those that --config lists")
+    tts.add_argument("--config", type=Path, help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
+    tts.add_argument("--input_dir", type=Path, help="directory of ASR records")
+    tts.add_argument("--output_dir", type=Path, help="where the TTS records go")
+    tts.add_argument("--dataset_name", help="goes into the records' metadata (default: the directory's name)")
+    tts.add_argument("--file_pattern", default="*", help="which files to convert (default: *)")
+
+    store = add_command(prepare, "store", _store, "the token stores of a run's records, as `train` makes them at its first start")
+    store.description = _STORE_HELP
+    store.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
+    store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare it with its checksum")
+    configuration.add_flags(store)
+
+
+def _corpus_flags(parser: Parser, features: bool = True) -> None:
+    layouts = ["folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
+    parser.add_argument("--corpus", choices=layouts, default="folder", help="layout of the input (default: folder)")
+    parser.add_argument("--input", type=Path, required=True, help="the corpus")
+    parser.add_argument(
+        "--splits", nargs="+", default=[], help="splits of a published corpus to read (default: all; Common Voice: validated)"
+    )
+    parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)")
+    parser.add_argument("--name", help="data set name, the start of each id (default: the corpus' or the input folder's)")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="take only such utterances; != excludes, commas list"
+    )
+    parser.add_argument("--speaker_column", default="speaker", help="column that tells speakers apart (default: speaker)")
+    parser.add_argument("--max_seconds", type=float, default=120.0, help="what is longer is rejected (default: 120)")
+    if features:
+        parser.add_argument(
+            "--features", default="mfcc", help="mfcc, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
+        )
+        parser.add_argument(
+            "--num_actors",
+            type=int,
+            help="processes that share the work, through Ray (default: one per GPU or core where there is much to do, else 0: none)",
+        )
+        parser.add_argument(
+            "--gpus_per_actor", type=float, help="GPUs of each; 0.5 puts two on one (default: 1 for encoders where there are any)"
+        )
+        parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else one on this machine)")
+
+
+def _fit_flags(parser: Parser) -> None:
+    parser.add_argument("--algorithm", choices=["minibatch", "lloyd"], default="minibatch", help="of the k-means (default: minibatch)")
+    parser.add_argument("--fit_frames", type=int, default=200_000, help="frames to fit it to, drawn from all (default: 200000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the k-means (default: 0)")
+
+
+def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
+    from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
+    from most_ray.speech.units.build import UnitsJob
+    from most_ray.speech.units.features import parse_features
+
+    return UnitsJob(
+        corpus=CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits)),
+        features=parse_features(args.features),
+        where=[parse_condition(text) for text in args.where],
+        speaker_column=args.speaker_column,
+        max_seconds=args.max_seconds,
+        algorithm=args.algorithm,
+        fit_frames=args.fit_frames,
+        seed=args.seed,
+        **more,
+    )
+
+
+def _runner(args: argparse.Namespace, job: UnitsJob) -> MakeRunner:
+    """Ray is only imported where it may be used: it takes seconds."""
+
+    def choose(size: int) -> Runner:
+        from most_ray.speech.units.corpus_parts import run_here, worth_a_cluster
+
+        if args.num_actors == 0 or (args.num_actors is None and not worth_a_cluster(job.features, size)):
+            return run_here
+        from most_ray.service.tasks.unit_tasks import runner_of
+
+        return runner_of(job.features, args.num_actors, args.gpus_per_actor, args.ray_address)(size)
+
+    if args.num_actors is not None and args.num_actors < 0:
+        raise ConfigError("num_actors", args.num_actors, "must be 0 or more.")
+    if args.gpus_per_actor is not None and not 0 <= args.gpus_per_actor < math.inf:
+        raise ConfigError("gpus_per_actor", args.gpus_per_actor, "must be 0 or more.")
+    return choose
+
+
+def _how_many(flag: str, text: str | None) -> int | None:
+    """Units to fit; 0: as many as the frames can tell apart."""
+    if text is None or text == "auto":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(flag, text, "is neither a number of units nor auto.")
+    if not 2 <= int(text) <= N_UNITS:
+        raise ConfigError(flag, int(text), f"must lie in 2..{N_UNITS}.")
+    return int(text)
+
+
+def _check_local(flag: str, folder: Path) -> None:
+    """A URI would become a folder of that name here."""
+    if re.match(r"[a-z0-9]+:/", str(folder)):
+        raise ConfigError(flag, str(folder), "is no local place.", "Name a folder on this machine.")
+
+
+def _units(args: argparse.Namespace) -> int:
+    from most_ray.speech.units.build import prepare_units
+
+    _check_local("output", args.output)
+    try:
+        perturb = tuple(float(speed) for speed in args.perturb.split(","))
+    except ValueError as error:
+        raise ConfigError("perturb", args.perturb, "is not a list of numbers as 0.9,1.0,1.1.") from error
+    fit = _how_many("fit_kmeans", args.fit_kmeans)
+    more = {"kmeans": args.kmeans, "fit_kmeans": fit, "perturb": perturb, "keep_repeats": args.keep_repeats, "form": args.form}
+    job = _job(args, output=args.output, **more)
+    console = Console()
+    counts = prepare_units(job, lambda items, what, n: tracked(items, what, n, console), _runner(args, job))
+    unchanged = ": nothing has changed" if counts.get("unchanged") else ""
+    of = f" of {counts['speakers']} speakers" if counts["speakers"] else ""
+    print(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
+    if counts["rejected"]:
+        print(f"{counts['rejected']} entries were set aside: {args.output / 'rejected.jsonl'}")
+    return 0
+
+
+def _kmeans(args: argparse.Namespace) -> int:
+    from most_ray.speech.units.build import prepare_kmeans
+
+    check_output(args.output)
+    job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
+    console = Console()
+    found = prepare_kmeans(job, args.output, lambda items, what, n: tracked(items, what, n, console), _runner(args, job))
+    print(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
+    return 0
+
+
+def _vocoder(args: argparse.Namespace) -> int:
+    from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
+    from most_ray.speech.vocoder.fit import prepare_vocoder
+    from most_ray.speech.vocoder.network import VocoderSettings
+
+    if not args.seconds > 0:
+        raise ConfigError("seconds", args.seconds, "must be above 0.")
+    console = Console()
+    found = prepare_vocoder(
+        CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits)),
+        args.records,
+        [parse_condition(text) for text in args.where],
+        args.speaker_column,
+        VocoderSettings(seed=args.seed, max_seconds=args.seconds),
+        lambda items, what, n: tracked(items, what, n, console),
+        args.max_seconds,
+        args.encoder,
+    )
+    if found.get("unchanged"):
+        print(f"vocoder: nothing has changed: {args.records / 'vocoder.safetensors'}")
+        return 0
+    heard = f"{found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
+    print(f"vocoder of {heard}: {args.records / 'vocoder.safetensors'}")
+    return 0
+
+
+def _tts(args: argparse.Namespace) -> int:
+    from most_ray.records.tts_records import Conversion, prepare_tts, read_conversions
+
+    if args.config:
+        if args.input_dir or args.output_dir or args.dataset_name or args.file_pattern != "*":
+            rule = "names the directories: input_dir, output_dir, dataset_name and file_pattern stand in it."
+            raise ConfigError("config", str(args.config), rule, "Leave the flags out.")
+        conversions = read_conversions(args.config)
+    elif not (args.input_dir and args.output_dir):
+        raise ConfigError("input_dir", None, "and output_dir are needed, or a config that lists them.")
+    else:
+        conversions = [Conversion(args.input_dir, args.output_dir, args.dataset_name, args.file_pattern)]
+    for conversion in conversions:
+        _check_local("output_dir", conversion.output_dir)
+    for conversion in conversions:
+        counts = prepare_tts(conversion)
+        print(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")
+        if counts["rejected"]:
+            print(f"{counts['rejected']} records were set aside: {conversion.output_dir / 'rejected.jsonl'}")
+    return 0
+
+
+_STORE_HELP = """Records to token stores: every directory of the configuration is read, checked, tokenised once and written to store_dir.
+What is there already is left alone, and where something changed only that is taken in anew. `train` does the same at its first start.
+Large inputs are spread over the cluster, as tasks over files and byte ranges; a run that was stopped goes on where it was. Disk cost: 4
+bytes a token, and per record 20 bytes and its id: 3.4 KB for a record of 820 tokens, against 5.8 KB as JSON; 68 GB for 20 million of them.
+With a store_dir on an object store each node keeps what it reads in MOST_RAY_CACHE_DIR (at most MOST_RAY_CACHE_GB, by default 64)."""
+
+
+def _store(args: argparse.Namespace) -> int:
+    config = config_of(args)
+    from most_ray.console.run_screens import print_stores
+    from most_ray.runs.resolve import make_stores
+    from most_ray.service.tasks.ingest_tasks import runner_of
+
+    started = time.monotonic()
+    stores = make_stores(config, args.verify, runner_of)
+    print_stores(stores, time.monotonic() - started, Console())
+    return 0

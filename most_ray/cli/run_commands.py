@@ -1,0 +1,145 @@
+"""Commands about runs and models: init-model, train, plan, report, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from most_ray import config as configuration
+from most_ray.cli import recordings
+from most_ray.cli.parser import add_command, check_output, config_of
+from most_ray.errors import ConfigError, DataError
+from most_ray.io import storage
+
+
+def add(commands: Any) -> None:
+    init = add_command(commands, "init-model", _init_model, "a starting model with its tokenizer")
+    init.add_argument("--preset", help="size of a new model (tiny)")
+    init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
+    init.add_argument("--records", type=Path, nargs="+", default=[], help="directories of records whose text the tokenizer learns")
+    init.add_argument("--output", type=Path, required=True, help="where the model goes")
+    init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+
+    train = add_command(commands, "train", _train, "a training run in OUTPUT_DIR/NAME; the same name resumes")
+    train.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
+    train.add_argument(
+        "--dry_run",
+        nargs="?",
+        const="",
+        metavar="DEVICE",
+        help="say what the run would be, its memory, checkpoints and time, and start nothing; reckoned with a device, as H100 or cpu "
+        "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)",
+    )
+    recordings.add_flags(train)
+    configuration.add_flags(train)
+
+    plan = add_command(commands, "plan", _plan, "which records each step will hold, without training")
+    plan.add_argument("--config", help="the run's YAML file")
+    plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
+    plan.add_argument("--trace", type=Path, required=True, help="file for the lines that --trace_records would write")
+    configuration.add_flags(plan)
+
+    report = add_command(commands, "report", _report, "a page to look at: one run, several side by side, or a sweep")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
+    report.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html; for several runs report.html)")
+
+    export = add_command(commands, "export", _export, "a checkpoint to Hugging Face layout")
+    export.add_argument("--checkpoint", required=True, help="a step-... folder of a run's checkpoints/")
+    export.add_argument("--output", type=Path, required=True, help="where the model goes")
+
+
+def _init_model(args: argparse.Namespace) -> int:
+    from most_ray.model.build import from_deepseek, init_model
+    from most_ray.runs.resolve import texts_of
+
+    if (args.preset is None) == (args.from_deepseek is None):
+        raise ConfigError("preset", args.preset, "or from_deepseek, exactly one of them, says what to start from.")
+    if args.preset:
+        if not args.records:
+            raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
+        model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), args.output, args.seed)
+    else:
+        model = from_deepseek(args.from_deepseek, args.output)
+    print(f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size}: {args.output}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    for name in ("corpus", "features"):
+        if getattr(args, name) and not args.from_audio:
+            raise ConfigError(name, getattr(args, name), "goes with from_audio: it says how recordings are taken.")
+    if args.from_audio and args.dry_run is not None:
+        raise ConfigError("dry_run", args.dry_run, "does not go with from_audio, which has no records yet.", "Name its run.yaml as config.")
+    if args.from_audio:
+        args.config = recordings.prepare(args, configuration.flag_values(args), _echoed)
+    config = config_of(args)
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
+    if args.dry_run is not None:
+        from most_ray.planner.dry_run import dry_run
+        from most_ray.planner.screen import dry_screen
+
+        dry_screen(dry_run(config, args.dry_run), console)
+        return 0
+    from most_ray.console.run_screens import last_screen
+    from most_ray.service.training.trainer import run_training
+
+    last_screen(run_training(config, console), console)
+    return 0
+
+
+def _echoed(words: Sequence[str]) -> None:
+    """Show a command, and run it."""
+    from most_ray.cli import build_parser  # which imports this module
+
+    print(f"most-ray {shlex.join(words)}")
+    args = build_parser().parse_args(words)
+    if code := args.run(args):
+        raise DataError("command", shlex.join(words), f"ended with exit code {code}.")
+    print()
+
+
+def _plan(args: argparse.Namespace) -> int:
+    match = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,12})", args.steps)
+    first, last = (max(1, int(match[1])), int(match[2])) if match else (1, 0)
+    if first > last:
+        raise ConfigError("steps", args.steps, "is not a range FROM:TO of steps, which are counted from 1.")
+    if args.trace.is_dir():
+        raise ConfigError("trace", str(args.trace), "is a folder.", "Name a file.")
+    config = config_of(args)
+    from most_ray.runs.resolve import prepare_run
+    from most_ray.service.tasks.ingest_tasks import runner_of
+
+    plan = prepare_run(config, runner_of).plan
+    args.trace.parent.mkdir(parents=True, exist_ok=True)
+    with args.trace.open("w", encoding="utf-8") as sink:
+        for step in range(first, last + 1):
+            sink.write(json.dumps({"step": step, "records": plan.record_ids(plan.step(step))}, ensure_ascii=False) + "\n")
+    print(f"steps {first} to {last}: {args.trace}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from most_ray.report import write_report
+
+    apart = storage.is_remote(args.runs[0]) or len(args.runs) > 1
+    output = args.output or (Path("report.html") if apart else storage.local(args.runs[0]) / "report.html")
+    check_output(output)
+    write_report(args.runs, output)
+    print(output)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from most_ray.checkpoint.export import export_checkpoint
+
+    export_checkpoint(args.checkpoint, args.output)
+    print(args.output)
+    return 0

@@ -1,0 +1,249 @@
+"""`most-ray transcribe` and `most-ray synthesize`: a model tried on recordings, and on sentences."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from most_ray import config as configuration
+from most_ray.cli.parser import Parser, add_command, check_output
+from most_ray.errors import CheckpointError, ConfigError, DataError, RecordError
+from most_ray.io import storage
+
+if TYPE_CHECKING:
+    from most_ray.evaluation.decode import Forward
+    from most_ray.evaluation.generate import Heard, Limits
+    from most_ray.speech.vocoder.assets import SpeechKit
+
+_AT_ONCE = 32  # recordings
+_PROMPT = 64  # tokens of a prompt beside its speech, and of a short answer
+_NO_KIT = "Name the folder of the records that it was trained on: --speech DIR."
+
+
+def add(commands: Any) -> None:
+    hear = add_command(commands, "transcribe", _transcribe, "recordings to text by a model")
+    hear.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help="audio files, in any format that libsndfile reads")
+    _model_flags(hear)
+    hear.add_argument("--encoder", help="where the speech encoder of its units lies (default: where it lay when they were made)")
+    hear.add_argument("--one_speaker", action="store_true", help="the recordings are of one speaker: its voice is learned from all of them")
+    hear.add_argument("--max_seconds", type=float, default=120.0, help="what is longer is refused (default: 120)")
+    hear.add_argument("--output", type=Path, help="JSON Lines file for {file, text, units, ended} (default: text to the screen)")
+
+    speak = add_command(commands, "synthesize", _synthesize, "text, or units, to a recording by a model and its vocoder")
+    what = speak.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", help="what to say")
+    what.add_argument("--units", help="speech as units to be heard as they are, as [Hu7][Hu90]")
+    what.add_argument("--records", help="directory of ASR or TTS records whose speech is to be heard: a file each in the folder OUTPUT")
+    _model_flags(speak, optional=True)
+    speak.add_argument("--vocoder", help="a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)")
+    speak.add_argument("--limit", type=int, help="with records: no more than so many")
+    speak.add_argument("--output", type=Path, required=True, help="WAV or FLAC file (with records: a folder)")
+
+
+def _model_flags(parser: Parser, optional: bool = False) -> None:
+    default = configuration.EvaluationOptions()
+    parser.add_argument("--model", required=not optional, help="model folder or checkpoint" + " (not needed for units)" * optional)
+    parser.add_argument("--speech", metavar="DIR", help="folder with units.json and kmeans.npy (default: the model's own)")
+    parser.add_argument("--num_beams", type=int, default=default.num_beams, help=f"beams of the search (default: {default.num_beams})")
+    parser.add_argument("--max_new_tokens", type=int, default=default.max_new_tokens, help="length cap of a text (default: 256)")
+    parser.add_argument("--max_new_units", type=int, default=default.max_new_units, help="length cap of speech (default: 1500)")
+
+
+def _transcribe(args: argparse.Namespace) -> int:
+    from most_ray.speech.vocoder.assets import open_kit
+
+    if args.output:
+        check_output(args.output)
+    if not args.max_seconds > 0:
+        raise ConfigError("max_seconds", args.max_seconds, "must be above 0.")
+    limits = _limits(args)
+    kit = open_kit(_kit_folder(args), args.encoder)
+    written = 0
+    with contextlib.ExitStack() as stack:
+        sink = stack.enter_context(args.output.open("w", encoding="utf-8")) if args.output else None
+        for path, units, heard in _heard(args, kit, limits):
+            written += 1
+            if sink:
+                line = {"file": str(path), "text": heard.text, "units": " ".join(map(str, units)), "ended": heard.ended}
+                sink.write(json.dumps(line, ensure_ascii=False) + "\n")
+            else:
+                print(heard.text if len(args.recordings) == 1 else f"{path}\t{heard.text}")
+    if args.output:
+        print(f"{written} transcriptions: {args.output}")
+    return 0 if written == len(args.recordings) else 2
+
+
+def _heard(args: argparse.Namespace, kit: SpeechKit, limits: Limits) -> Iterator[tuple[Path, list[int], Heard]]:
+    """Each recording that can be used, with its units and its transcription; of the others it is said why not. Some at a time, but all at
+    once where they are one speaker's."""
+    from most_ray.evaluation.generate import transcribe_units
+    from most_ray.speech.corpora.audio import load_audio
+
+    forward, tokenizer = _open(args.model)
+    most = forward.model.config.max_position_embeddings - _PROMPT
+    size = len(args.recordings) if args.one_speaker else _AT_ONCE
+    for start in range(0, len(args.recordings), size):
+        waves: list[tuple[Path, Any]] = []
+        for path in args.recordings[start : start + size]:
+            try:
+                waves.append((path, load_audio(path, kit.extractor.sample_rate, max_seconds=args.max_seconds)))
+            except DataError as error:
+                print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+        found = []
+        for (path, _), units in zip(waves, kit.units([wave for _, wave in waves], args.one_speaker), strict=True):
+            if len(units) <= most:
+                found.append((path, units.tolist()))
+            else:
+                refusal = DataError("recording", str(path), f"makes {len(units)} units, the model has room for {most}.", "Cut it.")
+                print(f"most-ray: {refusal.kind}: {refusal}", file=sys.stderr)
+        for (path, each), heard in zip(found, transcribe_units(forward, tokenizer, [each for _, each in found], limits), strict=True):
+            yield path, each, heard
+
+
+def _synthesize(args: argparse.Namespace) -> int:
+    import soundfile
+
+    from most_ray.evaluation.generate import speak_texts
+    from most_ray.records.record import parse_units
+    from most_ray.speech.vocoder.assets import read_manifest
+    from most_ray.speech.vocoder.network import open_vocoder
+
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError("limit", args.limit, "must be at least 1.")
+    if not args.records:
+        check_output(args.output)
+        if args.output.suffix.lower() not in (".wav", ".flac"):
+            raise ConfigError("output", str(args.output), "is neither a .wav nor a .flac file.")
+    if args.text is not None and not args.text.strip():
+        raise ConfigError("text", args.text, "is empty.")
+    if args.text and not args.model:
+        raise ConfigError("model", None, "is needed to say a text: a model folder or a checkpoint.")
+    limits = _limits(args)
+    folder = _kit_folder(args) if args.model or args.speech else None
+    own = _records_kit(args.records) if args.records else None
+    if folder is None and not args.vocoder:
+        folder = own
+    if own and folder and read_manifest(Path(own))["identity"] != read_manifest(Path(folder))["identity"]:
+        reason = f"have other units than those that {folder} makes sound."
+        raise DataError("records", args.records, reason, "Leave --speech and --model out, or name the records' own.")
+    if not (folder or args.vocoder):
+        raise ConfigError("speech", None, "or vocoder or model is needed: something that makes units sound.")
+    known = folder or own
+    vocoder = open_vocoder(args.vocoder or str(folder), read_manifest(Path(known))["identity"] if known else None)
+    if args.records:
+        written = _say_records(args, vocoder)
+        print(f"{written} recordings: {args.output}")
+        return 0
+    if args.units:
+        try:
+            units = parse_units(args.units).tolist()
+        except RecordError as error:
+            raise ConfigError("units", args.units[:100], f"{error}.", "As [Hu7][Hu90][Hu481].") from error
+    else:
+        forward, tokenizer = _open(args.model)
+        said = speak_texts(forward, tokenizer, [args.text], limits)[0]
+        units = said.units
+        if not units:
+            raise DataError("text", args.text, "gave no speech: the model answered without a unit.", "It may need more training.")
+        if said.stop is None:
+            print(f"most-ray: the speech was cut off after {len(units)} units", file=sys.stderr)
+    waves, rate = vocoder([units])
+    args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(args.output, waves[0], rate)
+    print(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
+    return 0
+
+
+def _records_kit(place: str) -> str | None:
+    """The folder of records, where it says what their units mean."""
+    return None if storage.is_remote(place) or not (Path(place) / "units.json").exists() else place
+
+
+def _say_records(args: argparse.Namespace, vocoder: Any) -> int:
+    """The speech of records as files. Returns their number."""
+    import soundfile
+
+    if args.output.exists() and not args.output.is_dir():
+        raise ConfigError("output", str(args.output), "is a file; records go to a folder.")
+    args.output.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for record_id, units in _speech_of(args.records, args.limit):
+        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", record_id).lstrip(".")[:120] or "record"
+        name = next(name for n in range(1, len(taken) + 3) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
+        taken.add(name)
+        waves, rate = vocoder([units])
+        soundfile.write(args.output / f"{name}.wav", waves[0], rate)
+    if not taken:
+        raise DataError("records", args.records, "hold no speech.")
+    return len(taken)
+
+
+def _speech_of(directory: str, limit: int | None) -> Iterator[tuple[str, list[int]]]:
+    from most_ray.records.record import parse_records, read_raw, record_files
+
+    count = 0
+    for entry in record_files(directory):
+        for _, raw in read_raw(entry.place):
+            record = parse_records([raw])[0]
+            if isinstance(record, RecordError):
+                continue
+            speech = record.input if record.task == "asr" else record.output
+            if isinstance(speech, str):
+                continue
+            yield record.id, speech.tolist()
+            count += 1
+            if count == limit:
+                return
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from most_ray.evaluation.decode import Search
+    from most_ray.evaluation.generate import Limits
+
+    for name in ("num_beams", "max_new_tokens", "max_new_units"):
+        if getattr(args, name) < 1:
+            raise ConfigError(name, getattr(args, name), "must be at least 1.")
+    return Limits(Search(num_beams=args.num_beams), args.max_new_tokens, args.max_new_units)
+
+
+def _kit_folder(args: argparse.Namespace) -> str:
+    """The folder of the kit: the one that is named, else the model's own. Refused where the model was trained on other units."""
+    from most_ray.checkpoint.export import open_description
+    from most_ray.io.run_folder import local_copy
+    from most_ray.model.build import check_units
+    from most_ray.records.record import units_identity
+    from most_ray.speech.vocoder.assets import find_kit, read_manifest
+
+    if not args.model:
+        return str(args.speech)
+    if args.model.startswith((".", "/")) and not Path(args.model).exists():
+        raise CheckpointError("model", args.model, "does not exist.")
+    config, _ = open_description(args.model)
+    if args.speech:
+        check_units(config, units_identity(read_manifest(Path(args.speech))), args.model)
+        return str(args.speech)
+    found = find_kit(args.model, getattr(config, "units_identity", None))
+    if found is None:
+        raise DataError("model", args.model, "has no folder speech/, which says how recordings become its units.", _NO_KIT)
+    return local_copy(found, "units.json")
+
+
+def _open(place: str) -> tuple[Forward, Any]:
+    import torch
+
+    from most_ray.checkpoint.export import open_model
+    from most_ray.evaluation.decode import Forward
+    from most_ray.model.build import check_template
+
+    model, tokenizer = open_model(place)
+    check_template(model.config, place)
+    model.eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return Forward(model), tokenizer

@@ -1,0 +1,257 @@
+"""The screens of a run: what will be done, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from most_ray.config import RunConfig
+from most_ray.console.progress import duration
+from most_ray.data.store import TokenStore
+from most_ray.distributed.topology import Topology
+from most_ray.io import storage
+from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.runs.resolve import Prepared
+from most_ray.trackers.base import uses_wandb
+
+Figures = Mapping[str, Any]
+_MOST_EXPERTS = 16  # in a table with a column for each
+
+
+def first_screen(prepared: Prepared, console: Console, *, validation: str | None) -> None:
+    """What is about to run where, on what, and from which step. `validation`: when and where it is evaluated, or None where it is not."""
+    job, plan, place = prepared.job, prepared.plan, storage.redact(prepared.folder.place)
+    records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
+    _say(console, f"Run {place}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
+    if prepared.n_rejected:
+        _say(console, f"{prepared.n_rejected} records were set aside: {place}/rejected.jsonl")
+    done = prepared.done_steps
+    exact = f"exact: no, changed since: {', '.join(prepared.accepted)}" if prepared.accepted else "exact: yes"
+    verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
+    _say(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
+    mix = plan.mix(job.total_steps)
+    tokens = sum(part["tokens"] for part in mix.values())
+    rows = {
+        "where": where(prepared.topologies, job.threads, prepared.use_gpu),
+        "model": _model(job.config, job.model_path),
+        "steps": f"{job.total_steps - done:,} to make, {tokens / max(1, job.total_steps):,.0f} tokens each on average, {tokens:,} in all",
+        "evaluation": validation or "none",
+        "tracking": _tracking(job.config, prepared.folder),
+    }
+    for name, text in rows.items():
+        _say(console, f"  {name:<11} {text}")
+    table = Table(title=f"Mix (shares of {'records' if job.plan.weight_unit == 'rows' else 'tokens'})")
+    for heading in ("source", "records", "tokens", "share", "passes in this run"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for store, (name, part) in zip(plan.stores, mix.items(), strict=True):
+        passes = part["records"] / max(1, len(store))
+        table.add_row(name, f"{len(store):,}", f"{store.manifest['n_tokens']:,}", f"{part['target']:.1%}", f"{passes:.2f}")
+    console.print(table)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def where(topologies: Sequence[Topology], threads: int, use_gpu: bool) -> str:
+    """As `2 workers: 1 replica x 2 shards, expert parallel 2; CPU, 1 thread each`; the layout is that of the most workers."""
+    fewest, most = topologies[0].world_size, topologies[-1]
+    workers = _count(most.world_size, "worker") if fewest == most.world_size else f"{fewest} to {most.world_size} workers, at most"
+    layout = f": {_count(most.dp_replicate, 'replica')} x {_count(most.fsdp, 'shard')}, expert parallel {most.ep}"
+    device = "a GPU" if use_gpu else "CPU"
+    each = " each" if most.world_size > 1 else ""
+    return f"{workers}{layout if most.world_size > 1 else ''}; {device}, {_count(threads, 'thread')}{each}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _model(config: RunConfig, model_path: str) -> str:
+    name = storage.redact(config.model_name_or_path)
+    size = _parameters(Path(local_copy(model_path)))
+    return name + (f", {size:,} parameters" if size else "")
+
+
+def _parameters(folder: Path) -> int | None:
+    """Values in a folder's safetensors files (https://huggingface.co/docs/safetensors), by their headers alone; None without any."""
+    total = 0
+    try:
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+            total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, struct.error):
+        return None
+    return total or None
+
+
+def _tracking(config: RunConfig, folder: RunFolder) -> str:
+    places = [f"{storage.redact(folder.place)}/metrics.jsonl"]
+    if config.tensorboard:
+        places.append("TensorBoard files in tensorboard/")
+    if uses_wandb(config):
+        mode = {"online": "online", "offline": "offline, in wandb/"}.get(
+            config.wandb_mode or "", "online where there is a key, else offline"
+        )
+        places.append(f"Weights & Biases, project {config.wandb_project} ({mode})")
+    return ", ".join(places)
+
+
+def last_screen(summary: Figures, console: Console) -> None:
+    """Error rates, losses, sample transcriptions, expert load, and where things lie."""
+    sets: Mapping[str, Figures] = summary.get("sets", {})
+    tables = (_recognition(sets), _synthesis(sets), _text(sets), _samples(summary.get("samples", [])), _routing(summary.get("routing")))
+    for table in tables:
+        if table is not None:
+            console.print(table)
+    if summary.get("routing"):
+        _say(console, f"Selections across the modality border: {summary['routing']['leaked']}")
+    if summary.get("training_seconds") is not None:
+        speed = f", {summary['tokens_per_second']:,} tokens/s" if summary.get("tokens_per_second") is not None else ""
+        _say(console, f"Time:       {duration(summary['training_seconds'])}{speed}")
+    for name in ("checkpoint", "export", "report"):
+        if summary.get(name):
+            _say(console, f"{name.capitalize() + ':':<11} {summary[name]}")
+
+
+def _recognition(sets: Mapping[str, Figures]) -> Table | None:
+    columns: dict[str, Callable[[Figures], str]] = {
+        "WER": lambda figures: _percent(_words(figures).get("rate")),
+        "95 % interval": lambda figures: _interval(_words(figures)),
+        "CER": lambda figures: _percent((figures.get("characters") or {}).get("rate")),
+        "errors": lambda figures: _number(_words(figures).get("wrong")),
+        "words": lambda figures: _number(_words(figures).get("reference")),
+        "records": lambda figures: _number(figures.get("records")),
+        "loss": lambda figures: _number(figures.get("loss"), ".4f"),
+    }
+    return _table("Word error rate", columns, sets, "asr")
+
+
+def _synthesis(sets: Mapping[str, Figures]) -> Table | None:
+    def rate(part: str) -> Callable[[Figures], str]:
+        return lambda figures: _percent((figures.get(part) or {}).get("rate"))
+
+    columns: dict[str, Callable[[Figures], str]] = {
+        "unit error rate": rate("units"),
+        "cycle WER": rate("cycle"),
+        "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
+        "outside WER": rate("outside"),
+        "duration ratio": lambda figures: _number(figures.get("duration_ratio"), ".2f"),
+        "records": lambda figures: _number(figures.get("records")),
+        "loss": lambda figures: _number(figures.get("loss"), ".4f"),
+    }
+    if not any(figures.get("outside") for figures in sets.values()):
+        del columns["outside WER"]
+    return _table("Speech synthesis", columns, sets, "tts")
+
+
+def _text(sets: Mapping[str, Figures]) -> Table | None:
+    columns: dict[str, Callable[[Figures], str]] = {
+        "perplexity": lambda figures: _number(figures.get("perplexity"), ",.2f"),
+        "records": lambda figures: _number(figures.get("records")),
+        "loss": lambda figures: _number(figures.get("loss"), ".4f"),
+    }
+    return _table("Text", columns, sets, "text")
+
+
+def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], sets: Mapping[str, Figures], task: str) -> Table | None:
+    """A row for each set of a task; None without any."""
+    rows = {name: figures for name, figures in sets.items() if figures.get("task", name.split("/")[0]) == task}
+    if not rows:
+        return None
+    table = Table(title=title)
+    table.add_column("set", overflow="fold")
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for name, figures in rows.items():
+        table.add_row(name, *(cell(figures) for cell in columns.values()))
+    return table
+
+
+def _words(figures: Figures) -> Figures:
+    """Word errors of a set, of older summaries as well."""
+    if "words" in figures:
+        words = dict(figures["words"])
+    else:
+        old = figures.get("errors") or {}
+        words = {**old, "rate": old.get("wer"), "reference": old.get("words")}
+    if "substitutions" in words:
+        words["wrong"] = words["substitutions"] + words["deletions"] + words["insertions"]
+    return words
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.2%}"
+
+
+def _interval(rates: Figures) -> str:
+    low, high = rates.get("interval") or (None, None)
+    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _number(value: float | None, form: str = ",") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _samples(samples: list[dict[str, Any]]) -> Table | None:
+    if not samples:
+        return None
+    table = Table(title="Samples")
+    for heading in ("record", "reference", "hypothesis"):
+        table.add_column(heading)
+    for sample in spread(samples, 5):
+        # As Text: what a model says may hold what would be markup, as [Hu7].
+        table.add_row(*map(Text, (f"{sample['set']} {sample['id']}", sample["reference"], sample["hypothesis"])))
+    return table
+
+
+def _routing(routing: Figures | None) -> Table | None:
+    if not routing or not routing["expert_load"]:
+        return None
+    load: Mapping[str, Sequence[int]] = routing["expert_load"]
+    n_experts = len(next(iter(load.values())))
+    few = n_experts <= _MOST_EXPERTS
+    table = Table(title="Expert load (share of a modality's selections)")
+    for heading in ("modality", *(map(str, range(n_experts)) if few else ("experts used", "busiest expert"))):
+        table.add_column(heading, justify="left" if heading == "modality" else "right")
+    for modality, counts in load.items():
+        shares = [count / max(1, sum(counts)) for count in counts]
+        busiest = max(range(n_experts), key=lambda expert: counts[expert])
+        summed_up = (f"{sum(count > 0 for count in counts)} of {n_experts}", f"{busiest}: {shares[busiest]:.1%}")
+        table.add_row(modality, *((f"{share:.1%}" if share else "-" for share in shares) if few else summed_up))
+    return table
+
+
+def spread(samples: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` of the samples, taken in turn from each set."""
+    by_set: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        by_set.setdefault(sample["set"], []).append(sample)
+    ordered = [row[index] for index in range(max(map(len, by_set.values()), default=0)) for row in by_set.values() if index < len(row)]
+    return ordered[:count]
+
+
+def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console) -> None:
+    """What was taken in, and where it lies."""
+    table = Table(title="Token stores")
+    for heading in ("source", "task", "records", "bad", "set aside", "tokens", "MB"):
+        table.add_column(heading, justify="left" if heading in ("source", "task") else "right")
+    for store in stores:
+        m = store.manifest
+        megabytes = sum(shard["bytes"] for shard in m["shards"]) / 1e6
+        numbers = (f"{m['n_records']:,}", f"{m['n_rejected']:,}", f"{m['n_set_aside']:,}", f"{m['n_tokens']:,}", f"{megabytes:,.1f}")
+        table.add_row(store.name, store.task, *numbers)
+    console.print(table)
+    for store in stores:
+        console.print(f"{store.task}/{store.name}: {store.place}", highlight=False, soft_wrap=True)
+    console.print(f"{sum(len(store) for store in stores):,} records in {seconds:.1f} s", highlight=False)

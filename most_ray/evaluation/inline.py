@@ -1,0 +1,99 @@
+"""How a run's checkpoints are scored, and the way that needs no Ray: on the training workers, in between steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from most_ray.distributed.ranks import this_rank, world_size
+from most_ray.errors import CheckpointError, ConfigError
+from most_ray.evaluation.decode import Forward
+from most_ray.evaluation.evaluate import Directories, Evaluation, combine, open_sets
+from most_ray.evaluation.external_asr import OutsideRecogniser
+from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, score_share
+from most_ray.io import storage
+from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.model.configuration import MostConfig
+from most_ray.records.tokenizer import load_tokenizer
+from most_ray.speech.vocoder.assets import find_kit, read_manifest
+from most_ray.speech.vocoder.network import FILE, open_vocoder
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """workers: tasks that share the records out, each with the whole model; gpus: of each; training_threads: of all
+    training workers on a node."""
+
+    directories: Directories
+    settings: EvaluationSettings
+    store_dir: str
+    workers: int = 1
+    gpus: float = 0.0
+    training_threads: int = 0
+
+    def sets(self, config: MostConfig, tokenizer: Any, place: str) -> list[EvaluationSet]:
+        return open_sets(config, tokenizer, place, self.directories, self.settings, self.store_dir)
+
+
+def open_outside(settings: EvaluationSettings, place: str, units_identity: str | None, use_gpu: bool = True) -> OutsideRecogniser | None:
+    """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
+
+    Raises:
+        ConfigError: a vocoder without a recogniser. CheckpointError: one of them cannot be used, or the vocoder speaks other units.
+    """
+    recogniser, vocoder = settings.recogniser, settings.vocoder
+    if recogniser is None:
+        if vocoder is not None:
+            raise ConfigError("vocoder", vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
+        return None
+    kit = find_kit(place, units_identity)
+    if vocoder is None and (kit is None or not storage.exists(storage.join(kit, FILE))):
+        remedy = "Make one by `most-ray prepare vocoder` in the folder of the training records, or name one: vocoder."
+        raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(place)}.", remedy)
+    folder = local_copy(kit, "units.json") if kit else None
+    identity = read_manifest(Path(folder))["identity"] if folder else None
+    return OutsideRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
+
+
+def write_evaluation(evaluation: Evaluation, run_place: str, step: int, seconds: float) -> dict[str, Any]:
+    """evaluations/step-N.json and the hypotheses, in the run's folder; the line for metrics.jsonl."""
+    folder = RunFolder(run_place)
+    name = f"evaluations/step-{step:09d}"
+    evaluation.write(folder.local / f"{name}.json")
+    folder.push(f"{name}.hypotheses.jsonl", f"{name}.json")
+    keys = ("wer", "validation_loss", "sets", "overall", "samples")
+    return {"kind": "evaluation", "step": step, "seconds": round(seconds, 3), **{key: evaluation.result[key] for key in keys}}
+
+
+class InlineEvaluation:
+    """Evaluations on the training workers, in between steps: every rank decodes its share with the model as the ranks hold it."""
+
+    def __init__(self, job: EvaluationJob, run_place: str, model_path: str) -> None:
+        self._job, self._run_place, self._model_path = job, run_place, model_path
+        self._outside: list[OutsideRecogniser | None] = []  # opened at the first evaluation
+
+    def __call__(self, model: Any, step: int) -> dict[str, Any] | None:
+        """Score the model. Collective; the line for metrics.jsonl on rank 0."""
+        began, rank, world = time.time(), this_rank(), world_size()
+        tokenizer = load_tokenizer(local_copy(self._model_path))
+        sets = self._job.sets(model.config, tokenizer, self._model_path)
+        if not self._outside:
+            self._outside = [open_outside(self._job.settings, self._run_place, getattr(model.config, "units_identity", None))]
+        forward = Forward(model, together=world > 1)
+        share = score_share(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # as training expects them; the outermost stays whole after a forward pass
+        shares: list[Any] = [share]
+        if world > 1:
+            shares = [None] * world
+            dist.gather_object(share, shares if rank == 0 else None, dst=0)
+        if rank != 0:
+            return None
+        evaluation = combine(shares, sets, self._job.settings, model.config, tokenizer, f"{self._run_place} at step {step}")
+        return write_evaluation(evaluation, self._run_place, step, time.time() - began)

@@ -1,0 +1,85 @@
+"""Node-local copies of remote files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+
+from most_ray.errors import ConfigError, DataError
+from most_ray.io import storage
+
+
+class Cache:
+    """Node-local copies of remote files that never change, for all processes of a node.
+
+    Open or map a path from `fetch` at once: later other files may have pushed it out. (What is open or mapped stays readable.)
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.directory, self.max_bytes = directory, max_bytes
+
+    def fetch(self, place: str | Path) -> Path:
+        """The path of a copy, downloaded where the node has none. A local place is its own copy."""
+        if not storage.is_remote(place):
+            return storage.local(place)
+        text = str(place)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+        target = self.directory / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', storage.name_of(text))[-80:]}"
+        if not _touch(target):
+            # One of 256 lock files, which stay: one process might wait for a removed file while another locks a new one.
+            with (self.directory / f".lock-{digest[:2]}").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not _touch(target):
+                    storage.download(text, target)
+                    self._evict(target)
+        return target
+
+    def _evict(self, keep: Path) -> None:
+        """Remove the files used longest ago, until `max_bytes` hold the rest; nothing that no cache has put there."""
+        files = []
+        for path in self.directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if re.match("[0-9a-f]{32}-", path.name):
+                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        excess = sum(size for _, size, _ in files) - self.max_bytes
+        for used, size, path in sorted(files):
+            with contextlib.suppress(FileNotFoundError):
+                if excess > 0 and path != keep and path.stat().st_mtime_ns == used:  # not used meanwhile
+                    path.unlink()
+                    excess -= size
+
+
+def node_cache() -> Cache:
+    """The cache of this node: MOST_RAY_CACHE_GB (64) times 10^9 bytes in MOST_RAY_CACHE_DIR (a folder in the temporary directory).
+
+    Raises:
+        DataError: the directory belongs to another user, who could put other data there.
+        ConfigError: MOST_RAY_CACHE_GB is not a positive number.
+    """
+    given, size = os.environ.get("MOST_RAY_CACHE_DIR"), os.environ.get("MOST_RAY_CACHE_GB") or "64"
+    if not re.fullmatch(r"(?=.*[1-9])\d{1,9}(\.\d*)?", size):
+        raise ConfigError("MOST_RAY_CACHE_GB", size, "must be a positive number of gigabytes.")
+    directory = Path(given).resolve() if given else Path(tempfile.gettempdir(), f"most_ray-cache-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700, parents=True)
+    status = directory.lstat()  # everybody knows the default's name: it may be a link that somebody else has laid
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise DataError("MOST_RAY_CACHE_DIR", str(directory), "is not a directory of this user.", "Set it to one that is.")
+    if not given:
+        directory.chmod(0o700)
+    return Cache(directory, int(float(size) * 1e9))
+
+
+def _touch(path: Path) -> bool:
+    """Set the time of last use; whether the file is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(path)
+        return True
+    return False

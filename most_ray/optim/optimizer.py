@@ -1,0 +1,156 @@
+"""AdamW with moments in float32 or in 8 bits, and the form in which a checkpoint holds them.
+
+In 8 bits a moment is one byte a value and a float32 scale a block (Dettmers et al. 2021, arXiv 2110.02861). Blocks are parts of a
+parameter's rows, along which nothing is ever split over ranks: so codes and scales go to a checkpoint as they are, and come back to the
+bit on any layout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections import defaultdict
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from most_ray.config import OptimizerOptions
+from most_ray.errors import ConfigError
+
+_BLOCK = 256  # values that share a scale, as in torchao and bitsandbytes
+_SMALLEST_BLOCK = 32  # with fewer the scales weigh more than an eighth of the codes
+_FEWEST = 4096  # values of a parameter worth it: smaller ones are few, and the paper's authors leave them in float32 as well
+_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
+
+
+def check_available(options: OptimizerOptions) -> None:
+    """Raises ConfigError where the library that the options need is not installed."""
+    if options.optimizer_state == "int8" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError("optimizer_state", "int8", "needs torchao, which is not installed.", "pip install 'most_ray[int8]'")
+
+
+def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """AdamW, fused with moments in float32; they exist from the start, so that a checkpoint can be read into them.
+
+    Parameters on different meshes (dense and expert) go into different groups: one fused call takes one mesh.
+
+    Raises:
+        ConfigError: the library for 8 bits is not installed.
+    """
+    groups: dict[tuple[Any, bool], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups[mesh, parameter.dim() > 1].append(parameter)
+    settings: dict[str, Any] = {
+        "params": [{"params": params, "weight_decay": options.weight_decay if decays else 0.0} for (_, decays), params in groups.items()],
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+    }
+    if options.optimizer_state == "float32":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(**settings, fused=True)
+    else:
+        check_available(options)
+        from most_ray.optim.int8 import Int8AdamW  # only here: its library is optional, and takes seconds to import
+
+        optimizer = Int8AdamW(**settings)
+    int8 = options.optimizer_state == "int8"
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                # torchao's is on the CPU, where it is not waited for.
+                "step": torch.zeros((), dtype=torch.float32, device="cpu" if int8 else parameter.device),
+                **{name: _zeros(parameter, signed, int8) for name, signed in _MOMENTS.items()},
+            }
+    return optimizer
+
+
+def block_size(parameter: torch.Tensor) -> int | None:
+    """Values of a parameter that share a scale in 8 bits, a divisor of its rows (all that one index of the first dimension has); None
+    where it stays in float32."""
+    if parameter.dim() < 2 or parameter.numel() < _FEWEST:
+        return None
+    block = math.gcd(math.prod(parameter.shape[1:]), _BLOCK)
+    return block if block >= _SMALLEST_BLOCK else None
+
+
+def saved_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, prefix: str = "", stored: Container[str] = ()
+) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
+    """What a checkpoint holds of a parameter's state, by name behind `prefix`; the tensors share memory with it. A moment NAME in 8 bits is
+    NAME_codes, uint8 in the parameter's shape, and NAME_scale, float32 (rows, blocks of a row).
+
+    Args:
+        stored: names that a checkpoint has which is to be read. A moment that it has in the other form is here a new tensor of that form.
+            From 8 bits to float32 nothing changes; back, a value moves by at most 0.72% of the largest in its block (exp_avg_sq: 0.36%).
+
+    Returns:
+        The tensors, and what takes over those of the other form when they have been read.
+
+    Raises:
+        ConfigError: the checkpoint has 8 bits, and the library for them is not installed.
+    """
+    int8 = not isinstance(optimizer, torch.optim.AdamW)
+    held: dict[str, torch.Tensor] = {}
+    others: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, value in sorted(optimizer.state.get(parameter, {}).items()):
+        form = int8
+        if name in _MOMENTS and block_size(parameter) is not None and prefix + (name if int8 else f"{name}_codes") in stored:
+            form = not int8
+            check_available(OptimizerOptions(optimizer_state="int8"))
+            other = _zeros(parameter, _MOMENTS[name], form)
+            others.append((_local(value), _local(other)))
+            value = other
+        held.update({prefix + what: tensor for what, tensor in _tensors(parameter, name, value, form).items()})
+
+    @torch.no_grad()
+    def take_over() -> None:
+        for live, read in others:
+            live.copy_(read)
+
+    return held, take_over
+
+
+def _tensors(parameter: nn.Parameter, name: str, value: torch.Tensor, int8: bool) -> dict[str, torch.Tensor]:
+    block = block_size(parameter) if int8 and name in _MOMENTS else None
+    if block is None:
+        return {name: value}
+    n_blocks = math.prod(parameter.shape[1:]) // block
+    local: Any = _local(value)
+    if local.numel() == 0:  # a rank without rows has nothing in 8 bits
+        codes, scale = local.to(torch.uint8), local.new_zeros(0, n_blocks)
+    else:
+        codes, scale = local.codes, local.scale.view(-1, n_blocks)
+    return {
+        f"{name}_codes": _laid_out(codes, parameter, parameter.shape),
+        f"{name}_scale": _laid_out(scale, parameter, (parameter.shape[0], n_blocks)),
+    }
+
+
+def _zeros(parameter: nn.Parameter, signed: bool, int8: bool) -> torch.Tensor:
+    """A moment of a parameter, on its layout."""
+    block, local = block_size(parameter) if int8 else None, _local(parameter.detach())
+    if block is None or local.numel() == 0:
+        return torch.zeros_like(parameter.detach())
+    from most_ray.optim.int8 import zeros  # see make_optimizer
+
+    return _laid_out(zeros(local, signed, block), parameter, parameter.shape)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _laid_out(local: torch.Tensor, parameter: nn.Parameter, shape: Sequence[int]) -> torch.Tensor:
+    """This rank's rows as part of a whole tensor whose rows lie as the parameter's."""
+    if not isinstance(parameter, DTensor):
+        return local
+    assert all(placement.is_replicate() or placement.dim == 0 for placement in parameter.placements), "rows are whole"  # type: ignore[attr-defined]
+    stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+    )

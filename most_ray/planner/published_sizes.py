@@ -1,0 +1,56 @@
+"""Published architectures: what a run costs can be said before a gigabyte of weights is here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from most_ray.io import storage
+
+# From config.json of each repository at huggingface.co. The position embedding (YaRN) has no weights and is left out.
+_LITE: dict[str, Any] = {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek-ai/DeepSeek-V2-Lite": _LITE,
+    "deepseek-ai/DeepSeek-V2": {
+        **_LITE,
+        "hidden_size": 5120,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "n_routed_experts": 160,
+        "q_lora_rank": 1536,
+        "n_group": 8,
+        "topk_group": 3,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 16.0,
+    },
+}
+# What `init-model --from_deepseek` makes of them is called so in the shipped configurations.
+_FOLDERS = {"most-v2-lite": "deepseek-ai/DeepSeek-V2-Lite", "most-v2": "deepseek-ai/DeepSeek-V2"}
+
+
+def published_name(name: str) -> str | None:
+    """The published model that a hub name, or a folder's last part, stands for; None for any other. The units and markers of speech fit
+    into the vocabularies' spare rows, so both have the same sizes."""
+    return name if name in PUBLISHED else _FOLDERS.get(storage.name_of(name))

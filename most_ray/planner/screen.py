@@ -1,0 +1,193 @@
+"""The screen of `most-ray train --dry_run`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from most_ray.console.progress import duration
+from most_ray.distributed.topology import Topology
+from most_ray.io import storage
+from most_ray.planner.dry_run import DryRun
+from most_ray.planner.hardware import SHARE_PRODUCTS, SHARE_STREAMS
+from most_ray.planner.layouts import ROOM, Layout
+from most_ray.planner.memory import Recompute
+
+_GIB = 1 << 30
+_RECOMPUTED: dict[Recompute, tuple[str, str]] = {
+    "none": ("activations", ""),
+    "selective": ("selective", ", recompute: selective"),
+    "full": ("recomputed", ", recompute: full"),
+}
+_SHOWN_LAYOUTS = 4
+_WORTH = 1.05  # times as fast: less is within what such a reckoning is wrong by
+
+
+def dry_screen(run: DryRun, console: Console) -> None:
+    """What the run would be. Figures that rest on a sample or on a stand-in for the tokenizer are marked `about`."""
+    about = "about " if run.about_tokens else ""
+    counted = "about " if run.about_records or (run.about_tokens and run.config.weight_unit == "tokens") else ""
+    where = f", step {run.done_steps:,} is done" if run.done_steps else ""
+    _say(console, f"Dry run of {storage.redact(run.config.run_place)}: nothing is started, nothing is written there{where}")
+    for note in run.notes:
+        _say(console, f"  note        {note}")
+    layout = run.layouts[-1]
+    rows = {
+        "model": f"{run.model_name}, {run.parameters:,} parameters",
+        "steps": f"{counted}{run.total_steps:,} of {run.records:,} records",
+        "a step": f"{about}{run.tokens:,.0f} tokens, {run.supervised:,.0f} of them supervised, in {run.packs:,.1f} rows of "
+        f"{run.config.max_seq_length:,} ({run.tokens / run.packs / run.config.max_seq_length:.0%} full)",
+        **{"workers" if one is layout else "at least": _workers(one) for one in reversed(run.layouts)},
+        "device": _device(run),
+        "operations": f"{about}{layout.operations:.3g} a step",
+        "time": f"{about}{_times(run)}; saving and evaluations are not counted",
+        "checkpoints": _checkpoints(run),
+    }
+    if run.rejected:
+        rows["set aside"] = f"{counted}{run.rejected:,} records"
+    for name, text in rows.items():
+        _say(console, f"  {name:<11} {text}")
+    console.print(_mix(run))
+    console.print(_memory(run))
+    if len(run.choices) > 1:
+        console.print(_layouts(run))
+        _best(run, console)
+    _verdict(run, console)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _times(run: DryRun) -> str:
+    first = f"{duration(run.seconds_to_first_checkpoint)} to the first checkpoint (step {run.first_checkpoint:,})"
+    return f"{_seconds(run.seconds_per_step)} a step, {first}, {duration(run.seconds_to_end)} to the end"
+
+
+def _checkpoints(run: DryRun) -> str:
+    kept = run.config.keep_last + run.config.keep_best
+    each = f"{_size(run.checkpoint_bytes)} each, {_size(run.checkpoint_bytes_per_rank)} of it on a rank, which takes as much main memory"
+    return f"{each}; {kept} are kept, {_size(run.kept_bytes)}, and one more is there while it is written"
+
+
+def _workers(layout: Layout) -> str:
+    topology = layout.topology
+    size = f"{_layout(topology)}; {_count(layout.passes, 'forward pass', 'es')} a step of {_count(layout.rows, 'row')} each"
+    return f"{topology.world_size}: {size}"
+
+
+def _layout(topology: Topology) -> str:
+    return f"{_count(topology.dp_replicate, 'replica')} x {_count(topology.fsdp, 'shard')}, expert parallel {topology.ep}"
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number:,} {what}{'' if number == 1 else plural}"
+
+
+def _device(run: DryRun) -> str:
+    device = run.device
+    half = run.config.bf16 or run.config.fp16
+    peaks = f"{device.half / 1e12:,.4g} x 10^12 operations a second in half precision, " if half else ""
+    if run.calibration is None:
+        reached = f"assumed: {SHARE_PRODUCTS:.0%} of that in matrix products, {SHARE_STREAMS:.0%} of memory's and links' bandwidth"
+    else:
+        how = "measured on" if run.calibration.measured else "too large to be measured: assumed for"
+        reached = f"{run.calibration.rate / 1e12:,.2g} {how} the model's steps"
+    return f"{device.name}, {peaks}{device.full / 1e12:,.4g} x 10^12 in float32; {reached}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / _GIB:,.2f} GiB" if count >= _GIB / 10 else f"{count / (1 << 20):,.1f} MiB"
+
+
+def _mix(run: DryRun) -> Table:
+    table = Table(title=f"Mix (shares of {'records' if run.config.weight_unit == 'rows' else 'tokens'})")
+    records, tokens = ("about " if about else "" for about in (run.about_records, run.about_tokens))
+    for heading in ("source", f"{records}records", f"{tokens}tokens", "share", f"{records}passes in this run"):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for source in run.sources:
+        table.add_row(source.name, f"{source.records:,}", f"{source.tokens:,}", f"{source.share:.1%}", f"{source.passes:.2f}")
+    return table
+
+
+def _memory(run: DryRun) -> Table:
+    table = Table(title="Memory of a worker in GiB, the one that holds most")
+    table.add_column("what")
+    for layout in run.layouts:
+        table.add_column(_count(layout.topology.world_size, "worker"), justify="right")
+    kinds = {
+        "weights": "weights (float32)",
+        "gradients": "gradients",
+        "moments": "AdamW's moments",
+        "gathered": "gathered by FSDP, at most",
+        "copies": "weights in half precision",
+        "logits": "a block of the head's logits",
+    }
+    memories = [layout.memory for layout in run.layouts]
+    for name, label in kinds.items():
+        table.add_row(label, *(_gib(getattr(memory, name)) for memory in memories))
+    for what, label in _RECOMPUTED.values():
+        table.add_row(f"activations{label}", *(_gib(getattr(memory, what)) for memory in memories))
+    table.add_section()
+    for kind, (_, label) in _RECOMPUTED.items():
+        mark = " (this run)" if kind == run.config.recomputed else ""
+        table.add_row(f"all{label}{mark}", *(_gib(memory.total(kind)) for memory in memories))
+    if run.device.memory:
+        table.add_row(f"what a worker has ({run.device.name})", *[_gib(run.device.memory)] * len(memories))
+    return table
+
+
+def _layouts(run: DryRun) -> Table:
+    """The best ones and the run's own."""
+    shown = [choice for index, choice in enumerate(run.choices) if index < _SHOWN_LAYOUTS or choice.topology == run.topology]
+    table = Table(title=f"Layouts of {_count(run.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
+    headings = ("replicas x shards, expert parallel", "tokens/s", "communication", "MiB sent by a worker", "GiB of a worker")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == headings[0] else "right")
+    for choice in shown:
+        own = " (this run)" if choice.topology == run.topology else ""
+        memory = f"{_gib(choice.memory.total(run.config.recomputed))}{'' if choice.fits else ', too much'}"
+        sent = sum(choice.cost.sent.values()) / (1 << 20)
+        speed = f"{run.tokens / choice.cost.seconds:,.0f}"
+        sizes = f"{choice.topology.dp_replicate} x {choice.topology.fsdp}, {choice.topology.ep}"
+        table.add_row(f"{sizes}{own}", speed, f"{choice.cost.communication:.0%}", f"{sent:,.1f}", memory)
+    return table
+
+
+def _best(run: DryRun, console: Console) -> None:
+    """Name it, where the run has another one and that costs it something."""
+    best, own = run.choices[0], next(choice for choice in run.choices if choice.topology == run.topology)
+    gain = own.cost.seconds / best.cost.seconds
+    if not best.fits or (own.fits and gain < _WORTH):
+        return
+    sizes = f"dp_replicate_size: {best.topology.dp_replicate}, ep_size: {best.topology.ep}"
+    why = f"about {gain:.2g} times as fast as this run's" if own.fits else "which fits, as this run's does not"
+    _say(console, f"Best layout: {sizes}, {why}.")
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:,.2f}" if count == 0 or count >= _GIB / 10 else f"{count / _GIB:.4f}"
+
+
+def _verdict(run: DryRun, console: Console) -> None:
+    """Whether that fits, on the layout that needs most."""
+    has = run.device.memory
+    if not has:
+        return
+    kind = run.config.recomputed
+    layout = max(run.layouts, key=lambda one: one.memory.total(kind))
+    needs = layout.memory.total(kind)
+    share = f"{needs / has:.0%} of a worker's memory on {_count(layout.topology.world_size, 'worker')}"
+    more = "the device's context, its libraries' buffers and fragmentation come on top"
+    if needs <= ROOM * has:
+        _say(console, f"Fits: {share}; {more}.")
+        return
+    remedy = "lower train_batch_size or max_seq_length, or take more workers"
+    fitting = [other for other in _RECOMPUTED if layout.memory.total(other) < needs and layout.memory.total(other) <= ROOM * has]
+    if fitting:
+        remedy = f"set recompute: {fitting[0]}"
+    _say(console, f"{'Hardly fits' if needs <= has else 'Does not fit'}: {share}, and {more}; {remedy}.")

@@ -1,0 +1,139 @@
+"""The one prompt template: record -> token ids and labels, for ingest, training, validation and decoding alike.
+
+    <bos> "User: {instruction}\\n{input}\\n\\nAssistant: " {output} <end>
+
+Speech is its unit tokens; on the input side it stands between the audio markers. A spoken output begins with the begin-of-audio
+marker as part of the prompt and ends with the end-of-audio marker; a text output ends with the end-of-sentence marker. The
+supervised tokens are the output and that end marker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from most_ray.records.record import N_UNITS, TASKS, Record, Task
+
+IGNORE = -100  # label of a position without supervision, as in torch's cross_entropy
+
+_PIECES = {
+    "before_input": "User: {instruction}\n",
+    "after_input": "\n\nAssistant: ",
+    "input_speech": "<boa>{units}<eoa>",
+    "output_text": "{text}<eos>",
+    "output_speech": "<boa> in the prompt, {units}<eoa>",
+    "version": "1",
+}
+
+
+def template_hash() -> str:
+    """Identifies the template; stored with token stores and checkpoints, where a mismatch is refused."""
+    return hashlib.blake2b(json.dumps(_PIECES, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the tokenizer's special tokens. Unit u is token `unit_base + u`."""
+
+    bos: int
+    eos: int
+    pad: int
+    begin_audio: int
+    end_audio: int
+    unit_base: int
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the template needs of a tokenizer: special ids, and text to ids in batches without adding or parsing any marker."""
+
+    ids: TokenIds
+    encode: Callable[[Sequence[str]], list[list[int]]]
+    tokenizer_hash: str
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer_hash, "template": template_hash(), "ids": json.dumps(asdict(self.ids))}
+
+
+class Encoded(NamedTuple):
+    """One record as tokens: `input_ids` int32 (tokens,); the first `prompt_length` of them are not supervised."""
+
+    input_ids: np.ndarray
+    prompt_length: int
+    task: Task
+
+    def labels(self) -> np.ndarray:
+        """Labels aligned with input_ids (the model shifts), int32 (tokens,)."""
+        labels = self.input_ids.copy()
+        labels[: self.prompt_length] = IGNORE
+        return labels
+
+
+def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[Encoded]:
+    """Encode records, the distinct text pieces of all of them in one tokenizer call; units become ids by addition alone. The arrays
+    are views of one."""
+    spelled = [template_texts(record) for record in records]
+    distinct = list(dict.fromkeys(text for pieces in spelled for text in pieces))
+    tokens = _arrays(distinct, vocabulary.encode(distinct))
+    ids = vocabulary.ids
+    bos, eos, begin, end = (np.array([token], np.int32) for token in (ids.bos, ids.eos, ids.begin_audio, ids.end_audio))
+    base = np.int32(ids.unit_base)
+    parts: list[np.ndarray] = []
+    sizes: list[tuple[int, int]] = []
+    for record, pieces in zip(records, spelled, strict=True):
+        first = len(parts)
+        parts += (bos, tokens[pieces[0]])
+        if not isinstance(record.input, str):
+            parts += (begin, record.input + base, end, tokens[pieces[1]])
+        if not isinstance(record.output, str):
+            parts.append(begin)
+        prompt = sum(map(len, parts[first:]))
+        parts += (tokens[pieces[-1]], eos) if isinstance(record.output, str) else (record.output + base, end)
+        sizes.append((prompt, prompt + len(parts[-2]) + 1))
+    flat = np.concatenate([*parts, bos[:0]])
+    encoded, start = [], 0
+    for record, (prompt, size) in zip(records, sizes, strict=True):
+        encoded.append(Encoded(flat[start : start + size], prompt, record.task))
+        start += size
+    return encoded
+
+
+def _arrays(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Ids as int32 arrays by their text, made in one go."""
+    flat = np.fromiter(chain.from_iterable(ids), np.int32)
+    ends = list(accumulate(map(len, ids), initial=0))
+    return {text: flat[a:b] for text, (a, b) in zip(texts, pairwise(ends), strict=True)}
+
+
+def template_texts(record: Record) -> list[str]:
+    """The text pieces of a record as the template spells them, the output last where it is text: also what a tokenizer is trained on."""
+    before = _PIECES["before_input"].format(instruction=record.instruction)
+    if isinstance(record.input, str):
+        texts = [before + record.input + _PIECES["after_input"]]
+    else:
+        texts = [before, _PIECES["after_input"]]
+    return [*texts, record.output] if isinstance(record.output, str) else texts
+
+
+def split_prompt(text: str) -> tuple[str, str]:
+    """(instruction, input) of a prompt that holds only text, or of the part before the speech: what `template_texts` has spelled. An
+    instruction is taken to be one line."""
+    body = text.removeprefix("User: ").removesuffix(_PIECES["after_input"])
+    instruction, _, rest = body.partition("\n")
+    return instruction, rest
+
+
+def units_of(token_ids: Sequence[int], ids: TokenIds) -> list[int]:
+    """The speech units among token ids."""
+    return [token - ids.unit_base for token in token_ids if 0 <= token - ids.unit_base < N_UNITS]
+
+
+def task_index(task: Task) -> int:
+    """Stable number of a task, as stored in token stores and batches."""
+    return TASKS.index(task)

@@ -1,0 +1,87 @@
+"""Tokenizers that hold text, speech units and audio markers: a small one of our own, or DeepSeek's with the units added."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from most_ray.errors import CheckpointError
+from most_ray.records.batch_tokenizer import TextEncoder
+from most_ray.records.record import N_UNITS
+from most_ray.records.template import TokenIds, Vocabulary
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜pad｜>"
+BEGIN_AUDIO, END_AUDIO = "<|begin_of_audio|>", "<|end_of_audio|>"
+AUDIO_TOKENS = (*(f"[Hu{unit}]" for unit in range(N_UNITS)), BEGIN_AUDIO, END_AUDIO)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` text tokens (any text can be spelled), then 500 units and the audio markers."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left")
+    return add_audio_tokens(tokenizer)
+
+
+def add_audio_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Append the units and markers that are not there yet, as special tokens behind the text vocabulary."""
+    known = tokenizer.get_vocab()
+    missing = [AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS if token not in known]
+    tokenizer.add_tokens(missing, special_tokens=True)
+    return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
+    """Where the special tokens and units stand.
+
+    Raises:
+        CheckpointError: a marker or a unit is missing, or the units are not in one run.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in AUDIO_TOKENS if token not in vocabulary]
+    if missing:
+        raise CheckpointError(
+            "tokenizer",
+            missing[0],
+            f"is not in the vocabulary ({len(missing)} audio tokens are missing).",
+            "Use init-model first.",
+        )
+    base = vocabulary["[Hu0]"]
+    if any(vocabulary[f"[Hu{unit}]"] != base + unit for unit in range(N_UNITS)):
+        raise CheckpointError("tokenizer", "[Hu0]..[Hu499]", "the units are not in one run of ids.")
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise CheckpointError("tokenizer", None, "has no begin- or end-of-sentence token.")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return TokenIds(tokenizer.bos_token_id, tokenizer.eos_token_id, pad, vocabulary[BEGIN_AUDIO], vocabulary[END_AUDIO], unit_base=base)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+    """What the template and ingest need of a tokenizer."""
+    content = tokenizer.backend_tokenizer.to_str().encode()
+    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return Vocabulary(token_ids(tokenizer), TextEncoder(tokenizer), digest)
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError("model_name_or_path", str(directory), f"has no usable tokenizer ({error}).") from error

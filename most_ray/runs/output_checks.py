@@ -1,0 +1,60 @@
+"""What can be known to fail before a worker starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from most_ray.config import RunConfig
+from most_ray.errors import ConfigError, DataError
+from most_ray.io import storage
+
+
+def check_places(config: RunConfig) -> None:
+    """The run's folder can be written to, the trace's folder too, and W&B has a key where it is to be online.
+
+    Raises:
+        ConfigError: one of them is not so.
+    """
+    _check_writable("output_dir", config.run_place)
+    if config.store_dir:
+        _check_writable("store_dir", config.store_dir)
+    if not storage.is_remote(config.run_place) and shutil.disk_usage(storage.local(config.run_place)).free < 1 << 28:
+        raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
+    if config.trace_records:
+        try:
+            Path(config.trace_records).parent.mkdir(parents=True, exist_ok=True)
+            with Path(config.trace_records).open("a+b") as stream:
+                stream.seek(0)
+                first = stream.readline(1 << 26)
+        except OSError as error:
+            raise ConfigError("trace_records", config.trace_records, f"cannot be written to ({error.strerror}).") from error
+        if first and not first.startswith(b'{"step"'):
+            raise ConfigError("trace_records", config.trace_records, "exists and is no trace.", "Name another file.")
+    if config.wandb_project and config.wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
+        raise ConfigError(
+            "wandb_mode", "online", "needs a key.", "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
+        )
+
+
+def _check_writable(field: str, place: str) -> None:
+    """What is written to a place can be read back from it, whatever it is on."""
+    probe = storage.join(place, f".probe-{uuid.uuid4().hex[:8]}")
+    try:
+        storage.write_bytes(probe, b"probe")
+        if storage.read_bytes(probe) != b"probe":
+            raise OSError("reads other bytes than were written")
+        storage.remove(probe)
+    except (OSError, DataError) as error:
+        reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
+        raise ConfigError(field, storage.redact(place), reason, "Name a folder or URI that can be written to.") from error
+
+
+def _has_netrc() -> bool:
+    netrc = Path.home() / ".netrc"
+    try:
+        return "wandb" in netrc.read_text(encoding="utf-8")
+    except OSError:
+        return False

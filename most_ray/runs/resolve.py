@@ -1,0 +1,359 @@
+"""From a configuration to a run that can start: everything that a user may have got wrong is found here, before a worker starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from most_ray.checkpoint import reader
+from most_ray.config import RunConfig
+from most_ray.data.batch import TokenLayout
+from most_ray.data.ingest import Recipe, Runner, check_rejected, content_of, ingest_directory, run_here
+from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
+from most_ray.data.plan import check_units as one_unit_identity
+from most_ray.data.store import TokenStore
+from most_ray.distributed.topology import Topology, plan_topologies
+from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
+from most_ray.io import storage
+from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
+from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
+from most_ray.model.compat import check_workers
+from most_ray.optim.optimizer import check_available
+from most_ray.planner.hardware import prefers_bf16
+from most_ray.records.record import TASKS, Task, parse_record, read_raw, record_files
+from most_ray.records.template import Vocabulary, template_texts
+from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
+from most_ray.runs.output_checks import check_places
+from most_ray.speech.vocoder.assets import FOLDER as KIT
+from most_ray.speech.vocoder.assets import copy_kit, find_kit
+from most_ray.train.session import Job, overrides_of, threads_of
+
+VERIFIED_BYTES = 2 << 30  # a store of at most so many is read through before a run starts; a larger one is checked as it is read
+
+
+MakeRunner = Callable[[RunConfig, bool], Runner]
+
+
+def here(config: RunConfig, use_gpu: bool) -> Runner:
+    """Takes records in by this process alone."""
+    del config, use_gpu
+    return run_here
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that passed every check. `job` is laid out for the largest of `topologies`, which are the numbers of workers that it may
+    have, ascending; `done_steps`: steps behind the newest intact checkpoint; `torn`: (place, reason) of newer ones that are damaged;
+    `accepted`: what changed since."""
+
+    job: Job
+    plan: Plan
+    folder: RunFolder
+    topologies: tuple[Topology, ...]
+    done_steps: int
+    use_gpu: bool
+    n_rejected: int
+    torn: list[tuple[str, str]]
+    accepted: list[str]
+
+    def job_for(self, topology: Topology, driver: str) -> Job:
+        """The job of one attempt: at any number of workers the same steps of the same records."""
+        threads = threads_of(self.job.config, self.use_gpu, topology.world_size)
+        return replace(self.job, topology=topology, threads=threads, driver=driver)
+
+
+def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | None = None, gpus: int | None = None) -> Prepared:
+    """Check everything that can be checked without a worker, and make what the workers need. `runner` says who takes records in;
+    `workers`, their number where it is already settled; `gpus`, those of the cluster (None: this machine's).
+
+    Raises:
+        UserError: whatever a user can mend.
+    """
+    check_places(config)
+    check_given(config)
+    folder = RunFolder(config.run_place)
+    use_gpu, fewest, most = devices_of(config, gpus=gpus)
+    fewest, most = (workers, workers) if workers else (fewest, most)
+    sources = open_sources(config, folder, runner(config, use_gpu))
+    return settle(config, folder, sources, use_gpu, fewest, most)
+
+
+def settle(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
+    """The run that its configuration and its sources make, on `fewest` to `most` workers; `folder`: where its checkpoints are looked for.
+
+    Raises:
+        UserError: they do not go together.
+    """
+    # Workers have another working directory: what they open themselves must not depend on it.
+    config = replace(
+        config,
+        trace_records=config.trace_records and str(Path(config.trace_records).absolute()),
+        resume_from_checkpoint=config.resume_from_checkpoint and storage.absolute(config.resume_from_checkpoint),
+    )
+    stores = sources.training + sources.validation
+    model_config = read_config(local_copy(sources.model_path), overrides_of(config))
+    topologies = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
+    if config.max_seq_length > model_config.max_position_embeddings:
+        raise ConfigError(
+            "max_seq_length", config.max_seq_length, f"is beyond the model's {model_config.max_position_embeddings} positions."
+        )
+    for store in stores:
+        store.verify(VERIFIED_BYTES)
+    _check_best_metric(config, sources.validation)
+    start, torn = _starting_point(config, folder, sources.vocabulary.fingerprint())
+    if config.bf16 is None:
+        # Checkpoints that do not say are of the time when it had to be asked for.
+        config = replace(config, bf16=not config.fp16 and (bool(start.get("bf16")) if start else prefers_bf16(use_gpu)))
+    spec = make_spec(config, sources.training, _global_batch_size(config, most, start))
+    units = one_unit_identity(stores)
+    if not config.accept_data_change:
+        check_units(model_config, units, sources.model_path)
+    plan = Plan(spec, sources.training)
+    ids = sources.vocabulary.ids
+    job = Job(
+        config=config,
+        run_place=folder.place,
+        model_path=sources.model_path,
+        driver="",
+        plan=spec,
+        layout=TokenLayout(model_config.first_audio_token, model_config.last_audio_token, ids.pad, ids.unit_base),
+        topology=topologies[-1],
+        total_steps=config.max_steps or plan.steps_for_epochs(config.epochs, config.epochs_of),
+        threads=threads_of(config, use_gpu, most),
+        units_identity=units,
+        has_validation=bool(sources.validation),
+    )
+    accepted = check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"], config.accept_data_change) if start else []
+    done = int(start["step"]) if start else 0
+    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, torn, accepted)
+
+
+def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> None:
+    """Raises ConfigError where best_metric will never have a value: then keep_best would keep nothing."""
+    kind, _, name = config.best_metric.partition("/")
+    sets = [f"{store.task}/{store.name}" for store in validation if kind == "loss" or store.task == "asr"]
+    if config.keep_best and not any(not name or known == name or known.endswith(f"/{name}") for known in sets):
+        raise ConfigError("best_metric", config.best_metric, "is measured on no validation set.", nearest(name, [*sets, "wer", "loss"]))
+
+
+def check_given(config: RunConfig) -> None:
+    """The directories of records are there, the run's folder is no sweep's, and the libraries that it needs are installed.
+
+    Raises:
+        ConfigError: one of them is not so.
+    """
+    check_available(config)
+    _check_directories(config)
+    if storage.exists(storage.join(config.run_place, LEDGER)):
+        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_place)} holds {LEDGER}.", "Choose another name.")
+
+
+def _check_directories(config: RunConfig) -> None:
+    if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
+        raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
+    for name in ("train_asr_dirs", "train_tts_dirs", "train_text_dirs", "val_asr_dirs", "val_tts_dirs", "val_text_dirs"):
+        directories = getattr(config, name)
+        for directory in directories:
+            if not storage.exists(directory):
+                raise ConfigError(
+                    name, storage.redact(directory), "does not exist.", "Check the path; it is taken from where the command runs."
+                )
+        real = [d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories]
+        if len(set(real)) != len(real):
+            raise ConfigError(name, tuple(map(storage.redact, directories)), "names a directory twice.")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The token stores of a run, in the order asr, tts, text, and what they were made with."""
+
+    model_path: str
+    vocabulary: Vocabulary
+    training: list[TokenStore]
+    validation: list[TokenStore]
+    n_rejected: int
+
+
+TakeIn = Callable[[str, Recipe, str, Runner], TokenStore]
+
+
+def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, take_in: TakeIn = ingest_directory) -> Sources:
+    """Token stores of all directories: those that are there, and new ones for what is new or has changed. `take_in`: makes one of a
+    directory.
+
+    Raises:
+        UserError: a directory or the model is not there, holds nothing usable, or too many bad records.
+    """
+    model_path = _model_path(config, folder)
+    local_model = local_copy(model_path)
+    model_config = read_config(local_model, overrides_of(config))
+    if not config.accept_data_change:
+        check_template(model_config, model_path)
+    vocabulary = _vocabulary(config, local_model)
+    store_dir = store_dir_of(config)
+
+    def stores_of(use: str, tasks: Sequence[Task], limit: int) -> list[TokenStore]:
+        return [
+            take_in(directory, Recipe(task, vocabulary, limit, config.overlong if use == "train" else "reject"), store_dir, run)
+            for task in tasks
+            for directory in getattr(config, f"{use}_{task}_dirs")
+        ]
+
+    training = stores_of("train", TASKS, config.max_seq_length)
+    # As `most-ray evaluate` does it: a record that the model can read is scored, however long the rows of training are.
+    validation = stores_of("val", TASKS, model_config.max_position_embeddings)
+    n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / "rejected.jsonl")
+    folder.push("rejected.jsonl")
+    return Sources(model_path, vocabulary, training, validation, n_rejected)
+
+
+def _vocabulary(config: RunConfig, model: str) -> Vocabulary:
+    """Raises CheckpointError where the model's tokenizer knows no speech, as DeepSeek-V2's own."""
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.get_vocab().keys() & set(AUDIO_TOKENS):
+        name = storage.redact(config.model_name_or_path)
+        remedy = f"Make a model that does, and name its folder: most-ray init-model --from_deepseek {name} --output models/most."
+        raise CheckpointError("model_name_or_path", name, "has a tokenizer that knows no speech units.", remedy)
+    return vocabulary_of(tokenizer)
+
+
+def keep_kit(prepared: Prepared) -> None:
+    """Bring what turns recordings into the run's units, and back, to the run's folder: from its training records, or from the model that it
+    starts from."""
+    config, identity = prepared.job.config, prepared.job.units_identity
+    start = find_kit(prepared.job.model_path, identity)
+    sources = [*config.train_asr_dirs, *config.train_tts_dirs, *([start] if start else [])]
+    copy_kit(sources, prepared.folder.at(KIT), identity)
+
+
+def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = here) -> list[TokenStore]:
+    """`most-ray prepare store`: the token stores of a configuration; with `verify`, read through.
+
+    Raises:
+        UserError: as `open_sources`, or a damaged shard.
+    """
+    check_places(config)
+    _check_directories(config)
+    sources = open_sources(config, RunFolder(config.run_place), runner(config, False))
+    stores = sources.training + sources.validation
+    for store in stores:
+        store.verify(None if verify else VERIFIED_BYTES)
+    return stores
+
+
+def store_dir_of(config: RunConfig) -> str:
+    return storage.absolute(config.store_dir) if config.store_dir else storage.join(storage.absolute(config.output_dir), "store")
+
+
+def _model_path(config: RunConfig, folder: RunFolder) -> str:
+    """The folder to start from; a preset is made once per run, with a tokenizer of the training records."""
+    name = config.model_name_or_path
+    if name not in PRESETS:
+        return storage.absolute(name) if storage.is_remote(name) or Path(name).exists() else name
+    place, note = folder.at("init"), "made_from.json"
+    if reader.committed(folder.checkpoints) and storage.exists(storage.join(place, "config.json")):
+        return place  # the run has begun with it
+    made_from = {"preset": name, "seed": config.seed, "content": _training_content(config)}
+    try:
+        made = json.loads(storage.read_bytes(storage.join(place, note)))
+    except (FileNotFoundError, ValueError):
+        made = None
+    if made != made_from:
+        temporary = folder.local / ".init.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        init_model(name, training_texts(config), temporary, config.seed)
+        (temporary / note).write_text(json.dumps(made_from), encoding="utf-8")
+        shutil.rmtree(folder.local / "init", ignore_errors=True)
+        temporary.rename(folder.local / "init")
+        folder.push_folder("init", note)
+    return place
+
+
+def _training_content(config: RunConfig) -> list[str]:
+    directories = [d for task in TASKS for d in getattr(config, f"train_{task}_dirs")]
+    return [content_of(directory, store_dir_of(config)) for directory in directories]
+
+
+def training_texts(config: RunConfig, limit: int = 200_000) -> Iterator[str]:
+    """Texts of the training records, for a tokenizer: at most `limit` records of each directory."""
+    for task in TASKS:
+        for directory in getattr(config, f"train_{task}_dirs"):
+            yield from texts_of(directory, limit)
+
+
+def texts_of(directory: str | Path, limit: int = 200_000) -> Iterator[str]:
+    """Texts of a directory's good records as the template spells them."""
+    count = 0
+    for entry in record_files(directory):
+        for _, raw in read_raw(entry.place):
+            if count >= limit:
+                return
+            try:
+                if not isinstance(raw, RecordError):
+                    yield from template_texts(parse_record(raw))
+                    count += 1
+            except RecordError:
+                continue  # ingest sets it aside with its reason
+
+
+def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = None) -> tuple[bool, int, int]:
+    """Whether on GPUs, and the fewest and the most workers. `gpus`: the cluster's (None: this machine's).
+
+    Raises:
+        ConfigError: GPUs are asked for, there are none and no cluster is named (not without `must_be_here`); the installed transformers
+            cannot lay a model out over so many workers.
+    """
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
+    if must_be_here and use_gpu and gpus == 0 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
+        raise ConfigError("use_gpu", True, "but this machine has no GPU.", "Leave it out, or name a cluster with ray_address.")
+    given = config.num_workers or ((max(1, gpus) if use_gpu else 1),)
+    check_workers(given[-1])
+    return use_gpu, given[0], given[-1]
+
+
+def _starting_point(
+    config: RunConfig, folder: RunFolder, vocabulary: dict[str, str]
+) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+    """state.json of the checkpoint whose step the run will go on from (None where it begins anew), and the damaged ones behind it.
+
+    Raises:
+        CheckpointError: resume_from_checkpoint is damaged, or was made with another vocabulary.
+    """
+    own, torn = reader.newest_intact(folder.checkpoints)
+    reader.require_one(own, torn)
+    if own:
+        return reader.read_state(own), torn
+    given = config.resume_from_checkpoint
+    if not given:
+        return None, torn
+    content = reader.read_state(given)
+    damage = reader.damage(given, deep=True)
+    if damage:
+        raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")
+    if not config.ignore_optimizer_state:
+        return content, torn
+    if content["ingredients"]["vocabulary"] != vocabulary:
+        raise CheckpointError(
+            "resume_from_checkpoint",
+            storage.redact(given),
+            "was trained with another tokenizer or template than model_name_or_path's, so its embeddings would mean other tokens.",
+            "Name that run's init or export folder as model_name_or_path.",
+        )
+    return None, torn
+
+
+def _global_batch_size(config: RunConfig, n_workers: int, start: dict[str, Any] | None) -> int:
+    """Where it is not given, a run that goes on keeps what it began with, whatever its number of workers is now."""
+    if config.global_batch_size:
+        return config.global_batch_size
+    if start:
+        return int(start["ingredients"]["global_batch_size"])
+    return config.train_batch_size * config.gradient_accumulation_steps * n_workers

@@ -1,0 +1,108 @@
+"""What would fail on this cluster, or on this machine: every check of the preflight alone, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import ray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from most_ray.config import RunConfig
+from most_ray.distributed.topology import Topology, plan_topologies
+from most_ray.errors import UserError
+from most_ray.io import storage
+from most_ray.io.run_folder import local_copy
+from most_ray.model.build import PRESETS, read_config
+from most_ray.planner.memory import checkpoint_bytes
+from most_ray.runs.output_checks import check_places
+from most_ray.runs.resolve import check_given, devices_of
+from most_ray.service.cluster.connection import check_needs, cluster_gpus
+from most_ray.service.cluster.control import usable_nodes
+from most_ray.service.cluster.probe import Probe, examine, versions
+from most_ray.service.preflight.checks import Answer, Finding, check_cluster, check_safety, check_space, check_tracking, judge
+from most_ray.train.session import overrides_of
+
+
+def examine_run(config: RunConfig) -> list[Finding]:
+    """Every check that can be made without taking records in; of the cluster that is named, else of this machine. What fails is a finding,
+    and the checks behind it go on where they can."""
+    findings: list[Finding] = []
+
+    def attempt(check: str, operation: Callable[[], Sequence[Finding] | None], good: str = "") -> None:
+        try:
+            found = list(operation() or [])
+        except UserError as error:
+            found = [Finding(check, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value)]
+        findings.extend(found or [Finding(check, "ok", "driver", good)])
+
+    gpus: list[int | None] = []
+    attempt("cluster", lambda: gpus.append(cluster_gpus(config)), "")
+    joined = bool(gpus) and gpus[0] is not None
+    if joined:
+        findings[-1] = replace(findings[-1], where="cluster", text=f"{_resources()} on {len(usable_nodes())} node(s)")
+    elif gpus:
+        findings[-1] = replace(findings[-1], text="none is named: a run would start Ray on this machine")
+    attempt("storage", lambda: check_places(config), f"{storage.redact(config.run_place)} can be written to")
+    if any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
+        attempt("data", lambda: check_given(config), "all directories are there")
+    if joined:
+        attempt("nodes", lambda: check_cluster(config), "all nodes write, read and run alike")
+    else:
+        attempt("limits", _judge_here, "open files suffice")
+    topologies: list[Topology] = []
+    if gpus:
+        attempt("room", lambda: topologies.extend(_check_room(config, gpus[0], joined)), "the workers have room")
+    if topologies:
+        attempt("space", lambda: _check_space(config, topologies[-1]))
+    attempt("tracking", lambda: check_tracking(config), "Weights & Biases is not used")
+    if gpus:
+        attempt("safety", lambda: check_safety(config), "no other machine reaches it without a token")
+    return findings
+
+
+def _judge_here() -> list[Finding]:
+    """This machine's limits."""
+    report = examine(Probe(mark=""))
+    return judge([Answer(report.host, report, report.time, report.time)], versions())
+
+
+def _check_room(config: RunConfig, gpus: int | None, joined: bool) -> Sequence[Topology]:
+    use_gpu, fewest, most = devices_of(config, gpus=gpus)
+    if joined:
+        check_needs(config, fewest, most, use_gpu)
+    name = config.model_name_or_path
+    n_experts = PRESETS[name]["n_routed_experts"] if name in PRESETS else read_config(local_copy(name)).n_routed_experts
+    return plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, n_experts)
+
+
+def _check_space(config: RunConfig, topology: Topology) -> list[Finding]:
+    if config.model_name_or_path in PRESETS:
+        return [Finding("space", "ok", "driver", "a preset's checkpoints are small")]
+    model = read_config(local_copy(config.model_name_or_path), overrides_of(config))
+    return check_space(config, checkpoint_bytes(model, topology, config.optimizer_state))
+
+
+def _resources() -> str:
+    total = ray.cluster_resources()
+    return ", ".join(f"{total[name]:g} {name}" for name in ("CPU", "GPU") if total.get(name))
+
+
+def show(findings: Sequence[Finding], console: Console) -> int:
+    """A table of all findings, worst last. Returns the exit code: 2 where something will fail."""
+    table = Table()
+    for heading in ("check", "", "where", "finding", "remedy"):
+        table.add_column(heading, overflow="fold")
+    order = {"ok": 0, "warning": 1, "error": 2}
+    for finding in sorted(findings, key=lambda each: order[each.level]):
+        value = "" if finding.value is None else f" = {finding.value!r}"
+        named = f"{finding.field}{value}: " if finding.field else ""
+        style = {"ok": "green", "warning": "yellow", "error": "red"}[finding.level]
+        cells = (finding.check, Text(finding.level, style), finding.where, named + finding.text, finding.remedy)
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+    console.print(table)
+    count = sum(finding.level == "error" for finding in findings)
+    console.print("Nothing is in the way." if not count else f"{count} of these would end a run.", highlight=False)
+    return 2 if count else 0

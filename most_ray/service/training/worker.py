@@ -1,0 +1,63 @@
+"""What runs in each training worker of Ray Train: the engine's rank, with Ray's stream, stop wishes and evaluations around it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import ray.train
+
+from most_ray.data.batch import Batch
+from most_ray.data.feed import StreamSpec
+from most_ray.errors import UserError
+from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
+from most_ray.service.cluster.control import StopListener, note_node
+from most_ray.service.tasks.batch_stream import stream_batches
+from most_ray.service.tasks.validation import Validation
+from most_ray.trackers.base import Secret, trackers_of
+from most_ray.train.session import Job, Surroundings, run_rank
+
+_SWITCH_S = 1e-4
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker is given: the engine's job, how it is evaluated, and the key of W&B as the driver has found it."""
+
+    job: Job
+    validation: EvaluationJob | None
+    stream: Callable[[StreamSpec, int, int], Iterator[Batch]] = field(default=stream_batches)
+    wandb_key: Secret | None = field(default=None, repr=False)
+
+
+def train_worker(work: WorkerJob) -> None:
+    """The training function that Ray Train runs in each worker; its process group is up."""
+    # Ray Data's threads are busy in this process: a step, which takes the interpreter's lock again after each operation, would wait the
+    # default of 5 ms for it a hundred times.
+    sys.setswitchinterval(_SWITCH_S)
+    context = ray.train.get_context()
+    rank, job = context.get_world_rank(), work.job
+    # transformers reads the layout's rank from the environment; Ray Train has set it, on every backend.
+    os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
+    note_node(job.driver, rank)
+    listener = StopListener(job.driver) if rank == 0 else None
+    validation, inline = work.validation, job.config.eval_inline
+    around = Surroundings(
+        batches=work.stream,
+        wants_stop=listener or (lambda: False),
+        validator=(lambda report: Validation(validation, job.run_place, job.total_steps, report)) if validation and not inline else None,
+        evaluate_here=InlineEvaluation(validation, job.run_place, job.model_path) if validation and inline else None,
+        trackers=trackers_of(job.config, job.run_place, work.wandb_key) if rank == 0 else (),
+    )
+    try:
+        run_rank(job, ray.train.torch.get_device(), around)
+    except UserError:
+        raise
+    except Exception as error:  # whatever it is: Ray Train hands on the error without its traceback, so that goes into the text
+        raise RuntimeError(traceback.format_exc()) from error
+    finally:
+        if listener:
+            listener.close()

@@ -1,0 +1,288 @@
+"""Frames from a layer of a speech encoder of transformers: HuBERT, WavLM, wav2vec 2.0 and what is built like them, w2v-BERT, Whisper's.
+
+Recordings go through the encoder one by one: in a batch, even of equal lengths, the last bits of what comes out change with the company
+(matrix products are blocked by size), and with them a unit now and then; on a CPU a batch is no faster either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pickle import UnpicklingError
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
+from transformers.utils import cached_file
+
+from most_ray.errors import CheckpointError, ConfigError
+from most_ray.speech.units.features import EncoderSettings, Frames, one_thread
+
+_WINDOW = 30  # seconds: longer recordings go through in windows, so that memory does not grow with them
+_CONTEXT = 2  # seconds dropped at an end that another window overlaps: over the 1.3 s to either side that positional convolutions see
+_PROBE = 6  # seconds by which two probes differ: whole frames at any usual rate, 12.5 Hz and Moonshine's 41.67 Hz among them
+_TRAINING_ONLY = "masked_spec_embed"  # stands in for masked frames, which only training has
+_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, ImportError, SafetensorError, UnpicklingError, StrictDataclassError)
+
+
+class EncoderExtractor:
+    """Layer `settings.layer` of an encoder, in float32, as an Extractor: exactly transformers' `hidden_states[layer]` of a recording alone.
+
+    0 is what enters the first layer; layers above are neither kept nor computed. A recording of over 30 s is cut into windows of 30 s
+    that overlap by 4 s, of which each gives up the outer half; there are as many frames as there would be in one piece. The input is
+    normalised, where the model wants that, over the whole recording if it is samples, over each window if it is a spectrogram. The
+    last bits, as with any such computation, depend on the machine, the device and the number of threads.
+
+    Whisper's encoder takes 30 s, however short the recording; of its frames those that the recording fills are kept.
+
+    Attributes:
+        place: where the encoder was opened from; not part of `identity`, which tells encoders by their weights.
+    """
+
+    per_speaker = False
+
+    def __init__(self, settings: EncoderSettings, device: str = "cpu") -> None:
+        """
+        Raises:
+            ConfigError: the encoder is of another kind than `settings.kind`, has no such layer, or none at all that takes speech.
+            CheckpointError: it cannot be found or read, or weights are missing or of another shape.
+        """
+        self.place = settings.place
+        with _quiet_transformers():
+            config = _open_config(settings)
+            self._frontend = _open_frontend(settings.place, config)
+            self._encoder, blocks = _open_encoder(settings, config)
+        layers = list(blocks)
+        self._waveform = self._encoder.main_input_name == "input_values"
+        self._device = torch.device(device)
+        self.sample_rate = int(self._frontend.sampling_rate)
+        _cut(blocks, [])
+        self._encoder.to(self._device)
+        self._all_layers = False
+        self._hop, self._shortest, self.width = self._measure(config)
+        self.rate_hz = self.sample_rate / self._hop
+        _cut(blocks, layers[: settings.layer])
+        if settings.layer == len(layers):
+            # What the library calls the last hidden state is the model's own matter: Whisper's has gone through the final norm.
+            self._all_layers = True
+            del blocks[-1]
+        self._encoder.to(self._device)
+        self._window = min(_WINDOW * self.sample_rate, self._fixed_length or _WINDOW * self.sample_rate) // self._hop * self._hop
+        self._context = _CONTEXT * self.sample_rate // self._hop * self._hop
+        self.identity: dict[str, Any] = {
+            "features": config.model_type,
+            "settings": {
+                "encoder": config.model_type,
+                "weights": _weights_hash(self._encoder.state_dict()),
+                "layer": settings.layer,
+                "sample_rate": self.sample_rate,
+                "normalised_samples": self._waveform and bool(getattr(self._frontend, "do_normalize", False)),
+                "window_s": _WINDOW,
+                "context_s": _CONTEXT,
+            },
+            "normalisation": "none",
+        }
+
+    def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
+        """One Frames for each of the recordings, float32 (samples,) at `sample_rate`, values float32 (frames, width).
+
+        A recording that is shorter than what one frame is computed from (25 ms for HuBERT and the like) gives none.
+        """
+        with one_thread():
+            return [Frames(self._whole(wave)) for wave in waves]
+
+    def _whole(self, wave: np.ndarray) -> np.ndarray:
+        if len(wave) < self._shortest:
+            return np.zeros((0, self.width), np.float32)
+        if self._waveform:
+            wave = self._frontend(wave, sampling_rate=self.sample_rate, return_tensors="np")["input_values"][0]
+        if len(wave) <= self._window:
+            return self._forward(wave)
+        parts = []
+        for start in range(0, len(wave) - 2 * self._context, self._window - 2 * self._context):
+            frames = self._forward(wave[start : start + self._window])
+            first = self._context // self._hop if start else 0
+            last = len(frames) if start + self._window >= len(wave) else (self._window - self._context) // self._hop
+            parts.append(frames[first:last])
+        return np.concatenate(parts)
+
+    def _forward(self, window: np.ndarray) -> np.ndarray:
+        """Hidden states of one window, float32 (frames, width). Samples are taken as they are, spectrograms made here."""
+        if self._waveform:
+            # A copy: where an array begins in memory may decide on the last bits.
+            inputs: dict[str, torch.Tensor] = {"input_values": torch.tensor(window)[None].to(self._device)}
+        else:
+            with np.errstate(invalid="ignore"):
+                made = self._frontend(window, sampling_rate=self.sample_rate, return_tensors="pt")
+            # Silence, where its spectrogram is divided by its own deviation, is 0 / 0.
+            made["input_features"] = torch.nan_to_num(made["input_features"])
+            inputs = {name: made[name].to(self._device) for name in ("input_features", "attention_mask") if name in made}
+        # TensorFloat-32, cuDNN's default, would keep 10 bits of the convolutions.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            try:
+                hidden = self._encoder(**inputs, output_hidden_states=self._all_layers, return_dict=True).hidden_states[-1][0]
+            except _Reached as reached:
+                hidden = reached.hidden_states[0]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.shape[1] == len(hidden):
+            hidden = hidden[: int(mask.sum())]  # w2v-BERT pads to whole frames, and what is padded is no frame of the recording
+        if length := self._fixed_length:
+            hidden = hidden[: min(len(window), length) * len(hidden) // length]
+        return hidden.cpu().numpy()
+
+    @property
+    def _fixed_length(self) -> int:
+        """Samples to which the encoder's input is always padded; 0 if it takes any length."""
+        return 0 if self._waveform else int(getattr(self._frontend, "n_samples", 0))
+
+    def _measure(self, config: Any) -> tuple[int, int, int]:
+        """Samples from one frame to the next, those that the first frame is made from, and the width: from what comes out of two probes."""
+        short, long = self.sample_rate, (1 + _PROBE) * self.sample_rate
+        try:
+            (n_short, width), (n_long, _) = (self._forward(np.zeros(length, np.float32)).shape for length in (short, long))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError("features", self.place, f"cannot be run on samples of speech ({_line(error)}).") from error
+        frames = n_long - n_short
+        if frames <= 0 or (long - short) % frames:
+            raise ConfigError("features", self.place, f"gives {frames} frames in {_PROBE} s, no whole number of samples each.")
+        hop = (long - short) // frames
+        kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+        if not self._waveform or not kernels or not strides:
+            return hop, short - (n_short - 1) * hop, width  # at most a hop more than the very shortest
+        reach, jump = 1, 1
+        for kernel, stride in zip(kernels, strides, strict=True):
+            reach, jump = reach + (kernel - 1) * jump, jump * stride
+        return hop, reach + hop - jump, width  # SEW's frames are means over several
+
+
+class _Reached(Exception):  # noqa: N818 - no error
+    """What enters a layer that is not there."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        self.hidden_states = hidden_states
+
+
+class _Stop(nn.Module):
+    """Ends a forward pass in place of the first layer that is not needed: what would follow, a final norm for one, is not computed."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
+        raise _Reached(hidden_states)
+
+
+def _cut(blocks: nn.ModuleList, layers: list[nn.Module]) -> None:
+    del blocks[:]
+    blocks.extend([*layers, _Stop()])
+
+
+def _open_config(settings: EncoderSettings) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(settings.place, trust_remote_code=False)
+    except _UNREADABLE as error:
+        remedy = "Name a folder with config.json and weights, or a model on the hub (with HF_HUB_OFFLINE=1, one already downloaded)."
+        raise CheckpointError("features", settings.place, f"holds no encoder that can be opened ({_line(error)}).", remedy) from error
+    if settings.kind not in (config.model_type, "auto"):
+        rule = f"is not what {settings.place} holds: its model_type is {config.model_type!r}."
+        raise ConfigError("features", settings.kind, rule, f"Write {config.model_type}:{settings.place}:{settings.layer}.")
+    return config
+
+
+def _open_frontend(place: str, config: Any) -> Any:
+    """The library's feature extractor. Without preprocessor_config.json, the one that wav2vec 2.0 and its like were trained with."""
+    try:
+        try:
+            return AutoFeatureExtractor.from_pretrained(place, trust_remote_code=False)
+        except (OSError, ValueError):
+            absent = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None
+            if not absent or not getattr(config, "conv_kernel", None):
+                raise
+            norm = getattr(config, "feat_extract_norm", "layer")  # data2vec has no other
+            return Wav2Vec2FeatureExtractor(sampling_rate=16000, do_normalize=norm == "layer")
+    except _UNREADABLE as error:
+        remedy = "Put the encoder's own preprocessor_config.json beside its weights."
+        raise CheckpointError("features", place, f"has no usable preprocessor_config.json ({_line(error)}).", remedy) from error
+
+
+def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.ModuleList]:
+    """The encoder in float32, set to inference, and its list of layers, of which those up to the one asked for have all their weights."""
+    try:
+        # safetensors where there are any. Some encoders, facebook/hubert-base-ls960 for one, are published as pytorch_model.bin alone:
+        # weights_only reads tensors from it and refuses, rather than runs, anything else.
+        model, info = AutoModel.from_pretrained(
+            settings.place,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except _UNREADABLE as error:
+        raise CheckpointError("features", settings.place, f"has no weights that can be loaded ({_line(error)}).") from error
+    encoder = model.get_encoder() if config.is_encoder_decoder else model
+    blocks = _layers_of(encoder)
+    if blocks is None or encoder.main_input_name not in ("input_values", "input_features"):
+        raise ConfigError("features", settings.place, f"is a model of type {config.model_type!r}, not a speech encoder with layers.")
+    if settings.layer > len(blocks):
+        remedy = f"Choose 0 (what enters the first) to {len(blocks)}."
+        raise ConfigError("features", settings.layer, f"is a layer that {settings.place} has not: it has {len(blocks)}.", remedy)
+    names = {module: name for name, module in model.named_modules()}
+    inside, outside = (f"{names[m]}." if names[m] else "" for m in (encoder, blocks))
+    above = tuple(f"{outside}{index}." for index in range(settings.layer, len(blocks)))
+    used = {inside + name for name in encoder.state_dict() if name != _TRAINING_ONLY}
+    for what in ("missing", "mismatched"):
+        keys = {key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"]}
+        if bad := sorted(name for name in keys & used if not name.startswith(above)):
+            rule = f"has {len(bad)} {what} weights up to layer {settings.layer}, the first {bad[0]}."
+            raise CheckpointError("features", settings.place, rule, "Fetch the encoder anew, with the config.json that belongs to it.")
+    return encoder.eval().requires_grad_(False), blocks
+
+
+def _layers_of(encoder: Any) -> nn.ModuleList | None:
+    """The layers whose outputs are transformers' hidden states."""
+    recorded = (getattr(encoder, "_can_record_outputs", None) or {}).get("hidden_states", ())
+    targets = [getattr(each, "target_class", each) for each in (recorded if isinstance(recorded, (list, tuple)) else [recorded])]
+    classes = tuple(each for each in targets if isinstance(each, type))
+    lists = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module))
+    return next((each for each in lists if all(isinstance(layer, classes) for layer in each)), None)
+
+
+def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of names, shapes and bytes in order of names, wherever they were loaded from and whatever dtype and format they were stored in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        if name != _TRAINING_ONLY:
+            array = tensors[name].cpu().contiguous().numpy()
+            digest.update(f"{name} {array.shape} {array.dtype.name}\n".encode())
+            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data if math.prod(array.shape) else b"")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars and advice, and without what the library otherwise does when it loads pytorch_model.bin from the hub: ask
+    a service, from a thread, to convert the model there."""
+    verbosity, conversion = transformers.logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+        if conversion is None:
+            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        else:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,255 @@
+"""Lines of metrics.jsonl: token-weighted means over the steps since the line before. What each key means is in schema.py."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from most_ray.distributed.ranks import this_rank, world_size
+from most_ray.metrics.flops import model_flops, peak_flops
+from most_ray.model.configuration import MostConfig
+from most_ray.model.placement import rank_load_ratio
+from most_ray.model.routing import expert_groups, load_summary
+from most_ray.records.record import TASKS
+from most_ray.train.step import StepResult
+
+logger = logging.getLogger(__name__)
+EXPERTS_STEPS = 100  # between lines of kind `experts`
+_LINES_BETWEEN_ALERTS = 100
+_ALERT_SELECTIONS = 16  # fewer per expert, on average, and chance alone makes the largest some times the mean
+_MAX_EXPONENT = 700.0  # exp of more is no float
+
+
+@dataclass
+class _Sums:
+    """Over the steps since the line before; losses and counts by task, in the order of records.TASKS, like `aux` without skipped steps.
+
+    norm, rate: the last step's; targets: supervised tokens, those of skipped steps too; attended: see StepResult.
+    """
+
+    losses: list[float] = field(default_factory=lambda: [0.0] * len(TASKS))
+    counts: list[int] = field(default_factory=lambda: [0] * len(TASKS))
+    aux: float = 0.0
+    norm: float = 0.0
+    rate: float = 0.0
+    wait: float = 0.0
+    stall: float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    samples: int = 0
+    capacity: int = 0
+    targets: int = 0
+    attended: int = 0
+
+    @property
+    def made(self) -> int:
+        return self.steps - self.skipped
+
+
+class Meter:
+    """Collects steps and makes lines of them. All but times and memory follows from sums over all ranks, so is the same on each.
+
+    Args:
+        ranks: the experts that each expert-parallel rank holds (`placement.experts_of_ranks`), or None.
+        load_alert: rank 0 warns when an expert has so many times the mean load of its modality's experts in a line (0: never).
+        device, dtype: where and in which type (None: float32) matrix products are computed, for their peak rate.
+    """
+
+    def __init__(
+        self,
+        config: MostConfig,
+        ranks: Sequence[Sequence[int]] | None = None,
+        load_alert: float = 0.0,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._config, self._ranks, self._alert_above = config, ranks, load_alert
+        self._device, self._dtype, self._flops = device, dtype, model_flops(config)
+        self._lines = self._step = 0
+        self._alerted: dict[str, int] = {}
+        self._load_since_experts: torch.Tensor | None = None
+        self._steps_since_experts = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums = _Sums()
+        self._load: torch.Tensor | None = None
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
+    def begin(self) -> None:
+        """Time runs from here on."""
+        peak_flops(self._device, self._dtype)  # where it must be measured, now
+        self._started = time.perf_counter()
+
+    def add(self, result: StepResult, n_tokens: int, capacity: int, data_wait: float, n_records: int = 0) -> None:
+        """`capacity`: tokens that the step's rows have room for; `data_wait`: seconds; `n_records`: of the step, like `n_tokens`."""
+        sums = self._sums
+        if not result.skipped:  # what is not finite would hide the line's other steps
+            for index in range(len(TASKS)):
+                sums.losses[index] += result.loss_sums[index]
+                sums.counts[index] += result.token_counts[index]
+            sums.aux += result.aux_loss
+            sums.norm = result.grad_norm
+        self._step, sums.rate = result.step, result.learning_rate
+        sums.wait += data_wait
+        sums.steps += 1
+        sums.skipped += result.skipped
+        sums.tokens += n_tokens
+        sums.samples += n_records
+        sums.capacity += capacity
+        sums.targets += sum(result.token_counts)
+        sums.attended += result.attended
+        self._load = result.load if self._load is None else self._load + result.load
+        self._load_since_experts = result.load if self._load_since_experts is None else self._load_since_experts + result.load
+        self._steps_since_experts += 1
+
+    def stalled(self, seconds: float) -> None:
+        """Checkpoints held up the training for so long. Counts for the line that follows: they are made behind the one due."""
+        self._sums.stall += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Training stood still for so long, for an evaluation: no part of a line's time."""
+        self._started += seconds
+
+    def line(self) -> dict[str, Any]:
+        """The line of kind `train`, and a new start."""
+        line = {"kind": "train", "step": self._step, **self._quality(), **self._speed()}
+        if self._load is not None and len(self._load):
+            line |= load_summary(self._load, self._config)
+            if self._ranks:
+                line["rank_load_max_over_mean"] = round(rank_load_ratio(self._load, self._ranks), 4)
+            self._alert(line)
+        self._lines += 1
+        self._clear()
+        return line
+
+    def experts_line(self) -> dict[str, Any]:
+        """The line of kind `experts`, and a new start. At least one step was added since the one before."""
+        assert self._load_since_experts is not None
+        groups = expert_groups(self._load_since_experts, self._config)
+        load = {modality: selections.tolist() for modality, (selections, _) in groups.items()}
+        line = {"kind": "experts", "step": self._step, "steps": self._steps_since_experts, "load": load}
+        self._load_since_experts, self._steps_since_experts = None, 0
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """What has come together since the lines before, for JSON: a restart goes on with it."""
+        return {
+            "sums": asdict(self._sums),
+            "seconds": self._seconds(),
+            "load": _packed(self._load),
+            "load_since_experts": _packed(self._load_since_experts),
+            "steps_since_experts": self._steps_since_experts,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from another meter's `state`."""
+        self._sums = _Sums(**state["sums"])
+        self._seconds_before, self._started = state["seconds"], time.perf_counter()
+        self._load, self._load_since_experts = _unpacked(state["load"]), _unpacked(state["load_since_experts"])
+        self._steps_since_experts = state["steps_since_experts"]
+
+    def _seconds(self) -> float:
+        return max(self._seconds_before + time.perf_counter() - self._started, 1e-9)
+
+    def _quality(self) -> dict[str, Any]:
+        """Losses and perplexities, what the optimizer did."""
+        sums = self._sums
+        means = {"": sum(sums.losses) / max(1, sum(sums.counts)) if sums.made else None}
+        means |= {f"{task}_": loss / count for task, loss, count in zip(TASKS, sums.losses, sums.counts, strict=True) if count}
+        return {
+            **{f"{name}loss": mean for name, mean in means.items()},
+            **{f"{name}perplexity": perplexity(mean) for name, mean in means.items()},
+            "aux_loss": sums.aux / sums.made if sums.made else None,
+            "grad_norm": sums.norm if sums.made else None,
+            "learning_rate": sums.rate,
+            "skipped_steps": sums.skipped,
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        """Amounts, times, rates and memory."""
+        sums, seconds, supervised = self._sums, self._seconds(), sum(self._sums.counts)
+        peak = peak_flops(self._device, self._dtype) * world_size()
+        flops = self._flops.of_training(self._trained_tokens(), sums.attended, sums.targets)
+        return {
+            "tokens": sums.tokens,
+            "supervised_tokens": supervised,
+            "samples": sums.samples,
+            "fill": sums.tokens / max(1, sums.capacity),
+            "tokens_per_second": sums.tokens / seconds,
+            "supervised_tokens_per_second": supervised / seconds,
+            "samples_per_second": sums.samples / seconds,
+            "step_time": seconds / sums.steps,
+            "data_wait": sums.wait / sums.steps,
+            "save_stall": sums.stall,
+            "mfu": flops / (seconds * peak),
+            "memory_gb": peak_memory(self._device) / 1e9,
+        }
+
+    def _trained_tokens(self) -> int:
+        """Those that went through the model: with units dropped as noise, fewer than the plan's. Each has its top-k experts in a layer."""
+        if self._load is None or not len(self._load):
+            return self._sums.tokens
+        return int(self._load.sum()) // (len(self._load) * self._config.num_experts_per_tok)
+
+    def _alert(self, line: dict[str, Any]) -> None:
+        """Warn of experts that are crowded, of each modality once in a while."""
+        if not self._alert_above or this_rank() != 0:
+            return
+        layers = line["layers"]
+        for modality, worst in line["expert_max_over_mean"].items():
+            recent = modality in self._alerted and self._lines - self._alerted[modality] < _LINES_BETWEEN_ALERTS
+            if worst <= self._alert_above or recent or self._mean_load(modality) < _ALERT_SELECTIONS:
+                continue
+            self._alerted[modality] = self._lines
+            index = layers["expert_max_over_mean"][modality].index(worst)
+            logger.warning(
+                "step %d: in layer %d expert %d has %.1f times the mean load of the %s experts (load_alert is %g). "
+                "Raise aux_loss_alpha or balance_bias_rate.",
+                line["step"],
+                index + self._config.first_k_dense_replace,
+                layers["busiest_expert"][modality][index],
+                worst,
+                modality,
+                self._alert_above,
+            )
+
+    def _mean_load(self, modality: str) -> float:
+        """Selections of an expert of the modality in one layer, on average."""
+        assert self._load is not None
+        selections, experts = expert_groups(self._load, self._config)[modality]
+        return float(selections[0, experts].double().mean())
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss); None where there is no loss, or no number so large."""
+    return None if loss is None or loss > _MAX_EXPONENT else math.exp(loss)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that torch has allocated there, else the most that this process has had resident, either since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _packed(load: torch.Tensor | None) -> dict[str, Any] | None:
+    """For JSON, its numbers in one string: a checkpoint's state.json has a line for each item of a list."""
+    return None if load is None else {"shape": list(load.shape), "values": " ".join(map(str, load.flatten().tolist()))}
+
+
+def _unpacked(packed: dict[str, Any] | None) -> torch.Tensor | None:
+    if packed is None:
+        return None
+    return torch.tensor([int(value) for value in packed["values"].split()], dtype=torch.long).view(packed["shape"])
