@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import nn
 
 from most_ray.checkpoint.retention import superfluous
 from most_ray.checkpoint.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
+from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
@@ -179,10 +179,10 @@ def newest_intact_together(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tu
     rank, world = this_rank(), world_size()
 
     def reason(place: str) -> str | None:
-        reasons = together(lambda: damage(place, rank, world, deep=_size(place) <= deep_bytes * world))
+        reasons = all_gather_or_raise(lambda: damage(place, rank, world, deep=_size(place) <= deep_bytes * world))
         return next((reason for reason in reasons if reason), None)
 
-    return _first_intact(together(lambda: committed(checkpoints) if rank == 0 else [])[0], reason)
+    return _first_intact(all_gather_or_raise(lambda: committed(checkpoints) if rank == 0 else [])[0], reason)
 
 
 def _first_intact(places: list[str], reason: Callable[[str], str | None]) -> tuple[str | None, list[tuple[str, str]]]:
@@ -192,24 +192,6 @@ def _first_intact(places: list[str], reason: Callable[[str], str | None]) -> tup
             return place, torn
         torn.append((place, why))
     return None, torn
-
-
-def together(work: Callable[[], Any], group: Any = None) -> list[Any]:
-    """What `work` gave on every rank of a group; an error of one is raised on all, so that none is left waiting."""
-    value, error = None, None
-    try:
-        value = work()
-    except Exception as raised:  # noqa: BLE001 - it is raised below, on every rank
-        error = raised
-    answers: list[tuple[Any, Exception | None]] = [(value, error)]
-    if dist.is_initialized():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (value, error), group)
-        answers = gathered
-    first = next((error for _, error in answers if error is not None), None)
-    if first is not None:
-        raise first
-    return [value for value, _ in answers]
 
 
 def _size(place: str) -> int:

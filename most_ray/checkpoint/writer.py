@@ -30,8 +30,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import most_ray
-from most_ray.checkpoint.reader import COMMIT, FORMAT, STATE, committed, damage, hash_file, random_parts, state_parts, together
+from most_ray.checkpoint.reader import COMMIT, FORMAT, STATE, committed, damage, hash_file, random_parts, state_parts
 from most_ray.checkpoint.shards import Part, Staging
+from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
@@ -269,7 +270,7 @@ class _Job:
                     "checkpoint", storage.redact(self.place), f"could not be written on rank {self.rank} ({error})."
                 ) from error
 
-        return together(explained, self.group)
+        return all_gather_or_raise(explained, self.group)
 
     def _explain(self, error: OSError) -> CheckpointError:
         shown = storage.redact(self.place)

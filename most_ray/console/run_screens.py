@@ -20,7 +20,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.runs.resolve import Prepared
-from most_ray.trackers.base import uses_wandb
+from most_ray.trackers.select import uses_wandb
 
 Figures = Mapping[str, Any]
 _MOST_EXPERTS = 16  # in a table with a column for each

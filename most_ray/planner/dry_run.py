@@ -36,8 +36,8 @@ from most_ray.planner.memory import Memory, Shapes
 from most_ray.planner.published_sizes import PUBLISHED, published_name
 from most_ray.records.record import TASKS, read_with_offsets, record_files
 from most_ray.records.tokenizer import token_ids, train_tokenizer
+from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_given, devices_of, open_sources, settle, store_dir_of, training_texts
-from most_ray.train.session import overrides_of
 from most_ray.train.step import Precision
 
 SMALL_BYTES = 256 << 20  # records of so many bytes in all are taken in, larger ones by a sample

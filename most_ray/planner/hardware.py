@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from most_ray.distributed.devices import listed_peak, measured_peak
 from most_ray.errors import ConfigError, nearest
-from most_ray.metrics.flops import listed_peak, measured_peak
 from most_ray.planner.cost import Collective, Speed
 
 NODE = 8  # GPUs of a machine
@@ -99,14 +99,6 @@ class Device:
     full: float
     memory: int | None
     speed: Speed | None
-
-
-def prefers_bf16(use_gpu: bool) -> bool:
-    """Whether this machine's GPU, or without one its CPU, multiplies bfloat16 faster than float32. GPUs elsewhere are taken to."""
-    if use_gpu:
-        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def device_of(asked: str, use_gpu: bool, dtype: torch.dtype | None, workers: int, threads: int) -> Device:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.report import run_tables
-from most_ray.report import sweep_page as sweeps
+from most_ray.report import sweep_sections as sweeps
 from most_ray.report.collect import RunData, collect
 from most_ray.report.curves import Figure
 from most_ray.report.figures import figures

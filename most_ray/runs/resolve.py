@@ -19,6 +19,7 @@ from most_ray.data.ingest import Recipe, Runner, check_rejected, content_of, ing
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
+from most_ray.distributed.devices import prefers_bf16
 from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.io import storage
@@ -26,14 +27,13 @@ from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
-from most_ray.planner.hardware import prefers_bf16
 from most_ray.records.record import TASKS, Task, parse_record, read_raw, record_files
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
+from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_places
 from most_ray.speech.vocoder.assets import FOLDER as KIT
 from most_ray.speech.vocoder.assets import copy_kit, find_kit
-from most_ray.train.session import Job, overrides_of, threads_of
 
 VERIFIED_BYTES = 2 << 30  # a store of at most so many is read through before a run starts; a larger one is checked as it is read
 

@@ -16,9 +16,9 @@ from most_ray.io.run_folder import local_copy
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import make_state
+from most_ray.runs.job import Job, overrides_of
 from most_ray.sweep.splits import rank_experts
 from most_ray.train.recompute import apply_recompute, compile_layers
-from most_ray.train.session import Job, overrides_of
 from most_ray.train.step import Precision, run_step
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from most_ray.console.progress import duration
 from most_ray.io import storage
+from most_ray.runs.job import Job
 from most_ray.sweep.ledger import Ledger, Objective, Trial, pareto, ranked
 from most_ray.sweep.measure import Affinity
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Estimate
-from most_ray.train.session import Job
 
 _MOST_EXPERTS = 16
 _RATES = ("wer", "cer", "cycle_wer", "outside_wer", "unit_error_rate")

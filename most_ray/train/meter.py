@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from most_ray.distributed.devices import peak_flops
 from most_ray.distributed.ranks import this_rank, world_size
-from most_ray.metrics.flops import model_flops, peak_flops
+from most_ray.metrics.flops import model_flops
 from most_ray.model.configuration import MostConfig
 from most_ray.model.placement import rank_load_ratio
 from most_ray.model.routing import expert_groups, load_summary

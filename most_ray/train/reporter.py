@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,26 +18,9 @@ from most_ray.distributed.ranks import world_size
 from most_ray.errors import DataError
 from most_ray.io.journal import LATE, Journal, decoded
 from most_ray.io.run_folder import RunFolder
+from most_ray.trackers.base import Tracker
 
 logger = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """Where else the numbers go, on rank 0. failure: why they do no longer, once that is so."""
-
-    failure: str | None
-
-    def begin(self, step: int, metrics: Path) -> None:
-        """metrics.jsonl has been cut back to `step`; all its lines stand for what has happened."""
-
-    def log(self, line: dict[str, Any]) -> None:
-        """A line, of any kind, as it is written to metrics.jsonl."""
-
-    def checkpoint(self, step: int, place: str) -> None:
-        """A checkpoint was committed."""
-
-    def close(self) -> None:
-        """There will be no more."""
 
 
 def evaluated_steps(folder: RunFolder) -> set[int]:

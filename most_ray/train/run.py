@@ -29,8 +29,10 @@ from most_ray.checkpoint.export import export_checkpoint
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.io import storage
+from most_ray.runs.job import Job
 from most_ray.runs.resolve import Prepared, keep_kit, prepare_run
-from most_ray.train.session import Job, Surroundings, claim_run, run_rank
+from most_ray.train.hooks import Surroundings
+from most_ray.train.session import claim_run, run_rank
 
 logger = logging.getLogger(__name__)
 

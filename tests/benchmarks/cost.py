@@ -34,8 +34,8 @@ from most_ray.planner import calibration
 from most_ray.planner.calibration import CpuLinks
 from most_ray.planner.dry_run import DryRun, dry_run
 from most_ray.records.tokenizer import load_tokenizer
+from most_ray.runs.job import Job
 from most_ray.runs.resolve import prepare_run, training_texts
-from most_ray.train.session import Job
 from most_ray.train.step import Precision, run_step
 from tests.benchmarks.common import ROOT, show, write
 from tests.benchmarks.train import SMALL

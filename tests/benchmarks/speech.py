@@ -34,7 +34,8 @@ from most_ray.speech.corpora.corpus import CorpusOptions
 from most_ray.speech.units import corpus_parts as parts_module
 from most_ray.speech.units.clustering import assign, remove_repeats
 from most_ray.speech.units.corpus_parts import Encode, Part, about_beside, digest, read_chunk, run_here, scan_corpus
-from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings, open_extractor
+from most_ray.speech.units.extractors import open_extractor
+from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
 from tests.benchmarks.common import SHARED, show, write
 
 UNITS = 500

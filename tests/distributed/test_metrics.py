@@ -9,8 +9,8 @@ import pytest
 
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import Plan, PlanSpec
+from most_ray.distributed.devices import peak_flops
 from most_ray.distributed.ranks import world_size
-from most_ray.metrics.flops import peak_flops
 from most_ray.train.loop import LoopSettings, train
 from most_ray.train.step import Precision
 from tests.support.builders import make_plan, tiny_model

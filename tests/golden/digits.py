@@ -21,8 +21,8 @@ from most_ray.data.batch import rank_batch
 from most_ray.distributed.determinism import set_deterministic
 from most_ray.model.build import load_model
 from most_ray.optim.train_state import make_state
+from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import prepare_run
-from most_ray.train.session import overrides_of
 from most_ray.train.step import Precision, run_step
 
 ROOT = Path(__file__).resolve().parents[2]

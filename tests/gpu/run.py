@@ -26,8 +26,9 @@ from torch import nn
 
 from most_ray.config import config_from
 from most_ray.data.batch import Batch
+from most_ray.distributed.devices import peak_flops
 from most_ray.distributed.topology import Topology
-from most_ray.metrics.flops import model_flops, peak_flops
+from most_ray.metrics.flops import model_flops
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import make_state
 from most_ray.planner.memory import Load, Shapes, memory_of

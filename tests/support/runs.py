@@ -10,7 +10,8 @@ import torch
 from most_ray.config import config_from
 from most_ray.io.journal import read_journal
 from most_ray.runs.resolve import Prepared, prepare_run
-from most_ray.train.session import Surroundings, claim_run, run_rank
+from most_ray.train.hooks import Surroundings
+from most_ray.train.session import claim_run, run_rank
 from tests.support.builders import asr, text, tts, write_records
 from tests.support.training import CPU
 

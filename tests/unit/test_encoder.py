@@ -20,7 +20,8 @@ from transformers import AutoModel, Wav2Vec2FeatureExtractor
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.speech.units import encoder as encoder_module
 from most_ray.speech.units.encoder import EncoderExtractor
-from most_ray.speech.units.features import EncoderSettings, Extractor, one_thread, open_extractor, parse_features
+from most_ray.speech.units.extractors import open_extractor
+from most_ray.speech.units.features import EncoderSettings, Extractor, one_thread, parse_features
 
 LAYERS = 3
 SMALL: dict[str, Any] = {

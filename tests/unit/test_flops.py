@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from most_ray.metrics.flops import listed_peak, measured_peak, model_flops
+from most_ray.distributed.devices import listed_peak, measured_peak
+from most_ray.metrics.flops import model_flops
 from most_ray.records.template import IGNORE
 from tests.support.builders import tiny_config, tiny_model
 

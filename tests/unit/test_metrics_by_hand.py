@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from most_ray.checkpoint import reader
-from most_ray.metrics.flops import measured_peak, model_flops
+from most_ray.distributed.devices import measured_peak
+from most_ray.metrics.flops import model_flops
 from most_ray.metrics.schema import check_line
 from most_ray.model.build import load_model
 from most_ray.model.routing import MostRouter
 from most_ray.optim.train_state import make_state
 from most_ray.records.record import TASKS
+from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared
-from most_ray.train.session import overrides_of
 from tests.support.runs import go, lines_of, numbers_in, prepare_small
 from tests.support.training import CPU
 

@@ -26,7 +26,8 @@ from most_ray.speech.units import output as placing
 from most_ray.speech.units.build import UnitsJob, prepare_units
 from most_ray.speech.units.clustering import save_kmeans
 from most_ray.speech.units.corpus_parts import Measure, Part, Work, run_here
-from most_ray.speech.units.features import EncoderSettings, MfccExtractor, MfccSettings
+from most_ray.speech.units.features import EncoderSettings, MfccSettings
+from most_ray.speech.units.mfcc import MfccExtractor
 from most_ray.speech.vocoder.assets import copy_kit
 from tests.support.audio import lines_of, prepare, records_of, refused, table, tones, units_command
 from tests.support.builders import asr, char_vocabulary, write_records

@@ -15,7 +15,8 @@ from most_ray.io.journal import Journal
 from most_ray.metrics.schema import check_line
 from most_ray.service.cluster import prometheus
 from most_ray.service.cluster.prometheus import ALL, METRICS, RayMetrics
-from most_ray.trackers.base import Background, trackers_of
+from most_ray.trackers.base import Background
+from most_ray.trackers.select import trackers_of
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 START = {"total_steps": 100, "workers": 2}

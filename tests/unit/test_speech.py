@@ -27,7 +27,8 @@ from most_ray.speech.units.clustering import (
     save_kmeans,
     units_for,
 )
-from most_ray.speech.units.features import EncoderSettings, MfccSettings, loud_part, mfcc, parse_features
+from most_ray.speech.units.features import EncoderSettings, MfccSettings, parse_features
+from most_ray.speech.units.mfcc import loud_part, mfcc
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, tone
 
 SPEECH = "LibriSpeech/train-clean-5/3526/176653/3526-176653-0012.flac"  # 8.82 s

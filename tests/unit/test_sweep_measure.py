@@ -14,9 +14,9 @@ from most_ray.data.batch import AUDIO, TEXT, Batch, open_plan
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import TrainState
+from most_ray.runs.job import Job
 from most_ray.sweep import measure
 from most_ray.sweep.measure import measure_affinity, step_seconds, text_load, texts_of
-from most_ray.train.session import Job
 from tests.support.builders import IDS, tiny_model
 from tests.support.runs import prepare_small
 from tests.support.training import CPU

@@ -15,7 +15,7 @@ from most_ray.errors import DataError
 from most_ray.report import write_report
 from most_ray.report.page import sweep_page
 from most_ray.report.sweep_figures import against, front, parallel, progress, text_share
-from most_ray.report.sweep_page import Drawn, is_sweep, parts, read_sweep, states, steps_trained, tiles
+from most_ray.report.sweep_sections import Drawn, is_sweep, parts, read_sweep, states, steps_trained, tiles
 from most_ray.sweep.effects import dimensions_of
 from most_ray.sweep.ledger import Ledger, Objective, Result, Trial, pareto, ranked
 from tests.support.report_data import write_run

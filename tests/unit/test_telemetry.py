@@ -21,7 +21,10 @@ from most_ray.config import config_from
 from most_ray.io.journal import Journal, read_journal
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import AXES, event_records, key_of, lines_in_event_files, row_of
-from most_ray.trackers.base import Background, Secret, TensorBoard, Wandb, trackers_of, wandb_key
+from most_ray.trackers.base import Background, Secret
+from most_ray.trackers.select import trackers_of, wandb_key
+from most_ray.trackers.tensorboard import TensorBoard
+from most_ray.trackers.wandb import Wandb
 from tests.conftest import ROOT
 from tests.support.tracking import wandb_rows
 

@@ -19,7 +19,8 @@ from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import Seamles
 from most_ray.errors import CheckpointError, DataError
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.units.clustering import assign, load_kmeans
-from most_ray.speech.units.features import MfccSettings, mfcc
+from most_ray.speech.units.features import MfccSettings
+from most_ray.speech.units.mfcc import mfcc
 from most_ray.speech.vocoder.code_hifigan import CodeHifiGan
 from most_ray.speech.vocoder.network import Example, UnitVocoder, VocoderSettings, fit_vocoder, open_vocoder
 

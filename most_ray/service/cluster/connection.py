@@ -14,8 +14,7 @@ from most_ray.config import RunConfig
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.service.cluster.address import check_address
-from most_ray.service.cluster.control import WorkerShare, grows
-from most_ray.service.tasks.batch_stream import TASK_CPUS
+from most_ray.service.cluster.control import TASK_CPUS, WorkerShare, grows
 
 
 def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:

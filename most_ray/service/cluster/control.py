@@ -31,6 +31,7 @@ from most_ray.config import RunConfig
 from most_ray.errors import STOPPED, UserError
 
 logger = logging.getLogger(__name__)
+TASK_CPUS = 0.25  # of a task that fetches batches; small, so that it fits beside the training workers
 LOOK_EVERY_S = 1.0
 _WISH_S = 180.0
 TERMINATED, PREEMPTED, RESIZED = "terminated", "preempted", "resized"

@@ -26,7 +26,7 @@ from most_ray.service.cluster.address import asks_for_token
 from most_ray.service.cluster.connection import named_cluster
 from most_ray.service.cluster.control import usable_nodes
 from most_ray.service.cluster.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
-from most_ray.trackers.base import uses_wandb, wandb_key
+from most_ray.trackers.select import uses_wandb, wandb_key
 
 Level = Literal["ok", "warning", "error"]
 ANSWER_S = 25.0  # for a node to come up with a process and to try everything

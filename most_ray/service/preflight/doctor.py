@@ -17,13 +17,13 @@ from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import PRESETS, read_config
 from most_ray.planner.memory import checkpoint_bytes
+from most_ray.runs.job import overrides_of
 from most_ray.runs.output_checks import check_places
 from most_ray.runs.resolve import check_given, devices_of
 from most_ray.service.cluster.connection import check_needs, cluster_gpus
 from most_ray.service.cluster.control import usable_nodes
 from most_ray.service.cluster.probe import Probe, examine, versions
 from most_ray.service.preflight.checks import Answer, Finding, check_cluster, check_safety, check_space, check_tracking, judge
-from most_ray.train.session import overrides_of
 
 
 def examine_run(config: RunConfig) -> list[Finding]:

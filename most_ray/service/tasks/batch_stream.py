@@ -27,9 +27,9 @@ from safetensors.numpy import save as pack_arrays
 from most_ray.data.batch import Batch, open_plan, rank_batch
 from most_ray.data.feed import StreamSpec, watched
 from most_ray.errors import DataError
+from most_ray.service.cluster.control import TASK_CPUS
 
 logger = logging.getLogger(__name__)
-TASK_CPUS = 0.25  # of one fetching task; small, so that it fits beside the training workers
 _PAUSE_S = 0.05  # of blocks that last for seconds
 _TASKS = 2  # fetching at once
 _BLOCK_BYTES = 4 << 20

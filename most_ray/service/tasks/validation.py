@@ -19,7 +19,7 @@ from most_ray.evaluation.evaluate import Evaluation, combine
 from most_ray.evaluation.inline import EvaluationJob, open_outside, write_evaluation
 from most_ray.evaluation.scoring import Share, score_share
 from most_ray.io import storage
-from most_ray.train.session import ReportEvaluation
+from most_ray.train.hooks import ReportEvaluation
 
 logger = logging.getLogger(__name__)
 NICENESS = 10  # of tasks beside training: where cores are few, training goes first

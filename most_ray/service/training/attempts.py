@@ -27,6 +27,7 @@ from most_ray.io import storage
 from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster.control import (
     PREEMPTED,
+    TASK_CPUS,
     NodeWish,
     Terminated,
     Watcher,
@@ -39,9 +40,8 @@ from most_ray.service.cluster.control import (
     usable_nodes,
 )
 from most_ray.service.cluster.process_group import OnNodeAddress
-from most_ray.service.tasks.batch_stream import TASK_CPUS
 from most_ray.service.training.worker import WorkerJob, train_worker
-from most_ray.trackers.base import wandb_key
+from most_ray.trackers.select import wandb_key
 from most_ray.train.reporter import evaluated_steps
 from most_ray.train.session import claim_run
 

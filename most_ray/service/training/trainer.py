@@ -30,13 +30,13 @@ from most_ray.planner.memory import checkpoint_bytes
 from most_ray.records.record import TASKS
 from most_ray.report import write_report
 from most_ray.report.environment import environment
+from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_given, devices_of, keep_kit, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import check_needs, cluster_gpus, start_ray
 from most_ray.service.cluster.control import Terminated, usable_nodes
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import runner_of
 from most_ray.service.training.attempts import RunIncompleteError, complete, run_attempts
-from most_ray.train.session import overrides_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,15 @@ from most_ray.data.batch import Batch
 from most_ray.data.feed import StreamSpec
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
+from most_ray.runs.job import Job
 from most_ray.service.cluster.control import StopListener, note_node
+from most_ray.service.cluster.prometheus import RayMetrics
 from most_ray.service.tasks.batch_stream import stream_batches
 from most_ray.service.tasks.validation import Validation
-from most_ray.trackers.base import Secret, trackers_of
-from most_ray.train.session import Job, Surroundings, run_rank
+from most_ray.trackers.base import Background, Secret, Tracker
+from most_ray.trackers.select import trackers_of
+from most_ray.train.hooks import Surroundings
+from most_ray.train.session import run_rank
 
 _SWITCH_S = 1e-4
 
@@ -50,7 +54,7 @@ def train_worker(work: WorkerJob) -> None:
         wants_stop=listener or (lambda: False),
         validator=(lambda report: Validation(validation, job.run_place, job.total_steps, report)) if validation and not inline else None,
         evaluate_here=InlineEvaluation(validation, job.run_place, job.model_path) if validation and inline else None,
-        trackers=trackers_of(job.config, job.run_place, work.wandb_key) if rank == 0 else (),
+        trackers=_trackers(work) if rank == 0 else (),
     )
     try:
         run_rank(job, ray.train.torch.get_device(), around)
@@ -61,3 +65,9 @@ def train_worker(work: WorkerJob) -> None:
     finally:
         if listener:
             listener.close()
+
+
+def _trackers(work: WorkerJob) -> list[Tracker]:
+    """Those that the run asks for, and Ray's own metrics, which Prometheus scrapes."""
+    config = work.job.config
+    return [*trackers_of(config, work.job.run_place, work.wandb_key), Background("Ray's metrics", RayMetrics(config))]

@@ -25,6 +25,7 @@ from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.run_folder import LEDGER, RunFolder
 from most_ray.report import write_report
+from most_ray.runs.job import Job
 from most_ray.runs.output_checks import check_places
 from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import cluster_gpus
@@ -40,8 +41,7 @@ from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.screens import last_screen, start_screen, trial_line
 from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys, starting_config
-from most_ray.trackers.base import wandb_key
-from most_ray.train.session import Job
+from most_ray.trackers.select import wandb_key
 
 logger = logging.getLogger(__name__)
 AFFINITY = "affinity.json"

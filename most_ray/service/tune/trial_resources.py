@@ -13,8 +13,7 @@ import torch
 from most_ray.errors import ConfigError
 from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster.connection import connect, named_cluster
-from most_ray.service.cluster.control import WorkerShare, room, usable_nodes
-from most_ray.service.tasks.batch_stream import TASK_CPUS
+from most_ray.service.cluster.control import TASK_CPUS, WorkerShare, room, usable_nodes
 from most_ray.sweep.options import Sweep
 
 _TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation

@@ -30,7 +30,8 @@ from most_ray.speech.units.clustering import (
     units_for,
 )
 from most_ray.speech.units.corpus_parts import VERSION, Encode, Measure, Runner, Scan, Work, digest, run_here, scan_corpus
-from most_ray.speech.units.features import Extractor, FeatureSettings, MfccSettings, open_extractor
+from most_ray.speech.units.extractors import open_extractor
+from most_ray.speech.units.features import Extractor, FeatureSettings, MfccSettings
 from most_ray.speech.units.output import finish, made_before, remember
 
 _ROWS = 10_000  # frames at once

@@ -21,7 +21,8 @@ from most_ray.records.record import ASR_INSTRUCTION, units_to_text
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Unusable, read_corpus, selected
 from most_ray.speech.units.clustering import SpeakerStatistics, assign, remove_repeats
-from most_ray.speech.units.features import Extractor, FeatureSettings, Frames, MfccSettings, open_extractor
+from most_ray.speech.units.extractors import open_extractor
+from most_ray.speech.units.features import Extractor, FeatureSettings, Frames, MfccSettings
 
 PART = 128  # utterances
 VERSION = 1  # of how recordings become records: raised with every change that changes a unit

@@ -1,19 +1,16 @@
-"""Frames of acoustic features from samples: MFCC, which needs no download, or a layer of any speech encoder (encoder.py)."""
+"""Frames of acoustic features, and the settings of what extracts them: MFCC (mfcc.py) or a layer of an encoder (encoder.py)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import kaldi_native_fbank as knf
 import numpy as np
 
 from most_ray.errors import ConfigError
 from most_ray.io import storage
-
-_BLOCK = 1 << 20  # samples handed to Kaldi at once: its own copies stay small, however long a recording
 
 
 @dataclass(frozen=True)
@@ -95,21 +92,6 @@ def parse_features(text: str) -> FeatureSettings:
     return EncoderSettings(kind, storage.absolute_if_there(place), int(layer))  # other processes have other working directories
 
 
-def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extractor:
-    """What makes such features, on a torch device where it has use for one (None: the best there is).
-
-    Raises:
-        ConfigError, CheckpointError: no such encoder, or no such layer in it.
-    """
-    if isinstance(settings, MfccSettings):
-        return MfccExtractor(settings)
-    import torch  # takes seconds to import, as does transformers, and MFCC does without
-
-    from most_ray.speech.units.encoder import EncoderExtractor
-
-    return EncoderExtractor(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """torch on one CPU thread: several would add in another order, and the last bits would depend on their number."""
@@ -121,66 +103,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class MfccExtractor:
-    """MFCC as an Extractor, normalised per speaker."""
-
-    per_speaker = True
-
-    def __init__(self, settings: MfccSettings) -> None:
-        self._settings = settings
-        self.sample_rate = settings.sample_rate
-        self.rate_hz = settings.rate_hz
-        self.width = settings.num_ceps * (settings.delta_order + 1)
-        self.identity: dict[str, Any] = {
-            "features": "mfcc",
-            "settings": asdict(settings),
-            "normalisation": "mean and variance per speaker",
-        }
-
-    def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
-        return [mfcc(wave, self._settings) for wave in waves]
-
-
-def mfcc(samples: np.ndarray, settings: MfccSettings) -> Frames:
-    """Features of one recording, values float32 (frames, num_ceps * (delta_order + 1)).
-
-    A recording shorter than one frame gives none. The first coefficient is the mel-weighted one (no raw energy), and there is no
-    dither: the same samples always give the same features.
-    """
-    options = knf.MfccOptions()
-    options.frame_opts.samp_freq = settings.sample_rate
-    options.frame_opts.frame_shift_ms = settings.frame_shift_ms
-    options.frame_opts.frame_length_ms = settings.frame_length_ms
-    options.frame_opts.dither = 0.0
-    options.frame_opts.snip_edges = False
-    options.mel_opts.num_bins = settings.num_mels
-    options.mel_opts.low_freq = settings.low_freq
-    options.mel_opts.high_freq = settings.high_freq
-    options.num_ceps = settings.num_ceps
-    options.use_energy = False
-    extractor = knf.OnlineMfcc(options)
-    # Kaldi's scale is 16-bit integers; the scale only shifts the first coefficient, but keeps energy floors meaningful.
-    for start in range(0, len(samples), _BLOCK):
-        extractor.accept_waveform(settings.sample_rate, samples[start : start + _BLOCK] * 32768.0)
-    extractor.input_finished()
-    width = settings.num_ceps * (settings.delta_order + 1)
-    if extractor.num_frames_ready == 0:
-        return Frames(np.zeros((0, width), np.float32))
-    static = np.stack([extractor.get_frame(i) for i in range(extractor.num_frames_ready)]).astype(np.float32)
-    start, end = 0, len(static)
-    if settings.trim is not None:
-        start, end = loud_part(static[:, 0] / np.sqrt(settings.num_mels), settings.trim)
-        static = static[start:end]
-    if settings.delta_order:
-        options_delta = knf.DeltaOptions(order=settings.delta_order, window=2)
-        static = np.asarray(knf.compute_deltas(options_delta, static), dtype=np.float32)
-    # In frames that are kept: the one at `first` begins within one kept frame of where the values begin.
-    return Frames(static[settings.keep_every // 2 :: settings.keep_every], start // settings.keep_every)
-
-
-def loud_part(energy: np.ndarray, depth: float) -> tuple[int, int]:
-    """The range of frames from the first to the last whose log energy (frames,) is within `depth` of its 95th percentile."""
-    loud = np.flatnonzero(energy > np.percentile(energy, 95) - depth)
-    return (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, len(energy))

@@ -15,7 +15,8 @@ from most_ray.io import storage
 from most_ray.records.record import units_identity
 from most_ray.records.tts_records import BESIDE
 from most_ray.speech.units.clustering import SpeakerStatistics, assign, kmeans_hash, load_kmeans, remove_repeats
-from most_ray.speech.units.features import EncoderSettings, Extractor, FeatureSettings, MfccSettings, open_extractor
+from most_ray.speech.units.extractors import open_extractor
+from most_ray.speech.units.features import EncoderSettings, Extractor, FeatureSettings, MfccSettings
 
 FOLDER = "speech"  # of a run and of an export
 _REMEDY = "Name the folder that `most-ray prepare units` made the training records in: --speech DIR."

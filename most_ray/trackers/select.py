@@ -1,0 +1,43 @@
+"""Which trackers a run uses, and with which key."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from most_ray.config import RunConfig
+from most_ray.trackers.base import Background, Secret, Tracker, one_line
+from most_ray.trackers.tensorboard import TensorBoard
+from most_ray.trackers.wandb import Wandb
+
+logger = logging.getLogger(__name__)
+
+
+def uses_wandb(config: RunConfig) -> bool:
+    return bool(config.wandb_project) and config.wandb_mode != "disabled"
+
+
+def wandb_key(config: RunConfig) -> Secret | None:
+    """The key of W&B as the library finds it on this machine (WANDB_API_KEY, netrc), where the run can use it."""
+    if not uses_wandb(config) or config.wandb_mode == "offline":
+        return None
+    text = os.environ.get("WANDB_API_KEY")
+    if not text:
+        try:
+            from wandb import setup  # heavy, and used by few runs
+            from wandb.sdk.lib import wbauth
+
+            text = wbauth.read_netrc_auth(host=setup().settings.base_url)
+        except Exception as error:  # noqa: BLE001 - the look-up is not W&B's public interface: without it, no key is found
+            logger.warning("the key of W&B could not be looked up: %s", one_line(error))
+    return Secret(text) if text else None
+
+
+def trackers_of(config: RunConfig, run_place: str, key: Secret | None) -> list[Tracker]:
+    """The trackers that a run asks for, on rank 0. None can hold up training or end it."""
+    trackers: list[Tracker] = []
+    if uses_wandb(config):
+        trackers.append(Background("Weights & Biases", Wandb(config, run_place, key), key))
+    if config.tensorboard:
+        trackers.append(Background("TensorBoard", TensorBoard(run_place)))
+    return trackers
