@@ -21,8 +21,8 @@ import torch
 import xxhash
 from torch import nn
 
-from most_ray.checkpoint.retention import superfluous
-from most_ray.checkpoint.shards import CHUNK, DamagedFileError, Part, Stored, index_of, part_of, read_header, read_parts
+from most_ray.checkpoint.retention import steps_to_delete
+from most_ray.checkpoint.shards import CHUNK, DamagedFileError, Stored, TensorShard, index_of, part_of, read_header, read_parts
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
@@ -130,7 +130,7 @@ def read_state(place: str | Path) -> dict[str, Any]:
     return content
 
 
-def damage(place: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
+def find_corruption(place: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
     """What is wrong with a checkpoint that has its marker; None where every file is there with its size and, `deep`, its hash.
 
     Hashing is dealt out: this call takes the files of `rank` out of `world` callers. (Sizes all of them look at: that is one listing.)
@@ -162,7 +162,7 @@ def hash_file(place: str | Path) -> str:
     return state.hexdigest()
 
 
-def newest_intact(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
+def latest_valid(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
     """The newest checkpoint without damage, and the newer ones that have some, each with what is wrong. For one process.
 
     Args:
@@ -171,21 +171,21 @@ def newest_intact(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str |
     Raises:
         CheckpointError: the newest has another format. DataError: the storage fails.
     """
-    return _first_intact(committed(checkpoints), lambda place: damage(place, deep=_size(place) <= deep_bytes))
+    return _first_valid(committed(checkpoints), lambda place: find_corruption(place, deep=_size(place) <= deep_bytes))
 
 
-def newest_intact_together(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
-    """As `newest_intact`, on all ranks of the default group: they share the hashing, up to `deep_bytes` each, and agree."""
+def latest_valid_on_all_ranks(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
+    """As `latest_valid`, on all ranks of the default group: they share the hashing, up to `deep_bytes` each, and agree."""
     rank, world = this_rank(), world_size()
 
     def reason(place: str) -> str | None:
-        reasons = all_gather_or_raise(lambda: damage(place, rank, world, deep=_size(place) <= deep_bytes * world))
+        reasons = all_gather_or_raise(lambda: find_corruption(place, rank, world, deep=_size(place) <= deep_bytes * world))
         return next((reason for reason in reasons if reason), None)
 
-    return _first_intact(all_gather_or_raise(lambda: committed(checkpoints) if rank == 0 else [])[0], reason)
+    return _first_valid(all_gather_or_raise(lambda: committed(checkpoints) if rank == 0 else [])[0], reason)
 
 
-def _first_intact(places: list[str], reason: Callable[[str], str | None]) -> tuple[str | None, list[tuple[str, str]]]:
+def _first_valid(places: list[str], reason: Callable[[str], str | None]) -> tuple[str | None, list[tuple[str, str]]]:
     torn: list[tuple[str, str]] = []
     for place in reversed(places):
         if (why := reason(place)) is None:
@@ -213,7 +213,7 @@ def require_one(intact: str | None, torn: list[tuple[str, str]]) -> None:
         raise CheckpointError("checkpoint", storage.redact(place), rule, "Mend the storage, or delete them to begin anew.")
 
 
-def revoke(place: str) -> None:
+def invalidate(place: str) -> None:
     """Take a damaged checkpoint's marker away, to where a person still finds it: it is none any more, and its step may be saved again."""
     with contextlib.suppress(FileNotFoundError):
         storage.write_bytes(storage.join(place, f"{COMMIT}.damaged"), storage.read_bytes(storage.join(place, COMMIT)))
@@ -227,13 +227,13 @@ def prune(
     scores: Mapping[int, float] | None = None,
     pending: Collection[int] = (),
 ) -> list[int]:
-    """Delete what `superfluous` names, marker first, and what dead attempts left of older steps. Returns the deleted steps.
+    """Delete what `steps_to_delete` names, marker first, and what dead attempts left of older steps. Returns the deleted steps.
 
     One process calls it, at any time: a checkpoint under way is newer than all complete ones.
     """
     found = _steps(checkpoints)
     done = [step for step, is_committed in found.items() if is_committed]
-    deleted = superfluous(done, keep_last, keep_best, scores, pending)
+    deleted = steps_to_delete(done, keep_last, keep_best, scores, pending)
     leftovers = [step for step, is_committed in found.items() if not is_committed and done and step < max(done)]
     for step in (*deleted, *sorted(leftovers)):
         place = step_place(checkpoints, step)
@@ -242,18 +242,20 @@ def prune(
     return deleted
 
 
-def model_parts(model: nn.Module, rank: int | None = None) -> list[Part]:
+def model_parts(model: nn.Module, rank: int | None = None) -> list[TensorShard]:
     """The model's tensors under their checkpoint names; they share memory with the model."""
     tensors = model.state_dict(keep_vars=True)
     return [part_of(f"model.{name}", tensor.detach(), row_order(model, name), rank) for name, tensor in tensors.items()]
 
 
-def state_parts(state: TrainState, rank: int | None = None) -> list[Part]:
+def state_parts(state: TrainState, rank: int | None = None) -> list[TensorShard]:
     """All tensors of a training state under their checkpoint names; they share memory with it."""
     return _readable_parts(state, (), rank)[0]
 
 
-def _readable_parts(state: TrainState, stored: Container[str], rank: int | None = None) -> tuple[list[Part], list[Callable[[], None]]]:
+def _readable_parts(
+    state: TrainState, stored: Container[str], rank: int | None = None
+) -> tuple[list[TensorShard], list[Callable[[], None]]]:
     """The same with moments in the form that `stored` names, and what is to be done when they have been read."""
     parts, ends = model_parts(state.model, rank), []
     for name, parameter in state.model.named_parameters():
@@ -264,7 +266,7 @@ def _readable_parts(state: TrainState, stored: Container[str], rank: int | None 
     return parts + [part_of(f"state.{name}", value, None, rank) for name, value in sorted(state.buffers.items())], ends
 
 
-def random_parts() -> list[Part]:
+def random_parts() -> list[TensorShard]:
     """Copies of this rank's random states."""
     rank = this_rank()
     states = {f"random.cpu.{rank}": torch.get_rng_state()}
@@ -301,7 +303,7 @@ def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scra
     for end in ends:
         end()
     for part in random:
-        (torch.set_rng_state if ".cpu." in part.name else torch.cuda.set_rng_state)(part.rectangles[0].local)
+        (torch.set_rng_state if ".cpu." in part.name else torch.cuda.set_rng_state)(part.chunks[0].local)
     state.step = content["step"]
     state.skipped_in_row = content["skipped_in_row"]
     set_schedule(state, content["scheduler"]["last_epoch"])
@@ -342,7 +344,7 @@ class CheckpointFiles:
         except (KeyError, ValueError, TypeError) as error:
             raise _damaged(place, f"the header of one of {len(headers)}: {error}") from error
 
-    def read(self, parts: list[Part]) -> None:
+    def read(self, parts: list[TensorShard]) -> None:
         """Fill the live tensors behind `parts`; those of the model must be all that there are.
 
         Raises:

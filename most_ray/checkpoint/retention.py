@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping
 
 
-def superfluous(
+def steps_to_delete(
     steps: Collection[int],
     keep_last: int,
     keep_best: int = 0,

@@ -1,9 +1,9 @@
-"""Tensors of any layout as rectangles, and rectangles in safetensors files.
+"""Tensors of any layout as chunks, and chunks in safetensors files.
 
-A rank holds of a tensor one or several rectangles: those parts of its local tensor whose rows are neighbours in the whole one. Files hold
-rectangles under the place that they have in the whole tensor, so what one layout wrote every other can read, each rank only its slices.
+A rank holds of a tensor one or several chunks: those parts of its local tensor whose rows are neighbours in the whole one. Files hold
+chunks under the place that they have in the whole tensor, so what one layout wrote every other can read, each rank only its slices.
 
-`torch.distributed.checkpoint` takes a shard for one rectangle, and its planner demands that one call sees the whole of each tensor, for
+`torch.distributed.checkpoint` takes a shard for one chunk, and its planner demands that one call sees the whole of each tensor, for
 which it gathers pickled plans: who writes what follows from the placements alone here. Its arithmetic of overlaps is used for reading.
 """
 
@@ -55,7 +55,7 @@ class DamagedFileError(Exception):
 
 
 @dataclass(frozen=True)
-class Rectangle:
+class Chunk:
     """`local` is the part of a whole tensor that begins at `offsets`; it shares memory with the tensor that is trained."""
 
     offsets: tuple[int, ...]
@@ -63,13 +63,13 @@ class Rectangle:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorShard:
     """What this rank holds of the tensor `name` of global shape `shape`. `owned`: this rank, and no other, writes it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    rectangles: tuple[Rectangle, ...]
+    chunks: tuple[Chunk, ...]
     owned: bool
 
     @property
@@ -77,8 +77,8 @@ class Part:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None, rank: int | None = None) -> Part:
-    """A plain tensor (alike on all ranks: rank 0 writes it) or a DTensor as rectangles.
+def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None, rank: int | None = None) -> TensorShard:
+    """A plain tensor (alike on all ranks: rank 0 writes it) or a DTensor as chunks.
 
     Args:
         order: for tensors whose first dimension is kept in another order than in files: the index in the file of each row.
@@ -94,13 +94,13 @@ def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None,
     else:
         local, coordinate = tensor.to_local(), tensor.device_mesh.get_coordinate()
         if coordinate is None:
-            return Part(name, shape, tensor.dtype, (), owned=False)
+            return TensorShard(name, shape, tensor.dtype, (), owned=False)
         indices = _held(shape, tuple(tensor.placements), tuple(tensor.device_mesh.shape), tuple(coordinate))
         owned = all(at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate))
     if order is not None and indices:
         logical = np.asarray(order)
         indices = (logical if indices[0] is None else logical[indices[0]], *indices[1:])
-    return Part(name, shape, tensor.dtype, tuple(_rectangles(local.detach(), indices)), owned)
+    return TensorShard(name, shape, tensor.dtype, tuple(_chunks(local.detach(), indices)), owned)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,7 +122,7 @@ def _held(
     return tuple(None if index is None else index.numpy() for index in held)
 
 
-def _rectangles(local: torch.Tensor, indices: Sequence[np.ndarray | None]) -> Iterator[Rectangle]:
+def _chunks(local: torch.Tensor, indices: Sequence[np.ndarray | None]) -> Iterator[Chunk]:
     """`local` cut wherever its indices in the whole tensor are no neighbours."""
     runs: list[list[tuple[int, int, int]]] = []  # per dimension: (start in local, start in the whole, length)
     for size, index in zip(local.shape, indices, strict=True):
@@ -132,7 +132,7 @@ def _rectangles(local: torch.Tensor, indices: Sequence[np.ndarray | None]) -> It
         view = local
         for dim, (start, _, length) in enumerate(corner):
             view = view.narrow(dim, start, length)
-        yield Rectangle(tuple(begin for _, begin, _ in corner), view)
+        yield Chunk(tuple(begin for _, begin, _ in corner), view)
 
 
 def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
@@ -142,7 +142,7 @@ def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
 
 
 class Staging:
-    """This rank's owned rectangles, copied into one buffer that is kept: a new one costs more than the copy, for its pages are new.
+    """This rank's owned chunks, copied into one buffer that is kept: a new one costs more than the copy, for its pages are new.
 
     The buffer is laid out as the file will be, which is therefore written without a second copy.
     """
@@ -160,19 +160,19 @@ class Staging:
         """Bytes of the file."""
         return len(self._header) + self._used
 
-    def prepare(self, parts: Sequence[Part]) -> None:
+    def prepare(self, parts: Sequence[TensorShard]) -> None:
         """Make room for `parts`."""
-        needed = sum(rectangle.local.nbytes for part in parts if part.owned for rectangle in part.rectangles)
+        needed = sum(chunk.local.nbytes for part in parts if part.owned for chunk in part.chunks)
         if needed > len(self._buffer):
             pinned = torch.cuda.is_available()
             self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
             self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
             self._buffer.zero_()  # touches every page
 
-    def plan(self, parts: Sequence[Part]) -> None:
+    def plan(self, parts: Sequence[TensorShard]) -> None:
         """Lay out what this rank owns of `parts`; `copy` comes next, before any of it changes."""
         self.prepare(parts)
-        found = [(part, number, piece) for part in parts if part.owned for number, piece in enumerate(part.rectangles)]
+        found = [(part, number, piece) for part in parts if part.owned for number, piece in enumerate(part.chunks)]
         found.sort(key=lambda entry: -entry[0].dtype.itemsize)  # wide types first: everything stands at a multiple of its width
         entries: dict[str, Any] = {}
         where: dict[str, Any] = {}
@@ -185,7 +185,7 @@ class Staging:
             self.values[part.name] = self.values.get(part.name, 0) + piece.local.numel()
             self._copies.append((self._buffer[position:end], piece.local))
             position = end
-        header = json.dumps({"__metadata__": {"rectangles": json.dumps(where)}, **entries}).encode()
+        header = json.dumps({"__metadata__": {"chunks": json.dumps(where)}, **entries}).encode()
         header += b" " * (-len(header) % 8)
         self._header, self._used = len(header).to_bytes(8, "little") + header, position
 
@@ -271,7 +271,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
     data = stream.read(length)
     try:
         header = json.loads(data)
-        return {**header, "__metadata__": json.loads(header["__metadata__"]["rectangles"])}
+        return {**header, "__metadata__": json.loads(header["__metadata__"]["chunks"])}
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError("its header is broken") from error
 
@@ -301,7 +301,7 @@ class _Read:
     target: torch.Tensor
 
 
-def read_parts(parts: Sequence[Part], index: dict[str, Stored], fetch: Callable[[str], Path], done: Callable[[Path], None]) -> None:
+def read_parts(parts: Sequence[TensorShard], index: dict[str, Stored], fetch: Callable[[str], Path], done: Callable[[Path], None]) -> None:
     """Fill the live tensors behind `parts` from files, each rank with what it holds, one file after another.
 
     Args:
@@ -309,12 +309,12 @@ def read_parts(parts: Sequence[Part], index: dict[str, Stored], fetch: Callable[
         done: called with that file when it has been read.
 
     Raises:
-        DamagedFileError: a file cannot be read, or a rectangle is not there in full.
+        DamagedFileError: a file cannot be read, or a chunk is not there in full.
     """
     reads: dict[str, list[_Read]] = {}
     for part in parts:
-        for rectangle in part.rectangles:
-            _plan_reads(part.name, rectangle, index[part.name], reads)
+        for chunk in part.chunks:
+            _plan_reads(part.name, chunk, index[part.name], reads)
     for file, wanted in sorted(reads.items()):
         path = fetch(file)
         try:
@@ -345,17 +345,17 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _plan_reads(name: str, rectangle: Rectangle, stored: Stored, reads: dict[str, list[_Read]]) -> None:
-    wanted = ChunkStorageMetadata(torch.Size(rectangle.offsets), rectangle.local.shape)
+def _plan_reads(name: str, chunk: Chunk, stored: Stored, reads: dict[str, list[_Read]]) -> None:
+    wanted = ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.local.shape)
     covered = 0
     for item in create_read_items_for_chunk_list(name, stored.metadata, [wanted]):
         assert item.storage_index.index is not None
         file, key = stored.places[item.storage_index.index]
         source = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
-        target = rectangle.local
+        target = chunk.local
         for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
             target = target.narrow(dim, start, length)
         reads.setdefault(file, []).append(_Read(key, source, target))
         covered += math.prod(item.lengths)
-    if covered != rectangle.local.numel():
-        raise DamagedFileError(f"they hold only {covered} of {rectangle.local.numel()} values of {name}")
+    if covered != chunk.local.numel():
+        raise DamagedFileError(f"they hold only {covered} of {chunk.local.numel()} values of {name}")

@@ -30,8 +30,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import most_ray
-from most_ray.checkpoint.reader import COMMIT, FORMAT, STATE, committed, damage, hash_file, random_parts, state_parts
-from most_ray.checkpoint.shards import Part, Staging
+from most_ray.checkpoint.reader import COMMIT, FORMAT, STATE, committed, find_corruption, hash_file, random_parts, state_parts
+from most_ray.checkpoint.shards import Staging, TensorShard
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
@@ -202,7 +202,7 @@ class CheckpointWriter:
             self.stall_seconds += time.perf_counter() - start
 
 
-def _content(state: TrainState, parts: list[Part], world: int) -> dict[str, Any]:
+def _content(state: TrainState, parts: list[TensorShard], world: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": state.step,
@@ -283,7 +283,7 @@ class _Job:
 
     def _last_intact(self) -> str:
         with contextlib.suppress(Exception):  # a remark in an error that is being told must not hide it
-            intact = (place for place in reversed(committed(storage.parent(self.place))) if damage(place) is None)
+            intact = (place for place in reversed(committed(storage.parent(self.place))) if find_corruption(place) is None)
             if place := next(intact, None):
                 return f"The last checkpoint is intact: {storage.redact(place)}."
         return "There is no earlier checkpoint."

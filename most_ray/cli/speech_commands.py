@@ -18,7 +18,7 @@ from most_ray.io import storage
 
 if TYPE_CHECKING:
     from most_ray.evaluation.decode import Forward
-    from most_ray.evaluation.generate import Heard, Limits
+    from most_ray.evaluation.generate import Limits, Transcript
     from most_ray.speech.vocoder.assets import SpeechKit
 
 _AT_ONCE = 32  # recordings
@@ -79,7 +79,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     return 0 if written == len(args.recordings) else 2
 
 
-def _heard(args: argparse.Namespace, kit: SpeechKit, limits: Limits) -> Iterator[tuple[Path, list[int], Heard]]:
+def _heard(args: argparse.Namespace, kit: SpeechKit, limits: Limits) -> Iterator[tuple[Path, list[int], Transcript]]:
     """Each recording that can be used, with its units and its transcription; of the others it is said why not. Some at a time, but all at
     once where they are one speaker's."""
     from most_ray.evaluation.generate import transcribe_units

@@ -79,7 +79,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
             supervised_length = len(tokens) - int(store.prompt_lengths[record])
             if plan.spec.noise.any and store.task == "asr":
                 place = (step - 1) * plan.spec.global_batch_size + index
-                tokens = _heard(tokens, supervised_length, plan, int(step_plan.sources[index]), place, layout)
+                tokens = apply_unit_noise(tokens, supervised_length, plan, int(step_plan.sources[index]), place, layout)
             end = start + len(tokens)
             input_ids[row, start:end] = tokens
             supervised = end - supervised_length
@@ -106,7 +106,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
     )
 
 
-def _heard(tokens: np.ndarray, supervised: int, plan: Plan, source: int, place: int, layout: TokenLayout) -> np.ndarray:
+def apply_unit_noise(tokens: np.ndarray, supervised: int, plan: Plan, source: int, place: int, layout: TokenLayout) -> np.ndarray:
     """An ASR record's tokens with noise on its input units; all else stays."""
     prompt = tokens[: len(tokens) - supervised]
     is_unit = (prompt >= layout.unit_base) & (prompt < layout.unit_base + N_UNITS)

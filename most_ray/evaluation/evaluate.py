@@ -15,7 +15,7 @@ from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.hypotheses import Row, figures, write_figures, write_hypotheses
-from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, Share, asr_instruction
+from most_ray.evaluation.scoring import EvalShard, EvaluationSet, EvaluationSettings, asr_instruction
 from most_ray.io import storage
 from most_ray.model.build import check_template, check_units
 from most_ray.model.configuration import MostConfig
@@ -77,7 +77,7 @@ def open_sets(
 
 
 def combine(
-    shares: Sequence[Share], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, place: str
+    shares: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, place: str
 ) -> Evaluation:
     """Every rank's share as one evaluation of the model of `place`, its records in the order of the sets.
 

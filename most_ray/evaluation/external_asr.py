@@ -14,7 +14,7 @@ from most_ray.errors import CheckpointError
 Vocoder = Callable[[Sequence[Sequence[int]]], tuple[list[np.ndarray], int]]  # units -> waveforms (samples,) float32, and their rate in Hz
 
 
-class OutsideRecogniser:
+class ExternalRecogniser:
     """What a recogniser hears in units that a vocoder speaks; for `share.score_share`.
 
     Args:

@@ -25,7 +25,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Heard:
+class Transcript:
     """A transcription; `ended` is false where the length cap cut it."""
 
     tokens: list[int]
@@ -34,7 +34,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Spoken:
+class GeneratedUnits:
     """Units of speech; `tokens` of the output in all, and the token that ended it (None: the length cap)."""
 
     units: list[int]
@@ -44,7 +44,7 @@ class Spoken:
 
 def transcribe_units(
     forward: Forward, tokenizer: Any, utterances: Sequence[Sequence[int]], limits: Limits, instruction: str = ASR_INSTRUCTION
-) -> list[Heard]:
+) -> list[Transcript]:
     """What the model reads in so many utterances' units; nothing in one without units.
 
     Raises:
@@ -52,13 +52,15 @@ def transcribe_units(
     """
     audible = [index for index, units in enumerate(utterances) if len(units)]
     records = [Record(str(index), instruction, np.array(utterances[index], np.int32), "-") for index in audible]
-    results = [Heard([], "", True)] * len(utterances)
+    results = [Transcript([], "", True)] * len(utterances)
     for index, heard in zip(audible, transcribe_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), limits), strict=True):
         results[index] = heard
     return results
 
 
-def speak_texts(forward: Forward, tokenizer: Any, texts: Sequence[str], limits: Limits, instruction: str = TTS_INSTRUCTION) -> list[Spoken]:
+def speak_texts(
+    forward: Forward, tokenizer: Any, texts: Sequence[str], limits: Limits, instruction: str = TTS_INSTRUCTION
+) -> list[GeneratedUnits]:
     """Units that the model says so many texts in.
 
     Raises:
@@ -68,23 +70,25 @@ def speak_texts(forward: Forward, tokenizer: Any, texts: Sequence[str], limits: 
     return speak_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), texts, limits)
 
 
-def transcribe_prompts(forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], limits: Limits) -> list[Heard]:
+def transcribe_prompts(forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], limits: Limits) -> list[Transcript]:
     """The same for prompts (tokens,) that hold speech already."""
     ids = vocabulary_of(tokenizer).ids
     # An utterance holds fewer text tokens than units; a model that loops must not run to the general cap on each.
     wanted = [min(limits.max_new_tokens, len(units_of(prompt.tolist(), ids)) + 16) for prompt in prompts]
     found = decode(forward, prompts, [ids.eos, ids.end_audio], _capped(forward, prompts, wanted), limits.search)
-    return [Heard(result.tokens, text_of(tokenizer, result.tokens), result.stop is not None) for result in found]
+    return [Transcript(result.tokens, text_of(tokenizer, result.tokens), result.stop is not None) for result in found]
 
 
-def speak_prompts(forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], texts: Sequence[str], limits: Limits) -> list[Spoken]:
+def speak_prompts(
+    forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], texts: Sequence[str], limits: Limits
+) -> list[GeneratedUnits]:
     """The same for prompts (tokens,) that ask for these texts."""
     vocabulary = vocabulary_of(tokenizer)
     ids = vocabulary.ids
     # A token of text is spoken in 5 to 20 units; without a cap by length a model that loops would run to the general one on each.
     wanted = [min(limits.max_new_units, 64 + 24 * len(tokens)) for tokens in vocabulary.encode(texts)] if texts else []
     found = decode(forward, prompts, [ids.end_audio, ids.eos], _capped(forward, prompts, wanted), limits.search)
-    return [Spoken(units_of(result.tokens, ids), result.tokens, result.stop) for result in found]
+    return [GeneratedUnits(units_of(result.tokens, ids), result.tokens, result.stop) for result in found]
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:

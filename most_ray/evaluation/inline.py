@@ -14,7 +14,7 @@ from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, combine, open_sets
-from most_ray.evaluation.external_asr import OutsideRecogniser
+from most_ray.evaluation.external_asr import ExternalRecogniser
 from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, score_share
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder, local_copy
@@ -40,7 +40,7 @@ class EvaluationJob:
         return open_sets(config, tokenizer, place, self.directories, self.settings, self.store_dir)
 
 
-def open_outside(settings: EvaluationSettings, place: str, units_identity: str | None, use_gpu: bool = True) -> OutsideRecogniser | None:
+def open_external(settings: EvaluationSettings, place: str, units_identity: str | None, use_gpu: bool = True) -> ExternalRecogniser | None:
     """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
 
     Raises:
@@ -57,7 +57,7 @@ def open_outside(settings: EvaluationSettings, place: str, units_identity: str |
         raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(place)}.", remedy)
     folder = local_copy(kit, "units.json") if kit else None
     identity = read_manifest(Path(folder))["identity"] if folder else None
-    return OutsideRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
+    return ExternalRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
 
 
 def write_evaluation(evaluation: Evaluation, run_place: str, step: int, seconds: float) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class InlineEvaluation:
 
     def __init__(self, job: EvaluationJob, run_place: str, model_path: str) -> None:
         self._job, self._run_place, self._model_path = job, run_place, model_path
-        self._outside: list[OutsideRecogniser | None] = []  # opened at the first evaluation
+        self._outside: list[ExternalRecogniser | None] = []  # opened at the first evaluation
 
     def __call__(self, model: Any, step: int) -> dict[str, Any] | None:
         """Score the model. Collective; the line for metrics.jsonl on rank 0."""
@@ -83,7 +83,7 @@ class InlineEvaluation:
         tokenizer = load_tokenizer(local_copy(self._model_path))
         sets = self._job.sets(model.config, tokenizer, self._model_path)
         if not self._outside:
-            self._outside = [open_outside(self._job.settings, self._run_place, getattr(model.config, "units_identity", None))]
+            self._outside = [open_external(self._job.settings, self._run_place, getattr(model.config, "units_identity", None))]
         forward = Forward(model, together=world > 1)
         share = score_share(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
         for module in model.modules():

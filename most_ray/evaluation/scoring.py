@@ -53,7 +53,7 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True)
-class Share:
+class EvalShard:
     """rows: lines of hypotheses.jsonl by (set, row); load: selections (L, 2, E) int64."""
 
     rows: dict[tuple[int, int], Row]
@@ -68,7 +68,7 @@ def score_share(
     rank: int = 0,
     world: int = 1,
     outside: Outside | None = None,
-) -> Share:
+) -> EvalShard:
     """Decode and score every `world`-th record of the sets, by length, so that shares are alike. Collective where `forward` is."""
     rows: dict[tuple[int, int], Row] = {}
     forward.model.eval()
@@ -89,7 +89,7 @@ def score_share(
                 scored = {**line, **detail, "loss": loss if math.isfinite(loss) else None, "supervised_tokens": supervised}
                 rows[index, row] = with_normalised(scored, settings.normaliser)
         forward.drain()
-    return Share(rows, load.numpy())
+    return EvalShard(rows, load.numpy())
 
 
 def _prompts(store: TokenStore, rows: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-LATE = b'"kind": "evaluation"'  # lines that come when an evaluation ends: behind lines of steps after their own
+EVALUATION = b'"kind": "evaluation"'  # lines that come when an evaluation ends: behind lines of steps after their own
 
 
 class Journal:
@@ -44,7 +44,7 @@ def _up_to(path: Path, step: int) -> tuple[int, list[dict[str, Any]], list[bytes
         return 0, [], []
     with path.open("rb") as stream:
         for raw in stream:
-            if not leading and LATE not in raw:
+            if not leading and EVALUATION not in raw:
                 continue
             line = decoded(raw)
             within = line is not None and line["step"] <= step

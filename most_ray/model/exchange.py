@@ -79,7 +79,7 @@ class TokenExchange(EPImplementation):
         assert tp_mesh.size() == 1, "no two ranks hold the same tokens"
         experts.exchange = self
         self.overlaps = ep_mesh.device_type != "cpu"
-        self._sent: tuple[torch.Tensor, Plan, _Passage] | None = None
+        self._sent: tuple[torch.Tensor, Plan, AllToAll] | None = None
 
     def begin(self, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Outgoing:
         """Tell the other ranks how many rows will come. tokens (T, D), slots (T, K) of all ranks' experts, weights (T, K)."""
@@ -91,8 +91,8 @@ class TokenExchange(EPImplementation):
         if self._sent is None or self._sent[0] is not top_k_index:
             hidden_states, top_k_index, _ = self.begin(hidden_states, top_k_index, top_k_weights).send()
         assert self._sent is not None
-        (_, plan, passage), self._sent = self._sent, None
-        rows, slots, weights = _Receive.apply(hidden_states, passage)
+        (_, plan, all_to_all), self._sent = self._sent, None
+        rows, slots, weights = _Receive.apply(hidden_states, all_to_all)
         if len(rows) > 0:
             answers = self.experts_forward(rows, slots, weights)
         else:
@@ -100,7 +100,7 @@ class TokenExchange(EPImplementation):
             slots = torch.full((1, slots.shape[1]), self.num_local_experts, device=slots.device)
             slots[0, 0] = 0
             answers = self.experts_forward(rows.sum(0, keepdim=True), slots, weights.sum(0, keepdim=True))[:0]
-        return _Combine.apply(answers, plan.tokens, plan.places, passage)
+        return _Combine.apply(answers, plan.tokens, plan.places, all_to_all)
 
 
 class Outgoing:
@@ -117,9 +117,9 @@ class Outgoing:
         sent, received = self._counts.read()
         plan = plan_rows(self._slots, self._goes, self._exchange.num_local_experts, sum(sent))
         layout = _Layout(self._tokens.shape[1], self._slots.shape[1], compute_dtype(self._tokens))
-        passage = _Passage(self._group, sent, received, layout)
-        ticket = _Send.apply(self._tokens, self._weights, plan, passage)
-        self._exchange._sent = self._slots, plan, passage
+        all_to_all = AllToAll(self._group, sent, received, layout)
+        ticket = _Send.apply(self._tokens, self._weights, plan, all_to_all)
+        self._exchange._sent = self._slots, plan, all_to_all
         return ticket, self._slots, self._weights.detach()
 
 
@@ -182,7 +182,7 @@ class _Layout:
 
 
 @dataclass
-class _Passage:
+class AllToAll:
     """Messages between the ranks: of tokens there and of answers back, and of their gradients the other way round. `there`, `back`: rows
     to, and from, each rank."""
 
@@ -192,7 +192,7 @@ class _Passage:
     layout: _Layout
     _flight: tuple[dist.Work, torch.Tensor, torch.Tensor] | None = None
 
-    def depart(self, message: torch.Tensor, home: bool) -> None:
+    def start(self, message: torch.Tensor, home: bool) -> None:
         """Send rows, grouped by rank; `home`: to the ranks that hold the tokens."""
         to, coming = (self.back, self.there) if home else (self.there, self.back)
         n = sum(coming)
@@ -202,7 +202,7 @@ class _Passage:
         work = dist.all_to_all_single(arriving[:n], message, coming, to, group=self.group, async_op=True)
         self._flight = work, arriving, message
 
-    def arrive(self) -> torch.Tensor:
+    def wait(self) -> torch.Tensor:
         """The rows that were sent to this rank."""
         assert self._flight is not None
         (work, arriving, _), self._flight = self._flight, None
@@ -212,17 +212,17 @@ class _Passage:
 
 class _Send(torch.autograd.Function):
     """Starts the tokens' way; its backward ends that of their gradients. `_Receive` is the other half: what runs between the two, forwards
-    or backwards, runs while rows travel. The ticket (0,) orders them; the rows themselves are in the passage."""
+    or backwards, runs while rows travel. The ticket (0,) orders them; the rows themselves are in `AllToAll`."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor, plan: Plan, passage: _Passage) -> torch.Tensor:
-        layout = passage.layout
+    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor, plan: Plan, all_to_all: AllToAll) -> torch.Tensor:
+        layout = all_to_all.layout
         message = layout.empty(len(plan.tokens), tokens.device, with_slots=True)
         torch.index_select(tokens.to(layout.dtype), 0, plan.tokens, out=layout.rows(message))
         torch.index_select(weights.to(layout.weight_dtype), 0, plan.tokens, out=layout.weights(message))
         layout.slots(message).copy_(plan.slots)
-        passage.depart(message, home=False)
-        ctx.passage, ctx.dtypes = passage, (tokens.dtype, weights.dtype)
+        all_to_all.start(message, home=False)
+        ctx.all_to_all, ctx.dtypes = all_to_all, (tokens.dtype, weights.dtype)
         ctx.save_for_backward(plan.places, plan.owners)
         return tokens.new_empty(0)
 
@@ -230,7 +230,7 @@ class _Send(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _ticket: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         places, owners = ctx.saved_tensors
-        layout, message = ctx.passage.layout, ctx.passage.arrive()
+        layout, message = ctx.all_to_all.layout, ctx.all_to_all.wait()
         token_grads = _add_up(layout.rows(message), places)
         weight_grads = layout.weights(message).gather(0, places.gather(1, owners))
         return token_grads.to(ctx.dtypes[0]), weight_grads.to(ctx.dtypes[1]), None, None
@@ -240,9 +240,9 @@ class _Receive(torch.autograd.Function):
     """Ends the tokens' way: rows (M, D), their slots here (M, K) and weights (M, K); its backward starts that of their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: torch.Tensor, passage: _Passage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ctx.passage, ctx.ticket_dtype = passage, ticket.dtype
-        layout, message = passage.layout, passage.arrive()
+    def forward(ctx: Any, ticket: torch.Tensor, all_to_all: AllToAll) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.all_to_all, ctx.ticket_dtype = all_to_all, ticket.dtype
+        layout, message = all_to_all.layout, all_to_all.wait()
         return layout.rows(message), layout.slots(message).long(), layout.weights(message)
 
     @staticmethod
@@ -250,11 +250,11 @@ class _Receive(torch.autograd.Function):
     def backward(
         ctx: Any, row_grads: torch.Tensor, _slots: torch.Tensor | None, weight_grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        layout = ctx.passage.layout
+        layout = ctx.all_to_all.layout
         message = layout.empty(len(row_grads), row_grads.device, with_slots=False)
         layout.rows(message).copy_(row_grads)
         layout.weights(message).copy_(weight_grads)
-        ctx.passage.depart(message, home=True)
+        ctx.all_to_all.start(message, home=True)
         return row_grads.new_empty(0, dtype=ctx.ticket_dtype), None
 
 
@@ -262,19 +262,19 @@ class _Combine(torch.autograd.Function):
     """The experts' answers (M, D) back to the tokens' ranks, and added up per token there: (T, D)."""
 
     @staticmethod
-    def forward(ctx: Any, answers: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, passage: _Passage) -> torch.Tensor:
-        ctx.passage = passage
+    def forward(ctx: Any, answers: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor, all_to_all: AllToAll) -> torch.Tensor:
+        ctx.all_to_all = all_to_all
         # Saved here, on every rank: a recomputation ends at the last tensor that was saved, and all ranks' must end behind this exchange.
         ctx.save_for_backward(tokens)
-        passage.depart(answers.contiguous(), home=True)
-        return _add_up(passage.arrive(), places)
+        all_to_all.start(answers.contiguous(), home=True)
+        return _add_up(all_to_all.wait(), places)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (tokens,) = ctx.saved_tensors
-        ctx.passage.depart(grads.index_select(0, tokens), home=False)
-        return ctx.passage.arrive(), None, None, None
+        ctx.all_to_all.start(grads.index_select(0, tokens), home=False)
+        return ctx.all_to_all.wait(), None, None, None
 
 
 def _add_up(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,8 @@ _PASS_S = 1.0  # that a pass should take at most, at a share of the peak that is
 _LAST_S = 7.0  # after which no more batches are begun: with the last one some ten seconds
 _SHARE = 0.1  # of the peak that is reached, about: to choose by, and for models of which not even a part can be measured
 _UPDATED = 2e8  # parameters a second of the optimizer, about, where nothing can be measured
-Way = Literal["plain", "sharded", "exchanged"]
-_WAYS: tuple[Way, ...] = ("plain", "sharded", "exchanged")  # each is the one before and something more
+ParallelMode = Literal["plain", "sharded", "exchanged"]
+_MODES: tuple[ParallelMode, ...] = ("plain", "sharded", "exchanged")  # each is the one before and something more
 _MOST_RANKS = 8  # of gloo that are measured: each has sockets to all others, and this process only so many files
 _SMALL, _LARGE, _CALLS = 1 << 12, 1 << 21, 12  # bytes of a collective's whole message, and how often it is sent
 
@@ -107,7 +107,7 @@ def calibrate(
     the others are taken. They must differ as a run's do: what libraries keep for shapes that they have seen would help equal ones. dtype:
     of the autocast, in which the device has this peak.
 
-    The ways take turns on each batch, so that whatever else slows the machine slows all of them: their models, up to a GiB each, are in
+    The modes take turns on each batch, so that whatever else slows the machine slows all of them: their models, up to a GiB each, are in
     memory together."""
     part = _part(config, Shapes(config), batches[0], peak)
     if part is None:
@@ -117,13 +117,13 @@ def calibrate(
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(), _alone():
-            ways = [_Twin(twin, options, Precision(dtype), way) for way in (_WAYS if LAYS_OUT else _WAYS[:1])]
-            taken = _timed(ways, [_first_rows(batch, rows) for batch in batches])
+            modes = [ProxyModel(twin, options, Precision(dtype), mode) for mode in (_MODES if LAYS_OUT else _MODES[:1])]
+            taken = _timed(modes, [_first_rows(batch, rows) for batch in batches])
     finally:
         torch.set_num_threads(before)
     passed = float(np.median(taken[1:, 0, 0]))
     updates = taken[1:, 0, 1][taken[1:, 0, 1] > 0]  # a step whose loss or gradients are not finite makes none
-    added = [np.maximum(0.0, np.median(taken[1:, way] - taken[1:, way - 1], axis=0)) for way in range(1, len(ways))]
+    added = [np.maximum(0.0, np.median(taken[1:, mode] - taken[1:, mode - 1], axis=0)) for mode in range(1, len(modes))]
     sharding, exchange = added or np.zeros((2, 2))
     layers = config.num_hidden_layers / twin.num_hidden_layers  # the model may have more of them than what was measured
     return Calibration(
@@ -136,29 +136,29 @@ def calibrate(
     )
 
 
-def _timed(ways: Sequence[_Twin], batches: Sequence[Batch]) -> np.ndarray:
-    """Seconds (batches, ways, 2) of a pass and of an update: of the warm-up, of the next batch, and of others while there is time."""
+def _timed(modes: Sequence[ProxyModel], batches: Sequence[Batch]) -> np.ndarray:
+    """Seconds (batches, modes, 2) of a pass and of an update: of the warm-up, of the next batch, and of others while there is time."""
     started, taken = clock(), []
     for index, batch in enumerate(batches):
         if index > 1 and clock() - started > _LAST_S:
             break
-        taken.append(_by_turns(ways, batch, index))
+        taken.append(_by_turns(modes, batch, index))
     return np.array(taken)
 
 
-def _by_turns(ways: Sequence[_Twin], batch: Batch, first: int) -> list[tuple[float, float]]:
-    """Seconds of each way on the same batch, in the order of ways; for who comes first no shape is in any cache yet."""
-    found = {way: way.seconds(batch) for way in (ways[(first + turn) % len(ways)] for turn in range(len(ways)))}
-    return [found[way] for way in ways]
+def _by_turns(modes: Sequence[ProxyModel], batch: Batch, first: int) -> list[tuple[float, float]]:
+    """Seconds of each mode on the same batch, in the order of modes; for who comes first no shape is in any cache yet."""
+    found = {mode: mode.seconds(batch) for mode in (modes[(first + turn) % len(modes)] for turn in range(len(modes)))}
+    return [found[mode] for mode in modes]
 
 
-class _Twin:
+class ProxyModel:
     """The model, or its first layers, in training."""
 
-    def __init__(self, config: MostConfig, options: OptimizerOptions, precision: Precision, way: Way) -> None:
+    def __init__(self, config: MostConfig, options: OptimizerOptions, precision: Precision, mode: ParallelMode) -> None:
         model = MostForCausalLM(config)
-        if way != "plain":
-            _shard(model, exchange=way == "exchanged")
+        if mode != "plain":
+            _shard(model, exchange=mode == "exchanged")
         self._state: TrainState = make_state(model, options, CALIBRATED)
         self._precision, self._clip = precision, options.max_grad_norm
 

@@ -31,13 +31,13 @@ from most_ray.model.build import PRESETS, init_model, read_config
 from most_ray.model.configuration import MostConfig
 from most_ray.planner.calibration import CALIBRATED, Calibration, calibrate
 from most_ray.planner.hardware import Device, device_of
-from most_ray.planner.layouts import Choice, Layout, Reckoning, steps_of
+from most_ray.planner.layouts import Choice, Layout, LayoutEstimator, steps_of
 from most_ray.planner.memory import Memory, Shapes
 from most_ray.planner.published_sizes import PUBLISHED, published_name
 from most_ray.records.record import TASKS, read_with_offsets, record_files
 from most_ray.records.tokenizer import token_ids, train_tokenizer
 from most_ray.runs.job import overrides_of
-from most_ray.runs.resolve import Prepared, check_given, devices_of, open_sources, settle, store_dir_of, training_texts
+from most_ray.runs.resolve import Prepared, check_given, devices_of, open_sources, resolve_run, store_dir_of, training_texts
 from most_ray.train.step import Precision
 
 SMALL_BYTES = 256 << 20  # records of so many bytes in all are taken in, larger ones by a sample
@@ -158,7 +158,7 @@ class _Trial:
         if self.sampled or self.stand_in:  # then the plan is not that which a run has begun with, and need not be
             here = dataclasses.replace(here, accept_data_change=True)
         begun = storage.exists(self.config.run_place)
-        return settle(here, RunFolder(self.config.run_place) if begun else scratch, sources, use_gpu, fewest, most)
+        return resolve_run(here, RunFolder(self.config.run_place) if begun else scratch, sources, use_gpu, fewest, most)
 
     def _model(self) -> str:
         """A folder with the model's configuration and a tokenizer."""
@@ -290,10 +290,10 @@ def _reckon(config: RunConfig, prepared: Prepared, trial: _Trial, asked: str) ->
         batches = [rank_batch(plan, first + k, 0, world, config.train_batch_size, job.layout) for k in range(CALIBRATED)]
         calibration = calibrate(model_config, config, batches, dtype, device.half, job.threads)
 
-    def reckoning(workers: int) -> Reckoning:
+    def reckoning(workers: int) -> LayoutEstimator:
         speed = calibration.speed(workers) if calibration else device.speed
         assert speed is not None, "what no table has was measured"
-        return Reckoning(config, shapes, steps, workers, speed, device.is_gpu)
+        return LayoutEstimator(config, shapes, steps, workers, speed, device.is_gpu)
 
     ends = dict.fromkeys((prepared.topologies[0], prepared.topologies[-1]))
     reckonings = {topology: reckoning(topology.world_size) for topology in ends}

@@ -74,7 +74,7 @@ def steps_of(plan: Plan, first: int, last: int, count: int) -> list[Step]:
     return found
 
 
-class Reckoning:
+class LayoutEstimator:
     """A run's steps on so many workers: of the same passes, whatever their layout. The largest of the steps says what a rank holds, all of
     them how long they take."""
 

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from most_ray.checkpoint.reader import random_parts
-from most_ray.checkpoint.shards import Part, Staging, part_of
+from most_ray.checkpoint.shards import Staging, TensorShard, part_of
 from most_ray.distributed.topology import Topology
 from most_ray.model.configuration import MostConfig
 from most_ray.model.head import logits_block
@@ -236,7 +236,7 @@ def _experts(config: MostConfig, half: bool, exchanged: bool) -> int:
 class _Measured(Staging):
     """The writer's layout of a file, without its bytes."""
 
-    def prepare(self, parts: Sequence[Part]) -> None:
+    def prepare(self, parts: Sequence[TensorShard]) -> None:
         del parts
         self._buffer = torch.empty(1 << 62, dtype=torch.uint8, device="meta")
 
@@ -257,7 +257,7 @@ def checkpoint_files(shapes: Shapes, topology: Topology, moments: Moments) -> tu
     return first.nbytes, total
 
 
-def _parts(shapes: Shapes, topology: Topology, moments: Moments) -> Iterator[Part]:
+def _parts(shapes: Shapes, topology: Topology, moments: Moments) -> Iterator[TensorShard]:
     """What the first rank writes, as `checkpoint.state_parts` orders it."""
     config = shapes.config
     cut = {name: _part(shapes, topology, name, shape, torch.float32) for name, shape in shapes.parameters.items()}
@@ -275,12 +275,12 @@ def _parts(shapes: Shapes, topology: Topology, moments: Moments) -> Iterator[Par
         yield _alike(f"state.{BALANCE_LOAD}", torch.empty(layers, config.n_routed_experts, dtype=torch.int64, device="meta"))
 
 
-def _alike(name: str, tensor: torch.Tensor) -> Part:
+def _alike(name: str, tensor: torch.Tensor) -> TensorShard:
     """A tensor that all ranks have alike."""
     return part_of(name, tensor, rank=0)
 
 
-def _moment(shapes: Shapes, topology: Topology, name: str, part: Part) -> dict[str, Part]:
+def _moment(shapes: Shapes, topology: Topology, name: str, part: TensorShard) -> dict[str, TensorShard]:
     """The first rank's parts of a moment in 8 bits, by what `optimizer.saved_state` puts behind its name; a small one stays as it is."""
     shape = shapes.parameters[name]
     block = block_size(torch.empty(shape, device="meta"))
@@ -290,7 +290,7 @@ def _moment(shapes: Shapes, topology: Topology, name: str, part: Part) -> dict[s
     return {"_codes": _part(shapes, topology, name, shape, torch.uint8), "_scale": _part(shapes, topology, name, scale, torch.float32)}
 
 
-def _part(shapes: Shapes, topology: Topology, name: str, shape: Sequence[int], dtype: torch.dtype) -> Part:
+def _part(shapes: Shapes, topology: Topology, name: str, shape: Sequence[int], dtype: torch.dtype) -> TensorShard:
     """The first rank's part of a tensor whose rows lie as a parameter's."""
     rows = shapes.rows(name, topology, 0)
     order = [shapes.placement(topology.ep)[row] for row in rows] if _EXPERTS in name else rows

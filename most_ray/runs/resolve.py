@@ -82,10 +82,10 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
     fewest, most = (workers, workers) if workers else (fewest, most)
     sources = open_sources(config, folder, runner(config, use_gpu))
-    return settle(config, folder, sources, use_gpu, fewest, most)
+    return resolve_run(config, folder, sources, use_gpu, fewest, most)
 
 
-def settle(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
+def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
     """The run that its configuration and its sources make, on `fewest` to `most` workers; `folder`: where its checkpoints are looked for.
 
     Raises:
@@ -181,10 +181,10 @@ class Sources:
     n_rejected: int
 
 
-TakeIn = Callable[[str, Recipe, str, Runner], TokenStore]
+IngestFn = Callable[[str, Recipe, str, Runner], TokenStore]
 
 
-def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, take_in: TakeIn = ingest_directory) -> Sources:
+def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, take_in: IngestFn = ingest_directory) -> Sources:
     """Token stores of all directories: those that are there, and new ones for what is new or has changed. `take_in`: makes one of a
     directory.
 
@@ -327,7 +327,7 @@ def _starting_point(
     Raises:
         CheckpointError: resume_from_checkpoint is damaged, or was made with another vocabulary.
     """
-    own, torn = reader.newest_intact(folder.checkpoints)
+    own, torn = reader.latest_valid(folder.checkpoints)
     reader.require_one(own, torn)
     if own:
         return reader.read_state(own), torn
@@ -335,7 +335,7 @@ def _starting_point(
     if not given:
         return None, torn
     content = reader.read_state(given)
-    damage = reader.damage(given, deep=True)
+    damage = reader.find_corruption(given, deep=True)
     if damage:
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")
     if not config.ignore_optimizer_state:

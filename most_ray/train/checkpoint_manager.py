@@ -19,12 +19,12 @@ from most_ray.optim.train_state import TrainState
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import load_tokenizer
 from most_ray.runs.job import Job
-from most_ray.train.hooks import Surroundings
+from most_ray.train.hooks import TrainHooks
 from most_ray.train.meter import Meter
 from most_ray.train.reporter import RunReporter
 
 
-class Saver:
+class CheckpointManager:
     """Checkpoints at save_steps, at evaluations, where a run stops and at its end; which of them are kept."""
 
     def __init__(
@@ -35,15 +35,15 @@ class Saver:
         rank: int,
         attempt: str,
         reporter: RunReporter,
-        around: Surroundings,
+        hooks: TrainHooks,
         meter: Meter,
     ) -> None:
         self._job, self._plan, self._folder, self._rank, self._attempt, self._reporter = job, plan, folder, rank, attempt, reporter
         self._meter = meter
         self._writer = CheckpointWriter(background=job.config.async_save, overlap=True)
         self._told = 0.0  # of the writer's stall: part of it comes before the optimizer step behind a save
-        self._evaluate_here = around.evaluate_here if job.has_validation else None
-        beside = around.validator if rank == 0 and job.has_validation else None
+        self._evaluate_here = hooks.evaluate_here if job.has_validation else None
+        beside = hooks.validator if rank == 0 and job.has_validation else None
         self._validator = beside(self._report) if beside else None
 
     def begin(self, state: TrainState) -> None:

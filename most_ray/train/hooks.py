@@ -34,7 +34,7 @@ ReportEvaluation = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class TrainHooks:
     """What the one who starts the ranks provides.
 
     batches: the stream of a rank's batches; wants_stop: whether this rank has been asked to stop behind the step that it is at;

@@ -31,7 +31,7 @@ from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.io import storage
 from most_ray.runs.job import Job
 from most_ray.runs.resolve import Prepared, keep_kit, prepare_run
-from most_ray.train.hooks import Surroundings
+from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import claim_run, run_rank
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
         job, prepared = _agree(config, world)
-        reached = run_rank(job, device, Surroundings(wants_stop=stop.is_set))
+        reached = run_rank(job, device, TrainHooks(wants_stop=stop.is_set))
         if reached and prepared:
             _export(prepared)
     except UserError as error:

@@ -29,8 +29,8 @@ from most_ray.model.exchange import EXCHANGE
 from most_ray.optim.train_state import TrainState, make_state
 from most_ray.records.template import template_hash
 from most_ray.runs.job import Job, overrides_of
-from most_ray.train.checkpoint_manager import Saver
-from most_ray.train.hooks import Surroundings
+from most_ray.train.checkpoint_manager import CheckpointManager
+from most_ray.train.hooks import TrainHooks
 from most_ray.train.loop import LoopSettings, make_meter, train
 from most_ray.train.meter import Meter
 from most_ray.train.recompute import apply_recompute, compile_layers
@@ -40,7 +40,7 @@ from most_ray.train.step import Precision
 logger = logging.getLogger(__name__)
 
 
-def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
+def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     """Train on this rank; the process group is up where there are several. Returns whether the goal was reached; False: stopped, behind
     a checkpoint of the step that it had come to.
 
@@ -55,7 +55,7 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     start = _starting_point(job, folder)
     # The stream fills while the model is built.
     stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
-    batches = around.batches(stream, start.step + 1, job.total_steps)
+    batches = hooks.batches(stream, start.step + 1, job.total_steps)
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
@@ -63,13 +63,13 @@ def run_rank(job: Job, device: torch.device, around: Surroundings) -> bool:
     meter = make_meter(state, settings)
     accepted = _resume(start, state, plan, job.config, meter)
     about = _about(job, state, device, accepted)
-    reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, around.trackers, about)
-    saver = Saver(job, plan, folder, rank, attempt, reporter, around, meter)
+    reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, hooks.trackers, about)
+    saver = CheckpointManager(job, plan, folder, rank, attempt, reporter, hooks, meter)
     ended = False
     try:
         saver.begin(state)
-        reached = train(state, batches, settings, reporter, saver.at_step, around.wants_stop, meter)
-        saver.finish(reached, around.wants_stop)
+        reached = train(state, batches, settings, reporter, saver.at_step, hooks.wants_stop, meter)
+        saver.finish(reached, hooks.wants_stop)
         ended = True
     finally:
         saver.close()
@@ -176,12 +176,12 @@ class _Start:
 def _starting_point(job: Job, folder: RunFolder) -> _Start:
     """The ranks agree, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
-    own, torn = reader.newest_intact_together(folder.checkpoints)
+    own, torn = reader.latest_valid_on_all_ranks(folder.checkpoints)
     reader.require_one(own, torn)
     if this_rank() == 0:
         for damaged, reason in torn:
             logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
-            reader.revoke(damaged)  # its step will be saved anew
+            reader.invalidate(damaged)  # its step will be saved anew
     place = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
     step = all_gather_or_raise(lambda: int(reader.read_state(place)["step"]) if place and not fresh else 0)[0]

@@ -165,7 +165,7 @@ def verify(place: str, state: TrainState, size: tuple[int, int]) -> None:
     """Every hash, and a fresh state filled with it, against one that is saved and read the plain way: training has gone on meanwhile."""
     again = make_bench_state(*size)
     reader.load(place, again)
-    assert reader.damage(place, deep=True) is None
+    assert reader.find_corruption(place, deep=True) is None
     assert again.step < state.step or not dist.is_initialized()
     other = CheckpointWriter(background=False)
     other.save(f"{place}-again", again, {}, lambda _: None, lambda: True)

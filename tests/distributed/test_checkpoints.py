@@ -151,7 +151,7 @@ def exported(setting: Setting, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_files_hold_each_tensor_once_under_its_own_rows(setting: Setting, saved: dict[Topology, dict[str, Any]]) -> None:
-    """Whatever the layout: rectangles cover every tensor without overlap, experts at their own index, and no rank's file is much
+    """Whatever the layout: chunks cover every tensor without overlap, experts at their own index, and no rank's file is much
     larger than its share."""
     for topology, expected in saved.items():
         folder = Path(setting.folder) / named(topology)
@@ -272,9 +272,9 @@ def find_intact(setting: Setting) -> list[Any]:
             data[-200] ^= 1
             path.write_bytes(data)
     dist.barrier()
-    shallow = reader.newest_intact_together(str(folder), deep_bytes=0)
+    shallow = reader.latest_valid_on_all_ranks(str(folder), deep_bytes=0)
     dist.barrier()
-    return [shallow, reader.newest_intact_together(str(folder))]
+    return [shallow, reader.latest_valid_on_all_ranks(str(folder))]
 
 
 def test_ranks_share_the_search_for_the_newest_intact_checkpoint(setting: Setting) -> None:

@@ -10,7 +10,7 @@ import torch
 from most_ray.config import config_from
 from most_ray.io.journal import read_journal
 from most_ray.runs.resolve import Prepared, prepare_run
-from most_ray.train.hooks import Surroundings
+from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import claim_run, run_rank
 from tests.support.builders import asr, text, tts, write_records
 from tests.support.training import CPU
@@ -67,7 +67,7 @@ def go(prepared: Prepared, stop_at: int | None = None) -> bool:
     asked: list[bool] = []  # once in every step
     done = prepare_run(job.config).done_steps
     try:
-        return run_rank(job, CPU, Surroundings(wants_stop=wants_stop))
+        return run_rank(job, CPU, TrainHooks(wants_stop=wants_stop))
     finally:
         torch.set_num_threads(threads)
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.service.cluster import control
-from most_ray.service.cluster.control import RESIZED, TERMINATED, RunStoppedError, Terminated
+from most_ray.service.cluster.control import RESIZED, TERMINATED, RunStoppedError, ShutdownSignal
 from most_ray.service.training import attempts
 from most_ray.service.training.attempts import FailureWindow, RunIncompleteError, _cause, run_attempts
 
@@ -67,7 +67,7 @@ def test_exit_codes_tell_the_ends_apart() -> None:
 def test_sigterm_is_patient_only_while_workers_train() -> None:
     """Exit code 75 at any moment; once more, or outside of training, it ends at once."""
     for patient, expected in ((True, [False, True]), (False, [True, True])):
-        with Terminated().on_sigterm() as terminated:
+        with ShutdownSignal().on_sigterm() as terminated:
             terminated.patient = patient
             raised = []
             for _ in expected:
@@ -82,7 +82,7 @@ def test_sigterm_is_patient_only_while_workers_train() -> None:
 PREPARED = SimpleNamespace(job=SimpleNamespace(config=config_from({})), use_gpu=False, topologies=[SimpleNamespace(world_size=1)])
 
 
-def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bool], terminated: Terminated) -> int:
+def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bool], terminated: ShutdownSignal) -> int:
     """`run_attempts` over attempts that end without an error, for these reasons; how many were made."""
     made: list[str] = []
 
@@ -99,7 +99,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bo
 
 def test_a_stop_during_the_last_evaluation_is_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps are made, their evaluation is not: exit code 75, and another attempt where only the size was to change."""
-    terminated = Terminated()
+    terminated = ShutdownSignal()
     assert ended(monkeypatch, [RESIZED, RESIZED], [False, True], terminated) == 2
     terminated.set()
     with pytest.raises(RunStoppedError) as stop:
@@ -137,7 +137,7 @@ def test_what_is_said_of_a_loss_may_hold_brackets(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attempts, "_settle", lambda *args: None)
     monkeypatch.setattr(attempts, "_attempt", lambda *args: endings.pop(0))
     console = Console(record=True, width=300)
-    run_attempts(PREPARED, None, console, Terminated())  # type: ignore[arg-type]
+    run_attempts(PREPARED, None, console, ShutdownSignal())  # type: ignore[arg-type]
     assert "([/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456); going on" in console.export_text()
 
 
@@ -161,7 +161,7 @@ def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_g
     monkeypatch.setattr(control, "grows", lambda: False)
     for grows, expected in ((False, 0), (True, 3)):
         monkeypatch.setattr(control, "grows", lambda grows=grows: grows)
-        wish = control.NodeWish(control.WorkerShare(2, 1), 3, 1.0)
+        wish = control.AutoscalerRequest(control.WorkerShare(2, 1), 3, 1.0)
         for _ in range(70):
             clock.now += 1
             wish.renew()

@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan
     marker = json.loads((place / reader.COMMIT).read_text())
     for number, content in ((99, {**marker, "format": 99}), (1, {"step": 0})):  # as the version before wrote it
         (place / reader.COMMIT).write_text(json.dumps(content))
-        for read in (lambda: reader.read_state(place), lambda: reader.newest_intact(str(tmp_path))):
+        for read in (lambda: reader.read_state(place), lambda: reader.latest_valid(str(tmp_path))):
             with pytest.raises(CheckpointError, match=f"format {number}, not 2"):
                 read()
 
@@ -131,7 +131,7 @@ def bucket(s3: str) -> str:
 
 def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
     """Uploaded, listed, checked, read, pruned; scratch is left empty."""
-    assert reader.committed(bucket) == [] and reader.newest_intact(bucket) == (None, [])
+    assert reader.committed(bucket) == [] and reader.latest_valid(bucket) == (None, [])
     made = CheckpointWriter(scratch=tmp_path)
     for step in (1, 2, 3):
         state = small(float(step))
@@ -147,13 +147,13 @@ def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
     assert reader.load(places[1], state, scratch=tmp_path)["step"] == state.step == 2
     assert weight_in(places[1]) == 2.0
     storage.write_bytes(storage.join(places[2], "tokenizer.json"), b"[]")
-    assert reader.newest_intact(bucket) == (
+    assert reader.latest_valid(bucket) == (
         places[1],
         [(places[2], "tokenizer.json has other content than was written (its hash differs)")],
     )
     storage.write_bytes(storage.join(places[2], "tokenizer.json"), b"[1]")
-    assert "tokenizer.json has 3 bytes, not 2" in str(reader.damage(places[2]))
-    reader.revoke(places[0])
+    assert "tokenizer.json has 3 bytes, not 2" in str(reader.find_corruption(places[2]))
+    reader.invalidate(places[0])
     assert reader.prune(bucket, 1) == [2]
     assert reader.committed(bucket) == places[2:]
     assert {entry.name.split("/")[0] for entry in storage.list_files(bucket, ("",))} == {"step-000000003"}

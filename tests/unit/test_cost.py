@@ -25,7 +25,7 @@ from most_ray.planner import calibration
 from most_ray.planner.calibration import CALIBRATED, calibrate, measure_links
 from most_ray.planner.cost import Collective, Speed, Work, collectives_of, distinct_ranks, layouts_of, step_cost
 from most_ray.planner.hardware import GpuLinks, _card_of, device_of
-from most_ray.planner.layouts import Reckoning, Step
+from most_ray.planner.layouts import LayoutEstimator, Step
 from most_ray.planner.memory import Shapes
 from most_ray.planner.published_sizes import PUBLISHED
 from tests.support.builders import LAYOUT, make_plan, tiny_config, tiny_model
@@ -194,12 +194,12 @@ def test_the_busiest_rank_of_each_pass_counts() -> None:
     assert step.by_pass(world_size=8, passes=1, rows=1)[0, 4:].sum() == 0
 
 
-def reckoning(gpu: str, workers: int, config: MostConfig, tokens: int = 8192, **options: Any) -> Reckoning:
+def reckoning(gpu: str, workers: int, config: MostConfig, tokens: int = 8192, **options: Any) -> LayoutEstimator:
     device = device_of(gpu, True, torch.bfloat16, workers, 1)
     assert device.speed is not None
     step = Step(np.full(2 * workers, tokens // 2), np.full(2 * workers, 100), [[k] for k in range(2 * workers)])
     run = config_from({"bf16": True, "train_batch_size": 2, "max_seq_length": tokens // 2, **options})
-    return Reckoning(run, Shapes(config), [step], workers, device.speed, on_gpu=True)
+    return LayoutEstimator(run, Shapes(config), [step], workers, device.speed, on_gpu=True)
 
 
 def test_the_best_layout_fits_and_is_the_fastest() -> None:
@@ -323,7 +323,7 @@ def test_the_twins_are_the_same_model(tmp_path: Path) -> None:
     with calibration._alone():
         for way in ("plain", "sharded", "exchanged"):
             torch.manual_seed(0)
-            twin = calibration._Twin(tiny_config(), options, calibration.Precision(None), way)
+            twin = calibration.ProxyModel(tiny_config(), options, calibration.Precision(None), way)
             for batch in batches:
                 assert min(twin.seconds(batch)) > 0
             weights.append([each.full_tensor() if isinstance(each, DTensor) else each for each in twin._state.model.parameters()])

@@ -21,7 +21,7 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
     assert reader.committed(str(tmp_path)) == places[:2]
     with pytest.raises(CheckpointError, match="never completed"):
         reader.load(places[2], small())
-    assert reader.newest_intact(str(tmp_path)) == (places[1], [])
+    assert reader.latest_valid(str(tmp_path)) == (places[1], [])
     assert reader.prune(str(tmp_path), 1) == [1]
     assert reader.committed(str(tmp_path)) == places[1:2]
     assert Path(places[2]).exists(), "a checkpoint under way is newer than all complete ones"
@@ -94,23 +94,23 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
 ) -> None:
     """It is passed over, and the step may be saved anew once it is revoked."""
     places = saved_at(tmp_path, 1, 2)
-    assert [reader.damage(place, deep=True) for place in places] == [None, None]
+    assert [reader.find_corruption(place, deep=True) for place in places] == [None, None]
     damage(Path(places[1]) / file)
-    place, ((torn, reason),) = reader.newest_intact(str(tmp_path))
+    place, ((torn, reason),) = reader.latest_valid(str(tmp_path))
     assert place == places[0] and torn == places[1] and pytest.approx(weight_in(place)) == 1.0
     assert re.match(message, reason), reason
-    reader.revoke(places[1])
+    reader.invalidate(places[1])
     assert reader.committed(str(tmp_path)) == places[:1]
     saved_at(tmp_path, 2)
-    assert reader.newest_intact(str(tmp_path)) == (places[1], [])
+    assert reader.latest_valid(str(tmp_path)) == (places[1], [])
 
 
 def test_only_the_asked_share_is_hashed(tmp_path: Path) -> None:
     (place,) = saved_at(tmp_path, 1)
     flip(Path(place) / "rank-00000.safetensors")  # the first of two files
-    assert reader.damage(place) is None
-    assert reader.damage(place, 0, 2, deep=True) and reader.damage(place, 1, 2, deep=True) is None
-    assert reader.newest_intact(str(tmp_path), deep_bytes=1000) == (place, [])
+    assert reader.find_corruption(place) is None
+    assert reader.find_corruption(place, 0, 2, deep=True) and reader.find_corruption(place, 1, 2, deep=True) is None
+    assert reader.latest_valid(str(tmp_path), deep_bytes=1000) == (place, [])
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_run_without_an_intact_checkpoint_does_not_begin_anew(tmp_path: Path) 
     places = saved_at(tmp_path, 1, 2)
     for place in places:
         (Path(place) / reader.COMMIT).write_text("{")
-    intact, torn = reader.newest_intact(str(tmp_path))
+    intact, torn = reader.latest_valid(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"step-000000002.*is damaged \(commit.json.*so are all 2 of the run"):
         reader.require_one(intact, torn)
     reader.require_one(None, [])

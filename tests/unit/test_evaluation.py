@@ -18,7 +18,7 @@ from most_ray.evaluation.decode import Decoded, Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, combine, hypotheses_of, open_sets
 from most_ray.evaluation.generate import speak_texts, transcribe_units
 from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
-from most_ray.evaluation.inline import open_outside
+from most_ray.evaluation.inline import open_external
 from most_ray.evaluation.scoring import score_share
 from most_ray.model.build import load_model
 from most_ray.records.record import ASR_INSTRUCTION
@@ -321,10 +321,10 @@ def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluate
 def test_what_judges_speech_is_found_or_missed_before_anything_runs(tmp_path: Path) -> None:
     """Nothing named, nothing opened; a vocoder alone is a slip; a recogniser wants a vocoder, the model's own or a named one."""
     place = str(tmp_path)
-    assert open_outside(SETTINGS, place, "0123") is None
+    assert open_external(SETTINGS, place, "0123") is None
     with pytest.raises(ConfigError, match="only with a recogniser"):
-        open_outside(replace(SETTINGS, vocoder="v"), place, "0123")
+        open_external(replace(SETTINGS, vocoder="v"), place, "0123")
     with pytest.raises(CheckpointError, match="prepare vocoder"):
-        open_outside(replace(SETTINGS, recogniser="r"), place, "0123")
+        open_external(replace(SETTINGS, recogniser="r"), place, "0123")
     with pytest.raises(CheckpointError, match="vocoder"):
-        open_outside(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), place, "0123", use_gpu=False)
+        open_external(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), place, "0123", use_gpu=False)

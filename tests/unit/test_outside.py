@@ -14,7 +14,7 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
 
 from most_ray.errors import CheckpointError
-from most_ray.evaluation.external_asr import OutsideRecogniser
+from most_ray.evaluation.external_asr import ExternalRecogniser
 from tests.support.evaluation import evaluate, make_scene
 
 RATE = 16_000
@@ -46,7 +46,7 @@ def tones(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
 
 
 def test_a_checkpoint_hears_the_decoded_units(recogniser: str, tmp_path: Path) -> None:
-    heard = OutsideRecogniser(tones, recogniser)
+    heard = ExternalRecogniser(tones, recogniser)
     alone, together = heard([[3, 90, 400, 12]]), heard([[3, 90, 400, 12], [7] * 40])
     assert len(together) == 2 and together[0] == alone[0] and all(isinstance(text, str) for text in together)
     section = evaluate(make_scene(tmp_path), outside=heard).result["sets"]["tts/to_speak"]
@@ -67,7 +67,7 @@ def test_audio_of_another_rate_is_resampled(recogniser: str, monkeypatch: pytest
     def faster(units: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
         return [tone(each, 2 * RATE) for each in units], 2 * RATE
 
-    outside = OutsideRecogniser(faster, recogniser)
+    outside = ExternalRecogniser(faster, recogniser)
     monkeypatch.setattr(outside, "_pipeline", Ear())
     assert outside([[3, 90, 400, 12] * 10]) == ["heard"]
     (wave,) = given
@@ -79,4 +79,4 @@ def test_audio_of_another_rate_is_resampled(recogniser: str, monkeypatch: pytest
 def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is no recogniser that can be used"):
-        OutsideRecogniser(tones, str(tmp_path))
+        ExternalRecogniser(tones, str(tmp_path))

@@ -17,7 +17,7 @@ from most_ray.cli import main
 from most_ray.cli.recordings import choose_division
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.errors import CheckpointError, DataError
-from most_ray.evaluation.generate import Spoken
+from most_ray.evaluation.generate import GeneratedUnits
 from most_ray.records.record import units_identity
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
@@ -275,7 +275,9 @@ def test_a_text_is_spoken_into_a_file(corpus: Path, tmp_path: Path, monkeypatch:
     assert main(["prepare", "vocoder", "--input", str(corpus), "--records", str(tmp_path / "out"), "--seconds", "1"]) == 0
     monkeypatch.setattr("most_ray.cli.speech_commands._kit_folder", lambda _: str(tmp_path / "out"))
     monkeypatch.setattr("most_ray.cli.speech_commands._open", lambda _: (None, None))
-    monkeypatch.setattr("most_ray.evaluation.generate.speak_texts", lambda _, __, texts, ___: [Spoken([3, 0, 2], [], 1) for _ in texts])
+    monkeypatch.setattr(
+        "most_ray.evaluation.generate.speak_texts", lambda _, __, texts, ___: [GeneratedUnits([3, 0, 2], [], 1) for _ in texts]
+    )
     said, units = tmp_path / "said.wav", tmp_path / "units.wav"
     assert main(["synthesize", "--model", "m", "--text", "seven", "--output", str(said)]) == 0
     assert main(["synthesize", "--speech", str(tmp_path / "out"), "--units", "[Hu3][Hu0][Hu2]", "--output", str(units)]) == 0

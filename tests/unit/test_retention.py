@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from most_ray.checkpoint.retention import superfluous
+from most_ray.checkpoint.retention import steps_to_delete
 
 STEPS = [10, 20, 30, 40, 50]
 SCORES = {10: 0.3, 20: 0.1, 30: 0.2, 40: 0.1}
@@ -27,7 +27,7 @@ SCORES = {10: 0.3, 20: 0.1, 30: 0.2, 40: 0.1}
     ],
 )
 def test_what_is_deleted(keywords: dict, deleted: list[int]) -> None:
-    assert superfluous(reversed(STEPS), **keywords) == deleted  # type: ignore[arg-type]
+    assert steps_to_delete(reversed(STEPS), **keywords) == deleted  # type: ignore[arg-type]
 
 
 @given(
@@ -40,7 +40,7 @@ def test_what_is_deleted(keywords: dict, deleted: list[int]) -> None:
 def test_the_newest_the_best_and_those_under_evaluation_stay(
     steps: set[int], last: int, best: int, scores: dict[int, float], pending: set[int]
 ) -> None:
-    deleted = superfluous(steps, last, best, scores, pending)
+    deleted = steps_to_delete(steps, last, best, scores, pending)
     kept = steps - set(deleted)
     assert set(deleted) <= steps and len(deleted) == len(set(deleted)) and deleted == sorted(deleted)
     assert set(sorted(steps)[-max(1, last) :]) <= kept and not set(deleted) & pending

@@ -13,7 +13,7 @@ from most_ray.errors import ConfigError
 from most_ray.service.cluster import control
 from most_ray.service.cluster.control import WorkerShare, room
 from most_ray.service.tune import trial_resources as module
-from most_ray.service.tune.trial_resources import Allotment
+from most_ray.service.tune.trial_resources import TrialResources
 from most_ray.sweep.options import load_sweep
 
 NODES = {"a": {"CPU": 4.0, "GPU": 2.0}, "b": {"CPU": 1.5, "GPU": 1.0}, "c": {"CPU": 8.0}}
@@ -65,13 +65,13 @@ def test_parts_of_a_gpu_are_for_runs_of_one_worker(values: dict[str, Any]) -> No
 
 def allotted(
     tmp_path: Path, left: int, use_gpu: bool = False, workers: int = 1, before: dict[str, Any] | None = None, **values: Any
-) -> Allotment:
+) -> TrialResources:
     content = {"val_asr_dirs": ["v"], "num_workers": workers, **values}
     (tmp_path / "sweep.yaml").write_text("space: {learning_rate: [0.1, 0.2]}\n")
     sweep = load_sweep(tmp_path / "sweep.yaml", content)
     job = SimpleNamespace(total_steps=7)
     prepared: Any = SimpleNamespace(use_gpu=use_gpu, topologies=[SimpleNamespace(world_size=workers)], job=job)
-    return Allotment(sweep, prepared, left, before)
+    return TrialResources(sweep, prepared, left, before)
 
 
 def test_trials_share_a_cluster_out(cluster: None, tmp_path: Path) -> None:

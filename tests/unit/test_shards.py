@@ -65,7 +65,7 @@ def test_large_tensors_are_copied_whole_by_several_threads(tmp_path: Path) -> No
 def test_a_tensor_that_is_there_in_part_is_refused(tmp_path: Path) -> None:
     tensor = torch.zeros(4, 3)
     staging = Staging()
-    staging.plan([shards.Part("x", (4, 3), tensor.dtype, (shards.Rectangle((0, 0), tensor[:2]),), owned=True)])
+    staging.plan([shards.TensorShard("x", (4, 3), tensor.dtype, (shards.Chunk((0, 0), tensor[:2]),), owned=True)])
     staging.copy(torch.get_num_threads())
     staging.write(tmp_path / "a")
     with (tmp_path / "a").open("rb") as stream:

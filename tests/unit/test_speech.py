@@ -244,10 +244,10 @@ def test_statistics_of_parts_add_up() -> None:
 def test_a_short_recording_leans_on_the_corpus() -> None:
     """With no frames of its own it is the corpus; with many it is itself."""
     mean, deviation = np.full(3, 2.0), np.full(3, 0.5)
-    few = SpeakerStatistics.of(np.zeros((0, 3), np.float32)).leaning_on(mean, deviation)
+    few = SpeakerStatistics.of(np.zeros((0, 3), np.float32)).map_adapt(mean, deviation)
     assert np.allclose(few.mean, mean) and np.allclose(few.deviation, deviation)
     frames = np.random.default_rng(0).normal(0.0, 1.0, (200_000, 3))
-    many = SpeakerStatistics.of(frames).leaning_on(mean, deviation)
+    many = SpeakerStatistics.of(frames).map_adapt(mean, deviation)
     assert np.allclose(many.mean, 0.0, atol=0.01) and np.allclose(many.deviation, 1.0, atol=0.01)
 
 

@@ -22,7 +22,7 @@ def test_ray_datas_scheduling_loop_pauses_in_each_turn(monkeypatch: pytest.Monke
     context = DataContext.get_current().copy()
     monkeypatch.setattr(batch_stream.DataContext, "get_current", lambda: context)
     with pytest.raises(StartedError):
-        next(batch_stream._stream_span(None, 1, 8, 4, batch_stream._Board(1)))  # type: ignore[arg-type]
+        next(batch_stream._stream_span(None, 1, 8, 4, batch_stream._FetchStatus(1)))  # type: ignore[arg-type]
     paused: list[float] = []
     monkeypatch.setattr(batch_stream.time, "sleep", paused.append)
     for callback in context.custom_execution_callback_classes:

@@ -218,7 +218,7 @@ def test_a_kill_in_any_phase_leaves_the_last_one_the_newest(tmp_path: Path, phas
     process.join(120)
     assert process.exitcode == 9
     assert sorted(path.name for path in Path(torn).iterdir() if not path.name.startswith(".")) == left, "it died where it was meant to"
-    place, damaged = reader.newest_intact(str(tmp_path))
+    place, damaged = reader.latest_valid(str(tmp_path))
     assert place is not None and weight_in(place) == 1.0 and damaged == []
     saved_at(tmp_path, 2)
     assert weight_in(torn) == 2.0

@@ -45,12 +45,12 @@ def request_stop(driver: str, reason: str) -> None:
     internal_kv._internal_kv_put(_key(driver, "stop"), reason.encode(), overwrite=True)
 
 
-def note_node(driver: str, rank: int) -> None:
+def register_worker_node(driver: str, rank: int) -> None:
     """Say which node a worker is on; called in the worker."""
     internal_kv._internal_kv_put(_key(driver, f"node/{rank}"), ray.get_runtime_context().get_node_id().encode(), overwrite=True)
 
 
-def forget(driver: str, n_workers: int) -> None:
+def clear_run_keys(driver: str, n_workers: int) -> None:
     """Remove what an attempt has left in the store."""
     for what in ("stop", *(f"node/{rank}" for rank in range(n_workers))):
         internal_kv._internal_kv_del(_key(driver, what))
@@ -91,7 +91,7 @@ class RunStoppedError(UserError):
     exit_code = STOPPED
 
 
-class Terminated(threading.Event):
+class ShutdownSignal(threading.Event):
     """Set once the process has been asked to end. While workers train they are given the time for a checkpoint (`patient`); else, and
     the second time, the process ends at once."""
 
@@ -112,7 +112,7 @@ class Terminated(threading.Event):
             raise stopped("came.", self.name)
 
     @contextlib.contextmanager
-    def on_sigterm(self) -> Iterator[Terminated]:
+    def on_sigterm(self) -> Iterator[ShutdownSignal]:
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         self.install()
         try:
@@ -133,7 +133,9 @@ class Watcher:
     `reason` says which of them it was, or None.
     """
 
-    def __init__(self, driver: str, n_workers: int, terminated: Terminated, more_room: Callable[[], bool], every_s: float = 2.0) -> None:
+    def __init__(
+        self, driver: str, n_workers: int, terminated: ShutdownSignal, more_room: Callable[[], bool], every_s: float = 2.0
+    ) -> None:
         self.reason: str | None = None
         self._driver, self._n_workers, self._terminated, self._more_room, self._every = driver, n_workers, terminated, more_room, every_s
         self._ended, self._next_look, self._room_seen = threading.Event(), 0.0, 0
@@ -214,7 +216,7 @@ def release_room() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
-class NodeWish:
+class AutoscalerRequest:
     """Asks a cluster that grows by itself for room for a run's workers. `_settle` looks for room before Ray is asked for workers, so
     without it such a cluster would never learn that it is too small. Ray merges the wishes of all who ask; each lasts `_WISH_S`."""
 

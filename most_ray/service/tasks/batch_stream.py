@@ -48,7 +48,7 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
     """
     chunk = steps_per_block(spec)
     span = chunk * _BLOCKS_PER_DATASET
-    board = _Board(first)
+    board = _FetchStatus(first)
 
     def batches() -> Iterator[Batch]:
         for start in range(first, last + 1, span):
@@ -57,7 +57,7 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
     return watched(batches(), spec.timeout_s, board.stage)
 
 
-class _Board:
+class _FetchStatus:
     """Where fetching tasks say what they are at, for the one who waits for them. Kept in Ray's key-value store; gone with the blocks."""
 
     def __init__(self, first: int) -> None:
@@ -106,7 +106,7 @@ class _Unhurried(ExecutionCallback):
         time.sleep(_PAUSE_S)
 
 
-def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _Board) -> Iterator[Batch]:
+def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, board: _FetchStatus) -> Iterator[Batch]:
     n_blocks = -(-(last - first + 1) // chunk)
     context = DataContext.get_current()
     context.execution_options.preserve_order = True

@@ -16,8 +16,8 @@ from most_ray.checkpoint.export import open_description, open_model
 from most_ray.errors import UserError
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Evaluation, combine
-from most_ray.evaluation.inline import EvaluationJob, open_outside, write_evaluation
-from most_ray.evaluation.scoring import Share, score_share
+from most_ray.evaluation.inline import EvaluationJob, open_external, write_evaluation
+from most_ray.evaluation.scoring import EvalShard, score_share
 from most_ray.io import storage
 from most_ray.train.hooks import ReportEvaluation
 
@@ -32,7 +32,7 @@ class EvaluationFailedError(UserError):
     exit_code = 1
 
 
-def score_place(job: EvaluationJob, place: str, rank: int, threads: int, niceness: int) -> Share:
+def score_place(job: EvaluationJob, place: str, rank: int, threads: int, niceness: int) -> EvalShard:
     """One share of a model's evaluation (see `open_model`), by this process."""
     os.nice(niceness)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - job.training_threads))
@@ -40,11 +40,11 @@ def score_place(job: EvaluationJob, place: str, rank: int, threads: int, nicenes
     sets = job.sets(model.config, tokenizer, place)
     if torch.cuda.is_available():
         model.to("cuda")
-    outside = open_outside(job.settings, place, getattr(model.config, "units_identity", None))
+    outside = open_external(job.settings, place, getattr(model.config, "units_identity", None))
     return score_share(Forward(model), tokenizer, sets, job.settings, rank, job.workers, outside)
 
 
-def combine_shares(job: EvaluationJob, place: str, *shares: Share) -> Evaluation:
+def combine_shares(job: EvaluationJob, place: str, *shares: EvalShard) -> Evaluation:
     config, tokenizer = open_description(place)
     return combine(shares, job.sets(config, tokenizer, place), job.settings, config, tokenizer, place)
 
@@ -94,7 +94,7 @@ def _alone(job: EvaluationJob, place: str, finish: Any, arguments: Sequence[Any]
     return finish(*arguments, score_place(job, place, 0, threads, niceness))
 
 
-def finish_evaluation(job: EvaluationJob, place: str, run_place: str, step: int, began: float, *shares: Share) -> dict[str, Any]:
+def finish_evaluation(job: EvaluationJob, place: str, run_place: str, step: int, began: float, *shares: EvalShard) -> dict[str, Any]:
     """Write evaluations/step-N.json and the hypotheses; the line for metrics.jsonl."""
     return write_evaluation(combine_shares(job, place, *shares), run_place, step, time.time() - began)
 

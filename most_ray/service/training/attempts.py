@@ -1,4 +1,4 @@
-"""Attempts at a run: as many as it takes, each at the number of workers that the cluster has room for, until the goal, a wish to stop,
+"""Attempts at a run: as many as it takes, each at the number of workers that the cluster has room for, until the goal, a request to stop,
 or too many failures."""
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster.control import (
     PREEMPTED,
     TASK_CPUS,
-    NodeWish,
-    Terminated,
+    AutoscalerRequest,
+    ShutdownSignal,
     Watcher,
     WorkerShare,
     answering_nodes,
-    forget,
+    clear_run_keys,
     release_room,
     room,
     stopped,
@@ -80,27 +80,29 @@ class _Trainer(TorchTrainer):
         del controller
 
 
-def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: Terminated) -> None:
+def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: ShutdownSignal) -> None:
     """Train to the goal.
 
     Raises:
         RunStoppedError: SIGTERM came; a checkpoint was written where workers were training. RunIncompleteError: too many failures, or
             no room. UserError: what a user can mend, as a rank has raised it.
     """
-    wish = NodeWish(WorkerShare.of(prepared.job.config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
+    request = AutoscalerRequest(WorkerShare.of(prepared.job.config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
     try:
-        _run_attempts(prepared, validation, console, terminated, wish)
+        _run_attempts(prepared, validation, console, terminated, request)
     finally:
-        wish.cancel()
+        request.cancel()
 
 
-def _run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: Terminated, wish: NodeWish) -> None:
+def _run_attempts(
+    prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: ShutdownSignal, request: AutoscalerRequest
+) -> None:
     config = prepared.job.config
     failures = FailureWindow(config.max_failures, config.failure_window_s)
     doubtful = False
     while True:
-        topology = _settle(prepared, doubtful, terminated, console, wish)
-        watcher, error = _attempt(prepared, topology, validation, terminated, wish)
+        topology = wait_for_resources(prepared, doubtful, terminated, console, request)
+        watcher, error = _attempt(prepared, topology, validation, terminated, request)
         if error is None and (watcher.reason is None or complete(prepared)):
             return
         cause = _cause(error) if error else ""
@@ -139,7 +141,7 @@ def _found_no_room(error: BaseException) -> bool:
 
 
 def _attempt(
-    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: Terminated, wish: NodeWish
+    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: ShutdownSignal, request: AutoscalerRequest
 ) -> tuple[Watcher, BaseException | None]:
     """One worker group, until it ends: what it was asked meanwhile, and how it failed."""
     n_workers = topology.world_size
@@ -151,7 +153,7 @@ def _attempt(
     last = reader.step_place(prepared.folder.checkpoints, job.total_steps)
 
     def more_room() -> bool:
-        wish.renew()
+        request.renew()
         if not larger or last in reader.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
             return False
         return n_workers + room(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
@@ -184,13 +186,15 @@ def _attempt(
     try:
         if error is not None:
             release_room()
-        forget(driver, n_workers)
+        clear_run_keys(driver, n_workers)
     except Exception:  # Ray may be gone with the workers: some bytes stay in a store that does not answer
         logger.debug("Ray's key-value store did not answer", exc_info=True)
     return watcher, error
 
 
-def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console: Console, wish: NodeWish) -> Topology:
+def wait_for_resources(
+    prepared: Prepared, doubtful: bool, terminated: ShutdownSignal, console: Console, request: AutoscalerRequest
+) -> Topology:
     """The largest layout that the cluster has room for beside its other work; waits for room for the smallest.
 
     Args:
@@ -203,7 +207,7 @@ def _settle(prepared: Prepared, doubtful: bool, terminated: Terminated, console:
     timeout, share = prepared.job.config.room_timeout_s, WorkerShare.of(prepared.job.config, prepared.use_gpu)
     began, told = time.monotonic(), 0.0
     while not terminated.is_set():
-        wish.renew()
+        request.renew()
         nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
         most, free = (room(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
         fitting = [topology for topology in prepared.topologies if topology.world_size <= free]

@@ -19,7 +19,7 @@ from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import first_screen
 from most_ray.errors import ConfigError
 from most_ray.evaluation.evaluate import Directories
-from most_ray.evaluation.inline import EvaluationJob, open_outside
+from most_ray.evaluation.inline import EvaluationJob, open_external
 from most_ray.evaluation.scoring import EvaluationSettings
 from most_ray.io import storage
 from most_ray.io.journal import read_journal
@@ -33,7 +33,7 @@ from most_ray.report.environment import environment
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_given, devices_of, keep_kit, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import check_needs, cluster_gpus, start_ray
-from most_ray.service.cluster.control import Terminated, usable_nodes
+from most_ray.service.cluster.control import ShutdownSignal, usable_nodes
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import runner_of
 from most_ray.service.training.attempts import RunIncompleteError, complete, run_attempts
@@ -47,11 +47,11 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     Raises:
         UserError: what the user can mend, a run that was asked to stop, or one that ended short of its goal.
     """
-    with Terminated().on_sigterm() as terminated:
+    with ShutdownSignal().on_sigterm() as terminated:
         return _run(config, console, terminated)
 
 
-def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[str, Any]:
+def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dict[str, Any]:
     gpus = cluster_gpus(config)
     if gpus is not None:
         terminated.install()
@@ -81,7 +81,7 @@ def _run(config: RunConfig, console: Console, terminated: Terminated) -> dict[st
         )
     keep_kit(prepared)
     if prepared.job.has_validation:  # what judges its speech is tried before a worker starts
-        open_outside(evaluation_job(config).settings, folder.place, prepared.job.units_identity, use_gpu=False)
+        open_external(evaluation_job(config).settings, folder.place, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     size = checkpoint_bytes(_model_config(prepared), job.topology, config.optimizer_state)

@@ -1,4 +1,4 @@
-"""What runs in each training worker of Ray Train: the engine's rank, with Ray's stream, stop wishes and evaluations around it."""
+"""What runs in each training worker of Ray Train: the engine's rank, with Ray's stream, stop wishes and evaluations hooks it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from most_ray.data.feed import StreamSpec
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.runs.job import Job
-from most_ray.service.cluster.control import StopListener, note_node
+from most_ray.service.cluster.control import StopListener, register_worker_node
 from most_ray.service.cluster.prometheus import RayMetrics
 from most_ray.service.tasks.batch_stream import stream_batches
 from most_ray.service.tasks.validation import Validation
 from most_ray.trackers.base import Background, Secret, Tracker
 from most_ray.trackers.select import trackers_of
-from most_ray.train.hooks import Surroundings
+from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import run_rank
 
 _SWITCH_S = 1e-4
@@ -46,10 +46,10 @@ def train_worker(work: WorkerJob) -> None:
     rank, job = context.get_world_rank(), work.job
     # transformers reads the layout's rank from the environment; Ray Train has set it, on every backend.
     os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
-    note_node(job.driver, rank)
+    register_worker_node(job.driver, rank)
     listener = StopListener(job.driver) if rank == 0 else None
     validation, inline = work.validation, job.config.eval_inline
-    around = Surroundings(
+    hooks = TrainHooks(
         batches=work.stream,
         wants_stop=listener or (lambda: False),
         validator=(lambda report: Validation(validation, job.run_place, job.total_steps, report)) if validation and not inline else None,
@@ -57,7 +57,7 @@ def train_worker(work: WorkerJob) -> None:
         trackers=_trackers(work) if rank == 0 else (),
     )
     try:
-        run_rank(job, ray.train.torch.get_device(), around)
+        run_rank(job, ray.train.torch.get_device(), hooks)
     except UserError:
         raise
     except Exception as error:  # whatever it is: Ray Train hands on the error without its traceback, so that goes into the text

@@ -29,13 +29,13 @@ from most_ray.runs.job import Job
 from most_ray.runs.output_checks import check_places
 from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import cluster_gpus
-from most_ray.service.cluster.control import Terminated, stopped
+from most_ray.service.cluster.control import ShutdownSignal, stopped
 from most_ray.service.preflight.checks import check_cluster, report_findings
 from most_ray.service.tasks.ingest_tasks import runner_of
 from most_ray.service.training.attempts import RunIncompleteError
-from most_ray.service.tune.search import Asha, Fifo, Pbt, Proposals, Recorder, Tell, Unsaved
+from most_ray.service.tune.search import Asha, Fifo, OnTrialUpdate, Pbt, Proposals, Recorder, Unsaved
 from most_ray.service.tune.trial import TRAIN, Slots, TrialActor
-from most_ray.service.tune.trial_resources import ACTOR_CPUS, Allotment
+from most_ray.service.tune.trial_resources import ACTOR_CPUS, TrialResources
 from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_place, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
@@ -70,13 +70,13 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
     folder = RunFolder(place)
     file = LedgerFile(folder)
     try:
-        with Terminated().on_sigterm() as terminated:
+        with ShutdownSignal().on_sigterm() as terminated:
             return _run(sweep, folder, file, console, terminated)
     finally:
         file.close()
 
 
-def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, terminated: Terminated) -> dict[str, Any]:
+def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, terminated: ShutdownSignal) -> dict[str, Any]:
     _check_same(sweep, file)
     if cluster_gpus(sweep.run) is not None:
         terminated.install(interrupt=True)
@@ -89,7 +89,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
     job = prepared.job
     left = max(0, sweep.max_trials - len(file.ledger.trials)) + len(file.ledger.in_state("open"))
     if left > 0:
-        allotment = Allotment(sweep, prepared, left, file.ledger.sweep.get("shared"))
+        allotment = TrialResources(sweep, prepared, left, file.ledger.sweep.get("shared"))
         jobs = {key: replace(each.job, threads=allotment.threads) for key, each in starts.items()}
         affinities, step_s = _measured(folder, jobs, allotment, sweep)
         orders = {key: affinities[key].order if key in affinities else None for key in models}
@@ -134,7 +134,9 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
     return prepare_run(config_from({**sweep.values, **changes}), runner_of, gpus=cluster_gpus(base))
 
 
-def _measured(folder: RunFolder, jobs: Mapping[str, Job], allotment: Allotment, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
+def _measured(
+    folder: RunFolder, jobs: Mapping[str, Job], allotment: TrialResources, sweep: Sweep
+) -> tuple[dict[str, Affinity], float | None]:
     """What is measured of the starting models: where a trial asks for it, the text that each one's experts carry; and a step's seconds."""
     splits = next((d.values for d in sweep.space.dimensions if d.name == "expert_split"), ())
     known = _read_affinities(folder) if "affinity" in splits else {}
@@ -165,7 +167,7 @@ def _read_affinities(folder: RunFolder) -> dict[str, Affinity]:
         return {}
 
 
-def _description(sweep: Sweep, job: Job, allotment: Allotment, file: LedgerFile) -> dict[str, Any]:
+def _description(sweep: Sweep, job: Job, allotment: TrialResources, file: LedgerFile) -> dict[str, Any]:
     """The ledger's line of a start."""
     before = file.ledger.sweep.get("full")
     return {
@@ -183,10 +185,10 @@ def _description(sweep: Sweep, job: Job, allotment: Allotment, file: LedgerFile)
     }
 
 
-class _Ending(Unsaved, Stopper):
+class TimeBudgetStopper(Unsaved, Stopper):
     """Ends the sweep when it is asked to, or when its time is up."""
 
-    def __init__(self, terminated: Terminated, deadline: float | None) -> None:
+    def __init__(self, terminated: ShutdownSignal, deadline: float | None) -> None:
         self._terminated, self._deadline = terminated, deadline
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -202,12 +204,12 @@ class _Ending(Unsaved, Stopper):
 
 
 def _search(
-    setting: Setting, job: Job, folder: RunFolder, file: LedgerFile, concurrent: int, console: Console, terminated: Terminated
+    setting: Setting, job: Job, folder: RunFolder, file: LedgerFile, concurrent: int, console: Console, terminated: ShutdownSignal
 ) -> bool:
     """Until all trials have ended; whether the time was up before."""
     sweep, options = setting.sweep, setting.sweep.options
     left_s = options.max_hours * 3600 - file.ledger.spent_s if options.max_hours else None
-    ending = _Ending(terminated, None if left_s is None else time.monotonic() + left_s)
+    ending = TimeBudgetStopper(terminated, None if left_s is None else time.monotonic() + left_s)
     tell = _teller(sweep, console)
     recorder, proposals = Recorder(file, tell, job.total_steps), Proposals(setting, file, tell)
     search: dict[str, Any] = {"search_alg": proposals, "num_samples": sweep.max_trials, "max_concurrent_trials": concurrent}
@@ -302,7 +304,7 @@ def _quiet_tune() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _teller(sweep: Sweep, console: Console) -> Tell:
+def _teller(sweep: Sweep, console: Console) -> OnTrialUpdate:
     def tell(trial: Trial) -> None:
         console.print(trial_line(trial, sweep.objectives), highlight=False, soft_wrap=True, markup=False)
 

@@ -27,7 +27,7 @@ from most_ray.sweep.options import Sweep, mutable
 from most_ray.sweep.space import Dimension, Space, Values
 from most_ray.sweep.trials import Setting, run_name
 
-Tell = Callable[[Trial], None]  # called with a trial of whom something is new
+OnTrialUpdate = Callable[[Trial], None]  # called with a trial of whom something is new
 _WORST = 1e30  # finite, for means are taken of it
 _PERTURBATIONS = 20  # that are tried for one that can be trained
 _STARTUP_TRIALS = 10  # of Optuna's TPE that are drawn at random, of many trials; of few, a quarter
@@ -44,7 +44,7 @@ class Proposals(Unsaved, Searcher):
     """Which trial is next: those that an earlier start has left open, then new ones until there are `max_trials`. A proposal that cannot be
     trained is written down as failed, with its reason, and takes no room."""
 
-    def __init__(self, setting: Setting, ledger: LedgerFile, tell: Tell) -> None:
+    def __init__(self, setting: Setting, ledger: LedgerFile, tell: OnTrialUpdate) -> None:
         super().__init__(metric="objective_0", mode="min")
         self._setting, self._file, self._tell = setting, ledger, tell
         self._open = collections.deque(ledger.ledger.in_state("open"))
@@ -196,7 +196,7 @@ def _told(trial: Trial, space: Space, distributions: Mapping[str, Any], metrics:
 class Recorder:
     """What all schedulers do besides: write down what trials tell and how they end."""
 
-    def __init__(self, ledger: LedgerFile, tell: Tell, total_steps: int) -> None:
+    def __init__(self, ledger: LedgerFile, tell: OnTrialUpdate, total_steps: int) -> None:
         self._file, self._tell, self._total_steps = ledger, tell, total_steps
 
     def result(self, work: Mapping[str, Any], result: Mapping[str, Any]) -> None:

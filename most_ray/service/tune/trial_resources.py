@@ -21,7 +21,7 @@ ACTOR_CPUS = 0.01  # of a trial's actor, which waits
 _TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
 
 
-class Allotment:
+class TrialResources:
     """The Ray that a sweep uses, and each trial's share of it.
 
     Attributes:

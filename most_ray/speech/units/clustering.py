@@ -52,7 +52,7 @@ class SpeakerStatistics:
         """(frames, features) with zero mean and unit variance over the speaker's frames."""
         return ((features - self.mean) / self.deviation).astype(np.float32)
 
-    def leaning_on(self, mean: np.ndarray, deviation: np.ndarray) -> SpeakerStatistics:
+    def map_adapt(self, mean: np.ndarray, deviation: np.ndarray) -> SpeakerStatistics:
         """These, mixed with a second's worth of a corpus' speakers: of a single short recording little can be known (maximum a
         posteriori adaptation, Gauvain & Lee 1994)."""
         squares = _MEAN_WEIGHT * (deviation**2 + mean**2)

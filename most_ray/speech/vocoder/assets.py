@@ -44,7 +44,7 @@ class SpeechKit:
             if len(frames):
                 statistics = SpeakerStatistics.of(frames)
                 if reference := self.manifest.get("reference"):
-                    statistics = statistics.leaning_on(*(np.array(reference[what]) for what in ("mean", "deviation")))
+                    statistics = statistics.map_adapt(*(np.array(reference[what]) for what in ("mean", "deviation")))
                 for index in group:
                     found[index] = statistics.apply(found[index])
         units = [assign(frames, self.centroids) for frames in found]
