@@ -186,17 +186,17 @@ class RunConfig(TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelO
         return "full" if self.gradient_checkpointing else self.recompute
 
     @property
-    def run_place(self) -> str:
+    def run_uri(self) -> str:
         """The run's folder, a path or a URI."""
         return storage.join(storage.absolute(self.output_dir), self.name)
 
     def redacted(self) -> RunConfig:
         """The configuration as it may be written down: without the credentials that URIs of directories can hold."""
         shown: dict[str, Any] = {}
-        for place in dataclasses.fields(self):
-            value = getattr(self, place.name)
-            if value and place.name.endswith(("_dir", "_dirs", "_path", "_checkpoint", "_records", "recogniser", "vocoder")):
-                shown[place.name] = tuple(map(storage.redact, value)) if isinstance(value, tuple) else storage.redact(value)
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if value and each.name.endswith(("_dir", "_dirs", "_path", "_checkpoint", "_records", "recogniser", "vocoder")):
+                shown[each.name] = tuple(map(storage.redact, value)) if isinstance(value, tuple) else storage.redact(value)
         return dataclasses.replace(self, **shown)
 
 

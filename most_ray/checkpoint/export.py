@@ -20,24 +20,24 @@ from most_ray.speech.vocoder.assets import FOLDER as KIT
 from most_ray.speech.vocoder.assets import copy_kit, find_kit
 
 
-def export_checkpoint(place: str | Path, output: Path) -> None:
+def export_checkpoint(uri: str | Path, output: Path) -> None:
     """Write the weights, configuration and tokenizer of a complete checkpoint, from any number of ranks, to the local folder `output`;
     with them, in speech/, what makes units of recordings and recordings of units, where the run has it.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or its tensors are not the model's.
     """
-    place = str(place)
-    reader.read_state(place)
-    _check_output(place, output)
-    model, tokenizer = _checkpoint_model(place)
+    uri = str(uri)
+    reader.read_state(uri)
+    _check_output(uri, output)
+    model, tokenizer = _checkpoint_model(uri)
     output = output.absolute()
     temporary, old = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_model(model, tokenizer, temporary)
     identity = getattr(model.config, "units_identity", None)
-    if kit := find_kit(place, identity):
+    if kit := find_kit(uri, identity):
         copy_kit([kit], str(temporary / KIT), identity)
     if output.exists():
         output.rename(old)
@@ -45,53 +45,53 @@ def export_checkpoint(place: str | Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def open_model(place: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
+def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
     """The model and tokenizer of a model folder, a hub name, or a complete checkpoint, in float32 in this process's memory.
 
     Raises:
         CheckpointError: nothing usable is there.
     """
-    if _is_checkpoint(place):
-        return _checkpoint_model(place)
-    folder = local_copy(place)
+    if _is_checkpoint(uri):
+        return _checkpoint_model(uri)
+    folder = local_copy(uri)
     return load_model(folder), load_tokenizer(folder)
 
 
-def open_description(place: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
+def open_description(uri: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
     """The configuration and tokenizer of what `open_model` opens, without its weights."""
-    if not _is_checkpoint(place):
-        folder = local_copy(place)
+    if not _is_checkpoint(uri):
+        folder = local_copy(uri)
         return read_config(folder), load_tokenizer(folder)
-    reader.read_state(place)
+    reader.read_state(uri)
     with tempfile.TemporaryDirectory(prefix="most_ray-export-") as scratch:
-        folder = _model_files(place, Path(scratch))
+        folder = _model_files(uri, Path(scratch))
         return read_config(folder), load_tokenizer(folder)
 
 
-def _is_checkpoint(place: str) -> bool:
-    return storage.exists(storage.join(place, reader.COMMIT))
+def _is_checkpoint(uri: str) -> bool:
+    return storage.exists(storage.join(uri, reader.COMMIT))
 
 
-def _checkpoint_model(place: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
-    config, tokenizer = open_description(place)
+def _checkpoint_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
+    config, tokenizer = open_description(uri)
     with initialization.no_init_weights():  # but buffers that no file holds are made
         model = MostForCausalLM(config)
-    reader.read_model(place, model)
+    reader.read_model(uri, model)
     return model, tokenizer
 
 
-def _model_files(place: str, scratch: Path) -> str:
+def _model_files(uri: str, scratch: Path) -> str:
     """A local folder with the checkpoint's configuration and tokenizer."""
-    if not storage.is_remote(place):
-        return str(storage.local(place))
-    for entry in storage.list_files(place, ("",)):
+    if not storage.is_remote(uri):
+        return str(storage.local(uri))
+    for entry in storage.list_files(uri, ("",)):
         if not entry.name.endswith(".safetensors"):
             (scratch / entry.name).parent.mkdir(parents=True, exist_ok=True)
-            storage.download(entry.place, scratch / entry.name)
+            storage.download(entry.uri, scratch / entry.name)
     return str(scratch)
 
 
-def _check_output(place: str, output: Path) -> None:
+def _check_output(uri: str, output: Path) -> None:
     """Only what is an export already may be replaced by one.
 
     Raises:
@@ -99,7 +99,7 @@ def _check_output(place: str, output: Path) -> None:
     """
     if not output.exists():
         return
-    directory = None if storage.is_remote(place) else storage.local(place).resolve()
+    directory = None if storage.is_remote(uri) else storage.local(uri).resolve()
     if directory and output.resolve() in (directory, *directory.parents):
         raise ConfigError("output", str(output), "holds the checkpoint itself.", "Name another folder.")
     names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}

@@ -27,7 +27,7 @@ from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
-from most_ray.io.run_folder import COMMIT, step_place
+from most_ray.io.run_folder import COMMIT, step_uri
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.optim.optimizer import saved_state
@@ -40,15 +40,15 @@ DEEP_BYTES = 16 << 30  # a checkpoint is hashed before it is trusted where a pro
 _STEP = re.compile(r"step-(\d{9,})")
 
 
-def step_of(place: str) -> int:
+def step_of(uri: str) -> int:
     """The step of a checkpoint's place.
 
     Raises:
         CheckpointError: its name is not that of a step.
     """
-    match = _STEP.fullmatch(storage.name_of(place))
+    match = _STEP.fullmatch(storage.name_of(uri))
     if match is None:
-        raise CheckpointError("checkpoint", storage.redact(place), "is not named step-NNNNNNNNN.")
+        raise CheckpointError("checkpoint", storage.redact(uri), "is not named step-NNNNNNNNN.")
     return int(match[1])
 
 
@@ -69,19 +69,19 @@ def _steps(checkpoints: str) -> dict[int, bool]:
 
 def committed(checkpoints: str) -> list[str]:
     """Places of the complete checkpoints, oldest first."""
-    return [step_place(checkpoints, step) for step, done in sorted(_steps(checkpoints).items()) if done]
+    return [step_uri(checkpoints, step) for step, done in sorted(_steps(checkpoints).items()) if done]
 
 
-def read_marker(place: str) -> dict[str, Any]:
+def read_marker(uri: str) -> dict[str, Any]:
     """commit.json: `step` and `files`, name -> [bytes, xxh3_128].
 
     Raises:
         CheckpointError: the folder is missing, was not committed, or is of another format. DamagedFileError: the marker is garbage.
     """
     try:
-        data = storage.read_bytes(storage.join(place, COMMIT))
+        data = storage.read_bytes(storage.join(uri, COMMIT))
     except FileNotFoundError:
-        raise CheckpointError("checkpoint", storage.redact(place), f"is missing or was never completed (no {COMMIT}).") from None
+        raise CheckpointError("checkpoint", storage.redact(uri), f"is missing or was never completed (no {COMMIT}).") from None
     try:
         marker: dict[str, Any] = json.loads(data)
         found, _ = marker.get("format", 1), marker["step"]
@@ -90,47 +90,47 @@ def read_marker(place: str) -> dict[str, Any]:
         raise DamagedFileError(f"{COMMIT} is cut off or garbage ({error})") from error
     if not whole:
         raise DamagedFileError(f"{COMMIT} is cut off or garbage (its list of files)")
-    check_format(place, found)
+    check_format(uri, found)
     return marker
 
 
-def check_format(place: str, found: object) -> None:
+def check_format(uri: str, found: object) -> None:
     """Raises CheckpointError for a checkpoint of another format than this version's."""
     if found != FORMAT:
         remedy = "Read it with the version that wrote it (export, then start from the exported model), or give the run another name."
-        raise CheckpointError("checkpoint", storage.redact(place), f"has format {found}, not {FORMAT}.", remedy)
+        raise CheckpointError("checkpoint", storage.redact(uri), f"has format {found}, not {FORMAT}.", remedy)
 
 
-def _marker(place: str) -> dict[str, Any]:
+def _marker(uri: str) -> dict[str, Any]:
     """As `read_marker`, with garbage as a CheckpointError too."""
     try:
-        return read_marker(place)
+        return read_marker(uri)
     except DamagedFileError as error:
-        raise _damaged(place, str(error)) from error
+        raise _damaged(uri, str(error)) from error
 
 
-def _damaged(place: str, reason: str) -> CheckpointError:
-    return CheckpointError("checkpoint", storage.redact(place), f"has a damaged file ({reason}).", "Delete it to go on from an older one.")
+def _damaged(uri: str, reason: str) -> CheckpointError:
+    return CheckpointError("checkpoint", storage.redact(uri), f"has a damaged file ({reason}).", "Delete it to go on from an older one.")
 
 
-def read_state(place: str | Path) -> dict[str, Any]:
+def read_state(uri: str | Path) -> dict[str, Any]:
     """state.json of a complete checkpoint.
 
     Raises:
         CheckpointError: the folder is missing, was not committed, is damaged, or is of another format.
     """
-    place = str(place)
-    _marker(place)
+    uri = str(uri)
+    _marker(uri)
     try:
-        content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(place, STATE)))
+        content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, STATE)))
         found = content["format"]
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(place, f"{STATE}: {error}") from error
-    check_format(place, found)
+        raise _damaged(uri, f"{STATE}: {error}") from error
+    check_format(uri, found)
     return content
 
 
-def find_corruption(place: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
+def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
     """What is wrong with a checkpoint that has its marker; None where every file is there with its size and, `deep`, its hash.
 
     Hashing is dealt out: this call takes the files of `rank` out of `world` callers. (Sizes all of them look at: that is one listing.)
@@ -139,24 +139,24 @@ def find_corruption(place: str, rank: int = 0, world: int = 1, *, deep: bool = F
         CheckpointError: it was never completed, or has another format. DataError: the storage fails.
     """
     try:
-        files = read_marker(place)["files"]
+        files = read_marker(uri)["files"]
     except DamagedFileError as error:
         return str(error)
-    sizes = {entry.name: entry.size for entry in storage.list_files(place, ("",))}
+    sizes = {entry.name: entry.size for entry in storage.list_files(uri, ("",))}
     for number, (name, (size, digest)) in enumerate(sorted(files.items())):
         if name not in sizes:
             return f"{name} is missing"
         if sizes[name] != size:
             return f"{name} has {sizes[name]:,} bytes, not {size:,}"
-        if deep and number % world == rank and hash_file(storage.join(place, name)) != digest:
+        if deep and number % world == rank and hash_file(storage.join(uri, name)) != digest:
             return f"{name} has other content than was written (its hash differs)"
     return None
 
 
-def hash_file(place: str | Path) -> str:
+def hash_file(uri: str | Path) -> str:
     """xxh3_128 of a file."""
     state = xxhash.xxh3_128()
-    with storage.open_read(place) as stream:
+    with storage.open_read(uri) as stream:
         while chunk := stream.read(CHUNK):
             state.update(chunk)
     return state.hexdigest()
@@ -171,32 +171,32 @@ def latest_valid(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | 
     Raises:
         CheckpointError: the newest has another format. DataError: the storage fails.
     """
-    return _first_valid(committed(checkpoints), lambda place: find_corruption(place, deep=_size(place) <= deep_bytes))
+    return _first_valid(committed(checkpoints), lambda uri: find_corruption(uri, deep=_size(uri) <= deep_bytes))
 
 
 def latest_valid_on_all_ranks(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, list[tuple[str, str]]]:
     """As `latest_valid`, on all ranks of the default group: they share the hashing, up to `deep_bytes` each, and agree."""
     rank, world = this_rank(), world_size()
 
-    def reason(place: str) -> str | None:
-        reasons = all_gather_or_raise(lambda: find_corruption(place, rank, world, deep=_size(place) <= deep_bytes * world))
+    def reason(uri: str) -> str | None:
+        reasons = all_gather_or_raise(lambda: find_corruption(uri, rank, world, deep=_size(uri) <= deep_bytes * world))
         return next((reason for reason in reasons if reason), None)
 
     return _first_valid(all_gather_or_raise(lambda: committed(checkpoints) if rank == 0 else [])[0], reason)
 
 
-def _first_valid(places: list[str], reason: Callable[[str], str | None]) -> tuple[str | None, list[tuple[str, str]]]:
+def _first_valid(uris: list[str], reason: Callable[[str], str | None]) -> tuple[str | None, list[tuple[str, str]]]:
     torn: list[tuple[str, str]] = []
-    for place in reversed(places):
-        if (why := reason(place)) is None:
-            return place, torn
-        torn.append((place, why))
+    for uri in reversed(uris):
+        if (why := reason(uri)) is None:
+            return uri, torn
+        torn.append((uri, why))
     return None, torn
 
 
-def _size(place: str) -> int:
+def _size(uri: str) -> int:
     try:
-        return sum(size for size, _ in read_marker(place)["files"].values())
+        return sum(size for size, _ in read_marker(uri)["files"].values())
     except DamagedFileError:
         return 0
 
@@ -208,16 +208,16 @@ def require_one(intact: str | None, torn: list[tuple[str, str]]) -> None:
         CheckpointError: all are damaged; names the newest.
     """
     if intact is None and torn:
-        place, reason = torn[0]
+        uri, reason = torn[0]
         rule = f"is damaged ({reason}), and so are all {len(torn)} of the run."
-        raise CheckpointError("checkpoint", storage.redact(place), rule, "Mend the storage, or delete them to begin anew.")
+        raise CheckpointError("checkpoint", storage.redact(uri), rule, "Mend the storage, or delete them to begin anew.")
 
 
-def invalidate(place: str) -> None:
+def invalidate(uri: str) -> None:
     """Take a damaged checkpoint's marker away, to where a person still finds it: it is none any more, and its step may be saved again."""
     with contextlib.suppress(FileNotFoundError):
-        storage.write_bytes(storage.join(place, f"{COMMIT}.damaged"), storage.read_bytes(storage.join(place, COMMIT)))
-    storage.remove(storage.join(place, COMMIT))
+        storage.write_bytes(storage.join(uri, f"{COMMIT}.damaged"), storage.read_bytes(storage.join(uri, COMMIT)))
+    storage.remove(storage.join(uri, COMMIT))
 
 
 def prune(
@@ -236,9 +236,9 @@ def prune(
     deleted = steps_to_delete(done, keep_last, keep_best, scores, pending)
     leftovers = [step for step, is_committed in found.items() if not is_committed and done and step < max(done)]
     for step in (*deleted, *sorted(leftovers)):
-        place = step_place(checkpoints, step)
-        storage.remove(storage.join(place, COMMIT))
-        storage.remove(place)
+        uri = step_uri(checkpoints, step)
+        storage.remove(storage.join(uri, COMMIT))
+        storage.remove(uri)
     return deleted
 
 
@@ -275,7 +275,7 @@ def random_parts() -> list[TensorShard]:
     return [part_of(name, value, rank=0) for name, value in states.items()]
 
 
-def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scratch: Path | None = None) -> dict[str, Any]:
+def load(uri: str | Path, state: TrainState, with_optimizer: bool = True, scratch: Path | None = None) -> dict[str, Any]:
     """Read a checkpoint of any layout into a live state, in place; every rank calls it. Returns state.json.
 
     With `with_optimizer` the step, schedule, loss scale, buffers and random state come along; without, only the weights.
@@ -286,12 +286,12 @@ def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scra
     Raises:
         CheckpointError: incomplete or damaged, or a tensor is missing or of another shape.
     """
-    place = str(place)
-    content = read_state(place)
-    files = CheckpointFiles(place, scratch)
+    uri = str(uri)
+    content = read_state(uri)
+    files = CheckpointFiles(uri, scratch)
     n_tensors = sum(name.startswith("model.") for name in files.index)
     if n_tensors != content["n_tensors"]:
-        raise _damaged(place, f"{n_tensors} of {content['n_tensors']} model tensors are there")
+        raise _damaged(uri, f"{n_tensors} of {content['n_tensors']} model tensors are there")
     # Buffers that a run has come to need since (balance biases are zeros), and random states of ranks that were not there, begin anew.
     parts, ends = _readable_parts(state, files.index) if with_optimizer else (model_parts(state.model), [])
     found = [part for part in parts if part.name in files.index or not (part.name.startswith("state.") or part.name.endswith(BALANCE_BIAS))]
@@ -313,13 +313,13 @@ def load(place: str | Path, state: TrainState, with_optimizer: bool = True, scra
     return content
 
 
-def read_model(place: str, model: nn.Module, scratch: Path | None = None) -> None:
+def read_model(uri: str, model: nn.Module, scratch: Path | None = None) -> None:
     """Fill a model, on any number of ranks, with a checkpoint's weights.
 
     Raises:
         CheckpointError: incomplete or damaged, or its tensors are not the model's.
     """
-    CheckpointFiles(place, scratch).read(model_parts(model))
+    CheckpointFiles(uri, scratch).read(model_parts(model))
 
 
 class CheckpointFiles:
@@ -329,20 +329,20 @@ class CheckpointFiles:
         CheckpointError: a file is missing or damaged.
     """
 
-    def __init__(self, place: str, scratch: Path | None = None) -> None:
-        self._place, self._scratch = place, scratch
+    def __init__(self, uri: str, scratch: Path | None = None) -> None:
+        self._uri, self._scratch = uri, scratch
         headers = {}
-        for name in sorted(_marker(place)["files"]):
+        for name in sorted(_marker(uri)["files"]):
             if name.endswith(".safetensors"):
                 try:
-                    with storage.open_read(storage.join(place, name)) as stream:
+                    with storage.open_read(storage.join(uri, name)) as stream:
                         headers[name] = read_header(stream)
                 except (FileNotFoundError, DamagedFileError) as error:
-                    raise _damaged(place, f"{name}: {error}") from error
+                    raise _damaged(uri, f"{name}: {error}") from error
         try:
             self.index: dict[str, Stored] = index_of(headers)
         except (KeyError, ValueError, TypeError) as error:
-            raise _damaged(place, f"the header of one of {len(headers)}: {error}") from error
+            raise _damaged(uri, f"the header of one of {len(headers)}: {error}") from error
 
     def read(self, parts: list[TensorShard]) -> None:
         """Fill the live tensors behind `parts`; those of the model must be all that there are.
@@ -350,7 +350,7 @@ class CheckpointFiles:
         Raises:
             CheckpointError: a tensor is missing, unknown or of another shape, or a file is damaged.
         """
-        shown = storage.redact(self._place)
+        shown = storage.redact(self._uri)
         stored = {name: tuple(entry.metadata.size) for name, entry in self.index.items()}
         missing = sorted(part.name for part in parts if part.name not in stored)
         if missing:
@@ -367,15 +367,15 @@ class CheckpointFiles:
             try:
                 read_parts(parts, self.index, lambda name: self._fetch(name, Path(folder)), self._done)
             except (FileNotFoundError, DamagedFileError) as error:
-                raise _damaged(self._place, str(error)) from error
+                raise _damaged(self._uri, str(error)) from error
 
     def _fetch(self, name: str, folder: Path) -> Path:
-        place = storage.join(self._place, name)
-        if not storage.is_remote(place):
-            return storage.local(place)
-        storage.download(place, folder / name)
+        uri = storage.join(self._uri, name)
+        if not storage.is_remote(uri):
+            return storage.local(uri)
+        storage.download(uri, folder / name)
         return folder / name
 
     def _done(self, path: Path) -> None:
-        if storage.is_remote(self._place):
+        if storage.is_remote(self._uri):
             path.unlink()

@@ -48,7 +48,7 @@ class Saved(NamedTuple):
     """A checkpoint that was committed. `seconds`: from the copy to the marker."""
 
     step: int
-    place: str
+    uri: str
     seconds: float
 
 
@@ -86,7 +86,7 @@ class CheckpointWriter:
 
     def save(
         self,
-        place: str,
+        uri: str,
         state: TrainState,
         content: dict[str, Any],
         files: Callable[[Path], None],
@@ -117,7 +117,7 @@ class CheckpointWriter:
             else:
                 self._staging.copy(torch.get_num_threads())
             sizes = {part.name: math.prod(part.shape) for part in parts}
-            job = _Job(place, state.step, rank, self._group, self._staging, text, sizes, whole_bytes, files, may_commit, self._scratch)
+            job = _Job(uri, state.step, rank, self._group, self._staging, text, sizes, whole_bytes, files, may_commit, self._scratch)
             self._thread = threading.Thread(target=self._run, args=(job, time.monotonic()), name="checkpoint", daemon=True)
             if self._background:
                 self._thread.start()
@@ -169,13 +169,13 @@ class CheckpointWriter:
             finally:
                 self._copied.set()
             job.run()
-            self._saved.append(Saved(job.step, job.place, time.monotonic() - started))
+            self._saved.append(Saved(job.step, job.uri, time.monotonic() - started))
         except CheckpointError as error:
             # What a user must mend ends the run; after anything else it goes on from the checkpoint before.
             self._error = error if error.field in _FOR_USERS else RuntimeError(str(error))
         except Exception as error:  # noqa: BLE001 - a thread's errors are raised by the next call; here: another rank was lost
             # Nothing that a user can mend: the run goes on from the checkpoint before.
-            self._error = RuntimeError(f"checkpoint {storage.redact(job.place)} was not completed: {error}")
+            self._error = RuntimeError(f"checkpoint {storage.redact(job.uri)} was not completed: {error}")
 
     def _await_copy(self) -> None:
         if not self._copied.is_set():
@@ -232,7 +232,7 @@ def _meshes(model: nn.Module) -> list[dict[str, int]]:
 class _Job:
     """One checkpoint, from the copy on; every rank runs it."""
 
-    place: str
+    uri: str
     step: int
     rank: int
     group: Any
@@ -267,44 +267,44 @@ class _Job:
                 raise self._explain(error) from error
             except Exception as error:  # whatever it is (a tokenizer's, the storage's): there is no checkpoint
                 raise CheckpointError(
-                    "checkpoint", storage.redact(self.place), f"could not be written on rank {self.rank} ({error})."
+                    "checkpoint", storage.redact(self.uri), f"could not be written on rank {self.rank} ({error})."
                 ) from error
 
         return all_gather_or_raise(explained, self.group)
 
     def _explain(self, error: OSError) -> CheckpointError:
-        shown = storage.redact(self.place)
+        shown = storage.redact(self.uri)
         if error.errno not in _FULL:
             return CheckpointError("checkpoint", shown, f"could not be written on rank {self.rank} ({error}).")
-        where = "" if error.filename is None or not storage.is_remote(self.place) else f" at {error.filename}"
+        where = "" if error.filename is None or not storage.is_remote(self.uri) else f" at {error.filename}"
         size = f"{self.whole_bytes / 1e6:,.0f} MB"
         rule = f"has no room left for a checkpoint of {size} ({error.strerror}{where})."
         return CheckpointError("output_dir", shown, rule, f"Make room, then start the same command again. {self._last_intact()}")
 
     def _last_intact(self) -> str:
         with contextlib.suppress(Exception):  # a remark in an error that is being told must not hide it
-            intact = (place for place in reversed(committed(storage.parent(self.place))) if find_corruption(place) is None)
-            if place := next(intact, None):
-                return f"The last checkpoint is intact: {storage.redact(place)}."
+            intact = (uri for uri in reversed(committed(storage.parent(self.uri))) if find_corruption(uri) is None)
+            if uri := next(intact, None):
+                return f"The last checkpoint is intact: {storage.redact(uri)}."
         return "There is no earlier checkpoint."
 
     def _begin(self) -> None:
         self._require_turn()
-        storage.remove(self.place)  # left by an attempt that died before its commit
+        storage.remove(self.uri)  # left by an attempt that died before its commit
 
     def _require_turn(self) -> None:
         """Raises CheckpointError where another attempt has taken over, or has committed this very step."""
-        if not self.may_commit() or storage.exists(storage.join(self.place, COMMIT)):
+        if not self.may_commit() or storage.exists(storage.join(self.uri, COMMIT)):
             raise CheckpointError("attempt", None, "has been replaced by a newer one of the same run; its checkpoint was not committed.")
 
     def _write(self) -> tuple[str, tuple[int, str], dict[str, int]]:
         """This rank's file: its name, its size and hash, and how many values of each tensor it holds."""
         name = f"rank-{self.rank:05d}.safetensors"
-        if not storage.is_remote(self.place):
-            return name, self._write_file(storage.local(self.place) / name), self.staging.values
+        if not storage.is_remote(self.uri):
+            return name, self._write_file(storage.local(self.uri) / name), self.staging.values
         with tempfile.TemporaryDirectory(prefix="most_ray-save-", dir=self.scratch) as folder:
             entry = self._write_file(Path(folder) / name)
-            storage.publish(Path(folder), self.place, name)
+            storage.publish(Path(folder), self.uri, name)
         return name, entry, self.staging.values
 
     def _write_file(self, path: Path) -> tuple[int, str]:
@@ -327,24 +327,24 @@ class _Job:
         wrong = sorted(name for name, count in self.sizes.items() if found[name] != count)
         if wrong:
             rule = f"would hold {found[wrong[0]]} of {self.sizes[wrong[0]]} values of {wrong[0]} ({len(wrong)} tensors are not whole)."
-            raise CheckpointError("checkpoint", storage.redact(self.place), rule)
+            raise CheckpointError("checkpoint", storage.redact(self.uri), rule)
 
     def _commit(self, files: dict[str, tuple[int, str]], written: list[dict[str, int]]) -> None:
         """state.json, the caller's files, and the marker."""
         self._require_whole(written)
-        root = storage.with_retries(lambda: self._write_rest(files), self.place)
+        root = storage.with_retries(lambda: self._write_rest(files), self.uri)
         marker = json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1)
         self._require_turn()
-        storage.write_bytes(storage.join(self.place, COMMIT), marker.encode())
-        if not storage.is_remote(self.place):
+        storage.write_bytes(storage.join(self.uri, COMMIT), marker.encode())
+        if not storage.is_remote(self.uri):
             for path in (root / COMMIT, root, root.parent):
                 _sync(path)
 
     def _write_rest(self, files: dict[str, tuple[int, str]]) -> Path:
         """All but the ranks' files, which `files` lists and to which these are added. Returns the folder that they were made in."""
-        remote = storage.is_remote(self.place)
+        remote = storage.is_remote(self.uri)
         with tempfile.TemporaryDirectory(prefix="most_ray-save-", dir=self.scratch) if remote else contextlib.nullcontext("") as folder:
-            root = Path(folder) if folder else storage.local(self.place)
+            root = Path(folder) if folder else storage.local(self.uri)
             (root / STATE).write_text(self.text, encoding="utf-8")
             self.files(root)
             for path in sorted(path for path in root.rglob("*") if path.is_file()):
@@ -353,7 +353,7 @@ class _Job:
                     continue
                 files[name] = (path.stat().st_size, hash_file(path))
                 if remote:
-                    storage.write_bytes(storage.join(self.place, name), path.read_bytes())
+                    storage.write_bytes(storage.join(self.uri, name), path.read_bytes())
                 else:
                     _sync(path)
         return root
@@ -362,8 +362,8 @@ class _Job:
         """Rank 0 takes away what was written, unless the folder is another attempt's by now."""
         if self.rank == 0:
             with contextlib.suppress(Exception):  # the error that is being told counts; what stays has no marker
-                if self.may_commit() and not storage.exists(storage.join(self.place, COMMIT)):
-                    storage.remove(self.place)
+                if self.may_commit() and not storage.exists(storage.join(self.uri, COMMIT)):
+                    storage.remove(self.uri)
 
 
 def _sync(path: Path) -> None:

@@ -62,7 +62,7 @@ def _submit(args: argparse.Namespace) -> int:
         package.check_holds(job.config)
     client = service.open_client(address)
     cluster = service.describe_cluster(client)
-    base = service.job_name(job.name, job.place)
+    base = service.job_name(job.name, job.uri)
     where = f" --address {shlex.quote(storage.redact(address))}" if address else ""
     stopping = f"Stop it{' behind a checkpoint' if job.resumes else ''}: most-ray submit --stop"
     submission = None
@@ -94,7 +94,7 @@ class _Job:
     config: that path, where it goes along; resumes: whether it goes on from a checkpoint."""
 
     name: str
-    place: str
+    uri: str
     words: list[str]
     config: str | None
     resumes: bool
@@ -115,7 +115,7 @@ def _checked(words: list[str], folder: Path) -> _Job:
         rule = "holds credentials, and a job's command is seen by all who see the cluster."
         raise ConfigError("flag", storage.redact(secret), rule, _ROLE)
     args = build_parser().parse_args(words)
-    name, place = _identity(args)
+    name, uri = _identity(args)
     config = str(args.config) if getattr(args, "config", None) else None
     inner = _inner(config, folder) if config and not storage.is_remote(config) else None
     if inner:
@@ -124,7 +124,7 @@ def _checked(words: list[str], folder: Path) -> _Job:
             f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word
             for last, word in zip(before, words, strict=False)
         ]
-    return _Job(name, place, words, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
+    return _Job(name, uri, words, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
 
 
 def _identity(args: argparse.Namespace) -> tuple[str, str]:
@@ -137,13 +137,13 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
         return f"evaluate-{args.output.stem}", str(args.output)
     if args.command == "prepare" and args.what != "store":
         given = vars(args)
-        place = next(str(given[name]) for name in ("output", "output_dir", "records", "config", "what") if given.get(name))
+        uri = next(str(given[name]) for name in ("output", "output_dir", "records", "config", "what") if given.get(name))
         if args.what == "tts" and args.config:
             from most_ray.records.tts_records import read_conversions
 
             read_conversions(args.config)
             _check_secrets(args.config, {"input_dir": args.config.read_text()})  # as text: a Path has lost what tells a URI
-        return f"prepare-{args.what}-{Path(place).stem}", place
+        return f"prepare-{args.what}-{Path(uri).stem}", uri
     if args.command == "sweep":
         from most_ray.sweep.options import flag_values, load_sweep
 
@@ -153,13 +153,13 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
     if args.config and not storage.is_remote(args.config):
         redacted = run.redacted()
         _check_secrets(args.config, {name: str(value) for name, value in vars(run).items() if value != getattr(redacted, name)})
-    place = str(Path(run.output_dir, run.name))
+    uri = str(Path(run.output_dir, run.name))
     if args.command == "prepare":
         verified = " verified" if args.verify else ""
-        return f"prepare-store-{run.name}", (run.store_dir or place) + verified
+        return f"prepare-store-{run.name}", (run.store_dir or uri) + verified
     if args.command == "doctor":
-        return f"doctor-{run.name}", place
-    return f"dry-{run.name}" if args.command == "train" and args.dry_run is not None else run.name, place
+        return f"doctor-{run.name}", uri
+    return f"dry-{run.name}" if args.command == "train" and args.dry_run is not None else run.name, uri
 
 
 def _check_secrets(config: str | Path, values: dict[str, str]) -> None:

@@ -76,7 +76,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from most_ray.evaluation.inline import EvaluationJob
     from most_ray.evaluation.scoring import EvaluationSettings
     from most_ray.service.cluster.connection import check_evaluation_gpus, start_ray
-    from most_ray.service.tasks.validation import evaluate_place
+    from most_ray.service.tasks.validation import evaluate_checkpoint
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = EvaluationSettings(
@@ -97,7 +97,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.num_workers > 1:
         start_ray(configuration.config_from({"ray_address": args.ray_address}), 1, args.num_workers, False)
         check_evaluation_gpus("gpus", args.gpus, args.gpus * args.num_workers)
-    evaluation = evaluate_place(EvaluationJob(directories, settings, store_dir, args.num_workers, args.gpus), model)
+    evaluation = evaluate_checkpoint(EvaluationJob(directories, settings, store_dir, args.num_workers, args.gpus), model)
     evaluation.write(args.output)
     _show_evaluation(evaluation.result, args.output)
     return 0

@@ -71,13 +71,13 @@ def place_arguments(args: argparse.Namespace) -> None:
             setattr(args, name, [type(each)(found(home, str(each))) for each in value])
 
 
-def found(home: Path, place: str) -> str:
+def found(home: Path, uri: str) -> str:
     """A place to read from: in the submitted folder, else below `home`, else as it was, for it may be a name on a hub."""
-    if storage.is_remote(place) or storage.exists(place):
-        return place
-    below = _below(home, place)
-    return below if storage.exists(below) else place
+    if storage.is_remote(uri) or storage.exists(uri):
+        return uri
+    below = _below(home, uri)
+    return below if storage.exists(below) else uri
 
 
-def _below(home: Path, place: str) -> str:
-    return place if storage.is_remote(place) else str(home / storage.local(place).expanduser())
+def _below(home: Path, uri: str) -> str:
+    return uri if storage.is_remote(uri) else str(home / storage.local(uri).expanduser())

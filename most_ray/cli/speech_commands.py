@@ -160,9 +160,9 @@ def _synthesize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _records_kit(place: str) -> str | None:
+def _records_kit(uri: str) -> str | None:
     """The folder of records, where it says what their units mean."""
-    return None if storage.is_remote(place) or not (Path(place) / "units.json").exists() else place
+    return None if storage.is_remote(uri) or not (Path(uri) / "units.json").exists() else uri
 
 
 def _say_records(args: argparse.Namespace, vocoder: Any) -> int:
@@ -189,7 +189,7 @@ def _speech_of(directory: str, limit: int | None) -> Iterator[tuple[str, list[in
 
     count = 0
     for entry in record_files(directory):
-        for _, raw in read_raw(entry.place):
+        for _, raw in read_raw(entry.uri):
             record = parse_records([raw])[0]
             if isinstance(record, RecordError):
                 continue
@@ -234,15 +234,15 @@ def _kit_folder(args: argparse.Namespace) -> str:
     return local_copy(found, "units.json")
 
 
-def _open(place: str) -> tuple[Forward, Any]:
+def _open(uri: str) -> tuple[Forward, Any]:
     import torch
 
     from most_ray.checkpoint.export import open_model
     from most_ray.evaluation.decode import Forward
     from most_ray.model.build import check_template
 
-    model, tokenizer = open_model(place)
-    check_template(model.config, place)
+    model, tokenizer = open_model(uri)
+    check_template(model.config, uri)
     model.eval()
     if torch.cuda.is_available():
         model.to("cuda")

@@ -28,11 +28,11 @@ _MOST_EXPERTS = 16  # in a table with a column for each
 
 def first_screen(prepared: Prepared, console: Console, *, validation: str | None) -> None:
     """What is about to run where, on what, and from which step. `validation`: when and where it is evaluated, or None where it is not."""
-    job, plan, place = prepared.job, prepared.plan, storage.redact(prepared.folder.place)
+    job, plan, uri = prepared.job, prepared.plan, storage.redact(prepared.folder.uri)
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
-    _say(console, f"Run {place}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
+    _say(console, f"Run {uri}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
     if prepared.n_rejected:
-        _say(console, f"{prepared.n_rejected} records were set aside: {place}/rejected.jsonl")
+        _say(console, f"{prepared.n_rejected} records were set aside: {uri}/rejected.jsonl")
     done = prepared.done_steps
     exact = f"exact: no, changed since: {', '.join(prepared.accepted)}" if prepared.accepted else "exact: yes"
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
@@ -96,15 +96,15 @@ def _parameters(folder: Path) -> int | None:
 
 
 def _tracking(config: RunConfig, folder: RunFolder) -> str:
-    places = [f"{storage.redact(folder.place)}/metrics.jsonl"]
+    uris = [f"{storage.redact(folder.uri)}/metrics.jsonl"]
     if config.tensorboard:
-        places.append("TensorBoard files in tensorboard/")
+        uris.append("TensorBoard files in tensorboard/")
     if uses_wandb(config):
         mode = {"online": "online", "offline": "offline, in wandb/"}.get(
             config.wandb_mode or "", "online where there is a key, else offline"
         )
-        places.append(f"Weights & Biases, project {config.wandb_project} ({mode})")
-    return ", ".join(places)
+        uris.append(f"Weights & Biases, project {config.wandb_project} ({mode})")
+    return ", ".join(uris)
 
 
 def last_screen(summary: Figures, console: Console) -> None:
@@ -253,5 +253,5 @@ def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console)
         table.add_row(store.name, store.task, *numbers)
     console.print(table)
     for store in stores:
-        console.print(f"{store.task}/{store.name}: {store.place}", highlight=False, soft_wrap=True)
+        console.print(f"{store.task}/{store.name}: {store.uri}", highlight=False, soft_wrap=True)
     console.print(f"{sum(len(store) for store in stores):,} records in {seconds:.1f} s", highlight=False)

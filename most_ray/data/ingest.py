@@ -68,7 +68,7 @@ class Part:
     start: int
     stop: int | None
     key: str
-    place: str
+    uri: str
     bytes: int
 
 
@@ -76,7 +76,7 @@ class Part:
 class Ingest:
     """A directory to take in: what its store is called and which parts it is made of, in order."""
 
-    place: str
+    uri: str
     manifest: dict[str, Any]
     parts: tuple[Part, ...]
     missing: tuple[Part, ...]
@@ -104,11 +104,11 @@ def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Pa
     if ingest.missing:
         logger.info("making %d of %d parts of the token store of %s", len(ingest.missing), len(ingest.parts), directory)
         run(ingest.missing, recipe)
-        _sweep(storage.parent(ingest.parts[0].place))
-    manifest = storage.join(ingest.place, "manifest.json")
+        _sweep(storage.parent(ingest.parts[0].uri))
+    manifest = storage.join(ingest.uri, "manifest.json")
     if not storage.exists(manifest):
         _assemble(ingest)
-    store = TokenStore(ingest.place)
+    store = TokenStore(ingest.uri)
     if len(store) == 0:
         lines = store.rejected_lines().splitlines()
         why = f"; the first one {json.loads(lines[0])['reason']}" if lines else ""
@@ -141,20 +141,20 @@ def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -
     identity = {key: value for key, value in manifest.items() if key not in ("name", "source")}
     key = digest(json.dumps(identity, sort_keys=True).encode())[:16]
     parts = tuple(part for entry in entries for part in _parts(entry, digests[entry.name], recipe, storage.join(root, "parts")))
-    place = storage.join(root, f"{re.sub(r'[^A-Za-z0-9_-]', '_', base)}-{key}")
-    if storage.is_remote(root) and storage.exists(storage.join(place, "manifest.json")):
-        return Ingest(place, manifest, parts, ())  # to list all parts of all stores would take a second for each few thousand
+    uri = storage.join(root, f"{re.sub(r'[^A-Za-z0-9_-]', '_', base)}-{key}")
+    if storage.is_remote(root) and storage.exists(storage.join(uri, "manifest.json")):
+        return Ingest(uri, manifest, parts, ())  # to list all parts of all stores would take a second for each few thousand
     pool = storage.join(root, "parts")
     there = {e.name.split("/")[0] for e in storage.list_files(pool, ("part.json",))} if storage.exists(pool) else set()
     missing = {part.key: part for part in parts if part.key not in there}
-    return Ingest(place, manifest, parts, tuple(missing.values()))
+    return Ingest(uri, manifest, parts, tuple(missing.values()))
 
 
 def content_of(directory: str | Path, store_root: str | Path) -> str:
     """Digest of names and bytes of a directory's records."""
-    place = storage.absolute(directory)
-    entries = record_files(place)
-    return _content(entries, _digests(place, entries, storage.absolute(store_root)))
+    uri = storage.absolute(directory)
+    entries = record_files(uri)
+    return _content(entries, _digests(uri, entries, storage.absolute(store_root)))
 
 
 def _content(entries: Sequence[Entry], digests: Mapping[str, list[str]]) -> str:
@@ -180,7 +180,7 @@ def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, l
     with ThreadPoolExecutor() as pool:
         read = dict(zip((e.name for e in fresh), pool.map(_read_digests, fresh), strict=True))
     digests = {e.name: read.get(e.name) or known[e.name][2] for e in entries}
-    settled = {e.name: [e.size, e.stamp, digests[e.name]] for e in entries if storage.is_remote(e.place) or _age(e, now) > _SETTLED_NS}
+    settled = {e.name: [e.size, e.stamp, digests[e.name]] for e in entries if storage.is_remote(e.uri) or _age(e, now) > _SETTLED_NS}
     if read and settled:
         storage.write_bytes(memory, seal({"version": STORE_VERSION, "directory": directory, "files": settled}))
     return digests
@@ -195,14 +195,14 @@ def _read_digests(entry: Entry) -> list[str]:
     try:
         return _digests_of(entry)
     except OSError as error:
-        shown = storage.redact(entry.place)
+        shown = storage.redact(entry.uri)
         raise DataError("file", shown, f"cannot be read ({error.strerror or error}).", "Check its permissions, or move it away.") from error
 
 
 def _digests_of(entry: Entry) -> list[str]:
     size = RANGE if _splits(entry) else None
     digests, state, left = [], xxhash.xxh3_128(), size
-    with storage.open_read(entry.place) as stream:
+    with storage.open_read(entry.uri) as stream:
         while chunk := stream.read(1 << 20 if left is None else min(1 << 20, left)):
             state.update(chunk)
             if left is not None:
@@ -221,7 +221,7 @@ def _parts(entry: Entry, digests: Sequence[str], recipe: Recipe, root: str) -> I
         around = [digests[j] if 0 <= j < len(digests) else "" for j in range(i - 1, i + 3)] if n > 1 else [*digests]
         key = digest(json.dumps([made_with, i > 0, around]).encode())
         start, stop = i * RANGE, None if i == n - 1 else (i + 1) * RANGE
-        yield Part(entry.place, start, stop, key, storage.join(root, key), min(entry.size - start, RANGE) if n > 1 else entry.size)
+        yield Part(entry.uri, start, stop, key, storage.join(root, key), min(entry.size - start, RANGE) if n > 1 else entry.size)
 
 
 def _form(name: str) -> str:
@@ -234,10 +234,10 @@ def make_part(part: Part, recipe: Recipe) -> None:
     Raises:
         DataError: storage failed for good.
     """
-    if storage.exists(storage.join(part.place, "part.json")):
+    if storage.exists(storage.join(part.uri, "part.json")):
         return
-    remote = storage.is_remote(part.place)
-    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(part.place).parent
+    remote = storage.is_remote(part.uri)
+    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(part.uri).parent
     writer = PartWriter(scratch)
     try:
         n_seen = 0
@@ -245,7 +245,7 @@ def make_part(part: Part, recipe: Recipe) -> None:
         while batch := list(itertools.islice(values, _BATCH)):
             n_seen += len(batch)
             _add_batch(writer, recipe, batch)
-        writer.publish(part.place, n_seen)
+        writer.publish(part.uri, n_seen)
     finally:
         writer.abort()  # whatever happened, Ctrl-C too: no half-written folder stays
         if remote:
@@ -303,22 +303,22 @@ def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
     Raises:
         DataError: names the file that is damaged.
     """
-    content = read_sealed(storage.join(part.place, "part.json"), "part")
+    content = read_sealed(storage.join(part.uri, "part.json"), "part")
     files = {}
     for name in PART_FILES:
-        place = storage.join(part.place, name)
-        files[name] = storage.read_bytes(place)
+        uri = storage.join(part.uri, name)
+        files[name] = storage.read_bytes(uri)
         if digest(files[name]) != content["files"][name]:
             raise DataError(
-                "part", storage.redact(place), "does not match its checksum.", f"Delete {storage.redact(part.place)}; it is made anew."
+                "part", storage.redact(uri), "does not match its checksum.", f"Delete {storage.redact(part.uri)}; it is made anew."
             )
     return content, files["index.npy"], files["rejected.jsonl"].splitlines()
 
 
 def _assemble(ingest: Ingest) -> None:
     """The store's manifest and index over its parts."""
-    remote = storage.is_remote(ingest.place)
-    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(ingest.place).parent
+    remote = storage.is_remote(ingest.uri)
+    scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(ingest.uri).parent
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".store-", dir=scratch))
     try:
@@ -344,7 +344,7 @@ def _assemble(ingest: Ingest) -> None:
         digests = {name: file_digest(folder / name) for name in ("lengths.npy", "prompt_lengths.npy")}
         (folder / "manifest.json").write_bytes(seal({**ingest.manifest, **totals, "index": digests, "shards": shards}))
         folder.chmod(0o755)  # made for this user alone; a shared store is read by others
-        storage.publish(folder, ingest.place, "manifest.json")
+        storage.publish(folder, ingest.uri, "manifest.json")
     finally:
         shutil.rmtree(scratch if remote else folder, ignore_errors=True)
 
@@ -356,13 +356,13 @@ def units_manifest(directory: str | Path) -> dict[str, object] | None:
     if storage.exists(storage.join(folder, UNFINISHED)):
         rule = "is not finished: the command that was replacing its records was stopped, or is still at it."
         raise DataError("directory", storage.redact(folder), rule, "Run that command (`most-ray prepare ...`) again.")
-    place = storage.join(folder, "units.json")
-    if not storage.exists(place):
+    uri = storage.join(folder, "units.json")
+    if not storage.exists(uri):
         return None
     try:
-        loaded = json.loads(storage.read_bytes(place))
+        loaded = json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        raise DataError("units manifest", place, f"is not JSON ({error}).") from error
+        raise DataError("units manifest", uri, f"is not JSON ({error}).") from error
     return loaded if isinstance(loaded, dict) else None
 
 

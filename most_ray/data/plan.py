@@ -255,7 +255,7 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
     check_units(stores)
     return PlanSpec(
-        stores=tuple(store.place for store in stores),
+        stores=tuple(store.uri for store in stores),
         weights=source_weights(config, stores),
         seed=config.seed,
         global_batch_size=global_batch_size,

@@ -66,13 +66,13 @@ class TokenStore:
         DataError: the store is damaged, of another version, or gone; names the file.
     """
 
-    def __init__(self, place: str | Path) -> None:
-        self.place = str(place)
-        self._cache = node_cache() if storage.is_remote(self.place) else None
-        self.manifest = read_sealed(storage.join(self.place, "manifest.json"), "token store")
+    def __init__(self, uri: str | Path) -> None:
+        self.uri = str(uri)
+        self._cache = node_cache() if storage.is_remote(self.uri) else None
+        self.manifest = read_sealed(storage.join(self.uri, "manifest.json"), "token store")
         if self.manifest["version"] != STORE_VERSION:
             raise DataError(
-                "token store", self.place, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_MADE_ANEW}"
+                "token store", self.uri, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_MADE_ANEW}"
             )
         self.lengths: np.ndarray = self._index("lengths.npy")
         self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")
@@ -90,40 +90,40 @@ class TokenStore:
     def name(self) -> str:
         return str(self.manifest["name"])
 
-    def _fetch(self, place: str) -> Path:
-        return self._cache.fetch(place) if self._cache else storage.local(place)
+    def _fetch(self, uri: str) -> Path:
+        return self._cache.fetch(uri) if self._cache else storage.local(uri)
 
     def _index(self, name: str) -> np.ndarray:
-        place = storage.join(self.place, name)
+        uri = storage.join(self.uri, name)
         try:
-            path = self._fetch(place)
+            path = self._fetch(uri)
             if file_digest(path) != self.manifest["index"][name]:
-                raise DataError("token store", place, "does not match its checksum.", _remedy(place))
+                raise DataError("token store", uri, "does not match its checksum.", _remedy(uri))
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError("token store", place, f"cannot be read ({error}).", _remedy(place)) from error
+            raise DataError("token store", uri, f"cannot be read ({error}).", _remedy(uri)) from error
 
-    def shard_place(self, index: int) -> str:
+    def shard_uri(self, index: int) -> str:
         shard = self.manifest["shards"][index]
-        return storage.join(storage.parent(self.place), "parts", shard["part"], shard["name"])
+        return storage.join(storage.parent(self.uri), "parts", shard["part"], shard["name"])
 
     def _damaged(self, index: int, why: str) -> DataError:
-        place = self.shard_place(index)
+        uri = self.shard_uri(index)
         # A remote store is not looked through for missing parts at each start.
-        copy = f", {storage.redact(self.place)} and this node's copies ({self._cache.directory})" if self._cache else ""
-        return DataError("shard", storage.redact(place), f"{why}.", f"Delete {storage.redact(storage.parent(place))}{copy}; {_MADE_ANEW}")
+        copy = f", {storage.redact(self.uri)} and this node's copies ({self._cache.directory})" if self._cache else ""
+        return DataError("shard", storage.redact(uri), f"{why}.", f"Delete {storage.redact(storage.parent(uri))}{copy}; {_MADE_ANEW}")
 
     def _open_shard(self, index: int) -> pa.RecordBatch:
-        shard, place = self.manifest["shards"][index], self.shard_place(index)
+        shard, uri = self.manifest["shards"][index], self.shard_uri(index)
 
         def map_it() -> pa.MemoryMappedFile:
-            return pa.memory_map(str(self._fetch(place)))
+            return pa.memory_map(str(self._fetch(uri)))
 
         try:
             try:
-                content = storage.with_retries(map_it, place)
+                content = storage.with_retries(map_it, uri)
             except FileNotFoundError:
                 content = map_it()  # other files may just have pushed it out of this node's cache
             if content.size() != shard["bytes"]:
@@ -176,7 +176,7 @@ class TokenStore:
             if self._cache and not whole:
                 continue  # a remote shard's size is checked when it is fetched
             try:
-                path = self._fetch(self.shard_place(index))
+                path = self._fetch(self.shard_uri(index))
                 size = path.stat().st_size
             except OSError as error:
                 raise self._damaged(index, f"cannot be read ({error.strerror or error})") from error
@@ -188,17 +188,17 @@ class TokenStore:
 
     def rejected_lines(self) -> bytes:
         """rejected.jsonl."""
-        return storage.read_bytes(storage.join(self.place, "rejected.jsonl"))
+        return storage.read_bytes(storage.join(self.uri, "rejected.jsonl"))
 
 
 @lru_cache(maxsize=64)
-def open_store(place: str) -> TokenStore:
+def open_store(uri: str) -> TokenStore:
     """A store, opened once per process."""
-    return TokenStore(place)
+    return TokenStore(uri)
 
 
-def _remedy(place: str) -> str:
-    return f"Delete {storage.redact(storage.parent(place))}; {_MADE_ANEW}"
+def _remedy(uri: str) -> str:
+    return f"Delete {storage.redact(storage.parent(uri))}; {_MADE_ANEW}"
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
@@ -206,21 +206,21 @@ def seal(content: Mapping[str, Any]) -> bytes:
     return json.dumps({**content, "digest": digest(json.dumps(content, sort_keys=True).encode())}, indent=1).encode()
 
 
-def read_sealed(place: str, what: str) -> dict[str, Any]:
+def read_sealed(uri: str, what: str) -> dict[str, Any]:
     """What `seal` made.
 
     Raises:
         DataError: it cannot be read or has changed since.
     """
     try:
-        content = json.loads(storage.read_bytes(place))
+        content = json.loads(storage.read_bytes(uri))
         found = content.pop("digest", None)
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(what, place, f"cannot be read ({error}).", _remedy(place)) from error
+        raise DataError(what, uri, f"cannot be read ({error}).", _remedy(uri)) from error
     if found != digest(json.dumps(content, sort_keys=True).encode()) and content.get("version", STORE_VERSION) == STORE_VERSION:
-        raise DataError(what, place, "does not match its checksum.", _remedy(place))
+        raise DataError(what, uri, "does not match its checksum.", _remedy(uri))
     return dict(content)
 
 
@@ -272,7 +272,7 @@ class PartWriter:
         self._lengths.append(lengths.astype(np.int32))
         self._ids, self._tokens, self._buffered = [], [], 0
 
-    def publish(self, place: str, n_seen: int) -> None:
+    def publish(self, uri: str, n_seen: int) -> None:
         """Give the part its place. `n_seen`: records of the input, good and bad."""
         self._flush()
         self._rejected.close()
@@ -288,7 +288,7 @@ class PartWriter:
             "files": {name: file_digest(self.folder / name) for name in PART_FILES},
         }
         (self.folder / "part.json").write_bytes(seal(content))
-        storage.publish(self.folder, place, "part.json")
+        storage.publish(self.folder, uri, "part.json")
 
     def abort(self) -> None:
         self._rejected.close()

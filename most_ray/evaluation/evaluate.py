@@ -57,27 +57,27 @@ def hypotheses_of(path: Path) -> Path:
 
 
 def open_sets(
-    config: MostConfig, tokenizer: Any, place: str, directories: Directories, settings: EvaluationSettings, store_root: str
+    config: MostConfig, tokenizer: Any, uri: str, directories: Directories, settings: EvaluationSettings, store_root: str
 ) -> list[EvaluationSet]:
     """The records to score the model of `place` on, as token stores: those that are there, and new ones for what is new or has changed.
 
     Raises:
         UserError: a directory is missing or holds too many bad records; the model was trained with another template, or on other units.
     """
-    check_template(config, place)
+    check_template(config, uri)
     vocabulary = vocabulary_of(tokenizer)
     named: list[tuple[Task, str]] = [(task, directory) for task in TASKS for directory in getattr(directories, task)]
     # A record that the model can read is scored, however long the rows of training were.
     limit = config.max_position_embeddings
     stores = [ingest_directory(directory, Recipe(task, vocabulary, limit), store_root) for task, directory in named]
     check_rejected(stores, settings.max_rejected_fraction, storage.join(str(store_root), "rejected.jsonl"))
-    check_units(config, one_unit_identity(stores), place)
+    check_units(config, one_unit_identity(stores), uri)
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])
     return [EvaluationSet(f"{task}/{name}", task, store) for (task, _), name, store in zip(named, names, stores, strict=True)]
 
 
 def combine(
-    shares: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, place: str
+    shares: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
 ) -> Evaluation:
     """Every rank's share as one evaluation of the model of `place`, its records in the order of the sets.
 
@@ -95,7 +95,7 @@ def combine(
         raise DataError("evaluation", f"{len(rows)} of {len(wanted)}", "records were scored.")
     header = {
         "settings": {
-            "model": storage.redact(place),
+            "model": storage.redact(uri),
             **asdict(settings),
             "template": template_hash(),
             "units": getattr(config, "units_identity", None),
@@ -104,10 +104,10 @@ def combine(
         "sets": {each.name: _about(each) for each in sets},
         "routing": load_summary(torch.from_numpy(np.sum([share.load for share in shares], axis=0)), config),
     }
-    ordered = [rows[place] for place in wanted]
+    ordered = [rows[uri] for uri in wanted]
     return Evaluation(header, ordered, figures(header, ordered))
 
 
 def _about(each: EvaluationSet) -> dict[str, Any]:
-    rejected_file = storage.redact(storage.join(each.store.place, "rejected.jsonl"))
+    rejected_file = storage.redact(storage.join(each.store.uri, "rejected.jsonl"))
     return {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"], "rejected_file": rejected_file}

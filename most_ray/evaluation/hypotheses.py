@@ -187,15 +187,15 @@ def _percent(rate: dict[str, Any]) -> str:
     return f"{rate['rate']:.2%} [{low:.2%}, {high:.2%}]"
 
 
-def read_hypotheses(place: str) -> tuple[dict[str, Any], list[Row]]:
+def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
     """Settings and records of a file.
 
     Raises:
         DataError: it is missing or is no such file, a line cannot be used, or records are missing or doubled.
     """
-    shown = storage.redact(place)
+    shown = storage.redact(uri)
     try:
-        raw = storage.read_bytes(place).splitlines()
+        raw = storage.read_bytes(uri).splitlines()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError("rescore", shown, "does not exist, or is a folder.", _REMEDY) from error
     lines: list[dict[str, Any]] = []
@@ -245,13 +245,13 @@ def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
             raise DataError("rescore", where, f"has {found[name]!r} in field {name!r}.", _REMEDY)
 
 
-def rescore(place: str, name: str | None = None) -> dict[str, Any]:
+def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
     """The result of an evaluation once more, from its hypotheses.jsonl; `name`: with this normaliser instead of its own.
 
     Raises:
         DataError: the file cannot be used, or the normaliser is unknown.
     """
-    header, rows = read_hypotheses(place)
+    header, rows = read_hypotheses(uri)
     name = name or header["settings"].get("normaliser")
     if name not in NORMALISERS:
         raise DataError("normaliser", name, "is not known.", nearest(str(name), NORMALISERS))

@@ -36,11 +36,11 @@ class EvaluationJob:
     gpus: float = 0.0
     training_threads: int = 0
 
-    def sets(self, config: MostConfig, tokenizer: Any, place: str) -> list[EvaluationSet]:
-        return open_sets(config, tokenizer, place, self.directories, self.settings, self.store_dir)
+    def sets(self, config: MostConfig, tokenizer: Any, uri: str) -> list[EvaluationSet]:
+        return open_sets(config, tokenizer, uri, self.directories, self.settings, self.store_dir)
 
 
-def open_external(settings: EvaluationSettings, place: str, units_identity: str | None, use_gpu: bool = True) -> ExternalRecogniser | None:
+def open_external(settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True) -> ExternalRecogniser | None:
     """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
 
     Raises:
@@ -51,18 +51,18 @@ def open_external(settings: EvaluationSettings, place: str, units_identity: str 
         if vocoder is not None:
             raise ConfigError("vocoder", vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
         return None
-    kit = find_kit(place, units_identity)
+    kit = find_kit(uri, units_identity)
     if vocoder is None and (kit is None or not storage.exists(storage.join(kit, FILE))):
         remedy = "Make one by `most-ray prepare vocoder` in the folder of the training records, or name one: vocoder."
-        raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(place)}.", remedy)
+        raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(uri)}.", remedy)
     folder = local_copy(kit, "units.json") if kit else None
     identity = read_manifest(Path(folder))["identity"] if folder else None
     return ExternalRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
 
 
-def write_evaluation(evaluation: Evaluation, run_place: str, step: int, seconds: float) -> dict[str, Any]:
+def write_evaluation(evaluation: Evaluation, run_uri: str, step: int, seconds: float) -> dict[str, Any]:
     """evaluations/step-N.json and the hypotheses, in the run's folder; the line for metrics.jsonl."""
-    folder = RunFolder(run_place)
+    folder = RunFolder(run_uri)
     name = f"evaluations/step-{step:09d}"
     evaluation.write(folder.local / f"{name}.json")
     folder.push(f"{name}.hypotheses.jsonl", f"{name}.json")
@@ -73,8 +73,8 @@ def write_evaluation(evaluation: Evaluation, run_place: str, step: int, seconds:
 class InlineEvaluation:
     """Evaluations on the training workers, in between steps: every rank decodes its share with the model as the ranks hold it."""
 
-    def __init__(self, job: EvaluationJob, run_place: str, model_path: str) -> None:
-        self._job, self._run_place, self._model_path = job, run_place, model_path
+    def __init__(self, job: EvaluationJob, run_uri: str, model_path: str) -> None:
+        self._job, self._run_uri, self._model_path = job, run_uri, model_path
         self._outside: list[ExternalRecogniser | None] = []  # opened at the first evaluation
 
     def __call__(self, model: Any, step: int) -> dict[str, Any] | None:
@@ -83,7 +83,7 @@ class InlineEvaluation:
         tokenizer = load_tokenizer(local_copy(self._model_path))
         sets = self._job.sets(model.config, tokenizer, self._model_path)
         if not self._outside:
-            self._outside = [open_external(self._job.settings, self._run_place, getattr(model.config, "units_identity", None))]
+            self._outside = [open_external(self._job.settings, self._run_uri, getattr(model.config, "units_identity", None))]
         forward = Forward(model, together=world > 1)
         share = score_share(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
         for module in model.modules():
@@ -95,5 +95,5 @@ class InlineEvaluation:
             dist.gather_object(share, shares if rank == 0 else None, dst=0)
         if rank != 0:
             return None
-        evaluation = combine(shares, sets, self._job.settings, model.config, tokenizer, f"{self._run_place} at step {step}")
-        return write_evaluation(evaluation, self._run_place, step, time.time() - began)
+        evaluation = combine(shares, sets, self._job.settings, model.config, tokenizer, f"{self._run_uri} at step {step}")
+        return write_evaluation(evaluation, self._run_uri, step, time.time() - began)

@@ -160,7 +160,7 @@ def _texts(store: TokenStore, rows: Sequence[int], prompts: Sequence[str]) -> li
         return [text for _, text in split]
     asked: dict[str, Record] = {}
     for entry in record_files(store.manifest["source"]):
-        for _, raw in read_raw(entry.place):
+        for _, raw in read_raw(entry.uri):
             record = parse_records([raw])[0]
             if isinstance(record, Record) and record.task == "tts":
                 asked[record.id] = record

@@ -25,11 +25,11 @@ class Cache:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.directory, self.max_bytes = directory, max_bytes
 
-    def fetch(self, place: str | Path) -> Path:
+    def fetch(self, uri: str | Path) -> Path:
         """The path of a copy, downloaded where the node has none. A local place is its own copy."""
-        if not storage.is_remote(place):
-            return storage.local(place)
-        text = str(place)
+        if not storage.is_remote(uri):
+            return storage.local(uri)
+        text = str(uri)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
         target = self.directory / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', storage.name_of(text))[-80:]}"
         if not _touch(target):

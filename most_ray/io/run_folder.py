@@ -14,7 +14,7 @@ LEDGER = "trials.jsonl"  # in the folder of a sweep, which is no run's
 COMMIT = "commit.json"  # the last file of a checkpoint: with it, the checkpoint counts
 
 
-def step_place(checkpoints: str, step: int) -> str:
+def step_uri(checkpoints: str, step: int) -> str:
     """Where the checkpoint of a step lies below a run's folder of checkpoints."""
     return storage.join(checkpoints, f"step-{step:09d}")
 
@@ -23,9 +23,9 @@ class RunFolder:
     """`local` is where files are read and written on this machine; `push` and `pull` bring them to and from a place behind a URI, and
     do nothing on a path."""
 
-    def __init__(self, place: str) -> None:
-        self.place, self.remote = place, storage.is_remote(place)
-        self.local = node_cache().directory / "runs" / _hash(place) if self.remote else storage.local(place)
+    def __init__(self, uri: str) -> None:
+        self.uri, self.remote = uri, storage.is_remote(uri)
+        self.local = node_cache().directory / "runs" / _hash(uri) if self.remote else storage.local(uri)
         self.local.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -34,7 +34,7 @@ class RunFolder:
 
     def at(self, *names: str) -> str:
         """The place of a file or folder of the run."""
-        return storage.join(self.place, *names)
+        return storage.join(self.uri, *names)
 
     def push(self, *names: str) -> None:
         """Bring files from here to the place."""
@@ -70,27 +70,27 @@ class RunFolder:
             return ""
 
 
-def local_copy(place: str, last: str = "config.json") -> str:
+def local_copy(uri: str, last: str = "config.json") -> str:
     """A model's folder on this machine: itself where it is a path (or a hub name), else a copy, made once.
 
     Raises:
         DataError: nothing is there, or it cannot be read.
     """
-    if not storage.is_remote(place):
-        return place
-    target = node_cache().directory / "models" / _hash(place + "".join(e.stamp for e in storage.list_files(place, (last,))))
+    if not storage.is_remote(uri):
+        return uri
+    target = node_cache().directory / "models" / _hash(uri + "".join(e.stamp for e in storage.list_files(uri, (last,))))
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".lock-{target.name}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (target / last).exists():
             partial = target.with_name(f".{target.name}.tmp")
             shutil.rmtree(partial, ignore_errors=True)
-            entries = storage.list_files(place, ("",))
+            entries = storage.list_files(uri, ("",))
             if last not in {entry.name for entry in entries}:
-                raise DataError("model_name_or_path", storage.redact(place), f"holds no {last}.")
+                raise DataError("model_name_or_path", storage.redact(uri), f"holds no {last}.")
             for entry in entries:
                 (partial / entry.name).parent.mkdir(parents=True, exist_ok=True)
-                storage.download(entry.place, partial / entry.name)
+                storage.download(entry.uri, partial / entry.name)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
     return str(target)

@@ -66,7 +66,7 @@ _logger = logging.getLogger(__name__)
 class Entry:
     """One file of a listing. Its place holds the credentials that the listed root held: show it through `redact` only."""
 
-    place: str  # full path or URI
+    uri: str  # full path or URI
     name: str  # relative to the listed root, with "/"; the base name where the root is a file itself
     size: int  # bytes
     stamp: str  # changes when the file changes (object stores behind pyarrow: modification time, by the second with S3)
@@ -110,59 +110,59 @@ def with_retries(operation: Callable[[], T], what: str) -> T:
         sleep(wait)
 
 
-def is_remote(place: str | Path) -> bool:
+def is_remote(uri: str | Path) -> bool:
     """Whether a place has a scheme other than file://."""
-    match = _PLACE.fullmatch(place) if isinstance(place, str) else None
+    match = _PLACE.fullmatch(uri) if isinstance(uri, str) else None
     return match is not None and match[1].lower() != "file"
 
 
-def local(place: str | Path) -> Path:
+def local(uri: str | Path) -> Path:
     """The path of a local place. Raises DataError for a remote one, also where a Path has taken a slash from its scheme."""
-    text = str(place)
+    text = str(uri)
     if is_remote(text) or re.match(rf"({'|'.join(_ARROW)}|memory):/", text):
         raise DataError("path", redact(text), "is not a local place.", "Give a path; keep URIs as text.")
     return Path(unquote(re.sub("(?i)^file://(localhost(?=/))?", "", text)) if text.lower().startswith("file://") else text)
 
 
-def join(place: str, *names: str) -> str:
+def join(uri: str, *names: str) -> str:
     """A place below `place`; names may hold "/". Raises DataError for one that could lead elsewhere ("..", "/x", "a//b", "?a=b")."""
     for name in names:
-        if {"", ".", ".."} & set(name.split("/")) or "\0" in name or (is_remote(place) and re.search(r"\?[\w.-]+=", name)):
+        if {"", ".", ".."} & set(name.split("/")) or "\0" in name or (is_remote(uri) and re.search(r"\?[\w.-]+=", name)):
             raise DataError("name", redact(name), "is not a plain name of a file below its folder.", "Rename the file.")
-    if not is_remote(place):
-        return str(local(place).joinpath(*names))
-    root, key, options = _parts(place)
+    if not is_remote(uri):
+        return str(local(uri).joinpath(*names))
+    root, key, options = _parts(uri)
     return "/".join(part for part in (root, key, *names) if part) + options
 
 
-def absolute(place: str | Path) -> str:
+def absolute(uri: str | Path) -> str:
     """The place in a form that means the same in another process, whatever its working directory."""
-    return str(place) if is_remote(place) else str(local(place).absolute())
+    return str(uri) if is_remote(uri) else str(local(uri).absolute())
 
 
-def absolute_if_there(place: str) -> str:
+def absolute_if_there(uri: str) -> str:
     """The same for what exists; anything else is left as it is, for it may be a name on a hub."""
-    return absolute(place) if exists(place) else place
+    return absolute(uri) if exists(uri) else uri
 
 
-def parent(place: str) -> str:
+def parent(uri: str) -> str:
     """The folder that a place lies in."""
-    if not is_remote(place):
-        return str(local(place).parent)
-    root, key, options = _parts(place)
+    if not is_remote(uri):
+        return str(local(uri).parent)
+    root, key, options = _parts(uri)
     return "/".join(part for part in (root, *key.split("/")[:-1]) if part) + options
 
 
-def name_of(place: str) -> str:
+def name_of(uri: str) -> str:
     """The last part of a place."""
-    return _base_name(place) if is_remote(place) else local(place).name
+    return _base_name(uri) if is_remote(uri) else local(uri).name
 
 
-def exists(place: str | Path) -> bool:
+def exists(uri: str | Path) -> bool:
     """Whether a file or a folder is there. (Object stores have no empty folders.)"""
-    if is_remote(place):
-        return _remote(str(place), lambda system, path: system.get_file_info(path).type != fs.FileType.NotFound)
-    return with_retries(local(place).exists, str(place))
+    if is_remote(uri):
+        return _remote(str(uri), lambda system, path: system.get_file_info(path).type != fs.FileType.NotFound)
+    return with_retries(local(uri).exists, str(uri))
 
 
 def list_files(root: str, suffixes: tuple[str, ...]) -> list[Entry]:
@@ -182,26 +182,26 @@ def list_files(root: str, suffixes: tuple[str, ...]) -> list[Entry]:
     return entries
 
 
-def open_read(place: str | Path) -> BinaryIO:
+def open_read(uri: str | Path) -> BinaryIO:
     """A file, buffered and seekable; a remote one is read by ranges, each of which is tried again when it fails."""
-    if is_remote(place):
-        return cast(BinaryIO, io.BufferedReader(_Reader(str(place)), _CHUNK))
-    return with_retries(lambda: local(place).open("rb"), str(place))
+    if is_remote(uri):
+        return cast(BinaryIO, io.BufferedReader(_Reader(str(uri)), _CHUNK))
+    return with_retries(lambda: local(uri).open("rb"), str(uri))
 
 
-def read_bytes(place: str | Path) -> bytes:
+def read_bytes(uri: str | Path) -> bytes:
     """A whole file."""
-    if not is_remote(place):
-        return with_retries(local(place).read_bytes, str(place))
-    with open_read(place) as stream:
+    if not is_remote(uri):
+        return with_retries(local(uri).read_bytes, str(uri))
+    with open_read(uri) as stream:
         return stream.read()
 
 
-def write_bytes(place: str | Path, data: bytes) -> None:
+def write_bytes(uri: str | Path, data: bytes) -> None:
     """Make or replace a file: readers see the old bytes or the new ones. Missing folders are made."""
-    if is_remote(place):
-        return _upload(str(place), lambda: io.BytesIO(data), len(data))
-    path = local(place)
+    if is_remote(uri):
+        return _upload(str(uri), lambda: io.BytesIO(data), len(data))
+    path = local(uri)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
 
     def write() -> None:
@@ -215,59 +215,59 @@ def write_bytes(place: str | Path, data: bytes) -> None:
     return with_retries(write, str(path))
 
 
-def publish(folder: Path, place: str, last: str) -> None:
+def publish(folder: Path, uri: str, last: str) -> None:
     """Bring a finished local folder to its place. Where `last` stands there already, another process has made the same: that stays.
 
     A local place takes the folder itself by renaming (on one filesystem): it is gone afterwards in any case. A remote place takes copies,
     `last` after all others as the mark of completeness. Raises DataError where a local place exists without `last`.
     """
-    if not (folder / last).is_file() and not exists(join(place, last)):
+    if not (folder / last).is_file() and not exists(join(uri, last)):
         raise FileNotFoundError(errno.ENOENT, "No such file", str(folder / last))
-    if not is_remote(place):
-        return with_retries(lambda: _rename(folder, local(place), last), place)
+    if not is_remote(uri):
+        return with_retries(lambda: _rename(folder, local(uri), last), uri)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path != folder / last)
-    for name in [] if exists(join(place, last)) else [*names, last]:
+    for name in [] if exists(join(uri, last)) else [*names, last]:
         source = folder / name
-        _upload(join(place, name), functools.partial(io.FileIO, source, "rb"), source.stat().st_size)
+        _upload(join(uri, name), functools.partial(io.FileIO, source, "rb"), source.stat().st_size)
 
 
-def download(place: str, target: Path) -> None:
+def download(uri: str, target: Path) -> None:
     """A remote file as the local file `target`, whole or not at all."""
-    _remote(place, lambda system, path: _download(system, path, target))
+    _remote(uri, lambda system, path: _download(system, path, target))
 
 
-def remove(place: str | Path) -> None:
+def remove(uri: str | Path) -> None:
     """Remove a file, or a folder with all that is in it; a missing one is fine. Raises DataError for a whole bucket or file system."""
-    text = str(place)
-    if not (_parts(text)[1] if is_remote(place) else local(place).absolute().name):
+    text = str(uri)
+    if not (_parts(text)[1] if is_remote(uri) else local(uri).absolute().name):
         raise DataError("path", redact(text), "is a whole bucket or file system.", "Name what to remove in it.")
     with contextlib.suppress(FileNotFoundError):
-        if is_remote(place):
+        if is_remote(uri):
             _remote(text, lambda system, path: (system.delete_file if system.get_file_info(path).is_file else system.delete_dir)(path))
         else:
-            path = local(place)
+            path = local(uri)
             with_retries(lambda: shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(), text)
 
 
 class _Reader(io.RawIOBase):
     """A remote file by ranges, opened anew after an error."""
 
-    def __init__(self, place: str) -> None:
-        self._place, self._position, self._file = place, 0, None
+    def __init__(self, uri: str) -> None:
+        self._uri, self._position, self._file = uri, 0, None
         self._size: int = self._retry(lambda file: file.size())
 
     def _retry(self, operation: Callable[[Any], T]) -> T:
         def attempt() -> T:
             try:
                 if self._file is None:
-                    system, path = _filesystem(self._place)
+                    system, path = _filesystem(self._uri)
                     self._file = system.open_input_file(path)
                 return operation(self._file)
             except Exception:  # whatever it was: the next try opens the file anew
                 self._file = None
                 raise
 
-        return with_retries(attempt, self._place)
+        return with_retries(attempt, self._uri)
 
     def readable(self) -> bool:
         return True
@@ -315,24 +315,24 @@ def _refusal(error: Exception, what: str) -> tuple[str, str] | None:
     return next((answer for pattern, answer in _REFUSALS.items() if silent and re.search(pattern, str(error))), None)
 
 
-def _parts(place: str) -> tuple[str, str, str]:
+def _parts(uri: str) -> tuple[str, str, str]:
     """Scheme with authority ("s3://bucket"), key without slashes around it, and options ("?..." or "") of a remote place."""
-    match = _PLACE.fullmatch(place)
+    match = _PLACE.fullmatch(uri)
     assert match is not None, "called for remote places only"
     return match[1].lower() + match[2], match[3], match[4] or ""
 
 
-def _base_name(place: str) -> str:
-    return _parts(place)[1].rpartition("/")[2] if is_remote(place) else local(place).name
+def _base_name(uri: str) -> str:
+    return _parts(uri)[1].rpartition("/")[2] if is_remote(uri) else local(uri).name
 
 
-def _remote(place: str, operation: Callable[[Any, str], T]) -> T:
-    return with_retries(lambda: operation(*_filesystem(place)), place)
+def _remote(uri: str, operation: Callable[[Any, str], T]) -> T:
+    return with_retries(lambda: operation(*_filesystem(uri)), uri)
 
 
-def _filesystem(place: str) -> tuple[Any, str]:
+def _filesystem(uri: str) -> tuple[Any, str]:
     """The file system of a remote place, and what the place is called in it."""
-    root, key, options = _parts(place)
+    root, key, options = _parts(uri)
     scheme = root.partition(":")[0]
     if scheme in ("gs", "gcs"):
         options = options or "?retry_limit_seconds=30"  # pyarrow itself would try for 15 minutes
@@ -343,15 +343,15 @@ def _filesystem(place: str) -> tuple[Any, str]:
             with contextlib.suppress(NotImplementedError):  # built without this scheme
                 system, base = _arrow_filesystem(root, options, os.getpid(), *sorted(os.environ.items()))
                 return system, (base + key).rstrip("/") or "/"
-        system, path = fsspec.core.url_to_fs(place)
+        system, path = fsspec.core.url_to_fs(uri)
         return fs.PyFileSystem(fs.FSSpecHandler(system)), path
     except ImportError as error:
-        raise DataError("path", redact(place), f"needs a package for {scheme}://.", f"{error}.") from error
+        raise DataError("path", redact(uri), f"needs a package for {scheme}://.", f"{error}.") from error
     except ValueError as error:
         if "Protocol not known" not in str(error):
-            raise DataError("path", redact(place), f"cannot be used ({redact(str(error))}).", "Check it.") from None
+            raise DataError("path", redact(uri), f"cannot be used ({redact(str(error))}).", "Check it.") from None
         known = nearest(scheme, [*_ARROW, "file", "memory", "http", "https"])
-        raise DataError("path", redact(place), f"has the unknown scheme {scheme}://.", known) from None
+        raise DataError("path", redact(uri), f"has the unknown scheme {scheme}://.", known) from None
 
 
 @functools.lru_cache(maxsize=32)
@@ -395,7 +395,7 @@ def _list_remote(system: Any, path: str) -> list[tuple[str, int, str]]:
     return [(name.strip("/")[len(root) :].lstrip("/"), size, stamp) for name, size, stamp in rows]
 
 
-def _upload(place: str, open_source: Callable[[], BinaryIO], size: int) -> None:
+def _upload(uri: str, open_source: Callable[[], BinaryIO], size: int) -> None:
     def put(system: Any, path: str) -> None:
         if system.type_name not in ("s3", "gcs", "abfs"):  # those have no folders
             system.create_dir(path.rpartition("/")[0] or "/", recursive=True)
@@ -409,7 +409,7 @@ def _upload(place: str, open_source: Callable[[], BinaryIO], size: int) -> None:
         if system.get_file_info(path).size != size:
             raise OSError(errno.EIO, "the uploaded file has another size")
 
-    _remote(place, put)
+    _remote(uri, put)
 
 
 def _download(system: Any, path: str, target: Path) -> None:

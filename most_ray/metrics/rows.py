@@ -183,5 +183,5 @@ def exchange(folder: RunFolder, name: str) -> None:
     for part, entry in remote.items():
         if local.get(part, -1) < entry.size:
             (here / part).parent.mkdir(parents=True, exist_ok=True)
-            storage.download(entry.place, here / part)
+            storage.download(entry.uri, here / part)
     folder.push(*(f"{name}/{part}" for part, size in local.items() if part not in remote or remote[part].size < size))

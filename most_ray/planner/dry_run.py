@@ -157,18 +157,18 @@ class _Trial:
             raise DataError(error.field, error.value, error.rule, "Mend the records or raise max_rejected_fraction.") from error
         if self.sampled or self.stand_in:  # then the plan is not that which a run has begun with, and need not be
             here = dataclasses.replace(here, accept_data_change=True)
-        begun = storage.exists(self.config.run_place)
-        return resolve_run(here, RunFolder(self.config.run_place) if begun else scratch, sources, use_gpu, fewest, most)
+        begun = storage.exists(self.config.run_uri)
+        return resolve_run(here, RunFolder(self.config.run_uri) if begun else scratch, sources, use_gpu, fewest, most)
 
     def _model(self) -> str:
         """A folder with the model's configuration and a tokenizer."""
-        name, place = self.config.model_name_or_path, self.folder / "model"
+        name, uri = self.config.model_name_or_path, self.folder / "model"
         if name in PRESETS:
-            init = storage.join(self.config.run_place, "init")
-            if reader.committed(storage.join(self.config.run_place, "checkpoints")) and storage.exists(init):
+            init = storage.join(self.config.run_uri, "init")
+            if reader.committed(storage.join(self.config.run_uri, "checkpoints")) and storage.exists(init):
                 return init
-            init_model(name, training_texts(self.config), place, self.config.seed)
-            return str(place)
+            init_model(name, training_texts(self.config), uri, self.config.seed)
+            return str(uri)
         if storage.is_remote(name) or Path(name).exists():
             return storage.absolute(name)
         if cached := _cached(name):
@@ -185,9 +185,9 @@ class _Trial:
         self.stand_in = True
         tokenizer = train_tokenizer(training_texts(self.config, SAMPLE_RECORDS), _STAND_IN_TOKENS)
         ids = token_ids(tokenizer)
-        MostConfig(**PUBLISHED[known], first_audio_token=ids.unit_base, last_audio_token=ids.end_audio).save_pretrained(place)
-        tokenizer.save_pretrained(place)
-        return str(place)
+        MostConfig(**PUBLISHED[known], first_audio_token=ids.unit_base, last_audio_token=ids.end_audio).save_pretrained(uri)
+        tokenizer.save_pretrained(uri)
+        return str(uri)
 
     def _take_in(self, directory: str, recipe: Recipe, store_dir: str, run: Runner) -> TokenStore:
         """All of a small run's records; of others the store that is there, or a sample."""
@@ -229,7 +229,7 @@ def _cached(name: str) -> Path | None:
 def _manifests(root: str) -> Iterator[dict[str, object]]:
     """Of all token stores below a folder."""
     for entry in storage.list_files(root, ("manifest.json",)) if storage.exists(root) else ():
-        yield json.loads(storage.read_bytes(entry.place))
+        yield json.loads(storage.read_bytes(entry.uri))
 
 
 def _sample(directory: str, target: Path) -> float:
@@ -242,7 +242,7 @@ def _sample(directory: str, target: Path) -> float:
         room, start, last = SAMPLE_RECORDS - len(lines), len(lines), 0
         if room <= 0:
             break
-        values = read_with_offsets(entry.place)
+        values = read_with_offsets(entry.uri)
         for byte, value in values:
             if len(lines) - start == room:
                 last = byte
@@ -264,7 +264,7 @@ class _Extrapolated(TokenStore):
     """As many records as a whole directory has, about: those of its sample over and over."""
 
     def __init__(self, sample: TokenStore, factor: float, source: str) -> None:
-        super().__init__(sample.place)
+        super().__init__(sample.uri)
         count = round(len(sample) * factor)
         self.lengths = np.resize(sample.lengths, count)
         self.prompt_lengths = np.resize(sample.prompt_lengths, count)

@@ -28,7 +28,7 @@ def dry_screen(run: DryRun, console: Console) -> None:
     about = "about " if run.about_tokens else ""
     counted = "about " if run.about_records or (run.about_tokens and run.config.weight_unit == "tokens") else ""
     where = f", step {run.done_steps:,} is done" if run.done_steps else ""
-    _say(console, f"Dry run of {storage.redact(run.config.run_place)}: nothing is started, nothing is written there{where}")
+    _say(console, f"Dry run of {storage.redact(run.config.run_uri)}: nothing is started, nothing is written there{where}")
     for note in run.notes:
         _say(console, f"  note        {note}")
     layout = run.layouts[-1]

@@ -252,7 +252,7 @@ def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:
     except OSError as error:
         reason = f"cannot be listed ({error.strerror or error}: {error.filename})."
         raise DataError("directory", storage.redact(str(directory)), reason, "Check its permissions and links.") from error
-    if len(entries) == 1 and entries[0].place.rstrip("/") == str(directory).rstrip("/"):
+    if len(entries) == 1 and entries[0].uri.rstrip("/") == str(directory).rstrip("/"):
         return entries
     found = [e for e in entries if (base := e.name.rsplit("/", 1)[-1]) not in NOT_RECORDS and fnmatch.fnmatchcase(base, pattern)]
     if not found:

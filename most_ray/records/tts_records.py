@@ -83,7 +83,7 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
     aside = output / ".rejected.jsonl.tmp"
     with aside.open("w", encoding="utf-8") as rejected:
         for target, entry in targets.items():
-            path = storage.local(entry.place)
+            path = storage.local(entry.uri)
             target.parent.mkdir(parents=True, exist_ok=True)
             counts["records"] += _write(_unfinished(target), _converted(path, name, rejected, counts))
             counts["files"] += 1
@@ -126,7 +126,7 @@ def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, stora
         target = output / relative.parent / f"{stem}.jsonl.gz"
         if target in targets:
             rule = f"would be written to {target}, as {targets[target].name} would."
-            raise DataError("input_dir", storage.redact(entry.place), rule, "Rename one.")
+            raise DataError("input_dir", storage.redact(entry.uri), rule, "Rename one.")
         targets[target] = entry
     return targets
 
@@ -146,7 +146,7 @@ def _check_apart(conversion: Conversion) -> None:
     Raises:
         ConfigError: the output is the input's folder, or lies in it.
     """
-    source, output = (Path(os.path.realpath(place)) for place in (conversion.input_dir, conversion.output_dir))
+    source, output = (Path(os.path.realpath(uri)) for uri in (conversion.input_dir, conversion.output_dir))
     shown = str(conversion.output_dir)
     if output in (source, source.parent if source.is_file() else source):
         raise ConfigError("output_dir", shown, "is the input_dir: its records would be overwritten.", "Name another folder.")

@@ -136,7 +136,7 @@ class RunData:
         return any(value is not None for value in self.column(key))
 
 
-def collect(places: Sequence[str]) -> list[RunData]:
+def collect(uris: Sequence[str]) -> list[RunData]:
     """The runs at these places (paths or URIs), named by their folders.
 
     The files are read where they lie rather than through a run folder's working copy: on the machine of a live run that copy is what
@@ -145,22 +145,22 @@ def collect(places: Sequence[str]) -> list[RunData]:
     Raises:
         DataError: no place is given, or one holds no metrics.jsonl.
     """
-    if not places:
+    if not uris:
         raise DataError("run", None, "names no run.", "Give the folder of a run, as runs/NAME.")
-    for place in places:
-        if not storage.exists(place) or not storage.exists(storage.join(place, "metrics.jsonl")):
-            raise DataError("run", storage.redact(place), "holds no metrics.jsonl.", "Give the folder of a run, as runs/NAME.")
-    names = distinct_names(places, ["run"] * len(places))
+    for uri in uris:
+        if not storage.exists(uri) or not storage.exists(storage.join(uri, "metrics.jsonl")):
+            raise DataError("run", storage.redact(uri), "holds no metrics.jsonl.", "Give the folder of a run, as runs/NAME.")
+    names = distinct_names(uris, ["run"] * len(uris))
     seen: dict[str, int] = {}
     runs = []
-    for place, name in zip(places, names, strict=True):
+    for uri, name in zip(uris, names, strict=True):
         seen[name] = seen.get(name, 0) + 1  # the same run given twice
-        runs.append(_read(place, name if seen[name] == 1 else f"{name} ({seen[name]})"))
+        runs.append(_read(uri, name if seen[name] == 1 else f"{name} ({seen[name]})"))
     return runs
 
 
-def _read(place: str, name: str) -> RunData:
-    lines = parse_lines(_bytes(place, "metrics.jsonl"))
+def _read(uri: str, name: str) -> RunData:
+    lines = parse_lines(_bytes(uri, "metrics.jsonl"))
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "experts": {}, "evaluation": {}}
     starts = []
     for line in lines:
@@ -170,19 +170,19 @@ def _read(place: str, name: str) -> RunData:
         elif kind in kinds and step is not None:
             kinds[kind][int(step)] = line
     train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
-    summary, final = (_mapping(place, file) for file in ("summary.json", "evaluation.json"))
+    summary, final = (_mapping(uri, file) for file in ("summary.json", "evaluation.json"))
     if final:
         last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
         if int(last) not in kinds["evaluation"]:
             evaluations.append({**final, "step": int(last)})
             evaluations.sort(key=lambda line: int(line["step"]))
-    said = _hypothesis_lines(place, evaluations[-1] if evaluations else {})
+    said = _hypothesis_lines(uri, evaluations[-1] if evaluations else {})
     hypotheses, speech = parse_hypotheses(said), parse_speech(said)
-    audible = bool(speech) and storage.exists(storage.join(place, *_VOCODER))
-    kit = storage.join(place, _VOCODER[0]) if audible else None
+    audible = bool(speech) and storage.exists(storage.join(uri, *_VOCODER))
+    kit = storage.join(uri, _VOCODER[0]) if audible else None
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
-    environment = _mapping(place, "environment.json")
-    return RunData(name, starts, train, experts, judged, summary, _config(place), environment, hypotheses, speech, kit)
+    environment = _mapping(uri, "environment.json")
+    return RunData(name, starts, train, experts, judged, summary, _config(uri), environment, hypotheses, speech, kit)
 
 
 def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:
@@ -271,11 +271,11 @@ def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -
     return Evaluation(int(line["step"]), sets, losses, rates)
 
 
-def _hypothesis_lines(place: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def _hypothesis_lines(uri: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """Those of the last evaluation: its own file's, or those of the file of the run's end, or what its line holds."""
     names = [f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl"] if "step" in evaluation else []
     for name in (*names, "hypotheses.jsonl"):
-        if found := list(filter(_is_hypothesis, parse_lines(_bytes(place, name)))):
+        if found := list(filter(_is_hypothesis, parse_lines(_bytes(uri, name)))):
             return found
     return _samples(evaluation)
 
@@ -299,24 +299,24 @@ def _full_name(name: str, task: Any) -> str:
     return name if name.split("/", 1)[0] in ("asr", "tts", "text") and "/" in name else f"{task or 'asr'}/{name}"
 
 
-def _bytes(place: str, name: str) -> bytes:
+def _bytes(uri: str, name: str) -> bytes:
     try:
-        return storage.read_bytes(storage.join(place, name))
+        return storage.read_bytes(storage.join(uri, name))
     except FileNotFoundError:
         return b""
 
 
-def _mapping(place: str, name: str) -> dict[str, Any]:
+def _mapping(uri: str, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(_bytes(place, name))
+        value = json.loads(_bytes(uri, name))
     except ValueError:
         return {}
     return mapping(value)
 
 
-def _config(place: str) -> dict[str, Any]:
+def _config(uri: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(_bytes(place, "config.yaml"))
+        value = yaml.safe_load(_bytes(uri, "config.yaml"))
     except yaml.YAMLError:
         return {}
     return {str(key): entry for key, entry in mapping(value).items()}

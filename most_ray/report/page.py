@@ -26,20 +26,20 @@ from most_ray.report.speech_samples import speech
 from most_ray.report.style import SCRIPT, STYLE
 
 
-def write_report(places: Sequence[str], output: Path) -> None:
+def write_report(uris: Sequence[str], output: Path) -> None:
     """Make the page about the runs, or the one sweep, at these places (paths or URIs) and put it to `output`, whole or not at all.
 
     Raises:
         DataError: a place holds neither metrics.jsonl nor trials.jsonl, or a sweep's stands beside others.
     """
-    storage.write_bytes(output, _page_of(places).encode(errors="replace"))  # JSON can hold halves of characters
+    storage.write_bytes(output, _page_of(uris).encode(errors="replace"))  # JSON can hold halves of characters
 
 
-def _page_of(places: Sequence[str]) -> str:
-    found = [place for place in places if sweeps.is_sweep(place)]
+def _page_of(uris: Sequence[str]) -> str:
+    found = [uri for uri in uris if sweeps.is_sweep(uri)]
     if not found:
-        return page(collect(places))
-    if len(places) > 1:
+        return page(collect(uris))
+    if len(uris) > 1:
         rule = "is a sweep's, and a page is about one sweep at a time, or about runs."
         raise DataError("run", storage.redact(found[0]), rule, "Give it alone, or its trials, which are runs: SWEEP/trials/001 ...")
     return sweep_page(sweeps.read_sweep(found[0]))

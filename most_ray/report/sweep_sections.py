@@ -56,7 +56,7 @@ class Sweep:
     """A sweep's folder, read. `place` is shown as it was given; `best` are the trials that have a value of the first objective, the best
     first; best_yaml: the winner's configuration, None where there is none yet."""
 
-    place: str
+    uri: str
     name: str
     ledger: Ledger
     objectives: list[Objective]
@@ -77,23 +77,23 @@ class Sweep:
         return None if wanted is None else int(wanted)
 
 
-def is_sweep(place: str) -> bool:
+def is_sweep(uri: str) -> bool:
     """Whether a folder (path or URI) is a sweep's rather than a run's."""
-    return storage.exists(storage.join(place, FILE))
+    return storage.exists(storage.join(uri, FILE))
 
 
-def read_sweep(place: str) -> Sweep:
+def read_sweep(uri: str) -> Sweep:
     """The sweep at a place for which `is_sweep` holds."""
-    ledger = read_ledger(place) or Ledger({}, {})
+    ledger = read_ledger(uri) or Ledger({}, {})
     for trial in ledger.trials.values():
         trial.results = [_plain(result) for result in trial.results]
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
     best = ranked(ledger.trials.values(), objectives[0]) if objectives else []
-    name = str(ledger.sweep.get("name") or storage.name_of(storage.absolute(place)))
-    config, affinity = _content(place, BEST), _content(place, "affinity.json")
-    ended = _content(place, "summary.json") is not None
+    name = str(ledger.sweep.get("name") or storage.name_of(storage.absolute(uri)))
+    config, affinity = _content(uri, BEST), _content(uri, "affinity.json")
+    ended = _content(uri, "summary.json") is not None
     best_yaml = None if config is None else config.decode(errors="replace")
-    return Sweep(place, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, _object(affinity), ended)
+    return Sweep(uri, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, _object(affinity), ended)
 
 
 def _plain(result: Result) -> Result:
@@ -102,9 +102,9 @@ def _plain(result: Result) -> Result:
     return dataclasses.replace(result, metrics=numbers(result.metrics), intervals=bounds)
 
 
-def _content(place: str, name: str) -> bytes | None:
+def _content(uri: str, name: str) -> bytes | None:
     try:
-        return storage.read_bytes(storage.join(place, name))
+        return storage.read_bytes(storage.join(uri, name))
     except FileNotFoundError:
         return None
 
@@ -180,7 +180,7 @@ def _winner(sweep: Sweep) -> list[Piece]:
     goes_on = '<p class="note">The sweep goes on: another trial may come to win.</p>' if sweep.ledger.in_state("open") else ""
     commands = "".join(
         f'<h4>{text(name.capitalize())}</h4><pre class="command">{text(command)}</pre>'
-        for name, command in commands_of(sweep.ledger, sweep.place, trial.runs[-1]).items()
+        for name, command in commands_of(sweep.ledger, sweep.uri, trial.runs[-1]).items()
     )
     return [
         pairs(rows) + goes_on,
@@ -192,7 +192,7 @@ def _winner(sweep: Sweep) -> list[Piece]:
 def _folder(sweep: Sweep, trial: Trial) -> str | None:
     """Of the run that counts; None where its name is none that a folder in trials/ could have."""
     try:
-        return folder_of(sweep.place, trial.runs[-1])
+        return folder_of(sweep.uri, trial.runs[-1])
     except DataError:
         return None
 
@@ -204,9 +204,9 @@ def _trials(sweep: Sweep) -> str:
     if not order:
         return '<p class="note">No trial has begun.</p>'
     rows = []
-    for place, trial in enumerate(order):
-        coloured = place < min(IN_COLOUR, len(sweep.best))
-        key = f'<span class="key" style="background:{RUN_COLOURS[place]}"></span>' if coloured else ""
+    for rank, trial in enumerate(order):
+        coloured = rank < min(IN_COLOUR, len(sweep.best))
+        key = f'<span class="key" style="background:{RUN_COLOURS[rank]}"></span>' if coloured else ""
         rows.append(
             (
                 f"{key}{trial.number}",
@@ -354,7 +354,7 @@ def _has_metrics(sweep: Sweep, trial: Trial) -> bool:
 
 
 def _read_run(sweep: Sweep, trial: Trial) -> RunData:
-    (run,) = collect([folder_of(sweep.place, trial.runs[-1])])
+    (run,) = collect([folder_of(sweep.uri, trial.runs[-1])])
     return dataclasses.replace(run, name=f"trial {trial.number}")
 
 

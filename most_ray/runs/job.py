@@ -17,7 +17,7 @@ class Job:
     """All that a rank needs to know; made once by who starts the ranks, the same for every rank and attempt."""
 
     config: RunConfig
-    run_place: str
+    run_uri: str
     model_path: str
     driver: str
     plan: PlanSpec

@@ -12,16 +12,16 @@ from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 
 
-def check_places(config: RunConfig) -> None:
+def check_outputs(config: RunConfig) -> None:
     """The run's folder can be written to, the trace's folder too, and W&B has a key where it is to be online.
 
     Raises:
         ConfigError: one of them is not so.
     """
-    _check_writable("output_dir", config.run_place)
+    _check_writable("output_dir", config.run_uri)
     if config.store_dir:
         _check_writable("store_dir", config.store_dir)
-    if not storage.is_remote(config.run_place) and shutil.disk_usage(storage.local(config.run_place)).free < 1 << 28:
+    if not storage.is_remote(config.run_uri) and shutil.disk_usage(storage.local(config.run_uri)).free < 1 << 28:
         raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
     if config.trace_records:
         try:
@@ -39,9 +39,9 @@ def check_places(config: RunConfig) -> None:
         )
 
 
-def _check_writable(field: str, place: str) -> None:
+def _check_writable(field: str, uri: str) -> None:
     """What is written to a place can be read back from it, whatever it is on."""
-    probe = storage.join(place, f".probe-{uuid.uuid4().hex[:8]}")
+    probe = storage.join(uri, f".probe-{uuid.uuid4().hex[:8]}")
     try:
         storage.write_bytes(probe, b"probe")
         if storage.read_bytes(probe) != b"probe":
@@ -49,7 +49,7 @@ def _check_writable(field: str, place: str) -> None:
         storage.remove(probe)
     except (OSError, DataError) as error:
         reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
-        raise ConfigError(field, storage.redact(place), reason, "Name a folder or URI that can be written to.") from error
+        raise ConfigError(field, storage.redact(uri), reason, "Name a folder or URI that can be written to.") from error
 
 
 def _has_netrc() -> bool:

@@ -31,7 +31,7 @@ from most_ray.records.record import TASKS, Task, parse_record, read_raw, record_
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
-from most_ray.runs.output_checks import check_places
+from most_ray.runs.output_checks import check_outputs
 from most_ray.speech.vocoder.assets import FOLDER as KIT
 from most_ray.speech.vocoder.assets import copy_kit, find_kit
 
@@ -76,9 +76,9 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
     Raises:
         UserError: whatever a user can mend.
     """
-    check_places(config)
+    check_outputs(config)
     check_given(config)
-    folder = RunFolder(config.run_place)
+    folder = RunFolder(config.run_uri)
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
     fewest, most = (workers, workers) if workers else (fewest, most)
     sources = open_sources(config, folder, runner(config, use_gpu))
@@ -119,7 +119,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     ids = sources.vocabulary.ids
     job = Job(
         config=config,
-        run_place=folder.place,
+        run_uri=folder.uri,
         model_path=sources.model_path,
         driver="",
         plan=spec,
@@ -151,8 +151,8 @@ def check_given(config: RunConfig) -> None:
     """
     check_available(config)
     _check_directories(config)
-    if storage.exists(storage.join(config.run_place, LEDGER)):
-        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_place)} holds {LEDGER}.", "Choose another name.")
+    if storage.exists(storage.join(config.run_uri, LEDGER)):
+        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_uri)} holds {LEDGER}.", "Choose another name.")
 
 
 def _check_directories(config: RunConfig) -> None:
@@ -239,9 +239,9 @@ def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = he
     Raises:
         UserError: as `open_sources`, or a damaged shard.
     """
-    check_places(config)
+    check_outputs(config)
     _check_directories(config)
-    sources = open_sources(config, RunFolder(config.run_place), runner(config, False))
+    sources = open_sources(config, RunFolder(config.run_uri), runner(config, False))
     stores = sources.training + sources.validation
     for store in stores:
         store.verify(None if verify else VERIFIED_BYTES)
@@ -257,12 +257,12 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
     name = config.model_name_or_path
     if name not in PRESETS:
         return storage.absolute(name) if storage.is_remote(name) or Path(name).exists() else name
-    place, note = folder.at("init"), "made_from.json"
-    if reader.committed(folder.checkpoints) and storage.exists(storage.join(place, "config.json")):
-        return place  # the run has begun with it
+    uri, note = folder.at("init"), "made_from.json"
+    if reader.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
+        return uri  # the run has begun with it
     made_from = {"preset": name, "seed": config.seed, "content": _training_content(config)}
     try:
-        made = json.loads(storage.read_bytes(storage.join(place, note)))
+        made = json.loads(storage.read_bytes(storage.join(uri, note)))
     except (FileNotFoundError, ValueError):
         made = None
     if made != made_from:
@@ -273,7 +273,7 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
         shutil.rmtree(folder.local / "init", ignore_errors=True)
         temporary.rename(folder.local / "init")
         folder.push_folder("init", note)
-    return place
+    return uri
 
 
 def _training_content(config: RunConfig) -> list[str]:
@@ -292,7 +292,7 @@ def texts_of(directory: str | Path, limit: int = 200_000) -> Iterator[str]:
     """Texts of a directory's good records as the template spells them."""
     count = 0
     for entry in record_files(directory):
-        for _, raw in read_raw(entry.place):
+        for _, raw in read_raw(entry.uri):
             if count >= limit:
                 return
             try:

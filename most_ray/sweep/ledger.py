@@ -25,7 +25,7 @@ from typing import Any, Literal
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.journal import parse_lines
-from most_ray.io.run_folder import LEDGER, RunFolder, step_place
+from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
 
 FILE, TRIALS, KEPT, BEST = LEDGER, "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
@@ -137,8 +137,8 @@ class LedgerFile:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            place = storage.redact(folder.place)
-            raise ConfigError("name", place, "is being swept by another process.", "Wait for it, or choose another name.") from None
+            uri = storage.redact(folder.uri)
+            raise ConfigError("name", uri, "is being swept by another process.", "Wait for it, or choose another name.") from None
         self._mark = uuid.uuid4().hex
         if folder.remote:
             folder.mark(self._mark)
@@ -153,7 +153,7 @@ class LedgerFile:
     def write(self, kind: str, **content: Any) -> None:
         if self._folder.remote and self._folder.marked() != self._mark:
             rule = "has been taken over by a newer start of the same sweep."
-            raise ConfigError("name", storage.redact(self._folder.place), rule, "One driver at a time.")
+            raise ConfigError("name", storage.redact(self._folder.uri), rule, "One driver at a time.")
         line = {"kind": kind, "time": round(time.time(), 3), **content}
         self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._stream.flush()
@@ -176,10 +176,10 @@ class LedgerFile:
         self._lock.close()
 
 
-def read_ledger(place: str) -> Ledger | None:
+def read_ledger(uri: str) -> Ledger | None:
     """The ledger of the sweep at a place (path or URI); None where there is none."""
     try:
-        return fold(parse_lines(storage.read_bytes(storage.join(place, FILE))))
+        return fold(parse_lines(storage.read_bytes(storage.join(uri, FILE))))
     except FileNotFoundError:
         return None
 
@@ -260,15 +260,15 @@ def at_step(trial: Trial, metric: str, step: int) -> float | None:
     return next((result.metrics.get(metric) for result in reversed(trial.results) if result.step == step), None)
 
 
-def folder_of(sweep_place: str, run: str) -> str:
+def folder_of(sweep_uri: str, run: str) -> str:
     """A trial's run."""
-    return storage.join(sweep_place, TRIALS, run)
+    return storage.join(sweep_uri, TRIALS, run)
 
 
-def commands_of(ledger: Ledger, sweep_place: str, run: str) -> dict[str, str]:
+def commands_of(ledger: Ledger, sweep_uri: str, run: str) -> dict[str, str]:
     """What trains the winner, whose run is `run`: `again`, to the trial's own numbers; `in full`, where the base's run is of another length
     than the trials."""
-    again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_place, BEST))]
+    again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_uri, BEST))]
     full = ledger.sweep.get("full") or {}
     if not isinstance(full, dict) or not full:
         return {"again": shlex.join(again)}
@@ -277,6 +277,6 @@ def commands_of(ledger: Ledger, sweep_place: str, run: str) -> dict[str, str]:
     return {"again": shlex.join(again), "in full": shlex.join([*again, "--name", name, *flags])}
 
 
-def kept_place(sweep_place: str, run: str, step: int) -> str:
+def kept_uri(sweep_uri: str, run: str, step: int) -> str:
     """A checkpoint that other trials go on from, when the run itself has long forgotten it."""
-    return step_place(storage.join(sweep_place, KEPT, run), step)
+    return step_uri(storage.join(sweep_uri, KEPT, run), step)

@@ -21,13 +21,13 @@ _RATES = ("wer", "cer", "cycle_wer", "outside_wer", "unit_error_rate")
 
 
 def start_screen(
-    sweep: Sweep, ledger: Ledger, place: str, job: Job, where: str, affinities: Sequence[Affinity], cost: Estimate, console: Console
+    sweep: Sweep, ledger: Ledger, uri: str, job: Job, where: str, affinities: Sequence[Affinity], cost: Estimate, console: Console
 ) -> None:
     """What the sweep is about to do, and what that will cost."""
     options = sweep.options
     ended = len(ledger.in_state("finished", "stopped", "failed"))
     already = f"; {ended} have ended, {len(ledger.in_state('open'))} go on" if ledger.trials else ""
-    _say(console, f"Sweep {storage.redact(place)}: {sweep.max_trials} trials of {job.total_steps:,} steps{already}")
+    _say(console, f"Sweep {storage.redact(uri)}: {sweep.max_trials} trials of {job.total_steps:,} steps{already}")
     scheduler = {
         "none": "no early stopping",
         "asha": f"ASHA from step {sweep.grace_steps} on, one in {options.reduction_factor:g} goes on",

@@ -20,7 +20,7 @@ from most_ray.model.build import PRESETS, read_config
 from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig, check_experts
 from most_ray.runs.resolve import store_dir_of
-from most_ray.sweep.ledger import TRIALS, Trial, kept_place
+from most_ray.sweep.ledger import TRIALS, Trial, kept_uri
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
 from most_ray.sweep.splits import split_experts
@@ -100,13 +100,13 @@ class Setting:
     def config(self, settings: Mapping[str, Any], run: str) -> RunConfig:
         """The configuration of a trial's run, which lies in the sweep's folder beside the others; all of them share token stores."""
         base = self.sweep.run
-        place = {
+        uri = {
             "name": run,
-            "output_dir": storage.join(base.run_place, TRIALS),
+            "output_dir": storage.join(base.run_uri, TRIALS),
             "store_dir": store_dir_of(base),
             "wandb_group": base.wandb_group or base.name,
         }
-        return config_from({**self.sweep.values, **settings, **place})
+        return config_from({**self.sweep.values, **settings, **uri})
 
     def best_yaml(self, trial: Trial, why: str) -> str:
         """The winner as a configuration of its own: a run of the same steps that makes the same numbers."""
@@ -115,8 +115,8 @@ class Setting:
         whole = {"name": f"{base.name}-best-{trial.runs[-1]}", "output_dir": base.output_dir, **kept, **trial.settings}
         parent = trial.parents[-1] if trial.parents else None
         if parent:
-            redacted_place = storage.redact(self.sweep.run.run_place)
-            whole |= {"resume_from_checkpoint": kept_place(redacted_place, parent["run"], parent["step"]), "accept_data_change": True}
+            redacted_place = storage.redact(self.sweep.run.run_uri)
+            whole |= {"resume_from_checkpoint": kept_uri(redacted_place, parent["run"], parent["step"]), "accept_data_change": True}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in whole.items()}
         return f"# {why}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
 

@@ -27,7 +27,7 @@ class Tracker(Protocol):
     def log(self, line: dict[str, Any]) -> None:
         """A line, of any kind, as it is written to metrics.jsonl."""
 
-    def checkpoint(self, step: int, place: str) -> None:
+    def checkpoint(self, step: int, uri: str) -> None:
         """A checkpoint was committed."""
 
     def close(self) -> None:
@@ -78,8 +78,8 @@ class Background:
     def log(self, line: dict[str, Any]) -> None:
         self._put(lambda: self._tracker.log(line))
 
-    def checkpoint(self, step: int, place: str) -> None:
-        self._put(lambda: self._tracker.checkpoint(step, place))
+    def checkpoint(self, step: int, uri: str) -> None:
+        self._put(lambda: self._tracker.checkpoint(step, uri))
 
     def close(self) -> None:
         """Waits until everything is written, but not for ever."""

@@ -33,11 +33,11 @@ def wandb_key(config: RunConfig) -> Secret | None:
     return Secret(text) if text else None
 
 
-def trackers_of(config: RunConfig, run_place: str, key: Secret | None) -> list[Tracker]:
+def trackers_of(config: RunConfig, run_uri: str, key: Secret | None) -> list[Tracker]:
     """The trackers that a run asks for, on rank 0. None can hold up training or end it."""
     trackers: list[Tracker] = []
     if uses_wandb(config):
-        trackers.append(Background("Weights & Biases", Wandb(config, run_place, key), key))
+        trackers.append(Background("Weights & Biases", Wandb(config, run_uri, key), key))
     if config.tensorboard:
-        trackers.append(Background("TensorBoard", TensorBoard(run_place)))
+        trackers.append(Background("TensorBoard", TensorBoard(run_uri)))
     return trackers

@@ -28,8 +28,8 @@ class TensorBoard:
 
     failure: str | None = None  # it raises instead
 
-    def __init__(self, run_place: str) -> None:
-        self._folder = RunFolder(run_place)
+    def __init__(self, run_uri: str) -> None:
+        self._folder = RunFolder(run_uri)
         self._root = self._folder.local / "tensorboard"
         self._start: Mapping[str, Any] = {}
         self._logged: set[Key] = set()
@@ -63,8 +63,8 @@ class TensorBoard:
         self._writer.file_writer.add_summary(Summary(value=values), step, line.get("time"))
         self._logged.add(key)
 
-    def checkpoint(self, step: int, place: str) -> None:
-        del step, place
+    def checkpoint(self, step: int, uri: str) -> None:
+        del step, uri
         size = sum(path.stat().st_size for path in self._root.iterdir())
         if size > _GROWTH * self._pushed:
             self._pushed = size

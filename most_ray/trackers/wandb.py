@@ -29,9 +29,9 @@ class Wandb:
 
     failure: str | None = None  # it raises instead
 
-    def __init__(self, config: RunConfig, run_place: str, key: Secret | None) -> None:
-        self._config, self._key, self._folder = config, key, RunFolder(run_place)
-        identity = hashlib.blake2b(run_place.encode(), digest_size=6).hexdigest()
+    def __init__(self, config: RunConfig, run_uri: str, key: Secret | None) -> None:
+        self._config, self._key, self._folder = config, key, RunFolder(run_uri)
+        identity = hashlib.blake2b(run_uri.encode(), digest_size=6).hexdigest()
         self.id = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', config.name)[:80]}-{identity}"
         self._mode = config.wandb_mode or ("online" if key else "offline")
         self._start: Mapping[str, Any] = {}
@@ -107,15 +107,15 @@ class Wandb:
         self._next += 1
         self._logged.add(key)
 
-    def checkpoint(self, step: int, place: str) -> None:
+    def checkpoint(self, step: int, uri: str) -> None:
         """An artifact that names the checkpoint's place; nothing is uploaded."""
         import wandb
         from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 
-        shown = storage.redact(place)
+        shown = storage.redact(uri)
         artifact = wandb.Artifact(f"model-{self.id}", type="model", metadata={"step": step, "place": shown})
-        if not storage.is_remote(place):
-            path = storage.local(place).absolute()
+        if not storage.is_remote(uri):
+            path = storage.local(uri).absolute()
             if not path.exists():
                 return  # it was not kept
             artifact.add_reference(path.as_uri(), checksum=False)

@@ -50,13 +50,13 @@ class CheckpointManager:
         """Room for the first checkpoint; evaluations that an interruption cut off, once more."""
         self._writer.prepare(state)
         missing = [
-            (step, place)
-            for place in (reader.committed(self._folder.checkpoints) if self._rank == 0 else [])
-            if self._due(step := reader.step_of(place)) and step <= state.step and step not in self._reporter.evaluations
+            (step, uri)
+            for uri in (reader.committed(self._folder.checkpoints) if self._rank == 0 else [])
+            if self._due(step := reader.step_of(uri)) and step <= state.step and step not in self._reporter.evaluations
         ]
         if self._validator:
-            for step, place in missing:
-                self._validator.start(step, place)
+            for step, uri in missing:
+                self._validator.start(step, uri)
         elif self._evaluate_here and all_gather_or_raise(lambda: any(step == state.step for step, _ in missing))[0]:
             self._evaluate(state)  # of the older ones the weights are no longer there
 
@@ -107,8 +107,8 @@ class CheckpointManager:
             load_tokenizer(local_copy(job.model_path)).save_pretrained(directory)
             self._reporter.push()
 
-        place = reader.step_place(folder.checkpoints, state.step)
-        self._writer.save(place, state, content, files, lambda: folder.marked() == self._attempt)
+        uri = reader.step_uri(folder.checkpoints, state.step)
+        self._writer.save(uri, state, content, files, lambda: folder.marked() == self._attempt)
 
     def _follow(self) -> None:
         """What comes after a commit: its evaluation, and the end of those that need not be kept."""
@@ -116,9 +116,9 @@ class CheckpointManager:
         if self._rank != 0:
             return
         for commit in saved:
-            self._reporter.checkpoint(commit.step, commit.place)
+            self._reporter.checkpoint(commit.step, commit.uri)
             if self._validator and self._due(commit.step):
-                self._validator.start(commit.step, commit.place)
+                self._validator.start(commit.step, commit.uri)
         if self._validator:
             self._validator.collect(wait_s=0.0)
         if saved:

@@ -16,7 +16,7 @@ from most_ray.trackers.base import Tracker
 class Validator(Protocol):
     """Evaluations under way beside training, on rank 0."""
 
-    def start(self, step: int, place: str) -> None:
+    def start(self, step: int, uri: str) -> None:
         """Score a committed checkpoint, while training goes on."""
 
     def pending(self) -> set[int]:

@@ -101,9 +101,9 @@ class RunReporter:
         except DataError as error:  # storage may come back: the next save, which needs it too, pushes again
             logger.warning("the evaluation of step %d is not on storage yet: %s", line["step"], error)
 
-    def checkpoint(self, step: int, place: str) -> None:
+    def checkpoint(self, step: int, uri: str) -> None:
         for tracker in self._trackers:
-            tracker.checkpoint(step, place)
+            tracker.checkpoint(step, uri)
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._metrics:

@@ -113,7 +113,7 @@ def _export(prepared: Prepared) -> None:
         CheckpointError: there are none.
     """
     folder = prepared.folder
-    last = reader.step_place(folder.checkpoints, prepared.job.total_steps)
+    last = reader.step_uri(folder.checkpoints, prepared.job.total_steps)
     if last not in reader.committed(folder.checkpoints):
         raise CheckpointError("step", prepared.job.total_steps, "was not reached: no checkpoint of the last step was completed.")
     export_checkpoint(last, folder.local / "export")

@@ -50,7 +50,7 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     rank, world = this_rank(), world_size()
     torch.set_num_threads(job.threads)
     (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, rank)
-    folder = RunFolder(job.run_place)
+    folder = RunFolder(job.run_uri)
     attempt = _take_over(folder, job.driver, rank)
     start = _starting_point(job, folder)
     # The stream fills while the model is built.
@@ -122,8 +122,8 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
         distributed = DistributedConfig(
             dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep, ep_implementation=EXCHANGE
         )
-    if start.place is not None:
-        biased = bool(json.loads(storage.read_bytes(storage.join(start.place, "config.json"))).get("use_balance_bias"))
+    if start.uri is not None:
+        biased = bool(json.loads(storage.read_bytes(storage.join(start.uri, "config.json"))).get("use_balance_bias"))
     model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
     model.config.template_hash = template_hash()
     model.config.units_identity = job.units_identity
@@ -160,7 +160,7 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
     if any(mark != seen[0] for mark in seen):
         blind = [other for other, mark in enumerate(seen) if mark != seen[0]]
         rule = f"is not shared by all nodes: ranks {blind} do not see there what rank 0 has written."
-        raise ConfigError("output_dir", storage.redact(folder.place), rule, "Mount the same storage on every node, or name a URI.")
+        raise ConfigError("output_dir", storage.redact(folder.uri), rule, "Mount the same storage on every node, or name a URI.")
     return attempt[0]
 
 
@@ -168,7 +168,7 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
 class _Start:
     """What a run goes on from: a checkpoint (None: nothing), whether only its weights are taken, the step that has been made."""
 
-    place: str | None
+    uri: str | None
     fresh: bool
     step: int
 
@@ -182,18 +182,18 @@ def _starting_point(job: Job, folder: RunFolder) -> _Start:
         for damaged, reason in torn:
             logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
             reader.invalidate(damaged)  # its step will be saved anew
-    place = own or job.config.resume_from_checkpoint
+    uri = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
-    step = all_gather_or_raise(lambda: int(reader.read_state(place)["step"]) if place and not fresh else 0)[0]
-    return _Start(place, fresh, step)
+    step = all_gather_or_raise(lambda: int(reader.read_state(uri)["step"]) if uri and not fresh else 0)[0]
+    return _Start(uri, fresh, step)
 
 
 def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig, meter: Meter) -> list[str]:
     """Load what the run goes on from. Returns what has changed since and was accepted."""
     accepted: list[str] = []
-    if start.place is None:
+    if start.uri is None:
         return accepted
-    content = reader.load(start.place, state, with_optimizer=not start.fresh)
+    content = reader.load(start.uri, state, with_optimizer=not start.fresh)
     if not start.fresh:
         accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
         if "meter" in content:

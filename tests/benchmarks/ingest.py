@@ -68,8 +68,8 @@ def make_records(n: int, seed: int, tokens_of: Callable[[str], int]) -> list[dic
     records = []
     for index in range(n):
         words = [str(word) for word in rng.permutation(transcripts[index % len(transcripts)])]
-        for place in np.flatnonzero(rng.random(len(words)) < RARE):
-            words[place] = tail_word(int(POOL ** rng.random()), pool)  # G. Zipf's law: the k-th word comes 1/k as often as the first
+        for uri in np.flatnonzero(rng.random(len(words)) < RARE):
+            words[uri] = tail_word(int(POOL ** rng.random()), pool)  # G. Zipf's law: the k-th word comes 1/k as often as the first
         output = " ".join(words)
         n_units = TOKENS - 22 - tokens_of(output)
         start = int(rng.integers(len(units)))
@@ -121,8 +121,8 @@ class Bench:
 
     def _part(self, file: Path, recipe: Recipe) -> Callable[[], None]:
         self._number += 1
-        place = self.folder / "store" / "parts" / f"{self._number}"
-        part = Part(str(file), 0, None, place.name, str(place), file.stat().st_size)
+        uri = self.folder / "store" / "parts" / f"{self._number}"
+        part = Part(str(file), 0, None, uri.name, str(uri), file.stat().st_size)
         return lambda: make_part(part, recipe)
 
     def tokens(self) -> float:

@@ -28,9 +28,9 @@ def main() -> int:
     parser.add_argument("--records", default=str(ROOT / "jobs/data/digits/test_takes"))
     parser.add_argument("--speech", default=str(ROOT / "jobs/data/digits/train_asr"))
     args = parser.parse_args()
-    texts = [raw["output"] for entry in record_files(args.records) for _, raw in read_raw(entry.place) if isinstance(raw, dict)]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    texts = [raw["output"] for entry in record_files(args.records) for _, raw in read_raw(entry.uri) if isinstance(raw, dict)]
+    with tempfile.TemporaryDirectory() as uri:
+        folder = Path(uri)
         assert most_ray(["synthesize", "--speech", args.speech, "--records", args.records, "--output", str(folder / "waves")]) == 0
         waves = sorted((folder / "waves").glob("*.wav"), key=lambda path: path.stat().st_mtime_ns)  # as they were made
         figures = {

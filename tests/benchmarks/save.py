@@ -78,22 +78,22 @@ class Way:
         if self._writer:
             self._writer.prepare(state)
 
-    def save(self, place: str) -> None:
+    def save(self, uri: str) -> None:
         start = time.perf_counter()
-        self._save(place)
+        self._save(uri)
         self._stalled += time.perf_counter() - start
 
     def stalled(self) -> float:
         """Seconds in all, those for which an optimizer step waited for a copy with them."""
         return self._writer.stall_seconds if self._writer else self._stalled
 
-    def _save(self, place: str) -> None:
+    def _save(self, uri: str) -> None:
         if self._writer:
-            self._writer.save(place, self._state, {}, lambda _: None, lambda: True)
+            self._writer.save(uri, self._state, {}, lambda _: None, lambda: True)
         elif self._name == "sync":
-            dcp.save(tensors_of(self._state), checkpoint_id=place)
+            dcp.save(tensors_of(self._state), checkpoint_id=uri)
         else:
-            self._future = dcp.async_save(tensors_of(self._state), checkpoint_id=place, process_group=self._group)
+            self._future = dcp.async_save(tensors_of(self._state), checkpoint_id=uri, process_group=self._group)
 
     def busy(self) -> bool:
         if self._writer:
@@ -112,10 +112,10 @@ class Way:
             self._writer.close()
 
 
-def one_save(way: Way, state: TrainState, inputs: torch.Tensor, place: str) -> dict[str, float]:
+def one_save(way: Way, state: TrainState, inputs: torch.Tensor, uri: str) -> dict[str, float]:
     """Seconds: the stall, processor time in it, the steps while writing goes on, until the checkpoint is complete."""
     start, cpu, stall = time.perf_counter(), time.process_time(), way.stalled()
-    way.save(place)
+    way.save(uri)
     cpu = time.process_time() - cpu
     during = []
     while _any(way.busy()):  # all ranks make the same steps
@@ -149,33 +149,33 @@ def stalls(folder: str, rounds: int, size: tuple[int, int]) -> dict[str, list[di
     for number in range(rounds + 1):
         for name, way in ways.items():
             before = median(step(state, inputs) for _ in range(4))
-            place = f"{folder}/{name}-{number}"
-            found[name].append({"before": before, **one_save(way, state, inputs, place)})
+            uri = f"{folder}/{name}-{number}"
+            found[name].append({"before": before, **one_save(way, state, inputs, uri)})
             if name in ("ours", "overlap") and number == rounds:
-                verify(place, state, size)
+                verify(uri, state, size)
             barrier()
             if not dist.is_initialized() or dist.get_rank() == 0:
-                shutil.rmtree(place)
+                shutil.rmtree(uri)
     for way in ways.values():
         way.close()
     return found
 
 
-def verify(place: str, state: TrainState, size: tuple[int, int]) -> None:
+def verify(uri: str, state: TrainState, size: tuple[int, int]) -> None:
     """Every hash, and a fresh state filled with it, against one that is saved and read the plain way: training has gone on meanwhile."""
     again = make_bench_state(*size)
-    reader.load(place, again)
-    assert reader.find_corruption(place, deep=True) is None
+    reader.load(uri, again)
+    assert reader.find_corruption(uri, deep=True) is None
     assert again.step < state.step or not dist.is_initialized()
     other = CheckpointWriter(background=False)
-    other.save(f"{place}-again", again, {}, lambda _: None, lambda: True)
+    other.save(f"{uri}-again", again, {}, lambda _: None, lambda: True)
     other.close()
     barrier()
-    files = [reader.read_marker(at)["files"] for at in (place, f"{place}-again")]
+    files = [reader.read_marker(at)["files"] for at in (uri, f"{uri}-again")]
     assert files[0] == files[1], "what was read and written again is the same, to the byte"
     barrier()
     if not dist.is_initialized() or dist.get_rank() == 0:
-        shutil.rmtree(f"{place}-again")
+        shutil.rmtree(f"{uri}-again")
 
 
 def barrier() -> None:

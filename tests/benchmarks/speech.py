@@ -152,8 +152,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as uri:
+        folder = Path(uri)
         start_local_ray(4)
         found = [
             rates("MFCC", MfccSettings(), args.mfcc, args.rounds, folder / "mfcc", 8),

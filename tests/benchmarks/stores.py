@@ -28,16 +28,16 @@ class Described(TokenStore):
         return f"{self.name}_{row:09d}", (row + np.arange(self.lengths[row], dtype=np.int32)) % 500 + np.int32(LAYOUT.unit_base)
 
 
-def write_store(place: Path, task: str, lengths: np.ndarray, prompts: np.ndarray, shards: Sequence[dict[str, Any]] = ()) -> None:
+def write_store(uri: Path, task: str, lengths: np.ndarray, prompts: np.ndarray, shards: Sequence[dict[str, Any]] = ()) -> None:
     """Index and manifest, as ingest writes them."""
-    place.mkdir(parents=True)
-    np.save(place / "lengths.npy", lengths)
-    np.save(place / "prompt_lengths.npy", prompts)
-    (place / "rejected.jsonl").write_bytes(b"")
+    uri.mkdir(parents=True)
+    np.save(uri / "lengths.npy", lengths)
+    np.save(uri / "prompt_lengths.npy", prompts)
+    (uri / "rejected.jsonl").write_bytes(b"")
     content = {
         "name": task,
-        "source": str(place),
-        "content": file_digest(place / "lengths.npy"),
+        "source": str(uri),
+        "content": file_digest(uri / "lengths.npy"),
         "units": None,
         "version": STORE_VERSION,
         "task": task,
@@ -48,10 +48,10 @@ def write_store(place: Path, task: str, lengths: np.ndarray, prompts: np.ndarray
         "n_seen": len(lengths),
         "n_rejected": 0,
         "n_set_aside": 0,
-        "index": {name: file_digest(place / name) for name in ("lengths.npy", "prompt_lengths.npy")},
+        "index": {name: file_digest(uri / name) for name in ("lengths.npy", "prompt_lengths.npy")},
         "shards": list(shards),
     }
-    (place / "manifest.json").write_bytes(seal(content))
+    (uri / "manifest.json").write_bytes(seal(content))
 
 
 def draw_lengths(n: int, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -87,19 +87,19 @@ def fill(root: Path, n_bytes: int) -> int:
     return total
 
 
-def _write_part(place: Path, task: str, first: int, lengths: np.ndarray, prompts: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
-    writer = PartWriter(place.parent)
+def _write_part(uri: Path, task: str, first: int, lengths: np.ndarray, prompts: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
+    writer = PartWriter(uri.parent)
     try:
-        places = np.random.default_rng(first).integers(0, len(tokens) - ROW, len(lengths)).tolist()
-        rows = zip(places, lengths.tolist(), prompts.tolist(), strict=True)
+        uris = np.random.default_rng(first).integers(0, len(tokens) - ROW, len(lengths)).tolist()
+        rows = zip(uris, lengths.tolist(), prompts.tolist(), strict=True)
         writer.add(
             [f"{task}_{first + i:09d}" for i in range(len(lengths))],
             [Encoded(tokens[begin : begin + length], prompt, task) for begin, length, prompt in rows],  # type: ignore[arg-type]
         )
-        writer.publish(str(place), len(lengths))
+        writer.publish(str(uri), len(lengths))
     finally:
         writer.abort()
-    return [{"part": place.name, **shard} for shard in json.loads((place / "part.json").read_bytes())["shards"]]
+    return [{"part": uri.name, **shard} for shard in json.loads((uri / "part.json").read_bytes())["shards"]]
 
 
 def spec_of(root: Path, unit: str, batch: int = 512) -> PlanSpec:

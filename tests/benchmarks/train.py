@@ -139,8 +139,8 @@ def changes_of(name: str) -> dict[str, Any]:
 def open_work(name: str, model: str) -> Work:
     shipped = common.ROOT / "jobs" / "configs" / f"{name if name != 'librispeech' else 'librispeech_units'}.yaml"
     nothing: dict[str, Any] = {"val_asr_dirs": [], "val_tts_dirs": [], "use_gpu": False, "num_workers": [1]}
-    place = {"output_dir": str(common.RESULTS), "name": f"train-{name}"}
-    prepared = prepare_run(load_config(shipped, {**nothing, **changes_of(name), **place}))
+    uri = {"output_dir": str(common.RESULTS), "name": f"train-{name}"}
+    prepared = prepare_run(load_config(shipped, {**nothing, **changes_of(name), **uri}))
     torch.manual_seed(0)
     made = MostForCausalLM(read_config(prepared.job.model_path, **(SMALL if model == "small" else {})))
     return Work(prepared.job.config, prepared.plan, prepared.job.layout, made)

@@ -24,8 +24,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     line = {"set": "asr/dev_clean", "id": "evil", "reference": "a", "hypothesis": "</script><img src=x onerror=document.title=1>"}
     (one / "hypotheses.jsonl").write_text(json.dumps(line) + "\n" + (one / "hypotheses.jsonl").read_text())
     made = {"one": [str(one)], "two": [str(one), str(two)]}
-    for name, places in made.items():
-        write_report(places, folder / f"{name}.html")
+    for name, uris in made.items():
+        write_report(uris, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in made}
 
 

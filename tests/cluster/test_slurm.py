@@ -35,8 +35,8 @@ def submit(made: Slurm, folder: Path, name: str, steps: int, *options: str, node
 
 
 def steps_done(folder: Path, name: str) -> list[int]:
-    place = folder / name / "metrics.jsonl"
-    return [int(line["step"]) for line in read_journal(place, "train")] if place.exists() else []
+    uri = folder / name / "metrics.jsonl"
+    return [int(line["step"]) for line in read_journal(uri, "train")] if uri.exists() else []
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

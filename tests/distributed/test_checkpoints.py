@@ -87,7 +87,7 @@ def save_all(setting: Setting) -> dict[Topology, dict[str, Any]]:
     return found
 
 
-def write(place: str, state: TrainState, setting: Setting) -> None:
+def write(uri: str, state: TrainState, setting: Setting) -> None:
     """As training does, with what an export needs."""
 
     def files(folder: Path) -> None:
@@ -96,9 +96,9 @@ def write(place: str, state: TrainState, setting: Setting) -> None:
                 (folder / source.name).write_bytes(source.read_bytes())
 
     writer = CheckpointWriter()
-    writer.save(place, state, content_of(state, open_plan(setting.spec)), files, lambda: True)
+    writer.save(uri, state, content_of(state, open_plan(setting.spec)), files, lambda: True)
     writer.wait()
-    assert [saved.place for saved in writer.poll()] == [place]
+    assert [saved.uri for saved in writer.poll()] == [uri]
     writer.close()
 
 
@@ -161,7 +161,7 @@ def test_files_hold_each_tensor_once_under_its_own_rows(setting: Setting, saved:
         assert sum(name.startswith("model.") for name in index) == content["n_tensors"] == len(weights)
         for name, stored in index.items():
             assert sum(chunk.sizes.numel() for chunk in stored.metadata.chunks) == stored.metadata.size.numel(), name
-            for chunk, (file, key) in zip(stored.metadata.chunks, stored.places, strict=True):
+            for chunk, (file, key) in zip(stored.metadata.chunks, stored.uris, strict=True):
                 if name in weights:
                     region = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
                     assert torch.equal(weights[name][region], load_file(folder / file)[key]), name
@@ -254,7 +254,7 @@ def test_a_rank_that_fails_fails_the_save_on_all(setting: Setting) -> None:
     for message, left, complete in run_ranks(2, fail_on_rank_1, setting):
         assert "no room left for a checkpoint of" in message and "No space left" in message
         assert left == [], "what was written is taken away"
-        assert [Path(place).name for place in complete] == ["step-000000000"], "the next save is not disturbed"
+        assert [Path(uri).name for uri in complete] == ["step-000000000"], "the next save is not disturbed"
 
 
 def find_intact(setting: Setting) -> list[Any]:
@@ -263,11 +263,11 @@ def find_intact(setting: Setting) -> list[Any]:
     folder = Path(setting.folder) / "torn"
     for step in (1, 2, 3):
         state.step = step
-        save_to(reader.step_place(str(folder), step), state, plan)
+        save_to(reader.step_uri(str(folder), step), state, plan)
     dist.barrier()
     if dist.get_rank() == 0:
         for step, file in ((2, "rank-00001.safetensors"), (3, "rank-00000.safetensors")):
-            path = Path(reader.step_place(str(folder), step)) / file
+            path = Path(reader.step_uri(str(folder), step)) / file
             data = bytearray(path.read_bytes())
             data[-200] ^= 1
             path.write_bytes(data)
@@ -280,9 +280,9 @@ def find_intact(setting: Setting) -> list[Any]:
 def test_ranks_share_the_search_for_the_newest_intact_checkpoint(setting: Setting) -> None:
     answers = run_ranks(2, find_intact, setting)
     assert answers[0] == answers[1]
-    shallow, (place, torn) = answers[0]
+    shallow, (uri, torn) = answers[0]
     assert shallow[0].endswith("step-000000003") and shallow[1] == []
-    assert place.endswith("step-000000001")
+    assert uri.endswith("step-000000001")
     assert [Path(at).name for at, _ in torn] == ["step-000000003", "step-000000002"]
     assert "rank-00000.safetensors has other content" in torn[0][1] and "rank-00001.safetensors has other content" in torn[1][1]
 

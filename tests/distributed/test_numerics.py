@@ -168,9 +168,9 @@ def test_a_run_that_stays_non_finite_ends_on_every_rank(setting: Setting) -> Non
     assert all(record in messages[0] for record in plan.record_ids(plan.step(3)))
 
 
-def flip_a_bit(tensor: torch.Tensor, place: int = 0) -> None:
+def flip_a_bit(tensor: torch.Tensor, uri: int = 0) -> None:
     words = tensor.view(-1).view(torch.int32 if tensor.element_size() == 4 else torch.int64)
-    words[place] = words[place] ^ 1
+    words[uri] = words[uri] ^ 1
 
 
 def drift(setting: Setting, topology: Topology) -> dict[str, str | None]:

@@ -155,4 +155,4 @@ def test_one_command_from_a_folder_of_recordings(
 
 
 def records_of(folder: str) -> list[dict[str, Any]]:
-    return [raw for entry in record_files(folder) for _, raw in read_raw(entry.place) if isinstance(raw, dict)]
+    return [raw for entry in record_files(folder) for _, raw in read_raw(entry.uri) if isinstance(raw, dict)]

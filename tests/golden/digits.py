@@ -48,7 +48,7 @@ def measure(output_dir: Path) -> dict[str, list[Any]]:
     Changes settings of the whole process."""
     torch.set_num_threads(1)
     values = read_yaml(ROOT / "jobs" / "configs" / "digits.yaml")
-    values |= {name: [str(ROOT / place) for place in values[name]] for name in ("train_asr_dirs", "train_tts_dirs")}
+    values |= {name: [str(ROOT / uri) for uri in values[name]] for name in ("train_asr_dirs", "train_tts_dirs")}
     config = config_from(
         {**values, "val_asr_dirs": [], "val_tts_dirs": [], "output_dir": str(output_dir), "use_gpu": False, "deterministic": True}
     )

@@ -237,8 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
     nproc = options.nproc or (torch.cuda.device_count() if kind == "cuda" else 1)
     name = torch.cuda.get_device_name() if kind == "cuda" else "cpu"
     report: dict[str, Any] = {"device": name, "nproc": nproc, "torch": torch.__version__, "transformers": transformers.__version__}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as uri:
+        folder = Path(uri)
         tiny_model().save_pretrained(folder / "model")
         tiny_model(**(LARGE if kind == "cuda" else {})).save_pretrained(folder / "large")
         report["one_device"] = one_device(str(folder / "model"), folder, torch.device(kind))

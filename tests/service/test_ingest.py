@@ -59,7 +59,7 @@ def test_records_and_stores_behind_uris(ray_cluster: str, tmp_path: Path, bucket
     monkeypatch.setattr("most_ray.data.ingest.RANGE", 4000)
     local = ingest_directory(folder, RECIPE, tmp_path / "store")
     remote = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", spread)
-    assert remote.place.startswith("s3://") and same(local, remote)
+    assert remote.uri.startswith("s3://") and same(local, remote)
     assert "secret" not in remote.manifest["source"]
     assert not list((tmp_path / "store").rglob(".*"))
     cached = {path: path.stat().st_ino for path in (tmp_path / "cache").iterdir()}
@@ -68,9 +68,9 @@ def test_records_and_stores_behind_uris(ray_cluster: str, tmp_path: Path, bucket
         pytest.fail("a second start makes nothing")
 
     again = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", untouched)
-    assert again.place == remote.place and same(local, again)
+    assert again.uri == remote.uri and same(local, again)
     assert {path: path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == cached
-    spec = PlanSpec((remote.place,), (1,), 0, 8, 200)
-    plan = Plan(PlanSpec((local.place,), (1,), 0, 8, 200))
+    spec = PlanSpec((remote.uri,), (1,), 0, 8, 200)
+    plan = Plan(PlanSpec((local.uri,), (1,), 0, 8, 200))
     for batch in stream_batches(StreamSpec(spec, LAYOUT, 0, 1, 2, timeout_s=120.0), 1, 10):
         assert np.array_equal(batch.input_ids, rank_batch(plan, batch.step, 0, 1, 2, LAYOUT).input_ids)

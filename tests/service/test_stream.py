@@ -122,7 +122,7 @@ def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, plan: Plan, m
 
 def test_a_damaged_shard_ends_the_stream_with_its_name(ray_cluster: str, tmp_path: Path) -> None:
     plan = make_plan(tmp_path)
-    shard = Path(plan.stores[0].shard_place(0))
+    shard = Path(plan.stores[0].shard_uri(0))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

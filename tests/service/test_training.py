@@ -153,8 +153,8 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "notes.txt").write_text("keep me")
     checkpoint = folder / "reference" / "checkpoints" / "step-000000020"
-    for place in (tmp_path / "precious", folder):
-        assert main(["export", "--checkpoint", str(checkpoint), "--output", str(place)]) == 2
+    for uri in (tmp_path / "precious", folder):
+        assert main(["export", "--checkpoint", str(checkpoint), "--output", str(uri)]) == 2
     assert (tmp_path / "precious" / "notes.txt").exists() and reader.exists()
     again = tmp_path / "again"
     assert main(["export", "--checkpoint", str(folder / "reference/checkpoints/step-000000020"), "--output", str(again)]) == 0
@@ -163,16 +163,16 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
 
 def test_starting_from_another_runs_checkpoint(folder: Path, reference: dict[str, Any]) -> None:
     """resume_from_checkpoint goes on at its step; with ignore_optimizer_state a new run begins from its weights. Paths may be relative."""
-    place = os.path.relpath(folder / "reference" / "checkpoints" / "step-000000016", ROOT)
+    uri = os.path.relpath(folder / "reference" / "checkpoints" / "step-000000016", ROOT)
     trace = os.path.relpath(folder / "onward.trace", ROOT)
-    changes = {"resume_from_checkpoint": place, "val_asr_dirs": [], "model_name_or_path": str(folder / "reference" / "init")}
+    changes = {"resume_from_checkpoint": uri, "val_asr_dirs": [], "model_name_or_path": str(folder / "reference" / "init")}
     run(folder, "onward", trace_records=trace, **changes)
     assert [line["step"] for line in read_journal(folder / "onward.trace")] == [17, 18, 19, 20]
     lines = read_journal(folder / "onward" / "metrics.jsonl", "train")
     assert [line["step"] for line in lines] == [17, 18, 19, 20]
     assert [line["loss"] for line in lines] == losses(folder, "reference")[16:]
     model = str(folder / "reference" / "init")
-    changes = {"resume_from_checkpoint": place, "ignore_optimizer_state": True, "model_name_or_path": model, "val_asr_dirs": []}
+    changes = {"resume_from_checkpoint": uri, "ignore_optimizer_state": True, "model_name_or_path": model, "val_asr_dirs": []}
     run(folder, "fresh", **changes, max_steps=2, seed=5)
     other = {**changes, "model_name_or_path": "tiny", "train_asr_dirs": ["jobs/data/digits/test_takes"], "train_tts_dirs": []}
     with pytest.raises(CheckpointError, match="another tokenizer"):
@@ -194,7 +194,7 @@ def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> 
     changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "keep_last": 1, "keep_best": 2, "best_metric": "loss/asr/test_takes"}
     run(folder, "evaluated", eval_steps=10, **changes)
     # Saved at 8, 10, 16 and 20: the last one stays, and those that have a score.
-    assert [reader.step_of(place) for place in reader.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
+    assert [reader.step_of(uri) for uri in reader.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
     result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
     assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
     assert losses(folder, "evaluated") == losses(folder, "reference")
@@ -206,10 +206,10 @@ def test_one_number_by_every_way(folder: Path, reference: dict[str, Any], tmp_pa
     """Promises 23 and 24: WER and all other figures of metrics.jsonl at the last step, of `most-ray evaluate` on that checkpoint by one
     worker and by two, in batches of 1 and 8, and of the file scored again: equal to the last digit."""
     (line,) = read_journal(folder / "reference" / "metrics.jsonl", "evaluation")
-    place = str(folder / "reference" / "checkpoints" / f"step-{STEPS:09d}")
+    uri = str(folder / "reference" / "checkpoints" / f"step-{STEPS:09d}")
     sets = [str(ROOT / "jobs/data/digits" / name) for name in ("test_takes", "test_speaker")]
     for workers, batch in ((1, 8), (2, 1)):
-        words = ["evaluate", "--model", place, "--asr_dirs", *sets, "--output", str(tmp_path / "e.json"), "--batch_size", str(batch)]
+        words = ["evaluate", "--model", uri, "--asr_dirs", *sets, "--output", str(tmp_path / "e.json"), "--batch_size", str(batch)]
         assert main([*words, "--num_workers", str(workers)]) == 0
         assert main(["evaluate", "--rescore", str(tmp_path / "e.hypotheses.jsonl"), "--output", str(tmp_path / "r.json")]) == 0
         assert (tmp_path / "r.json").read_bytes() == (tmp_path / "e.json").read_bytes()
@@ -325,8 +325,8 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
     for steps, cache in ((4, "one"), (6, "two")):
         monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / cache))
         summary = run(tmp_path, "remote", max_steps=steps, asr_tts_mix_ratio=1.0, warmup_steps=1, **changes)
-    place = bucket % "runs/remote"
-    names = {entry.name for entry in storage.list_files(place, ("",))}
+    uri = bucket % "runs/remote"
+    names = {entry.name for entry in storage.list_files(uri, ("",))}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "export/config.json", "init/config.json"} <= names
     assert [reader.step_of(c) for c in reader.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
     lines = [json.loads(line) for line in storage.read_bytes(bucket % "runs/remote/metrics.jsonl").splitlines()]

@@ -90,7 +90,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
-    found = [value for entry in record_files(folder) for _, value in read_raw(entry.place)]
+    found = [value for entry in record_files(folder) for _, value in read_raw(entry.uri)]
     assert all(isinstance(value, dict) for value in found)
     return found  # type: ignore[return-value]
 

@@ -73,7 +73,7 @@ def make_plan(root: Path, sizes: tuple[int, int] = (23, 17), batch: int = 6, see
     rng = np.random.default_rng(1)
     a = make_store(root, "a", [asr(i, int(rng.integers(1, 40))) for i in range(sizes[0])], "asr", length)
     b = make_store(root, "b", [tts(i, int(rng.integers(1, 40))) for i in range(sizes[1])], "tts", length)
-    return Plan(PlanSpec((a.place, b.place), (3, 2), seed, batch, length))
+    return Plan(PlanSpec((a.uri, b.uri), (3, 2), seed, batch, length))
 
 
 def tiny_config(**changes: Any) -> Any:

@@ -16,10 +16,10 @@ from tests.support.training import bare_state
 
 
 def save(
-    place: str | Path, state: TrainState, files: Callable[[Path], None] = lambda _: None, may_commit: Callable[[], bool] = lambda: True
+    uri: str | Path, state: TrainState, files: Callable[[Path], None] = lambda _: None, may_commit: Callable[[], bool] = lambda: True
 ) -> None:
     made = CheckpointWriter(background=False)
-    made.save(str(place), state, {}, files, may_commit)
+    made.save(str(uri), state, {}, files, may_commit)
     made.close()
 
 
@@ -37,13 +37,13 @@ def saved_at(checkpoints: str | Path, *steps: int) -> list[str]:
     for step in steps:
         state = small(float(step))
         state.step = step
-        save(reader.step_place(str(checkpoints), step), state)
-    return [reader.step_place(str(checkpoints), step) for step in steps]
+        save(reader.step_uri(str(checkpoints), step), state)
+    return [reader.step_uri(str(checkpoints), step) for step in steps]
 
 
-def weight_in(place: str | Path) -> float:
+def weight_in(uri: str | Path) -> float:
     state = small(-1.0)
-    reader.load(place, state)
+    reader.load(uri, state)
     values = {float(value) for parameter in state.model.parameters() for value in parameter.detach().flatten()}
     assert len(values) == 1
     return values.pop()

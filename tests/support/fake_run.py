@@ -49,10 +49,10 @@ def main() -> int:
             time.sleep(float(os.environ.get("FAKE_STEP_S", "0.05")))  # training: so that trials overlap, and can be stopped
             write(kind="train", step=step, loss=rate)
             if step % every == 0 or stopped:
-                place = folder / "checkpoints" / f"step-{step:09d}"
-                place.mkdir(parents=True, exist_ok=True)
-                (place / "state.json").write_text(json.dumps({"step": step}))
-                (place / "commit.json").write_text("{}")
+                uri = folder / "checkpoints" / f"step-{step:09d}"
+                uri.mkdir(parents=True, exist_ok=True)
+                (uri / "state.json").write_text(json.dumps({"step": step}))
+                (uri / "commit.json").write_text("{}")
             if step % every == 0:
                 rates = {"rate": wer_of(rate, step), "interval": [0.0, 1.0]}
                 write(kind="evaluation", step=step, sets={"asr/test_takes": {"words": rates, "loss": rate}})

@@ -88,8 +88,8 @@ class Slurm:
         return int(self.call("sbatch", "--parsable", f"--output={self.folder}/%j.out", *words))
 
     def output(self, job: int) -> str:
-        place = self.folder / f"{job}.out"
-        return place.read_text() if place.exists() else ""
+        uri = self.folder / f"{job}.out"
+        return uri.read_text() if uri.exists() else ""
 
     def state(self, job: int) -> tuple[str, str, int]:
         """State, exit code as CODE:SIGNAL, and how often it was requeued."""
@@ -123,10 +123,10 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     for each in sockets:
         each.close()
     user, host = psutil.Process().username(), socket.gethostname().partition(".")[0]
-    place = folder / "slurm.conf"
-    place.write_text(_CONFIGURATION.format(folder=folder, ports=ports, user=user, host=host, cpus=_CPUS))
+    uri = folder / "slurm.conf"
+    uri.write_text(_CONFIGURATION.format(folder=folder, ports=ports, user=user, host=host, cpus=_CPUS))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "RAY_", "OMP_"))}
-    made = Slurm(folder, {**kept, "SLURM_CONF": str(place), "HOME": str(folder / "home")})
+    made = Slurm(folder, {**kept, "SLURM_CONF": str(uri), "HOME": str(folder / "home")})
     daemons = []
     try:
         for words in (["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in _NODES)):

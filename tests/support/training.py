@@ -162,9 +162,9 @@ def rows_for(plan: Plan, step: int, passes: int, world: int | None = None) -> in
     return fitting[0]
 
 
-def save_to(place: str | Path, state: TrainState, plan: Plan) -> None:
+def save_to(uri: str | Path, state: TrainState, plan: Plan) -> None:
     writer = CheckpointWriter(background=False)
-    writer.save(str(place), state, content_of(state, plan), lambda _: None, lambda: True)
+    writer.save(str(uri), state, content_of(state, plan), lambda _: None, lambda: True)
     writer.close()
 
 

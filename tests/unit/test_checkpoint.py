@@ -105,8 +105,8 @@ def test_nothing_is_pickled(model_dir: str, plan: Plan, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan: Plan, tmp_path: Path) -> None:
-    place = tmp_path / "step-000000000"
-    save_to(place, make(model_dir), plan)
+    uri = tmp_path / "step-000000000"
+    save_to(uri, make(model_dir), plan)
     for changes, message in (
         ({"n_routed_experts": 4}, "in shape"),
         ({"num_hidden_layers": 4}, "lacks"),
@@ -115,11 +115,11 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan
         other = tmp_path / message.split()[-1]
         tiny_model(**changes, **({"text_expert_indices": None} if "n_routed_experts" in changes else {})).save_pretrained(other)
         with pytest.raises(CheckpointError, match=message):
-            reader.load(place, make(str(other)))
-    marker = json.loads((place / reader.COMMIT).read_text())
+            reader.load(uri, make(str(other)))
+    marker = json.loads((uri / reader.COMMIT).read_text())
     for number, content in ((99, {**marker, "format": 99}), (1, {"step": 0})):  # as the version before wrote it
-        (place / reader.COMMIT).write_text(json.dumps(content))
-        for read in (lambda: reader.read_state(place), lambda: reader.latest_valid(str(tmp_path))):
+        (uri / reader.COMMIT).write_text(json.dumps(content))
+        for read in (lambda: reader.read_state(uri), lambda: reader.latest_valid(str(tmp_path))):
             with pytest.raises(CheckpointError, match=f"format {number}, not 2"):
                 read()
 
@@ -137,25 +137,25 @@ def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
         state = small(float(step))
         state.step = step
         files = lambda folder: (folder / "tokenizer.json").write_text("{}") and None  # noqa: E731
-        made.save(reader.step_place(bucket, step), state, {}, files, lambda: True)
+        made.save(reader.step_uri(bucket, step), state, {}, files, lambda: True)
     made.wait()
-    assert [(saved.step, saved.place) for saved in made.poll()] == [(step, reader.step_place(bucket, step)) for step in (1, 2, 3)]
+    assert [(saved.step, saved.uri) for saved in made.poll()] == [(step, reader.step_uri(bucket, step)) for step in (1, 2, 3)]
     made.close()
-    places = reader.committed(bucket)
-    assert [reader.step_of(place) for place in places] == [1, 2, 3] and all(place.startswith("s3://") for place in places)
+    uris = reader.committed(bucket)
+    assert [reader.step_of(uri) for uri in uris] == [1, 2, 3] and all(uri.startswith("s3://") for uri in uris)
     state = small(-1.0)
-    assert reader.load(places[1], state, scratch=tmp_path)["step"] == state.step == 2
-    assert weight_in(places[1]) == 2.0
-    storage.write_bytes(storage.join(places[2], "tokenizer.json"), b"[]")
+    assert reader.load(uris[1], state, scratch=tmp_path)["step"] == state.step == 2
+    assert weight_in(uris[1]) == 2.0
+    storage.write_bytes(storage.join(uris[2], "tokenizer.json"), b"[]")
     assert reader.latest_valid(bucket) == (
-        places[1],
-        [(places[2], "tokenizer.json has other content than was written (its hash differs)")],
+        uris[1],
+        [(uris[2], "tokenizer.json has other content than was written (its hash differs)")],
     )
-    storage.write_bytes(storage.join(places[2], "tokenizer.json"), b"[1]")
-    assert "tokenizer.json has 3 bytes, not 2" in str(reader.find_corruption(places[2]))
-    reader.invalidate(places[0])
+    storage.write_bytes(storage.join(uris[2], "tokenizer.json"), b"[1]")
+    assert "tokenizer.json has 3 bytes, not 2" in str(reader.find_corruption(uris[2]))
+    reader.invalidate(uris[0])
     assert reader.prune(bucket, 1) == [2]
-    assert reader.committed(bucket) == places[2:]
+    assert reader.committed(bucket) == uris[2:]
     assert {entry.name.split("/")[0] for entry in storage.list_files(bucket, ("",))} == {"step-000000003"}
     assert list(tmp_path.iterdir()) == []
 
@@ -169,9 +169,9 @@ def test_a_checkpoint_behind_a_uri_is_exported(bucket: str, model_dir: str, plan
         shutil.copytree(tmp_path / "tokenizer", folder, dirs_exist_ok=True)
         shutil.copy(Path(model_dir) / "config.json", folder)
 
-    for number, place in enumerate((bucket + "/step-000000001", str(tmp_path / "step-000000001"))):
-        save(place, state, files)
-        export_checkpoint(place, tmp_path / f"export-{number}")
+    for number, uri in enumerate((bucket + "/step-000000001", str(tmp_path / "step-000000001"))):
+        save(uri, state, files)
+        export_checkpoint(uri, tmp_path / f"export-{number}")
     one, two = (load_file(path / "model.safetensors") for path in sorted(tmp_path.glob("export-*")))
     assert one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
     assert any(".experts.7.down_proj.weight" in name for name in one)

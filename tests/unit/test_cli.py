@@ -80,10 +80,10 @@ def test_training(
     monkeypatch.setenv("HOME", str(tmp_path))
     text = tmp_path / "text"
     text.write_text("no trace\n")
-    places = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(stores)]
-    places += ["--train_asr_dirs", f"{DIGITS}/test_takes", "--train_tts_dirs", f"{DIGITS}/test_tts"]  # the smaller sets
+    uris = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(stores)]
+    uris += ["--train_asr_dirs", f"{DIGITS}/test_takes", "--train_tts_dirs", f"{DIGITS}/test_tts"]  # the smaller sets
     words = [word.replace("TEXT", str(text)) for word in words]
-    assert message in refused(capsys, "train", "--config", CONFIG, *places, "--max_steps", "2", *words)
+    assert message in refused(capsys, "train", "--config", CONFIG, *uris, "--max_steps", "2", *words)
     assert text.read_text() == "no trace\n"
 
 
@@ -94,8 +94,8 @@ def test_an_old_library_has_one_worker(
     """transformers 5.22: said before any record is ingested."""
     monkeypatch.setattr(compat, "LAYS_OUT", False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    places = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(tmp_path / "stores")]
-    told = refused(capsys, "train", "--config", CONFIG, *places, "--num_workers", "1,2", *dry)
+    uris = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(tmp_path / "stores")]
+    told = refused(capsys, "train", "--config", CONFIG, *uris, "--num_workers", "1,2", *dry)
     assert "num_workers = 2: needs transformers 5.23 or later" in told and "pip install 'transformers>=5.23'" in told
     assert not list((tmp_path / "stores").rglob("*.arrow"))
 
@@ -207,8 +207,8 @@ def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert "is not a range FROM:TO" in refused(capsys, *words, "--steps", steps)
     assert "is a folder" in refused(capsys, *words[:-1], str(tmp_path))
     (tmp_path / "file").write_text("")
-    for place in (str(tmp_path / "file"), "nowhere://x/y"):
-        assert "store_dir = " in refused(capsys, *words, "--store_dir", place)
+    for uri in (str(tmp_path / "file"), "nowhere://x/y"):
+        assert "store_dir = " in refused(capsys, *words, "--store_dir", uri)
     for second in (f"{tmp_path}/asr/", f"{tmp_path}/./asr", f"{tmp_path}/runs/../asr"):
         assert "names a directory twice" in refused(capsys, *words, "--train_asr_dirs", str(tmp_path / "asr"), second)
     assert "secret" not in refused(capsys, *words, "--train_tts_dirs", "nowhere://key:secret@x/y")

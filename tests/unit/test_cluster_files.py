@@ -68,10 +68,10 @@ def test_kuberay_takes_every_field(kind: str, schemas: dict[str, dict[str, Any]]
 )
 def test_a_misspelt_field_is_found(path: str, schemas: dict[str, dict[str, Any]]) -> None:
     spec = copy.deepcopy(cluster_spec("RayCluster"))
-    place: Any = spec
+    uri: Any = spec
     for step in path.split("."):
-        place = place[int(step) if step.isdigit() else step]
-    place["runAsNonRot"] = True
+        uri = uri[int(step) if step.isdigit() else step]
+    uri["runAsNonRot"] = True
     found = list(unknown_fields(spec, schemas["RayCluster"]["properties"]["spec"]))
     assert len(found) == 1 and found[0].endswith(".runAsNonRot")
 
@@ -153,8 +153,8 @@ def test_a_retried_job_is_the_same_run() -> None:
     assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"] and "jobId" not in spec
     program, script, *words = shlex.split(spec["entrypoint"])
     flags = dict(zip(words[::2], words[1::2], strict=True))
-    for place in (script, flags["--config"]):
-        assert (ROOT / Path(place).relative_to("/opt/most_ray")).exists()
+    for uri in (script, flags["--config"]):
+        assert (ROOT / Path(uri).relative_to("/opt/most_ray")).exists()
     assert flags["--output_dir"].startswith(SHARED_PATH) and flags["--store_dir"].startswith(SHARED_PATH)
     given = {flag.removeprefix("--"): value for flag, value in flags.items() if flag != "--config"}
     assert (

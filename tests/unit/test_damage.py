@@ -14,17 +14,17 @@ from tests.support.checkpoints import save, saved_at, small, weight_in
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
-    places = saved_at(tmp_path, 1, 2, 3)
-    assert reader.committed(str(tmp_path)) == places
-    assert [reader.step_of(place) for place in places] == [1, 2, 3]
-    (Path(places[2]) / reader.COMMIT).unlink()
-    assert reader.committed(str(tmp_path)) == places[:2]
+    uris = saved_at(tmp_path, 1, 2, 3)
+    assert reader.committed(str(tmp_path)) == uris
+    assert [reader.step_of(uri) for uri in uris] == [1, 2, 3]
+    (Path(uris[2]) / reader.COMMIT).unlink()
+    assert reader.committed(str(tmp_path)) == uris[:2]
     with pytest.raises(CheckpointError, match="never completed"):
-        reader.load(places[2], small())
-    assert reader.latest_valid(str(tmp_path)) == (places[1], [])
+        reader.load(uris[2], small())
+    assert reader.latest_valid(str(tmp_path)) == (uris[1], [])
     assert reader.prune(str(tmp_path), 1) == [1]
-    assert reader.committed(str(tmp_path)) == places[1:2]
-    assert Path(places[2]).exists(), "a checkpoint under way is newer than all complete ones"
+    assert reader.committed(str(tmp_path)) == uris[1:2]
+    assert Path(uris[2]).exists(), "a checkpoint under way is newer than all complete ones"
     saved_at(tmp_path, 3)  # a dead attempt's folder is written anew
     assert weight_in(reader.committed(str(tmp_path))[-1]) == 3.0
     with pytest.raises(CheckpointError, match="is not named step-NNNNNNNNN"):
@@ -32,16 +32,16 @@ def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_what_a_dead_attempt_left_is_no_part_of_the_next_one(tmp_path: Path) -> None:
-    place = Path(reader.step_place(str(tmp_path), 1))
-    place.mkdir()
-    (place / "rank-00007.safetensors").write_bytes(b"of a larger group")
+    uri = Path(reader.step_uri(str(tmp_path), 1))
+    uri.mkdir()
+    (uri / "rank-00007.safetensors").write_bytes(b"of a larger group")
     saved_at(tmp_path, 1)
-    assert sorted(reader.read_marker(str(place))["files"]) == ["rank-00000.safetensors", "state.json"]
-    assert weight_in(place) == 1.0
+    assert sorted(reader.read_marker(str(uri))["files"]) == ["rank-00000.safetensors", "state.json"]
+    assert weight_in(uri) == 1.0
 
 
 def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = saved_at(tmp_path, 1, 2)
+    uris = saved_at(tmp_path, 1, 2)
 
     def cut_off(path: Path) -> None:
         raise KeyboardInterrupt
@@ -49,7 +49,7 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, mo
     monkeypatch.setattr(shutil, "rmtree", cut_off)
     with pytest.raises(KeyboardInterrupt):
         reader.prune(str(tmp_path), 1)
-    assert reader.committed(str(tmp_path)) == places[1:]
+    assert reader.committed(str(tmp_path)) == uris[1:]
 
 
 def test_the_best_and_the_evaluated_are_kept(tmp_path: Path) -> None:
@@ -93,37 +93,37 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, damage: Callable[[Path], None], file: str, message: str
 ) -> None:
     """It is passed over, and the step may be saved anew once it is revoked."""
-    places = saved_at(tmp_path, 1, 2)
-    assert [reader.find_corruption(place, deep=True) for place in places] == [None, None]
-    damage(Path(places[1]) / file)
-    place, ((torn, reason),) = reader.latest_valid(str(tmp_path))
-    assert place == places[0] and torn == places[1] and pytest.approx(weight_in(place)) == 1.0
+    uris = saved_at(tmp_path, 1, 2)
+    assert [reader.find_corruption(uri, deep=True) for uri in uris] == [None, None]
+    damage(Path(uris[1]) / file)
+    uri, ((torn, reason),) = reader.latest_valid(str(tmp_path))
+    assert uri == uris[0] and torn == uris[1] and pytest.approx(weight_in(uri)) == 1.0
     assert re.match(message, reason), reason
-    reader.invalidate(places[1])
-    assert reader.committed(str(tmp_path)) == places[:1]
+    reader.invalidate(uris[1])
+    assert reader.committed(str(tmp_path)) == uris[:1]
     saved_at(tmp_path, 2)
-    assert reader.latest_valid(str(tmp_path)) == (places[1], [])
+    assert reader.latest_valid(str(tmp_path)) == (uris[1], [])
 
 
 def test_only_the_asked_share_is_hashed(tmp_path: Path) -> None:
-    (place,) = saved_at(tmp_path, 1)
-    flip(Path(place) / "rank-00000.safetensors")  # the first of two files
-    assert reader.find_corruption(place) is None
-    assert reader.find_corruption(place, 0, 2, deep=True) and reader.find_corruption(place, 1, 2, deep=True) is None
-    assert reader.latest_valid(str(tmp_path), deep_bytes=1000) == (place, [])
+    (uri,) = saved_at(tmp_path, 1)
+    flip(Path(uri) / "rank-00000.safetensors")  # the first of two files
+    assert reader.find_corruption(uri) is None
+    assert reader.find_corruption(uri, 0, 2, deep=True) and reader.find_corruption(uri, 1, 2, deep=True) is None
+    assert reader.latest_valid(str(tmp_path), deep_bytes=1000) == (uri, [])
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     for damage in (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), garbage, Path.unlink):
-        (place,) = saved_at(tmp_path, 1)
-        damage(Path(place) / "rank-00000.safetensors")
+        (uri,) = saved_at(tmp_path, 1)
+        damage(Path(uri) / "rank-00000.safetensors")
         with pytest.raises(CheckpointError, match=r"damaged file \(.*rank-00000.safetensors.*Delete it to go on from an older one"):
-            reader.load(place, small())
-        shutil.rmtree(place)
-    (place,) = saved_at(tmp_path, 1)
-    garbage(Path(place) / "commit.json")
+            reader.load(uri, small())
+        shutil.rmtree(uri)
+    (uri,) = saved_at(tmp_path, 1)
+    garbage(Path(uri) / "commit.json")
     with pytest.raises(CheckpointError, match=r"commit\.json is cut off"):
-        reader.read_state(place)
+        reader.read_state(uri)
 
 
 def test_tensors_that_are_missing_since_the_save_are_told(tmp_path: Path) -> None:
@@ -135,11 +135,11 @@ def test_tensors_that_are_missing_since_the_save_are_told(tmp_path: Path) -> Non
 
 
 def test_a_run_without_an_intact_checkpoint_does_not_begin_anew(tmp_path: Path) -> None:
-    places = saved_at(tmp_path, 1, 2)
-    for place in places:
-        (Path(place) / reader.COMMIT).write_text("{")
+    uris = saved_at(tmp_path, 1, 2)
+    for uri in uris:
+        (Path(uri) / reader.COMMIT).write_text("{")
     intact, torn = reader.latest_valid(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"step-000000002.*is damaged \(commit.json.*so are all 2 of the run"):
         reader.require_one(intact, torn)
     reader.require_one(None, [])
-    reader.require_one(places[0], [(places[1], "x")])
+    reader.require_one(uris[0], [(uris[1], "x")])

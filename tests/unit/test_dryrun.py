@@ -153,9 +153,9 @@ def bytes_kept(config: MostConfig, half: bool, recompute: Literal["none", "selec
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in own and not (half and tensor.dtype is torch.bfloat16 and tuple(tensor.shape) in copies):
-            kept[place] = tensor
+        uri = tensor.untyped_storage().data_ptr()
+        if uri not in own and not (half and tensor.dtype is torch.bfloat16 and tuple(tensor.shape) in copies):
+            kept[uri] = tensor
         return tensor
 
     def keep_given(_: object, args: object, given: dict[str, Any]) -> None:

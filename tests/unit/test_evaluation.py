@@ -72,9 +72,9 @@ def test_a_file_scored_again_gives_the_same_numbers(
 
 
 def test_the_command_is_the_same_function(scene: Scene, evaluated: Evaluation, tmp_path: Path) -> None:
-    places = [flag for task in ("asr", "tts", "text") for flag in (f"--{task}_dirs", *getattr(scene.directories, task))]
+    uris = [flag for task in ("asr", "tts", "text") for flag in (f"--{task}_dirs", *getattr(scene.directories, task))]
     limits = ["--max_new_tokens", "12", "--max_new_units", "20", "--batch_size", "3"]
-    assert main(["evaluate", "--model", scene.model, *places, *limits, "--output", str(tmp_path / "e.json")]) == 0
+    assert main(["evaluate", "--model", scene.model, *uris, *limits, "--output", str(tmp_path / "e.json")]) == 0
     result, own = json.loads((tmp_path / "e.json").read_text()), json.loads(json.dumps(evaluated.result))
     for values in (result, own):
         for section in values["sets"].values():
@@ -320,11 +320,11 @@ def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluate
 
 def test_what_judges_speech_is_found_or_missed_before_anything_runs(tmp_path: Path) -> None:
     """Nothing named, nothing opened; a vocoder alone is a slip; a recogniser wants a vocoder, the model's own or a named one."""
-    place = str(tmp_path)
-    assert open_external(SETTINGS, place, "0123") is None
+    uri = str(tmp_path)
+    assert open_external(SETTINGS, uri, "0123") is None
     with pytest.raises(ConfigError, match="only with a recogniser"):
-        open_external(replace(SETTINGS, vocoder="v"), place, "0123")
+        open_external(replace(SETTINGS, vocoder="v"), uri, "0123")
     with pytest.raises(CheckpointError, match="prepare vocoder"):
-        open_external(replace(SETTINGS, recogniser="r"), place, "0123")
+        open_external(replace(SETTINGS, recogniser="r"), uri, "0123")
     with pytest.raises(CheckpointError, match="vocoder"):
-        open_external(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), place, "0123", use_gpu=False)
+        open_external(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), uri, "0123", use_gpu=False)

@@ -18,7 +18,7 @@ def test_the_gpu_check_skips_without_a_gpu_and_its_code_runs_on_a_cpu(fresh_pyth
     output = tmp_path / "gpu.json"
     done = fresh_python.run(SCRIPT, str(output), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    first, last = (done.stdout.splitlines()[place] for place in (0, -1))
+    first, last = (done.stdout.splitlines()[uri] for uri in (0, -1))
     assert first.startswith("tests.gpu.check: skipped, there is no GPU here")
     report = json.loads(output.read_text(encoding="utf-8"))
     assert report == json.loads(last) and report["ok"]

@@ -47,11 +47,11 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_same_content_is_not_ingested_twice_and_changed_content_is(tmp_path: Path) -> None:
     first = make_store(tmp_path, "a", [asr(1)])
-    stamp = (Path(first.place) / "manifest.json").stat().st_mtime_ns
+    stamp = (Path(first.uri) / "manifest.json").stat().st_mtime_ns
     again = make_store(tmp_path, "a", [asr(1)])
-    assert again.place == first.place and (Path(again.place) / "manifest.json").stat().st_mtime_ns == stamp
+    assert again.uri == first.uri and (Path(again.uri) / "manifest.json").stat().st_mtime_ns == stamp
     changed = make_store(tmp_path, "a", [asr(2)])
-    assert changed.place != first.place and changed.record_id(0) == "utt_2"
+    assert changed.uri != first.uri and changed.record_id(0) == "utt_2"
 
 
 def test_bad_records_are_set_aside_with_file_index_and_reason(tmp_path: Path) -> None:
@@ -82,15 +82,15 @@ def test_empty_files_are_an_error_and_new_units_a_new_store(tmp_path: Path) -> N
         ingest_directory(tmp_path / "a", Recipe("asr", char_vocabulary(), 100), tmp_path / "store")
     first = make_store(tmp_path, "b", [asr(1)])
     (tmp_path / "b" / "units.json").write_text('{"identity": {"kmeans": "1"}}')
-    assert make_store(tmp_path, "b", [asr(1)]).place != first.place
+    assert make_store(tmp_path, "b", [asr(1)]).uri != first.uri
 
 
 def test_a_store_of_another_version_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path, "a", [asr(0)])
-    manifest = json.loads((Path(store.place) / "manifest.json").read_text())
-    (Path(store.place) / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
+    manifest = json.loads((Path(store.uri) / "manifest.json").read_text())
+    (Path(store.uri) / "manifest.json").write_text(json.dumps({**manifest, "version": 0}))
     with pytest.raises(DataError, match="version 0"):
-        TokenStore(store.place)
+        TokenStore(store.uri)
 
 
 def test_neither_torch_nor_ray_is_loaded() -> None:
@@ -187,10 +187,10 @@ def test_ten_thousand_broken_files_cost_no_more_than_the_broken_record(form: str
     records = [asr(i, units=4) for i in range(6)]
     texts = [json.dumps(record, indent=1 if form == "pretty" else None) for record in records]
     joint, before, after = ("\n", "", "\n") if form == "lines" else (",\n", "[", "]")
-    spans, place = [], len(before)
+    spans, uri = [], len(before)
     for size in map(len, texts):
-        spans.append((place, place + size))
-        place += size + len(joint)
+        spans.append((uri, uri + size))
+        uri += size + len(joint)
     content = (before + joint.join(texts) + after).encode()
     read = read_lines if form == "lines" else read_values
     for _ in range(10_000):
@@ -214,7 +214,7 @@ def test_a_changed_file_is_taken_in_anew_and_the_others_are_not(tmp_path: Path) 
         write_records(tmp_path / "a", [asr(i) for i in range(3)] + [{**asr(9), "id": name}], f"{name}.jsonl")
     first = ingest(tmp_path / "a", run=counting)
     assert len(made) == 3 and len(first) == 12
-    assert ingest(tmp_path / "a", run=counting).place == first.place and len(made) == 3
+    assert ingest(tmp_path / "a", run=counting).uri == first.uri and len(made) == 3
     write_records(tmp_path / "a", [asr(5)], "y.jsonl")
     second = ingest(tmp_path / "a", run=counting)
     assert [Path(part.file).name for part in made[3:]] == ["y.jsonl"] and len(second) == 9
@@ -225,9 +225,9 @@ def test_a_changed_file_is_taken_in_anew_and_the_others_are_not(tmp_path: Path) 
 def test_an_unchanged_directory_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(tmp_path / "a", [asr(0)])
     os.utime(tmp_path / "a" / "records.jsonl", (1, 1))
-    place = ingest(tmp_path / "a").place
+    uri = ingest(tmp_path / "a").uri
     monkeypatch.setattr("most_ray.data.ingest._read_digests", lambda entry: pytest.fail("was read"))
-    assert ingest(tmp_path / "a").place == place
+    assert ingest(tmp_path / "a").uri == uri
 
 
 def test_a_file_changed_within_the_resolution_of_its_time_stamp_is_seen(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_file_changed_within_the_resolution_of_its_time_stamp_is_seen(tmp_path
     content = (tmp_path / "a" / "records.jsonl").read_text()
     (tmp_path / "a" / "records.jsonl").write_text(content.replace("one", "two"))
     os.utime(tmp_path / "a" / "records.jsonl", ns=(stamp, stamp))
-    assert ingest(tmp_path / "a").place != first.place
+    assert ingest(tmp_path / "a").uri != first.uri
 
 
 def test_a_stopped_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_records_that_are_too_long(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_named(tmp_path: Path, harm: str) -> None:
     """Before anything is trained on it: at the start, where stores are read through, and by every record that is read."""
     write_records(tmp_path / "a", [asr(i, units=30) for i in range(40)])
-    shard = Path(ingest(tmp_path / "a").shard_place(0))
+    shard = Path(ingest(tmp_path / "a").shard_uri(0))
     content = bytearray(shard.read_bytes())
     if harm == "truncated":
         shard.write_bytes(content[:-100])
@@ -312,14 +312,14 @@ def test_a_damaged_shard_is_named(tmp_path: Path, harm: str) -> None:
     else:
         content[len(content) // 2] ^= 4
         shard.write_bytes(content)
-    store = TokenStore(ingest(tmp_path / "a").place)
+    store = TokenStore(ingest(tmp_path / "a").uri)
     with pytest.raises(DataError, match=rf"{shard.name}.*Delete .*{shard.parent.name}"):
         store.verify()
     with pytest.raises(DataError, match=shard.name):
         [store.input_ids(row) for row in range(len(store))]
     shutil.rmtree(shard.parent)
     again = ingest(tmp_path / "a")
-    assert again.place == store.place and again.verify() and len(again.input_ids(39)) == again.lengths[39]
+    assert again.uri == store.uri and again.verify() and len(again.input_ids(39)) == again.lengths[39]
 
 
 def test_every_flipped_bit_of_a_store_is_seen(tmp_path: Path) -> None:
@@ -327,19 +327,19 @@ def test_every_flipped_bit_of_a_store_is_seen(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [asr(i, units=10) for i in range(5)])
     store = ingest(tmp_path / "a")
     whole = [(store.record_id(row), store.input_ids(row).tolist()) for row in range(5)]
-    files = [Path(store.shard_place(0)), *(Path(store.place) / name for name in ("manifest.json", "lengths.npy", "prompt_lengths.npy"))]
+    files = [Path(store.shard_uri(0)), *(Path(store.uri) / name for name in ("manifest.json", "lengths.npy", "prompt_lengths.npy"))]
     draw = random.Random(0)
     for path in files:
         content = path.read_bytes()
         for _ in range(150):
-            place = draw.randrange(len(content))
-            path.write_bytes(content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :])
+            uri = draw.randrange(len(content))
+            path.write_bytes(content[:uri] + bytes([content[uri] ^ (1 << draw.randrange(8))]) + content[uri + 1 :])
             try:
-                damaged = TokenStore(store.place)
+                damaged = TokenStore(store.uri)
                 read = [(damaged.record_id(row), damaged.input_ids(row).tolist()) for row in range(5)]  # the id by itself, too
             except DataError:
                 continue
-            assert read == whole, f"{path.name} byte {place}"
+            assert read == whole, f"{path.name} byte {uri}"
         path.write_bytes(content)
 
 
@@ -348,15 +348,15 @@ def test_a_damaged_part_is_not_made_a_store_of(tmp_path: Path, name: str) -> Non
     """Parts outlive the stores that they were made for: what is taken from one is checked first."""
     write_records(tmp_path / "a", [asr(0), "bad", asr(1)])
     store = ingest(tmp_path / "a")
-    shutil.rmtree(store.place)
-    (place,) = (tmp_path / "store" / "parts").rglob(name)
-    content = bytearray(place.read_bytes())
+    shutil.rmtree(store.uri)
+    (uri,) = (tmp_path / "store" / "parts").rglob(name)
+    content = bytearray(uri.read_bytes())
     content[len(content) * 2 // 3] ^= 16
-    place.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{name}.*Delete .*{place.parent.name}"):
+    uri.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}.*Delete .*{uri.parent.name}"):
         ingest(tmp_path / "a")
     assert not list((tmp_path / "store").glob(".*"))
-    shutil.rmtree(place.parent)
+    shutil.rmtree(uri.parent)
     assert len(ingest(tmp_path / "a")) == 2
 
 

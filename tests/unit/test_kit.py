@@ -152,12 +152,12 @@ def test_a_models_kit_is_found(kit: Path, tmp_path: Path, monkeypatch: pytest.Mo
     run, identity = tmp_path / "run", identity_of(kit)
     (run / model).mkdir(parents=True)
     assert find_kit(str(run / model), identity) is None
-    place = run / model / "speech" if model == "export" else run / "speech"
-    copy_kit([str(tmp_path / "none"), str(kit)], str(place), identity)
-    assert find_kit(str(run / model), identity) == str(place)
+    uri = run / model / "speech" if model == "export" else run / "speech"
+    copy_kit([str(tmp_path / "none"), str(kit)], str(uri), identity)
+    assert find_kit(str(run / model), identity) == str(uri)
     assert find_kit(str(run / model), "0123") is None and find_kit(str(run / model), None) is None
     monkeypatch.chdir(run)
-    assert Path(str(find_kit(model, identity))).samefile(place)
+    assert Path(str(find_kit(model, identity))).samefile(uri)
 
 
 def test_only_the_kit_that_was_asked_for_is_copied(kit: Path, made: Path, tmp_path: Path) -> None:

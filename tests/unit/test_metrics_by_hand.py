@@ -74,7 +74,7 @@ def weights_after(prepared: Prepared, step: int) -> Any:
     config = prepared.job.config
     state = make_state(load_model(prepared.job.model_path, overrides_of(config)), config, STEPS)
     if step:
-        reader.load(reader.step_place(prepared.folder.checkpoints, step), state, with_optimizer=False)
+        reader.load(reader.step_uri(prepared.folder.checkpoints, step), state, with_optimizer=False)
     return state.model.train()
 
 

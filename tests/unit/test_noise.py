@@ -21,11 +21,11 @@ NEAR = (np.arange(50)[:, None] + np.arange(1, 4)) % 50
 
 
 @given(st.lists(st.integers(0, 49), min_size=1, max_size=60), st.integers(0, 10**12))
-def test_noise_is_a_function_of_seed_and_place(units: list[int], place: int) -> None:
+def test_noise_is_a_function_of_seed_and_place(units: list[int], uri: int) -> None:
     noise = UnitNoise(0.3, 0.1, 0.2)
     array = np.array(units, dtype=np.int32)
-    once = noisy_units(array, noise, NEAR, 1, place)
-    assert np.array_equal(once, noisy_units(array, noise, NEAR, 1, place))
+    once = noisy_units(array, noise, NEAR, 1, uri)
+    assert np.array_equal(once, noisy_units(array, noise, NEAR, 1, uri))
     assert 1 <= len(once) <= len(units)
     assert ((once >= 0) & (once < 50)).all()
     assert array.tolist() == units, "the stored record is left as it is"
@@ -62,7 +62,7 @@ def test_only_the_input_units_of_asr_records_change(tmp_path: Path, world: int) 
 def test_the_same_record_is_heard_differently_each_time(tmp_path: Path) -> None:
     store = make_store(tmp_path, "a", [asr(0, 30)])
     clean = make_plan(tmp_path / "x")
-    plan = Plan(replace(clean.spec, stores=(store.place,), weights=(1,), global_batch_size=1, noise=UnitNoise(replace=0.5)))
+    plan = Plan(replace(clean.spec, stores=(store.uri,), weights=(1,), global_batch_size=1, noise=UnitNoise(replace=0.5)))
     heard = {rank_batch(plan, step, 0, 1, 1, LAYOUT).input_ids.tobytes() for step in range(1, 6)}
     assert len(heard) == 5
 

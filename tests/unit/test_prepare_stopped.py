@@ -230,8 +230,8 @@ def test_the_sample_of_a_long_recording_is_drawn_from_all_of_it(tmp_path: Path) 
         for item in corpus_parts.read_chunk(scan.parts[0].chunk)
         for each in extractor([load_audio(Path(item["path"]), 16000)])
     ]
-    places = [each.index(row) for row in sample.tolist() for each in frames if row in each]
-    assert len(places) == 6 and max(places) >= 6
+    uris = [each.index(row) for row in sample.tolist() for each in frames if row in each]
+    assert len(uris) == 6 and max(uris) >= 6
 
 
 def test_a_perturbed_copy_is_another_speaker(corpus: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_directories(tmp_path: Path) -> None:
     (tmp_path / "units.json").write_text("{}")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_text("")
-    assert [entry.place for entry in record_files(tmp_path)] == [str(tmp_path / "sub" / "a.jsonl")]
+    assert [entry.uri for entry in record_files(tmp_path)] == [str(tmp_path / "sub" / "a.jsonl")]
     assert [entry.name for entry in record_files(tmp_path / "sub" / "a.jsonl")] == ["a.jsonl"]
 
 

@@ -17,10 +17,10 @@ def test_a_checksum_shows_every_bit_and_place(dtype: torch.dtype) -> None:
     tensor = torch.arange(1, 8).to(dtype)
     same = int(checksum(tensor))
     assert int(checksum(tensor.clone())) == same and checksum(tensor).dtype is torch.int64
-    for place in range(len(tensor)):
+    for uri in range(len(tensor)):
         changed = tensor.clone()
         words = changed.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-        words[place] ^= 1
+        words[uri] ^= 1
         assert int(checksum(changed)) != same
     if dtype is not torch.bool:
         assert int(checksum(tensor.flip(0))) != same, "the same values in another order"

@@ -200,7 +200,7 @@ def test_several_runs_speak_beside_each_other(tmp_path: Path) -> None:
     good, other = (spoken(tmp_path / name, lines) for name in ("good", "other"))
     mute, damaged = spoken(tmp_path / "mute", lines, kit=False), spoken(tmp_path / "damaged", lines)
     (damaged / "speech" / "vocoder.safetensors").write_bytes(b"")
-    made = page(collect([str(place) for place in (good, mute, damaged, other)]))
+    made = page(collect([str(uri) for uri in (good, mute, damaged, other)]))
     sides = ("model", "recording's units")
     assert list(Players(made).found) == [f"speech of x, {side}, {run}" for run in ("good", "other") for side in sides]
     assert made.count('id="speech"') == 1
@@ -210,7 +210,7 @@ def test_several_runs_speak_beside_each_other(tmp_path: Path) -> None:
 
 
 def test_a_kit_behind_a_uri_is_read_through_storage(tmp_path: Path) -> None:
-    run, place = spoken(tmp_path / "run", [line("x", "a")]), f"memory://{tmp_path.name}-speech/run"
+    run, uri = spoken(tmp_path / "run", [line("x", "a")]), f"memory://{tmp_path.name}-speech/run"
     for path in (path for path in run.rglob("*") if path.is_file()):
-        storage.write_bytes(storage.join(place, path.relative_to(run).as_posix()), path.read_bytes())
-    assert page(collect([place])) == page(collect([str(run)]))
+        storage.write_bytes(storage.join(uri, path.relative_to(run).as_posix()), path.read_bytes())
+    assert page(collect([uri])) == page(collect([str(run)]))

@@ -20,8 +20,8 @@ LINE = {"kind": "evaluation", "step": 3, "wer": {}}
 class Place(RunFolder):
     """A run's folder whose pushes are watched, and can fail."""
 
-    def __init__(self, place: Path) -> None:
-        super().__init__(str(place))
+    def __init__(self, uri: Path) -> None:
+        super().__init__(str(uri))
         self.pushes: list[int] = []
         self.broken, self.busy = False, threading.Lock()
 
@@ -83,8 +83,8 @@ def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Pa
         def log(self, line: dict[str, Any]) -> None:
             heard.append((line["kind"], line["step"]))
 
-        def checkpoint(self, step: int, place: str) -> None:
-            heard.append(("checkpoint", step, place))
+        def checkpoint(self, step: int, uri: str) -> None:
+            heard.append(("checkpoint", step, uri))
 
         def close(self) -> None:
             heard.append("close")

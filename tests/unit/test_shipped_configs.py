@@ -116,8 +116,8 @@ def test_the_script_runs_its_configuration(tmp_path: Path, kind: str, file: str)
     """With all flags, quoted or not; its exit code is the command's; what it prints can be pasted."""
     flags = ["--dry_run", "--name", "a b$c'd", "--wandb_tags", ""]
     done, seen = script(tmp_path, kind, *flags)
-    place = str(tmp_path / "it's here" / "jobs" / "configs" / f"{file}.yaml")
-    assert done.returncode == 75 and seen == ["train", "--config", place, *(["--num_workers", "1"] if kind == "single" else []), *flags]
+    uri = str(tmp_path / "it's here" / "jobs" / "configs" / f"{file}.yaml")
+    assert done.returncode == 75 and seen == ["train", "--config", uri, *(["--num_workers", "1"] if kind == "single" else []), *flags]
     command = done.stdout.strip()
     again = subprocess.run(["sh", "-c", f'set -- {command}; printf "%s\\n" "$@"'], capture_output=True, text=True, check=True)
     assert again.stdout.splitlines()[1:] == seen

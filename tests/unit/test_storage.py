@@ -36,8 +36,8 @@ def memory() -> Iterator[str]:
 
 @pytest.fixture(params=["local", "file", "memory", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    places = {"local": str(tmp_path / "root"), "file": f"file://{tmp_path}/root"}
-    return storage.join(places.get(request.param) or request.getfixturevalue(request.param), "data")
+    uris = {"local": str(tmp_path / "root"), "file": f"file://{tmp_path}/root"}
+    return storage.join(uris.get(request.param) or request.getfixturevalue(request.param), "data")
 
 
 @pytest.fixture(autouse=True)
@@ -73,17 +73,17 @@ def test_files_of_every_place_are_written_listed_read_and_removed(root: str) -> 
         storage.write_bytes(storage.join(root, name), data)
     entries = storage.list_files(root, (".json", ".json.gz"))
     assert [(entry.name, entry.size) for entry in entries] == [("a b/c%20d#x.json", 0), ("a/deep/z.json.gz", len(packed)), ("b.json", 4)]
-    assert [storage.read_bytes(entry.place) for entry in entries] == [b"", packed, b"beta"]
-    (only,) = storage.list_files(entries[2].place, (".json",))
-    assert (only.name, storage.read_bytes(only.place)) == ("b.json", b"beta")
+    assert [storage.read_bytes(entry.uri) for entry in entries] == [b"", packed, b"beta"]
+    (only,) = storage.list_files(entries[2].uri, (".json",))
+    assert (only.name, storage.read_bytes(only.uri)) == ("b.json", b"beta")
     assert only.stamp == entries[2].stamp
     assert storage.list_files(root, (".wav",)) == []
-    storage.write_bytes(only.place, b"new")
-    assert storage.read_bytes(only.place) == b"new"
-    assert storage.exists(only.place) and storage.exists(root) and not storage.exists(storage.join(root, "b"))
-    for place in (only.place, only.place, root, root):
-        storage.remove(place)
-        assert not storage.exists(place)
+    storage.write_bytes(only.uri, b"new")
+    assert storage.read_bytes(only.uri) == b"new"
+    assert storage.exists(only.uri) and storage.exists(root) and not storage.exists(storage.join(root, "b"))
+    for uri in (only.uri, only.uri, root, root):
+        storage.remove(uri)
+        assert not storage.exists(uri)
 
 
 def test_what_is_missing_is_said(root: str) -> None:
@@ -95,10 +95,10 @@ def test_what_is_missing_is_said(root: str) -> None:
 
 
 def test_stamps_change_with_the_file(root: str) -> None:
-    place = storage.join(root, "x.json")
+    uri = storage.join(root, "x.json")
     stamps = set()
     for data in (b"one", b"two"):
-        storage.write_bytes(place, data)
+        storage.write_bytes(uri, data)
         stamps |= {entry.stamp for entry in storage.list_files(root, (".json",))}
         time.sleep(1.05 if root.startswith("s3") else 0.01)  # S3 counts in seconds
     assert len(stamps) == 2
@@ -108,9 +108,9 @@ def test_reading_by_ranges(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_CHUNK", 1 << 20)
     monkeypatch.setattr(storage, "_FLUSH", 3)
     data = os.urandom(1 << 16) * 200  # 12.5 MiB: several parts
-    place = storage.join(root, "large.bin")
-    storage.write_bytes(place, data)
-    with storage.open_read(place) as stream:
+    uri = storage.join(root, "large.bin")
+    storage.write_bytes(uri, data)
+    with storage.open_read(uri) as stream:
         stream.seek(5_000_000)
         assert stream.read(3) == data[5_000_000:5_000_003]
         assert stream.seek(-2, os.SEEK_END) == len(data) - 2
@@ -122,14 +122,14 @@ def test_reading_by_ranges(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_publish_brings_the_mark_last_and_keeps_the_first(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     upload = storage._upload
-    monkeypatch.setattr(storage, "_upload", lambda place, *rest: (order.append(place.removeprefix(root + "/")), upload(place, *rest)))
+    monkeypatch.setattr(storage, "_upload", lambda uri, *rest: (order.append(uri.removeprefix(root + "/")), upload(uri, *rest)))
     for content in (b"first", b"second"):
         folder = tmp_path / content.decode()
         for name in ("sub/a.arrow", "done.json", "z.arrow"):
             storage.write_bytes(str(folder / name), content)
         storage.publish(folder, root, "done.json")
         assert storage.is_remote(root) or not folder.exists()
-    assert {entry.name: storage.read_bytes(entry.place) for entry in storage.list_files(root, ("",))} == dict.fromkeys(
+    assert {entry.name: storage.read_bytes(entry.uri) for entry in storage.list_files(root, ("",))} == dict.fromkeys(
         ("done.json", "sub/a.arrow", "z.arrow"), b"first"
     )
     assert order == (["sub/a.arrow", "z.arrow", "done.json"] if storage.is_remote(root) else [])
@@ -203,8 +203,8 @@ def test_lasting_errors_are_not_tried_again(error: Exception) -> None:
 
 
 def test_a_failed_range_is_read_anew(memory: str, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
-    place = storage.join(memory, "x")
-    storage.write_bytes(place, b"0123456789")
+    uri = storage.join(memory, "x")
+    storage.write_bytes(uri, b"0123456789")
     real, opened = storage._filesystem, []
 
     class Flaky:
@@ -215,10 +215,10 @@ def test_a_failed_range_is_read_anew(memory: str, monkeypatch: pytest.MonkeyPatc
     class System:
         def open_input_file(self, path: str) -> Flaky:
             opened.append(path)
-            return Flaky(real(place)[0].open_input_file(path))
+            return Flaky(real(uri)[0].open_input_file(path))
 
-    monkeypatch.setattr(storage, "_filesystem", lambda place: (System(), real(place)[1]))
-    with storage.open_read(place) as stream:
+    monkeypatch.setattr(storage, "_filesystem", lambda uri: (System(), real(uri)[1]))
+    with storage.open_read(uri) as stream:
         stream.seek(4)
         assert stream.read() == b"456789"
     assert (len(opened), len(waits)) == (3, 2)
@@ -257,10 +257,10 @@ def test_missing_buckets_and_refused_keys_are_data_errors(s3: str, waits: list[f
 def test_endpoint_in_the_place(s3: str, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = f"?endpoint_override={s3_server.removeprefix('http://')}&scheme=http"
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    place = storage.join(s3.replace("://", "://key:secret@") + options, "a", "x.json")
-    storage.write_bytes(place, b"1")
+    uri = storage.join(s3.replace("://", "://key:secret@") + options, "a", "x.json")
+    storage.write_bytes(uri, b"1")
     (entry,) = storage.list_files(s3.replace("://", "://key:secret@") + "/a" + options, (".json",))
-    assert entry.place == place and storage.read_bytes(entry.place) == b"1"
+    assert entry.uri == uri and storage.read_bytes(entry.uri) == b"1"
 
 
 def test_unusable_schemes_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ def test_unusable_schemes_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(DataError, match="cannot be used"):
             storage.read_bytes(f"s3://bucket/{key}")
 
-    def absent(place: str) -> None:
+    def absent(uri: str) -> None:
         raise ImportError("Install ossfs to access it")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
@@ -286,9 +286,9 @@ def test_places() -> None:
     assert storage.local("file:///a%20b") == storage.local("file://localhost/a%20b") == Path("/a b")
     assert storage.join("s3://b/k/?region=x", "a/b", "c") == "s3://b/k/a/b/c?region=x"
     assert (storage.join("s3://b", "a"), storage.join("hdfs:///d/", "a"), storage.join("d", "a")) == ("s3://b/a", "hdfs:///d/a", "d/a")
-    for place in ("s3://b/k", Path("s3://b/k")):  # a Path takes a slash away
+    for uri in ("s3://b/k", Path("s3://b/k")):  # a Path takes a slash away
         with pytest.raises(DataError, match="not a local place"):
-            storage.local(place)
+            storage.local(uri)
     for whole in ("s3://bucket/", "/"):
         with pytest.raises(DataError, match="whole bucket"):
             storage.remove(whole)
@@ -296,9 +296,9 @@ def test_places() -> None:
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a//b", ".", "a\0b"])
 def test_hostile_names_do_not_escape(name: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("/data", memory):
+    for uri in ("/data", memory):
         with pytest.raises(DataError, match="plain name"):
-            storage.join(place, name)
+            storage.join(uri, name)
     storage.write_bytes(memory + "/x", b"1")
     if name and name != ".":
         monkeypatch.setattr(storage, "_list_remote", lambda system, path: [(name, 1, "")])

@@ -126,7 +126,7 @@ def test_what_was_read_is_not_read_again(quick: None, tmp_path: Path, monkeypatc
             read.append(len(found))
             return found
 
-    monkeypatch.setattr(module.storage, "open_read", lambda place: Counting(Path(place).read_bytes()))
+    monkeypatch.setattr(module.storage, "open_read", lambda uri: Counting(Path(uri).read_bytes()))
     written = b""
     for step in range(1, 9):
         whole = json.dumps(judged(step, 300)).encode() + b"\n"

@@ -216,13 +216,13 @@ def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path: Path) ->
 
 def test_behind_a_uri_every_line_goes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And whoever goes on, on whichever machine, begins with what is there."""
-    place = "memory://sweeps/s"
+    uri = "memory://sweeps/s"
     for machine in ("one", "two"):
         monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / machine))
-        file = LedgerFile(RunFolder(place))
+        file = LedgerFile(RunFolder(uri))
         number = len(file.ledger.trials) + 1
         file.write("trial", trial=number, run=f"{number:03d}", values={}, settings={}, parent=None)
-        found = ledger.read_ledger(place)
+        found = ledger.read_ledger(uri)
         assert found is not None and list(found.trials) == list(range(1, number + 1))
         file.close()
     assert number == 2
@@ -232,10 +232,10 @@ def test_a_place_that_is_taken_is_told_without_credentials(tmp_path: Path, monke
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
     for name in ("pull", "mark"):
         monkeypatch.setattr(RunFolder, name, lambda *_: None)
-    place = "s3://key:hunter2@bucket/sweep"
-    held = LedgerFile(RunFolder(place))
+    uri = "s3://key:hunter2@bucket/sweep"
+    held = LedgerFile(RunFolder(uri))
     with pytest.raises(ConfigError, match="another process") as caught:
-        LedgerFile(RunFolder(place))
+        LedgerFile(RunFolder(uri))
     assert "hunter2" not in str(caught.value)
     held.close()
 
@@ -255,8 +255,8 @@ def test_a_sweep_that_another_machine_has_taken_over(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
     for name in ("pull", "push"):
         monkeypatch.setattr(RunFolder, name, lambda *_: None)
-    monkeypatch.setattr(RunFolder, "mark", lambda folder, mark: marks.update({folder.place: mark}))
-    monkeypatch.setattr(RunFolder, "marked", lambda folder: marks[folder.place])
+    monkeypatch.setattr(RunFolder, "mark", lambda folder, mark: marks.update({folder.uri: mark}))
+    monkeypatch.setattr(RunFolder, "marked", lambda folder: marks[folder.uri])
     file = LedgerFile(RunFolder("s3://bucket/sweep"))
     file.write("sweep", name="mine")
     marks["s3://bucket/sweep"] = "another"
@@ -418,4 +418,4 @@ def test_a_metric_at_a_step() -> None:
 
 def test_places_in_a_sweeps_folder() -> None:
     assert ledger.folder_of("/x", "001-1") == "/x/trials/001-1"
-    assert ledger.kept_place("s3://b/x?region=r", "001", 60) == "s3://b/x/kept/001/step-000000060?region=r"
+    assert ledger.kept_uri("s3://b/x?region=r", "001", 60) == "s3://b/x/kept/001/step-000000060?region=r"

@@ -224,8 +224,8 @@ def test_the_written_sweep_is_the_same_sweep(tmp_path: Path) -> None:
 
 def test_the_written_sweep_holds_no_credentials(tmp_path: Path) -> None:
     secret = "s3://key:hunter2@bucket/x?endpoint_override=hunter2"
-    places = {"output_dir": secret, "store_dir": secret, "train_asr_dirs": [secret, "y"], "model_name_or_path": secret}
-    sweep = sweep_of(tmp_path, **places)
+    uris = {"output_dir": secret, "store_dir": secret, "train_asr_dirs": [secret, "y"], "model_name_or_path": secret}
+    sweep = sweep_of(tmp_path, **uris)
     assert "hunter2" in sweep.run.output_dir
     assert "hunter2" not in sweep.to_yaml()
     assert yaml.safe_load(sweep.to_yaml())["train_asr_dirs"] == ["s3://***@bucket/x?***", "y"]

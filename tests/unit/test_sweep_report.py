@@ -114,8 +114,8 @@ def test_the_command_names_the_sweep_as_it_was_given(folder: Path, monkeypatch: 
 
 
 def test_credentials_in_a_place_are_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = dataclasses.replace(read_sweep(str(folder)), place="s3://key:hush-hush@bucket/sweep?session_token=hushed")
-    monkeypatch.setattr("most_ray.io.storage.exists", lambda place: False)
+    sweep = dataclasses.replace(read_sweep(str(folder)), uri="s3://key:hush-hush@bucket/sweep?session_token=hushed")
+    monkeypatch.setattr("most_ray.io.storage.exists", lambda uri: False)
     made = sweep_page(sweep)
     assert "bucket/sweep/best.yaml" in made
     assert [word for word in ("hush", "session_token=") if word in made] == []
@@ -202,27 +202,27 @@ def scaled(kind: dict[str, Any], values: list[Any]) -> tuple[list[Any], dict[str
 
 
 def test_categories_are_ticks_in_the_order_of_the_space() -> None:
-    places, ticks = scaled({"kind": "choice", "values": ["b", "a"]}, ["a", "b", "a"])
-    assert places == [0.75, 0.25, 0.75]
+    uris, ticks = scaled({"kind": "choice", "values": ["b", "a"]}, ["a", "b", "a"])
+    assert uris == [0.75, 0.25, 0.75]
     assert ticks == {"b": 0.25, "a": 0.75}
-    places, ticks = scaled({"kind": "grid", "values": [0.1, 1, 10]}, [10, 0.1])
-    assert places == pytest.approx([5 / 6, 1 / 6], abs=1e-5)
+    uris, ticks = scaled({"kind": "grid", "values": [0.1, 1, 10]}, [10, 0.1])
+    assert uris == pytest.approx([5 / 6, 1 / 6], abs=1e-5)
     assert list(ticks) == ["0.1", "1", "10"]
     assert list(scaled({"kind": "choice", "values": ["a" * 17, "b" * 16]}, ["b" * 16])[1]) == ["a" * 15 + "…", "b" * 16]
     assert list(scaled({"kind": "choice", "values": list(range(30))}, [4])[1]) == [str(3 * index) for index in range(10)]
 
 
 def test_log_uniform_dimensions_have_logarithmic_axes() -> None:
-    places, ticks = scaled({"kind": "loguniform", "low": 1e-4, "high": 1e-2}, [1e-3, 1e-4, 1e-2])
-    assert places == pytest.approx([0.5, 0, 1])
+    uris, ticks = scaled({"kind": "loguniform", "low": 1e-4, "high": 1e-2}, [1e-3, 1e-4, 1e-2])
+    assert uris == pytest.approx([0.5, 0, 1])
     assert ticks == pytest.approx({"0.0001": 0, "0.001": 0.5, "0.01": 1})
-    places, ticks = scaled({"kind": "loguniform", "low": 0.002, "high": 0.05}, [0.01])
+    uris, ticks = scaled({"kind": "loguniform", "low": 0.002, "high": 0.05}, [0.01])
     assert list(ticks) == ["0.003", "0.01", "0.03"]
 
 
 def test_whole_numbers_and_fractions_have_round_ticks() -> None:
-    places, ticks = scaled({"kind": "randint", "low": 2, "high": 6}, [2, 5])
-    assert places == pytest.approx([0, 0.75])
+    uris, ticks = scaled({"kind": "randint", "low": 2, "high": 6}, [2, 5])
+    assert uris == pytest.approx([0, 0.75])
     assert ticks == pytest.approx({"2": 0, "3": 0.25, "4": 0.5, "5": 0.75, "6": 1})
     assert list(scaled({"kind": "randint", "low": 0, "high": 12}, [3])[1]) == ["0", "3", "6", "9", "12"]
     assert list(scaled({"kind": "randint", "low": 0, "high": 64}, [3])[1]) == ["0", "20", "40", "60"]
@@ -401,9 +401,9 @@ def _texts(value: Any) -> list[str]:
 
 def test_a_sweep_stands_alone_on_its_page(folder: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=4)
-    for places in ([str(folder), str(run)], [str(run), str(folder)], [str(folder), str(folder)]):
+    for uris in ([str(folder), str(run)], [str(run), str(folder)], [str(folder), str(folder)]):
         with pytest.raises(DataError, match="one sweep at a time, or") as caught:
-            write_report(places, tmp_path / "report.html")
+            write_report(uris, tmp_path / "report.html")
         assert caught.value.value == str(folder)
         assert "SWEEP/trials/001" in caught.value.remedy
     assert not (tmp_path / "report.html").exists()

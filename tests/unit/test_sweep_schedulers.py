@@ -22,7 +22,7 @@ from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
 from most_ray.service.tune.search import Asha, Fifo, Pbt, Proposals, Recorder, judged
-from most_ray.sweep.ledger import LedgerFile, kept_place
+from most_ray.sweep.ledger import LedgerFile, kept_uri
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Setting
 from tests.unit.test_sweep_options import setting_of, sweep_of
@@ -332,7 +332,7 @@ def test_trials_that_take_turns_are_compared_together(tmp_path: Path, file: Ledg
     assert pbt.on_trial_result(controller, trials[0], result_of(4, 0.5)) == (TrialScheduler.PAUSE if turns else CONTINUE)
 
 
-def replace_worse(pbt: Pbt, file: LedgerFile, sweep_place: Path, values: dict[str, Any], kept: bool = True) -> TuneTrial:
+def replace_worse(pbt: Pbt, file: LedgerFile, sweep_uri: Path, values: dict[str, Any], kept: bool = True) -> TuneTrial:
     """The second of two trials is to be replaced by a copy of the first; `kept`: whose checkpoint is there."""
     add(file, 1, values, s4=0.1)
     add(file, 2, values, s4=0.9)
@@ -341,7 +341,7 @@ def replace_worse(pbt: Pbt, file: LedgerFile, sweep_place: Path, values: dict[st
         steps = {"last_train_time": 4, "last_perturbation_time": 4}
         pbt._trial_state[trial] = SimpleNamespace(last_score=score, orig_tag="", last_checkpoint=None, last_result={}, **steps)
     if kept:
-        storage.write_bytes(f"{kept_place(str(sweep_place), '001', 4)}/commit.json", b"{}")
+        storage.write_bytes(f"{kept_uri(str(sweep_uri), '001', 4)}/commit.json", b"{}")
     pbt._exploit(MagicMock(), worse, better)
     return worse
 

@@ -51,7 +51,7 @@ def actor_of(output: str, sweep: str, train: tuple[str, ...], values: dict[str, 
     actor = TrialActor.__new__(TrialActor)  # without what Tune adds: a folder for its logs
     common = {
         "values": {"learning_rate": 0.5, "max_steps": 8, "eval_steps": 2, "output_dir": output, "name": "other", **values},
-        "sweep_place": sweep,
+        "sweep_uri": sweep,
         "directory": str(ROOT),
         "train": train,
         "objectives": ["wer/test_takes", "train/loss"],
@@ -281,8 +281,8 @@ def test_a_trial_waits_for_its_turn(make: MakeActor, monkeypatch: pytest.MonkeyP
 # Checkpoints
 
 
-def a_checkpoint(place: str, step: int) -> str:
-    checkpoint = f"{place}/checkpoints/step-{step:09d}"
+def a_checkpoint(uri: str, step: int) -> str:
+    checkpoint = f"{uri}/checkpoints/step-{step:09d}"
     storage.write_bytes(f"{checkpoint}/model/weights", b"w" * 10)
     storage.write_bytes(f"{checkpoint}/commit.json", b"{}")
     return checkpoint
@@ -291,15 +291,15 @@ def a_checkpoint(place: str, step: int) -> str:
 def test_a_checkpoint_is_kept_for_others(make: MakeActor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the last result, without a copy of its files; it stays when the run forgets its own."""
     actor = make()
-    place = str(tmp_path / "trials" / "001")
+    uri = str(tmp_path / "trials" / "001")
     for step in (4, 6):
-        a_checkpoint(place, step)
+        a_checkpoint(uri, step)
     actor._last = 4
     (tmp_path / "pointer").mkdir()
     actor.save_checkpoint(str(tmp_path / "pointer"))
     kept = tmp_path / "kept" / "001" / "step-000000004"
     assert sorted(path.relative_to(kept).as_posix() for path in kept.rglob("*")) == ["commit.json", "model", "model/weights"]
-    own = Path(place, "checkpoints", "step-000000004")
+    own = Path(uri, "checkpoints", "step-000000004")
     assert os.path.samefile(kept / "model" / "weights", own / "model" / "weights")
     assert [path.name for path in kept.parent.iterdir()] == ["step-000000004"]
     monkeypatch.delattr(module, "_copy")  # what is kept is not copied again
@@ -349,12 +349,12 @@ def test_without_a_checkpoint_nothing_is_kept(make: MakeActor, tmp_path: Path, s
 
 def test_a_checkpoint_behind_a_uri_is_kept_there(make: MakeActor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / "cache"))
-    place = f"memory://{uuid.uuid4().hex}"
-    actor = make(output=f"{place}/trials", sweep=place)
-    a_checkpoint(f"{place}/trials/001", 4)
+    uri = f"memory://{uuid.uuid4().hex}"
+    actor = make(output=f"{uri}/trials", sweep=uri)
+    a_checkpoint(f"{uri}/trials/001", 4)
     actor._last = 4
     actor.save_checkpoint(str(tmp_path))
-    kept = [entry.name for entry in storage.list_files(f"{place}/kept/001/step-000000004", ("",))]
+    kept = [entry.name for entry in storage.list_files(f"{uri}/kept/001/step-000000004", ("",))]
     assert kept == ["commit.json", "model/weights"]
     fsspec.filesystem("memory").store.clear()
 

@@ -153,7 +153,7 @@ def test_where_a_trials_run_lies(tmp_path: Path) -> None:
     """In the sweep's folder beside the others; token stores are those of the sweep, and W&B groups the trials."""
     setting = setting_of(sweep_of(tmp_path, seed=5))
     config = setting.config({"learning_rate": 0.5, "max_steps": 3}, "007-1")
-    assert config.run_place == f"{tmp_path}/try/trials/007-1"
+    assert config.run_uri == f"{tmp_path}/try/trials/007-1"
     assert (config.store_dir, config.wandb_group) == (f"{tmp_path}/store", "try")
     assert (config.learning_rate, config.max_steps, config.seed, config.eval_steps) == (0.5, 3, 5, 4)
     own = setting_of(sweep_of(tmp_path, store_dir="s3://b/store", wandb_group="g")).config({}, "1")
@@ -180,8 +180,8 @@ def test_the_winner_as_a_run_of_its_own(tmp_path: Path, space: dict[str, Any]) -
 
 def test_a_winner_that_went_on_from_another(tmp_path: Path) -> None:
     """Begins with the checkpoint that its last run began with; nothing of it shows credentials."""
-    place = "s3://key:hunter2@bucket/x"
-    setting = setting_of(sweep_of(tmp_path, output_dir=place, store_dir=place, train_tts_dirs=[place]))
+    uri = "s3://key:hunter2@bucket/x"
+    setting = setting_of(sweep_of(tmp_path, output_dir=uri, store_dir=uri, train_tts_dirs=[uri]))
     parents: list[dict[str, Any] | None] = [None, {"trial": 1, "run": "001", "step": 8}, {"trial": 3, "run": "003-1", "step": 40}]
     text = setting.best_yaml(Trial(2, ["002", "002-1", "002-2"], settings={"learning_rate": 0.5}, parents=parents), "why")
     content = yaml.safe_load(text)

@@ -198,13 +198,13 @@ def test_tensorboard_shows_every_line_once_after_a_kill_and_a_resume(tmp_path: P
 
 
 def test_behind_a_uri_another_machine_goes_on_with_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = f"memory://{tmp_path.name}/run"
+    uri = f"memory://{tmp_path.name}/run"
     folders = []
     for machine, first, last in (("one", 1, 120), ("two", 101, 220), ("one", 201, 320)):
         monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / machine))
-        folders.append(RunFolder(place))
+        folders.append(RunFolder(uri))
         folders[-1].pull("metrics.jsonl")
-        drive(TensorBoard(place), folders[-1].local / "metrics.jsonl", first, last)
+        drive(TensorBoard(uri), folders[-1].local / "metrics.jsonl", first, last)
         folders[-1].push("metrics.jsonl")
     assert folders[0].local == folders[2].local != folders[1].local
     shown = shown_by_tensorboard(folders[2].local)
@@ -239,7 +239,7 @@ class Fake:
         self.logged += 1
         self.at_first_line()
 
-    def checkpoint(self, step: int, place: str) -> None:
+    def checkpoint(self, step: int, uri: str) -> None:
         self.logged += 1
 
     def close(self) -> None:
@@ -313,17 +313,17 @@ assert not {{"wandb", "tensorboardX"}} & set(sys.modules)
 
 def test_checkpoints_are_named_to_wandb_not_uploaded(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    place = run / "checkpoints" / "step-000000100"
-    place.mkdir(parents=True)
-    (place / "rank-0.safetensors").write_bytes(b"weights" * 100)
+    uri = run / "checkpoints" / "step-000000100"
+    uri.mkdir(parents=True)
+    (uri / "rank-0.safetensors").write_bytes(b"weights" * 100)
     tracker = make_wandb(run)
     tracker.begin(0, run / "metrics.jsonl")
-    tracker.checkpoint(100, str(place))
+    tracker.checkpoint(100, str(uri))
     tracker.checkpoint(200, "s3://user:word@bucket/run/step-000000200?region=x")
     tracker.checkpoint(300, str(run / "pruned meanwhile"))
     tracker.close()
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
     held = path.read_bytes()
-    assert place.as_uri().encode() in held and b"s3://***@bucket/run/step-000000200?***" in held and b"word" not in held
+    assert uri.as_uri().encode() in held and b"s3://***@bucket/run/step-000000200?***" in held and b"word" not in held
     assert b"step-100" in held and b"step-200" in held and f"model-{tracker.id}".encode() in held
     assert not [path for path in run.glob("wandb/**/*") if path.is_file() and b"weightsweights" in path.read_bytes()]

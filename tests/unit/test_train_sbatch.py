@@ -83,8 +83,8 @@ class Job:
         return json.loads((self.folder / f"{name}.json").read_text())
 
     def requeued(self) -> list[str]:
-        place = self.folder / "scontrol"
-        return place.read_text().splitlines() if place.exists() else []
+        uri = self.folder / "scontrol"
+        return uri.read_text().splitlines() if uri.exists() else []
 
     def leftovers(self) -> list[str]:
         """What the job has left: files, folders and processes."""
@@ -101,13 +101,13 @@ def job(tmp_path: Path) -> Job:
     for folder in (binaries, tmp_path / "repo" / "jobs", tmp_path / "bin", tmp_path / "home"):
         folder.mkdir(parents=True)
     (tmp_path / "repo" / "jobs" / "train.py").write_text(_TRAIN)
-    for place, text in {
+    for uri, text in {
         binaries / "ray": f"#!{sys.executable} -IS\n{_RAY}",
         binaries / "python": f'#!/bin/sh\nexec {sys.executable} -IS "$@"\n',
         tmp_path / "bin" / "scontrol": f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n',
     }.items():
-        place.write_text(text)
-        place.chmod(0o755)
+        uri.write_text(text)
+        uri.chmod(0o755)
     return Job(tmp_path, 900_000_000 + os.getpid())
 
 

@@ -107,9 +107,9 @@ def test_saved_and_loaded_it_gives_the_same_samples(fitted: UnitVocoder, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["vocoder.safetensors"]
     utterances = [[0, 1, 2, 3], [5], [4, 0, 4, 0, 4]]
     expected = fitted(utterances)[0]
-    for place in (tmp_path, tmp_path / "vocoder.safetensors"):
+    for uri in (tmp_path, tmp_path / "vocoder.safetensors"):
         for identity in (IDENTITY, None):
-            found = open_vocoder(str(place), identity)(utterances)[0]
+            found = open_vocoder(str(uri), identity)(utterances)[0]
             assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     again = UnitVocoder.load(tmp_path / "vocoder.safetensors")
     assert (again.n_units, again.units) == (len(PITCHES), IDENTITY)

@@ -54,7 +54,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
             assert made.poll() == [] and not (tmp_path / "step-000000001" / reader.COMMIT).exists()
             threading.Timer(0.3, going.set).start()
     made.wait()
-    assert [(saved.step, saved.place) for saved in made.poll()] == [(step, str(tmp_path / f"step-00000000{step}")) for step in (1, 2)]
+    assert [(saved.step, saved.uri) for saved in made.poll()] == [(step, str(tmp_path / f"step-00000000{step}")) for step in (1, 2)]
     assert made.poll() == []
     assert 0.2 < made.stall_seconds < 5.0, "the second save waited for the first"
     made.close()
@@ -156,28 +156,28 @@ def fill_the_disk(folder: str) -> list[str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         made = CheckpointWriter(background=number == 1)
         try:
-            made.save(reader.step_place(folder, 7), small(7.0), {}, lambda _: None, lambda: True)
+            made.save(reader.step_uri(folder, 7), small(7.0), {}, lambda _: None, lambda: True)
             made.wait()
         except CheckpointError as error:
             messages.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         if number < 2:
-            assert not Path(reader.step_place(folder, 7)).exists()
+            assert not Path(reader.step_uri(folder, 7)).exists()
         made.close()
     return messages
 
 
 def test_a_full_disk_is_told_and_hurts_nothing(tmp_path: Path) -> None:
-    place = saved_at(tmp_path, 3)[0]
+    uri = saved_at(tmp_path, 3)[0]
     (messages,) = run_ranks(1, fill_the_disk, str(tmp_path))
     assert len(messages) == 2, "with room again, it goes on"
     for message in messages:
         assert message.startswith(f"output_dir = '{tmp_path}/step-000000007': has no room left for a checkpoint of 0 MB (File too large).")
-        assert message.endswith(f"The last checkpoint is intact: {place}.")
+        assert message.endswith(f"The last checkpoint is intact: {uri}.")
     assert [weight_in(at) for at in reader.committed(str(tmp_path))] == [3.0, 7.0]
 
 
-def die_in(phase: str, place: str) -> None:
+def die_in(phase: str, uri: str) -> None:
     """Save, and be killed on the way."""
 
     def die(*_: Any) -> Any:
@@ -197,7 +197,7 @@ def die_in(phase: str, place: str) -> None:
         asked.append(1)
         return len(asked) == 1 or phase != "before the marker" or die()
 
-    save(place, small(2.0), may_commit=may_commit)
+    save(uri, small(2.0), may_commit=may_commit)
 
 
 @pytest.mark.parametrize(
@@ -212,21 +212,21 @@ def die_in(phase: str, place: str) -> None:
 )
 def test_a_kill_in_any_phase_leaves_the_last_one_the_newest(tmp_path: Path, phase: str, left: list[str]) -> None:
     saved_at(tmp_path, 1)
-    torn = reader.step_place(str(tmp_path), 2)
+    torn = reader.step_uri(str(tmp_path), 2)
     process = multiprocessing.get_context("forkserver").Process(target=die_in, args=(phase, torn))
     process.start()
     process.join(120)
     assert process.exitcode == 9
     assert sorted(path.name for path in Path(torn).iterdir() if not path.name.startswith(".")) == left, "it died where it was meant to"
-    place, damaged = reader.latest_valid(str(tmp_path))
-    assert place is not None and weight_in(place) == 1.0 and damaged == []
+    uri, damaged = reader.latest_valid(str(tmp_path))
+    assert uri is not None and weight_in(uri) == 1.0 and damaged == []
     saved_at(tmp_path, 2)
     assert weight_in(torn) == 2.0
 
 
 def test_a_checkpoint_that_would_not_be_whole_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 16: the ranks' files are counted against every tensor's size before the marker."""
-    place = reader.step_place(str(tmp_path), 1)
+    uri = reader.step_uri(str(tmp_path), 1)
     plan = Staging.plan
 
     def forgetful(self: Staging, parts: Any) -> None:
@@ -234,5 +234,5 @@ def test_a_checkpoint_that_would_not_be_whole_is_not_committed(tmp_path: Path, m
 
     monkeypatch.setattr(Staging, "plan", forgetful)
     with pytest.raises(RuntimeError, match=r"would hold 0 of \d+ values of model\.\S+ \(1 tensors are not whole\)"):
-        save(place, small())
-    assert reader.committed(str(tmp_path)) == [] and not Path(place).exists()
+        save(uri, small())
+    assert reader.committed(str(tmp_path)) == [] and not Path(uri).exists()

@@ -93,7 +93,7 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = f"cannot be joined ({' '.join(str(error).split())[:200]})."
         raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
-    if storage.redact(config.run_place) != config.run_place:
+    if storage.redact(config.run_uri) != config.run_uri:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # the dashboard would show the credentials in it
     elif joined.dashboard_url:  # without one, Ray Train would complain of it every second
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")

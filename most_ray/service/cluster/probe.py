@@ -36,7 +36,7 @@ class Trouble:
     """A place that fails on a node. `missing`: the driver has it, this node does not."""
 
     field: str
-    place: str
+    uri: str
     rule: str
     missing: bool = False
 
@@ -54,7 +54,7 @@ class NodeReport:
 
 def examine(probe: Probe) -> NodeReport:
     """Everything that `probe` asks, tried here. Never raises for what it finds."""
-    troubles = [_write(name, place, probe.mark) for name, place in probe.writes] + [_read(name, place) for name, place in probe.reads]
+    troubles = [_write(name, uri, probe.mark) for name, uri in probe.writes] + [_read(name, uri) for name, uri in probe.reads]
     return NodeReport(
         host=socket.gethostname(),
         versions=versions(),
@@ -79,56 +79,56 @@ def versions() -> dict[str, str]:
     return {**found, "most_ray": content.hexdigest()}
 
 
-def leave_mark(place: str, mark: str) -> None:
+def leave_mark(uri: str, mark: str) -> None:
     """Write the driver's mark, which every node then looks for."""
-    storage.write_bytes(storage.join(place, f".probe-{mark}"), mark.encode())
+    storage.write_bytes(storage.join(uri, f".probe-{mark}"), mark.encode())
 
 
-def remove_mark(place: str, mark: str) -> None:
-    storage.remove(storage.join(place, f".probe-{mark}"))
+def remove_mark(uri: str, mark: str) -> None:
+    storage.remove(storage.join(uri, f".probe-{mark}"))
 
 
-def _write(name: str, place: str, mark: str) -> Trouble | None:
+def _write(name: str, uri: str, mark: str) -> Trouble | None:
     """The driver's mark is seen, and a file of this node's can be written, renamed, read back and removed."""
     try:
-        if not storage.is_remote(place) and not os.path.isdir(storage.local(place)):
-            return Trouble(name, place, "is not there", missing=True)  # and is not made: it would be this node's own
-        if storage.read_bytes(storage.join(place, f".probe-{mark}")) != mark.encode():
-            return Trouble(name, place, "reads other bytes than were written")
+        if not storage.is_remote(uri) and not os.path.isdir(storage.local(uri)):
+            return Trouble(name, uri, "is not there", missing=True)  # and is not made: it would be this node's own
+        if storage.read_bytes(storage.join(uri, f".probe-{mark}")) != mark.encode():
+            return Trouble(name, uri, "reads other bytes than were written")
     except FileNotFoundError:
-        return Trouble(name, place, "is another folder than the driver's", missing=True)
+        return Trouble(name, uri, "is another folder than the driver's", missing=True)
     except (OSError, DataError) as error:
-        return Trouble(name, place, _reason(error, "read"))
-    own = storage.join(place, f".probe-{mark}-{uuid.uuid4().hex[:8]}")
+        return Trouble(name, uri, _reason(error, "read"))
+    own = storage.join(uri, f".probe-{mark}-{uuid.uuid4().hex[:8]}")
     text = os.urandom(4096)
     try:
         storage.write_bytes(own, text)
-        if not storage.is_remote(place):  # object stores are never asked to rename
+        if not storage.is_remote(uri):  # object stores are never asked to rename
             os.replace(storage.local(own), storage.local(own + "-renamed"))
             own += "-renamed"
         back = storage.read_bytes(own)
         storage.remove(own)
     except (OSError, DataError) as error:
-        return Trouble(name, place, _reason(error, "written to"))
-    return None if back == text else Trouble(name, place, "reads other bytes than were written")
+        return Trouble(name, uri, _reason(error, "written to"))
+    return None if back == text else Trouble(name, uri, "reads other bytes than were written")
 
 
-def _read(name: str, place: str) -> Trouble | None:
+def _read(name: str, uri: str) -> Trouble | None:
     """A folder's first file, or the file, can be opened and read."""
     try:
-        if not storage.exists(place):
-            return Trouble(name, place, "is not there", missing=True)
-        if storage.is_remote(place):
-            return None if storage.list_files(place, ("",)) else Trouble(name, place, "is empty", missing=True)
-        local = storage.local(place)
+        if not storage.exists(uri):
+            return Trouble(name, uri, "is not there", missing=True)
+        if storage.is_remote(uri):
+            return None if storage.list_files(uri, ("",)) else Trouble(name, uri, "is empty", missing=True)
+        local = storage.local(uri)
         if local.is_dir() and not any(local.iterdir()):  # as where a file system is not mounted
-            return Trouble(name, place, "is empty", missing=True)
+            return Trouble(name, uri, "is empty", missing=True)
         first = next((path for path in sorted(local.iterdir()) if path.is_file()), None) if local.is_dir() else local
         if first is not None:
             with first.open("rb") as stream:
                 stream.read(4096)
     except (OSError, DataError) as error:
-        return Trouble(name, place, _reason(error, "read"))
+        return Trouble(name, uri, _reason(error, "read"))
     return None
 
 

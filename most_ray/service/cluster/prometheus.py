@@ -147,8 +147,8 @@ class RayMetrics:
         elif kind == "evaluation":
             self._show_evaluation(line)
 
-    def checkpoint(self, step: int, place: str) -> None:
-        del place
+    def checkpoint(self, step: int, uri: str) -> None:
+        del uri
         self._checkpoints += 1
         self._set("most_ray_checkpoints", self._checkpoints)
         self._set("most_ray_checkpoint_step", step)

@@ -130,9 +130,9 @@ def package_of(folder: Path) -> Package:
     return Package(folder, sum(sizes.values()) + frame, tuple(ordered[:3]), frozenset(files))
 
 
-def job_name(name: str, place: str) -> str:
+def job_name(name: str, uri: str) -> str:
     """The submission id of a run's first job, the same for the same run: its name, and a mark of its folder."""
-    mark = hashlib.blake2b(place.encode(), digest_size=3).hexdigest()
+    mark = hashlib.blake2b(uri.encode(), digest_size=3).hexdigest()
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)[:60]}-{mark}"
 
 

@@ -72,23 +72,23 @@ def check_cluster(config: RunConfig) -> list[Finding]:
     """The run's cluster asked, node by node, what the run will need of it. Ray is joined already."""
     probe = Probe(uuid.uuid4().hex[:12], places_written(config), places_read(config))
     findings, left = [], []
-    for name, place in probe.writes:
+    for name, uri in probe.writes:
         try:
-            leave_mark(place, probe.mark)
-            left.append(place)
+            leave_mark(uri, probe.mark)
+            left.append(uri)
         except (OSError, DataError) as error:
             reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
             remedy = "Name a folder or URI that can be written to"
-            findings.append(Finding("storage", "error", "driver", reason.rstrip("."), remedy, name, storage.redact(place)))
-    here = {(each.field, each.place): each.rule for each in examine(Probe(probe.mark, (), probe.reads)).troubles}
-    for (name, place), rule in here.items():
-        findings.append(Finding("data", "error", "driver", rule, "Check it", name, storage.redact(place)))
+            findings.append(Finding("storage", "error", "driver", reason.rstrip("."), remedy, name, storage.redact(uri)))
+    here = {(each.field, each.uri): each.rule for each in examine(Probe(probe.mark, (), probe.reads)).troubles}
+    for (name, uri), rule in here.items():
+        findings.append(Finding("data", "error", "driver", rule, "Check it", name, storage.redact(uri)))
     try:
         reads = tuple(read for read in probe.reads if read not in here)
         answers = ask_nodes(Probe(probe.mark, tuple((n, p) for n, p in probe.writes if p in left), reads))
     finally:
-        for place in left:
-            remove_mark(place, probe.mark)
+        for uri in left:
+            remove_mark(uri, probe.mark)
     return findings + judge(answers, versions())
 
 
@@ -110,9 +110,9 @@ def report_findings(findings: Sequence[Finding], console: Console) -> None:
 
 def places_written(config: RunConfig) -> tuple[tuple[str, str], ...]:
     """The folders that every node writes to or reads what others have written there, by their settings."""
-    places = {config.run_place: "output_dir"}
-    places.setdefault(store_dir_of(config), "store_dir" if config.store_dir else "output_dir")
-    return tuple((name, place) for place, name in places.items())
+    uris = {config.run_uri: "output_dir"}
+    uris.setdefault(store_dir_of(config), "store_dir" if config.store_dir else "output_dir")
+    return tuple((name, uri) for uri, name in uris.items())
 
 
 def places_read(config: RunConfig) -> tuple[tuple[str, str], ...]:
@@ -200,13 +200,13 @@ def judge(answers: Sequence[Answer], own: Mapping[str, str]) -> list[Finding]:
 def _storage(reports: Sequence[NodeReport]) -> list[Finding]:
     """One finding for each place and reason, whatever the number of nodes."""
     findings = []
-    found = Counter((each.field, each.place, each.rule, each.missing) for report in reports for each in report.troubles)
-    for (name, place, rule, missing), _ in sorted(found.items()):
-        hosts = [report.host for report in reports if any((t.field, t.place, t.rule) == (name, place, rule) for t in report.troubles)]
+    found = Counter((each.field, each.uri, each.rule, each.missing) for report in reports for each in report.troubles)
+    for (name, uri, rule, missing), _ in sorted(found.items()):
+        hosts = [report.host for report in reports if any((t.field, t.uri, t.rule) == (name, uri, rule) for t in report.troubles)]
         text = f"{rule} on {_names(hosts)}, unlike on the driver's machine" if missing else f"{rule} on {_names(hosts)}"
         remedy = "Name a folder that all nodes mount, or a URI as s3://bucket/folder" if missing else "Mend it there, or name another"
         check = "storage" if name in ("output_dir", "store_dir") else "data"
-        findings.append(Finding(check, "error", _names(hosts), text, remedy, name, storage.redact(place)))
+        findings.append(Finding(check, "error", _names(hosts), text, remedy, name, storage.redact(uri)))
     return findings
 
 
@@ -218,11 +218,11 @@ def _names(hosts: Sequence[str] | Mapping[str, object]) -> str:
 def check_space(config: RunConfig, checkpoint_bytes: int) -> list[Finding]:
     """Free space of a local output_dir, with that of the checkpoints that are there and will go, against those that will lie there at
     once. `checkpoint_bytes`: of one of them."""
-    if storage.is_remote(config.run_place):
+    if storage.is_remote(config.run_uri):
         return []
-    path = storage.local(config.run_place)
+    path = storage.local(config.run_uri)
     free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-    free += len(reader.committed(storage.join(config.run_place, "checkpoints"))) * checkpoint_bytes
+    free += len(reader.committed(storage.join(config.run_uri, "checkpoints"))) * checkpoint_bytes
     most = config.keep_last + config.keep_best + 1  # the one that is being written comes before an old one goes
     shown, needed = f"{free / 2**30:.1f} GiB are free or its own", f"{most} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB at once"
     if free < 2 * checkpoint_bytes:

@@ -18,7 +18,7 @@ from most_ray.io.run_folder import local_copy
 from most_ray.model.build import PRESETS, read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.runs.job import overrides_of
-from most_ray.runs.output_checks import check_places
+from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_given, devices_of
 from most_ray.service.cluster.connection import check_needs, cluster_gpus
 from most_ray.service.cluster.control import usable_nodes
@@ -45,7 +45,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
         findings[-1] = replace(findings[-1], where="cluster", text=f"{_resources()} on {len(usable_nodes())} node(s)")
     elif gpus:
         findings[-1] = replace(findings[-1], text="none is named: a run would start Ray on this machine")
-    attempt("storage", lambda: check_places(config), f"{storage.redact(config.run_place)} can be written to")
+    attempt("storage", lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to")
     if any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
         attempt("data", lambda: check_given(config), "all directories are there")
     if joined:

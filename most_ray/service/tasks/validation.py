@@ -32,34 +32,34 @@ class EvaluationFailedError(UserError):
     exit_code = 1
 
 
-def score_place(job: EvaluationJob, place: str, rank: int, threads: int, niceness: int) -> EvalShard:
+def score_checkpoint(job: EvaluationJob, uri: str, rank: int, threads: int, niceness: int) -> EvalShard:
     """One share of a model's evaluation (see `open_model`), by this process."""
     os.nice(niceness)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - job.training_threads))
-    model, tokenizer = open_model(place)
-    sets = job.sets(model.config, tokenizer, place)
+    model, tokenizer = open_model(uri)
+    sets = job.sets(model.config, tokenizer, uri)
     if torch.cuda.is_available():
         model.to("cuda")
-    outside = open_external(job.settings, place, getattr(model.config, "units_identity", None))
+    outside = open_external(job.settings, uri, getattr(model.config, "units_identity", None))
     return score_share(Forward(model), tokenizer, sets, job.settings, rank, job.workers, outside)
 
 
-def combine_shares(job: EvaluationJob, place: str, *shares: EvalShard) -> Evaluation:
-    config, tokenizer = open_description(place)
-    return combine(shares, job.sets(config, tokenizer, place), job.settings, config, tokenizer, place)
+def combine_shares(job: EvaluationJob, uri: str, *shares: EvalShard) -> Evaluation:
+    config, tokenizer = open_description(uri)
+    return combine(shares, job.sets(config, tokenizer, uri), job.settings, config, tokenizer, uri)
 
 
-def evaluate_place(job: EvaluationJob, place: str) -> Evaluation:
+def evaluate_checkpoint(job: EvaluationJob, uri: str) -> Evaluation:
     """The whole evaluation of a model folder or a checkpoint: by this process where one worker is asked for, else by Ray tasks.
 
     Raises:
         UserError: as `open_model` and `open_sets`.
     """
     if job.workers == 1:
-        share = score_place(job, place, 0, 0, 0)
-        return combine_shares(job, place, share)
+        share = score_checkpoint(job, uri, 0, 0, 0)
+        return combine_shares(job, uri, share)
     try:
-        done: Evaluation = ray.get(_submit(job, place, combine_shares, (job, place), threads=_fair_threads(job), niceness=0))
+        done: Evaluation = ray.get(_submit(job, uri, combine_shares, (job, uri), threads=_fair_threads(job), niceness=0))
     except ray.exceptions.RayError as error:
         own = _own(error)
         if isinstance(own, UserError):
@@ -78,40 +78,40 @@ def _fair_threads(job: EvaluationJob) -> int:
     return max(1, (os.cpu_count() or 1) // job.workers)
 
 
-def _submit(job: EvaluationJob, place: str, finish: Any, arguments: Sequence[Any], threads: int, niceness: int) -> ray.ObjectRef:
+def _submit(job: EvaluationJob, uri: str, finish: Any, arguments: Sequence[Any], threads: int, niceness: int) -> ray.ObjectRef:
     """Start every share's task, and `finish` behind them, which gets the shares after its arguments."""
     # max_calls: a process of its own, which ends with the task and takes its niceness and threads along.
     options = {"num_cpus": 0.25, "max_retries": 2, "max_calls": 1}
     if job.workers == 1:
-        return ray.remote(num_gpus=job.gpus, **options)(_alone).remote(job, place, finish, arguments, threads, niceness)
-    score = ray.remote(num_gpus=job.gpus, **options)(score_place)
-    shares = [score.remote(job, place, rank, threads, niceness) for rank in range(job.workers)]
+        return ray.remote(num_gpus=job.gpus, **options)(_alone).remote(job, uri, finish, arguments, threads, niceness)
+    score = ray.remote(num_gpus=job.gpus, **options)(score_checkpoint)
+    shares = [score.remote(job, uri, rank, threads, niceness) for rank in range(job.workers)]
     return ray.remote(**options)(finish).remote(*arguments, *shares)
 
 
-def _alone(job: EvaluationJob, place: str, finish: Any, arguments: Sequence[Any], threads: int, niceness: int) -> Any:
+def _alone(job: EvaluationJob, uri: str, finish: Any, arguments: Sequence[Any], threads: int, niceness: int) -> Any:
     """The one share and what is to come behind it, in one process: starting another takes seconds."""
-    return finish(*arguments, score_place(job, place, 0, threads, niceness))
+    return finish(*arguments, score_checkpoint(job, uri, 0, threads, niceness))
 
 
-def finish_evaluation(job: EvaluationJob, place: str, run_place: str, step: int, began: float, *shares: EvalShard) -> dict[str, Any]:
+def finish_evaluation(job: EvaluationJob, uri: str, run_uri: str, step: int, began: float, *shares: EvalShard) -> dict[str, Any]:
     """Write evaluations/step-N.json and the hypotheses; the line for metrics.jsonl."""
-    return write_evaluation(combine_shares(job, place, *shares), run_place, step, time.time() - began)
+    return write_evaluation(combine_shares(job, uri, *shares), run_uri, step, time.time() - began)
 
 
 class Validation:
     """Evaluations beside training, one after the other: each takes CPU from the data tasks. Results lie in evaluations/step-N.json, and in
     metrics.jsonl under the step that they belong to."""
 
-    def __init__(self, job: EvaluationJob, run_place: str, total_steps: int, report: ReportEvaluation) -> None:
-        self._job, self._run_place, self._total, self._report = job, run_place, total_steps, report
+    def __init__(self, job: EvaluationJob, run_uri: str, total_steps: int, report: ReportEvaluation) -> None:
+        self._job, self._run_uri, self._total, self._report = job, run_uri, total_steps, report
         self._waiting: list[tuple[int, str]] = []
         self._running: tuple[int, ray.ObjectRef] | None = None
         self._warned = False
 
-    def start(self, step: int, place: str) -> None:
+    def start(self, step: int, uri: str) -> None:
         """Score a checkpoint, which stays as long as it is `pending`."""
-        self._waiting.append((step, place))
+        self._waiting.append((step, uri))
         self._next()
         if len(self._waiting) > 1 and not self._warned:
             self._warned = True
@@ -119,11 +119,11 @@ class Validation:
 
     def _next(self) -> None:
         if self._running is None and self._waiting:
-            step, place = self._waiting.pop(0)
+            step, uri = self._waiting.pop(0)
             last = step == self._total  # nothing is trained beside it
             threads, niceness = (_fair_threads(self._job), 0) if last else (0, NICENESS)
-            arguments = (self._job, place, self._run_place, step, time.time())
-            self._running = (step, _submit(self._job, place, finish_evaluation, arguments, threads, niceness))
+            arguments = (self._job, uri, self._run_uri, step, time.time())
+            self._running = (step, _submit(self._job, uri, finish_evaluation, arguments, threads, niceness))
 
     def pending(self) -> set[int]:
         """Steps whose checkpoints are still to be read."""

@@ -131,7 +131,7 @@ def _run_attempts(
 def complete(prepared: Prepared) -> bool:
     """Whether the last step's checkpoint is there, and its evaluation where one was asked for. Between attempts only."""
     job, folder = prepared.job, prepared.folder
-    committed = reader.step_place(folder.checkpoints, job.total_steps) in reader.committed(folder.checkpoints)
+    committed = reader.step_uri(folder.checkpoints, job.total_steps) in reader.committed(folder.checkpoints)
     return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
 
 
@@ -150,7 +150,7 @@ def _attempt(
     share = WorkerShare.of(job.config, prepared.use_gpu)
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
 
-    last = reader.step_place(prepared.folder.checkpoints, job.total_steps)
+    last = reader.step_uri(prepared.folder.checkpoints, job.total_steps)
 
     def more_room() -> bool:
         request.renew()
@@ -170,7 +170,7 @@ def _attempt(
         # Failures are counted here: Ray Train's own count knows no window, and a new attempt may have another size.
         run_config=ray.train.RunConfig(
             name=job.config.name,
-            storage_path=storage.join(job.run_place, "ray"),
+            storage_path=storage.join(job.run_uri, "ray"),
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )

@@ -57,15 +57,15 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         terminated.install()
         check_given(config)
         use_gpu, fewest, most = devices_of(config, gpus=gpus)
-        if not storage.exists(storage.join(config.run_place, "summary.json")):  # a run that is complete needs nothing
+        if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a run that is complete needs nothing
             check_needs(config, fewest, most, use_gpu)
             report_findings(check_cluster(config), console)
     prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder
-    last = reader.step_place(folder.checkpoints, job.total_steps)
-    for place, reason in prepared.torn:
+    last = reader.step_uri(folder.checkpoints, job.total_steps)
+    for uri, reason in prepared.torn:
         console.print(
-            f"Checkpoint {storage.redact(place)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True, markup=False
+            f"Checkpoint {storage.redact(uri)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True, markup=False
         )
     folder.pull("summary.json")
     summary = _read_summary(folder.local / "summary.json")
@@ -81,7 +81,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         )
     keep_kit(prepared)
     if prepared.job.has_validation:  # what judges its speech is tried before a worker starts
-        open_external(evaluation_job(config).settings, folder.place, prepared.job.units_identity, use_gpu=False)
+        open_external(evaluation_job(config).settings, folder.uri, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     size = checkpoint_bytes(_model_config(prepared), job.topology, config.optimizer_state)
@@ -180,7 +180,7 @@ def finish_run(prepared: Prepared, seconds: float, last: str) -> dict[str, Any]:
 
 def _write_report(folder: RunFolder) -> None:
     try:
-        write_report([folder.place], folder.local / "report.html")
+        write_report([folder.uri], folder.local / "report.html")
         folder.push("report.html")
     except Exception as error:  # noqa: BLE001 - the run is complete and on disk: a picture of it may fail, and can be made again
         logger.warning("report.html could not be made (%s); `most-ray report` tries again", error)

@@ -52,8 +52,8 @@ def train_worker(work: WorkerJob) -> None:
     hooks = TrainHooks(
         batches=work.stream,
         wants_stop=listener or (lambda: False),
-        validator=(lambda report: Validation(validation, job.run_place, job.total_steps, report)) if validation and not inline else None,
-        evaluate_here=InlineEvaluation(validation, job.run_place, job.model_path) if validation and inline else None,
+        validator=(lambda report: Validation(validation, job.run_uri, job.total_steps, report)) if validation and not inline else None,
+        evaluate_here=InlineEvaluation(validation, job.run_uri, job.model_path) if validation and inline else None,
         trackers=_trackers(work) if rank == 0 else (),
     )
     try:
@@ -70,4 +70,4 @@ def train_worker(work: WorkerJob) -> None:
 def _trackers(work: WorkerJob) -> list[Tracker]:
     """Those that the run asks for, and Ray's own metrics, which Prometheus scrapes."""
     config = work.job.config
-    return [*trackers_of(config, work.job.run_place, work.wandb_key), Background("Ray's metrics", RayMetrics(config))]
+    return [*trackers_of(config, work.job.run_uri, work.wandb_key), Background("Ray's metrics", RayMetrics(config))]

@@ -26,7 +26,7 @@ from most_ray.io import storage
 from most_ray.io.run_folder import LEDGER, RunFolder
 from most_ray.report import write_report
 from most_ray.runs.job import Job
-from most_ray.runs.output_checks import check_places
+from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import cluster_gpus
 from most_ray.service.cluster.control import ShutdownSignal, stopped
@@ -36,7 +36,7 @@ from most_ray.service.training.attempts import RunIncompleteError
 from most_ray.service.tune.search import Asha, Fifo, OnTrialUpdate, Pbt, Proposals, Recorder, Unsaved
 from most_ray.service.tune.trial import TRAIN, Slots, TrialActor
 from most_ray.service.tune.trial_resources import ACTOR_CPUS, TrialResources
-from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_place, ranked
+from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_uri, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.screens import last_screen, start_screen, trial_line
@@ -61,13 +61,13 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
     Raises:
         UserError: what the user can mend, a sweep that was asked to stop, or one all of whose trials failed.
     """
-    check_places(sweep.run)
-    place = sweep.run.run_place
-    others = [name for name in ("metrics.jsonl", "checkpoints", "parts", "config.yaml") if storage.exists(storage.join(place, name))]
-    if others and not storage.exists(storage.join(place, LEDGER)):
-        rule = f"is taken: {storage.redact(place)} holds {others[0]}, and is no sweep's."
+    check_outputs(sweep.run)
+    uri = sweep.run.run_uri
+    others = [name for name in ("metrics.jsonl", "checkpoints", "parts", "config.yaml") if storage.exists(storage.join(uri, name))]
+    if others and not storage.exists(storage.join(uri, LEDGER)):
+        rule = f"is taken: {storage.redact(uri)} holds {others[0]}, and is no sweep's."
         raise ConfigError("name", sweep.run.name, rule, "Choose another name.")
-    folder = RunFolder(place)
+    folder = RunFolder(uri)
     file = LedgerFile(folder)
     try:
         with ShutdownSignal().on_sigterm() as terminated:
@@ -97,7 +97,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
         cost = estimate(sweep, job.total_steps, left, allotment.concurrent, step_s)
         storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
         file.write("sweep", **_description(sweep, job, allotment, file))
-        start_screen(sweep, file.ledger, folder.place, job, allotment.where, list(affinities.values()), cost, console)
+        start_screen(sweep, file.ledger, folder.uri, job, allotment.where, list(affinities.values()), cost, console)
         cut = _search(setting, job, folder, file, allotment.concurrent, console, terminated)
         if terminated.is_set():
             raise stopped("came: trials under way have stopped behind a checkpoint.", terminated.name)
@@ -130,7 +130,7 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
     """Every check of a run, made once for all trials that start from the same: data taken in, the starting model made."""
     base = sweep.run
     name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
-    changes = {**json.loads(key), "output_dir": base.run_place, "name": name, "store_dir": store_dir_of(base)}
+    changes = {**json.loads(key), "output_dir": base.run_uri, "name": name, "store_dir": store_dir_of(base)}
     return prepare_run(config_from({**sweep.values, **changes}), runner_of, gpus=cluster_gpus(base))
 
 
@@ -223,7 +223,7 @@ def _search(
         if not works:
             return False
         turns = len(works) > concurrent
-        scheduler = Pbt(recorder, setting, job.total_steps, file, folder.place, turns)
+        scheduler = Pbt(recorder, setting, job.total_steps, file, folder.uri, turns)
         search, space = {"num_samples": 1}, {"work": tune.grid_search(works)}
         slots = ray.remote(num_cpus=0)(Slots).remote(concurrent) if turns else None
     actor = tune.with_parameters(TrialActor, common={**_common(setting, folder), "slots": slots})
@@ -234,7 +234,7 @@ def _search(
             tune_config=tune.TuneConfig(scheduler=scheduler, **search),
             run_config=tune.RunConfig(
                 name="tune",
-                storage_path=folder.place,
+                storage_path=folder.uri,
                 stop=ending,
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -268,7 +268,7 @@ def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
         patience["keep_last"] = max(config.keep_last, saves)
     return {
         "values": {**plain, **patience, "ray_address": ray.get_runtime_context().gcs_address},
-        "sweep_place": folder.place,
+        "sweep_uri": folder.uri,
         "directory": os.getcwd(),
         "environment": {"WANDB_API_KEY": key.reveal()} if (key := wandb_key(setting.sweep.run)) else {},
         "train": TRAIN,
@@ -321,7 +321,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
         storage.write_bytes(folder.at(BEST), Setting(sweep, {}, {}).best_yaml(best, why).encode())
-        commands = commands_of(ledger, folder.place, best.runs[-1])
+        commands = commands_of(ledger, folder.uri, best.runs[-1])
     _forget_kept(folder, file)
     summary = {
         "name": sweep.run.name,
@@ -335,7 +335,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
     }
     storage.write_bytes(folder.at("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False).encode())
     try:
-        write_report([folder.place], folder.local / "report.html")
+        write_report([folder.uri], folder.local / "report.html")
         folder.push("report.html")
     except Exception as error:  # noqa: BLE001 - the sweep is on disk: a picture of it may fail, and can be made again
         logger.warning("report.html could not be made (%s); `most-ray report` tries again", error)
@@ -349,12 +349,12 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
 def _forget_kept(folder: RunFolder, file: LedgerFile) -> None:
     """Checkpoints that trials were to go on from stay only where a trial's last run began with them: best.yaml may name one."""
     parents = [trial.parents[-1] for trial in file.ledger.trials.values() if trial.parents]
-    wanted = {kept_place(folder.place, parent["run"], parent["step"]) for parent in parents if parent}
+    wanted = {kept_uri(folder.uri, parent["run"], parent["step"]) for parent in parents if parent}
     kept = folder.at(KEPT)
     if file.ledger.in_state("open"):
         return
     if not wanted:
         storage.remove(kept)
-    places = {storage.parent(entry.place) for entry in storage.list_files(kept, ("commit.json",))} if storage.exists(kept) else set()
-    for place in places - wanted:
-        storage.remove(place)
+    uris = {storage.parent(entry.uri) for entry in storage.list_files(kept, ("commit.json",))} if storage.exists(kept) else set()
+    for uri in uris - wanted:
+        storage.remove(uri)

@@ -22,7 +22,7 @@ from ray.tune.search.optuna import OptunaSearch
 from most_ray.errors import UserError
 from most_ray.io import storage
 from most_ray.io.run_folder import COMMIT
-from most_ray.sweep.ledger import LedgerFile, Trial, kept_place
+from most_ray.sweep.ledger import LedgerFile, Trial, kept_uri
 from most_ray.sweep.options import Sweep, mutable
 from most_ray.sweep.space import Dimension, Space, Values
 from most_ray.sweep.trials import Setting, run_name
@@ -324,11 +324,11 @@ class Pbt(_Recording, PopulationBasedTraining):
     """
 
     def __init__(
-        self, recorder: Recorder, setting: Setting, total_steps: int, ledger: LedgerFile, sweep_place: str, turns: bool = False
+        self, recorder: Recorder, setting: Setting, total_steps: int, ledger: LedgerFile, sweep_uri: str, turns: bool = False
     ) -> None:
         sweep = setting.sweep
         self._dimensions = {d.name: d for d in sweep.space.dimensions if d.name in mutable(sweep.space)}
-        self._setting, self._file, self._place = setting, ledger, sweep_place
+        self._setting, self._file, self._uri = setting, ledger, sweep_uri
         self._draw = random.Random(f"{sweep.options.search_seed}/{sum(len(trial.runs) for trial in ledger.ledger.trials.values())}")
         super().__init__(
             time_attr="step",
@@ -369,7 +369,7 @@ class Pbt(_Recording, PopulationBasedTraining):
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
         """Only where the better trial's checkpoint could be kept; else the worse one goes on as it is."""
         other, step = trial_to_clone.config["work"], self._trial_state[trial_to_clone].last_train_time
-        if storage.exists(storage.join(kept_place(self._place, other["run"], step), COMMIT)):
+        if storage.exists(storage.join(kept_uri(self._uri, other["run"], step), COMMIT)):
             super()._exploit(tune_controller, trial, trial_to_clone)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -29,8 +29,8 @@ from ray import tune
 from most_ray.errors import STOPPED
 from most_ray.io import storage
 from most_ray.io.journal import decoded
-from most_ray.io.run_folder import COMMIT, RunFolder, step_place
-from most_ray.sweep.ledger import intervals_of, kept_place, metrics_of
+from most_ray.io.run_folder import COMMIT, RunFolder, step_uri
+from most_ray.sweep.ledger import intervals_of, kept_uri, metrics_of
 
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S, _LOOK_EVERY_REMOTE_S = 1.0, 10.0  # for new lines of metrics
@@ -72,21 +72,21 @@ class TrialActor(tune.Trainable):
     objective_0 and on; at the end of the run done, and failed (a reason) where it was not the goal.
 
     The configuration is the trial's line of the ledger. `common` comes as an object of Ray, for it may hold credentials, and Tune writes
-    configurations to disk: a run's values for all trials, sweep_place, objectives, directory, train, environment (variables that the driver
+    configurations to disk: a run's values for all trials, sweep_uri, objectives, directory, train, environment (variables that the driver
     has), slots (an actor of `Slots`, or None).
     """
 
     def setup(self, config: dict[str, Any], common: Mapping[str, Any]) -> None:
         work = config["work"]
-        self._run, self._sweep_place = str(work["run"]), str(common["sweep_place"])
+        self._run, self._sweep_uri = str(work["run"]), str(common["sweep_uri"])
         self._objectives: list[str] = list(common["objectives"])
         self._slots = common["slots"]
         self._environment = dict(common["environment"])
         self._command, self._directory = [sys.executable, *common["train"]], str(common["directory"])
         self._values = {**common["values"], **work["settings"], "name": self._run}
         if parent := work.get("parent"):
-            place = kept_place(self._sweep_place, parent["run"], parent["step"])
-            self._values |= {"resume_from_checkpoint": place, "accept_data_change": True}
+            uri = kept_uri(self._sweep_uri, parent["run"], parent["step"])
+            self._values |= {"resume_from_checkpoint": uri, "accept_data_change": True}
         self._folder = RunFolder(storage.join(str(self._values["output_dir"]), self._run))
         self._last = int(work.get("after", 0))  # step of the last result
         self._process: subprocess.Popen[bytes] | None = None
@@ -196,8 +196,8 @@ class TrialActor(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Keep the run's checkpoint of the last result: others may go on from it when the run itself has long forgotten it."""
-        source = step_place(self._folder.checkpoints, self._last)
-        target = kept_place(self._sweep_place, self._run, self._last)
+        source = step_uri(self._folder.checkpoints, self._last)
+        target = kept_uri(self._sweep_uri, self._run, self._last)
         if self._last and storage.exists(source) and not storage.exists(target):
             _copy(source, target)
         (Path(checkpoint_dir) / _POINTER).write_text(json.dumps({"run": self._run, "step": self._last}), encoding="utf-8")
@@ -242,7 +242,7 @@ def _copy(source: str, target: str) -> None:
         with tempfile.TemporaryDirectory(prefix="most_ray-kept-") as scratch:
             for entry in storage.list_files(source, ("",)):
                 (Path(scratch) / entry.name).parent.mkdir(parents=True, exist_ok=True)
-                storage.download(entry.place, Path(scratch) / entry.name)
+                storage.download(entry.uri, Path(scratch) / entry.name)
             storage.publish(Path(scratch), target, COMMIT)
         return
     temporary = storage.local(target).with_name(f".{storage.name_of(target)}.tmp")

@@ -105,8 +105,8 @@ def quoted(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             try:
                 yield from ((reader.line_num, cells) for cells in reader if cells)
             except csv.Error as error:
-                place = f"{path}:{reader.line_num}"
-                raise DataError(path.name, place, f"is not CSV ({error}).", "Look for a quote that is not closed.") from error
+                uri = f"{path}:{reader.line_num}"
+                raise DataError(path.name, uri, f"is not CSV ({error}).", "Look for a quote that is not closed.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(path.name, str(path), f"cannot be read ({error}).", "Check its permissions, and whether it is whole.") from error
 

@@ -51,13 +51,13 @@ class SpeechKit:
         return [remove_repeats(each) for each in units] if self.manifest["identity"]["repeats_removed"] else units
 
 
-def open_kit(place: str | Path, encoder: str | None = None) -> SpeechKit:
+def open_kit(uri: str | Path, encoder: str | None = None) -> SpeechKit:
     """The kit in a folder: of records, of a run (its `speech/`), of a model. `encoder`: where its speech encoder lies, if not where it lay.
 
     Raises:
         DataError: a file is missing or damaged, or they do not belong together. CheckpointError: the encoder has other weights.
     """
-    folder = Path(place)
+    folder = Path(uri)
     manifest = read_manifest(folder)
     identity = manifest["identity"]
     if not (folder / "kmeans.npy").exists():
@@ -89,11 +89,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def find_kit(model_place: str, identity: str | None) -> str | None:
+def find_kit(model_uri: str, identity: str | None) -> str | None:
     """The place of the kit that goes with a model folder, an export or a run's checkpoint (paths or URIs), where there is one whose units
     have that identity."""
-    above = storage.parent(storage.parent(model_place if storage.is_remote(model_place) else storage.absolute(model_place)))
-    for candidate in (storage.join(model_place, FOLDER), storage.join(above, FOLDER)):
+    above = storage.parent(storage.parent(model_uri if storage.is_remote(model_uri) else storage.absolute(model_uri)))
+    for candidate in (storage.join(model_uri, FOLDER), storage.join(above, FOLDER)):
         known = _identity_at(candidate)
         if identity is not None and known == identity:
             return candidate
@@ -109,9 +109,9 @@ def copy_kit(sources: Sequence[str], target: str, identity: str | None) -> None:
             storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
 
 
-def _identity_at(place: str) -> str | None:
+def _identity_at(uri: str) -> str | None:
     """The identity of the units of a place, where it has a manifest."""
-    manifest = storage.join(place, "units.json")
+    manifest = storage.join(uri, "units.json")
     if not storage.exists(manifest):
         return None
     try:

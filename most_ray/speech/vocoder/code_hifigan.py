@@ -37,23 +37,23 @@ class CodeHifiGan:
         CheckpointError: no such vocoder, tensors are missing or left over, it knows fewer units, or no such language or speaker.
     """
 
-    def __init__(self, place: str, n_units: int | None = None, language: str | None = None, speaker: int = 0) -> None:
+    def __init__(self, uri: str, n_units: int | None = None, language: str | None = None, speaker: int = 0) -> None:
         try:
-            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(uri, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError("vocoder", place, f"cannot be opened ({_line(error)}).", _REMEDY) from error
+            raise CheckpointError("vocoder", uri, f"cannot be opened ({_line(error)}).", _REMEDY) from error
         if config.model_type not in _MODELS:
-            raise CheckpointError("vocoder", place, f"is a {config.model_type}, not a SeamlessM4T vocoder.", _REMEDY)
+            raise CheckpointError("vocoder", uri, f"is a {config.model_type}, not a SeamlessM4T vocoder.", _REMEDY)
         self.n_units = int(config.unit_hifi_gan_vocab_size)
         if n_units is not None and n_units > self.n_units:
-            raise CheckpointError("vocoder", place, f"knows {self.n_units} units, fewer than the {n_units} it is to speak.", _REMEDY)
+            raise CheckpointError("vocoder", uri, f"knows {self.n_units} units, fewer than the {n_units} it is to speak.", _REMEDY)
         if not 0 <= speaker < config.vocoder_num_spkrs:
-            raise CheckpointError("speaker", speaker, f"is none of the voices 0..{config.vocoder_num_spkrs - 1} of {place}.")
-        self._speaker, self._language = torch.tensor([[speaker]]), torch.tensor([[_language(place, language, config.vocoder_num_langs)]])
+            raise CheckpointError("speaker", speaker, f"is none of the voices 0..{config.vocoder_num_spkrs - 1} of {uri}.")
+        self._speaker, self._language = torch.tensor([[speaker]]), torch.tensor([[_language(uri, language, config.vocoder_num_langs)]])
         self._rate = int(config.sampling_rate)
         with torch.device("meta"):
             self._model = _MODELS[config.model_type](config)
-        _load(self._model, place)
+        _load(self._model, uri)
         self._model.eval()
 
     @torch.no_grad()
@@ -77,26 +77,26 @@ class CodeHifiGan:
         return waves.reshape(-1).numpy()
 
 
-def _language(place: str, language: str | None, n_languages: int) -> int:
+def _language(uri: str, language: str | None, n_languages: int) -> int:
     """The number of a language."""
     try:
-        path = _file(place, "generation_config.json")
+        path = _file(uri, "generation_config.json")
         codes: dict[str, int] = dict(json.loads(path.read_text("utf-8")).get("vocoder_lang_code_to_id") or {}) if path else {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError("vocoder", place, f"has a generation_config.json that cannot be read ({_line(error)}).", _REMEDY) from error
+        raise CheckpointError("vocoder", uri, f"has a generation_config.json that cannot be read ({_line(error)}).", _REMEDY) from error
     if language is None:
         language = "eng" if "eng" in codes else "0"
     number = codes.get(language, int(language) if language.isdecimal() else -1)
     if not 0 <= number < n_languages:
         known = f"Known: {', '.join(sorted(codes))}." if codes else f"Give a number in 0..{n_languages - 1}."
-        raise CheckpointError("language", language, f"is no language of {place}.", known)
+        raise CheckpointError("language", language, f"is no language of {uri}.", known)
     return number
 
 
-def _load(model: torch.nn.Module, place: str) -> None:
+def _load(model: torch.nn.Module, uri: str) -> None:
     """Fill a model on the meta device with exactly its tensors, in float32; nothing else is read."""
     try:
-        where = {key: path for path in _shards(place) for key in _keys(path)}
+        where = {key: path for path in _shards(uri) for key in _keys(path)}
         prefix = _PREFIX if any(key.startswith(_PREFIX) for key in where) else ""
         held, wanted = {key for key in where if key.startswith(prefix)}, {prefix + key for key in model.state_dict()}
         if held != wanted:
@@ -108,12 +108,12 @@ def _load(model: torch.nn.Module, place: str) -> None:
                 tensors |= {key.removeprefix(prefix): file.get_tensor(key).float() for key in chosen}
         model.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError("vocoder", place, f"does not hold the vocoder's tensors ({_line(error)}).", _REMEDY) from error
+        raise CheckpointError("vocoder", uri, f"does not hold the vocoder's tensors ({_line(error)}).", _REMEDY) from error
 
 
-def _shards(place: str) -> list[Path]:
+def _shards(uri: str) -> list[Path]:
     """The files that may hold the vocoder, of a model in one or in several."""
-    index = _file(place, "model.safetensors.index.json")
+    index = _file(uri, "model.safetensors.index.json")
     if index is None:
         names = ["model.safetensors"]
     else:
@@ -122,7 +122,7 @@ def _shards(place: str) -> list[Path]:
         names = sorted({name for key, name in where.items() if key.startswith(_PREFIX) or not whole})
     paths = []
     for name in names:
-        path = _file(place, name) if re.fullmatch(r"[\w.-]+\.safetensors", name) else None
+        path = _file(uri, name) if re.fullmatch(r"[\w.-]+\.safetensors", name) else None
         if path is None:
             raise FileNotFoundError(f"no {name}")
         paths.append(path)
@@ -134,9 +134,9 @@ def _keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _file(place: str, name: str) -> Path | None:
+def _file(uri: str, name: str) -> Path | None:
     """A file of a folder or of the hub; None where there is none."""
-    found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    found = cached_file(uri, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     return Path(found) if found else None
 
 

@@ -149,16 +149,16 @@ def kills_inside_saves(folder: Path, kills: int, save_steps: int, seed: int, ran
     report, before = Report(), 0
     while len(report.rows) < kills:
         process = by_itself(folder, "torn", ranks, **changes)
-        place = _begun(folder / "torn" / "checkpoints", process, before)
-        assert place is not None, (folder / "torn.log").read_text()[-3000:]
+        uri = _begun(folder / "torn" / "checkpoints", process, before)
+        assert uri is not None, (folder / "torn.log").read_text()[-3000:]
         time.sleep(draw.uniform(0.0, 0.03))  # at any phase of the save: which one it was is looked at afterwards
         victims = psutil.Process(process.pid).children(recursive=True) if ranks > 1 else []
         for victim in [draw.choice([v for v in victims if "most_ray" in " ".join(v.cmdline())] or [psutil.Process(process.pid)])]:
             victim.kill()
         process.wait(timeout=DEADLINE_S)
-        step = int(place.name[5:])
-        if not (place / "commit.json").exists():
-            written = sorted(path.name for path in place.iterdir())
+        step = int(uri.name[5:])
+        if not (uri / "commit.json").exists():
+            written = sorted(path.name for path in uri.iterdir())
             report.rows.append(("rank", step, ", ".join(written) or "nothing", newest_commit(folder, "torn")))
         before = max(before, newest_commit(folder, "torn"))
         assert step < steps, "the run was over before all kills were made"
