@@ -29,7 +29,7 @@ def split_experts(split: str, n_experts: int, n_audio: int, most_text_first: Seq
     if split == "contiguous":
         audio = list(range(n_experts - n_audio, n_experts))
     elif split == "interleaved":
-        audio = [(2 * uri + 1) * n_experts // (2 * n_audio) for uri in range(n_audio)]
+        audio = [(2 * index + 1) * n_experts // (2 * n_audio) for index in range(n_audio)]
     else:
         assert most_text_first is not None and sorted(most_text_first) == list(range(n_experts))
         audio = sorted(most_text_first[n_experts - n_audio :])

@@ -327,19 +327,19 @@ def test_every_flipped_bit_of_a_store_is_seen(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [asr(i, units=10) for i in range(5)])
     store = ingest(tmp_path / "a")
     whole = [(store.record_id(row), store.input_ids(row).tolist()) for row in range(5)]
-    files = [Path(store.shard_uri(0)), *(Path(store.uri) / name for name in ("manifest.json", "lengths.npy", "prompt_lengths.npy"))]
+    files = [Path(store.shard_uri(0)), *(Path(store.index) / name for name in ("manifest.json", "lengths.npy", "prompt_lengths.npy"))]
     draw = random.Random(0)
     for path in files:
         content = path.read_bytes()
         for _ in range(150):
-            uri = draw.randrange(len(content))
-            path.write_bytes(content[:uri] + bytes([content[uri] ^ (1 << draw.randrange(8))]) + content[uri + 1 :])
+            index = draw.randrange(len(content))
+            path.write_bytes(content[:index] + bytes([content[index] ^ (1 << draw.randrange(8))]) + content[index + 1 :])
             try:
-                damaged = TokenStore(store.uri)
+                damaged = TokenStore(store.index)
                 read = [(damaged.record_id(row), damaged.input_ids(row).tolist()) for row in range(5)]  # the id by itself, too
             except DataError:
                 continue
-            assert read == whole, f"{path.name} byte {uri}"
+            assert read == whole, f"{path.name} byte {index}"
         path.write_bytes(content)
 
 

@@ -76,8 +76,8 @@ def test_libriheavys_own_cut(shared: Path, tmp_path: Path, where: str, casing: A
     folder = tmp_path / "cuts"
     file = libriheavy(folder, [cut])
     path = put(folder / where / "small/100/sea_fairies_0812_librivox_64kb_mp3/01_baum_sea_fairies_64kb.flac")
-    for uri in (folder, file):
-        (utterance,), unusable = read("libriheavy", uri, casing=casing)
+    for place in (folder, file):
+        (utterance,), unusable = read("libriheavy", place, casing=casing)
         assert not unusable
         assert utterance.id == f"libriheavy_{cut['id']}" and utterance.path.samefile(path)
         assert utterance.text == cut["supervisions"][0]["custom"]["texts"][casing == "upper"]
@@ -378,12 +378,12 @@ def test_no_cut_stops_the_reader(tmp_path_factory: pytest.TempPathFactory, chang
     root = tmp_path_factory.mktemp("cuts")
     put(root / "small/1/a.flac")
     cut = cut_of()
-    for uri, value in changes:
+    for place, value in changes:
         spots: list[tuple[Any, Any]] = [(cut, key) for key in cut]
         for holder, key in spots:
             inner = holder[key]
             spots += [(inner, k) for k in (inner if isinstance(inner, dict) else range(len(inner)) if isinstance(inner, list) else ())]
-        holder, key = spots[uri % len(spots)]
+        holder, key = spots[place % len(spots)]
         holder[key] = value
     libriheavy(root, [cut, cut_of("behind")], "libriheavy_cuts_dev.jsonl")
     utterances, unusable = read("libriheavy", root)

@@ -40,13 +40,13 @@ def test_tokens_before_and_counts_are_those_of_the_order(lengths: list[int], blo
         patch.setattr(shuffle, "_WINDOW", blocks[1])
         size, total = len(lengths), sum(lengths)
         source = ShuffledSource(np.array(lengths, np.int32), seed, 1)
-        uris = np.arange(first_epoch * size, (first_epoch + 3) * size)
-        rows = source.rows(uris)
-        assert (np.sort(rows[:size]) == np.arange(size)).all() and (rows == shuffled_rows(uris, size, seed, 1)).all()
+        places = np.arange(first_epoch * size, (first_epoch + 3) * size)
+        rows = source.rows(places)
+        assert (np.sort(rows[:size]) == np.arange(size)).all() and (rows == shuffled_rows(places, size, seed, 1)).all()
         ordered = np.array(lengths)[rows]
         sums = first_epoch * total + np.concatenate([[0], np.cumsum(ordered)])
-        assert [source.tokens_before(int(j)) for j in [*uris, uris[-1] + 1]] == sums.tolist()
-        assert (source.lengths_at(int(uris[0]), int(uris[-1]) + 1) == ordered).all()
+        assert [source.tokens_before(int(j)) for j in [*places, places[-1] + 1]] == sums.tolist()
+        assert (source.lengths_at(int(places[0]), int(places[-1]) + 1) == ordered).all()
         assert len(source.lengths_at(5, 5)) == 0
         middles = sums[:-1] + sums[1:]
         limits = range(2 * first_epoch * total, 2 * (first_epoch + 3) * total, 1 + total // 40)
