@@ -91,7 +91,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bo
         return SimpleNamespace(reason=made[-1]), None
 
     monkeypatch.setattr(attempts, "_attempt", attempt)
-    monkeypatch.setattr(attempts, "_settle", lambda *_: None)
+    monkeypatch.setattr(attempts, "wait_for_resources", lambda *_: None)
     monkeypatch.setattr(attempts, "complete", lambda _: complete[len(made) - 1])
     attempts.run_attempts(PREPARED, None, Console(quiet=True), terminated)  # type: ignore[arg-type]
     return len(made)
@@ -134,7 +134,7 @@ def test_what_is_said_of_a_loss_may_hold_brackets(monkeypatch: pytest.MonkeyPatc
     """gloo's errors begin with a path in brackets, which a console would take for a mark that is closed."""
     lost = ControllerError(RuntimeError("[/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456"))
     endings = [(SimpleNamespace(reason=None), lost), (SimpleNamespace(reason=None), None)]
-    monkeypatch.setattr(attempts, "_settle", lambda *args: None)
+    monkeypatch.setattr(attempts, "wait_for_resources", lambda *args: None)
     monkeypatch.setattr(attempts, "_attempt", lambda *args: endings.pop(0))
     console = Console(record=True, width=300)
     run_attempts(PREPARED, None, console, ShutdownSignal())  # type: ignore[arg-type]

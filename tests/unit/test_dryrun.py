@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, make in (("asr", asr), ("tts", tts)):
         write_records(folder / name, [make(index, 5 + index % 3) for index in range(60)])
-    tokenizer = dry_run.train_tokenizer(["some words"], 300)
+    tokenizer = dry_run_module.train_tokenizer(["some words"], 300)
     plain = type(tokenizer)(tokenizer_object=tokenizers_without_speech(tokenizer), bos_token="<s>", eos_token="</s>")
     plain.save_pretrained(folder / "plain")
     (folder / "plain" / "config.json").write_text(json.dumps({"model_type": "deepseek_v2", **PUBLISHED["deepseek-ai/DeepSeek-V2-Lite"]}))

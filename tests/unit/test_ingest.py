@@ -327,7 +327,7 @@ def test_every_flipped_bit_of_a_store_is_seen(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [asr(i, units=10) for i in range(5)])
     store = ingest(tmp_path / "a")
     whole = [(store.record_id(row), store.input_ids(row).tolist()) for row in range(5)]
-    files = [Path(store.shard_uri(0)), *(Path(store.index) / name for name in ("manifest.json", "lengths.npy", "prompt_lengths.npy"))]
+    files = [Path(store.shard_uri(0)), *(Path(store.uri) / name for name in ("manifest.json", "lengths.npy", "prompt_lengths.npy"))]
     draw = random.Random(0)
     for path in files:
         content = path.read_bytes()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from most_ray.config import config_from
 from most_ray.io.journal import Journal
 from most_ray.metrics.schema import check_line
 from most_ray.service.cluster import prometheus
 from most_ray.service.cluster.prometheus import ALL, METRICS, RayMetrics
+from most_ray.service.training import worker
 from most_ray.trackers.base import Background
 from most_ray.trackers.select import trackers_of
 
@@ -215,11 +216,11 @@ def test_every_metric_is_fed_by_keys_that_the_schema_has(series: Series, tmp_pat
     assert not unknown
 
 
-def test_trackers_hold_it_where_ray_runs_the_rank_and_on_a_thread_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_workers_of_ray_have_it_on_a_thread_of_its_own_and_other_ranks_do_not(tmp_path: Path) -> None:
     config = config_from({"name": "r"})
     assert trackers_of(config, str(tmp_path), None) == []
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    (tracker,) = trackers_of(config, str(tmp_path), None)
+    job: Any = SimpleNamespace(config=config, run_uri=str(tmp_path))
+    (tracker,) = worker._trackers(worker.WorkerJob(job, None))
     assert isinstance(tracker, Background) and isinstance(tracker._tracker, RayMetrics)
 
 

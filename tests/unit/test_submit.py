@@ -413,7 +413,7 @@ def test_credentials_in_a_configuration_do_not_go_along(
 
 def identity(*words: str) -> tuple[str, str, list[str]]:
     made = command._checked(list(words), Path(DIGITS).parents[1])
-    return made.name, made.place, made.words
+    return made.name, made.uri, made.words
 
 
 def test_commands_that_may_run_at_once_have_names_of_their_own() -> None:

@@ -301,7 +301,7 @@ def test_trackers_that_are_not_asked_for_are_not_imported(tmp_path: Path) -> Non
     code = f"""
 import sys
 from most_ray.config import config_from
-from most_ray.service.telemetry import trackers_of, wandb_key
+from most_ray.trackers.select import trackers_of, wandb_key
 for mode in ({{}}, {{"wandb_project": "p", "wandb_mode": "disabled"}}):
     assert trackers_of(config_from(mode), {str(tmp_path)!r}, wandb_key(config_from(mode))) == []
 assert not {{"wandb", "tensorboardX"}} & set(sys.modules)

@@ -100,7 +100,7 @@ def test_an_error_in_the_background_comes_with_the_next_call(tmp_path: Path, mon
         threading.Event().wait(0.01)
     with pytest.raises(RuntimeError, match="no tokenizer"):
         made.poll()
-    monkeypatch.setattr(writer, "together", lambda work, group: 1 / 0)  # as when a rank is lost in a collective
+    monkeypatch.setattr(writer, "all_gather_or_raise", lambda work, group: 1 / 0)  # as when a rank is lost in a collective
     made.save(str(tmp_path / "c"), state, {}, lambda _: None, lambda: True)
     with pytest.raises(RuntimeError, match="was not completed"):
         made.wait()

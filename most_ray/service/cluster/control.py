@@ -217,7 +217,7 @@ def release_room() -> None:
 
 
 class AutoscalerRequest:
-    """Asks a cluster that grows by itself for room for a run's workers. `_settle` looks for room before Ray is asked for workers, so
+    """Asks a cluster that grows by itself for room for a run's workers. `wait_for_resources` looks for room before Ray is asked for workers, so
     without it such a cluster would never learn that it is too small. Ray merges the wishes of all who ask; each lasts `_WISH_S`."""
 
     def __init__(self, share: WorkerShare, workers: int, task_cpus: float) -> None:
