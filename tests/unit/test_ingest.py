@@ -335,7 +335,7 @@ def test_every_flipped_bit_of_a_store_is_seen(tmp_path: Path) -> None:
             index = draw.randrange(len(content))
             path.write_bytes(content[:index] + bytes([content[index] ^ (1 << draw.randrange(8))]) + content[index + 1 :])
             try:
-                damaged = TokenStore(store.index)
+                damaged = TokenStore(store.uri)
                 read = [(damaged.record_id(row), damaged.input_ids(row).tolist()) for row in range(5)]  # the id by itself, too
             except DataError:
                 continue

@@ -217,8 +217,11 @@ def release_room() -> None:
 
 
 class AutoscalerRequest:
-    """Asks a cluster that grows by itself for room for a run's workers. `wait_for_resources` looks for room before Ray is asked for workers, so
-    without it such a cluster would never learn that it is too small. Ray merges the wishes of all who ask; each lasts `_WISH_S`."""
+    """Asks a cluster that grows by itself for room for a run's workers.
+
+    `wait_for_resources` looks for room before Ray is asked for workers, so without it such a cluster would never learn that it is too
+    small. Ray merges the requests of all callers; each lasts `_WISH_S`.
+    """
 
     def __init__(self, share: WorkerShare, workers: int, task_cpus: float) -> None:
         self._bundles = [*([share.resources()] * workers), {"CPU": task_cpus}]
