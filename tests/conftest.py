@@ -21,6 +21,23 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+# Which marker a test has by the fixtures that it uses, and by its folder.
+BY_FIXTURE = {"ray_cluster": "ray", "s3": "s3", "s3_server": "s3", "bucket": "s3", "browser": "browser", "shared": "shared"}
+BY_FOLDER = {"distributed": "gloo", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Markers, and who runs what under xdist (`-n 2 --dist loadgroup`): a file's tests stay together, for they share what they have
+    built; tests that use the one Ray cluster stay with one worker."""
+    for item in items:
+        folder, *_ = item.path.relative_to(ROOT / "tests").parts
+        names = {BY_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in BY_FIXTURE}
+        names |= {BY_FOLDER[folder]} if folder in BY_FOLDER else set()
+        for name in sorted(names):
+            item.add_marker(name)
+        item.add_marker(pytest.mark.xdist_group("ray" if "ray" in names else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real recordings and the original's numbers, which lie beside the checkout where the project is developed."""

@@ -155,7 +155,7 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
     checkpoint = folder / "reference" / "checkpoints" / "step-000000020"
     for uri in (tmp_path / "precious", folder):
         assert main(["export", "--checkpoint", str(checkpoint), "--output", str(uri)]) == 2
-    assert (tmp_path / "precious" / "notes.txt").exists() and reader.exists()
+    assert (tmp_path / "precious" / "notes.txt").exists() and checkpoint.exists()
     again = tmp_path / "again"
     assert main(["export", "--checkpoint", str(folder / "reference/checkpoints/step-000000020"), "--output", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
