@@ -46,7 +46,7 @@ sys.addaudithook(_note_what_is_written)
 
 
 @pytest.fixture(scope="package", autouse=True)
-def uris(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def writable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Where tests may write: below pytest's folder, in which temporary files and caches of libraries lie too; and devices. (What Python,
     pytest and hypothesis keep for the next run is their own.)"""
     base = tmp_path_factory.getbasetemp()
@@ -64,25 +64,25 @@ def uris(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 @pytest.fixture(autouse=True)
-def written_below_tmp_path(uris: list[str]) -> Iterator[None]:
+def written_below_tmp_path(writable: list[str]) -> Iterator[None]:
     """No test writes elsewhere, nor fails for what lies there; of what this process's Python opens, makes or renames."""
     yield
-    elsewhere = {path for path in _written if not f"{path}/".startswith(tuple(uris)) and "__pycache__" not in path}
+    elsewhere = {path for path in _written if not f"{path}/".startswith(tuple(writable)) and "__pycache__" not in path}
     _written.clear()
     assert not elsewhere, f"written outside of tmp_path: {sorted(elsewhere)}"
 
 
 @pytest.fixture
-def short_folder(tmp_path_factory: pytest.TempPathFactory, uris: list[str]) -> Iterator[Path]:
+def short_folder(tmp_path_factory: pytest.TempPathFactory, writable: list[str]) -> Iterator[Path]:
     """A folder whose name is short enough for sockets in it, whatever the user is called."""
     folder = tmp_path_factory.mktemp("s")
     if len(str(folder)) <= 43:
         yield folder
         return
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        uris.append(name)
+        writable.append(name)
         yield Path(name)
-    uris.remove(name)
+    writable.remove(name)
 
 
 @pytest.fixture(scope="package", autouse=True)
