@@ -35,6 +35,7 @@ from most_ray.distributed.ranks import this_rank
 from most_ray.io import storage
 
 CHUNK = 8 << 20  # bytes that are written, hashed or copied at a time: large enough for all three to let go of the interpreter
+_CHUNKS_KEY = "rectangles"  # in a file's metadata, what each entry is a chunk of: the file format's word, so it stays
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -185,7 +186,7 @@ class Staging:
             self.values[part.name] = self.values.get(part.name, 0) + piece.local.numel()
             self._copies.append((self._buffer[position:end], piece.local))
             position = end
-        header = json.dumps({"__metadata__": {"chunks": json.dumps(where)}, **entries}).encode()
+        header = json.dumps({"__metadata__": {_CHUNKS_KEY: json.dumps(where)}, **entries}).encode()
         header += b" " * (-len(header) % 8)
         self._header, self._used = len(header).to_bytes(8, "little") + header, position
 
@@ -271,7 +272,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
     data = stream.read(length)
     try:
         header = json.loads(data)
-        return {**header, "__metadata__": json.loads(header["__metadata__"]["chunks"])}
+        return {**header, "__metadata__": json.loads(header["__metadata__"][_CHUNKS_KEY])}
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError("its header is broken") from error
 

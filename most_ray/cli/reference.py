@@ -1,0 +1,137 @@
+"""The reference of the configuration and of the command line as Markdown, from the declarations that the program itself reads.
+
+Both texts depend on the code alone: neither on the width of a terminal nor on the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from most_ray import config as configuration
+from most_ray.cli import build_parser
+from most_ray.sweep.options import SweepOptions
+
+_DEFAULT = re.compile(r" \(default: (?P<text>.*)\)$")
+_CONFIGURATION_PAGE = "configuration.md"
+_TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+
+
+def configuration_markdown() -> str:
+    """Every key of a run's configuration and of a sweep's, by section: its values, its default and its meaning."""
+    lines = ["# Configuration", ""]
+    lines += [
+        "Every key can stand in a run's YAML file, and every key is also a flag of the same name: `learning_rate: 1.0e-4` in the file is "
+        "`--learning_rate 1e-4` on the command line. Flags overrule the file. An unknown key is an error.",
+        "",
+    ]
+    for section in configuration.SECTIONS:
+        lines += _section(section)
+    lines += _section(SweepOptions)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(section: type) -> Iterator[str]:
+    hints = typing.get_type_hints(section)
+    yield from (f"## {section.__name__.removesuffix('Options')}", "", str(section.__doc__), "")
+    rows = []
+    for field in dataclasses.fields(section):
+        meaning, default = _split_default(field.metadata["help"], field.default)
+        rows.append((f"`{field.name}`", _values(hints[field.name]), default, meaning))
+    yield from _table(("Key", "Values", "Default", "Meaning"), rows)
+    yield ""
+
+
+def _values(hint: Any) -> str:
+    """A type in words, or its choices."""
+    inner = [each for each in typing.get_args(hint) if each is not type(None)] if type(None) in typing.get_args(hint) else [hint]
+    if typing.get_origin(inner[0]) is Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(inner[0]))
+    if typing.get_origin(inner[0]) is tuple:
+        return f"list of {_TYPES[typing.get_args(inner[0])[0]]}s"
+    return _TYPES[inner[0]]
+
+
+def _split_default(text: str, default: Any) -> tuple[str, str]:
+    """A help text without the default that it names, and that default; a single word as code."""
+    if match := _DEFAULT.search(text):
+        return text[: match.start()], match["text"] if " " in match["text"] else f"`{match['text']}`"
+    if default is None or isinstance(default, tuple | list) or default == argparse.SUPPRESS:
+        return text, "none"
+    return text, f"`{str(default).lower() if isinstance(default, bool) else default}`"
+
+
+def command_line_markdown() -> str:
+    """Every command and its flags."""
+    parser = build_parser()
+    lines = ["# Command line", "", f"{parser.description}", ""]
+    commands = list(_commands(parser))
+    summary = [(f"[`{command.prog}`](#{_anchor(command.prog)})", text) for command, text in commands]
+    lines += [*_table(("Command", "What it does"), summary), ""]
+    for command, _ in commands:
+        lines += _command(command)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.ArgumentParser, str]]:
+    """All commands below a parser that run something, with their one-line help, in the order of `--help`."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            for name, command in action.choices.items():
+                below = list(_commands(command))
+                yield from below or [(command, helps.get(name, ""))]
+
+
+def _command(command: argparse.ArgumentParser) -> Iterator[str]:
+    yield from (f"## {command.prog}", "", _sentence(" ".join(str(command.description).split())), "")
+    if command.epilog:
+        yield from (" ".join(command.epilog.split()), "")
+    keys = {str(section.__doc__).rstrip(".").lower() for section in configuration.SECTIONS}
+    shared = [action for group in command._action_groups if group.title in keys for action in group._group_actions]
+    own = [action for action in command._actions if action not in shared and not isinstance(action, argparse._HelpAction)]
+    yield from _table(("Flag", "Values", "Default", "Meaning"), [_flag(command, action) for action in sorted(own, key=_is_flag)])
+    yield ""
+    if shared:
+        yield from (f"Every key of a run's [configuration]({_CONFIGURATION_PAGE}) is a flag of this command too.", "")
+
+
+def _is_flag(action: argparse.Action) -> bool:
+    return bool(action.option_strings)
+
+
+def _flag(command: argparse.ArgumentParser, action: argparse.Action) -> tuple[str, str, str, str]:
+    named = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
+    text = (action.help or "") % {**vars(action), "prog": command.prog}
+    meaning, default = _split_default(text, action.default)
+    default = "required" if action.required else default
+    if action.choices:
+        values = ", ".join(f"`{choice}`" for choice in action.choices)
+    elif action.nargs == 0:
+        values = "no value"
+    else:
+        metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+        values = ", ".join(f"`{value}`" for value in metavar.split("|"))
+        values += " ..." if action.nargs in ("+", "*") else ""
+    return named, values, default, meaning
+
+
+def _sentence(text: str) -> str:
+    """A text that begins with a capital and ends with a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", ":")) else ".")
+
+
+def _anchor(heading: str) -> str:
+    """The anchor that Markdown gives a heading."""
+    return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
