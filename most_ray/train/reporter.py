@@ -36,7 +36,7 @@ class RunReporter:
     """Rank 0 writes metrics.jsonl and the trace, and hands the lines to the trackers.
 
     Args:
-        about: what a line of kind `start` says of this attempt (see METRICS.md).
+        about: what a line of kind `start` says of this attempt (see docs/metrics.md).
 
     held: steps whose evaluations are not on storage yet, so that their checkpoints must stay.
     """

@@ -67,7 +67,7 @@ METRICS: Mapping[str, Metric] = {
     "most_ray_checkpoints": Metric("Checkpoints committed since this start"),
 }
 
-_OF_A_LINE = {  # by key of a `train` line, see METRICS.md
+_OF_A_LINE = {  # by key of a `train` line, see docs/metrics.md
     "step": "most_ray_step",
     "epoch": "most_ray_epoch",
     "learning_rate": "most_ray_learning_rate",
