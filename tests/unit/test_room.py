@@ -10,8 +10,8 @@ import pytest
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service.cluster import control
-from most_ray.service.cluster.control import WorkerShare, room
+from most_ray.service.cluster import capacity
+from most_ray.service.cluster.capacity import WorkerShare, worker_capacity
 from most_ray.service.tune import trial_resources as module
 from most_ray.service.tune.trial_resources import TrialResources
 from most_ray.sweep.options import load_sweep
@@ -25,7 +25,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"NodeID": name, "Resources": resources, "Alive": True} for name, resources in NODES.items()]
     total = {kind: sum(each.get(kind, 0.0) for each in NODES.values()) for kind in ("CPU", "GPU")}
     fake = SimpleNamespace(nodes=lambda: nodes, is_initialized=lambda: True, cluster_resources=lambda: total)
-    monkeypatch.setattr(control, "ray", fake)
+    monkeypatch.setattr(capacity, "ray", fake)
     monkeypatch.setattr(module, "ray", fake)
     monkeypatch.setattr(module, "connect", lambda *_: None)
     monkeypatch.setattr(module, "usable_nodes", lambda: set(NODES))
@@ -45,7 +45,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_room_for_workers_of_any_share(cluster: None, cpus: float, gpus: float, tasks: float, workers: int) -> None:
-    assert room(set(NODES), WorkerShare(cpus, gpus), tasks) == workers
+    assert worker_capacity(set(NODES), WorkerShare(cpus, gpus), tasks) == workers
 
 
 def test_a_share_is_what_the_configuration_says() -> None:

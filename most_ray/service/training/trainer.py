@@ -32,8 +32,9 @@ from most_ray.report import write_report
 from most_ray.report.environment import environment
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_given, devices_of, keep_kit, prepare_run, store_dir_of
-from most_ray.service.cluster.connection import check_needs, cluster_gpus, start_ray
-from most_ray.service.cluster.control import ShutdownSignal, usable_nodes
+from most_ray.service.cluster.capacity import usable_nodes
+from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
+from most_ray.service.cluster.stop_requests import ShutdownSignal
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import runner_of
 from most_ray.service.training.attempts import RunIncompleteError, complete, run_attempts
@@ -58,7 +59,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         check_given(config)
         use_gpu, fewest, most = devices_of(config, gpus=gpus)
         if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a run that is complete needs nothing
-            check_needs(config, fewest, most, use_gpu)
+            check_resources(config, fewest, most, use_gpu)
             report_findings(check_cluster(config), console)
     prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder

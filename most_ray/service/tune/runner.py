@@ -29,7 +29,7 @@ from most_ray.runs.job import Job
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import cluster_gpus
-from most_ray.service.cluster.control import ShutdownSignal, stopped
+from most_ray.service.cluster.stop_requests import ShutdownSignal, run_stopped
 from most_ray.service.preflight.checks import check_cluster, report_findings
 from most_ray.service.tasks.ingest_tasks import runner_of
 from most_ray.service.training.attempts import RunIncompleteError
@@ -100,7 +100,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, te
         start_screen(sweep, file.ledger, folder.uri, job, allotment.where, list(affinities.values()), cost, console)
         cut = _search(setting, job, folder, file, allotment.concurrent, console, terminated)
         if terminated.is_set():
-            raise stopped("came: trials under way have stopped behind a checkpoint.", terminated.name)
+            raise run_stopped("came: trials under way have stopped behind a checkpoint.", terminated.name)
         if cut:
             console.print(f"max_hours = {sweep.options.max_hours:g} are used up; a higher one goes on.", highlight=False, soft_wrap=True)
     else:
@@ -242,14 +242,13 @@ def _search(
             ),
         )
         terminated.install(interrupt=True)
-        terminated.patient = True
         try:
-            tuner.fit()
+            with terminated.grace_period():
+                tuner.fit()
         except (TuneError, ray.exceptions.RayError) as error:
             rule = f"was cut short ({str(error).strip().splitlines()[-1]})."
             raise RunIncompleteError("sweep", sweep.run.name, rule, "The same command goes on.") from error
         finally:
-            terminated.patient = False
             if slots is not None:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.kill(slots)

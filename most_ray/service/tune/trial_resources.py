@@ -12,8 +12,8 @@ import torch
 
 from most_ray.errors import ConfigError
 from most_ray.runs.resolve import Prepared
-from most_ray.service.cluster.connection import connect, named_cluster
-from most_ray.service.cluster.control import TASK_CPUS, WorkerShare, room, usable_nodes
+from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare, usable_nodes, worker_capacity
+from most_ray.service.cluster.connection import cluster_address, connect
 from most_ray.sweep.options import Sweep
 
 _TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation
@@ -44,7 +44,7 @@ class TrialResources:
         if beside := evaluations * run.eval_gpus:  # a run holds its workers' until its last evaluation is in
             self._needs["GPU"] = self._needs.get("GPU", 0.0) + beside
         threads = int(known.get("threads_per_worker", run.threads_per_worker or 0))
-        here = None if named_cluster(run) or ray.is_initialized() else self._here(threads or 1)
+        here = None if cluster_address(run) or ray.is_initialized() else self._here(threads or 1)
         wanted = min(left, sweep.options.max_concurrent_trials or left)
         connect(run, math.ceil(min(here or 1, wanted) * self._needs["CPU"]) + 1)
         fits = self._room()
@@ -72,7 +72,7 @@ class TrialResources:
         """Trials that the whole cluster could hold."""
         resources = ray.cluster_resources()
         by_sum = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in self._needs.items() if amount)
-        return min(by_sum, room(usable_nodes(), self._share, by_sum * _TASKS_OF_A_RUN) // self.workers)
+        return min(by_sum, worker_capacity(usable_nodes(), self._share, by_sum * _TASKS_OF_A_RUN) // self.workers)
 
     @property
     def where(self) -> str:
