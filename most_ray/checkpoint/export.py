@@ -15,9 +15,9 @@ from most_ray.io.run_folder import local_copy
 from most_ray.model.build import load_model, read_config, save_model
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
+from most_ray.records.files import SPEECH_FOLDER
 from most_ray.records.tokenizer import load_tokenizer
-from most_ray.speech.vocoder.assets import FOLDER as KIT
-from most_ray.speech.vocoder.assets import copy_kit, find_kit
+from most_ray.speech.units.assets import copy_assets, find_assets
 
 
 def export_checkpoint(uri: str | Path, output: Path) -> None:
@@ -37,8 +37,8 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     save_model(model, tokenizer, temporary)
     identity = getattr(model.config, "units_identity", None)
-    if kit := find_kit(uri, identity):
-        copy_kit([kit], str(temporary / KIT), identity)
+    if kit := find_assets(uri, identity):
+        copy_assets([kit], str(temporary / SPEECH_FOLDER), identity)
     if output.exists():
         output.rename(old)
     temporary.rename(output)

@@ -27,13 +27,13 @@ from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
-from most_ray.records.record import TASKS, Task, parse_record, read_raw, record_files
+from most_ray.records.files import REJECTED, SPEECH_FOLDER, read_raw, record_files
+from most_ray.records.record import TASKS, Task, parse_record
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
-from most_ray.speech.vocoder.assets import FOLDER as KIT
-from most_ray.speech.vocoder.assets import copy_kit, find_kit
+from most_ray.speech.units.assets import copy_assets, find_assets
 
 VERIFIED_BYTES = 2 << 30  # a store of at most so many is read through before a run starts; a larger one is checked as it is read
 
@@ -209,8 +209,8 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, t
     training = stores_of("train", TASKS, config.max_seq_length)
     # As `most-ray evaluate` does it: a record that the model can read is scored, however long the rows of training are.
     validation = stores_of("val", TASKS, model_config.max_position_embeddings)
-    n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / "rejected.jsonl")
-    folder.push("rejected.jsonl")
+    n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / REJECTED)
+    folder.push(REJECTED)
     return Sources(model_path, vocabulary, training, validation, n_rejected)
 
 
@@ -228,9 +228,9 @@ def keep_kit(prepared: Prepared) -> None:
     """Bring what turns recordings into the run's units, and back, to the run's folder: from its training records, or from the model that it
     starts from."""
     config, identity = prepared.job.config, prepared.job.units_identity
-    start = find_kit(prepared.job.model_path, identity)
+    start = find_assets(prepared.job.model_path, identity)
     sources = [*config.train_asr_dirs, *config.train_tts_dirs, *([start] if start else [])]
-    copy_kit(sources, prepared.folder.at(KIT), identity)
+    copy_assets(sources, prepared.folder.at(SPEECH_FOLDER), identity)
 
 
 def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = here) -> list[TokenStore]:

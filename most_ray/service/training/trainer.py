@@ -19,7 +19,7 @@ from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import first_screen
 from most_ray.errors import ConfigError
 from most_ray.evaluation.evaluate import Directories
-from most_ray.evaluation.inline import EvaluationJob, open_external
+from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
 from most_ray.evaluation.scoring import EvaluationSettings
 from most_ray.io import storage
 from most_ray.io.journal import read_journal
@@ -82,7 +82,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         )
     keep_kit(prepared)
     if prepared.job.has_validation:  # what judges its speech is tried before a worker starts
-        open_external(evaluation_job(config).settings, folder.uri, prepared.job.units_identity, use_gpu=False)
+        open_external_recogniser(evaluation_job(config).settings, folder.uri, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     size = checkpoint_bytes(_model_config(prepared), job.topology, config.optimizer_state)
