@@ -76,11 +76,11 @@ def allotted(
 
 def test_trials_share_a_cluster_out(cluster: None, tmp_path: Path) -> None:
     """13.5 CPUs: a trial takes a worker's, three quarters of one for data and evaluations, and a little for its actor."""
-    assert allotted(tmp_path, left=99).room == 7
-    assert allotted(tmp_path, left=99, cpus_per_worker=0.25).room == 13
-    assert allotted(tmp_path, left=99, workers=2).room == 4
-    assert allotted(tmp_path, left=99, use_gpu=True).room == 3
-    assert allotted(tmp_path, left=99, use_gpu=True, gpus_per_worker=0.5).room == 5
+    assert allotted(tmp_path, left=99).capacity == 7
+    assert allotted(tmp_path, left=99, cpus_per_worker=0.25).capacity == 13
+    assert allotted(tmp_path, left=99, workers=2).capacity == 4
+    assert allotted(tmp_path, left=99, use_gpu=True).capacity == 3
+    assert allotted(tmp_path, left=99, use_gpu=True, gpus_per_worker=0.5).capacity == 5
     assert allotted(tmp_path, left=2).concurrent == 2
     assert allotted(tmp_path, left=99, max_concurrent_trials=3).concurrent == 3
     assert allotted(tmp_path, left=99, max_concurrent_trials=30).concurrent == 7

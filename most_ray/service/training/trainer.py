@@ -175,13 +175,14 @@ def finish_run(prepared: Prepared, seconds: float, last: str) -> dict[str, Any]:
         summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
     storage.write_bytes(folder.local / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
-    _write_report(folder)
+    save_report(folder)
     return summary
 
 
-def _write_report(folder: RunFolder) -> None:
+def save_report(folder: RunFolder) -> None:
+    """Write report.html of a run or a sweep into its folder; a failure is logged, for everything that it shows is stored already."""
     try:
         write_report([folder.uri], folder.local / "report.html")
         folder.push("report.html")
-    except Exception as error:  # noqa: BLE001 - the run is complete and on disk: a picture of it may fail, and can be made again
-        logger.warning("report.html could not be made (%s); `most-ray report` tries again", error)
+    except Exception as error:  # noqa: BLE001 - whatever fails, the report can be written again
+        logger.warning("report.html could not be written (%s); `most-ray report` tries again", error)
