@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.data.batch import rank_batch
 from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here, units_manifest
@@ -166,7 +166,7 @@ class _Trial:
         name, uri = self.config.model_name_or_path, self.folder / "model"
         if name in PRESETS:
             init = storage.join(self.config.run_uri, "init")
-            if reader.committed(storage.join(self.config.run_uri, "checkpoints")) and storage.exists(init):
+            if catalog.committed(storage.join(self.config.run_uri, "checkpoints")) and storage.exists(init):
                 return init
             init_model(name, training_texts(self.config), uri, self.config.seed)
             return str(uri)

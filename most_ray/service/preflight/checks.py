@@ -15,7 +15,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError, DataError, UserError
 from most_ray.io import storage
@@ -222,7 +222,7 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> list[Finding]:
         return []
     path = storage.local(config.run_uri)
     free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-    free += len(reader.committed(storage.join(config.run_uri, "checkpoints"))) * checkpoint_bytes
+    free += len(catalog.committed(storage.join(config.run_uri, "checkpoints"))) * checkpoint_bytes
     most = config.keep_last + config.keep_best + 1  # the one that is being written comes before an old one goes
     shown, needed = f"{free / 2**30:.1f} GiB are free or its own", f"{most} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB at once"
     if free < 2 * checkpoint_bytes:

@@ -19,7 +19,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
@@ -127,7 +127,7 @@ def _run_attempts(
 def complete(prepared: Prepared) -> bool:
     """Whether the last step's checkpoint is there, and its evaluation where one was asked for. Between attempts only."""
     job, folder = prepared.job, prepared.folder
-    committed = reader.step_uri(folder.checkpoints, job.total_steps) in reader.committed(folder.checkpoints)
+    committed = catalog.step_uri(folder.checkpoints, job.total_steps) in catalog.committed(folder.checkpoints)
     return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
 
 
@@ -146,11 +146,11 @@ def _attempt(
     share = WorkerShare.of(job.config, prepared.use_gpu)
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
 
-    last = reader.step_uri(prepared.folder.checkpoints, job.total_steps)
+    last = catalog.step_uri(prepared.folder.checkpoints, job.total_steps)
 
     def more_room() -> bool:
         request.renew()
-        if not larger or last in reader.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
+        if not larger or last in catalog.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
             return False
         return n_workers + worker_capacity(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.config import RunConfig, to_yaml
 from most_ray.console.progress import ProgressWatcher
@@ -63,8 +63,8 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
             report_findings(check_cluster(config), console)
     prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder
-    last = reader.step_uri(folder.checkpoints, job.total_steps)
-    for uri, reason in prepared.torn:
+    last = catalog.step_uri(folder.checkpoints, job.total_steps)
+    for uri, reason in prepared.corrupt:
         console.print(
             f"Checkpoint {storage.redact(uri)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True, markup=False
         )
