@@ -15,7 +15,7 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
-from most_ray.io.journal import parse_lines
+from most_ray.io.json_lines import parse_lines
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
 from most_ray.report.differences import words_of
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from most_ray.errors import ConfigError
 from most_ray.io import storage
-from most_ray.io.journal import parse_lines
+from most_ray.io.json_lines import parse_lines, read_lines
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
 
 TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"
@@ -165,7 +165,7 @@ class LedgerFile:
 
     def reread(self) -> Ledger:
         """The ledger as the file has it, with the time that has been spent."""
-        return fold(parse_lines((self._folder.local / LEDGER).read_bytes()))
+        return fold(read_lines(self._folder.local / LEDGER))
 
     def close(self) -> None:
         """A sweep that was refused leaves no ledger: its folder may yet be a run's."""

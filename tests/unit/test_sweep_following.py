@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from most_ray.io import storage
 from most_ray.io.journal import Journal
 from most_ray.service.tune import trial_actor as module
 from most_ray.service.tune.trial_actor import TrialActor
@@ -126,7 +127,7 @@ def test_what_was_read_is_not_read_again(quick: None, tmp_path: Path, monkeypatc
             read.append(len(found))
             return found
 
-    monkeypatch.setattr(module.storage, "open_read", lambda uri: Counting(Path(uri).read_bytes()))
+    monkeypatch.setattr(storage, "open_read", lambda uri: Counting(Path(uri).read_bytes()))
     written = b""
     for step in range(1, 9):
         whole = json.dumps(judged(step, 300)).encode() + b"\n"

@@ -24,6 +24,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
+from most_ray.io.journal import evaluated_steps
 from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster.capacity import (
     TASK_CPUS,
@@ -38,7 +39,6 @@ from most_ray.service.cluster.process_group import OnNodeAddress
 from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, ShutdownSignal, clear_run_keys, run_stopped
 from most_ray.service.training.worker import WorkerJob, train_worker
 from most_ray.trackers.select import wandb_key
-from most_ray.train.reporter import evaluated_steps
 from most_ray.train.session import claim_run
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ray
 import yaml
@@ -28,7 +28,7 @@ from ray import tune
 
 from most_ray.errors import STOPPED
 from most_ray.io import storage
-from most_ray.io.journal import decoded
+from most_ray.io.journal import Follower
 from most_ray.io.run_folder import COMMIT, RunFolder, step_uri
 from most_ray.sweep.ledger import intervals_of, kept_uri, metrics_of
 
@@ -41,7 +41,6 @@ _STOP_S = 180.0  # seconds for a run to write a checkpoint and end
 _LEASE_S = 2 * _STOP_S  # seconds after which a run that did not renew its slot has lost it
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded here: nothing may be loaded between fork and exec
 _POINTER = "checkpoint.json"  # Tune's checkpoint of a trial: the run and the step
-_TAIL = 200  # last bytes read of metrics.jsonl, which show whether it was cut back: they hold the step and the time
 _ENDED: dict[str, Any] = {}  # stands for the end of the run among its evaluations
 _OF_RAY_WORKERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RAY_JOB_ID", "RAY_RAYLET_PID")  # set for the actor, not for a driver
 
@@ -95,7 +94,7 @@ class TrialActor(tune.Trainable):
         self._last = int(spec.get("after", 0))  # step of the last result
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: Iterator[dict[str, Any] | None] = iter(())
-        self._read, self._tail = 0, b""  # bytes of metrics.jsonl that were read, and the last of them
+        self._metrics = Follower(self._folder.at("metrics.jsonl"))
         self._log_start = 0  # bytes of the log that earlier starts have written
         self._trained: dict[int, dict[str, Any]] = {}  # `train` lines of steps that will be evaluated
 
@@ -150,14 +149,8 @@ class TrialActor(tune.Trainable):
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """Evaluations after the last reported step that were written since the last call, by step."""
-        try:
-            with storage.open_read(self._folder.at("metrics.jsonl")) as stream:
-                content = self._read_new(stream)
-        except FileNotFoundError:  # the run has not begun to train
-            return []
         evaluations: dict[int, dict[str, Any]] = {}
-        for raw in content.splitlines(keepends=True):
-            line = decoded(raw) or {}
+        for line in self._metrics.new_lines():
             if line.get("kind") == "train" and self._is_evaluated(line["step"]):
                 self._trained[line["step"]] = line
             elif line.get("kind") == "evaluation":
@@ -168,18 +161,6 @@ class TrialActor(tune.Trainable):
         """Whether the run evaluates the checkpoint of a step."""
         every = self._values.get("eval_steps")
         return step == self._values.get("max_steps") or (every is not None and step % int(every) == 0)
-
-    def _read_new(self, stream: BinaryIO) -> bytes:
-        """The whole lines after those that were read before; all lines where a restart of the run has cut the file back."""
-        stream.seek(self._read - len(self._tail))
-        if stream.read(len(self._tail)) != self._tail:
-            self._read = 0
-            stream.seek(0)
-        content = stream.read()
-        content = content[: content.rfind(b"\n") + 1]
-        self._read += len(content)
-        self._tail = content[-_TAIL:] or self._tail
-        return content
 
     def _result(self, line: dict[str, Any]) -> dict[str, Any]:
         self._last = int(line["step"])
