@@ -47,7 +47,7 @@ PLAIN = {
     r"made ready": "prepared",
     r"besides": "also, in addition",
 }
-RULES = [(re.compile(rf"(?<![\w-]){pattern}(?![\w-])", re.IGNORECASE), plain) for pattern, plain in PLAIN.items()]
+RULES = [(re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE), plain) for pattern, plain in PLAIN.items()]
 LAZY = re.compile(r'^\s*[rf]?"""(?:The same|As above)\b[^"]*"""')
 
 

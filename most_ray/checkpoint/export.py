@@ -1,4 +1,4 @@
-"""A checkpoint as a model folder in Hugging Face layout."""
+"""Exporting a checkpoint to a model folder in Hugging Face layout, and opening either."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast, initialization
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import load_model, read_config, save_model
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
+from most_ray.records.files import SPEECH_FOLDER
 from most_ray.records.tokenizer import load_tokenizer
-from most_ray.speech.vocoder.assets import FOLDER as KIT
-from most_ray.speech.vocoder.assets import copy_kit, find_kit
+from most_ray.speech.units.assets import copy_assets, find_assets
 
 
 def export_checkpoint(uri: str | Path, output: Path) -> None:
-    """Write the weights, configuration and tokenizer of a complete checkpoint, from any number of ranks, to the local folder `output`;
-    with them, in speech/, what makes units of recordings and recordings of units, where the run has it.
+    """Write weights, configuration and tokenizer of a complete checkpoint, saved by any number of ranks, to a model folder. If the run has
+    speech assets (which convert recordings to units and back), they are copied to the folder's speech/.
+
+    Args:
+        uri: of the checkpoint.
+        output: local folder; an earlier export there is replaced, as a whole.
 
     Raises:
         CheckpointError: the checkpoint is incomplete or damaged, or its tensors are not the model's.
+        ConfigError: `output` holds something else than an export.
     """
     uri = str(uri)
     reader.read_state(uri)
@@ -37,8 +42,8 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     save_model(model, tokenizer, temporary)
     identity = getattr(model.config, "units_identity", None)
-    if kit := find_kit(uri, identity):
-        copy_kit([kit], str(temporary / KIT), identity)
+    if kit := find_assets(uri, identity):
+        copy_assets([kit], str(temporary / SPEECH_FOLDER), identity)
     if output.exists():
         output.rename(old)
     temporary.rename(output)
@@ -46,10 +51,13 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
 
 
 def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
-    """The model and tokenizer of a model folder, a hub name, or a complete checkpoint, in float32 in this process's memory.
+    """Load model and tokenizer, in float32 in this process.
+
+    Args:
+        uri: of a model folder, a name on the Hugging Face hub, or the URI of a complete checkpoint.
 
     Raises:
-        CheckpointError: nothing usable is there.
+        CheckpointError: it holds no usable model.
     """
     if _is_checkpoint(uri):
         return _checkpoint_model(uri)
@@ -58,7 +66,7 @@ def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
 
 
 def open_description(uri: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
-    """The configuration and tokenizer of what `open_model` opens, without its weights."""
+    """Load configuration and tokenizer of what `open_model` opens, without the weights."""
     if not _is_checkpoint(uri):
         folder = local_copy(uri)
         return read_config(folder), load_tokenizer(folder)
@@ -69,19 +77,19 @@ def open_description(uri: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
 
 
 def _is_checkpoint(uri: str) -> bool:
-    return storage.exists(storage.join(uri, reader.COMMIT))
+    return storage.exists(storage.join(uri, catalog.COMMIT))
 
 
 def _checkpoint_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
     config, tokenizer = open_description(uri)
-    with initialization.no_init_weights():  # but buffers that no file holds are made
+    with initialization.no_init_weights():  # buffers that no file holds are still initialised
         model = MostForCausalLM(config)
     reader.read_model(uri, model)
     return model, tokenizer
 
 
 def _model_files(uri: str, scratch: Path) -> str:
-    """A local folder with the checkpoint's configuration and tokenizer."""
+    """Return a local folder with the checkpoint's configuration and tokenizer: its own, or copies in `scratch`."""
     if not storage.is_remote(uri):
         return str(storage.local(uri))
     for entry in storage.list_files(uri, ("",)):
@@ -92,11 +100,7 @@ def _model_files(uri: str, scratch: Path) -> str:
 
 
 def _check_output(uri: str, output: Path) -> None:
-    """Only what is an export already may be replaced by one.
-
-    Raises:
-        ConfigError: the folder holds something else.
-    """
+    """Raise ConfigError if `output` exists and is not an earlier export, which may be replaced."""
     if not output.exists():
         return
     directory = None if storage.is_remote(uri) else storage.local(uri).resolve()

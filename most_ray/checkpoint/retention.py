@@ -1,4 +1,4 @@
-"""Which checkpoints may go. Pure."""
+"""Which checkpoints are kept. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def steps_to_delete(
     scores: Mapping[int, float] | None = None,
     pending: Collection[int] = (),
 ) -> list[int]:
-    """The steps to delete, oldest first, of those whose checkpoints exist.
-
-    Kept are the newest `keep_last` (at least one), of those with a score the `keep_best` lowest (of equal ones the newer; what is not a
-    number is no score), and all that are still being evaluated.
+    """Return which of the existing checkpoints to delete, oldest first.
 
     Args:
-        scores: step -> value of the metric; steps without a checkpoint are passed over.
-        pending: steps whose evaluation is under way.
+        steps: steps that have a checkpoint.
+        keep_last: how many of the newest are kept; at least one is.
+        keep_best: how many of those with the lowest scores are kept too; among equal scores the newer one.
+        scores: step -> value of the metric. NaN counts as no score; steps without a checkpoint are ignored.
+        pending: steps that are kept because their evaluation is under way.
     """
     ordered = sorted(steps)
     kept = set(ordered[-max(1, keep_last) :]) | set(pending)
@@ -30,8 +30,14 @@ def steps_to_delete(
 
 
 def score_of(line: Mapping[str, Mapping[str, float | None]], metric: str) -> float | None:
-    """A line of kind `evaluation` as one figure: `wer` or `loss`, the mean over all sets, or of one set as `wer/test_takes`, its task
-    before it or not. None where the line has no such figure."""
+    """Return the metric that checkpoints are compared by, from a line of kind `evaluation`.
+
+    Args:
+        metric: `wer` or `loss`, the mean over all sets; or that of one set, as `wer/test_takes`, with or without its task before the name.
+
+    Returns:
+        The value, or None if the line has none.
+    """
     kind, _, name = metric.partition("/")
     figures = line.get({"wer": "wer", "loss": "validation_loss"}[kind], {})
     values = [value for key, value in figures.items() if not name or key == name or key.endswith(f"/{name}") or name.endswith(f"/{key}")]

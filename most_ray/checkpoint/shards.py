@@ -1,10 +1,10 @@
 """Tensors of any layout as chunks, and chunks in safetensors files.
 
-A rank holds of a tensor one or several chunks: those parts of its local tensor whose rows are neighbours in the whole one. Files hold
-chunks under the place that they have in the whole tensor, so what one layout wrote every other can read, each rank only its slices.
+A rank's local tensor is cut into chunks: blocks of rows that are adjacent in the global tensor too. Files hold each chunk with its offsets
+in the global tensor, so what one layout wrote every other can read, each rank only its slices.
 
-`torch.distributed.checkpoint` takes a shard for one chunk, and its planner demands that one call sees the whole of each tensor, for
-which it gathers pickled plans: who writes what follows from the placements alone here. Its arithmetic of overlaps is used for reading.
+`torch.distributed.checkpoint` (DCP) allows one chunk per shard, and its planner needs a single call that sees all of every tensor, for
+which it gathers pickled plans; here the placements alone determine which rank writes what. Reading uses DCP's arithmetic of overlaps.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from torch.distributed.tensor.placement_types import Placement
 from most_ray.distributed.ranks import this_rank
 from most_ray.io import storage
 
-CHUNK = 8 << 20  # bytes that are written, hashed or copied at a time: large enough for all three to let go of the interpreter
+BLOCK_BYTES = 8 << 20  # written, hashed or copied at a time: large enough for all three to release the interpreter's lock
 _CHUNKS_KEY = "rectangles"  # in a file's metadata, what each entry is a chunk of: the file format's word, so it stays
-_NAMES = {
+_DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -47,43 +47,46 @@ _NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
-}
-_TYPES = {name: dtype for dtype, name in _NAMES.items()}
+}  # as safetensors names them
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class DamagedFileError(Exception):
-    """A file is missing, cut off or not what its header says."""
+    """A file is missing, cut off, or differs from what its header describes."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`local` is the part of a whole tensor that begins at `offsets`; it shares memory with the tensor that is trained."""
+    """A block of a global tensor."""
 
-    offsets: tuple[int, ...]
-    local: torch.Tensor
+    offsets: tuple[int, ...]  # where it begins in the global tensor
+    local: torch.Tensor  # its values; shares memory with the tensor that is trained
 
 
 @dataclass(frozen=True)
 class TensorShard:
-    """What this rank holds of the tensor `name` of global shape `shape`. `owned`: this rank, and no other, writes it."""
+    """What this rank holds of a tensor."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the global tensor
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
-    owned: bool
+    owned: bool  # this rank, and no other that holds the same, writes it
 
     @property
-    def whole_bytes(self) -> int:
+    def global_bytes(self) -> int:
+        """Size of the global tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None, rank: int | None = None) -> TensorShard:
-    """A plain tensor (alike on all ranks: rank 0 writes it) or a DTensor as chunks.
+def shard_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None, rank: int | None = None) -> TensorShard:
+    """Cut this rank's part of a tensor into chunks.
 
     Args:
-        order: for tensors whose first dimension is kept in another order than in files: the index in the file of each row.
-        rank: the calling rank, by default that of the default group.
+        name: in checkpoints.
+        tensor: a DTensor, or a plain tensor, which is equal on all ranks and is written by rank 0.
+        order: if the first dimension is kept in another order than in files, each row's index in files, `(rows,)`.
+        rank: of the caller, by default that in the default group.
     """
     if rank is None:
         rank = this_rank()
@@ -96,7 +99,7 @@ def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None,
         local, coordinate = tensor.to_local(), tensor.device_mesh.get_coordinate()
         if coordinate is None:
             return TensorShard(name, shape, tensor.dtype, (), owned=False)
-        indices = _held(shape, tuple(tensor.placements), tuple(tensor.device_mesh.shape), tuple(coordinate))
+        indices = _global_indices(shape, tuple(tensor.placements), tuple(tensor.device_mesh.shape), tuple(coordinate))
         owned = all(at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if isinstance(placement, Replicate))
     if order is not None and indices:
         logical = np.asarray(order)
@@ -105,27 +108,27 @@ def part_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None,
 
 
 @functools.lru_cache(maxsize=4096)
-def _held(
+def _global_indices(
     shape: tuple[int, ...], placements: tuple[Placement, ...], mesh: tuple[int, ...], coordinate: tuple[int, ...]
 ) -> tuple[np.ndarray | None, ...]:
-    """For each dimension the global indices that the local tensor holds, in its order; None for all of them."""
-    held: list[torch.Tensor | None] = [None] * len(shape)
+    """Return for each dimension the global indices of the local tensor's entries, in order; None if they are all of them."""
+    indices: list[torch.Tensor | None] = [None] * len(shape)
     for placement, size, at in zip(placements, mesh, coordinate, strict=True):
         if isinstance(placement, Replicate):
             continue
         assert not placement.is_partial(), "what is saved has been reduced"
         dim: int = placement.dim  # type: ignore[attr-defined]
-        before = held[dim]
+        before = indices[dim]
         index = torch.arange(shape[dim]) if before is None else before
-        # The split that laid the tensor out, on its indices: right for strided shards (experts over two mesh dimensions) as for plain ones.
+        # Split the indices as the tensor was split: correct for strided shards (experts over two mesh dimensions) as for plain ones.
         shards, _ = placement._split_tensor(index.view([1] * dim + [-1]), size, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
-        held[dim] = shards[at].flatten()
-    return tuple(None if index is None else index.numpy() for index in held)
+        indices[dim] = shards[at].flatten()
+    return tuple(None if index is None else index.numpy() for index in indices)
 
 
 def _chunks(local: torch.Tensor, indices: Sequence[np.ndarray | None]) -> Iterator[Chunk]:
-    """`local` cut wherever its indices in the whole tensor are no neighbours."""
-    runs: list[list[tuple[int, int, int]]] = []  # per dimension: (start in local, start in the whole, length)
+    """Cut `local` wherever the global indices of adjacent entries are not adjacent."""
+    runs: list[list[tuple[int, int, int]]] = []  # per dimension: (start in the local tensor, start in the global one, length)
     for size, index in zip(local.shape, indices, strict=True):
         assert index is None or len(index) == size, "the placements describe the local tensor"
         runs.append([(0, 0, size)] if index is None else _runs(index))
@@ -137,15 +140,19 @@ def _chunks(local: torch.Tensor, indices: Sequence[np.ndarray | None]) -> Iterat
 
 
 def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return the runs of consecutive numbers in `index` as (position, first number, length)."""
     starts = np.flatnonzero(np.diff(index, prepend=index[:1] - 2) != 1)
     lengths = np.diff(starts, append=len(index))
     return [(int(start), int(index[start]), int(length)) for start, length in zip(starts, lengths, strict=True)]
 
 
 class Staging:
-    """This rank's owned chunks, copied into one buffer that is kept: a new one costs more than the copy, for its pages are new.
+    """A host buffer with copies of the chunks that this rank owns, laid out as the file will be, so that writing needs no other copy.
 
-    The buffer is laid out as the file will be, which is therefore written without a second copy.
+    The buffer is kept between saves: touching the pages of a new one takes longer than the copy.
+
+    Attributes:
+        values: name -> how many values of the tensor are in the file.
     """
 
     def __init__(self) -> None:
@@ -153,45 +160,45 @@ class Staging:
         self._used = 0
         self._header = b""
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.values: dict[str, int] = {}  # how many of each tensor are in the file
+        self.values: dict[str, int] = {}
         self._copied: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return len(self._header) + self._used
 
-    def prepare(self, parts: Sequence[TensorShard]) -> None:
-        """Make room for `parts`."""
-        needed = sum(chunk.local.nbytes for part in parts if part.owned for chunk in part.chunks)
+    def prepare(self, shards: Sequence[TensorShard]) -> None:
+        """Make room for `shards`."""
+        needed = sum(chunk.local.nbytes for shard in shards if shard.owned for chunk in shard.chunks)
         if needed > len(self._buffer):
             pinned = torch.cuda.is_available()
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old one before the new one is allocated
             self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
             self._buffer.zero_()  # touches every page
 
-    def plan(self, parts: Sequence[TensorShard]) -> None:
-        """Lay out what this rank owns of `parts`; `copy` comes next, before any of it changes."""
-        self.prepare(parts)
-        found = [(part, number, piece) for part in parts if part.owned for number, piece in enumerate(part.chunks)]
-        found.sort(key=lambda entry: -entry[0].dtype.itemsize)  # wide types first: everything stands at a multiple of its width
+    def plan(self, shards: Sequence[TensorShard]) -> None:
+        """Lay out what this rank owns of `shards`. `copy` must follow before any of them changes."""
+        self.prepare(shards)
+        chunks = [(shard, number, chunk) for shard in shards if shard.owned for number, chunk in enumerate(shard.chunks)]
+        chunks.sort(key=lambda entry: -entry[0].dtype.itemsize)  # wide types first: every offset is a multiple of its type's width
         entries: dict[str, Any] = {}
         where: dict[str, Any] = {}
         self._copies, position, self.values = [], 0, {}
-        for part, number, piece in found:
-            key = f"{part.name}#{number}" if number else part.name
-            end = position + piece.local.nbytes
-            entries[key] = {"dtype": _NAMES[part.dtype], "shape": list(piece.local.shape), "data_offsets": [position, end]}
-            where[key] = [part.name, list(part.shape), list(piece.offsets)]
-            self.values[part.name] = self.values.get(part.name, 0) + piece.local.numel()
-            self._copies.append((self._buffer[position:end], piece.local))
+        for shard, number, chunk in chunks:
+            key = f"{shard.name}#{number}" if number else shard.name
+            end = position + chunk.local.nbytes
+            entries[key] = {"dtype": _DTYPE_NAMES[shard.dtype], "shape": list(chunk.local.shape), "data_offsets": [position, end]}
+            where[key] = [shard.name, list(shard.shape), list(chunk.offsets)]
+            self.values[shard.name] = self.values.get(shard.name, 0) + chunk.local.numel()
+            self._copies.append((self._buffer[position:end], chunk.local))
             position = end
         header = json.dumps({"__metadata__": {_CHUNKS_KEY: json.dumps(where)}, **entries}).encode()
         header += b" " * (-len(header) % 8)
         self._header, self._used = len(header).to_bytes(8, "little") + header, position
 
     def copy(self, threads: int) -> None:
-        """Copy what was planned. Afterwards the tensors may change (those of a GPU by what is queued behind it on the same stream)."""
+        """Copy what was planned. Afterwards the tensors may change; those of a GPU only by work queued later on the same stream."""
         _copy(self._copies, threads)
         self._copies = []
         if torch.cuda.is_available():
@@ -199,30 +206,36 @@ class Staging:
             self._copied.record()
 
     def write(self, path: Path) -> tuple[int, str]:
-        """Write the file and bring it to the disk. Returns its size in bytes and its hash."""
+        """Write the file and sync it to disk. Returns its size in bytes and its xxh3_128."""
         if self._copied is not None:
             self._copied.synchronize()
         data = self._buffer.numpy().data[: self._used]
         state = xxhash.xxh3_128(self._header)
         with path.open("wb", buffering=0) as file:
             write_all(file, memoryview(self._header))
-            for start in range(0, len(data), CHUNK):
-                chunk = data[start : start + CHUNK]
-                state.update(chunk)
-                write_all(file, chunk)
+            for start in range(0, len(data), BLOCK_BYTES):
+                block = data[start : start + BLOCK_BYTES]
+                state.update(block)
+                write_all(file, block)
             os.fsync(file.fileno())
         return self.nbytes, state.hexdigest()
 
 
 def write_all(file: Any, data: memoryview) -> None:
-    """An unbuffered file may take less than it was given, on a disk that fills up for one."""
+    """Write all of `data` to an unbuffered file, which may take less in one call, e.g. while a disk fills up."""
     while len(data):
         data = data[file.write(data) :]
 
 
 def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> None:
-    """Fill byte buffers with tensors. Those of the CPU are copied by plain threads, of which the calling one takes what the others do
-    not get to: torch's own wait for each other at every tensor, which on busy cores costs ten times the copy."""
+    """Copy tensors into byte buffers.
+
+    CPU tensors are copied by plain threads, the calling one among them: torch's own threads wait for each other at every tensor, which on
+    busy cores takes ten times as long as the copy.
+
+    Args:
+        copies: (target, source); a target is `(bytes,)` uint8.
+    """
     batches: deque[list[tuple[np.ndarray, np.ndarray]]] = deque([[]])
     size = 0
     for target, source in copies:
@@ -230,16 +243,16 @@ def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> 
             target.view(source.dtype).view(source.shape).copy_(source, non_blocking=True)
             continue
         to, from_ = target.numpy(), source.reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(to), CHUNK):
-            piece = to[start : start + CHUNK]
-            batches[-1].append((piece, from_[start : start + CHUNK]))
-            size += len(piece)
-            if size >= CHUNK:
+        for start in range(0, len(to), BLOCK_BYTES):
+            block = to[start : start + BLOCK_BYTES]
+            batches[-1].append((block, from_[start : start + BLOCK_BYTES]))
+            size += len(block)
+            if size >= BLOCK_BYTES:
                 batches.append([])
                 size = 0
 
     def work() -> None:
-        with contextlib.suppress(IndexError):  # none is left
+        with contextlib.suppress(IndexError):  # all batches are taken
             while True:
                 for to, from_ in batches.popleft():
                     np.copyto(to, from_)
@@ -253,18 +266,18 @@ def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> 
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as files hold it: `places[i]` is the file and key of `metadata.chunks[i]`."""
+class StoredTensor:
+    """A tensor in a checkpoint's files."""
 
     metadata: TensorStorageMetadata
-    places: list[tuple[str, str]]
+    locations: list[tuple[str, str]]  # file and key of each of `metadata.chunks`
 
 
 def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """The header of a safetensors file.
+    """Read the header of a safetensors file, with `__metadata__` as key -> [tensor, its global shape, the chunk's offsets].
 
     Raises:
-        DamagedFileError: it is none.
+        DamagedFileError: there is no header, or it cannot be parsed.
     """
     length = int.from_bytes(stream.read(8), "little")
     if not 0 < length < 1 << 30:
@@ -277,45 +290,49 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
         raise DamagedFileError("its header is broken") from error
 
 
-def index_of(headers: dict[str, dict[str, Any]]) -> dict[str, Stored]:
-    """What files hold of which tensor.
+def index_tensors(headers: dict[str, dict[str, Any]]) -> dict[str, StoredTensor]:
+    """Collect the tensors of several files.
 
     Args:
-        headers: file name -> its header.
+        headers: file name -> its header, as `read_header` returns it.
     """
-    index: dict[str, Stored] = {}
+    index: dict[str, StoredTensor] = {}
     for file, header in headers.items():
         for key, (name, shape, offsets) in header["__metadata__"].items():
             entry = header[key]
             if name not in index:
-                properties = TensorProperties(dtype=_TYPES[entry["dtype"]])
-                index[name] = Stored(TensorStorageMetadata(properties, torch.Size(shape), []), [])
+                properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
+                index[name] = StoredTensor(TensorStorageMetadata(properties, torch.Size(shape), []), [])
             index[name].metadata.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(entry["shape"])))
-            index[name].places.append((file, key))
+            index[name].locations.append((file, key))
     return index
 
 
 @dataclass(frozen=True)
 class _Read:
+    """A part of a file's entry and the view of a live tensor that it goes to."""
+
     key: str
     source: tuple[slice, ...]
     target: torch.Tensor
 
 
-def read_parts(parts: Sequence[TensorShard], index: dict[str, Stored], fetch: Callable[[str], Path], done: Callable[[Path], None]) -> None:
-    """Fill the live tensors behind `parts` from files, each rank with what it holds, one file after another.
+def read_shards(
+    shards: Sequence[TensorShard], index: dict[str, StoredTensor], fetch: Callable[[str], Path], release: Callable[[Path], None]
+) -> None:
+    """Fill the live tensors that `shards` share memory with, one file after another.
 
     Args:
-        fetch: the local file of a name; called once per file that is needed.
-        done: called with that file when it has been read.
+        fetch: returns the local path of a file; called once for each file that is needed.
+        release: called with that path once the file has been read.
 
     Raises:
-        DamagedFileError: a file cannot be read, or a chunk is not there in full.
+        DamagedFileError: a file cannot be read, or does not hold all of a chunk.
     """
     reads: dict[str, list[_Read]] = {}
-    for part in parts:
-        for chunk in part.chunks:
-            _plan_reads(part.name, chunk, index[part.name], reads)
+    for shard in shards:
+        for chunk in shard.chunks:
+            _plan_reads(shard.name, chunk, index[shard.name], reads)
     for file, wanted in sorted(reads.items()):
         path = fetch(file)
         try:
@@ -323,7 +340,7 @@ def read_parts(parts: Sequence[TensorShard], index: dict[str, Stored], fetch: Ca
         except DamagedFileError as error:
             raise DamagedFileError(f"{file}: {error}") from error
         finally:
-            done(path)
+            release(path)
 
 
 def _read_file(path: Path, wanted: Sequence[_Read]) -> None:
@@ -331,27 +348,28 @@ def _read_file(path: Path, wanted: Sequence[_Read]) -> None:
         try:
             handle = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise DamagedFileError(_line(error)) from error
+            raise DamagedFileError(_one_line(error)) from error
         with handle:
             for read in wanted:
                 try:
                     # A scalar has no slices.
                     data = handle.get_slice(read.key)[read.source] if read.source else handle.get_tensor(read.key)
-                except (SafetensorError, RuntimeError, IndexError, ValueError) as error:  # what a header that lies leads to
-                    raise DamagedFileError(_line(error)) from error
+                except (SafetensorError, RuntimeError, IndexError, ValueError) as error:  # the header describes something else
+                    raise DamagedFileError(_one_line(error)) from error
                 read.target.copy_(data)
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _plan_reads(name: str, chunk: Chunk, stored: Stored, reads: dict[str, list[_Read]]) -> None:
+def _plan_reads(name: str, chunk: Chunk, stored: StoredTensor, reads: dict[str, list[_Read]]) -> None:
+    """Add to `reads`, by file, what a live chunk needs."""
     wanted = ChunkStorageMetadata(torch.Size(chunk.offsets), chunk.local.shape)
     covered = 0
     for item in create_read_items_for_chunk_list(name, stored.metadata, [wanted]):
         assert item.storage_index.index is not None
-        file, key = stored.places[item.storage_index.index]
+        file, key = stored.locations[item.storage_index.index]
         source = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
         target = chunk.local
         for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):

@@ -51,15 +51,16 @@ def _submit(args: argparse.Namespace) -> int:
     options, words = own.parse_known_args(args.words, argparse.Namespace(**vars(args)))
     address, folder = getattr(options, "address", None), getattr(options, "working_dir", Path()).absolute()
     from most_ray.service.cluster import submit as service
+    from most_ray.service.cluster.job_package import package_of
 
     if name := getattr(options, "stop", None):
         if words:
             raise ConfigError("stop", name, "stands alone: it starts nothing.", "Leave the command out.")
         return service.stop(service.open_client(address), name, _out)
     job = _checked(words, folder)
-    package = service.package_of(folder)
+    package = package_of(folder)
     if job.config:
-        package.check_holds(job.config)
+        package.check_contains(job.config)
     client = service.open_client(address)
     cluster = service.describe_cluster(client)
     base = service.job_name(job.name, job.uri)
@@ -76,7 +77,7 @@ def _submit(args: argparse.Namespace) -> int:
             return 0
         return service.follow(client, submission, lambda job: service.why_pending(job, cluster, package), _out)
     except KeyboardInterrupt:
-        if submission is None and (submission := service.under_way(client, base, _out)) is None:
+        if submission is None and (submission := service.running_job(client, base, _out)) is None:
             _out("\nInterrupted: the cluster has no job of this run under way. The same command submits it.\n")
             return 130
         _out(f"\nDetached, the job goes on. The same command follows it again. {stopping} {submission}{where}\n")

@@ -110,15 +110,15 @@ def _rescore(args: argparse.Namespace) -> int:
         raise ConfigError("rescore", args.rescore, "listens to nothing: recogniser and vocoder belong to an evaluation of a model.")
     if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:
         raise ConfigError("rescore", args.rescore, "needs neither a model nor directories: the file holds what was decoded.")
-    from most_ray.evaluation.hypotheses import rescore, write_figures
+    from most_ray.evaluation.hypotheses import rescore, write_result
 
     result = rescore(args.rescore, args.normaliser)
-    write_figures(args.output, result)
+    write_result(args.output, result)
     _show_evaluation(result, args.output)
     return 0
 
 
 def _show_evaluation(result: dict[str, Any], output: Path) -> None:
-    from most_ray.evaluation.hypotheses import evaluation_lines
+    from most_ray.evaluation.hypotheses import result_lines
 
-    print("\n".join([*evaluation_lines(result), str(output)]))
+    print("\n".join([*result_lines(result), str(output)]))

@@ -17,8 +17,8 @@ from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
 
 if TYPE_CHECKING:
-    from most_ray.speech.units.build import MakeRunner, UnitsJob
     from most_ray.speech.units.corpus_parts import Runner
+    from most_ray.speech.units.prepare import ChooseRunner, UnitsJob
 
 
 def add(commands: Any) -> None:
@@ -101,8 +101,8 @@ def _fit_flags(parser: Parser) -> None:
 
 def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
     from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
-    from most_ray.speech.units.build import UnitsJob
     from most_ray.speech.units.features import parse_features
+    from most_ray.speech.units.prepare import UnitsJob
 
     return UnitsJob(
         corpus=CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits)),
@@ -117,14 +117,14 @@ def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
     )
 
 
-def _runner(args: argparse.Namespace, job: UnitsJob) -> MakeRunner:
+def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
     """Ray is only imported where it may be used: it takes seconds."""
 
     def choose(size: int) -> Runner:
-        from most_ray.speech.units.corpus_parts import run_here, worth_a_cluster
+        from most_ray.speech.units.corpus_parts import run_in_process, worth_a_cluster
 
         if args.num_actors == 0 or (args.num_actors is None and not worth_a_cluster(job.features, size)):
-            return run_here
+            return run_in_process
         from most_ray.service.tasks.unit_tasks import runner_of
 
         return runner_of(job.features, args.num_actors, args.gpus_per_actor, args.ray_address)(size)
@@ -154,7 +154,7 @@ def _check_local(flag: str, folder: Path) -> None:
 
 
 def _units(args: argparse.Namespace) -> int:
-    from most_ray.speech.units.build import prepare_units
+    from most_ray.speech.units.prepare import prepare_units
 
     _check_local("output", args.output)
     try:
@@ -175,7 +175,7 @@ def _units(args: argparse.Namespace) -> int:
 
 
 def _kmeans(args: argparse.Namespace) -> int:
-    from most_ray.speech.units.build import prepare_kmeans
+    from most_ray.speech.units.prepare import prepare_kmeans
 
     check_output(args.output)
     job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
@@ -188,7 +188,7 @@ def _kmeans(args: argparse.Namespace) -> int:
 def _vocoder(args: argparse.Namespace) -> int:
     from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
     from most_ray.speech.vocoder.fit import prepare_vocoder
-    from most_ray.speech.vocoder.network import VocoderSettings
+    from most_ray.speech.vocoder.unit_vocoder import VocoderSettings
 
     if not args.seconds > 0:
         raise ConfigError("seconds", args.seconds, "must be above 0.")

@@ -19,6 +19,7 @@ import yaml
 from most_ray import config as configuration
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
+from most_ray.records.files import PREPARED
 
 _SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # more voices than there are speakers; for what a few minutes can train
 _SMALL_HOURS = 10.0
@@ -105,7 +106,7 @@ def guess_layout(directory: Path) -> str:
 def _divide(directory: Path, layout: str) -> tuple[Division, float]:
     """What to validate on: the corpus' own test split, else speakers that training does not hear, else every tenth recording; and the
     hours of audio, from the first recordings' headers."""
-    from most_ray.speech.corpora.audio import seconds_of
+    from most_ray.speech.corpora.audio import audio_seconds
     from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, parse_condition, read_corpus
 
     speakers: dict[str, int] = {}
@@ -116,11 +117,11 @@ def _divide(directory: Path, layout: str) -> tuple[Division, float]:
     for entry in read_corpus(CorpusOptions(layout, directory)):
         if not isinstance(entry, Utterance):
             continue
-        fold = next((fold for fold, condition in in_fold.items() if condition.holds(entry)), "")
+        fold = next((fold for fold, condition in in_fold.items() if condition.matches(entry)), "")
         values = (str(entry.columns.get("speaker", "")), str(entry.columns.get("split", "")), fold)
         for known, value in zip((speakers, splits, folds), values, strict=True):
             known[value] = known.get(value, 0) + 1
-        if len(sampled) < 200 and (seconds := seconds_of(entry.path, entry.duration)) is not None:
+        if len(sampled) < 200 and (seconds := audio_seconds(entry.path, entry.duration)) is not None:
             sampled.append(seconds)
     count = sum(folds.values())
     if count < 2:
@@ -161,7 +162,7 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
 
 def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
     """The configuration of a run on the records in `data`: the tiny preset, for as long as recordings of that number take."""
-    made = json.loads((data / "train_asr" / "prepared.json").read_text(encoding="utf-8"))
+    made = json.loads((data / "train_asr" / PREPARED).read_text(encoding="utf-8"))
     batch = 64 if made["records"] >= 640 else 16
     longest = 1 << max(8, (int(made["longest"]) * 5 // 4 + 64).bit_length())
     steps = round(_PASSES * made["records"] / (_ASR_SHARE * batch) / 50) * 50

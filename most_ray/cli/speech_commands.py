@@ -15,11 +15,12 @@ from most_ray import config as configuration
 from most_ray.cli.parser import Parser, add_command, check_output
 from most_ray.errors import CheckpointError, ConfigError, DataError, RecordError
 from most_ray.io import storage
+from most_ray.records.files import UNITS_MANIFEST
 
 if TYPE_CHECKING:
     from most_ray.evaluation.decode import Forward
-    from most_ray.evaluation.generate import Limits, Transcript
-    from most_ray.speech.vocoder.assets import SpeechKit
+    from most_ray.evaluation.generate import GenerationOptions, Transcript
+    from most_ray.speech.units.assets import SpeechAssets
 
 _AT_ONCE = 32  # recordings
 _PROMPT = 64  # tokens of a prompt beside its speech, and of a short answer
@@ -56,14 +57,14 @@ def _model_flags(parser: Parser, optional: bool = False) -> None:
 
 
 def _transcribe(args: argparse.Namespace) -> int:
-    from most_ray.speech.vocoder.assets import open_kit
+    from most_ray.speech.units.assets import open_assets
 
     if args.output:
         check_output(args.output)
     if not args.max_seconds > 0:
         raise ConfigError("max_seconds", args.max_seconds, "must be above 0.")
     limits = _limits(args)
-    kit = open_kit(_kit_folder(args), args.encoder)
+    kit = open_assets(_kit_folder(args), args.encoder)
     written = 0
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(args.output.open("w", encoding="utf-8")) if args.output else None
@@ -79,7 +80,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     return 0 if written == len(args.recordings) else 2
 
 
-def _heard(args: argparse.Namespace, kit: SpeechKit, limits: Limits) -> Iterator[tuple[Path, list[int], Transcript]]:
+def _heard(args: argparse.Namespace, kit: SpeechAssets, limits: GenerationOptions) -> Iterator[tuple[Path, list[int], Transcript]]:
     """Each recording that can be used, with its units and its transcription; of the others it is said why not. Some at a time, but all at
     once where they are one speaker's."""
     from most_ray.evaluation.generate import transcribe_units
@@ -109,10 +110,10 @@ def _heard(args: argparse.Namespace, kit: SpeechKit, limits: Limits) -> Iterator
 def _synthesize(args: argparse.Namespace) -> int:
     import soundfile
 
-    from most_ray.evaluation.generate import speak_texts
+    from most_ray.evaluation.generate import synthesize_texts
     from most_ray.records.record import parse_units
-    from most_ray.speech.vocoder.assets import read_manifest
-    from most_ray.speech.vocoder.network import open_vocoder
+    from most_ray.speech.units.assets import read_units_manifest
+    from most_ray.speech.vocoder.unit_vocoder import open_vocoder
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError("limit", args.limit, "must be at least 1.")
@@ -129,13 +130,13 @@ def _synthesize(args: argparse.Namespace) -> int:
     own = _records_kit(args.records) if args.records else None
     if folder is None and not args.vocoder:
         folder = own
-    if own and folder and read_manifest(Path(own))["identity"] != read_manifest(Path(folder))["identity"]:
+    if own and folder and read_units_manifest(Path(own))["identity"] != read_units_manifest(Path(folder))["identity"]:
         reason = f"have other units than those that {folder} makes sound."
         raise DataError("records", args.records, reason, "Leave --speech and --model out, or name the records' own.")
     if not (folder or args.vocoder):
         raise ConfigError("speech", None, "or vocoder or model is needed: something that makes units sound.")
     known = folder or own
-    vocoder = open_vocoder(args.vocoder or str(folder), read_manifest(Path(known))["identity"] if known else None)
+    vocoder = open_vocoder(args.vocoder or str(folder), read_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
         written = _say_records(args, vocoder)
         print(f"{written} recordings: {args.output}")
@@ -147,7 +148,7 @@ def _synthesize(args: argparse.Namespace) -> int:
             raise ConfigError("units", args.units[:100], f"{error}.", "As [Hu7][Hu90][Hu481].") from error
     else:
         forward, tokenizer = _open(args.model)
-        said = speak_texts(forward, tokenizer, [args.text], limits)[0]
+        said = synthesize_texts(forward, tokenizer, [args.text], limits)[0]
         units = said.units
         if not units:
             raise DataError("text", args.text, "gave no speech: the model answered without a unit.", "It may need more training.")
@@ -162,7 +163,7 @@ def _synthesize(args: argparse.Namespace) -> int:
 
 def _records_kit(uri: str) -> str | None:
     """The folder of records, where it says what their units mean."""
-    return None if storage.is_remote(uri) or not (Path(uri) / "units.json").exists() else uri
+    return None if storage.is_remote(uri) or not (Path(uri) / UNITS_MANIFEST).exists() else uri
 
 
 def _say_records(args: argparse.Namespace, vocoder: Any) -> int:
@@ -185,7 +186,8 @@ def _say_records(args: argparse.Namespace, vocoder: Any) -> int:
 
 
 def _speech_of(directory: str, limit: int | None) -> Iterator[tuple[str, list[int]]]:
-    from most_ray.records.record import parse_records, read_raw, record_files
+    from most_ray.records.files import read_raw, record_files
+    from most_ray.records.record import parse_records
 
     count = 0
     for entry in record_files(directory):
@@ -202,14 +204,14 @@ def _speech_of(directory: str, limit: int | None) -> Iterator[tuple[str, list[in
                 return
 
 
-def _limits(args: argparse.Namespace) -> Limits:
-    from most_ray.evaluation.decode import Search
-    from most_ray.evaluation.generate import Limits
+def _limits(args: argparse.Namespace) -> GenerationOptions:
+    from most_ray.evaluation.decode import SearchOptions
+    from most_ray.evaluation.generate import GenerationOptions
 
     for name in ("num_beams", "max_new_tokens", "max_new_units"):
         if getattr(args, name) < 1:
             raise ConfigError(name, getattr(args, name), "must be at least 1.")
-    return Limits(Search(num_beams=args.num_beams), args.max_new_tokens, args.max_new_units)
+    return GenerationOptions(SearchOptions(num_beams=args.num_beams), args.max_new_tokens, args.max_new_units)
 
 
 def _kit_folder(args: argparse.Namespace) -> str:
@@ -217,8 +219,8 @@ def _kit_folder(args: argparse.Namespace) -> str:
     from most_ray.checkpoint.export import open_description
     from most_ray.io.run_folder import local_copy
     from most_ray.model.build import check_units
-    from most_ray.records.record import units_identity
-    from most_ray.speech.vocoder.assets import find_kit, read_manifest
+    from most_ray.records.record import units_hash
+    from most_ray.speech.units.assets import find_assets, read_units_manifest
 
     if not args.model:
         return str(args.speech)
@@ -226,12 +228,12 @@ def _kit_folder(args: argparse.Namespace) -> str:
         raise CheckpointError("model", args.model, "does not exist.")
     config, _ = open_description(args.model)
     if args.speech:
-        check_units(config, units_identity(read_manifest(Path(args.speech))), args.model)
+        check_units(config, units_hash(read_units_manifest(Path(args.speech))), args.model)
         return str(args.speech)
-    found = find_kit(args.model, getattr(config, "units_identity", None))
+    found = find_assets(args.model, getattr(config, "units_identity", None))
     if found is None:
         raise DataError("model", args.model, "has no folder speech/, which says how recordings become its units.", _NO_KIT)
-    return local_copy(found, "units.json")
+    return local_copy(found, UNITS_MANIFEST)
 
 
 def _open(uri: str) -> tuple[Forward, Any]:

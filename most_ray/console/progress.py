@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from most_ray.io.journal import Follower
 
 _HALF_LIFE = 20.0  # steps after which a step's time counts half
 _EVERY_SHARE, _EVERY_S = 0.05, 60.0  # of the steps, seconds: between two plain lines at most
@@ -123,8 +124,8 @@ class ProgressWatcher:
     def __init__(
         self, metrics: Path, total_steps: int, first_step: int, console: Console, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._path, self._total, self._console, self._clock = metrics, total_steps, console, clock
-        self._offset = metrics.stat().st_size if metrics.exists() else 0  # what stands there was shown, or is another start's
+        self._total, self._console, self._clock = total_steps, console, clock
+        self._lines = Follower(str(metrics), only_new=True)  # what is there was shown by an earlier start
         self._narrator = Narrator(total_steps, first_step, console.is_terminal, clock())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -136,24 +137,6 @@ class ProgressWatcher:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
-
-    def _new_lines(self) -> Iterator[dict[str, Any]]:
-        """Whole lines since the last call; a file cut back by a restart is read on from its new end."""
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as stream:
-            self._offset = min(self._offset, self._path.stat().st_size)
-            stream.seek(self._offset)
-            data = stream.read()
-        whole = data.rfind(b"\n") + 1
-        self._offset += whole
-        for raw in data[:whole].splitlines():
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                continue  # the middle of a line, after the file was cut back
-            if isinstance(line, dict) and "step" in line:
-                yield line
 
     def _follow(self) -> None:
         columns = (
@@ -167,7 +150,7 @@ class ProgressWatcher:
             bar = progress.add_task("train", total=self._total, completed=narrator.step, figures=narrator.figures)
             while True:
                 stopping = self._stop.is_set()
-                for line in self._new_lines():
+                for line in self._lines.new_lines():
                     text = narrator.tell(line, self._clock())
                     if text:
                         self._console.print(text, highlight=False, markup=False, soft_wrap=True)

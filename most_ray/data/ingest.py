@@ -29,8 +29,9 @@ from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import MAX_RECORD, read_lines
 from most_ray.io.storage import Entry
-from most_ray.records.record import RECORD_SUFFIXES, UNFINISHED, Record, Task, is_lines, parse_records, read_with_offsets, record_files
-from most_ray.records.template import Encoded, Vocabulary, encode_records
+from most_ray.records.files import RECORD_SUFFIXES, REJECTED, UNFINISHED, UNITS_MANIFEST, is_json_lines, read_with_offsets, record_files
+from most_ray.records.record import Record, Task, parse_records
+from most_ray.records.template import EncodedRecord, Vocabulary, encode_records
 
 logger = logging.getLogger(__name__)
 Overlong = Literal["reject", "set_aside", "split"]
@@ -162,7 +163,7 @@ def _content(entries: Sequence[Entry], digests: Mapping[str, list[str]]) -> str:
 
 
 def _splits(entry: Entry) -> bool:
-    return is_lines(entry.name) and not entry.name.endswith(".gz")
+    return is_json_lines(entry.name) and not entry.name.endswith(".gz")
 
 
 def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, list[str]]:
@@ -225,7 +226,7 @@ def _parts(entry: Entry, digests: Sequence[str], recipe: Recipe, root: str) -> I
 
 
 def _form(name: str) -> str:
-    return f"{'lines' if is_lines(name) else 'values'}{'.gz' if name.endswith('.gz') else ''}"
+    return f"{'lines' if is_json_lines(name) else 'values'}{'.gz' if name.endswith('.gz') else ''}"
 
 
 def make_part(part: Part, recipe: Recipe) -> None:
@@ -272,7 +273,7 @@ def _add_batch(writer: PartWriter, recipe: Recipe, batch: Sequence[tuple[int, tu
         else:
             good.append((index, byte, record))
     ids: list[str] = []
-    kept: list[Encoded] = []
+    kept: list[EncodedRecord] = []
     for (index, byte, record), item in zip(good, encode_records([r for _, _, r in good], recipe.vocabulary), strict=True):
         if len(item.input_ids) <= recipe.max_seq_length:
             ids.append(record.id)
@@ -286,7 +287,7 @@ def _add_batch(writer: PartWriter, recipe: Recipe, batch: Sequence[tuple[int, tu
     writer.add(ids, kept)
 
 
-def _split(item: Encoded, limit: int) -> list[Encoded]:
+def _split(item: EncodedRecord, limit: int) -> list[EncodedRecord]:
     """A long text's output in pieces behind its prompt, every supervised token in one of them; none where speech would have to be cut, for
     which words belong to which units is not known, or where the prompt leaves less than half of a row."""
     room = limit - item.prompt_length
@@ -294,7 +295,7 @@ def _split(item: Encoded, limit: int) -> list[Encoded]:
         return []
     prompt, output = np.split(item.input_ids, [item.prompt_length])
     cuts = [output[start : start + room] for start in range(0, len(output), room)]
-    return [Encoded(np.concatenate([prompt, cut]), item.prompt_length, item.task) for cut in cuts]
+    return [EncodedRecord(np.concatenate([prompt, cut]), item.prompt_length, item.task) for cut in cuts]
 
 
 def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
@@ -312,7 +313,7 @@ def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
             raise DataError(
                 "part", storage.redact(uri), "does not match its checksum.", f"Delete {storage.redact(part.uri)}; it is made anew."
             )
-    return content, files["index.npy"], files["rejected.jsonl"].splitlines()
+    return content, files["index.npy"], files[REJECTED].splitlines()
 
 
 def _assemble(ingest: Ingest) -> None:
@@ -326,7 +327,7 @@ def _assemble(ingest: Ingest) -> None:
         shards: list[dict[str, Any]] = []
         index: list[np.ndarray] = []
         seen_of: dict[str, int] = {}
-        with (folder / "rejected.jsonl").open("wb") as sink, ThreadPoolExecutor(_READERS) as pool:
+        with (folder / REJECTED).open("wb") as sink, ThreadPoolExecutor(_READERS) as pool:
             for part, (content, part_index, rejected) in zip(ingest.parts, pool.map(_read_part, ingest.parts), strict=True):
                 shards += [{"part": part.key, **shard} for shard in content["shards"]]
                 # Here and not in the pool: numpy parses a file's header with `ast`, which Python 3.11 cannot do in several threads at
@@ -356,7 +357,7 @@ def units_manifest(directory: str | Path) -> dict[str, object] | None:
     if storage.exists(storage.join(folder, UNFINISHED)):
         rule = "is not finished: the command that was replacing its records was stopped, or is still at it."
         raise DataError("directory", storage.redact(folder), rule, "Run that command (`most-ray prepare ...`) again.")
-    uri = storage.join(folder, "units.json")
+    uri = storage.join(folder, UNITS_MANIFEST)
     if not storage.exists(uri):
         return None
     try:

@@ -24,7 +24,7 @@ from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
 from most_ray.io import storage
-from most_ray.records.record import TASKS, units_identity
+from most_ray.records.record import TASKS, units_hash
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def check_units(stores: Sequence[TokenStore]) -> str | None:
     Raises:
         DataError: two sources were made with different features, k-means or repeat removal.
     """
-    known = [(store, units_identity(store.manifest["units"])) for store in stores if store.manifest.get("units")]
+    known = [(store, units_hash(store.manifest["units"])) for store in stores if store.manifest.get("units")]
     for store, identity in known[1:]:
         if identity != known[0][1]:
             raise DataError(

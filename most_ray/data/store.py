@@ -25,10 +25,11 @@ import xxhash
 from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.io.node_cache import node_cache
-from most_ray.records.template import Encoded
+from most_ray.records.files import REJECTED
+from most_ray.records.template import EncodedRecord
 
 STORE_VERSION = 2
-PART_FILES = ("index.npy", "rejected.jsonl")  # of a part, beside its shards
+PART_FILES = ("index.npy", REJECTED)  # of a part, beside its shards
 SCRATCH = ".part-"  # begins the names of folders in the making
 _SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.large_list(pa.int32())), ("checksum", pa.uint64())])
 _SHARD_TOKENS = 1 << 24
@@ -188,7 +189,7 @@ class TokenStore:
 
     def rejected_lines(self) -> bytes:
         """rejected.jsonl."""
-        return storage.read_bytes(storage.join(self.uri, "rejected.jsonl"))
+        return storage.read_bytes(storage.join(self.uri, REJECTED))
 
 
 @lru_cache(maxsize=64)
@@ -239,10 +240,10 @@ class PartWriter:
         self._buffered = 0
         self._lengths: list[np.ndarray] = []
         self._prompts: list[int] = []
-        self._rejected = (self.folder / "rejected.jsonl").open("wb")
+        self._rejected = (self.folder / REJECTED).open("wb")
         self._counts = {"n_rejected": 0, "n_set_aside": 0}
 
-    def add(self, ids: Sequence[str], encoded: Sequence[Encoded]) -> None:
+    def add(self, ids: Sequence[str], encoded: Sequence[EncodedRecord]) -> None:
         self._ids += ids
         for item in encoded:
             self._tokens.append(item.input_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class Beams:
+class BeamSearch:
     """W beams. A hypothesis' score is its log probability, its stop token's included, over its number of tokens (that one counted) to the
     power of `length_penalty`, as in transformers; one that reaches `cap` tokens without a stop token counts too.
 

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from most_ray.data.batch import PADDING
-from most_ray.evaluation.beam import Beams
+from most_ray.evaluation.beam import BeamSearch
 from most_ray.model.compat import CACHE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
 from most_ray.model.routing import RouterStats
 
 
 @dataclass(frozen=True)
-class Search:
-    """num_beams 1: greedy. batch_size: records at once. length_penalty: see `beam.Beams`."""
+class SearchOptions:
+    """num_beams 1: greedy. batch_size: records at once. length_penalty: see `beam.BeamSearch`."""
 
     batch_size: int = 64
     num_beams: int = 1
@@ -86,7 +86,9 @@ def count_routing(model: MostForCausalLM) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def decode(forward: Forward, prompts: Sequence[np.ndarray], stop: Sequence[int], caps: Sequence[int], search: Search) -> list[Decoded]:
+def decode(
+    forward: Forward, prompts: Sequence[np.ndarray], stop: Sequence[int], caps: Sequence[int], search: SearchOptions
+) -> list[Decoded]:
     """The continuation of each prompt, of at most so many tokens (`caps`); prompts of like length share a batch.
 
     A row that has ended is padding from then on, so it is neither routed nor counted. The result does not depend on the batch size.
@@ -159,9 +161,11 @@ def _greedy(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int
     return [Decoded(row, end) for row, end in zip(tokens, ends, strict=True)]
 
 
-def _beams(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int], search: Search) -> list[Decoded]:
+def _beams(
+    forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int], search: SearchOptions
+) -> list[Decoded]:
     """The best of the hypotheses that a search with `num_beams` beams ends with."""
-    beams = [Beams(search.num_beams, stops, cap, search.length_penalty) for cap in caps]
+    beams = [BeamSearch(search.num_beams, stops, cap, search.length_penalty) for cap in caps]
     device, width = forward.device, search.num_beams
     context = _Context(forward, prompts)
     logits = context.logits(torch.ones(len(prompts), dtype=torch.bool, device=device))

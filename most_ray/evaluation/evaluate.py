@@ -14,12 +14,13 @@ from most_ray.data.ingest import Recipe, check_rejected, ingest_directory
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
-from most_ray.evaluation.hypotheses import Row, figures, write_figures, write_hypotheses
+from most_ray.evaluation.hypotheses import Row, evaluation_result, write_hypotheses, write_result
 from most_ray.evaluation.scoring import EvalShard, EvaluationSet, EvaluationSettings, asr_instruction
 from most_ray.io import storage
 from most_ray.model.build import check_template, check_units
 from most_ray.model.configuration import MostConfig
 from most_ray.model.routing import load_summary
+from most_ray.records.files import REJECTED
 from most_ray.records.record import TASKS, Task
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import vocabulary_of
@@ -46,12 +47,12 @@ class Evaluation:
     result: dict[str, Any]
 
     def write(self, path: Path) -> None:
-        """The figures to `path`, and beside it `hypotheses_of(path)`, each in place in one move."""
-        write_hypotheses(hypotheses_of(path), self.header, self.rows)
-        write_figures(path, self.result)
+        """The figures to `path`, and beside it `hypotheses_path(path)`, each in place in one move."""
+        write_hypotheses(hypotheses_path(path), self.header, self.rows)
+        write_result(path, self.result)
 
 
-def hypotheses_of(path: Path) -> Path:
+def hypotheses_path(path: Path) -> Path:
     """The records' file beside a file of figures: NAME.hypotheses.jsonl."""
     return path.with_name(f"{path.name.removesuffix('.json')}.hypotheses.jsonl")
 
@@ -70,13 +71,13 @@ def open_sets(
     # A record that the model can read is scored, however long the rows of training were.
     limit = config.max_position_embeddings
     stores = [ingest_directory(directory, Recipe(task, vocabulary, limit), store_root) for task, directory in named]
-    check_rejected(stores, settings.max_rejected_fraction, storage.join(str(store_root), "rejected.jsonl"))
+    check_rejected(stores, settings.max_rejected_fraction, storage.join(str(store_root), REJECTED))
     check_units(config, one_unit_identity(stores), uri)
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])
     return [EvaluationSet(f"{task}/{name}", task, store) for (task, _), name, store in zip(named, names, stores, strict=True)]
 
 
-def combine(
+def merge_shards(
     shares: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
 ) -> Evaluation:
     """Every rank's share as one evaluation of the model of `place`, its records in the order of the sets.
@@ -105,9 +106,9 @@ def combine(
         "routing": load_summary(torch.from_numpy(np.sum([share.load for share in shares], axis=0)), config),
     }
     ordered = [rows[uri] for uri in wanted]
-    return Evaluation(header, ordered, figures(header, ordered))
+    return Evaluation(header, ordered, evaluation_result(header, ordered))
 
 
 def _about(each: EvaluationSet) -> dict[str, Any]:
-    rejected_file = storage.redact(storage.join(each.store.uri, "rejected.jsonl"))
+    rejected_file = storage.redact(storage.join(each.store.uri, REJECTED))
     return {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"], "rejected_file": rejected_file}

@@ -15,7 +15,7 @@ Vocoder = Callable[[Sequence[Sequence[int]]], tuple[list[np.ndarray], int]]  # u
 
 
 class ExternalRecogniser:
-    """What a recogniser hears in units that a vocoder speaks; for `share.score_share`.
+    """What a recogniser hears in units that a vocoder speaks; for `share.score_shard`.
 
     Args:
         vocoder: see `Vocoder`.

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from most_ray.errors import DataError
-from most_ray.evaluation.decode import Forward, Search, decode
+from most_ray.evaluation.decode import Forward, SearchOptions, decode
 from most_ray.records.record import ASR_INSTRUCTION, TTS_INSTRUCTION, Record
 from most_ray.records.template import encode_records, units_of
 from most_ray.records.tokenizer import vocabulary_of
 
 
 @dataclass(frozen=True)
-class Limits:
+class GenerationOptions:
     """How outputs are searched for, and how long they may get; see config.EvaluationOptions."""
 
-    search: Search
+    search: SearchOptions
     max_new_tokens: int = 256
     max_new_units: int = 1500
 
@@ -43,7 +43,7 @@ class GeneratedUnits:
 
 
 def transcribe_units(
-    forward: Forward, tokenizer: Any, utterances: Sequence[Sequence[int]], limits: Limits, instruction: str = ASR_INSTRUCTION
+    forward: Forward, tokenizer: Any, utterances: Sequence[Sequence[int]], limits: GenerationOptions, instruction: str = ASR_INSTRUCTION
 ) -> list[Transcript]:
     """What the model reads in so many utterances' units; nothing in one without units.
 
@@ -58,8 +58,8 @@ def transcribe_units(
     return results
 
 
-def speak_texts(
-    forward: Forward, tokenizer: Any, texts: Sequence[str], limits: Limits, instruction: str = TTS_INSTRUCTION
+def synthesize_texts(
+    forward: Forward, tokenizer: Any, texts: Sequence[str], limits: GenerationOptions, instruction: str = TTS_INSTRUCTION
 ) -> list[GeneratedUnits]:
     """Units that the model says so many texts in.
 
@@ -67,20 +67,20 @@ def speak_texts(
         DataError: a text is longer than the model's positions.
     """
     records = [Record(str(index), instruction, text, np.zeros(1, np.int32)) for index, text in enumerate(texts)]
-    return speak_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), texts, limits)
+    return synthesize_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), texts, limits)
 
 
-def transcribe_prompts(forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], limits: Limits) -> list[Transcript]:
+def transcribe_prompts(forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], limits: GenerationOptions) -> list[Transcript]:
     """The same for prompts (tokens,) that hold speech already."""
     ids = vocabulary_of(tokenizer).ids
     # An utterance holds fewer text tokens than units; a model that loops must not run to the general cap on each.
     wanted = [min(limits.max_new_tokens, len(units_of(prompt.tolist(), ids)) + 16) for prompt in prompts]
     found = decode(forward, prompts, [ids.eos, ids.end_audio], _capped(forward, prompts, wanted), limits.search)
-    return [Transcript(result.tokens, text_of(tokenizer, result.tokens), result.stop is not None) for result in found]
+    return [Transcript(result.tokens, decode_text(tokenizer, result.tokens), result.stop is not None) for result in found]
 
 
-def speak_prompts(
-    forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], texts: Sequence[str], limits: Limits
+def synthesize_prompts(
+    forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], texts: Sequence[str], limits: GenerationOptions
 ) -> list[GeneratedUnits]:
     """The same for prompts (tokens,) that ask for these texts."""
     vocabulary = vocabulary_of(tokenizer)
@@ -91,7 +91,7 @@ def speak_prompts(
     return [GeneratedUnits(units_of(result.tokens, ids), result.tokens, result.stop) for result in found]
 
 
-def text_of(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
+def decode_text(tokenizer: Any, tokens: Sequence[int] | np.ndarray) -> str:
     return str(tokenizer.decode(np.asarray(tokens).tolist(), clean_up_tokenization_spaces=False))
 
 

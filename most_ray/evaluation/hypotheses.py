@@ -22,6 +22,7 @@ import numpy as np
 from most_ray.errors import DataError, nearest
 from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, normaliser, word_counts
 from most_ray.io import storage
+from most_ray.io.json_lines import decode
 from most_ray.records.record import TASKS
 
 FORMAT = 1
@@ -41,14 +42,14 @@ _FIELDS: dict[str, dict[str, Any]] = {
 Row = dict[str, Any]
 
 
-def with_normalised(row: Row, name: Any) -> Row:
+def add_normalised(row: Row, name: Any) -> Row:
     """A line with both sides as they are compared."""
     pairs = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised", "heard"), "text": ()}[row["task"]]
     clean = normaliser(name)
     return row | {f"normalised_{key}": clean(row[key]) for key in pairs if key in row}
 
 
-def figures(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def evaluation_result(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """An evaluation's result, JSON-ready: `wer` (by ASR set), `validation_loss` (by set), `sets`, `overall` (by task), `samples`,
     `routing`, `settings`. Rates are None where there is nothing to divide by."""
     by_set: dict[str, list[Row]] = {name: [] for name in header["sets"]}
@@ -139,7 +140,7 @@ def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:
+def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:
     """Whether a sequence of at most `longest` tokens stands `repeats` times in a row, over `at_least` tokens."""
     array = np.asarray(tokens)
     for period in range(1, min(longest, len(array) // 2) + 1):
@@ -157,12 +158,12 @@ def write_hypotheses(path: Path, header: dict[str, Any], rows: Sequence[Row]) ->
     storage.write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
-def write_figures(path: Path, result: dict[str, Any]) -> None:
+def write_result(path: Path, result: dict[str, Any]) -> None:
     """The figures as JSON, in place in one move."""
     storage.write_bytes(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
 
 
-def evaluation_lines(result: dict[str, Any]) -> list[str]:
+def result_lines(result: dict[str, Any]) -> list[str]:
     """The figures in words, a line a set."""
     lines = []
     for name, section in result["sets"].items():
@@ -201,7 +202,7 @@ def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
     lines: list[dict[str, Any]] = []
     for number, line in enumerate(raw, 1):
         try:
-            value = json.loads(line)
+            value = decode(line)
         except ValueError as error:
             raise DataError("rescore", f"{shown}:{number}", f"is not JSON ({error}).") from error
         lines.append(_first_line(value, f"{shown}:1") if number == 1 else _record_line(value, f"{shown}:{number}", lines[0]["sets"]))
@@ -256,4 +257,4 @@ def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
     if name not in NORMALISERS:
         raise DataError("normaliser", name, "is not known.", nearest(str(name), NORMALISERS))
     header["settings"] = header["settings"] | {"normaliser": name}
-    return figures(header, [with_normalised(row, name) for row in rows])
+    return evaluation_result(header, [add_normalised(row, name) for row in rows])

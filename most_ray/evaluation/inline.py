@@ -13,15 +13,16 @@ from torch.distributed.fsdp import FSDPModule
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.evaluation.decode import Forward
-from most_ray.evaluation.evaluate import Directories, Evaluation, combine, open_sets
+from most_ray.evaluation.evaluate import Directories, Evaluation, merge_shards, open_sets
 from most_ray.evaluation.external_asr import ExternalRecogniser
-from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, score_share
+from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, score_shard
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.model.configuration import MostConfig
+from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.records.tokenizer import load_tokenizer
-from most_ray.speech.vocoder.assets import find_kit, read_manifest
-from most_ray.speech.vocoder.network import FILE, open_vocoder
+from most_ray.speech.units.assets import find_assets, read_units_manifest
+from most_ray.speech.vocoder.unit_vocoder import open_vocoder
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class EvaluationJob:
         return open_sets(config, tokenizer, uri, self.directories, self.settings, self.store_dir)
 
 
-def open_external(settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True) -> ExternalRecogniser | None:
+def open_external_recogniser(
+    settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True
+) -> ExternalRecogniser | None:
     """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
 
     Raises:
@@ -51,12 +54,12 @@ def open_external(settings: EvaluationSettings, uri: str, units_identity: str | 
         if vocoder is not None:
             raise ConfigError("vocoder", vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
         return None
-    kit = find_kit(uri, units_identity)
-    if vocoder is None and (kit is None or not storage.exists(storage.join(kit, FILE))):
+    kit = find_assets(uri, units_identity)
+    if vocoder is None and (kit is None or not storage.exists(storage.join(kit, VOCODER))):
         remedy = "Make one by `most-ray prepare vocoder` in the folder of the training records, or name one: vocoder."
         raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(uri)}.", remedy)
-    folder = local_copy(kit, "units.json") if kit else None
-    identity = read_manifest(Path(folder))["identity"] if folder else None
+    folder = local_copy(kit, UNITS_MANIFEST) if kit else None
+    identity = read_units_manifest(Path(folder))["identity"] if folder else None
     return ExternalRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
 
 
@@ -83,9 +86,9 @@ class InlineEvaluation:
         tokenizer = load_tokenizer(local_copy(self._model_path))
         sets = self._job.sets(model.config, tokenizer, self._model_path)
         if not self._outside:
-            self._outside = [open_external(self._job.settings, self._run_uri, getattr(model.config, "units_identity", None))]
+            self._outside = [open_external_recogniser(self._job.settings, self._run_uri, getattr(model.config, "units_identity", None))]
         forward = Forward(model, together=world > 1)
-        share = score_share(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
+        share = score_shard(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # as training expects them; the outermost stays whole after a forward pass
@@ -95,5 +98,5 @@ class InlineEvaluation:
             dist.gather_object(share, shares if rank == 0 else None, dst=0)
         if rank != 0:
             return None
-        evaluation = combine(shares, sets, self._job.settings, model.config, tokenizer, f"{self._run_uri} at step {step}")
+        evaluation = merge_shards(shares, sets, self._job.settings, model.config, tokenizer, f"{self._run_uri} at step {step}")
         return write_evaluation(evaluation, self._run_uri, step, time.time() - began)

@@ -13,15 +13,16 @@ import torch
 
 from most_ray.data.store import TokenStore
 from most_ray.errors import DataError
-from most_ray.evaluation.decode import Forward, Search, count_routing
-from most_ray.evaluation.generate import Limits, speak_prompts, text_of, transcribe_prompts, transcribe_units
-from most_ray.evaluation.hypotheses import Row, looping, with_normalised
+from most_ray.evaluation.decode import Forward, SearchOptions, count_routing
+from most_ray.evaluation.generate import GenerationOptions, decode_text, synthesize_prompts, transcribe_prompts, transcribe_units
+from most_ray.evaluation.hypotheses import Row, add_normalised, is_looping
 from most_ray.evaluation.wer import Normaliser
-from most_ray.records.record import ASR_INSTRUCTION, N_UNITS, Record, Task, parse_records, read_raw, record_files
+from most_ray.records.files import read_raw, record_files
+from most_ray.records.record import ASR_INSTRUCTION, N_UNITS, Record, Task, parse_records
 from most_ray.records.template import IGNORE, split_prompt, units_of
 from most_ray.records.tokenizer import vocabulary_of
 
-Outside = Callable[[Sequence[Sequence[int]]], list[str]]  # units of many utterances -> what somebody else hears in them
+Recogniser = Callable[[Sequence[Sequence[int]]], list[str]]  # units of many utterances -> what somebody else hears in them
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class EvaluationSettings:
     vocoder: str | None = None
 
     @property
-    def limits(self) -> Limits:
-        return Limits(Search(self.batch_size, self.num_beams, self.length_penalty), self.max_new_tokens, self.max_new_units)
+    def limits(self) -> GenerationOptions:
+        return GenerationOptions(
+            SearchOptions(self.batch_size, self.num_beams, self.length_penalty), self.max_new_tokens, self.max_new_units
+        )
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,14 @@ class EvalShard:
     load: np.ndarray
 
 
-def score_share(
+def score_shard(
     forward: Forward,
     tokenizer: Any,
     sets: Sequence[EvaluationSet],
     settings: EvaluationSettings,
     rank: int = 0,
     world: int = 1,
-    outside: Outside | None = None,
+    outside: Recogniser | None = None,
 ) -> EvalShard:
     """Decode and score every `world`-th record of the sets, by length, so that shares are alike. Collective where `forward` is."""
     rows: dict[tuple[int, int], Row] = {}
@@ -87,7 +90,7 @@ def score_share(
                 line = {"kind": "hypothesis", "set": each.name, "task": each.task, "row": row, "id": each.store.record_id(row)}
                 supervised = int(each.store.lengths[row]) - int(each.store.prompt_lengths[row])
                 scored = {**line, **detail, "loss": loss if math.isfinite(loss) else None, "supervised_tokens": supervised}
-                rows[index, row] = with_normalised(scored, settings.normaliser)
+                rows[index, row] = add_normalised(scored, settings.normaliser)
         forward.drain()
     return EvalShard(rows, load.numpy())
 
@@ -103,12 +106,12 @@ def _recognise(
 ) -> list[dict[str, Any]]:
     ids = vocabulary_of(tokenizer).ids
     prompts, outputs = _prompts(store, rows)
-    references = [text_of(tokenizer, output[:-1]) for output in outputs]
+    references = [decode_text(tokenizer, output[:-1]) for output in outputs]
     results = []
     for reference, heard in zip(references, transcribe_prompts(forward, tokenizer, prompts, settings.limits), strict=True):
         foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in heard.tokens)
         line = {"reference": reference, "hypothesis": heard.text, "ended": heard.ended}
-        results.append({**line, "looping": looping(heard.tokens), "foreign": foreign})
+        results.append({**line, "looping": is_looping(heard.tokens), "foreign": foreign})
     return results
 
 
@@ -119,13 +122,13 @@ def _speak(
     rows: Sequence[int],
     settings: EvaluationSettings,
     instruction: str,
-    outside: Outside | None,
+    outside: Recogniser | None,
 ) -> list[dict[str, Any]]:
     """Units of each text, and the text that is recognised in them."""
     ids = vocabulary_of(tokenizer).ids
     prompts, outputs = _prompts(store, rows)
-    texts = _texts(store, rows, [text_of(tokenizer, prompt[1:-1]) for prompt in prompts])  # between the sentence and the audio marker
-    found = speak_prompts(forward, tokenizer, prompts, texts, settings.limits)
+    texts = _texts(store, rows, [decode_text(tokenizer, prompt[1:-1]) for prompt in prompts])  # between the sentence and the audio marker
+    found = synthesize_prompts(forward, tokenizer, prompts, texts, settings.limits)
     spoken = [each.units for each in found]
     audible = [index for index, units in enumerate(spoken) if units]
     recognised = [heard.text for heard in transcribe_units(forward, tokenizer, spoken, settings.limits, instruction)]
@@ -142,7 +145,7 @@ def _speak(
             "hypothesis": " ".join(map(str, units)),
             "ended": each.stop == ids.end_audio,
             "hit_cap": each.stop is None,
-            "looping": looping([unit for unit, _ in itertools.groupby(units)]),  # a unit that goes on is a sound that is held
+            "looping": is_looping([unit for unit, _ in itertools.groupby(units)]),  # a unit that goes on is a sound that is held
             "foreign": len(each.tokens) - len(units),
         }
         for index, (each, units, output) in enumerate(zip(found, spoken, outputs, strict=True))
@@ -179,7 +182,7 @@ def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
         if each.task == "asr" and len(each.store):
             prompt = each.store.input_ids(0)
             start = int(np.flatnonzero(prompt == vocabulary_of(tokenizer).ids.begin_audio)[0])
-            return text_of(tokenizer, prompt[1:start]).removeprefix("User: ").removesuffix("\n")
+            return decode_text(tokenizer, prompt[1:start]).removeprefix("User: ").removesuffix("\n")
     return ASR_INSTRUCTION
 
 

@@ -56,7 +56,7 @@ def _one_blank(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Counts:
+class EditCounts:
     """Per record, (R,) int64 each: edits of a shortest way from reference to hypothesis, and the reference's length."""
 
     substitutions: np.ndarray
@@ -69,17 +69,17 @@ class Counts:
         return self.substitutions + self.deletions + self.insertions
 
 
-def word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+def word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> EditCounts:
     """Words are what white space parts; texts as they come, normalised before."""
     return _counts(jiwer.process_words(list(references), list(hypotheses)) if references else None)
 
 
-def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> EditCounts:
     """Characters are code points, blanks between words included."""
     return _counts(jiwer.process_characters(list(references), list(hypotheses)) if references else None)
 
 
-def _counts(output: Any) -> Counts:
+def _counts(output: Any) -> EditCounts:
     counts = np.zeros((4, len(output.alignments) if output else 0), np.int64)
     for record, alignment in enumerate(output.alignments if output else ()):
         for chunk in alignment:
@@ -90,16 +90,16 @@ def _counts(output: Any) -> Counts:
             elif chunk.type == "insert":
                 counts[2, record] += chunk.hyp_end_idx - chunk.hyp_start_idx
         counts[3, record] = len(output.references[record])
-    return Counts(*counts)
+    return EditCounts(*counts)
 
 
-def error_rate(counts: Counts) -> dict[str, Any]:
+def error_rate(counts: EditCounts) -> dict[str, Any]:
     """A set's figures, JSON-ready: rate (None where the references hold nothing), substitutions, deletions, insertions, reference (length)
     and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
     reference = int(counts.reference.sum())
     return {
         "rate": int(counts.errors.sum()) / reference if reference else None,
-        "interval": interval(counts.errors, counts.reference) if reference else None,
+        "interval": bootstrap_interval(counts.errors, counts.reference) if reference else None,
         "substitutions": int(counts.substitutions.sum()),
         "deletions": int(counts.deletions.sum()),
         "insertions": int(counts.insertions.sum()),
@@ -107,7 +107,7 @@ def error_rate(counts: Counts) -> dict[str, Any]:
     }
 
 
-def interval(errors: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES) -> list[float]:
+def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES) -> list[float]:
     """The 2.5th and 97.5th percentile of sum(errors) / sum(reference) over sets of as many records drawn with replacement. The draws are
     always the same, so a file scored again has the same interval."""
     generator = np.random.Generator(np.random.PCG64(0))

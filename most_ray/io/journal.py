@@ -1,28 +1,38 @@
-"""Files of a run that grow line by line (metrics, traces): appended as things happen, cut back to the step that a restart begins at."""
+"""Files of a run that grow line by line (metrics, traces): appended to while training, cut back to the step that a restart resumes from."""
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-EVALUATION = b'"kind": "evaluation"'  # lines that come when an evaluation ends: behind lines of steps after their own
+from most_ray.io import storage
+from most_ray.io.json_lines import parse_line, parse_lines, read_lines
+from most_ray.io.run_folder import RunFolder
+
+_TAIL = 200  # bytes by which `Follower` recognises its position: those of a line of metrics hold the step and the time
 
 
 class Journal:
-    """JSON Lines with a "step" in each, ascending but for those of evaluations. Opening it at step k drops every line beyond k, and a last
-    line cut off by a crash, so that after any number of restarts each step stands there once.
+    """JSON Lines with a "step" in each. Steps ascend, except in lines of kind `evaluation`: those are written when the evaluation ends,
+    after lines of later steps. Opening the file at step k drops every line beyond k and a last line that a crash cut off. So each step has
+    its lines once, after any number of restarts.
 
-    evaluations: the evaluations' lines that stayed.
+    Attributes:
+        evaluations: the lines of kind `evaluation` that stayed.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep, self.evaluations, moved = _up_to(path, resume_step)
-        if moved:  # evaluations of steps that stay, among lines that go: in one move, so that a kill now loses none
+        if moved:  # evaluations that stay, among lines that go: replaced in one move, so that a kill at this moment loses none
             temporary = path.with_name(f".{path.name}.tmp")
-            with path.open("rb") as source, temporary.open("wb") as target:
-                _copy(source, target, keep)
+            shutil.copyfile(path, temporary)
+            with temporary.open("ab") as target:
+                target.truncate(keep)
                 target.writelines(moved)
             temporary.replace(path)
             keep += sum(map(len, moved))
@@ -30,6 +40,7 @@ class Journal:
         self._stream.truncate(keep)
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append a line; it survives the end of this process at once."""
         self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._stream.flush()
 
@@ -38,55 +49,81 @@ class Journal:
 
 
 def _up_to(path: Path, step: int) -> tuple[int, list[dict[str, Any]], list[bytes]]:
-    """Bytes of the leading lines whose step is at most `step`; the evaluations' lines that stay; those of them behind the leading lines."""
+    """What stays of a file that is cut back to a step.
+
+    Returns:
+        The bytes of its leading lines whose step is at most `step`; all evaluations of such steps; those lines of them that come later than
+        the leading lines.
+    """
     length, evaluations, moved, leading = 0, [], [], True
     if not path.exists():
         return 0, [], []
     with path.open("rb") as stream:
         for raw in stream:
-            if not leading and EVALUATION not in raw:
-                continue
-            line = decoded(raw)
-            within = line is not None and line["step"] <= step
+            line = parse_line(raw) if raw.endswith(b"\n") else None
+            within = line is not None and _has_step(line) and line["step"] <= step
             leading = leading and within
             length += len(raw) if leading else 0
             if line and within and line.get("kind") == "evaluation":
                 evaluations.append(line)
-            if within and not leading:
-                moved.append(raw)
+                if not leading:
+                    moved.append(raw)
     return length, evaluations, moved
 
 
-def decoded(raw: bytes) -> dict[str, Any] | None:
-    """A whole line with a step; None: it is none, as a kill or a full disk may leave it."""
-    try:
-        line = json.loads(raw) if raw.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+def _has_step(line: Mapping[str, Any]) -> bool:
+    return isinstance(line.get("step"), int)
 
 
-def _copy(source: Any, target: Any, size: int) -> None:
-    while size > 0:
-        block = source.read(min(size, 1 << 20))
-        target.write(block)
-        size -= len(block)
+def journal_lines(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """The whole lines that have a step, one at a time; with `kind`, those of this kind."""
+    return (line for line in read_lines(path) if _has_step(line) and kind in (None, line.get("kind")))
 
 
 def read_journal(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """All whole lines; of one kind: `kind`."""
-    lines = [decoded(raw) for raw in path.read_bytes().splitlines(keepends=True)] if path.exists() else []
-    return [line for line in lines if line and kind in (None, line.get("kind"))]
+    """`journal_lines` as a list."""
+    return list(journal_lines(path, kind))
 
 
-def parse_lines(content: bytes) -> list[dict[str, Any]]:
-    """The objects of JSON Lines, with a step or without, but for lines that are torn or are none."""
-    found = []
-    for line in content.split(b"\n"):
+def evaluated_steps(folder: RunFolder) -> set[int]:
+    """The steps whose evaluations are in a run's metrics.jsonl. Not for a run that is being trained: the local copy is replaced."""
+    folder.pull("metrics.jsonl")
+    return {line["step"] for line in journal_lines(folder.local / "metrics.jsonl", "evaluation")}
+
+
+class Follower:
+    """Reads a journal that another process appends to, and cuts back when the run is restarted.
+
+    Args:
+        uri: the file; it may be missing.
+        only_new: skip what is in the file now, and after a cut continue at the file's new end. Otherwise the file is read from its
+            beginning, and after a cut once more.
+    """
+
+    def __init__(self, uri: str, only_new: bool = False) -> None:
+        self._uri, self._only_new = uri, only_new
+        self._position, self._tail = 0, b""  # bytes that were read, and the last of them
+        if only_new and storage.exists(uri):
+            with storage.open_read(uri) as stream:
+                self._restart(stream)
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """The lines, with a step each, that were completed since the call before."""
         try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+            with storage.open_read(self._uri) as stream:
+                stream.seek(self._position - len(self._tail))
+                if stream.read(len(self._tail)) != self._tail:  # the file was cut back
+                    self._restart(stream)
+                content = stream.read()
+        except FileNotFoundError:
+            return []
+        content = content[: content.rfind(b"\n") + 1]
+        self._position += len(content)
+        self._tail = (self._tail + content)[-_TAIL:]
+        return [line for line in parse_lines(content) if _has_step(line)]
+
+    def _restart(self, stream: BinaryIO) -> None:
+        """Set the position to the end of the file where only new lines count, else to its beginning."""
+        self._position = stream.seek(0, io.SEEK_END if self._only_new else io.SEEK_SET)
+        stream.seek(max(0, self._position - _TAIL))
+        self._tail = stream.read(min(_TAIL, self._position))

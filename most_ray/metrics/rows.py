@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from most_ray.io import storage
-from most_ray.io.journal import decoded
 from most_ray.io.run_folder import RunFolder
 
 Key = tuple[str, int]  # kind and step: names a line, each of which a tracker shall hold once
@@ -22,16 +21,6 @@ _BLOCK = 32768  # bytes, of LevelDB's log format
 def key_of(line: Mapping[str, Any]) -> Key:
     """Lines without a kind are of training: older runs wrote no other."""
     return line.get("kind", "train"), int(line["step"])
-
-
-def lines_of(metrics: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, one at a time."""
-    if metrics.exists():
-        with metrics.open("rb") as stream:
-            for raw in stream:
-                line = decoded(raw)
-                if line:
-                    yield line
 
 
 def row_of(line: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, float]:

@@ -1,12 +1,8 @@
-"""What each line of metrics.jsonl holds, as data; METRICS.md is made of it:
-
-python -m most_ray.metrics.schema > METRICS.md
-"""
+"""What each line of metrics.jsonl holds, as data. docs/metrics.md is generated from it by `.ci/docs.py`."""
 
 from __future__ import annotations
 
 import math
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -345,12 +341,12 @@ line that a checkpoint cuts in two goes on where it was, so that all but times a
 Each start leaves a line of kind `start`. A number that is none (not finite) is null. Sums and means are over all ranks and forward
 passes of a step unless it says otherwise, and depend neither on the number of ranks nor on how records are packed.
 
-Made of most_ray/metrics/schema.py by `python -m most_ray.metrics.schema > METRICS.md`.
+Generated from most_ray/metrics/schema.py by `.venv/bin/python .ci/docs.py`.
 """
 
 
 def markdown() -> str:
-    """METRICS.md."""
+    """The page docs/metrics.md."""
     parts = [_HEAD]
     objects: dict[str, Fixed] = {}
     for kind, keys in KINDS.items():
@@ -361,7 +357,3 @@ def markdown() -> str:
     for name, found in objects.items():
         parts += [f"### {name[0].upper()}{name[1:]}", "", *_table(found.keys), ""]
     return "\n".join(parts).rstrip("\n") + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(markdown())

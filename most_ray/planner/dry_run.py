@@ -18,7 +18,7 @@ import numpy as np
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.data.batch import rank_batch
 from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here, units_manifest
@@ -34,7 +34,8 @@ from most_ray.planner.hardware import Device, device_of
 from most_ray.planner.layouts import Choice, Layout, LayoutEstimator, steps_of
 from most_ray.planner.memory import Memory, Shapes
 from most_ray.planner.published_sizes import PUBLISHED, published_name
-from most_ray.records.record import TASKS, read_with_offsets, record_files
+from most_ray.records.files import UNITS_MANIFEST, read_with_offsets, record_files
+from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import token_ids, train_tokenizer
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_given, devices_of, open_sources, resolve_run, store_dir_of, training_texts
@@ -165,7 +166,7 @@ class _Trial:
         name, uri = self.config.model_name_or_path, self.folder / "model"
         if name in PRESETS:
             init = storage.join(self.config.run_uri, "init")
-            if reader.committed(storage.join(self.config.run_uri, "checkpoints")) and storage.exists(init):
+            if catalog.committed(storage.join(self.config.run_uri, "checkpoints")) and storage.exists(init):
                 return init
             init_model(name, training_texts(self.config), uri, self.config.seed)
             return str(uri)
@@ -256,7 +257,7 @@ def _sample(directory: str, target: Path) -> float:
             size += last
     (target / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if units := units_manifest(storage.absolute(directory)):
-        (target / "units.json").write_text(json.dumps(units), encoding="utf-8")
+        (target / UNITS_MANIFEST).write_text(json.dumps(units), encoding="utf-8")
     return max(1.0, sum(entry.size for entry in entries) / max(1.0, size))
 
 

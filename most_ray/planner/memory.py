@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from most_ray.checkpoint.reader import random_parts
-from most_ray.checkpoint.shards import Staging, TensorShard, part_of
+from most_ray.checkpoint.reader import random_shards
+from most_ray.checkpoint.shards import Staging, TensorShard, shard_of
 from most_ray.distributed.topology import Topology
 from most_ray.model.configuration import MostConfig
 from most_ray.model.head import logits_block
@@ -248,12 +248,12 @@ class _Measured(Staging):
 def checkpoint_files(shapes: Shapes, topology: Topology, moments: Moments) -> tuple[int, int]:
     """Bytes of the first rank's file, which is the largest, and of all ranks' files together. Headers of other ranks are taken to be as
     long as the first one's. The tokenizer and the descriptions beside them, some megabytes at most, are not counted."""
-    random, parts = random_parts(), list(_parts(shapes, topology, moments))
+    random, parts = random_shards(), list(_parts(shapes, topology, moments))
     first, of_replica = _Measured(), _Measured()
     first.plan([*parts, *random])
     of_replica.plan(random)  # a rank of another replica than the first writes its random states alone
-    each = first.header_bytes + sum(part.whole_bytes for part in random)
-    total = sum(part.whole_bytes for part in parts) + topology.fsdp * each + (topology.world_size - topology.fsdp) * of_replica.nbytes
+    each = first.header_bytes + sum(part.global_bytes for part in random)
+    total = sum(part.global_bytes for part in parts) + topology.fsdp * each + (topology.world_size - topology.fsdp) * of_replica.nbytes
     return first.nbytes, total
 
 
@@ -277,7 +277,7 @@ def _parts(shapes: Shapes, topology: Topology, moments: Moments) -> Iterator[Ten
 
 def _alike(name: str, tensor: torch.Tensor) -> TensorShard:
     """A tensor that all ranks have alike."""
-    return part_of(name, tensor, rank=0)
+    return shard_of(name, tensor, rank=0)
 
 
 def _moment(shapes: Shapes, topology: Topology, name: str, part: TensorShard) -> dict[str, TensorShard]:
@@ -295,7 +295,7 @@ def _part(shapes: Shapes, topology: Topology, name: str, shape: Sequence[int], d
     rows = shapes.rows(name, topology, 0)
     order = [shapes.placement(topology.ep)[row] for row in rows] if _EXPERTS in name else rows
     local = torch.empty((len(rows), *shape[1:]), dtype=dtype, device="meta")
-    return dataclasses.replace(part_of(name, local, order, rank=0), shape=tuple(shape))
+    return dataclasses.replace(shard_of(name, local, order, rank=0), shape=tuple(shape))
 
 
 def checkpoint_bytes(config: MostConfig, topology: Topology, moments: Moments) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from most_ray.errors import CheckpointError
 
 
-class TextEncoder:
+class BatchTokenizer:
     """Text to ids in batches. Marker spellings inside a user's text stay text. Picklable, so that ingest tasks can carry it.
 
     Tokenizers cut a text before they look for tokens, and most never join what a single space divides. Where this one's parts are

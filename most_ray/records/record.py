@@ -7,29 +7,23 @@ speech is: in the input (ASR), in the output (TTS), in neither (text).
 from __future__ import annotations
 
 import datetime as dt
-import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.errors import DataError, RecordError
-from most_ray.io import storage
-from most_ray.io.json_stream import open_compressed, read_lines, read_values
-from most_ray.io.storage import Entry
+from most_ray.errors import RecordError
 
 Task = Literal["asr", "tts", "text"]
 TASKS: tuple[Task, ...] = ("asr", "tts", "text")
 N_UNITS = 500
 TTS_INSTRUCTION = "Convert the following text into speech."
 ASR_INSTRUCTION = "Transcribe the following speech into text."
-RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 _UNIT = re.compile(r"\[Hu(\d+)\]")
 _UNITS_ONLY = re.compile(r"\s*(?:\[Hu\d+\]\s*)+")
@@ -230,51 +224,7 @@ def asr_to_tts(raw: Mapping[str, Any], dataset: str, timestamp: dt.datetime) -> 
     }
 
 
-def units_identity(manifest: Mapping[str, Any]) -> str:
+def units_hash(manifest: Mapping[str, Any]) -> str:
     """Digest of what makes units mean the same: the `identity` part of a units manifest."""
     identity = json.dumps(manifest.get("identity", manifest), sort_keys=True)
     return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-
-
-# Files that the project itself writes beside records.
-NOT_RECORDS = frozenset({"units.json", "rejected.jsonl", "prepared.json", "converted.json"})
-UNFINISHED = ".unfinished"  # stands in a folder while its records are being replaced: they may not be what units.json says
-
-
-def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:
-    """The record files of a directory or URI (or the one file given), sorted by name.
-
-    Raises:
-        DataError: the directory is not there, or holds no record file.
-    """
-    try:
-        entries = storage.list_files(str(directory), RECORD_SUFFIXES)
-    except OSError as error:
-        reason = f"cannot be listed ({error.strerror or error}: {error.filename})."
-        raise DataError("directory", storage.redact(str(directory)), reason, "Check its permissions and links.") from error
-    if len(entries) == 1 and entries[0].uri.rstrip("/") == str(directory).rstrip("/"):
-        return entries
-    found = [e for e in entries if (base := e.name.rsplit("/", 1)[-1]) not in NOT_RECORDS and fnmatch.fnmatchcase(base, pattern)]
-    if not found:
-        raise DataError("directory", str(directory), f"holds no records ({', '.join(RECORD_SUFFIXES)}).")
-    return found
-
-
-def is_lines(name: str) -> bool:
-    return name.removesuffix(".gz").endswith(".jsonl")
-
-
-def read_raw(place: str | Path) -> Iterator[tuple[int, object]]:
-    """Stream `(index, decoded JSON value)` of every record of a file: a list, `{"data": [...]}`, one object, or JSON Lines.
-
-    Memory does not grow with the file. What is broken comes as a `RecordError` in place of a record; the others go on.
-    """
-    for index, (_, value) in enumerate(read_with_offsets(str(place))):
-        yield index, value
-
-
-def read_with_offsets(place: str) -> Iterator[tuple[int, object]]:
-    """The same as `(byte, value)`; bytes of the decompressed content."""
-    with storage.open_read(place) as stream:
-        content = open_compressed(stream) if place.endswith(".gz") else stream
-        yield from read_lines(content) if is_lines(place) else read_values(content)

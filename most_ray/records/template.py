@@ -61,7 +61,7 @@ class Vocabulary:
         return {"tokenizer": self.tokenizer_hash, "template": template_hash(), "ids": json.dumps(asdict(self.ids))}
 
 
-class Encoded(NamedTuple):
+class EncodedRecord(NamedTuple):
     """One record as tokens: `input_ids` int32 (tokens,); the first `prompt_length` of them are not supervised."""
 
     input_ids: np.ndarray
@@ -75,7 +75,7 @@ class Encoded(NamedTuple):
         return labels
 
 
-def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[Encoded]:
+def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[EncodedRecord]:
     """Encode records, the distinct text pieces of all of them in one tokenizer call; units become ids by addition alone. The arrays
     are views of one."""
     spelled = [template_texts(record) for record in records]
@@ -99,7 +99,7 @@ def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[En
     flat = np.concatenate([*parts, bos[:0]])
     encoded, start = [], 0
     for record, (prompt, size) in zip(records, sizes, strict=True):
-        encoded.append(Encoded(flat[start : start + size], prompt, record.task))
+        encoded.append(EncodedRecord(flat[start : start + size], prompt, record.task))
         start += size
     return encoded
 

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from most_ray.errors import CheckpointError
-from most_ray.records.batch_tokenizer import TextEncoder
+from most_ray.records.batch_tokenizer import BatchTokenizer
 from most_ray.records.record import N_UNITS
 from most_ray.records.template import TokenIds, Vocabulary
 
@@ -72,7 +72,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """What the template and ingest need of a tokenizer."""
     content = tokenizer.backend_tokenizer.to_str().encode()
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-    return Vocabulary(token_ids(tokenizer), TextEncoder(tokenizer), digest)
+    return Vocabulary(token_ids(tokenizer), BatchTokenizer(tokenizer), digest)
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:

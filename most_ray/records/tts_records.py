@@ -14,10 +14,9 @@ from typing import Any, TextIO
 
 from most_ray.errors import ConfigError, DataError, RecordError, nearest
 from most_ray.io import storage
-from most_ray.records.record import UNFINISHED, asr_to_tts, parse_record, read_raw, record_files
+from most_ray.records.files import ASSET_FILES, CONVERTED, REJECTED, UNFINISHED, read_raw, record_files
+from most_ray.records.record import asr_to_tts, parse_record
 
-BESIDE = ("kmeans.npy", "vocoder.safetensors", "units.json")  # what goes with records: what their units mean, and how they sound
-DONE = "converted.json"
 _FORM = "An entry is {dataset_name, input_dir, output_dir, file_pattern}; the last is optional."
 
 
@@ -90,7 +89,7 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
     if counts["records"] == 0:  # what an earlier command has made stays
         for target in targets:
             _unfinished(target).unlink()
-        aside.replace(output / "rejected.jsonl")
+        aside.replace(output / REJECTED)
         reason = f"holds no ASR record; {counts['rejected']} others are in {output / 'rejected.jsonl'}."
         raise DataError("input_dir", str(conversion.input_dir), reason)
     (output / UNFINISHED).touch()
@@ -98,17 +97,17 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
         (output / old).unlink(missing_ok=True)
     for target in targets:
         _unfinished(target).replace(target)
-    aside.replace(output / "rejected.jsonl")
+    aside.replace(output / REJECTED)
     if not counts["rejected"]:
-        (output / "rejected.jsonl").unlink()
+        (output / REJECTED).unlink()
     root = conversion.input_dir if conversion.input_dir.is_dir() else conversion.input_dir.parent
-    for beside in BESIDE:
+    for beside in ASSET_FILES:
         if (root / beside).exists():
             shutil.copyfile(root / beside, output / beside)
         else:
             (output / beside).unlink(missing_ok=True)
     names = sorted(target.relative_to(output).as_posix() for target in targets)
-    (output / DONE).write_text(json.dumps({"files": names}) + "\n", encoding="utf-8")
+    (output / CONVERTED).write_text(json.dumps({"files": names}) + "\n", encoding="utf-8")
     (output / UNFINISHED).unlink()
     return counts
 
@@ -134,7 +133,7 @@ def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, stora
 def _made_before(output: Path) -> set[str]:
     """Names of the files that an earlier conversion has written here."""
     try:
-        names = json.loads((output / DONE).read_text(encoding="utf-8"))["files"]
+        names = json.loads((output / CONVERTED).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in names if isinstance(name, str) and name.endswith(".jsonl.gz") and not {"..", "/"} & set(Path(name).parts)}

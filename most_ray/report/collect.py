@@ -15,11 +15,11 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
-from most_ray.io.journal import parse_lines
+from most_ray.io.json_lines import parse_lines
+from most_ray.records.files import SPEECH_FOLDER, VOCODER
 from most_ray.report.differences import words_of
 
 _SPOKEN = 5  # utterances to be heard
-_VOCODER = ("speech", "vocoder.safetensors")  # written out: the modules that name them take seconds to import
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def _read(uri: str, name: str) -> RunData:
             evaluations.sort(key=lambda line: int(line["step"]))
     said = _hypothesis_lines(uri, evaluations[-1] if evaluations else {})
     hypotheses, speech = parse_hypotheses(said), parse_speech(said)
-    audible = bool(speech) and storage.exists(storage.join(uri, *_VOCODER))
-    kit = storage.join(uri, _VOCODER[0]) if audible else None
+    audible = bool(speech) and storage.exists(storage.join(uri, SPEECH_FOLDER, VOCODER))
+    kit = storage.join(uri, SPEECH_FOLDER) if audible else None
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
     environment = _mapping(uri, "environment.json")
     return RunData(name, starts, train, experts, judged, summary, _config(uri), environment, hypotheses, speech, kit)

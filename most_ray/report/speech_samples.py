@@ -14,6 +14,7 @@ import soundfile
 
 from most_ray.errors import UserError
 from most_ray.io import storage
+from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.report.collect import RunData, SpeechSample
 from most_ray.report.run_tables import run_names, table, text
 
@@ -91,14 +92,14 @@ def _players(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> lis
     Raises:
         DataError: the kit has no manifest, or the vocoder does not know a unit. CheckpointError: the vocoder is damaged, or of other units.
     """
-    from most_ray.speech.vocoder.assets import read_manifest  # seconds to import, and most pages have nothing to play
-    from most_ray.speech.vocoder.network import FILE, open_vocoder
+    from most_ray.speech.units.assets import read_units_manifest  # seconds to import, and most pages have nothing to play
+    from most_ray.speech.vocoder.unit_vocoder import open_vocoder
 
-    for name in ("units.json", FILE):
+    for name in (UNITS_MANIFEST, VOCODER):
         if storage.exists(storage.join(kit, name)):
             storage.write_bytes(folder / name, storage.read_bytes(storage.join(kit, name)))
-    identity = read_manifest(folder)["identity"]
-    waves, rate = open_vocoder(str(folder / FILE), identity)(utterances)
+    identity = read_units_manifest(folder)["identity"]
+    waves, rate = open_vocoder(str(folder / VOCODER), identity)(utterances)
     return [_player(wave, rate) if units else None for units, wave in zip(utterances, waves, strict=True)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.run_folder import LEDGER
 from most_ray.report.collect import RunData, collect, entries, mapping, number, numbers
 from most_ray.report.curves import RUN_COLOURS, Figure
 from most_ray.report.expert_figures import expert_load
@@ -29,7 +30,7 @@ from most_ray.report.sweep_figures import (
     text_share,
 )
 from most_ray.sweep.effects import Difference, Effect, Level, dimensions_of, effects, level_name
-from most_ray.sweep.ledger import BEST, FILE, Ledger, Objective, Result, Trial, commands_of, folder_of, pareto, ranked, read_ledger
+from most_ray.sweep.ledger import BEST, Ledger, Objective, Result, Trial, commands_of, folder_of, pareto, ranked, read_ledger
 from most_ray.sweep.space import Dimension
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "open": "open"}
@@ -79,7 +80,7 @@ class Sweep:
 
 def is_sweep(uri: str) -> bool:
     """Whether a folder (path or URI) is a sweep's rather than a run's."""
-    return storage.exists(storage.join(uri, FILE))
+    return storage.exists(storage.join(uri, LEDGER))
 
 
 def read_sweep(uri: str) -> Sweep:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.config import RunConfig
 from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, Runner, check_rejected, content_of, ingest_directory, run_here
@@ -27,13 +27,13 @@ from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
-from most_ray.records.record import TASKS, Task, parse_record, read_raw, record_files
+from most_ray.records.files import REJECTED, SPEECH_FOLDER, read_raw, record_files
+from most_ray.records.record import TASKS, Task, parse_record
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
-from most_ray.speech.vocoder.assets import FOLDER as KIT
-from most_ray.speech.vocoder.assets import copy_kit, find_kit
+from most_ray.speech.units.assets import copy_assets, find_assets
 
 VERIFIED_BYTES = 2 << 30  # a store of at most so many is read through before a run starts; a larger one is checked as it is read
 
@@ -50,7 +50,7 @@ def here(config: RunConfig, use_gpu: bool) -> Runner:
 @dataclass(frozen=True)
 class Prepared:
     """A run that passed every check. `job` is laid out for the largest of `topologies`, which are the numbers of workers that it may
-    have, ascending; `done_steps`: steps behind the newest intact checkpoint; `torn`: (place, reason) of newer ones that are damaged;
+    have, ascending; `done_steps`: steps behind the newest intact checkpoint; `corrupt`: (place, reason) of newer ones that are damaged;
     `accepted`: what changed since."""
 
     job: Job
@@ -60,7 +60,7 @@ class Prepared:
     done_steps: int
     use_gpu: bool
     n_rejected: int
-    torn: list[tuple[str, str]]
+    corrupt: list[tuple[str, str]]
     accepted: list[str]
 
     def job_for(self, topology: Topology, driver: str) -> Job:
@@ -107,7 +107,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     for store in stores:
         store.verify(VERIFIED_BYTES)
     _check_best_metric(config, sources.validation)
-    start, torn = _starting_point(config, folder, sources.vocabulary.fingerprint())
+    start, corrupt = _starting_point(config, folder, sources.vocabulary.fingerprint())
     if config.bf16 is None:
         # Checkpoints that do not say are of the time when it had to be asked for.
         config = replace(config, bf16=not config.fp16 and (bool(start.get("bf16")) if start else prefers_bf16(use_gpu)))
@@ -132,7 +132,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     )
     accepted = check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"], config.accept_data_change) if start else []
     done = int(start["step"]) if start else 0
-    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, torn, accepted)
+    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, corrupt, accepted)
 
 
 def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> None:
@@ -209,8 +209,8 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, t
     training = stores_of("train", TASKS, config.max_seq_length)
     # As `most-ray evaluate` does it: a record that the model can read is scored, however long the rows of training are.
     validation = stores_of("val", TASKS, model_config.max_position_embeddings)
-    n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / "rejected.jsonl")
-    folder.push("rejected.jsonl")
+    n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / REJECTED)
+    folder.push(REJECTED)
     return Sources(model_path, vocabulary, training, validation, n_rejected)
 
 
@@ -228,9 +228,9 @@ def keep_kit(prepared: Prepared) -> None:
     """Bring what turns recordings into the run's units, and back, to the run's folder: from its training records, or from the model that it
     starts from."""
     config, identity = prepared.job.config, prepared.job.units_identity
-    start = find_kit(prepared.job.model_path, identity)
+    start = find_assets(prepared.job.model_path, identity)
     sources = [*config.train_asr_dirs, *config.train_tts_dirs, *([start] if start else [])]
-    copy_kit(sources, prepared.folder.at(KIT), identity)
+    copy_assets(sources, prepared.folder.at(SPEECH_FOLDER), identity)
 
 
 def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = here) -> list[TokenStore]:
@@ -258,7 +258,7 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
     if name not in PRESETS:
         return storage.absolute(name) if storage.is_remote(name) or Path(name).exists() else name
     uri, note = folder.at("init"), "made_from.json"
-    if reader.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
+    if catalog.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
         return uri  # the run has begun with it
     made_from = {"preset": name, "seed": config.seed, "content": _training_content(config)}
     try:
@@ -327,19 +327,19 @@ def _starting_point(
     Raises:
         CheckpointError: resume_from_checkpoint is damaged, or was made with another vocabulary.
     """
-    own, torn = reader.latest_valid(folder.checkpoints)
-    reader.require_one(own, torn)
+    own, corrupt = catalog.latest_valid(folder.checkpoints)
+    catalog.require_valid(own, corrupt)
     if own:
-        return reader.read_state(own), torn
+        return reader.read_state(own), corrupt
     given = config.resume_from_checkpoint
     if not given:
-        return None, torn
+        return None, corrupt
     content = reader.read_state(given)
-    damage = reader.find_corruption(given, deep=True)
+    damage = catalog.find_corruption(given, deep=True)
     if damage:
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")
     if not config.ignore_optimizer_state:
-        return content, torn
+        return content, corrupt
     if content["ingredients"]["vocabulary"] != vocabulary:
         raise CheckpointError(
             "resume_from_checkpoint",
@@ -347,7 +347,7 @@ def _starting_point(
             "was trained with another tokenizer or template than model_name_or_path's, so its embeddings would mean other tokens.",
             "Name that run's init or export folder as model_name_or_path.",
         )
-    return None, torn
+    return None, corrupt
 
 
 def _global_batch_size(config: RunConfig, n_workers: int, start: dict[str, Any] | None) -> int:

@@ -1,0 +1,1 @@
+"""Everything that uses Ray; nothing outside of this folder imports it."""

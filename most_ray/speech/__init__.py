@@ -1,0 +1,1 @@
+"""From recordings to units and back, without the language model."""

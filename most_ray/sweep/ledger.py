@@ -24,10 +24,10 @@ from typing import Any, Literal
 
 from most_ray.errors import ConfigError
 from most_ray.io import storage
-from most_ray.io.journal import parse_lines
+from most_ray.io.json_lines import parse_lines, read_lines
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
 
-FILE, TRIALS, KEPT, BEST = LEDGER, "trials", "kept", "best.yaml"
+TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
 _RATES = {"words": "wer", "characters": "cer", "units": "unit_error_rate", "cycle": "cycle_wer", "outside": "outside_wer"}
 _PLAIN = ("loss", "perplexity", "duration_ratio")
@@ -142,8 +142,8 @@ class LedgerFile:
         self._mark = uuid.uuid4().hex
         if folder.remote:
             folder.mark(self._mark)
-        folder.pull(FILE)
-        path = folder.local / FILE
+        folder.pull(LEDGER)
+        path = folder.local / LEDGER
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         self.ledger = fold(parse_lines(whole))
@@ -157,7 +157,7 @@ class LedgerFile:
         line = {"kind": kind, "time": round(time.time(), 3), **content}
         self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._stream.flush()
-        self._folder.push(FILE)
+        self._folder.push(LEDGER)
         if kind == "sweep":
             self.ledger.sweep = line
         else:
@@ -165,12 +165,12 @@ class LedgerFile:
 
     def reread(self) -> Ledger:
         """The ledger as the file has it, with the time that has been spent."""
-        return fold(parse_lines((self._folder.local / FILE).read_bytes()))
+        return fold(read_lines(self._folder.local / LEDGER))
 
     def close(self) -> None:
         """A sweep that was refused leaves no ledger: its folder may yet be a run's."""
         self._stream.close()
-        path = self._folder.local / FILE
+        path = self._folder.local / LEDGER
         if not path.stat().st_size:
             path.unlink()
         self._lock.close()
@@ -179,7 +179,7 @@ class LedgerFile:
 def read_ledger(uri: str) -> Ledger | None:
     """The ledger of the sweep at a place (path or URI); None where there is none."""
     try:
-        return fold(parse_lines(storage.read_bytes(storage.join(uri, FILE))))
+        return fold(parse_lines(storage.read_bytes(storage.join(uri, LEDGER))))
     except FileNotFoundError:
         return None
 

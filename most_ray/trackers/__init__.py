@@ -1,0 +1,1 @@
+"""Weights & Biases and TensorBoard, each with every metric once per step."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from most_ray.io.journal import journal_lines
 from most_ray.io.run_folder import RunFolder
-from most_ray.metrics.rows import AXES, Key, exchange, key_of, lines_in_event_files, lines_of, row_of
+from most_ray.metrics.rows import AXES, Key, exchange, key_of, lines_in_event_files, row_of
 
 _GROWTH = 1.25  # of TensorBoard's files before they go to the run's place again: all in all a few times their size
 
@@ -45,7 +46,7 @@ class TensorBoard:
         # Two starts within a second would otherwise write to one file.
         suffix = f".{time.time_ns()}"
         self._writer = SummaryWriter(logdir=str(self._root), purge_step=step + 1, flush_secs=10, filename_suffix=suffix)
-        for line in lines_of(metrics):
+        for line in journal_lines(metrics):
             self.log(line)
 
     def log(self, line: dict[str, Any]) -> None:

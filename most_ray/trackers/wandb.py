@@ -12,8 +12,9 @@ from typing import Any
 
 from most_ray.config import RunConfig
 from most_ray.io import storage
+from most_ray.io.journal import journal_lines
 from most_ray.io.run_folder import RunFolder
-from most_ray.metrics.rows import AXES, Key, exchange, key_of, lines_of, row_of, rows_in_wandb_files
+from most_ray.metrics.rows import AXES, Key, exchange, key_of, row_of, rows_in_wandb_files
 from most_ray.trackers.base import Secret
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Wandb:
         for group, kind in {"train": "train", "mix": "train", "experts": "train", "layers": "experts", "eval": "evaluation"}.items():
             self._run.define_metric(f"{group}/*", step_metric=AXES[kind])
         self._take_stock(rows)
-        for line in lines_of(metrics):
+        for line in journal_lines(metrics):
             self.log(line)
 
     def _init(self, root: Path) -> Any:

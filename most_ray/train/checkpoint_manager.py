@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from most_ray.checkpoint import reader, retention
+from most_ray.checkpoint import catalog, retention
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.config import to_yaml
 from most_ray.data.plan import Plan
@@ -51,8 +51,8 @@ class CheckpointManager:
         self._writer.prepare(state)
         missing = [
             (step, uri)
-            for uri in (reader.committed(self._folder.checkpoints) if self._rank == 0 else [])
-            if self._due(step := reader.step_of(uri)) and step <= state.step and step not in self._reporter.evaluations
+            for uri in (catalog.committed(self._folder.checkpoints) if self._rank == 0 else [])
+            if self._due(step := catalog.step_of(uri)) and step <= state.step and step not in self._reporter.evaluations
         ]
         if self._validator:
             for step, uri in missing:
@@ -107,7 +107,7 @@ class CheckpointManager:
             load_tokenizer(local_copy(job.model_path)).save_pretrained(directory)
             self._reporter.push()
 
-        uri = reader.step_uri(folder.checkpoints, state.step)
+        uri = catalog.step_uri(folder.checkpoints, state.step)
         self._writer.save(uri, state, content, files, lambda: folder.marked() == self._attempt)
 
     def _follow(self) -> None:
@@ -132,7 +132,7 @@ class CheckpointManager:
             if score is not None:
                 scores[step] = score
         pending = self._reporter.held | (self._validator.pending() if self._validator else set())
-        reader.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
+        catalog.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
     def finish(self, reached: bool, wants_stop: Callable[[], bool]) -> None:
         """The last checkpoint is on disk, and every evaluation in; who is to stop does not wait for those: the run makes them once more

@@ -16,27 +16,18 @@ from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.distributed.ranks import world_size
 from most_ray.errors import DataError
-from most_ray.io.journal import EVALUATION, Journal, decoded
+from most_ray.io.journal import Journal
 from most_ray.io.run_folder import RunFolder
 from most_ray.trackers.base import Tracker
 
 logger = logging.getLogger(__name__)
 
 
-def evaluated_steps(folder: RunFolder) -> set[int]:
-    """The steps whose evaluations stand in a run's metrics.jsonl. Not while workers write it: it is brought here anew."""
-    folder.pull("metrics.jsonl")
-    path = folder.local / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    found = [decoded(line) for line in lines if EVALUATION in line]
-    return {line["step"] for line in found if line}
-
-
 class RunReporter:
     """Rank 0 writes metrics.jsonl and the trace, and hands the lines to the trackers.
 
     Args:
-        about: what a line of kind `start` says of this attempt (see METRICS.md).
+        about: what a line of kind `start` says of this attempt (see docs/metrics.md).
 
     held: steps whose evaluations are not on storage yet, so that their checkpoints must stay.
     """

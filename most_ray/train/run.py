@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from most_ray import config as configuration
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
@@ -113,8 +113,8 @@ def _export(prepared: Prepared) -> None:
         CheckpointError: there are none.
     """
     folder = prepared.folder
-    last = reader.step_uri(folder.checkpoints, prepared.job.total_steps)
-    if last not in reader.committed(folder.checkpoints):
+    last = catalog.step_uri(folder.checkpoints, prepared.job.total_steps)
+    if last not in catalog.committed(folder.checkpoints):
         raise CheckpointError("step", prepared.job.total_steps, "was not reached: no checkpoint of the last step was completed.")
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")

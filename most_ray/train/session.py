@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.config import RunConfig
 from most_ray.data.batch import open_plan
 from most_ray.data.feed import StreamSpec
@@ -176,12 +176,12 @@ class _Start:
 def _starting_point(job: Job, folder: RunFolder) -> _Start:
     """The ranks agree, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
     the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
-    own, torn = reader.latest_valid_on_all_ranks(folder.checkpoints)
-    reader.require_one(own, torn)
+    own, torn = catalog.latest_valid_on_all_ranks(folder.checkpoints)
+    catalog.require_valid(own, torn)
     if this_rank() == 0:
         for damaged, reason in torn:
             logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
-            reader.invalidate(damaged)  # its step will be saved anew
+            catalog.invalidate(damaged)  # its step will be saved anew
     uri = own or job.config.resume_from_checkpoint
     fresh = own is None and job.config.ignore_optimizer_state
     step = all_gather_or_raise(lambda: int(reader.read_state(uri)["step"]) if uri and not fresh else 0)[0]

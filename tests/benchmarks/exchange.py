@@ -135,7 +135,7 @@ def speech_plan(root: Path) -> PlanSpec:
             record = {**record_of(index), "instruction": "Go."}
             record["input" if task == "asr" else "output"] = units_to_text(units.tolist())
             records.append(record)
-        places.append(make_store(root / task, task, records, task, 256).place)
+        places.append(make_store(root / task, task, records, task, 256).uri)
     return PlanSpec(tuple(places), (1, 1), 0, 32, 256)
 
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from most_ray.cli import main as most_ray
-from most_ray.records.record import read_raw, record_files
+from most_ray.records.files import read_raw, record_files
 from tests.benchmarks.common import ROOT, show, write
 
 

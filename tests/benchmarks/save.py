@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.optim.train_state import TrainState
 from tests.benchmarks import common
@@ -165,13 +165,13 @@ def verify(uri: str, state: TrainState, size: tuple[int, int]) -> None:
     """Every hash, and a fresh state filled with it, against one that is saved and read the plain way: training has gone on meanwhile."""
     again = make_bench_state(*size)
     reader.load(uri, again)
-    assert reader.find_corruption(uri, deep=True) is None
+    assert catalog.find_corruption(uri, deep=True) is None
     assert again.step < state.step or not dist.is_initialized()
     other = CheckpointWriter(background=False)
     other.save(f"{uri}-again", again, {}, lambda _: None, lambda: True)
     other.close()
     barrier()
-    files = [reader.read_marker(at)["files"] for at in (uri, f"{uri}-again")]
+    files = [catalog.read_marker(at)["files"] for at in (uri, f"{uri}-again")]
     assert files[0] == files[1], "what was read and written again is the same, to the byte"
     barrier()
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -29,11 +29,11 @@ import transformers
 
 from most_ray.service.cluster.connection import start_local_ray
 from most_ray.service.tasks.unit_tasks import spread
-from most_ray.speech.corpora.audio import load_audio, seconds_of
+from most_ray.speech.corpora.audio import audio_seconds, load_audio
 from most_ray.speech.corpora.corpus import CorpusOptions
 from most_ray.speech.units import corpus_parts as parts_module
 from most_ray.speech.units.clustering import assign, remove_repeats
-from most_ray.speech.units.corpus_parts import Encode, Part, about_beside, digest, read_chunk, run_here, scan_corpus
+from most_ray.speech.units.corpus_parts import EncodeUnits, Part, json_digest, read_chunk, run_in_process, scan_corpus, summary_path
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
 from tests.benchmarks.common import SHARED, show, write
@@ -51,7 +51,7 @@ def corpus_of(folder: Path, seconds: float) -> Path:
         name = f"{len(rows):06d}.flac"
         (folder / name).symlink_to(file)
         rows.append(f"{name}\t{file.parent.parent.name}\tsome words")
-        total += seconds_of(file) or 0.0
+        total += audio_seconds(file) or 0.0
     (folder / "transcripts.tsv").write_text("\n".join(rows) + "\n")
     return folder
 
@@ -63,14 +63,14 @@ def hubert(folder: Path) -> EncoderSettings:
     return EncoderSettings("hubert", str(folder), 9)
 
 
-def encode_work(features: FeatureSettings, scratch: Path, speakers: Sequence[str]) -> Encode:
+def encode_work(features: FeatureSettings, scratch: Path, speakers: Sequence[str]) -> EncodeUnits:
     extractor = open_extractor(features, "cpu")
     centroids = np.random.default_rng(0).normal(size=(UNITS, extractor.width)).astype(np.float32)
     scratch.mkdir()
     zeros, ones = np.zeros((len(speakers), extractor.width)), np.ones((len(speakers), extractor.width))
     np.savez(scratch / "book.npz", centroids=centroids, speakers=np.array(speakers), means=zeros, deviations=ones)
-    return Encode(
-        features, digest(extractor.identity), "speaker", 120.0, str(scratch / "book.npz"), "", False, "bench", "jsonl.gz", str(scratch)
+    return EncodeUnits(
+        features, json_digest(extractor.identity), "speaker", 120.0, str(scratch / "book.npz"), "", False, "bench", "jsonl.gz", str(scratch)
     )
 
 
@@ -96,7 +96,7 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
     torch.set_num_threads(1)
     number = iter(range(10**6))
 
-    def fresh() -> Encode:
+    def fresh() -> EncodeUnits:
         """Its own files, so that nothing is there already."""
         folder = scratch / f"try-{next(number)}"
         folder.mkdir()
@@ -107,7 +107,7 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
         job, began = fresh(), time.time()
         for _ in spread(job, scan.parts, actors, 0.0):
             pass
-        done = sorted((job.target(part).stat().st_mtime, about_beside(job.target(part))) for part in scan.parts)
+        done = sorted((job.target(part).stat().st_mtime, summary_path(job.target(part))) for part in scan.parts)
         ready = done[actors - 1][0]  # every actor is up and has made one
         starts.append(done[0][0] - began)
         return sum(json.loads(about.read_text())["seconds"] for _, about in done[actors:]) / (done[-1][0] - ready)
@@ -119,7 +119,7 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
     starts: list[float] = []
     ways: dict[str, Callable[[], float]] = {
         "plain loop": lambda: timed(lambda: plain_loop(features, scan.parts, centroids)),
-        "one process": lambda: timed(lambda: sum(row["seconds"] for row in run_here(fresh(), scan.parts))),
+        "one process": lambda: timed(lambda: sum(row["seconds"] for row in run_in_process(fresh(), scan.parts))),
         "1 actor": lambda: by_actors(1),
         "2 actors": lambda: by_actors(2),
     }

@@ -13,7 +13,7 @@ import numpy as np
 from most_ray.data.batch import TokenLayout
 from most_ray.data.plan import PlanSpec
 from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, file_digest, seal
-from most_ray.records.template import Encoded
+from most_ray.records.template import EncodedRecord
 
 ROW = 2048
 LAYOUT = TokenLayout(first_audio=300, last_audio=801, pad=2, unit_base=300)
@@ -94,7 +94,7 @@ def _write_part(uri: Path, task: str, first: int, lengths: np.ndarray, prompts: 
         rows = zip(uris, lengths.tolist(), prompts.tolist(), strict=True)
         writer.add(
             [f"{task}_{first + i:09d}" for i in range(len(lengths))],
-            [Encoded(tokens[begin : begin + length], prompt, task) for begin, length, prompt in rows],  # type: ignore[arg-type]
+            [EncodedRecord(tokens[begin : begin + length], prompt, task) for begin, length, prompt in rows],  # type: ignore[arg-type]
         )
         writer.publish(str(uri), len(lengths))
     finally:

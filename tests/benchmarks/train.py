@@ -42,7 +42,7 @@ from most_ray.records.template import IGNORE
 from most_ray.records.tts_records import Conversion, prepare_tts
 from most_ray.runs.resolve import prepare_run
 from most_ray.speech.corpora.corpus import CorpusOptions
-from most_ray.speech.units.build import UnitsJob, prepare_units
+from most_ray.speech.units.prepare import UnitsJob, prepare_units
 from most_ray.train.step import Precision, run_step
 from tests.benchmarks import common
 from tests.benchmarks.peers import OriginalPeer, Record, Stopwatch, TransformersPeer, records_of, train_with_trainer

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from most_ray.service.cluster.control import draining_nodes
+from most_ray.service.cluster.ray_internals import draining_nodes
 from tests.end_to_end.faults.harness import Report, by_itself, compare, end_all, finish, ray_workers, steps_done, under_ray
 
 STEPS = 60

@@ -48,7 +48,7 @@ def train(refused: Run, tmp_path: Path) -> Run:
 @pytest.mark.parametrize("command", ["train", "submit train"])
 def test_no_token(refused: Run, tmp_path: Path, command: str) -> None:
     said = refused(*command.split(), *CONFIG, RAY_AUTH_MODE="", RAY_AUTH_TOKEN_PATH="", HOME=str(tmp_path))
-    assert "asks for a token, and none is here. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in said
+    assert "requires a token, and none is set here. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in said
 
 
 @pytest.mark.parametrize("command", ["train", "submit train"])
@@ -56,7 +56,7 @@ def test_wrong_token(refused: Run, tmp_path: Path, command: str) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
     said = refused(*command.split(), *CONFIG, RAY_AUTH_TOKEN_PATH=str(wrong))
-    assert "does not take this token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in said
+    assert "does not accept this token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in said
 
 
 @pytest.mark.parametrize("command", ["train", "submit train"])

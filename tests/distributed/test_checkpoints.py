@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from most_ray.checkpoint import reader, shards
+from most_ray.checkpoint import catalog, reader, shards
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.data.batch import open_plan
@@ -161,7 +161,7 @@ def test_files_hold_each_tensor_once_under_its_own_rows(setting: Setting, saved:
         assert sum(name.startswith("model.") for name in index) == content["n_tensors"] == len(weights)
         for name, stored in index.items():
             assert sum(chunk.sizes.numel() for chunk in stored.metadata.chunks) == stored.metadata.size.numel(), name
-            for chunk, (file, key) in zip(stored.metadata.chunks, stored.uris, strict=True):
+            for chunk, (file, key) in zip(stored.metadata.chunks, stored.locations, strict=True):
                 if name in weights:
                     region = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
                     assert torch.equal(weights[name][region], load_file(folder / file)[key]), name
@@ -184,7 +184,7 @@ def save_while_training(setting: Setting) -> list[str]:
     for attempt in range(2):  # with new buffers and with kept ones
         writer.save(str(folder / f"step-00000001{attempt}"), state, content_of(state, plan), lambda _: None, lambda: True)
         before = {name: parameter.detach().clone() for name, parameter in state.model.named_parameters()}
-        assert not (folder / f"step-00000001{attempt}" / reader.COMMIT).exists()
+        assert not (folder / f"step-00000001{attempt}" / catalog.COMMIT).exists()
         steps(make(setting.model_dir, (1, 2, 2)), plan, 1)  # collectives of training beside those of the save
         with torch.no_grad():
             for parameter in state.model.parameters():
@@ -195,7 +195,7 @@ def save_while_training(setting: Setting) -> list[str]:
             for name, parameter in state.model.named_parameters():
                 parameter.copy_(before[name])
     writer.close()
-    return list(json.loads((folder / "step-000000001" / reader.COMMIT).read_text())["files"])
+    return list(json.loads((folder / "step-000000001" / catalog.COMMIT).read_text())["files"])
 
 
 def slow(seconds: float) -> None:
@@ -247,7 +247,7 @@ def fail_on_rank_1(setting: Setting) -> tuple[str, list[str], list[str]]:
     writer.wait()
     writer.close()
     dist.barrier()
-    return str(raised.value), left, reader.committed(folder)
+    return str(raised.value), left, catalog.committed(folder)
 
 
 def test_a_rank_that_fails_fails_the_save_on_all(setting: Setting) -> None:
@@ -260,31 +260,31 @@ def test_a_rank_that_fails_fails_the_save_on_all(setting: Setting) -> None:
 def find_intact(setting: Setting) -> list[Any]:
     plan = open_plan(setting.spec)
     state = make(setting.model_dir, (1, 2, 1))
-    folder = Path(setting.folder) / "torn"
+    folder = Path(setting.folder) / "corrupt"
     for step in (1, 2, 3):
         state.step = step
-        save_to(reader.step_uri(str(folder), step), state, plan)
+        save_to(catalog.step_uri(str(folder), step), state, plan)
     dist.barrier()
     if dist.get_rank() == 0:
         for step, file in ((2, "rank-00001.safetensors"), (3, "rank-00000.safetensors")):
-            path = Path(reader.step_uri(str(folder), step)) / file
+            path = Path(catalog.step_uri(str(folder), step)) / file
             data = bytearray(path.read_bytes())
             data[-200] ^= 1
             path.write_bytes(data)
     dist.barrier()
-    shallow = reader.latest_valid_on_all_ranks(str(folder), deep_bytes=0)
+    shallow = catalog.latest_valid_on_all_ranks(str(folder), deep_bytes=0)
     dist.barrier()
-    return [shallow, reader.latest_valid_on_all_ranks(str(folder))]
+    return [shallow, catalog.latest_valid_on_all_ranks(str(folder))]
 
 
 def test_ranks_share_the_search_for_the_newest_intact_checkpoint(setting: Setting) -> None:
     answers = run_ranks(2, find_intact, setting)
     assert answers[0] == answers[1]
-    shallow, (uri, torn) = answers[0]
+    shallow, (uri, corrupt) = answers[0]
     assert shallow[0].endswith("step-000000003") and shallow[1] == []
     assert uri.endswith("step-000000001")
-    assert [Path(at).name for at, _ in torn] == ["step-000000003", "step-000000002"]
-    assert "rank-00000.safetensors has other content" in torn[0][1] and "rank-00001.safetensors has other content" in torn[1][1]
+    assert [Path(at).name for at, _ in corrupt] == ["step-000000003", "step-000000002"]
+    assert "rank-00000.safetensors has other content" in corrupt[0][1] and "rank-00001.safetensors has other content" in corrupt[1][1]
 
 
 def peak_of(folder: str, background: bool) -> tuple[float, float, float]:

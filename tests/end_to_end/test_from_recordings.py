@@ -14,7 +14,7 @@ import soundfile
 
 from most_ray.cli import main
 from most_ray.io.journal import read_journal
-from most_ray.records.record import read_raw, record_files
+from most_ray.records.files import read_raw, record_files
 
 
 def test_from_a_folder_of_recordings_to_a_word_error_rate(

@@ -276,8 +276,8 @@ def test_a_killed_driver(ray_cluster: str, tmp_path: Path) -> None:
         tmp_path, "killed", {"learning_rate": {"grid": [0.01, 0.02, 0.03, 0.04]}}, search="grid", max_steps=40, max_concurrent_trials=1
     )
     script = (
-        "import sys; from most_ray.service import sweep; "
-        f"sweep.TRAIN = {FAKE!r}; from most_ray.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; from most_ray.service.tune import runner; "
+        f"runner.TRAIN = {FAKE!r}; from most_ray.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "sweep", "--config", str(tmp_path / "killed.yaml"), "--ray_address", ray_cluster]
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import most_ray  # noqa: F401
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.cli import main
 from most_ray.config import RunConfig, load_config
 from most_ray.data.batch import Batch
@@ -194,7 +194,7 @@ def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> 
     changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "keep_last": 1, "keep_best": 2, "best_metric": "loss/asr/test_takes"}
     run(folder, "evaluated", eval_steps=10, **changes)
     # Saved at 8, 10, 16 and 20: the last one stays, and those that have a score.
-    assert [reader.step_of(uri) for uri in reader.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
+    assert [catalog.step_of(uri) for uri in catalog.committed(str(folder / "evaluated" / "checkpoints"))] == [10, 20]
     result = json.loads((folder / "evaluated" / "evaluations" / "step-000000010.json").read_text())
     assert 0.0 <= result["wer"]["test_takes"] <= 3.0 and result["sets"]["asr/test_takes"]["records"] == 200
     assert losses(folder, "evaluated") == losses(folder, "reference")
@@ -328,7 +328,7 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
     uri = bucket % "runs/remote"
     names = {entry.name for entry in storage.list_files(uri, ("",))}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "export/config.json", "init/config.json"} <= names
-    assert [reader.step_of(c) for c in reader.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
+    assert [catalog.step_of(c) for c in catalog.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
     lines = [json.loads(line) for line in storage.read_bytes(bucket % "runs/remote/metrics.jsonl").splitlines()]
     steps = {kind: [line["step"] for line in lines if line["kind"] == kind] for kind in ("start", "train", "evaluation")}
     assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]} and summary["step"] == 6

@@ -17,9 +17,9 @@ import transformers
 from most_ray.errors import DataError
 from most_ray.service.tasks.unit_tasks import runner_of, spread
 from most_ray.speech.corpora.corpus import CorpusOptions
-from most_ray.speech.units.build import UnitsJob, prepare_units
-from most_ray.speech.units.corpus_parts import Part, Runner, Work
+from most_ray.speech.units.corpus_parts import Part, PartTask, Runner
 from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
+from most_ray.speech.units.prepare import UnitsJob, prepare_units
 
 OUTPUTS = ("records.jsonl.gz", "kmeans.npy", "units.json", "rejected.jsonl")
 
@@ -67,9 +67,9 @@ def test_actors_make_the_same_bytes_as_one_process(ray_cluster: str, corpus: Pat
 
 @dataclass(frozen=True)
 class _Fatal:
-    """Work whose process dies, once, with a part in its hands."""
+    """A task whose process dies, once, with a part in its hands."""
 
-    inner: Work
+    inner: PartTask
     mark: str
 
     def target(self, part: Part) -> Path:
@@ -92,18 +92,18 @@ def test_a_part_whose_actor_dies_is_made_again(ray_cluster: str, corpus: Path, t
     alone = made(corpus, tmp_path / "alone", MfccSettings(), runner_of(MfccSettings(), 0, None, None))
 
     def dying(_size: int) -> Runner:
-        def run(work: Work, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
+        def run(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
             return spread(_Fatal(work, str(tmp_path / f"died-{type(work).__name__}")), parts, 2, 0.0)
 
         return run
 
     assert made(corpus, tmp_path / "dying", MfccSettings(), dying) == alone
-    assert {path.name for path in tmp_path.glob("died-*")} == {"died-Measure", "died-Encode"}
+    assert {path.name for path in tmp_path.glob("died-*")} == {"died-CollectStatistics", "died-EncodeUnits"}
 
 
 @dataclass(frozen=True)
 class _Refusing:
-    """Work that a user has to mend something for."""
+    """A task that a user has to mend something for."""
 
     def target(self, part: Part) -> Path:
         return Path(part.chunk)

@@ -15,8 +15,8 @@ import pytest
 import soundfile
 
 from most_ray.cli import main
-from most_ray.records.record import read_raw, record_files
-from most_ray.speech.units.corpus_parts import Part, Work, run_here
+from most_ray.records.files import read_raw, record_files
+from most_ray.speech.units.corpus_parts import Part, PartTask, run_in_process
 
 
 def tone(seconds: float, pitch: float, rate: int = 8000) -> np.ndarray:
@@ -112,9 +112,9 @@ class Counting:
         self.made: list[tuple[str, int]] = []
         self._stop_after, self._backwards = stop_after, backwards
 
-    def __call__(self, work: Work, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
+    def __call__(self, work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
         for part in reversed(parts) if self._backwards else parts:
             if len(self.made) == self._stop_after:
                 raise KeyboardInterrupt
-            yield from run_here(work, [part])
+            yield from run_in_process(work, [part])
             self.made.append((type(work).__name__, part.index))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.optim.train_state import TrainState
 from tests.support.training import bare_state
@@ -37,8 +37,8 @@ def saved_at(checkpoints: str | Path, *steps: int) -> list[str]:
     for step in steps:
         state = small(float(step))
         state.step = step
-        save(reader.step_uri(str(checkpoints), step), state)
-    return [reader.step_uri(str(checkpoints), step) for step in steps]
+        save(catalog.step_uri(str(checkpoints), step), state)
+    return [catalog.step_uri(str(checkpoints), step) for step in steps]
 
 
 def weight_in(uri: str | Path) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from most_ray.evaluation.decode import Forward
-from most_ray.evaluation.evaluate import Directories, Evaluation, combine, open_sets
-from most_ray.evaluation.scoring import EvaluationSettings, Outside, score_share
+from most_ray.evaluation.evaluate import Directories, Evaluation, merge_shards, open_sets
+from most_ray.evaluation.scoring import EvaluationSettings, Recogniser, score_shard
 from most_ray.model.build import load_model, save_model
 from most_ray.records.tokenizer import load_tokenizer, token_ids, train_tokenizer
 from tests.support.builders import WORDS, asr, text, tiny_model, tts, write_records
@@ -45,11 +45,11 @@ def make_scene(root: Path, n_asr: int = 7, n_tts: int = 3, n_text: int = 2) -> S
 
 
 def evaluate(
-    scene: Scene, settings: EvaluationSettings = SETTINGS, world: int = 1, outside: Outside | None = None, model: Any = None
+    scene: Scene, settings: EvaluationSettings = SETTINGS, world: int = 1, outside: Recogniser | None = None, model: Any = None
 ) -> Evaluation:
     """By one process, in `world` shares."""
     model = model or load_model(scene.model)
     tokenizer = load_tokenizer(scene.model)
     sets = open_sets(model.config, tokenizer, scene.model, scene.directories, settings, scene.stores)
-    shares = [score_share(Forward(model), tokenizer, sets, settings, rank, world, outside) for rank in range(world)]
-    return combine(shares, sets, settings, model.config, tokenizer, scene.model)
+    shares = [score_shard(Forward(model), tokenizer, sets, settings, rank, world, outside) for rank in range(world)]
+    return merge_shards(shares, sets, settings, model.config, tokenizer, scene.model)

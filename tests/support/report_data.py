@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.speech.vocoder.assets import FOLDER
-from most_ray.speech.vocoder.network import FILE, Example, UnitVocoder, VocoderSettings, fit_vocoder
+from most_ray.records.files import SPEECH_FOLDER, VOCODER
+from most_ray.speech.vocoder.unit_vocoder import Example, UnitVocoder, VocoderSettings, fit_vocoder
 
 LAYERS, EXPERTS = 6, 8
 GROUPS = {"text": [0, 1, 2, 3], "audio": [4, 5, 6, 7]}
@@ -69,10 +69,10 @@ def write_run(folder: Path, steps: int = 400, seed: int = 0, restart: int | None
 
 def write_kit(run: Path) -> Path:
     """The folder speech/ of a run, as far as a report reads it: what UNITS are, and a vocoder of six tones."""
-    folder = run / FOLDER
+    folder = run / SPEECH_FOLDER
     folder.mkdir()
     (folder / "units.json").write_text(json.dumps({"identity": UNITS}))
-    _vocoder().save(folder / FILE)
+    _vocoder().save(folder / VOCODER)
     return folder
 
 

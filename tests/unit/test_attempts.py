@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from types import SimpleNamespace
 
@@ -14,8 +15,8 @@ from rich.console import Console
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service.cluster import control
-from most_ray.service.cluster.control import RESIZED, TERMINATED, RunStoppedError, ShutdownSignal
+from most_ray.service.cluster import capacity
+from most_ray.service.cluster.stop_requests import RESIZED, TERMINATED, RunStoppedError, ShutdownSignal
 from most_ray.service.training import attempts
 from most_ray.service.training.attempts import FailureWindow, RunIncompleteError, _cause, run_attempts
 
@@ -64,11 +65,11 @@ def test_exit_codes_tell_the_ends_apart() -> None:
     assert (ConfigError.exit_code, RunIncompleteError.exit_code, RunStoppedError.exit_code) == (2, 1, 75)
 
 
-def test_sigterm_is_patient_only_while_workers_train() -> None:
+def test_sigterm_leaves_time_only_while_workers_train() -> None:
     """Exit code 75 at any moment; once more, or outside of training, it ends at once."""
-    for patient, expected in ((True, [False, True]), (False, [True, True])):
-        with ShutdownSignal().on_sigterm() as terminated:
-            terminated.patient = patient
+    for graceful, expected in ((True, [False, True]), (False, [True, True])):
+        shutdown = ShutdownSignal()
+        with shutdown.on_sigterm(), shutdown.grace_period() if graceful else contextlib.nullcontext():
             raised = []
             for _ in expected:
                 try:
@@ -76,7 +77,7 @@ def test_sigterm_is_patient_only_while_workers_train() -> None:
                     raised.append(False)
                 except RunStoppedError:
                     raised.append(True)
-            assert raised == expected and terminated.is_set()
+            assert raised == expected and shutdown.is_set()
 
 
 PREPARED = SimpleNamespace(job=SimpleNamespace(config=config_from({})), use_gpu=False, topologies=[SimpleNamespace(world_size=1)])
@@ -156,16 +157,16 @@ def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_g
             said.append(self.requester)
 
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(control, "DefaultAutoscalingCoordinator", Coordinator)
-    monkeypatch.setattr(control.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(control, "grows", lambda: False)
+    monkeypatch.setattr(capacity, "DefaultAutoscalingCoordinator", Coordinator)
+    monkeypatch.setattr(capacity.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(capacity, "has_autoscaler", lambda: False)
     for grows, expected in ((False, 0), (True, 3)):
-        monkeypatch.setattr(control, "grows", lambda grows=grows: grows)
-        wish = control.AutoscalerRequest(control.WorkerShare(2, 1), 3, 1.0)
+        monkeypatch.setattr(capacity, "has_autoscaler", lambda grows=grows: grows)
+        request = capacity.AutoscalerRequest(capacity.WorkerShare(2, 1), 3, 1.0)
         for _ in range(70):
             clock.now += 1
-            wish.renew()
+            request.renew()
         assert len(said) == expected
-        wish.cancel()
+        request.cancel()
     assert said[0] == (said[-1], [{"CPU": 2, "GPU": 1}] * 3 + [{"CPU": 1.0}], 180.0)
     assert len({entry[0] for entry in said[:-1]}) == 1  # type: ignore[index]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.data.plan import Plan
@@ -116,10 +116,10 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(model_dir: str, plan
         tiny_model(**changes, **({"text_expert_indices": None} if "n_routed_experts" in changes else {})).save_pretrained(other)
         with pytest.raises(CheckpointError, match=message):
             reader.load(uri, make(str(other)))
-    marker = json.loads((uri / reader.COMMIT).read_text())
+    marker = json.loads((uri / catalog.COMMIT).read_text())
     for number, content in ((99, {**marker, "format": 99}), (1, {"step": 0})):  # as the version before wrote it
-        (uri / reader.COMMIT).write_text(json.dumps(content))
-        for read in (lambda: reader.read_state(uri), lambda: reader.latest_valid(str(tmp_path))):
+        (uri / catalog.COMMIT).write_text(json.dumps(content))
+        for read in (lambda: reader.read_state(uri), lambda: catalog.latest_valid(str(tmp_path))):
             with pytest.raises(CheckpointError, match=f"format {number}, not 2"):
                 read()
 
@@ -131,31 +131,31 @@ def bucket(s3: str) -> str:
 
 def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
     """Uploaded, listed, checked, read, pruned; scratch is left empty."""
-    assert reader.committed(bucket) == [] and reader.latest_valid(bucket) == (None, [])
+    assert catalog.committed(bucket) == [] and catalog.latest_valid(bucket) == (None, [])
     made = CheckpointWriter(scratch=tmp_path)
     for step in (1, 2, 3):
         state = small(float(step))
         state.step = step
         files = lambda folder: (folder / "tokenizer.json").write_text("{}") and None  # noqa: E731
-        made.save(reader.step_uri(bucket, step), state, {}, files, lambda: True)
+        made.save(catalog.step_uri(bucket, step), state, {}, files, lambda: True)
     made.wait()
-    assert [(saved.step, saved.uri) for saved in made.poll()] == [(step, reader.step_uri(bucket, step)) for step in (1, 2, 3)]
+    assert [(saved.step, saved.uri) for saved in made.poll()] == [(step, catalog.step_uri(bucket, step)) for step in (1, 2, 3)]
     made.close()
-    uris = reader.committed(bucket)
-    assert [reader.step_of(uri) for uri in uris] == [1, 2, 3] and all(uri.startswith("s3://") for uri in uris)
+    uris = catalog.committed(bucket)
+    assert [catalog.step_of(uri) for uri in uris] == [1, 2, 3] and all(uri.startswith("s3://") for uri in uris)
     state = small(-1.0)
     assert reader.load(uris[1], state, scratch=tmp_path)["step"] == state.step == 2
     assert weight_in(uris[1]) == 2.0
     storage.write_bytes(storage.join(uris[2], "tokenizer.json"), b"[]")
-    assert reader.latest_valid(bucket) == (
+    assert catalog.latest_valid(bucket) == (
         uris[1],
         [(uris[2], "tokenizer.json has other content than was written (its hash differs)")],
     )
     storage.write_bytes(storage.join(uris[2], "tokenizer.json"), b"[1]")
-    assert "tokenizer.json has 3 bytes, not 2" in str(reader.find_corruption(uris[2]))
-    reader.invalidate(uris[0])
-    assert reader.prune(bucket, 1) == [2]
-    assert reader.committed(bucket) == uris[2:]
+    assert "tokenizer.json has 3 bytes, not 2" in str(catalog.find_corruption(uris[2]))
+    catalog.invalidate(uris[0])
+    assert catalog.prune(bucket, 1) == [2]
+    assert catalog.committed(bucket) == uris[2:]
     assert {entry.name.split("/")[0] for entry in storage.list_files(bucket, ("",))} == {"step-000000003"}
     assert list(tmp_path.iterdir()) == []
 

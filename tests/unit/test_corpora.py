@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError, DataError
 from most_ray.speech.corpora.corpus import (
-    LAYOUTS,
+    READERS,
     CorpusOptions,
     Utterance,
     check_conditions,
-    data_set_name,
+    dataset_name,
+    matches_all,
     parse_condition,
     read_corpus,
-    selected,
 )
 from tests.support.corpora import librispeech, put, read, reasons
 
@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
 # What is asked for
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "folder"])
+@pytest.mark.parametrize("layout", [layout for layout in READERS if layout != "folder"])
 def test_folders_of_something_else(tmp_path: Path, layout: str) -> None:
     """Each says what it looked for and what to give; a split that is not there is named, too."""
     put(tmp_path / "x/readme.md")
@@ -339,9 +339,9 @@ def test_data_set_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """The layout's name, for a folder the folder's, also where that is written as a dot."""
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    assert data_set_name(CorpusOptions("folder", Path())) == "mine"
-    assert data_set_name(CorpusOptions("folder", tmp_path / "mine", name="x")) == "x"
-    assert data_set_name(CorpusOptions("an4", tmp_path)) == "an4"
+    assert dataset_name(CorpusOptions("folder", Path())) == "mine"
+    assert dataset_name(CorpusOptions("folder", tmp_path / "mine", name="x")) == "x"
+    assert dataset_name(CorpusOptions("an4", tmp_path)) == "an4"
 
 
 def test_conditions() -> None:
@@ -349,7 +349,7 @@ def test_conditions() -> None:
     utterance = Utterance("x", Path("x"), "x", {"speaker": "a", "votes": 3})
 
     def holds(*words: str) -> bool:
-        return selected(utterance, [parse_condition(word) for word in words])
+        return matches_all(utterance, [parse_condition(word) for word in words])
 
     assert holds() and holds("speaker=a,b") and holds("votes=3", "speaker!=b") and holds("accent=") and holds("accent!=x")
     assert not holds("speaker=b") and not holds("speaker=a", "votes!=3") and not holds("accent=x")
@@ -374,8 +374,8 @@ def test_a_duration_without_a_start_cuts_nothing(tmp_path: Path) -> None:
 def test_every_utterance_has_a_fold(tmp_path: Path) -> None:
     """So that recordings without speakers can be divided: each in one of ten, whatever else is in the corpus."""
     utterances = [Utterance(f"n_{index}", Path("a.wav"), "x", {}) for index in range(500)]
-    folds = [[u.id for u in utterances if selected(u, [parse_condition(f"fold={fold}")])] for fold in range(10)]
+    folds = [[u.id for u in utterances if matches_all(u, [parse_condition(f"fold={fold}")])] for fold in range(10)]
     assert sorted(name for fold in folds for name in fold) == sorted(u.id for u in utterances) and min(map(len, folds)) > 25
-    rest = [u.id for u in utterances if selected(u, [parse_condition("fold!=0")])]
+    rest = [u.id for u in utterances if matches_all(u, [parse_condition("fold!=0")])]
     assert sorted(rest + folds[0]) == sorted(u.id for u in utterances)
     check_conditions([parse_condition("fold=0")], {"speaker"})

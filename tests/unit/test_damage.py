@@ -8,35 +8,35 @@ from pathlib import Path
 
 import pytest
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.errors import CheckpointError
 from tests.support.checkpoints import save, saved_at, small, weight_in
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(tmp_path: Path) -> None:
     uris = saved_at(tmp_path, 1, 2, 3)
-    assert reader.committed(str(tmp_path)) == uris
-    assert [reader.step_of(uri) for uri in uris] == [1, 2, 3]
-    (Path(uris[2]) / reader.COMMIT).unlink()
-    assert reader.committed(str(tmp_path)) == uris[:2]
+    assert catalog.committed(str(tmp_path)) == uris
+    assert [catalog.step_of(uri) for uri in uris] == [1, 2, 3]
+    (Path(uris[2]) / catalog.COMMIT).unlink()
+    assert catalog.committed(str(tmp_path)) == uris[:2]
     with pytest.raises(CheckpointError, match="never completed"):
         reader.load(uris[2], small())
-    assert reader.latest_valid(str(tmp_path)) == (uris[1], [])
-    assert reader.prune(str(tmp_path), 1) == [1]
-    assert reader.committed(str(tmp_path)) == uris[1:2]
+    assert catalog.latest_valid(str(tmp_path)) == (uris[1], [])
+    assert catalog.prune(str(tmp_path), 1) == [1]
+    assert catalog.committed(str(tmp_path)) == uris[1:2]
     assert Path(uris[2]).exists(), "a checkpoint under way is newer than all complete ones"
-    saved_at(tmp_path, 3)  # a dead attempt's folder is written anew
-    assert weight_in(reader.committed(str(tmp_path))[-1]) == 3.0
+    saved_at(tmp_path, 3)  # a dead attempt's folder is written again
+    assert weight_in(catalog.committed(str(tmp_path))[-1]) == 3.0
     with pytest.raises(CheckpointError, match="is not named step-NNNNNNNNN"):
-        reader.step_of(str(tmp_path))
+        catalog.step_of(str(tmp_path))
 
 
 def test_what_a_dead_attempt_left_is_no_part_of_the_next_one(tmp_path: Path) -> None:
-    uri = Path(reader.step_uri(str(tmp_path), 1))
+    uri = Path(catalog.step_uri(str(tmp_path), 1))
     uri.mkdir()
     (uri / "rank-00007.safetensors").write_bytes(b"of a larger group")
     saved_at(tmp_path, 1)
-    assert sorted(reader.read_marker(str(uri))["files"]) == ["rank-00000.safetensors", "state.json"]
+    assert sorted(catalog.read_marker(str(uri))["files"]) == ["rank-00000.safetensors", "state.json"]
     assert weight_in(uri) == 1.0
 
 
@@ -48,15 +48,15 @@ def test_a_deletion_that_is_cut_off_leaves_no_half_checkpoint(tmp_path: Path, mo
 
     monkeypatch.setattr(shutil, "rmtree", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        reader.prune(str(tmp_path), 1)
-    assert reader.committed(str(tmp_path)) == uris[1:]
+        catalog.prune(str(tmp_path), 1)
+    assert catalog.committed(str(tmp_path)) == uris[1:]
 
 
 def test_the_best_and_the_evaluated_are_kept(tmp_path: Path) -> None:
     saved_at(tmp_path, 1, 2, 3, 4, 5, 6)
-    (tmp_path / "step-000000002" / reader.COMMIT).unlink()  # what a dead attempt left
+    (tmp_path / "step-000000002" / catalog.COMMIT).unlink()  # what a dead attempt left
     (tmp_path / "step-other").mkdir()
-    assert reader.prune(str(tmp_path), 1, 1, {1: 0.5, 3: 0.1, 4: 0.2}, {4}) == [1, 5]
+    assert catalog.prune(str(tmp_path), 1, 1, {1: 0.5, 3: 0.1, 4: 0.2}, {4}) == [1, 5]
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "4", "6", "r"]
 
 
@@ -89,35 +89,35 @@ def garbage(path: Path) -> None:
         (lambda path: path.write_text('{"format": 2, "step": 3, "files": {"a": 1}}'), "commit.json", "commit.json is cut off or garbage"),
     ],
 )
-def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, damage: Callable[[Path], None], file: str, message: str
 ) -> None:
-    """It is passed over, and the step may be saved anew once it is revoked."""
+    """It is skipped, and its step may be saved again once it is invalidated."""
     uris = saved_at(tmp_path, 1, 2)
-    assert [reader.find_corruption(uri, deep=True) for uri in uris] == [None, None]
+    assert [catalog.find_corruption(uri, deep=True) for uri in uris] == [None, None]
     damage(Path(uris[1]) / file)
-    uri, ((torn, reason),) = reader.latest_valid(str(tmp_path))
-    assert uri == uris[0] and torn == uris[1] and pytest.approx(weight_in(uri)) == 1.0
+    uri, ((corrupt, reason),) = catalog.latest_valid(str(tmp_path))
+    assert uri == uris[0] and corrupt == uris[1] and pytest.approx(weight_in(uri)) == 1.0
     assert re.match(message, reason), reason
-    reader.invalidate(uris[1])
-    assert reader.committed(str(tmp_path)) == uris[:1]
+    catalog.invalidate(uris[1])
+    assert catalog.committed(str(tmp_path)) == uris[:1]
     saved_at(tmp_path, 2)
-    assert reader.latest_valid(str(tmp_path)) == (uris[1], [])
+    assert catalog.latest_valid(str(tmp_path)) == (uris[1], [])
 
 
 def test_only_the_asked_share_is_hashed(tmp_path: Path) -> None:
     (uri,) = saved_at(tmp_path, 1)
     flip(Path(uri) / "rank-00000.safetensors")  # the first of two files
-    assert reader.find_corruption(uri) is None
-    assert reader.find_corruption(uri, 0, 2, deep=True) and reader.find_corruption(uri, 1, 2, deep=True) is None
-    assert reader.latest_valid(str(tmp_path), deep_bytes=1000) == (uri, [])
+    assert catalog.find_corruption(uri) is None
+    assert catalog.find_corruption(uri, 0, 2, deep=True) and catalog.find_corruption(uri, 1, 2, deep=True) is None
+    assert catalog.latest_valid(str(tmp_path), deep_bytes=1000) == (uri, [])
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     for damage in (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), garbage, Path.unlink):
         (uri,) = saved_at(tmp_path, 1)
         damage(Path(uri) / "rank-00000.safetensors")
-        with pytest.raises(CheckpointError, match=r"damaged file \(.*rank-00000.safetensors.*Delete it to go on from an older one"):
+        with pytest.raises(CheckpointError, match=r"damaged file \(.*rank-00000.safetensors.*Delete it to resume from an older one"):
             reader.load(uri, small())
         shutil.rmtree(uri)
     (uri,) = saved_at(tmp_path, 1)
@@ -137,9 +137,9 @@ def test_tensors_that_are_missing_since_the_save_are_told(tmp_path: Path) -> Non
 def test_a_run_without_an_intact_checkpoint_does_not_begin_anew(tmp_path: Path) -> None:
     uris = saved_at(tmp_path, 1, 2)
     for uri in uris:
-        (Path(uri) / reader.COMMIT).write_text("{")
-    intact, torn = reader.latest_valid(str(tmp_path))
+        (Path(uri) / catalog.COMMIT).write_text("{")
+    intact, corrupt = catalog.latest_valid(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"step-000000002.*is damaged \(commit.json.*so are all 2 of the run"):
-        reader.require_one(intact, torn)
-    reader.require_one(None, [])
-    reader.require_one(uris[0], [(uris[1], "x")])
+        catalog.require_valid(intact, corrupt)
+    catalog.require_valid(None, [])
+    catalog.require_valid(uris[0], [(uris[1], "x")])

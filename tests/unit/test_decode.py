@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from most_ray.data.plan import distinct_names
-from most_ray.evaluation.beam import Beams
-from most_ray.evaluation.decode import Forward, Search, count_routing, decode
+from most_ray.evaluation.beam import BeamSearch
+from most_ray.evaluation.decode import Forward, SearchOptions, count_routing, decode
 from most_ray.evaluation.scoring import record_losses
 from most_ray.records.template import IGNORE
 from tests.support.builders import IDS, asr, make_store, tiny_model
@@ -35,7 +35,7 @@ def test_it_is_the_librarys_greedy_decoding(prompts: list[np.ndarray]) -> None:
     caps = [4 + index % 5 for index in range(len(prompts))]
     expected = [generated(model, prompt, cap) for prompt, cap in zip(prompts, caps, strict=True)]
     for batch_size in (1, 4, 16):
-        found = decode(Forward(model), prompts, STOP, caps, Search(batch_size))
+        found = decode(Forward(model), prompts, STOP, caps, SearchOptions(batch_size))
         assert [result.tokens for result in found] == expected
         assert all((result.stop is None) == (len(result.tokens) == cap) for result, cap in zip(found, caps, strict=True))
 
@@ -51,7 +51,7 @@ def test_it_is_the_librarys_beam_search(prompts: list[np.ndarray], beams: int, p
     keywords = {"num_beams": beams, "length_penalty": penalty}
     expected = [generated(model, prompt, cap, **keywords) for prompt, cap in zip(prompts, caps, strict=True)]
     for batch_size in (1, 4, 16):
-        found = decode(Forward(model), prompts, STOP, caps, Search(batch_size, beams, penalty))
+        found = decode(Forward(model), prompts, STOP, caps, SearchOptions(batch_size, beams, penalty))
         assert [result.tokens for result in found] == expected
     assert {result.stop for result in found} == {None, IDS.eos}
 
@@ -62,7 +62,7 @@ def test_beams_find_what_greed_misses() -> None:
     table = {(): [0.6, 0.4, 1e-9], (0,): [0.4, 0.35, 0.25], (1,): [0.05, 0.05, 0.9], "else": [0.1, 0.1, 0.8]}  # token 2 ends
 
     def search(width: int) -> tuple[list[int], int | None]:
-        beams, rows = Beams(width, [2], cap=4, length_penalty=0.0), [()] * width
+        beams, rows = BeamSearch(width, [2], cap=4, length_penalty=0.0), [()] * width
         while not beams.done:
             likely = [table.get(row, table["else"]) for row in rows]  # type: ignore[call-overload]
             parents, tokens = beams.advance([list(log(row)) for row in likely], [[0, 1, 2]] * width)
@@ -74,7 +74,7 @@ def test_beams_find_what_greed_misses() -> None:
 
 
 def test_a_record_without_room_for_an_answer_has_none(prompts: list[np.ndarray]) -> None:
-    found = decode(Forward(tiny_model(3).eval()), prompts[:2], STOP, [0, 3], Search())
+    found = decode(Forward(tiny_model(3).eval()), prompts[:2], STOP, [0, 3], SearchOptions())
     assert found[0].tokens == [] and found[0].stop is None and len(found[1].tokens) > 0
 
 
@@ -84,7 +84,7 @@ def test_every_selection_is_counted_and_neither_padding_nor_ended_rows_are(promp
     loads = []
     for batch_size in (1, 11):
         with count_routing(model) as load:
-            produced = decode(Forward(model), prompts, [], caps, Search(batch_size))
+            produced = decode(Forward(model), prompts, [], caps, SearchOptions(batch_size))
         loads.append(load)
     assert [len(output.tokens) for output in produced] == caps
     tokens = sum(len(prompt) + cap - 1 for prompt, cap in zip(prompts, caps, strict=True))  # the last one is produced, not read

@@ -209,7 +209,7 @@ def test_the_kind_documents_the_run(folders: dict[str, Path]) -> None:
 
 def test_open_extractor_takes_it_from_the_flag(folders: dict[str, Path]) -> None:
     extractor = open_extractor(parse_features(f"hubert:{folders['hubert']}:1"))
-    assert isinstance(extractor, EncoderExtractor) and extractor.place == str(folders["hubert"])
+    assert isinstance(extractor, EncoderExtractor) and extractor.source == str(folders["hubert"])
 
 
 def test_identity_is_of_the_weights_in_use_not_of_the_place(folders: dict[str, Path], hubert: Path) -> None:

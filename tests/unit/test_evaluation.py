@@ -15,11 +15,11 @@ import torch
 from most_ray.cli import main
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.evaluation.decode import Decoded, Forward
-from most_ray.evaluation.evaluate import Directories, Evaluation, combine, hypotheses_of, open_sets
-from most_ray.evaluation.generate import speak_texts, transcribe_units
-from most_ray.evaluation.hypotheses import figures, looping, rescore, with_normalised
-from most_ray.evaluation.inline import open_external
-from most_ray.evaluation.scoring import score_share
+from most_ray.evaluation.evaluate import Directories, Evaluation, hypotheses_path, merge_shards, open_sets
+from most_ray.evaluation.generate import synthesize_texts, transcribe_units
+from most_ray.evaluation.hypotheses import add_normalised, evaluation_result, is_looping, rescore
+from most_ray.evaluation.inline import open_external_recogniser
+from most_ray.evaluation.scoring import score_shard
 from most_ray.model.build import load_model
 from most_ray.records.record import ASR_INSTRUCTION
 from most_ray.records.tokenizer import load_tokenizer, token_ids
@@ -62,7 +62,7 @@ def test_batches_and_workers_change_nothing(scene: Scene, beams: int) -> None:
 def test_a_file_scored_again_gives_the_same_numbers(
     evaluated: Evaluation, written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert hypotheses_of(tmp_path / "e.json") == written
+    assert hypotheses_path(tmp_path / "e.json") == written
     assert main(["evaluate", "--rescore", str(written), "--output", str(tmp_path / "again.json")]) == 0
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "e.json").read_bytes()
     assert "asr/spoken: WER 450.00% [342.86%, 514.29%]  CER" in capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_rates_by_hand() -> None:
             "foreign": 0,
             "ended": True,
         }
-        return with_normalised({**common, **values}, "basic")
+        return add_normalised({**common, **values}, "basic")
 
     rows = [
         row(set="asr/a", task="asr", reference="one two", hypothesis="one two"),
@@ -136,7 +136,7 @@ def test_rates_by_hand() -> None:
     ]
     names = {"asr/a": "asr", "asr/b": "asr", "tts/c": "tts", "text/d": "text"}
     header = {"settings": {}, "routing": {}, "sets": {name: {"task": task, "rejected": 0} for name, task in names.items()}}
-    result = figures(header, rows)
+    result = evaluation_result(header, rows)
     assert result["wer"] == {"a": 1 / 3, "b": 2.0}
     a, b, c, d = (result["sets"][name] for name in names)
     assert (a["loss"], a["perplexity"]) == (6 / 8, pytest.approx(math.exp(0.75)))
@@ -152,21 +152,21 @@ def test_rates_by_hand() -> None:
 
 
 def test_loops() -> None:
-    assert looping([5] * 8) and not looping([5] * 7)
-    assert looping([9, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 7]) and not looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 4])
-    assert not looping([]) and not looping(list(range(100)))
-    assert looping(list(range(30)) * 4) and not looping(list(range(40)) * 4)
+    assert is_looping([5] * 8) and not is_looping([5] * 7)
+    assert is_looping([9, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 7]) and not is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 4])
+    assert not is_looping([]) and not is_looping(list(range(100)))
+    assert is_looping(list(range(30)) * 4) and not is_looping(list(range(40)) * 4)
 
 
 def test_records_that_are_missing_or_doubled_are_an_error(scene: Scene) -> None:
     """Promise 7: every record is scored exactly once, counted."""
     model, tokenizer = load_model(scene.model), load_tokenizer(scene.model)
     sets = open_sets(model.config, tokenizer, scene.model, scene.directories, SETTINGS, scene.stores)
-    first, second = (score_share(Forward(model), tokenizer, sets, SETTINGS, rank, 2) for rank in range(2))
+    first, second = (score_shard(Forward(model), tokenizer, sets, SETTINGS, rank, 2) for rank in range(2))
     with pytest.raises(DataError, match="7 of 12"):
-        combine([first], sets, SETTINGS, model.config, tokenizer, scene.model)
+        merge_shards([first], sets, SETTINGS, model.config, tokenizer, scene.model)
     with pytest.raises(DataError, match="scored twice"):
-        combine([first, second, second], sets, SETTINGS, model.config, tokenizer, scene.model)
+        merge_shards([first, second, second], sets, SETTINGS, model.config, tokenizer, scene.model)
 
 
 def test_a_file_is_not_written_over_itself(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,7 +310,7 @@ def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluate
     forward.model.eval()
     spoken = [row for row in rows if row["task"] == "tts"]
     for row in spoken:
-        (said,) = speak_texts(forward, tokenizer, [row["text"]], SETTINGS.limits)
+        (said,) = synthesize_texts(forward, tokenizer, [row["text"]], SETTINGS.limits)
         assert " ".join(map(str, said.units)) == row["hypothesis"] and (said.stop is None) == row["hit_cap"]
         heard, nothing = transcribe_units(forward, tokenizer, [said.units, []], SETTINGS.limits)
         assert heard.text == row["recognised"] and nothing.text == ""
@@ -321,10 +321,10 @@ def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluate
 def test_what_judges_speech_is_found_or_missed_before_anything_runs(tmp_path: Path) -> None:
     """Nothing named, nothing opened; a vocoder alone is a slip; a recogniser wants a vocoder, the model's own or a named one."""
     uri = str(tmp_path)
-    assert open_external(SETTINGS, uri, "0123") is None
+    assert open_external_recogniser(SETTINGS, uri, "0123") is None
     with pytest.raises(ConfigError, match="only with a recogniser"):
-        open_external(replace(SETTINGS, vocoder="v"), uri, "0123")
+        open_external_recogniser(replace(SETTINGS, vocoder="v"), uri, "0123")
     with pytest.raises(CheckpointError, match="prepare vocoder"):
-        open_external(replace(SETTINGS, recogniser="r"), uri, "0123")
+        open_external_recogniser(replace(SETTINGS, recogniser="r"), uri, "0123")
     with pytest.raises(CheckpointError, match="vocoder"):
-        open_external(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), uri, "0123", use_gpu=False)
+        open_external_recogniser(replace(SETTINGS, recogniser="r", vocoder=str(tmp_path / "none")), uri, "0123", use_gpu=False)

@@ -19,11 +19,11 @@ from most_ray import config as configuration
 from most_ray.cli import main, recordings
 from most_ray.cli.recordings import choose_division, guess_layout, run_settings
 from most_ray.errors import CheckpointError, ConfigError, DataError
-from most_ray.records.record import parse_record, units_identity
+from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.audio import load_audio
-from most_ray.speech.corpora.corpus import Utterance, parse_condition, selected
+from most_ray.speech.corpora.corpus import Utterance, matches_all, parse_condition
+from most_ray.speech.units.assets import copy_assets, find_assets, open_assets, read_units_manifest
 from most_ray.speech.units.features import MfccSettings
-from most_ray.speech.vocoder.assets import copy_kit, find_kit, open_kit, read_manifest
 from tests.support.audio import contents, prepare, records_of, refused, table, tones
 from tests.support.corpora import cut_of, libriheavy, put
 
@@ -42,7 +42,7 @@ def kit(made: Path, tmp_path: Path) -> Path:
 
 
 def identity_of(folder: Path) -> str:
-    return units_identity(json.loads((folder / "units.json").read_text()))
+    return units_hash(json.loads((folder / "units.json").read_text()))
 
 
 # Hearing
@@ -62,7 +62,7 @@ def test_recordings_of_one_speaker_give_the_records_units(shared: Path, tmp_path
     records = prepare(source, tmp_path / "o", "--fit_kmeans", "100", "--where", "speaker=mkem,fash", corpus="an4")
     records = [record for record in records if record["metadata"]["speaker"] == "mkem"]
     waves = [load_audio(source / f"wav/an4_clstk/mkem/{record['id'].removeprefix('an4_')}.ogg", 16000) for record in records]
-    kit = open_kit(tmp_path / "o")
+    kit = open_assets(tmp_path / "o")
     together = kit.units(waves, one_speaker=True)
     assert len(records) == 12 and agreement(records, together) >= 0.99
     assert agreement(records, kit.units(waves)) >= 0.95
@@ -72,7 +72,7 @@ def test_recordings_of_one_speaker_give_the_records_units(shared: Path, tmp_path
 def test_a_recording_by_itself_does_not_hang_on_the_others(made: Path) -> None:
     """Unless all are said to be of one speaker."""
     waves = [load_audio(made.parent / "corpus" / f"{i}.flac", 16000) for i in range(4)]
-    kit = open_kit(made)
+    kit = open_assets(made)
     alone = [kit.units([wave])[0].tolist() for wave in waves]
     assert [units.tolist() for units in kit.units(waves)] == alone
     assert [units.tolist() for units in kit.units([waves[0]], one_speaker=True)] == alone[:1]
@@ -81,7 +81,7 @@ def test_a_recording_by_itself_does_not_hang_on_the_others(made: Path) -> None:
 
 def test_what_is_too_short_has_no_units(made: Path) -> None:
     """Nor does it disturb what stands beside it."""
-    kit, wave = open_kit(made), load_audio(made.parent / "corpus" / "0.flac", 16000)
+    kit, wave = open_assets(made), load_audio(made.parent / "corpus" / "0.flac", 16000)
     for one_speaker in (False, True):
         units = kit.units([np.zeros(10, np.float32), wave], one_speaker)
         assert len(units[0]) == 0 and units[1].tolist() == kit.units([wave])[0].tolist()
@@ -92,7 +92,7 @@ def test_what_is_too_short_has_no_units(made: Path) -> None:
 def test_repeats_stay_where_the_records_have_them(made: Path, tmp_path: Path) -> None:
     prepare(made.parent / "corpus", tmp_path / "kept", "--kmeans", str(made / "kmeans.npy"), "--keep_repeats")
     wave = load_audio(made.parent / "corpus" / "7.flac", 16000)
-    kept, removed = (open_kit(folder).units([wave])[0] for folder in (tmp_path / "kept", made))
+    kept, removed = (open_assets(folder).units([wave])[0] for folder in (tmp_path / "kept", made))
     assert len(kept) > len(removed) and (removed[1:] != removed[:-1]).all()
 
 
@@ -134,13 +134,13 @@ def test_damaged_kits_are_refused(kit: Path, damage: Any, error: type[Exception]
     """One line that says what is wrong and what to name instead."""
     damage(kit)
     with pytest.raises(error, match=message) as refusal:
-        open_kit(kit)
+        open_assets(kit)
     assert refusal.value.remedy and "\n" not in str(refusal.value)  # type: ignore[attr-defined]
 
 
 def test_the_manifest_says_how_to_make_the_features(kit: Path) -> None:
-    assert read_manifest(kit)["identity"]["settings"] == json.loads(json.dumps(MfccSettings().__dict__))
-    assert len(read_manifest(kit)["reference"]["mean"]) == 39
+    assert read_units_manifest(kit)["identity"]["settings"] == json.loads(json.dumps(MfccSettings().__dict__))
+    assert len(read_units_manifest(kit)["reference"]["mean"]) == 39
 
 
 # Where a model's kit lies
@@ -151,13 +151,13 @@ def test_a_models_kit_is_found(kit: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """In the model's own folder, or for a run's checkpoint in the run's; only one whose units are the model's."""
     run, identity = tmp_path / "run", identity_of(kit)
     (run / model).mkdir(parents=True)
-    assert find_kit(str(run / model), identity) is None
+    assert find_assets(str(run / model), identity) is None
     uri = run / model / "speech" if model == "export" else run / "speech"
-    copy_kit([str(tmp_path / "none"), str(kit)], str(uri), identity)
-    assert find_kit(str(run / model), identity) == str(uri)
-    assert find_kit(str(run / model), "0123") is None and find_kit(str(run / model), None) is None
+    copy_assets([str(tmp_path / "none"), str(kit)], str(uri), identity)
+    assert find_assets(str(run / model), identity) == str(uri)
+    assert find_assets(str(run / model), "0123") is None and find_assets(str(run / model), None) is None
     monkeypatch.chdir(run)
-    assert Path(str(find_kit(model, identity))).samefile(uri)
+    assert Path(str(find_assets(model, identity))).samefile(uri)
 
 
 def test_only_the_kit_that_was_asked_for_is_copied(kit: Path, made: Path, tmp_path: Path) -> None:
@@ -166,16 +166,16 @@ def test_only_the_kit_that_was_asked_for_is_copied(kit: Path, made: Path, tmp_pa
     _change(rate_hz=25.0)(other)
     (kit / "vocoder.safetensors").write_bytes(b"sound")
     sources = [str(tmp_path / "none"), str(other), str(kit)]
-    copy_kit(sources, str(tmp_path / "a"), identity_of(kit))
+    copy_assets(sources, str(tmp_path / "a"), identity_of(kit))
     assert contents(tmp_path / "a") == {name: (kit / name).read_bytes() for name in ("kmeans.npy", "units.json", "vocoder.safetensors")}
-    copy_kit(sources, str(tmp_path / "b"), identity_of(other))
+    copy_assets(sources, str(tmp_path / "b"), identity_of(other))
     assert sorted(contents(tmp_path / "b")) == ["kmeans.npy", "units.json"]
     for identity in (None, "0123"):
-        copy_kit(sources, str(tmp_path / "c"), identity)
+        copy_assets(sources, str(tmp_path / "c"), identity)
     assert not (tmp_path / "c").exists()
     (other / "units.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
-        copy_kit(sources, str(tmp_path / "d"), identity_of(kit))
+        copy_assets(sources, str(tmp_path / "d"), identity_of(kit))
 
 
 # From a folder of recordings to a run
@@ -226,13 +226,13 @@ def test_every_recording_is_trained_on_or_validated_on(rows: list[tuple[str, str
     for index, (speaker, split) in enumerate(rows):
         columns = {"speaker": speaker} if with_speakers else {}
         utterances.append(Utterance(f"u_{index}", Path("x"), "t", columns | ({"split": split} if with_splits else {})))
-        fold = next(str(n) for n in range(10) if parse_condition(f"fold={n}").holds(utterances[-1]))
+        fold = next(str(n) for n in range(10) if parse_condition(f"fold={n}").matches(utterances[-1]))
         values = (speaker if with_speakers else "", split if with_splits else "", fold)
         for known, value in zip((speakers, splits, folds), values, strict=True):
             known[value] = known.get(value, 0) + 1
     division = choose_division(speakers, splits, folds)
     train, validation = (
-        {u.id for u in utterances if selected(u, [parse_condition(words)])} for words in (division.train, division.validation)
+        {u.id for u in utterances if matches_all(u, [parse_condition(words)])} for words in (division.train, division.validation)
     )
     assert train and validation and not train & validation and len(train | validation) == len(utterances)
     assert f"{len(utterances)} recordings" in division.words and f" {len(validation)} of" in division.words

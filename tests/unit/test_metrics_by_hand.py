@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog, reader
 from most_ray.distributed.devices import measured_peak
 from most_ray.metrics.flops import model_flops
 from most_ray.metrics.schema import check_line
@@ -74,7 +74,7 @@ def weights_after(prepared: Prepared, step: int) -> Any:
     config = prepared.job.config
     state = make_state(load_model(prepared.job.model_path, overrides_of(config)), config, STEPS)
     if step:
-        reader.load(reader.step_uri(prepared.folder.checkpoints, step), state, with_optimizer=False)
+        reader.load(catalog.step_uri(prepared.folder.checkpoints, step), state, with_optimizer=False)
     return state.model.train()
 
 

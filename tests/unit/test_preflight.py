@@ -19,9 +19,9 @@ from rich.console import Console
 from most_ray.cli.job_files import found, job_home, place_arguments, placed
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service.cluster import connection, control
+from most_ray.service.cluster import connection, ray_internals
 from most_ray.service.cluster.address import check_address
-from most_ray.service.cluster.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
+from most_ray.service.cluster.probe import NodeReport, Probe, remove_marker, run_probe, versions, write_marker
 from most_ray.service.preflight import checks
 from most_ray.service.preflight.checks import (
     Answer,
@@ -101,7 +101,7 @@ def test_a_place_that_only_the_driver_has_is_one_finding_for_all_nodes(tmp_path:
     reports = []
     for name in ("b", "c"):
         probe = Probe("m", (("output_dir", str(tmp_path / "not-mounted")),), (("val_asr_dirs", str(tmp_path / "no-data")),))
-        reports.append(dataclasses.replace(examine(probe), host=name))
+        reports.append(dataclasses.replace(run_probe(probe), host=name))
     first, second = judge([answer(report("a")), *map(answer, reports)], versions() | OWN)[:2]
     said = sorted(str(finding.error()) for finding in (first, second))
     assert said[0].endswith(
@@ -112,40 +112,40 @@ def test_a_place_that_only_the_driver_has_is_one_finding_for_all_nodes(tmp_path:
 
 
 def test_an_empty_folder_is_a_file_system_that_is_not_mounted(tmp_path: Path) -> None:
-    (trouble,) = examine(Probe("m", reads=(("val_asr_dirs", str(tmp_path)),))).troubles
-    assert trouble.rule == "is empty" and trouble.missing
+    (problem,) = run_probe(Probe("m", reads=(("val_asr_dirs", str(tmp_path)),))).problems
+    assert problem.rule == "is empty" and problem.missing
     (tmp_path / "parts").mkdir()
-    assert examine(Probe("m", reads=(("val_asr_dirs", str(tmp_path)),))).troubles == ()
+    assert run_probe(Probe("m", reads=(("val_asr_dirs", str(tmp_path)),))).problems == ()
 
 
 def test_the_probe_writes_renames_reads_and_leaves_nothing(tmp_path: Path) -> None:
-    leave_mark(str(tmp_path), "mark")
-    seen = examine(Probe("mark", (("output_dir", str(tmp_path)),), (("train_asr_dirs", str(tmp_path)),)))
-    assert seen.troubles == ()
+    write_marker(str(tmp_path), "mark")
+    seen = run_probe(Probe("mark", (("output_dir", str(tmp_path)),), (("train_asr_dirs", str(tmp_path)),)))
+    assert seen.problems == ()
     assert [path.name for path in tmp_path.iterdir()] == [".probe-mark"]
-    remove_mark(str(tmp_path), "mark")
+    remove_marker(str(tmp_path), "mark")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_folder_of_the_same_name_is_told_from_the_drivers(tmp_path: Path) -> None:
     """Every node may have a /data of its own: the driver's mark is missing there."""
-    (trouble,) = examine(Probe("mark", (("output_dir", str(tmp_path)),))).troubles
-    assert trouble.missing
+    (problem,) = run_probe(Probe("mark", (("output_dir", str(tmp_path)),))).problems
+    assert problem.missing
     (tmp_path / ".probe-mark").write_text("something else")
-    (trouble,) = examine(Probe("mark", (("output_dir", str(tmp_path)),))).troubles
-    assert trouble.rule == "reads other bytes than were written"
+    (problem,) = run_probe(Probe("mark", (("output_dir", str(tmp_path)),))).problems
+    assert problem.rule == "reads other bytes than were written"
 
 
 def test_a_folder_that_cannot_be_written_to_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_mark(str(tmp_path), "mark")
+    write_marker(str(tmp_path), "mark")
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("most_ray.io.storage.write_bytes", refuse)
-    (trouble,) = examine(Probe("mark", (("output_dir", str(tmp_path)),))).troubles
-    assert trouble.rule == "cannot be written to (No space left on device)"
-    assert not trouble.missing
+    (problem,) = run_probe(Probe("mark", (("output_dir", str(tmp_path)),))).problems
+    assert problem.rule == "cannot be written to (No space left on device)"
+    assert not problem.missing
 
 
 def test_what_a_run_writes_and_reads(tmp_path: Path) -> None:
@@ -281,10 +281,10 @@ def test_an_old_ray_is_named_with_both_versions(gcs: tuple[Gcs, str]) -> None:
 
 def test_a_head_that_wants_a_token_is_told_from_one_that_wants_another(gcs: tuple[Gcs, str], monkeypatch: pytest.MonkeyPatch) -> None:
     gcs[0].asks = True
-    with pytest.raises(ConfigError, match=r"asks for a token, and none is here\. Set RAY_AUTH_MODE=token"):
+    with pytest.raises(ConfigError, match=r"requires a token, and none is set here\. Set RAY_AUTH_MODE=token"):
         check_address(gcs[1])
     monkeypatch.setattr("most_ray.service.cluster.address.is_token_auth_enabled", lambda: True)
-    with pytest.raises(ConfigError, match=r"does not take this token\. Set RAY_AUTH_MODE=token"):
+    with pytest.raises(ConfigError, match=r"does not accept this token\. Set RAY_AUTH_MODE=token"):
         check_address(gcs[1])
 
 
@@ -302,15 +302,15 @@ def test_whether_a_cluster_asks_for_a_token_is_asked_of_it(gcs: tuple[Gcs, str],
 
 def test_a_cluster_that_grows_is_found_by_either_autoscaler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second version stands in Ray's store; the first tells its nodes' types; one that only watches calls them by the node."""
-    monkeypatch.setattr(control, "is_autoscaler_v2", lambda fetch_from_server: True)
-    assert control.grows()
-    monkeypatch.setattr(control, "is_autoscaler_v2", lambda fetch_from_server: False)
+    monkeypatch.setattr(ray_internals, "is_autoscaler_v2", lambda fetch_from_server: True)
+    assert ray_internals.has_autoscaler()
+    monkeypatch.setattr(ray_internals, "is_autoscaler_v2", lambda fetch_from_server: False)
     for types, grows in (({"a": "node_a"}, False), ({"a": "ray.head.default"}, True), (None, False)):
         report = json.dumps({"autoscaler_report": {"node_type_mapping": types}}).encode()
-        monkeypatch.setattr(control.internal_kv, "_internal_kv_get", lambda _, report=report: report)
-        assert control.grows() == grows
-    monkeypatch.setattr(control.internal_kv, "_internal_kv_get", lambda _: None)
-    assert not control.grows()
+        monkeypatch.setattr(ray_internals.internal_kv, "_internal_kv_get", lambda _, report=report: report)
+        assert ray_internals.has_autoscaler() == grows
+    monkeypatch.setattr(ray_internals.internal_kv, "_internal_kv_get", lambda _: None)
+    assert not ray_internals.has_autoscaler()
 
 
 @pytest.mark.parametrize(
@@ -319,14 +319,14 @@ def test_a_cluster_that_grows_is_found_by_either_autoscaler(monkeypatch: pytest.
 def test_a_cluster_that_may_become_large_enough_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, grows: bool, largest: float | None, refused: bool
 ) -> None:
-    monkeypatch.setattr(connection, "grows", lambda: grows)
-    monkeypatch.setattr(connection, "most_resources", lambda: ({"CPU": largest or 4.0}, largest is not None))
+    monkeypatch.setattr(connection, "has_autoscaler", lambda: grows)
+    monkeypatch.setattr(connection, "largest_resources", lambda: ({"CPU": largest or 4.0}, largest is not None))
     config = config_from({"eval_inline": True})
     if refused:
         with pytest.raises(ConfigError, match=r"num_workers = 128: needs 128\.25 CPU, the cluster has"):
-            connection.check_needs(config, 128, 128, False)
+            connection.check_resources(config, 128, 128, False)
     else:
-        connection.check_needs(config, 128, 128, False)
+        connection.check_resources(config, 128, 128, False)
 
 
 def test_what_is_no_head_is_refused_within_seconds() -> None:

@@ -15,14 +15,14 @@ import soundfile
 
 from most_ray.cli import main
 from most_ray.data.ingest import Recipe, ingest_directory
-from most_ray.records.record import parse_record, units_identity
+from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
-from most_ray.speech.units import build as preparing
 from most_ray.speech.units import corpus_parts
-from most_ray.speech.units.build import UnitsJob, prepare_units
+from most_ray.speech.units import prepare as preparing
 from most_ray.speech.units.clustering import load_kmeans, save_kmeans
-from most_ray.speech.units.corpus_parts import Runner, run_here
+from most_ray.speech.units.corpus_parts import Runner, run_in_process
 from most_ray.speech.units.features import Frames
+from most_ray.speech.units.prepare import UnitsJob, prepare_units
 from tests.support.audio import (
     Counting,
     contents,
@@ -44,7 +44,7 @@ def corpus(tmp_path: Path) -> Path:
     return tones(tmp_path / "corpus")
 
 
-def run(corpus: Path, output: Path, runner: Runner = run_here, **options: Any) -> dict[str, Any]:
+def run(corpus: Path, output: Path, runner: Runner = run_in_process, **options: Any) -> dict[str, Any]:
     """The command without its parser."""
     options = options if "kmeans" in options else {"fit_kmeans": 12, **options}
     return prepare_units(UnitsJob(CorpusOptions("folder", corpus), output, **options), lambda items, *_: items, lambda _bytes: runner)
@@ -105,7 +105,7 @@ def test_other_recordings_get_the_same_units(corpus: Path, tmp_path: Path) -> No
     assert train + test == both
     assert all(len(one["input"]) > len(two["input"]) for one, two in zip(kept, both, strict=True))
     manifests = [lines_of(tmp_path / name / "units.json")[0] for name in ("train", "test", "kept")]
-    assert units_identity(manifests[0]) == units_identity(manifests[1]) != units_identity(manifests[2])
+    assert units_hash(manifests[0]) == units_hash(manifests[1]) != units_hash(manifests[2])
 
 
 class Loudness:
@@ -129,7 +129,7 @@ def test_features_that_need_no_speakers(corpus: Path, tmp_path: Path, monkeypatc
     assert "reference" not in lines_of(tmp_path / "o/units.json")[0]
     known, where = tmp_path / "o/kmeans.npy", [parse_condition("speaker=a")]
     assert run(corpus, tmp_path / "again", runner := Counting(), kmeans=known, where=where)["records"] == 3
-    assert runner.made == [("Encode", 0)]
+    assert runner.made == [("EncodeUnits", 0)]
     assert records_of(tmp_path / "again") == [r for r in records_of(tmp_path / "o") if r["metadata"]["speaker"] == "a"]
 
 
@@ -146,7 +146,7 @@ def test_a_stopped_command_makes_only_what_is_missing(corpus: Path, tmp_path: Pa
     """Four parts to measure, four to encode; the bytes are those of a command that nobody stopped."""
     monkeypatch.setattr(corpus_parts, "PART", 2)
     run(corpus, tmp_path / "whole", whole := Counting())
-    assert whole.made == [*(("Measure", i) for i in range(4)), *(("Encode", i) for i in range(4))]
+    assert whole.made == [*(("CollectStatistics", i) for i in range(4)), *(("EncodeUnits", i) for i in range(4))]
     with pytest.raises(KeyboardInterrupt):
         run(corpus, tmp_path / "o", first := Counting(stop_after=done))
     assert not (tmp_path / "o/prepared.json").exists() and not list((tmp_path / "o").glob("records*"))

@@ -18,17 +18,17 @@ from most_ray.cli.recordings import choose_division
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.errors import CheckpointError, DataError
 from most_ray.evaluation.generate import GeneratedUnits
-from most_ray.records.record import units_identity
+from most_ray.records.record import units_hash
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
 from most_ray.speech.units import corpus_parts
 from most_ray.speech.units import output as placing
-from most_ray.speech.units.build import UnitsJob, prepare_units
+from most_ray.speech.units.assets import copy_assets
 from most_ray.speech.units.clustering import save_kmeans
-from most_ray.speech.units.corpus_parts import Measure, Part, Work, run_here
+from most_ray.speech.units.corpus_parts import CollectStatistics, Part, PartTask, run_in_process
 from most_ray.speech.units.features import EncoderSettings, MfccSettings
 from most_ray.speech.units.mfcc import MfccExtractor
-from most_ray.speech.vocoder.assets import copy_kit
+from most_ray.speech.units.prepare import UnitsJob, prepare_units
 from tests.support.audio import lines_of, prepare, records_of, refused, table, tones, units_command
 from tests.support.builders import asr, char_vocabulary, write_records
 
@@ -44,7 +44,7 @@ def test_two_commands_at_one_output_keep_out_of_each_others_way(corpus: Path, tm
     """The second is refused while the first is at it, and what the first has listed stays what it was."""
     output = tmp_path / "out"
 
-    def meddling(work: Work, found: Sequence[Part]) -> Iterator[dict[str, float]]:
+    def meddling(work: PartTask, found: Sequence[Part]) -> Iterator[dict[str, float]]:
         words = ("--fit_kmeans", "5", "--where", "split=test")
         assert main(units_command(corpus, output, *words)) == 2
         assert "by another command" in capsys.readouterr().err
@@ -52,20 +52,20 @@ def test_two_commands_at_one_output_keep_out_of_each_others_way(corpus: Path, tm
         chunk = Path(found[0].chunk).read_bytes()
         corpus_parts.scan_corpus(CorpusOptions("folder", corpus), [parse_condition("split=test")], [1.0], "speaker", output / ".work")
         assert Path(found[0].chunk).read_bytes() == chunk
-        yield from run_here(work, found)
+        yield from run_in_process(work, found)
 
     job = UnitsJob(CorpusOptions("folder", corpus), output, fit_kmeans=5, where=[parse_condition("split=train")])
     prepare_units(job, lambda items, *_: items, lambda _bytes: meddling)
     assert {record["metadata"]["split"] for record in records_of(output)} == {"train"}
 
 
-@pytest.mark.parametrize("at", ["save_kmeans", "remember"])
+@pytest.mark.parametrize("at", ["save_kmeans", "mark_prepared"])
 def test_records_that_are_being_replaced_are_not_read(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     """Killed between the new records and their manifest: a run refuses the folder, and the same command mends it."""
     output = tmp_path / "out"
     prepare(corpus, output, "--fit_kmeans", "4")
     with monkeypatch.context() as patch:
-        target = placing if at == "save_kmeans" else "most_ray.speech.units.build"
+        target = placing if at == "save_kmeans" else "most_ray.speech.units.prepare"
         patch.setattr(*((target, at) if at == "save_kmeans" else (f"{target}.{at}",)), killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_units(UnitsJob(CorpusOptions("folder", corpus), output, fit_kmeans=8), lambda items, *_: items)
@@ -93,10 +93,10 @@ def test_recordings_out_of_reach_are_no_damage(corpus: Path, tmp_path: Path, cap
     """A disk that goes away while units are made must not cost a record; when it is back the command goes on."""
     output, away = tmp_path / "out", tmp_path / "away"
 
-    def outage(work: Work, found: Sequence[Part]) -> Iterator[dict[str, float]]:
-        if not isinstance(work, Measure):
+    def outage(work: PartTask, found: Sequence[Part]) -> Iterator[dict[str, float]]:
+        if not isinstance(work, CollectStatistics):
             (corpus / "3.flac").rename(away)
-        yield from run_here(work, found)
+        yield from run_in_process(work, found)
 
     job = UnitsJob(CorpusOptions("folder", corpus), output, fit_kmeans=4)
     with pytest.raises(DataError, match="cannot be reached"):
@@ -107,7 +107,7 @@ def test_recordings_out_of_reach_are_no_damage(corpus: Path, tmp_path: Path, cap
 
 def test_other_weights_under_the_same_name_are_refused(corpus: Path, tmp_path: Path) -> None:
     """On another node a name may stand for something else; the manifest would be wrong."""
-    work = Measure(MfccSettings(num_ceps=12), "what the command was started with", "speaker", 120.0, 0, 0, str(tmp_path))
+    work = CollectStatistics(MfccSettings(num_ceps=12), "what the command was started with", "speaker", 120.0, 0, 0, str(tmp_path))
     with pytest.raises(CheckpointError, match="other ones on"):
         work.open("cpu")
 
@@ -164,7 +164,7 @@ def test_a_kit_is_put_together_from_all_that_have_a_part(tmp_path: Path) -> None
     (tmp_path / "other/units.json").write_text('{"identity": {"kmeans": "two"}}')
     (tmp_path / "other/kmeans.npy").write_text("other")
     sources = [str(tmp_path / name) for name in ("other", "a", "b", "c")]
-    copy_kit(sources, str(tmp_path / "kit"), units_identity(manifest))
+    copy_assets(sources, str(tmp_path / "kit"), units_hash(manifest))
     assert (tmp_path / "kit/kmeans.npy").read_text() == "b" and (tmp_path / "kit/vocoder.safetensors").read_text() == "c"
 
 
@@ -221,8 +221,8 @@ def test_the_sample_of_a_long_recording_is_drawn_from_all_of_it(tmp_path: Path) 
     """k-means that heard only how recordings begin would know little of speech."""
     scan = corpus_parts.scan_corpus(CorpusOptions("folder", tones(tmp_path / "corpus")), [], [1.0], "speaker", tmp_path / "work")
     extractor = MfccExtractor(MfccSettings())
-    work = Measure(MfccSettings(), corpus_parts.digest(extractor.identity), "speaker", 120.0, 6, 0, str(tmp_path / "work"))
-    list(run_here(work, scan.parts))
+    work = CollectStatistics(MfccSettings(), corpus_parts.json_digest(extractor.identity), "speaker", 120.0, 6, 0, str(tmp_path / "work"))
+    list(run_in_process(work, scan.parts))
     with np.load(work.target(scan.parts[0])) as found:
         sample = found["sample"]
     frames = [
@@ -276,7 +276,7 @@ def test_a_text_is_spoken_into_a_file(corpus: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr("most_ray.cli.speech_commands._kit_folder", lambda _: str(tmp_path / "out"))
     monkeypatch.setattr("most_ray.cli.speech_commands._open", lambda _: (None, None))
     monkeypatch.setattr(
-        "most_ray.evaluation.generate.speak_texts", lambda _, __, texts, ___: [GeneratedUnits([3, 0, 2], [], 1) for _ in texts]
+        "most_ray.evaluation.generate.synthesize_texts", lambda _, __, texts, ___: [GeneratedUnits([3, 0, 2], [], 1) for _ in texts]
     )
     said, units = tmp_path / "said.wav", tmp_path / "units.wav"
     assert main(["synthesize", "--model", "m", "--text", "seven", "--output", str(said)]) == 0

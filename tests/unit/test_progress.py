@@ -96,7 +96,7 @@ def test_the_watcher_goes_on_behind_a_file_that_was_cut_back(tmp_path: Path) -> 
     screen = io.StringIO()
     watcher = ProgressWatcher(metrics, 10, 8, Console(file=screen, width=200))
     metrics.write_text(json.dumps(train(1)) + "\n")
-    assert list(watcher._new_lines()) == []
+    assert list(watcher._lines.new_lines()) == []
     with metrics.open("a") as stream:
         stream.write(json.dumps(train(2)) + "\n")
-    assert [line["step"] for line in watcher._new_lines()] == [2]
+    assert [line["step"] for line in watcher._lines.new_lines()] == [2]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from most_ray.errors import DataError, RecordError
 from most_ray.io.json_stream import read_lines
+from most_ray.records.files import read_raw, record_files
 from most_ray.records.record import (
     Record,
     asr_to_tts,
@@ -23,8 +24,6 @@ from most_ray.records.record import (
     parse_records,
     parse_units,
     parse_units_batch,
-    read_raw,
-    record_files,
     units_to_text,
 )
 from tests.support.builders import asr, tts

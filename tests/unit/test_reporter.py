@@ -8,10 +8,10 @@ from typing import Any
 
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
-from most_ray.io.journal import read_journal
+from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.schema import check_line
-from most_ray.train.reporter import RunReporter, evaluated_steps
+from most_ray.train.reporter import RunReporter
 
 ABOUT = {"exact": True, "changed": []}
 LINE = {"kind": "evaluation", "step": 3, "wer": {}}

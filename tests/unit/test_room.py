@@ -10,8 +10,8 @@ import pytest
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service.cluster import control
-from most_ray.service.cluster.control import WorkerShare, room
+from most_ray.service.cluster import capacity
+from most_ray.service.cluster.capacity import WorkerShare, worker_capacity
 from most_ray.service.tune import trial_resources as module
 from most_ray.service.tune.trial_resources import TrialResources
 from most_ray.sweep.options import load_sweep
@@ -25,7 +25,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"NodeID": name, "Resources": resources, "Alive": True} for name, resources in NODES.items()]
     total = {kind: sum(each.get(kind, 0.0) for each in NODES.values()) for kind in ("CPU", "GPU")}
     fake = SimpleNamespace(nodes=lambda: nodes, is_initialized=lambda: True, cluster_resources=lambda: total)
-    monkeypatch.setattr(control, "ray", fake)
+    monkeypatch.setattr(capacity, "ray", fake)
     monkeypatch.setattr(module, "ray", fake)
     monkeypatch.setattr(module, "connect", lambda *_: None)
     monkeypatch.setattr(module, "usable_nodes", lambda: set(NODES))
@@ -45,7 +45,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_room_for_workers_of_any_share(cluster: None, cpus: float, gpus: float, tasks: float, workers: int) -> None:
-    assert room(set(NODES), WorkerShare(cpus, gpus), tasks) == workers
+    assert worker_capacity(set(NODES), WorkerShare(cpus, gpus), tasks) == workers
 
 
 def test_a_share_is_what_the_configuration_says() -> None:
@@ -76,11 +76,11 @@ def allotted(
 
 def test_trials_share_a_cluster_out(cluster: None, tmp_path: Path) -> None:
     """13.5 CPUs: a trial takes a worker's, three quarters of one for data and evaluations, and a little for its actor."""
-    assert allotted(tmp_path, left=99).room == 7
-    assert allotted(tmp_path, left=99, cpus_per_worker=0.25).room == 13
-    assert allotted(tmp_path, left=99, workers=2).room == 4
-    assert allotted(tmp_path, left=99, use_gpu=True).room == 3
-    assert allotted(tmp_path, left=99, use_gpu=True, gpus_per_worker=0.5).room == 5
+    assert allotted(tmp_path, left=99).capacity == 7
+    assert allotted(tmp_path, left=99, cpus_per_worker=0.25).capacity == 13
+    assert allotted(tmp_path, left=99, workers=2).capacity == 4
+    assert allotted(tmp_path, left=99, use_gpu=True).capacity == 3
+    assert allotted(tmp_path, left=99, use_gpu=True, gpus_per_worker=0.5).capacity == 5
     assert allotted(tmp_path, left=2).concurrent == 2
     assert allotted(tmp_path, left=99, max_concurrent_trials=3).concurrent == 3
     assert allotted(tmp_path, left=99, max_concurrent_trials=30).concurrent == 7

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from most_ray.checkpoint import shards
-from most_ray.checkpoint.shards import Staging, part_of
+from most_ray.checkpoint.shards import Staging, shard_of
 
 
 def test_every_type_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ def test_every_type_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
         "infinite": torch.tensor([float("nan"), float("-inf"), -0.0]),
     }
     orders = {"plain": [2, 3, 0, 1], "brain": [6, 5, 4, 3, 2, 1, 0]}
-    parts = [part_of(name, tensor, orders.get(name)) for name, tensor in tensors.items()]
+    parts = [shard_of(name, tensor, orders.get(name)) for name, tensor in tensors.items()]
     staging = Staging()
     staging.plan(parts)
     staging.copy(torch.get_num_threads())
@@ -35,15 +35,15 @@ def test_every_type_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "file.safetensors")
     assert torch.equal(stored["plain"], tensors["plain"][:2]) and torch.equal(stored["plain#1"], tensors["plain"][2:])
     with (tmp_path / "file.safetensors").open("rb") as stream:
-        index = shards.index_of({"file.safetensors": shards.read_header(stream)})
+        index = shards.index_tensors({"file.safetensors": shards.read_header(stream)})
     assert [list(chunk.offsets) for chunk in index["plain"].metadata.chunks] == [[2, 0], [0, 0]]
     empty = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    live = [part_of(name, tensor, orders.get(name)) for name, tensor in empty.items()]
-    shards.read_parts(live, index, lambda name: tmp_path / name, lambda _: None)
+    live = [shard_of(name, tensor, orders.get(name)) for name, tensor in empty.items()]
+    shards.read_shards(live, index, lambda name: tmp_path / name, lambda _: None)
     for name, tensor in tensors.items():
         assert torch.equal(empty[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8)), name
     logical = torch.zeros(4, 3)  # without an order: as the files have it
-    shards.read_parts([part_of("plain", logical)], index, lambda name: tmp_path / name, lambda _: None)
+    shards.read_shards([shard_of("plain", logical)], index, lambda name: tmp_path / name, lambda _: None)
     assert torch.equal(logical, tensors["plain"][[2, 3, 0, 1]])
 
 
@@ -51,9 +51,9 @@ def test_large_tensors_are_copied_whole_by_several_threads(tmp_path: Path) -> No
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        tensors = [torch.randn(size) for size in (5, 5_000_000, 1, 3_000_001, 70)]  # more than a few times CHUNK
+        tensors = [torch.randn(size) for size in (5, 5_000_000, 1, 3_000_001, 70)]  # more than a few times BLOCK_BYTES
         staging = Staging()
-        staging.plan([part_of(str(number), tensor) for number, tensor in enumerate(tensors)])
+        staging.plan([shard_of(str(number), tensor) for number, tensor in enumerate(tensors)])
         staging.copy(torch.get_num_threads())
         staging.write(tmp_path / "file.safetensors")
     finally:
@@ -69,6 +69,6 @@ def test_a_tensor_that_is_there_in_part_is_refused(tmp_path: Path) -> None:
     staging.copy(torch.get_num_threads())
     staging.write(tmp_path / "a")
     with (tmp_path / "a").open("rb") as stream:
-        index = shards.index_of({"a": shards.read_header(stream)})
+        index = shards.index_tensors({"a": shards.read_header(stream)})
     with pytest.raises(shards.DamagedFileError, match="only 6 of 12 values of x"):
-        shards.read_parts([part_of("x", tensor)], index, lambda name: tmp_path / name, lambda _: None)
+        shards.read_shards([shard_of("x", tensor)], index, lambda name: tmp_path / name, lambda _: None)

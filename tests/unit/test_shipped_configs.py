@@ -15,7 +15,7 @@ from most_ray.cli import main
 from most_ray.config import load_config
 from most_ray.planner import calibration
 from most_ray.planner.dry_run import DryRun, dry_run
-from most_ray.records.record import read_raw
+from most_ray.records.files import read_raw
 from tests.conftest import ROOT
 from tests.support.builders import text, write_records
 

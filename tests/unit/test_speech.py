@@ -14,18 +14,18 @@ import pytest
 import soundfile
 
 from most_ray.errors import ConfigError, DataError
-from most_ray.records.record import parse_record, units_identity
-from most_ray.speech.corpora.audio import load_audio, seconds_of
+from most_ray.records.record import parse_record, units_hash
+from most_ray.speech.corpora.audio import audio_seconds, load_audio
 from most_ray.speech.units.clustering import (
     SpeakerStatistics,
     assign,
+    default_unit_count,
     fit_kmeans,
     kmeans_hash,
     load_kmeans,
-    neighbours_of,
+    nearest_units,
     remove_repeats,
     save_kmeans,
-    units_for,
 )
 from most_ray.speech.units.features import EncoderSettings, MfccSettings, parse_features
 from most_ray.speech.units.mfcc import loud_part, mfcc
@@ -190,8 +190,8 @@ def test_too_long_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
 
 def test_seconds_by_the_header(speech: np.ndarray, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", speech, 16000)
-    assert seconds_of(tmp_path / "a.flac") == pytest.approx(8.82) and seconds_of(tmp_path / "a.flac", 2.5) == 2.5
-    assert seconds_of(tmp_path / "none.flac") is None
+    assert audio_seconds(tmp_path / "a.flac") == pytest.approx(8.82) and audio_seconds(tmp_path / "a.flac", 2.5) == 2.5
+    assert audio_seconds(tmp_path / "none.flac") is None
 
 
 # Features
@@ -229,7 +229,7 @@ def test_features_are_named_in_one_word() -> None:
 
 def test_statistics_of_parts_add_up() -> None:
     frames = np.random.default_rng(0).normal(3.0, 2.0, (1000, 4)).astype(np.float32)
-    parts = SpeakerStatistics.of(frames[:300]) + SpeakerStatistics.of(frames[300:])
+    parts = SpeakerStatistics.from_frames(frames[:300]) + SpeakerStatistics.from_frames(frames[300:])
     assert (
         parts.count == 1000
         and np.allclose(parts.mean, frames.mean(0), atol=1e-5)
@@ -237,17 +237,17 @@ def test_statistics_of_parts_add_up() -> None:
     )
     normal = parts.apply(frames)
     assert np.abs(normal.mean(0)).max() < 1e-5 and np.abs(normal.std(0) - 1).max() < 1e-4
-    constant = SpeakerStatistics.of(np.full((5, 4), 7.0, np.float32))
+    constant = SpeakerStatistics.from_frames(np.full((5, 4), 7.0, np.float32))
     assert np.isfinite(constant.apply(np.full((1, 4), 8.0, np.float32))).all()
 
 
 def test_a_short_recording_leans_on_the_corpus() -> None:
     """With no frames of its own it is the corpus; with many it is itself."""
     mean, deviation = np.full(3, 2.0), np.full(3, 0.5)
-    few = SpeakerStatistics.of(np.zeros((0, 3), np.float32)).map_adapt(mean, deviation)
+    few = SpeakerStatistics.from_frames(np.zeros((0, 3), np.float32)).map_adapt(mean, deviation)
     assert np.allclose(few.mean, mean) and np.allclose(few.deviation, deviation)
     frames = np.random.default_rng(0).normal(0.0, 1.0, (200_000, 3))
-    many = SpeakerStatistics.of(frames).map_adapt(mean, deviation)
+    many = SpeakerStatistics.from_frames(frames).map_adapt(mean, deviation)
     assert np.allclose(many.mean, 0.0, atol=0.01) and np.allclose(many.deviation, 1.0, atol=0.01)
 
 
@@ -261,7 +261,7 @@ def test_kmeans_is_seeded(algorithm: Any) -> None:
 
 
 def test_how_many_units_so_many_frames_tell_apart() -> None:
-    assert [units_for(n) for n in (0, 150, 5000, 49_999, 50_000, 10**9)] == [2, 2, 50, 499, 500, 500]
+    assert [default_unit_count(n) for n in (0, 150, 5000, 49_999, 50_000, 10**9)] == [2, 2, 50, 499, 500, 500]
 
 
 def test_kmeans_files(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_units_of_frames() -> None:
     centroids = np.array([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]], np.float32)
     assert assign(np.array([[0.1, 0], [4, 4], [0.9, 1.2]], np.float32), centroids).tolist() == [0, 2, 1]
     assert remove_repeats(np.array([1, 1, 2, 2, 2, 1])).tolist() == [1, 2, 1] and remove_repeats(np.zeros(0, int)).tolist() == []
-    assert neighbours_of(centroids) == [[1, 2], [0, 2], [1, 0]]
+    assert nearest_units(centroids) == [[1, 2], [0, 2], [1, 0]]
 
 
 # The shipped digits
@@ -354,7 +354,7 @@ def test_the_shipped_digits_are_what_the_recordings_give(shared: Path, digits: P
     assert different <= 2, "another machine's rounding may move a frame that lies between two centroids"
     assert all(isinstance(parse_record(record).input, np.ndarray) for record in made)
     manifests = [lines_of(folder / "units.json")[0] for folder in (tmp_path / "out", digits / "test_takes")]
-    assert units_identity(manifests[0]) == units_identity(manifests[1])
+    assert units_hash(manifests[0]) == units_hash(manifests[1])
 
 
 def test_nobody_heard_the_unheard_speaker(digits: Path) -> None:

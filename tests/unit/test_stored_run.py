@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint, open_model
 from most_ray.config import RunConfig, load_config
 from most_ray.data.ingest import Runner
@@ -64,12 +64,12 @@ def test_it_resumes_from_its_checkpoint_to_the_same_losses_on_the_same_records(s
     assert {step: found[step] for step in range(1, 4)} == {step: expected[step] for step in range(1, 4)}
     assert found == {step: pytest.approx(values, rel=1e-5) for step, values in expected.items()}
     assert Path(f"{stored}.trace").read_bytes() == trace
-    assert [reader.step_of(uri) for uri in reader.committed(str(stored / "checkpoints"))] == [3, LAST]
+    assert [catalog.step_of(uri) for uri in catalog.committed(str(stored / "checkpoints"))] == [3, LAST]
 
 
 def test_its_checkpoint_is_whole_and_exports(stored: Path, tmp_path: Path) -> None:
-    uri = reader.step_uri(str(stored / "checkpoints"), 3)
-    assert reader.latest_valid(str(stored / "checkpoints")) == (uri, [])
+    uri = catalog.step_uri(str(stored / "checkpoints"), 3)
+    assert catalog.latest_valid(str(stored / "checkpoints")) == (uri, [])
     export_checkpoint(uri, tmp_path / "export")
     model, _ = open_model(str(tmp_path / "export"))
     written = load_file(Path(uri) / "rank-00000.safetensors")  # by a reader that knows nothing of checkpoints

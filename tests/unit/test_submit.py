@@ -21,7 +21,8 @@ from most_ray.cli import cluster_commands as command
 from most_ray.cli import main
 from most_ray.errors import ConfigError
 from most_ray.service.cluster import submit as service
-from most_ray.service.cluster.submit import job_name, next_job, open_client, package_of, why_pending
+from most_ray.service.cluster.job_package import EXCLUDES, package_of
+from most_ray.service.cluster.submit import job_name, next_job, open_client, why_pending
 
 DIGITS = str(Path(__file__).resolve().parents[2] / "jobs" / "configs" / "digits.yaml")
 
@@ -91,7 +92,7 @@ def test_the_weight_is_that_of_rays_archive_to_the_byte(tmp_path: Path) -> None:
     (folder / "empty").mkdir()
     (folder / "gone").symlink_to("nowhere")
     archive = tmp_path / "archive.zip"
-    packaging.create_package(str(folder), archive, include_gitignore=True, excludes=list(service.EXCLUDES))
+    packaging.create_package(str(folder), archive, include_gitignore=True, excludes=list(EXCLUDES))
     assert package_of(folder).bytes == archive.stat().st_size
     assert package_of(folder).files == {"a/b.bin", "a/äö.txt", "c.txt", "d/.keep", "d/.gitignore"}
 
@@ -100,10 +101,10 @@ def test_a_folder_over_the_dashboards_limit_is_refused_at_once(tmp_path: Path) -
     """The dashboard takes 100 MiB in one request, less than the 512 of what keeps it."""
     with (tmp_path / "weights.bin").open("wb") as stream:
         stream.truncate(99 << 20)  # a hole: nothing is written
-        package_of(tmp_path).check()
+        package_of(tmp_path).check_size()
         stream.truncate(100 << 20)
-    with pytest.raises(ConfigError, match=r"holds 100 MiB, a job takes at most 100: weights.bin 100 MiB. Name in .gitignore"):
-        package_of(tmp_path).check()
+    with pytest.raises(ConfigError, match=r"holds 100 MiB, a job takes at most 100: weights.bin 100 MiB. List in .gitignore"):
+        package_of(tmp_path).check_size()
     with pytest.raises(ConfigError, match="is no folder"):
         package_of(tmp_path / "nothing")
 
@@ -224,8 +225,8 @@ def test_submitting_twice_continues_and_never_doubles(dashboard: Dashboard, caps
 @pytest.mark.parametrize(
     ("status", "version", "said"),
     [
-        (401, ray.__version__, "asks for a token, and none is here. Set RAY_AUTH_MODE=token"),
-        (403, ray.__version__, "does not take this token. Set RAY_AUTH_MODE=token"),
+        (401, ray.__version__, "requires a token, and none is set here. Set RAY_AUTH_MODE=token"),
+        (403, ray.__version__, "does not accept this token. Set RAY_AUTH_MODE=token"),
         (200, "2.9.0", f"runs Ray 2.9.0, this is {ray.__version__}. Install the same on both."),
         (500, ray.__version__, "does not answer as a Ray dashboard. Check it."),
     ],
@@ -241,7 +242,7 @@ def test_a_cluster_that_does_not_take_jobs_is_said_in_one_line(
 
 
 def test_without_any_cluster_it_is_said_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "DEFAULT", "http://127.0.0.1:1")
+    monkeypatch.setattr(service, "LOCAL_DASHBOARD", "http://127.0.0.1:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that it is put back
     monkeypatch.setattr(service, "use_token", lambda: None)
     with pytest.raises(ConfigError, match=r"does not answer.*cluster/local/up.sh"):
@@ -288,7 +289,7 @@ def test_a_run_that_is_stopped_is_said_to_go_on(dashboard: Dashboard, capsys: py
     dashboard.jobs = [job("digits-ab", "RUNNING", train)]
     assert main(["submit", "--address", dashboard.url, "--stop", "digits-ab"]) == 0
     assert dashboard.stops == ["digits-ab"]
-    assert "digits-ab: STOPPED. Submitted again it goes on from its last checkpoint." in capsys.readouterr().out
+    assert "digits-ab: STOPPED. Submit it again to resume from its last checkpoint." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["prepare units --output train", "doctor", "train --config x --dry_run H100"])
@@ -312,7 +313,7 @@ def test_interrupting_a_stop_leaves_it_going(
     monkeypatch.setattr(service._Client, "stop_job", lambda *_: True)
     monkeypatch.setattr(service.time, "sleep", interrupt)
     assert main(["submit", "--address", dashboard.url, "--stop", "digits-ab"]) == 130
-    assert "the job goes on stopping" in capsys.readouterr().out
+    assert "the job is still stopping" in capsys.readouterr().out
 
 
 def interrupt(*_: object, **__: object) -> Any:
@@ -366,15 +367,15 @@ def test_a_package_that_a_cluster_finds_too_large_is_said_with_its_remedy(
     dashboard.on_put = answer
     assert submitted(dashboard) == 2
     assert "more than the cluster takes: data 1 MiB, configs 0 MiB" in (error := capsys.readouterr().err)
-    assert "Name in .gitignore or .rayignore" in error
+    assert "List in .gitignore or .rayignore" in error
 
 
 @pytest.mark.parametrize(
     ("place", "ignore", "said"),
     [
-        ("runs/a/config.yaml", "", "runs never does"),
-        ("own/config.yaml", "own/", "/.gitignore keeps it here"),
-        ("own/config.yaml", "*.yaml", "/.gitignore keeps it here"),
+        ("runs/a/config.yaml", "", "runs never is"),
+        ("own/config.yaml", "own/", "/.gitignore excludes it"),
+        ("own/config.yaml", "*.yaml", "/.gitignore excludes it"),
     ],
 )
 def test_a_configuration_that_stays_here_is_refused(
@@ -386,7 +387,7 @@ def test_a_configuration_that_stays_here_is_refused(
     (tmp_path / place).write_text("name: a\n")
     assert main(["submit", "--working_dir", str(tmp_path), "train", "--config", str(tmp_path / place)]) == 2
     error = capsys.readouterr().err
-    assert f"config = {place!r}: does not go along: " in error
+    assert f"config = {place!r}: is not sent with the job: " in error
     assert said in error
 
 

@@ -55,7 +55,7 @@ class Server:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"_LOOK_S": 0.001, "_QUIET_S": 0.005, "_SILENCE_S": 0.02}.items():
+    for name, seconds in {"_POLL_S": 0.001, "_QUIET_S": 0.005, "_SILENCE_S": 0.02}.items():
         monkeypatch.setattr(service, name, seconds)
 
 
@@ -81,7 +81,7 @@ def test_a_log_over_connections_that_break_is_whole(error: Exception) -> None:
         [["one\n", "two\n", error], ["one\ntwo\nth", error], ["one\n", "two\nthree\n"]],
         "one\ntwo\nthree\nend\n",
     )
-    again = "The job's log does not come; trying again.\n"
+    again = "The job's log cannot be read; trying again.\n"
     assert followed(server) == (0, f"one\ntwo\n{again}th{again}ree\nend\n")
 
 
@@ -90,7 +90,7 @@ def test_a_log_over_connections_that_break_is_whole(error: Exception) -> None:
 def test_a_log_that_never_comes_ends_with_the_job(error: Exception) -> None:
     """The node of the log may be gone for good."""
     server = Server(["RUNNING"] * 5 + ["STOPPED"], [[error]], RuntimeError("Request failed with status code 500: no agent."))
-    assert followed(server) == (75, "The job's log does not come; trying again.\nThe end of the job's log cannot be read.\n")
+    assert followed(server) == (75, "The job's log cannot be read; trying again.\nThe end of the job's log cannot be read.\n")
 
 
 @pytest.mark.usefixtures("at_once")
@@ -111,13 +111,15 @@ def test_a_dashboard_that_answers_again_is_followed_on(error: Exception) -> None
 @pytest.mark.parametrize("before", [[], ["RUNNING"]])
 @pytest.mark.parametrize("error", NO_ANSWERS, ids=lambda error: type(error).__name__)
 def test_a_dashboard_that_is_silent_for_good_is_given_up(error: Exception, before: list[str | Exception]) -> None:
-    with pytest.raises(ConfigError, match=r"address = 'http://x': has not answered for .* The job may go on: the same command follows it"):
+    with pytest.raises(
+        ConfigError, match=r"address = 'http://x': has not answered for .* The job may still run: the same command follows it"
+    ):
         followed(Server([*before, error], [[error]]))
 
 
 @pytest.mark.usefixtures("at_once")
 def test_a_job_that_a_new_cluster_does_not_know_is_said() -> None:
-    with pytest.raises(ConfigError, match="knows the job no more"):
+    with pytest.raises(ConfigError, match="does not know the job any more"):
         followed(Server(["RUNNING", RuntimeError("Request failed with status code 404: Job a does not exist.")], [["one\n"]]))
 
 
@@ -138,7 +140,7 @@ def test_an_interrupt_while_the_log_is_silent_is_heard_at_once(monkeypatch: pyte
             signal.raise_signal(signal.SIGINT)
             await asyncio.Event().wait()
 
-    monkeypatch.setattr(service, "_LOOK_S", 60.0)
+    monkeypatch.setattr(service, "_POLL_S", 60.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background has it ignored
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from most_ray.io import storage
 from most_ray.io.journal import Journal
-from most_ray.service.tune import trial as module
-from most_ray.service.tune.trial import TrialActor
+from most_ray.service.tune import trial_actor as module
+from most_ray.service.tune.trial_actor import TrialActor
 from tests.unit.test_sweep_trial import actor_of
 
 
@@ -41,7 +42,7 @@ def attended(folder: str) -> tuple[TrialActor, Running, Path]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0)
+    monkeypatch.setattr(module, "_POLL_S", 0)
 
 
 def line(kind: str, step: int, length: int = 0, **more: Any) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def test_what_was_read_is_not_read_again(quick: None, tmp_path: Path, monkeypatc
             read.append(len(found))
             return found
 
-    monkeypatch.setattr(module.storage, "open_read", lambda uri: Counting(Path(uri).read_bytes()))
+    monkeypatch.setattr(storage, "open_read", lambda uri: Counting(Path(uri).read_bytes()))
     written = b""
     for step in range(1, 9):
         whole = json.dumps(judged(step, 300)).encode() + b"\n"
@@ -149,7 +150,7 @@ def test_a_restart_of_the_run_tells_each_step_once(data: st.DataObject) -> None:
     found: list[int] = []
     pending: list[int] = []
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_LOOK_EVERY_S", 0)
+        patch.setattr(module, "_POLL_S", 0)
         actor, process, metrics = attended(folder)
         done, evaluated = 0, 0
         for stop, back in [*restarts, (12, 0)]:

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError
-from most_ray.io.journal import parse_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.schema import check_line
 from most_ray.sweep import ledger
@@ -195,11 +194,6 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path, torn: str) -> None:
     file.write("end", trial=1, step=0, state="stopped", reason=None)
     file.close()
     assert [line["kind"] for line in lines_of(tmp_path)] == ["trial", "end"]
-
-
-def test_what_is_no_object_is_passed_over() -> None:
-    content = b'{"kind": "sweep"}\n[1]\n"text"\n7\n\n{"a"\n\xff\xfe\n{"b": 2}\n{"c'
-    assert parse_lines(content) == [{"kind": "sweep"}, {"b": 2}]
 
 
 def test_a_second_process_is_refused_until_the_first_has_gone(tmp_path: Path) -> None:

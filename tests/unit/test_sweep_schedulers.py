@@ -21,7 +21,8 @@ from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
-from most_ray.service.tune.search import Asha, Fifo, Pbt, Proposals, Recorder, judged
+from most_ray.service.tune.schedulers import Asha, Fifo, Pbt, Recorder, fill_objective
+from most_ray.service.tune.search import Proposals
 from most_ray.sweep.ledger import LedgerFile, kept_uri
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Setting
@@ -39,8 +40,8 @@ def file(tmp_path: Path) -> Iterator[LedgerFile]:
     opened.close()
 
 
-def tune_trial(number: int, max_failures: int = 0, **work: Any) -> TuneTrial:
-    config = {"work": {"trial": number, "run": f"{number:03d}", **work}}
+def tune_trial(number: int, max_failures: int = 0, **spec: Any) -> TuneTrial:
+    config = {"spec": {"trial": number, "run": f"{number:03d}", **spec}}
     return TuneTrial("x", config=config, max_failures=max_failures, stub=True)
 
 
@@ -50,15 +51,15 @@ def tune_trial(number: int, max_failures: int = 0, **work: Any) -> TuneTrial:
 def test_results_and_ends_are_written_once_and_told(file: LedgerFile) -> None:
     """What holds no figures is none; the last result is told with the end, and nothing is written behind that."""
     told = Told()
-    recorder, work = Recorder(file, told, TOTAL), {"trial": 1, "run": "001"}
+    recorder, spec = Recorder(file, told, TOTAL), {"trial": 1, "run": "001"}
     add(file, 1, {})
-    recorder.result(work, result_of(0))
-    recorder.result(work, result_of(4, 0.5))
-    recorder.result(work, result_of(4))
-    recorder.result(work, result_of(TOTAL, 0.25))
+    recorder.result(spec, result_of(0))
+    recorder.result(spec, result_of(4, 0.5))
+    recorder.result(spec, result_of(4))
+    recorder.result(spec, result_of(TOTAL, 0.25))
     assert told == [(1, "open", 4)]
-    recorder.complete(work, result_of(TOTAL, done=True))
-    recorder.complete(work, result_of(TOTAL, done=True))
+    recorder.complete(spec, result_of(TOTAL, done=True))
+    recorder.complete(spec, result_of(TOTAL, done=True))
     assert told == [(1, "open", 4), (1, "finished", TOTAL)]
     found = [{key: value for key, value in line.items() if key != "time"} for line in lines_of(file, "result", "end")]
     head = {"kind": "result", "trial": 1, "run": "001", "intervals": {}}
@@ -272,7 +273,7 @@ def test_perturbed_values_stay_in_their_ranges(tmp_path: Path, file: LedgerFile)
     """Times 0.8 or 1.2, one time in four drawn anew; at its ends they stop; what cannot change in the middle stays."""
     pbt, setting = pbt_of(tmp_path, file)
     start = {"learning_rate": 0.01, "asr_tts_mix_ratio": 0.5, "train_asr_weights[0]": 1.9, "seed": 2}
-    drawn = [pbt.perturbed(start) for _ in range(800)]
+    drawn = [pbt.perturb(start) for _ in range(800)]
     low = {"learning_rate": 0.001, "asr_tts_mix_ratio": 0.3, "train_asr_weights[0]": 0.5}
     high = {"learning_rate": 0.1, "asr_tts_mix_ratio": 0.8, "train_asr_weights[0]": 2.0}
     factors = {name: [values[name] / start[name] for values in drawn] for name in low}
@@ -286,11 +287,11 @@ def test_perturbed_values_stay_in_their_ranges(tmp_path: Path, file: LedgerFile)
         assert all(0.3 < share < 0.45 for share in shares)  # three times in eight
     assert start["learning_rate"] == 0.01
     edge = {**start, "learning_rate": 0.001, "asr_tts_mix_ratio": 0.8}
-    assert all(pbt.perturbed(edge)["learning_rate"] >= 0.001 and pbt.perturbed(edge)["asr_tts_mix_ratio"] <= 0.8 for _ in range(50))
+    assert all(pbt.perturb(edge)["learning_rate"] >= 0.001 and pbt.perturb(edge)["asr_tts_mix_ratio"] <= 0.8 for _ in range(50))
     again, _ = pbt_of(tmp_path, file)
-    assert [again.perturbed(start) for _ in range(3)] == drawn[:3]
+    assert [again.perturb(start) for _ in range(3)] == drawn[:3]
     other, _ = pbt_of(tmp_path, file, search_seed=1)
-    assert other.perturbed(start) != drawn[0]
+    assert other.perturb(start) != drawn[0]
 
 
 def test_a_replaced_trial_goes_on_from_the_better(tmp_path: Path, file: LedgerFile) -> None:
@@ -303,24 +304,24 @@ def test_a_replaced_trial_goes_on_from_the_better(tmp_path: Path, file: LedgerFi
     pbt._trial_state[better] = SimpleNamespace(last_train_time=4)
     for generation in (1, 2):
         config, _ = pbt._get_new_config(worse, better)
-        work = config["work"]
-        assert (work["trial"], work["run"], work["after"]) == (2, f"002-{generation}", 0)
-        assert work["parent"] == {"trial": 1, "run": "001", "step": 4}
-        assert work["values"]["seed"] == 3 and work["values"]["learning_rate"] != 0.01
-        assert work["settings"] == setting.settings_of(work["values"])
+        spec = config["spec"]
+        assert (spec["trial"], spec["run"], spec["after"]) == (2, f"002-{generation}", 0)
+        assert spec["parent"] == {"trial": 1, "run": "001", "step": 4}
+        assert spec["values"]["seed"] == 3 and spec["values"]["learning_rate"] != 0.01
+        assert spec["settings"] == setting.settings_of(spec["values"])
         worse.config = config
     line = lines_of(file, "trial")[-1]
-    assert {**line, "after": 0} == {"kind": "trial", "time": line["time"], **work}
+    assert {**line, "after": 0} == {"kind": "trial", "time": line["time"], **spec}
     trial = file.ledger.trials[2]
-    assert (trial.runs, trial.values, trial.state) == (["002", "002-1", "002-2"], work["values"], "open")
+    assert (trial.runs, trial.values, trial.state) == (["002", "002-1", "002-2"], spec["values"], "open")
     assert "hunter2" not in json.dumps(lines_of(file)) + json.dumps(config)
 
 
-@pytest.mark.parametrize("turns", [False, True])
-def test_trials_that_take_turns_are_compared_together(tmp_path: Path, file: LedgerFile, turns: bool) -> None:
+@pytest.mark.parametrize("synchronous", [False, True])
+def test_trials_that_take_turns_are_compared_together(tmp_path: Path, file: LedgerFile, synchronous: bool) -> None:
     """Else the first to come would be compared with nobody, and wait for nothing."""
     _, setting = pbt_of(tmp_path, file)
-    pbt = Pbt(Recorder(file, Told(), TOTAL), setting, TOTAL, file, str(tmp_path), turns)
+    pbt = Pbt(Recorder(file, Told(), TOTAL), setting, TOTAL, file, str(tmp_path), synchronous)
     values = {"learning_rate": 0.01, "asr_tts_mix_ratio": 0.5, "train_asr_weights[0]": 1.0, "seed": 2}
     trials = [tune_trial(number, values=values) for number in (1, 2)]
     controller = MagicMock(get_trials=lambda: trials, get_live_trials=lambda: trials, search_alg=None)
@@ -329,7 +330,7 @@ def test_trials_that_take_turns_are_compared_together(tmp_path: Path, file: Ledg
         pbt.on_trial_add(controller, trial)
         trial.set_status(TuneTrial.RUNNING)
     assert pbt.on_trial_result(controller, trials[0], result_of(0)) == CONTINUE
-    assert pbt.on_trial_result(controller, trials[0], result_of(4, 0.5)) == (TrialScheduler.PAUSE if turns else CONTINUE)
+    assert pbt.on_trial_result(controller, trials[0], result_of(4, 0.5)) == (TrialScheduler.PAUSE if synchronous else CONTINUE)
 
 
 def replace_worse(pbt: Pbt, file: LedgerFile, sweep_uri: Path, values: dict[str, Any], kept: bool = True) -> TuneTrial:
@@ -351,7 +352,7 @@ def test_a_trial_is_replaced_where_the_better_ones_checkpoint_was_kept(tmp_path:
     pbt, _ = pbt_of(tmp_path, file)
     values = {"learning_rate": 0.01, "asr_tts_mix_ratio": 0.5, "train_asr_weights[0]": 1.0, "seed": 2}
     worse = replace_worse(pbt, file, tmp_path, values, kept)
-    assert worse.config["work"]["run"] == ("002-1" if kept else "002")
+    assert worse.config["spec"]["run"] == ("002-1" if kept else "002")
     assert len(file.ledger.trials[2].runs) == (2 if kept else 1)
 
 
@@ -362,11 +363,11 @@ def test_a_perturbed_setting_that_cannot_be_trained_ends_no_sweep(tmp_path: Path
     pbt = Pbt(Recorder(file, Told(), TOTAL), setting_of(sweep), TOTAL, file, str(tmp_path))
     values = {"train_asr_weights[0]": 1.0, "learning_rate": 0.15}
     drawn = [{**values, "learning_rate": -1.0}, {**values, "learning_rate": 0.16}]
-    pbt.perturbed = lambda _: drawn.pop(0)  # type: ignore[method-assign]
+    pbt.perturb = lambda _: drawn.pop(0)  # type: ignore[method-assign]
     replace_worse(pbt, file, tmp_path, values)
     assert file.ledger.trials[2].values["learning_rate"] == 0.16
-    pbt.perturbed = lambda _: {**values, "learning_rate": -1.0}  # type: ignore[method-assign]
-    assert pbt._trainable(values)[0] == values
+    pbt.perturb = lambda _: {**values, "learning_rate": -1.0}  # type: ignore[method-assign]
+    assert pbt._perturb_trainable(values)[0] == values
 
 
 def test_a_trial_that_goes_on_is_compared_where_it_would_have_been_next(tmp_path: Path, file: LedgerFile) -> None:
@@ -383,10 +384,10 @@ def test_a_trial_that_goes_on_is_compared_where_it_would_have_been_next(tmp_path
 
 def test_an_evaluation_without_a_value_is_the_worst(tmp_path: Path, file: LedgerFile) -> None:
     """As of a loss that is not finite: of a search for the smallest and for the largest; what is no evaluation stays as it is."""
-    assert judged({"step": 2}, "min") == {"step": 2}
-    assert judged({"step": 2, "details": "", "objective_0": 1.0}, "min")["objective_0"] == 1.0
-    assert judged({"step": 2, "details": ""}, "min")["objective_0"] > 1e20
-    assert judged({"step": 2, "details": ""}, "max")["objective_0"] < -1e20
+    assert fill_objective({"step": 2}, "min") == {"step": 2}
+    assert fill_objective({"step": 2, "details": "", "objective_0": 1.0}, "min")["objective_0"] == 1.0
+    assert fill_objective({"step": 2, "details": ""}, "min")["objective_0"] > 1e20
+    assert fill_objective({"step": 2, "details": ""}, "max")["objective_0"] < -1e20
 
 
 # Credentials
@@ -400,12 +401,12 @@ def test_what_tune_pickles_holds_no_credentials(tmp_path: Path, file: LedgerFile
     pbt, _ = pbt_of(tmp_path, file, **secret)
     recorder = Recorder(file, Told(), TOTAL)
     proposals = Proposals(setting, file, Told())
-    work = proposals.suggest("a")
+    spec = proposals.suggest("a")
     for each in (proposals, Fifo(recorder, TOTAL), Asha(recorder, setting.sweep, TOTAL, {}), pbt):
         pickled = ray.cloudpickle.dumps(each)
         assert b"hunter2" not in pickled
         assert type(ray.cloudpickle.loads(pickled)) is object
-    assert "hunter2" not in json.dumps(work)
+    assert "hunter2" not in json.dumps(spec)
     SearchGenerator(ConcurrencyLimiter(proposals, 2)).save_to_dir(str(tmp_path), "session")
     assert any("session" in path.name for path in tmp_path.iterdir())
     assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "sweep.yaml")

@@ -12,7 +12,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from most_ray.io.run_folder import RunFolder
-from most_ray.service.tune.search import Proposals, Recorder, Tpe
+from most_ray.service.tune.schedulers import Recorder
+from most_ray.service.tune.search import Proposals, Tpe
 from most_ray.sweep.ledger import LedgerFile, Trial
 from most_ray.sweep.options import Sweep
 from tests.unit.test_sweep_options import setting_of, sweep_of
@@ -80,7 +81,7 @@ def test_open_trials_come_first_then_new_ones(tmp_path: Path, file: LedgerFile) 
     before, told = lines_of(file), Told()
     proposals = Proposals(setting_of(sweep, shared={"max_steps": TOTAL}), file, told)
     assert proposals.suggest("a") == {
-        "work": {
+        "spec": {
             "trial": 2,
             "run": "002",
             "values": {"learning_rate": 0.003},
@@ -90,13 +91,13 @@ def test_open_trials_come_first_then_new_ones(tmp_path: Path, file: LedgerFile) 
         }
     }
     third = {"trial": 3, "run": "003-1", "values": {"learning_rate": 0.005}, "settings": {"x": 1}, "parent": parent, "after": 0}
-    assert proposals.suggest("b") == {"work": third}
+    assert proposals.suggest("b") == {"spec": third}
     assert lines_of(file) == before
     for number in (5, 6):
         values = sweep.space.proposal("random", 0, number - 1)
         assert values is not None
         line = {"trial": number, "run": f"{number:03d}", "values": values, "settings": {**values, "max_steps": TOTAL}, "parent": None}
-        assert proposals.suggest(str(number)) == {"work": {**line, "after": 0}}
+        assert proposals.suggest(str(number)) == {"spec": {**line, "after": 0}}
         (written,) = lines_of(file)[len(before) + number - 5 :]
         assert written == {"kind": "trial", "time": written["time"], **line}
     assert proposals.suggest("c") == Searcher.FINISHED == proposals.suggest("d")
@@ -108,8 +109,8 @@ def test_what_cannot_be_trained_is_written_down_and_the_next_is_tried(tmp_path: 
     told = Told()
     setting = setting_of(sweep_of(tmp_path, {"audio_experts": [8, 4, 7, 9]}, search="grid"))
     proposals = Proposals(setting, file, told)
-    work = proposals.next()
-    assert work is not None and work["trial"] == 2 and work["settings"]["audio_expert_indices"] == [4, 5, 6, 7]
+    spec = proposals.next()
+    assert spec is not None and spec["trial"] == 2 and spec["settings"]["audio_expert_indices"] == [4, 5, 6, 7]
     assert proposals.next() is None and proposals.next() is None
     found = {trial.number: (trial.state, trial.values["audio_experts"], trial.settings) for trial in file.ledger.trials.values()}
     failed = {1: 8, 3: 7, 4: 9}
@@ -132,17 +133,17 @@ def test_a_restart_proposes_as_if_there_had_been_none(tmp_path: Path, file: Ledg
     before = [first.next() for _ in range(2)]
     file.write("end", trial=1, step=TOTAL, state="finished", reason=None)
     second = Proposals(setting, reopened(file), Told())
-    works = [before[0], *iter(second.next, None)]
-    assert works[1] == before[1]
-    assert [work and work["trial"] for work in works] == [1, 2, 3, 4, 5]
-    assert [work and work["values"] for work in works] == [setting.sweep.space.proposal("random", 0, k) for k in range(5)]
+    specs = [before[0], *iter(second.next, None)]
+    assert specs[1] == before[1]
+    assert [spec and spec["trial"] for spec in specs] == [1, 2, 3, 4, 5]
+    assert [spec and spec["values"] for spec in specs] == [setting.sweep.space.proposal("random", 0, k) for k in range(5)]
 
 
 # TPE
 
 TPE_SPACE = {"learning_rate": {"loguniform": [0.001, 0.1]}, "lr_scheduler": ["linear", "cosine"], "audio_experts": "2..6"}
 POINT = {"learning_rate": 0.01, "lr_scheduler": "cosine", "audio_experts": 3}
-WORK = {"trial": 1, "run": "001", "values": POINT, "settings": POINT, "parent": None}
+SPEC = {"trial": 1, "run": "001", "values": POINT, "settings": POINT, "parent": None}
 
 
 def tpe_sweep(folder: Path, **changes: Any) -> Sweep:
@@ -178,10 +179,10 @@ def test_tpe_knows_what_an_earlier_start_has_found(tmp_path: Path, file: LedgerF
         "lr_scheduler": optuna.distributions.CategoricalDistribution((0, 1)),
         "audio_experts": optuna.distributions.IntDistribution(2, 6),
     }
-    tpe.adopt("a", file.ledger.trials[5])
+    tpe.enqueue("a", file.ledger.trials[5])
     assert [trial.params["audio_experts"] for trial in study.trials] == [3, 3, 6, 3, 2]
     assert study.trials[4].state.name == "RUNNING"
-    values = tpe.values("b")
+    values = tpe.propose("b")
     assert len(study.trials) == 6 and set(values) == set(TPE_SPACE)
 
 
@@ -199,14 +200,14 @@ def test_tpe_with_several_objectives(tmp_path: Path, file: LedgerFile) -> None:
 def test_tpe_values_are_those_of_the_space(tmp_path: Path, file: LedgerFile) -> None:
     """Plain ones, in their ranges, choices as they were written; other seeds give others."""
     tpe = Tpe(tpe_sweep(tmp_path), file)
-    found = [tpe.values(str(k)) for k in range(12)]
+    found = [tpe.propose(str(k)) for k in range(12)]
     for values in found:
         assert list(values) == list(TPE_SPACE)
         assert 0.001 <= values["learning_rate"] <= 0.1 and values["lr_scheduler"] in ("linear", "cosine")
         assert values["audio_experts"] in range(2, 7) and type(values["audio_experts"]) is int
     assert len({json.dumps(values) for values in found}) == 12
-    assert Tpe(tpe_sweep(tmp_path), file).values("0") == found[0]
-    assert Tpe(tpe_sweep(tmp_path, search_seed=1), file).values("0") != found[0]
+    assert Tpe(tpe_sweep(tmp_path), file).propose("0") == found[0]
+    assert Tpe(tpe_sweep(tmp_path, search_seed=1), file).propose("0") != found[0]
 
 
 def run_trials(proposals: Proposals, recorder: Recorder, ids: list[str]) -> list[dict[str, Any]]:
@@ -215,14 +216,14 @@ def run_trials(proposals: Proposals, recorder: Recorder, ids: list[str]) -> list
     for trial_id in ids:
         suggested = proposals.suggest(trial_id)
         assert isinstance(suggested, dict)
-        work = suggested["work"]
-        values.append(work["values"])
+        spec = suggested["spec"]
+        values.append(spec["values"])
         for step in (4, 8, TOTAL):
-            result = result_of(step, abs(work["values"]["learning_rate"] - 0.02))
-            recorder.result(work, result)
+            result = result_of(step, abs(spec["values"]["learning_rate"] - 0.02))
+            recorder.result(spec, result)
             proposals.on_trial_result(trial_id, result)
         proposals.on_trial_result(trial_id, result_of(TOTAL))
-        recorder.complete(work, result_of(TOTAL, done=True))
+        recorder.complete(spec, result_of(TOTAL, done=True))
         proposals.on_trial_complete(trial_id, result_of(TOTAL, done=True))
     return values
 
@@ -243,7 +244,7 @@ def test_tpe_goes_on_with_what_was_found(tmp_path: Path, file: LedgerFile) -> No
 def test_tpe_learns_from_a_trial_that_an_earlier_start_has_begun(tmp_path: Path, file: LedgerFile) -> None:
     add(file, 1, POINT, s4=0.8)
     proposals = Proposals(setting_of(tpe_sweep(tmp_path)), file, Told())
-    assert proposals.suggest("a") == {"work": {**WORK, "after": 4}}
+    assert proposals.suggest("a") == {"spec": {**SPEC, "after": 4}}
     proposals.on_trial_result("a", result_of(8, 0.7))
     file.write("end", trial=1, step=8, state="stopped", reason=None)
     proposals.on_trial_complete("a", result_of(8, 0.7))
@@ -277,9 +278,9 @@ def test_tpe_is_told_the_values_of_a_finished_trial(tmp_path: Path, file: Ledger
     details = json.dumps({"metrics": {"wer/takes": 0.25, "loss": 2.0}, "intervals": {}})
     result = {"step": TOTAL, "details": details, "objective_0": 0.25, **({"objective_1": 2.0} if len(objectives) > 1 else {})}
     recorder = Recorder(file, Told(), TOTAL)
-    recorder.result(suggested["work"], result)
+    recorder.result(suggested["spec"], result)
     proposals.on_trial_result("a", result)
-    recorder.complete(suggested["work"], result_of(TOTAL, done=True))
+    recorder.complete(suggested["spec"], result_of(TOTAL, done=True))
     proposals.on_trial_complete("a", result_of(TOTAL, done=True))
     assert proposals._tpe is not None
     assert states(study_of(proposals._tpe)) == [("COMPLETE", [0.25, 2.0][: len(objectives)])]
@@ -288,9 +289,9 @@ def test_tpe_is_told_the_values_of_a_finished_trial(tmp_path: Path, file: Ledger
 def test_tpe_proposes_anew_where_a_proposal_cannot_be_trained(tmp_path: Path, file: LedgerFile) -> None:
     space = {"audio_experts": "6..8", "learning_rate": {"uniform": [0.1, 0.2]}}
     proposals = Proposals(setting_of(sweep_of(tmp_path, space, search="tpe", max_trials=30)), file, Told())
-    works = [proposals.suggest(str(k)) for k in range(4)]
+    specs = [proposals.suggest(str(k)) for k in range(4)]
     points = [json.dumps(trial.values) for trial in file.ledger.trials.values()]
-    assert all(isinstance(work, dict) for work in works)
+    assert all(isinstance(spec, dict) for spec in specs)
     assert len(set(points)) == len(points) > 4
 
 
@@ -302,4 +303,4 @@ def test_tpe_does_not_repeat_what_is_still_open(tmp_path: Path, file: LedgerFile
     second = Proposals(setting, reopened(file), Told())
     after = [second.next(f"again{k}") for k in range(4)]
     assert after[:2] == before
-    assert len({json.dumps(work and work["values"]) for work in after}) == 4
+    assert len({json.dumps(spec and spec["values"]) for spec in after}) == 4

@@ -18,8 +18,8 @@ import fsspec
 import pytest
 
 from most_ray.io import storage
-from most_ray.service.tune import trial as module
-from most_ray.service.tune.trial import Slots, TrialActor
+from most_ray.service.tune import trial_actor as module
+from most_ray.service.tune.trial_actor import Slots, TrialActor
 from tests.conftest import ROOT
 from tests.support.fake_run import wer_of
 
@@ -30,14 +30,14 @@ MakeActor = Callable[..., TrialActor]
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeActor]:
     """Actors of runs that look for news without waiting; a run that is left over is ended."""
-    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.002)
+    monkeypatch.setattr(module, "_POLL_S", 0.002)
     monkeypatch.setenv("FAKE_STEP_S", "0.003")
     actors = []
 
     def make(
-        train: tuple[str, ...] = FAKE, output: str = "", sweep: str = "", values: dict[str, Any] | None = None, **work: Any
+        train: tuple[str, ...] = FAKE, output: str = "", sweep: str = "", values: dict[str, Any] | None = None, **spec: Any
     ) -> TrialActor:
-        actors.append(actor_of(output or str(tmp_path / "trials"), sweep or str(tmp_path), train, values or {}, work))
+        actors.append(actor_of(output or str(tmp_path / "trials"), sweep or str(tmp_path), train, values or {}, spec))
         return actors[-1]
 
     yield make
@@ -47,7 +47,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeActor]
             actor._process.wait()
 
 
-def actor_of(output: str, sweep: str, train: tuple[str, ...], values: dict[str, Any], work: dict[str, Any]) -> TrialActor:
+def actor_of(output: str, sweep: str, train: tuple[str, ...], values: dict[str, Any], spec: dict[str, Any]) -> TrialActor:
     actor = TrialActor.__new__(TrialActor)  # without what Tune adds: a folder for its logs
     common = {
         "values": {"learning_rate": 0.5, "max_steps": 8, "eval_steps": 2, "output_dir": output, "name": "other", **values},
@@ -58,7 +58,7 @@ def actor_of(output: str, sweep: str, train: tuple[str, ...], values: dict[str, 
         "environment": {},
         "slots": None,
     }
-    actor.setup({"work": {"trial": 1, "run": "001", "settings": {"learning_rate": 0.02}, "parent": None, **work}}, common)
+    actor.setup({"spec": {"trial": 1, "run": "001", "settings": {"learning_rate": 0.02}, "parent": None, **spec}}, common)
     return actor
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_does_not_stop_is_killed(
     make: MakeActor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After the time that a checkpoint may take."""
-    monkeypatch.setattr(module, "_LEAVE_S", 0.05)
+    monkeypatch.setattr(module, "_STOP_S", 0.05)
     ready = tmp_path / "ready"
     code = f"import pathlib, signal; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(ready)!r}).touch(); signal.pause()"
     actor = make(("-c", code))
@@ -252,30 +252,30 @@ def test_room_for_so_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     slots = Slots(2)
-    assert [slots.take(run) for run in ("a", "b", "c", "a")] == [True, True, False, True]
-    slots.leave("b")
-    slots.leave("unknown")
-    assert [slots.take(run) for run in ("c", "b")] == [True, False]
+    assert [slots.acquire(run) for run in ("a", "b", "c", "a")] == [True, True, False, True]
+    slots.release("b")
+    slots.release("unknown")
+    assert [slots.acquire(run) for run in ("c", "b")] == [True, False]
     now[0] = module._LEASE_S - 1
-    assert [slots.take(run) for run in ("b", "c")] == [False, True]
+    assert [slots.acquire(run) for run in ("b", "c")] == [False, True]
     now[0] = module._LEASE_S
-    assert [slots.take(run) for run in ("b", "a", "c")] == [True, False, True]
+    assert [slots.acquire(run) for run in ("b", "a", "c")] == [True, False, True]
 
 
 def test_a_trial_waits_for_its_turn(make: MakeActor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its run is not started before; when it is let go, there is room for another's."""
     slots = Slots(1)
-    assert slots.take("other")
-    as_actor = SimpleNamespace(take=SimpleNamespace(remote=slots.take), leave=SimpleNamespace(remote=slots.leave))
+    assert slots.acquire("other")
+    as_actor = SimpleNamespace(acquire=SimpleNamespace(remote=slots.acquire), release=SimpleNamespace(remote=slots.release))
     monkeypatch.setattr(module.ray, "get", lambda found: found)
     actor = make(after=4)
     actor._slots = as_actor
     assert [actor.step() for _ in range(3)] == [{"step": 4}] * 3 and actor._process is None
-    slots.leave("other")
+    slots.release("other")
     assert [result["step"] for result in news(actor)] == [6, 8, 8]
-    assert not slots.take("other")
+    assert not slots.acquire("other")
     actor.cleanup()
-    assert slots.take("other")
+    assert slots.acquire("other")
 
 
 # Checkpoints
@@ -302,7 +302,7 @@ def test_a_checkpoint_is_kept_for_others(make: MakeActor, tmp_path: Path, monkey
     own = Path(uri, "checkpoints", "step-000000004")
     assert os.path.samefile(kept / "model" / "weights", own / "model" / "weights")
     assert [path.name for path in kept.parent.iterdir()] == ["step-000000004"]
-    monkeypatch.delattr(module, "_copy")  # what is kept is not copied again
+    monkeypatch.delattr(module, "_copy_checkpoint")  # what is kept is not copied again
     actor.save_checkpoint(str(tmp_path / "pointer"))
     storage.remove(str(own))
     actor.save_checkpoint(str(tmp_path / "pointer"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from most_ray.records.batch_tokenizer import TextEncoder, _known_words
+from most_ray.records.batch_tokenizer import BatchTokenizer, _known_words
 from most_ray.records.tokenizer import BOS, EOS, PAD, add_audio_tokens, train_tokenizer
 
 SENTENCES = [
@@ -25,7 +25,7 @@ SENTENCES = [
 ]
 
 
-def plain(encoder: TextEncoder, texts: list[str]) -> list[list[int]]:
+def plain(encoder: BatchTokenizer, texts: list[str]) -> list[list[int]]:
     return encoder._whole(texts)
 
 
@@ -97,7 +97,7 @@ def kinds() -> dict[str, PreTrainedTokenizerFast]:
     }
 
 
-ENCODERS = {name: TextEncoder(tokenizer) for name, tokenizer in kinds().items()}
+ENCODERS = {name: BatchTokenizer(tokenizer) for name, tokenizer in kinds().items()}
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
@@ -124,7 +124,7 @@ def test_it_is_used_where_it_holds_and_nowhere_else() -> None:
 
 def test_an_encoder_travels_without_its_words() -> None:
     """What a process has learnt stays there, for the next encoder of the same tokenizer."""
-    encoder = TextEncoder(train_tokenizer(SENTENCES, 400))
+    encoder = BatchTokenizer(train_tokenizer(SENTENCES, 400))
     expected = encoder(SENTENCES)
     sent = pickle.dumps(encoder)
     again = pickle.loads(sent)
@@ -136,5 +136,5 @@ def test_an_encoder_travels_without_its_words() -> None:
 def test_decoding_gives_the_text_back() -> None:
     tokenizer = train_tokenizer(SENTENCES, 600)
     assert isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
-    for text, ids in zip(SENTENCES, TextEncoder(tokenizer)(SENTENCES), strict=True):
+    for text, ids in zip(SENTENCES, BatchTokenizer(tokenizer)(SENTENCES), strict=True):
         assert tokenizer.decode(ids) == text

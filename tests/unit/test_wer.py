@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, interval, normaliser, word_counts
+from most_ray.evaluation.wer import NORMALISERS, bootstrap_interval, character_counts, confusions, error_rate, normaliser, word_counts
 
 # reference, hypothesis, then by hand: word (substitutions, deletions, insertions, words), character errors and characters
 BY_HAND = [
@@ -87,18 +87,18 @@ def test_the_interval_is_the_bootstraps() -> None:
     """Against one with other draws, for sets small and large; wide where there is little."""
     rng = np.random.default_rng(7)
     errors, words = rng.poisson(0.3, 400), rng.integers(1, 9, 400)
-    low, high = interval(errors, words)
+    low, high = bootstrap_interval(errors, words)
     draws = rng.integers(400, size=(20_000, 400))
     expected, narrower = (np.percentile(errors[draws].sum(1) / words[draws].sum(1), ends) for ends in ([2.5, 97.5], [5.0, 95.0]))
     noise = 0.3 * np.abs(narrower - expected).min()
     assert (low, high) == pytest.approx(tuple(expected), abs=noise)
     assert low < errors.sum() / words.sum() < high
-    assert interval(errors, words) == [low, high]  # the same for the same records
-    few = interval(errors[:20], words[:20])
+    assert bootstrap_interval(errors, words) == [low, high]  # the same for the same records
+    few = bootstrap_interval(errors[:20], words[:20])
     assert few[1] - few[0] > 2 * (high - low)
-    assert interval(np.array([1]), np.array([4])) == [0.25, 0.25]
+    assert bootstrap_interval(np.array([1]), np.array([4])) == [0.25, 0.25]
     many = np.zeros(300_000, np.int64)
-    assert interval(many, many + 1, resamples=20) == [0.0, 0.0]
+    assert bootstrap_interval(many, many + 1, resamples=20) == [0.0, 0.0]
 
 
 def test_confusions() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from most_ray.checkpoint import reader, shards, writer
+from most_ray.checkpoint import catalog, reader, shards, writer
 from most_ray.checkpoint.shards import Staging
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.errors import CheckpointError
@@ -26,7 +26,7 @@ def test_an_attempt_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
     for answers in ([False], [True, False]):  # asked before anything is touched, and again before the marker
         with pytest.raises(CheckpointError, match="replaced by a newer one"):
             save(tmp_path / "c", small(), may_commit=lambda answers=answers: answers.pop(0) if answers else False)
-        assert not answers and not (tmp_path / "c" / reader.COMMIT).exists()
+        assert not answers and not (tmp_path / "c" / catalog.COMMIT).exists()
 
 
 def test_a_replaced_attempt_leaves_the_newer_ones_checkpoint_alone(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
             for parameter in state.model.parameters():
                 parameter.add_(1.0)
         if step == 1:
-            assert made.poll() == [] and not (tmp_path / "step-000000001" / reader.COMMIT).exists()
+            assert made.poll() == [] and not (tmp_path / "step-000000001" / catalog.COMMIT).exists()
             threading.Timer(0.3, going.set).start()
     made.wait()
     assert [(saved.step, saved.uri) for saved in made.poll()] == [(step, str(tmp_path / f"step-00000000{step}")) for step in (1, 2)]
@@ -130,7 +130,7 @@ def test_storage_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monkeypa
     monkeypatch.setattr(storage, "sleep", lambda _: None)
     monkeypatch.setattr(Staging, "write", failing)
     saved_at(tmp_path, 4)
-    assert not failures and weight_in(reader.committed(str(tmp_path))[0]) == 4.0
+    assert not failures and weight_in(catalog.committed(str(tmp_path))[0]) == 4.0
 
 
 def test_a_half_written_file_goes_where_the_folder_may_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +156,13 @@ def fill_the_disk(folder: str) -> list[str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         made = CheckpointWriter(background=number == 1)
         try:
-            made.save(reader.step_uri(folder, 7), small(7.0), {}, lambda _: None, lambda: True)
+            made.save(catalog.step_uri(folder, 7), small(7.0), {}, lambda _: None, lambda: True)
             made.wait()
         except CheckpointError as error:
             messages.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         if number < 2:
-            assert not Path(reader.step_uri(folder, 7)).exists()
+            assert not Path(catalog.step_uri(folder, 7)).exists()
         made.close()
     return messages
 
@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_and_hurts_nothing(tmp_path: Path) -> None:
     for message in messages:
         assert message.startswith(f"output_dir = '{tmp_path}/step-000000007': has no room left for a checkpoint of 0 MB (File too large).")
         assert message.endswith(f"The last checkpoint is intact: {uri}.")
-    assert [weight_in(at) for at in reader.committed(str(tmp_path))] == [3.0, 7.0]
+    assert [weight_in(at) for at in catalog.committed(str(tmp_path))] == [3.0, 7.0]
 
 
 def die_in(phase: str, uri: str) -> None:
@@ -189,7 +189,7 @@ def die_in(phase: str, uri: str) -> None:
     elif phase == "in a file":
         shards.os.fsync = die
     elif phase == "between files":
-        writer._Job._commit = die  # type: ignore[method-assign]
+        writer._SaveTask._commit = die  # type: ignore[method-assign]
     elif phase == "in the marker":
         Path.replace = die  # type: ignore[method-assign]
 
@@ -212,21 +212,21 @@ def die_in(phase: str, uri: str) -> None:
 )
 def test_a_kill_in_any_phase_leaves_the_last_one_the_newest(tmp_path: Path, phase: str, left: list[str]) -> None:
     saved_at(tmp_path, 1)
-    torn = reader.step_uri(str(tmp_path), 2)
-    process = multiprocessing.get_context("forkserver").Process(target=die_in, args=(phase, torn))
+    corrupt = catalog.step_uri(str(tmp_path), 2)
+    process = multiprocessing.get_context("forkserver").Process(target=die_in, args=(phase, corrupt))
     process.start()
     process.join(120)
     assert process.exitcode == 9
-    assert sorted(path.name for path in Path(torn).iterdir() if not path.name.startswith(".")) == left, "it died where it was meant to"
-    uri, damaged = reader.latest_valid(str(tmp_path))
+    assert sorted(path.name for path in Path(corrupt).iterdir() if not path.name.startswith(".")) == left, "it died where it was meant to"
+    uri, damaged = catalog.latest_valid(str(tmp_path))
     assert uri is not None and weight_in(uri) == 1.0 and damaged == []
     saved_at(tmp_path, 2)
-    assert weight_in(torn) == 2.0
+    assert weight_in(corrupt) == 2.0
 
 
 def test_a_checkpoint_that_would_not_be_whole_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise 16: the ranks' files are counted against every tensor's size before the marker."""
-    uri = reader.step_uri(str(tmp_path), 1)
+    uri = catalog.step_uri(str(tmp_path), 1)
     plan = Staging.plan
 
     def forgetful(self: Staging, parts: Any) -> None:
@@ -235,4 +235,4 @@ def test_a_checkpoint_that_would_not_be_whole_is_not_committed(tmp_path: Path, m
     monkeypatch.setattr(Staging, "plan", forgetful)
     with pytest.raises(RuntimeError, match=r"would hold 0 of \d+ values of model\.\S+ \(1 tensors are not whole\)"):
         save(uri, small())
-    assert reader.committed(str(tmp_path)) == [] and not Path(uri).exists()
+    assert catalog.committed(str(tmp_path)) == [] and not Path(uri).exists()

@@ -1,4 +1,4 @@
-"""Whether a cluster can be joined at an address, found within seconds: Ray itself tries for minutes, and says little."""
+"""Checks within seconds that a cluster can be joined at an address: Ray itself tries for minutes, with little explanation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import grpc
 import ray
 from ray._common.network_utils import is_localhost
-from ray._private import ray_constants
 from ray._private.authentication import authentication_token_setup
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.grpc_utils import init_grpc_channel
@@ -18,30 +17,31 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from most_ray.errors import ConfigError
+from most_ray.service.cluster.ray_internals import keep_loopback
 
-NO_TOKEN = "asks for a token, and none is here."
-WRONG_TOKEN = "does not take this token."
+NO_TOKEN = "requires a token, and none is set here."
+WRONG_TOKEN = "does not accept this token."
 TOKEN_REMEDY = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token."
-_CONNECT_S, _ANSWER_S = 5.0, 10.0
+_CONNECT_S, _ANSWER_S = 5.0, 10.0  # seconds to open a connection, and for Ray to answer over it
 
 
 def use_token() -> None:
-    """Show the token that is there (~/.ray/auth_token), also where RAY_AUTH_MODE does not say so: as `ray.init` does."""
+    """Present this machine's token (~/.ray/auth_token), also where RAY_AUTH_MODE is not set: as `ray.init` does."""
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)  # it warns of just that
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def check_address(address: str) -> None:
-    """Ask what listens at HOST:PORT whether it is a Ray of this version that takes this token. Other forms ("auto") are Ray's to judge.
+    """Check that a Ray of this process's version listens at HOST:PORT and accepts its token. Other forms, as "auto", are left to Ray.
 
-    Ray puts this machine's outward address in the place of a loopback one, where a head that listens on loopback alone does not answer:
-    then the loopback one is made to stay.
+    Ray replaces a loopback address by this machine's outward one, where a head node that listens on loopback alone does not answer: in
+    that case this process is set to keep the loopback address.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: nothing or something else listens there, the token is not accepted, or the versions differ.
     """
     if re.match(r"https?://", address):
-        rule = "is a dashboard's address, which takes jobs: a run joins Ray itself."
+        rule = "is a dashboard's address, which accepts jobs: a run joins Ray itself."
         raise ConfigError("ray_address", address, rule, "Use `most-ray submit`, or HOST:6379 on one of the cluster's machines.")
     match = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
     if not match:
@@ -50,7 +50,7 @@ def check_address(address: str) -> None:
     if is_localhost(host):
         outward = get_node_ip_address()
         if not _listens(outward, port) and _listens(host, port):
-            ray_constants.ENABLE_RAY_CLUSTER = False
+            keep_loopback()
         else:
             host = outward
     if not _listens(host, port):
@@ -60,6 +60,7 @@ def check_address(address: str) -> None:
 
 
 def _check_ray(address: str, target: str) -> None:
+    """Ask the head's control store at `target` for its version; errors name `address`, as the user wrote it."""
     try:
         with init_grpc_channel(target) as channel:
             stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
@@ -72,21 +73,21 @@ def _check_ray(address: str, target: str) -> None:
         rule = f"does not answer as Ray does ({error.code().name.lower()})."
         raise ConfigError("ray_address", address, rule, "Name the head's own port (6379), not the dashboard's or a client's.") from error
     if reply.ray_version != ray.__version__:
-        raise ConfigError("ray_address", address, *version_rule(reply.ray_version))
+        raise ConfigError("ray_address", address, *version_mismatch(reply.ray_version))
 
 
-def asks_for_token(target: str) -> bool:
-    """Whether the Ray at HOST:PORT refuses who shows none."""
+def requires_token(target: str) -> bool:
+    """Whether the Ray at HOST:PORT refuses a call without a token."""
     try:
         with grpc.insecure_channel(target) as channel:
             gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S)
-    except grpc.RpcError:
+    except grpc.RpcError:  # refused; that the head is there is known
         return True
     return False
 
 
-def version_rule(theirs: str) -> tuple[str, str]:
-    """The rule and the remedy where a cluster runs another Ray than this process."""
+def version_mismatch(theirs: str) -> tuple[str, str]:
+    """The rule and the remedy of the error for a cluster that runs another version of Ray than this process."""
     return f"runs Ray {theirs}, this is {ray.__version__}.", "Install the same on both."
 
 
@@ -94,5 +95,5 @@ def _listens(host: str, port: int) -> bool:
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_S):
             return True
-    except (OSError, UnicodeError):  # the latter of what can be no host's name
+    except (OSError, UnicodeError):  # the latter where the text cannot be a host's name
         return False

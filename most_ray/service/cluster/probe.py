@@ -1,4 +1,5 @@
-"""What a node is asked before anything is started on it. Runs in the driver, or as a task on each node of a cluster."""
+"""Checks of one node before anything is started on it: storage, data, versions, clock and limits. Run in the driver and, as a task, on
+each node of a cluster."""
 
 from __future__ import annotations
 
@@ -18,55 +19,56 @@ import most_ray
 from most_ray.errors import DataError
 from most_ray.io import storage
 
-LIBRARIES = ("ray", "torch", "transformers", "numpy", "pyarrow")
+LIBRARIES = ("ray", "torch", "transformers", "numpy", "pyarrow")  # whose versions are compared between nodes
 
 
 @dataclass(frozen=True)
 class Probe:
-    """mark: what the driver has written to `.probe-MARK` in each of `writes`, with the same text in it. reads: what must be there.
-    Both by the name of the setting that they come from."""
+    """What to check on a node. URIs stand with the name of the setting that they come from."""
 
-    mark: str
-    writes: tuple[tuple[str, str], ...] = ()
-    reads: tuple[tuple[str, str], ...] = ()
+    marker: str  # the driver has written this text to `.probe-MARKER` in each of `writes`
+    writes: tuple[tuple[str, str], ...] = ()  # (setting, URI) of folders that the run writes to
+    reads: tuple[tuple[str, str], ...] = ()  # (setting, URI) of files and folders that the run reads
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """A place that fails on a node. `missing`: the driver has it, this node does not."""
+class UriProblem:
+    """A path or URI that cannot be used on a node."""
 
-    field: str
+    field: str  # the setting that names it
     uri: str
-    rule: str
-    missing: bool = False
+    rule: str  # what is wrong, as the end of a sentence
+    missing: bool = False  # the driver has it, this node does not
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """host: its name. time: its clock, UNIX seconds. open_files: how many a process may have (negative: no limit)."""
+    """The results of a probe on one node."""
 
     host: str
-    versions: dict[str, str]
-    time: float
-    open_files: int
-    troubles: tuple[Trouble, ...] = ()
+    versions: dict[str, str]  # see `versions`
+    time: float  # of the node's clock, UNIX seconds
+    open_files: int  # limit of a process; negative: none
+    problems: tuple[UriProblem, ...] = ()
 
 
-def examine(probe: Probe) -> NodeReport:
-    """Everything that `probe` asks, tried here. Never raises for what it finds."""
-    troubles = [_write(name, uri, probe.mark) for name, uri in probe.writes] + [_read(name, uri) for name, uri in probe.reads]
+def run_probe(probe: Probe) -> NodeReport:
+    """Make all checks of a probe on this machine. Problems are returned, not raised."""
+    problems = [_check_writable(name, uri, probe.marker) for name, uri in probe.writes]
+    problems += [_check_readable(name, uri) for name, uri in probe.reads]
     return NodeReport(
         host=socket.gethostname(),
         versions=versions(),
         time=time.time(),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        troubles=tuple(trouble for trouble in troubles if trouble),
+        problems=tuple(problem for problem in problems if problem),
     )
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python, of the libraries that must be alike on all nodes (without loading them), and a hash of this package's own files."""
+    """The versions that must be equal on all nodes, by name: Python, the libraries (read without loading them), and a hash of this
+    package's source files."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for name in LIBRARIES:
         try:
@@ -79,56 +81,56 @@ def versions() -> dict[str, str]:
     return {**found, "most_ray": content.hexdigest()}
 
 
-def leave_mark(uri: str, mark: str) -> None:
-    """Write the driver's mark, which every node then looks for."""
-    storage.write_bytes(storage.join(uri, f".probe-{mark}"), mark.encode())
+def write_marker(uri: str, marker: str) -> None:
+    """Write the driver's marker to a folder, where every node then looks for it."""
+    storage.write_bytes(storage.join(uri, f".probe-{marker}"), marker.encode())
 
 
-def remove_mark(uri: str, mark: str) -> None:
-    storage.remove(storage.join(uri, f".probe-{mark}"))
+def remove_marker(uri: str, marker: str) -> None:
+    storage.remove(storage.join(uri, f".probe-{marker}"))
 
 
-def _write(name: str, uri: str, mark: str) -> Trouble | None:
-    """The driver's mark is seen, and a file of this node's can be written, renamed, read back and removed."""
+def _check_writable(name: str, uri: str, marker: str) -> UriProblem | None:
+    """The problem with a folder, unless it holds the driver's marker and this node can write, rename, read and remove a file there."""
     try:
         if not storage.is_remote(uri) and not os.path.isdir(storage.local(uri)):
-            return Trouble(name, uri, "is not there", missing=True)  # and is not made: it would be this node's own
-        if storage.read_bytes(storage.join(uri, f".probe-{mark}")) != mark.encode():
-            return Trouble(name, uri, "reads other bytes than were written")
+            return UriProblem(name, uri, "is not there", missing=True)  # it is not created: it would be on this node's own disk
+        if storage.read_bytes(storage.join(uri, f".probe-{marker}")) != marker.encode():
+            return UriProblem(name, uri, "reads other bytes than were written")
     except FileNotFoundError:
-        return Trouble(name, uri, "is another folder than the driver's", missing=True)
+        return UriProblem(name, uri, "is another folder than the driver's", missing=True)
     except (OSError, DataError) as error:
-        return Trouble(name, uri, _reason(error, "read"))
-    own = storage.join(uri, f".probe-{mark}-{uuid.uuid4().hex[:8]}")
-    text = os.urandom(4096)
+        return UriProblem(name, uri, _reason(error, "read"))
+    own = storage.join(uri, f".probe-{marker}-{uuid.uuid4().hex[:8]}")
+    content = os.urandom(4096)
     try:
-        storage.write_bytes(own, text)
-        if not storage.is_remote(uri):  # object stores are never asked to rename
+        storage.write_bytes(own, content)
+        if not storage.is_remote(uri):  # nothing is ever renamed in an object store
             os.replace(storage.local(own), storage.local(own + "-renamed"))
             own += "-renamed"
-        back = storage.read_bytes(own)
+        found = storage.read_bytes(own)
         storage.remove(own)
     except (OSError, DataError) as error:
-        return Trouble(name, uri, _reason(error, "written to"))
-    return None if back == text else Trouble(name, uri, "reads other bytes than were written")
+        return UriProblem(name, uri, _reason(error, "written to"))
+    return None if found == content else UriProblem(name, uri, "reads other bytes than were written")
 
 
-def _read(name: str, uri: str) -> Trouble | None:
-    """A folder's first file, or the file, can be opened and read."""
+def _check_readable(name: str, uri: str) -> UriProblem | None:
+    """The problem with a file or folder, unless the file, or the folder's first file, can be opened and read."""
     try:
         if not storage.exists(uri):
-            return Trouble(name, uri, "is not there", missing=True)
+            return UriProblem(name, uri, "is not there", missing=True)
         if storage.is_remote(uri):
-            return None if storage.list_files(uri, ("",)) else Trouble(name, uri, "is empty", missing=True)
+            return None if storage.list_files(uri, ("",)) else UriProblem(name, uri, "is empty", missing=True)
         local = storage.local(uri)
-        if local.is_dir() and not any(local.iterdir()):  # as where a file system is not mounted
-            return Trouble(name, uri, "is empty", missing=True)
+        if local.is_dir() and not any(local.iterdir()):  # the mount point of a file system that is not mounted
+            return UriProblem(name, uri, "is empty", missing=True)
         first = next((path for path in sorted(local.iterdir()) if path.is_file()), None) if local.is_dir() else local
         if first is not None:
             with first.open("rb") as stream:
                 stream.read(4096)
     except (OSError, DataError) as error:
-        return Trouble(name, uri, _reason(error, "read"))
+        return UriProblem(name, uri, _reason(error, "read"))
     return None
 
 

@@ -18,7 +18,7 @@ from ray.util.metrics import Gauge
 
 from most_ray.config import RunConfig
 from most_ray.io import storage
-from most_ray.metrics.rows import lines_of
+from most_ray.io.journal import journal_lines
 
 _REFRESH_S = 5.0  # half of Ray's interval between exports
 ALL = "(all)"  # the tag of a figure over all tasks, or over all sets: no folder's name
@@ -67,7 +67,7 @@ METRICS: Mapping[str, Metric] = {
     "most_ray_checkpoints": Metric("Checkpoints committed since this start"),
 }
 
-_OF_A_LINE = {  # by key of a `train` line, see METRICS.md
+_OF_A_LINE = {  # by key of a `train` line, see docs/metrics.md
     "step": "most_ray_step",
     "epoch": "most_ray_epoch",
     "learning_rate": "most_ray_learning_rate",
@@ -107,7 +107,7 @@ class RayMetrics:
     def begin(self, step: int, metrics: Path) -> None:
         self._gauges = {name: Gauge(name, metric.description, ("run", *metric.tags)) for name, metric in METRICS.items()}
         newest: dict[str, dict[str, Any]] = {}
-        for line in lines_of(metrics):
+        for line in journal_lines(metrics):
             self._count(line)
             newest[line.get("kind", "train")] = line
             if line.get("kind") == "start":

@@ -1,0 +1,1 @@
+"""Checks of a cluster before a worker starts, also as `most-ray doctor`."""

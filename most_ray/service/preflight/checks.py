@@ -15,17 +15,17 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError, DataError, UserError
 from most_ray.io import storage
 from most_ray.model.build import PRESETS
 from most_ray.records.record import TASKS
 from most_ray.runs.resolve import store_dir_of
-from most_ray.service.cluster.address import asks_for_token
-from most_ray.service.cluster.connection import named_cluster
-from most_ray.service.cluster.control import usable_nodes
-from most_ray.service.cluster.probe import NodeReport, Probe, examine, leave_mark, remove_mark, versions
+from most_ray.service.cluster.address import requires_token
+from most_ray.service.cluster.capacity import usable_nodes
+from most_ray.service.cluster.connection import cluster_address
+from most_ray.service.cluster.probe import NodeReport, Probe, remove_marker, run_probe, versions, write_marker
 from most_ray.trackers.select import uses_wandb, wandb_key
 
 Level = Literal["ok", "warning", "error"]
@@ -74,21 +74,21 @@ def check_cluster(config: RunConfig) -> list[Finding]:
     findings, left = [], []
     for name, uri in probe.writes:
         try:
-            leave_mark(uri, probe.mark)
+            write_marker(uri, probe.marker)
             left.append(uri)
         except (OSError, DataError) as error:
             reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
             remedy = "Name a folder or URI that can be written to"
             findings.append(Finding("storage", "error", "driver", reason.rstrip("."), remedy, name, storage.redact(uri)))
-    here = {(each.field, each.uri): each.rule for each in examine(Probe(probe.mark, (), probe.reads)).troubles}
+    here = {(each.field, each.uri): each.rule for each in run_probe(Probe(probe.marker, (), probe.reads)).problems}
     for (name, uri), rule in here.items():
         findings.append(Finding("data", "error", "driver", rule, "Check it", name, storage.redact(uri)))
     try:
         reads = tuple(read for read in probe.reads if read not in here)
-        answers = ask_nodes(Probe(probe.mark, tuple((n, p) for n, p in probe.writes if p in left), reads))
+        answers = ask_nodes(Probe(probe.marker, tuple((n, p) for n, p in probe.writes if p in left), reads))
     finally:
         for uri in left:
-            remove_mark(uri, probe.mark)
+            remove_marker(uri, probe.marker)
     return findings + judge(answers, versions())
 
 
@@ -134,7 +134,7 @@ def ask_nodes(probe: Probe) -> list[Answer]:
     began = time.time()
     for node in sorted(usable_nodes()):
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        asked[ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(examine).remote(probe)] = names[node]
+        asked[ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(run_probe).remote(probe)] = names[node]
     answers, waiting, until = [], list(asked), time.monotonic() + ANSWER_S
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, until - time.monotonic()))
@@ -200,9 +200,9 @@ def judge(answers: Sequence[Answer], own: Mapping[str, str]) -> list[Finding]:
 def _storage(reports: Sequence[NodeReport]) -> list[Finding]:
     """One finding for each place and reason, whatever the number of nodes."""
     findings = []
-    found = Counter((each.field, each.uri, each.rule, each.missing) for report in reports for each in report.troubles)
+    found = Counter((each.field, each.uri, each.rule, each.missing) for report in reports for each in report.problems)
     for (name, uri, rule, missing), _ in sorted(found.items()):
-        hosts = [report.host for report in reports if any((t.field, t.uri, t.rule) == (name, uri, rule) for t in report.troubles)]
+        hosts = [report.host for report in reports if any((t.field, t.uri, t.rule) == (name, uri, rule) for t in report.problems)]
         text = f"{rule} on {_names(hosts)}, unlike on the driver's machine" if missing else f"{rule} on {_names(hosts)}"
         remedy = "Name a folder that all nodes mount, or a URI as s3://bucket/folder" if missing else "Mend it there, or name another"
         check = "storage" if name in ("output_dir", "store_dir") else "data"
@@ -222,7 +222,7 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> list[Finding]:
         return []
     path = storage.local(config.run_uri)
     free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-    free += len(reader.committed(storage.join(config.run_uri, "checkpoints"))) * checkpoint_bytes
+    free += len(catalog.committed(storage.join(config.run_uri, "checkpoints"))) * checkpoint_bytes
     most = config.keep_last + config.keep_best + 1  # the one that is being written comes before an old one goes
     shown, needed = f"{free / 2**30:.1f} GiB are free or its own", f"{most} checkpoints of {checkpoint_bytes / 2**30:.1f} GiB at once"
     if free < 2 * checkpoint_bytes:
@@ -247,7 +247,7 @@ def check_tracking(config: RunConfig) -> list[Finding]:
 def check_safety(config: RunConfig) -> list[Finding]:
     """Whether who can reach the ports of the cluster that was joined may do everything on it."""
     # Asked first: these calls of Ray's start a Ray where there is none, which listens on all addresses.
-    if not named_cluster(config) or not ray.is_initialized() or asks_for_token(ray.get_runtime_context().gcs_address):
+    if not cluster_address(config) or not ray.is_initialized() or requires_token(ray.get_runtime_context().gcs_address):
         return []
     nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
     if all(node.startswith("127.") for node in nodes):

@@ -20,9 +20,9 @@ from most_ray.planner.memory import checkpoint_bytes
 from most_ray.runs.job import overrides_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_given, devices_of
-from most_ray.service.cluster.connection import check_needs, cluster_gpus
-from most_ray.service.cluster.control import usable_nodes
-from most_ray.service.cluster.probe import Probe, examine, versions
+from most_ray.service.cluster.capacity import usable_nodes
+from most_ray.service.cluster.connection import check_resources, cluster_gpus
+from most_ray.service.cluster.probe import Probe, run_probe, versions
 from most_ray.service.preflight.checks import Answer, Finding, check_cluster, check_safety, check_space, check_tracking, judge
 
 
@@ -65,14 +65,14 @@ def examine_run(config: RunConfig) -> list[Finding]:
 
 def _judge_here() -> list[Finding]:
     """This machine's limits."""
-    report = examine(Probe(mark=""))
+    report = run_probe(Probe(marker=""))
     return judge([Answer(report.host, report, report.time, report.time)], versions())
 
 
 def _check_room(config: RunConfig, gpus: int | None, joined: bool) -> Sequence[Topology]:
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
     if joined:
-        check_needs(config, fewest, most, use_gpu)
+        check_resources(config, fewest, most, use_gpu)
     name = config.model_name_or_path
     n_experts = PRESETS[name]["n_routed_experts"] if name in PRESETS else read_config(local_copy(name)).n_routed_experts
     return plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, n_experts)

@@ -1,0 +1,1 @@
+"""Work spread over Ray tasks and actors: batches, ingest, units and evaluations."""

@@ -27,7 +27,7 @@ from safetensors.numpy import save as pack_arrays
 from most_ray.data.batch import Batch, open_plan, rank_batch
 from most_ray.data.feed import StreamSpec, watched
 from most_ray.errors import DataError
-from most_ray.service.cluster.control import TASK_CPUS
+from most_ray.service.cluster.capacity import TASK_CPUS
 
 logger = logging.getLogger(__name__)
 _PAUSE_S = 0.05  # of blocks that last for seconds

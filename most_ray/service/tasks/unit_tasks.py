@@ -13,20 +13,20 @@ from ray.data import ActorPoolStrategy, DataContext
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.service.cluster.connection import start_ray
-from most_ray.speech.units.build import MakeRunner
-from most_ray.speech.units.corpus_parts import Part, PartMaker, Runner, Work, run_here, worth_a_cluster
+from most_ray.speech.units.corpus_parts import Part, PartTask, PartWorker, Runner, run_in_process, worth_a_cluster
 from most_ray.speech.units.features import FeatureSettings, MfccSettings
+from most_ray.speech.units.prepare import ChooseRunner
 
 
-def runner_of(features: FeatureSettings, num_actors: int | None, gpus_per_actor: float | None, address: str | None) -> MakeRunner:
+def runner_of(features: FeatureSettings, num_actors: int | None, gpus_per_actor: float | None, address: str | None) -> ChooseRunner:
     """Makes parts in this process where `num_actors` is 0, or None and there is little to do; else by so many actors, by default one
     per GPU of the cluster, or per CPU core where there is none (or `gpus_per_actor` is 0)."""
 
     def choose(size: int) -> Runner:
         if num_actors == 0 or (num_actors is None and not worth_a_cluster(features, size)):
-            return run_here
+            return run_in_process
 
-        def run(work: Work, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
+        def run(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
             start_ray(config_from({"ray_address": address}), 1, num_actors or os.cpu_count() or 1, False)
             found = ray.cluster_resources()
             default = 0.0 if isinstance(features, MfccSettings) else float(found.get("GPU", 0.0) > 0)
@@ -45,7 +45,7 @@ def runner_of(features: FeatureSettings, num_actors: int | None, gpus_per_actor:
     return choose
 
 
-def spread(work: Work, parts: Sequence[Part], actors: int, gpus: float) -> Iterator[dict[str, float]]:
+def spread(work: PartTask, parts: Sequence[Part], actors: int, gpus: float) -> Iterator[dict[str, float]]:
     """Make the parts in a pool of actors, in any order. A part whose actor dies is made again; parts that were finished stay.
 
     Raises:
@@ -57,7 +57,7 @@ def spread(work: Work, parts: Sequence[Part], actors: int, gpus: float) -> Itera
     context.print_on_execution_start = False
     rows = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
     # What an actor is made with goes along in its class: constructor arguments would lie in the object store, where they can be lost.
-    maker = type("Maker", (PartMaker,), {"work": work, "device": "cuda" if gpus else "cpu"})
+    maker = type("Maker", (PartWorker,), {"work": work, "device": "cuda" if gpus else "cpu"})
     made = rows.map(
         maker,
         compute=ActorPoolStrategy(size=min(actors, len(parts))),

@@ -15,9 +15,9 @@ import torch
 from most_ray.checkpoint.export import open_description, open_model
 from most_ray.errors import UserError
 from most_ray.evaluation.decode import Forward
-from most_ray.evaluation.evaluate import Evaluation, combine
-from most_ray.evaluation.inline import EvaluationJob, open_external, write_evaluation
-from most_ray.evaluation.scoring import EvalShard, score_share
+from most_ray.evaluation.evaluate import Evaluation, merge_shards
+from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser, write_evaluation
+from most_ray.evaluation.scoring import EvalShard, score_shard
 from most_ray.io import storage
 from most_ray.train.hooks import ReportEvaluation
 
@@ -40,13 +40,13 @@ def score_checkpoint(job: EvaluationJob, uri: str, rank: int, threads: int, nice
     sets = job.sets(model.config, tokenizer, uri)
     if torch.cuda.is_available():
         model.to("cuda")
-    outside = open_external(job.settings, uri, getattr(model.config, "units_identity", None))
-    return score_share(Forward(model), tokenizer, sets, job.settings, rank, job.workers, outside)
+    outside = open_external_recogniser(job.settings, uri, getattr(model.config, "units_identity", None))
+    return score_shard(Forward(model), tokenizer, sets, job.settings, rank, job.workers, outside)
 
 
 def combine_shares(job: EvaluationJob, uri: str, *shares: EvalShard) -> Evaluation:
     config, tokenizer = open_description(uri)
-    return combine(shares, job.sets(config, tokenizer, uri), job.settings, config, tokenizer, uri)
+    return merge_shards(shares, job.sets(config, tokenizer, uri), job.settings, config, tokenizer, uri)
 
 
 def evaluate_checkpoint(job: EvaluationJob, uri: str) -> Evaluation:

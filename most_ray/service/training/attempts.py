@@ -19,30 +19,26 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
+from most_ray.io.journal import evaluated_steps
 from most_ray.runs.resolve import Prepared
-from most_ray.service.cluster.control import (
-    PREEMPTED,
+from most_ray.service.cluster.capacity import (
     TASK_CPUS,
     AutoscalerRequest,
-    ShutdownSignal,
-    Watcher,
     WorkerShare,
     answering_nodes,
-    clear_run_keys,
-    release_room,
-    room,
-    stopped,
+    release_workers,
     usable_nodes,
+    worker_capacity,
 )
 from most_ray.service.cluster.process_group import OnNodeAddress
+from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, ShutdownSignal, clear_run_keys, run_stopped
 from most_ray.service.training.worker import WorkerJob, train_worker
 from most_ray.trackers.select import wandb_key
-from most_ray.train.reporter import evaluated_steps
 from most_ray.train.session import claim_run
 
 logger = logging.getLogger(__name__)
@@ -111,7 +107,7 @@ def _run_attempts(
             raise cause from error
         if terminated.is_set():
             behind = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
-            raise stopped(f"came: {behind}, the run has stopped.") from error
+            raise run_stopped(f"came: {behind}, the run has stopped.") from error
         if error is None:
             console.print(f"The workers were stopped behind a checkpoint ({watcher.reason}); going on.", highlight=False)
         elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
@@ -131,7 +127,7 @@ def _run_attempts(
 def complete(prepared: Prepared) -> bool:
     """Whether the last step's checkpoint is there, and its evaluation where one was asked for. Between attempts only."""
     job, folder = prepared.job, prepared.folder
-    committed = reader.step_uri(folder.checkpoints, job.total_steps) in reader.committed(folder.checkpoints)
+    committed = catalog.step_uri(folder.checkpoints, job.total_steps) in catalog.committed(folder.checkpoints)
     return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
 
 
@@ -142,7 +138,7 @@ def _found_no_room(error: BaseException) -> bool:
 
 def _attempt(
     prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: ShutdownSignal, request: AutoscalerRequest
-) -> tuple[Watcher, BaseException | None]:
+) -> tuple[AttemptWatcher, BaseException | None]:
     """One worker group, until it ends: what it was asked meanwhile, and how it failed."""
     n_workers = topology.world_size
     driver = claim_run(prepared.folder)
@@ -150,13 +146,13 @@ def _attempt(
     share = WorkerShare.of(job.config, prepared.use_gpu)
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
 
-    last = reader.step_uri(prepared.folder.checkpoints, job.total_steps)
+    last = catalog.step_uri(prepared.folder.checkpoints, job.total_steps)
 
     def more_room() -> bool:
         request.renew()
-        if not larger or last in reader.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
+        if not larger or last in catalog.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
             return False
-        return n_workers + room(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
+        return n_workers + worker_capacity(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = _Trainer(
         # Not as train_loop_config: Ray's dashboard would show it, and wants a dict.
@@ -175,17 +171,15 @@ def _attempt(
         ),
     )
     error: BaseException | None = None
-    with Watcher(driver, n_workers, terminated, more_room) as watcher:
-        terminated.patient = True
+    with AttemptWatcher(driver, n_workers, terminated, more_room) as watcher:
         try:
-            trainer.fit()
+            with terminated.grace_period():
+                trainer.fit()
         except (TrainingFailedError, ray.exceptions.RayError) as failure:
             error = failure
-        finally:
-            terminated.patient = False
     try:
         if error is not None:
-            release_room()
+            release_workers()
         clear_run_keys(driver, n_workers)
     except Exception:  # Ray may be gone with the workers: some bytes stay in a store that does not answer
         logger.debug("Ray's key-value store did not answer", exc_info=True)
@@ -209,7 +203,7 @@ def wait_for_resources(
     while not terminated.is_set():
         request.renew()
         nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
-        most, free = (room(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
+        most, free = (worker_capacity(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
         fitting = [topology for topology in prepared.topologies if topology.world_size <= free]
         hoped_for = max((t.world_size for t in prepared.topologies if t.world_size <= most), default=largest.world_size)
         waited = time.monotonic() - began
@@ -224,7 +218,7 @@ def wait_for_resources(
             told = waited
             console.print(f"Waiting for room: {what}.", highlight=False, soft_wrap=True)
         terminated.wait(1.0)
-    raise stopped("came before training had begun again.")
+    raise run_stopped("came before training had begun again.")
 
 
 def _cause(error: BaseException) -> UserError | str:

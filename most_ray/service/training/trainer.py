@@ -12,14 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from most_ray.checkpoint import reader
+from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.config import RunConfig, to_yaml
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import first_screen
 from most_ray.errors import ConfigError
 from most_ray.evaluation.evaluate import Directories
-from most_ray.evaluation.inline import EvaluationJob, open_external
+from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
 from most_ray.evaluation.scoring import EvaluationSettings
 from most_ray.io import storage
 from most_ray.io.journal import read_journal
@@ -32,8 +32,9 @@ from most_ray.report import write_report
 from most_ray.report.environment import environment
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_given, devices_of, keep_kit, prepare_run, store_dir_of
-from most_ray.service.cluster.connection import check_needs, cluster_gpus, start_ray
-from most_ray.service.cluster.control import ShutdownSignal, usable_nodes
+from most_ray.service.cluster.capacity import usable_nodes
+from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
+from most_ray.service.cluster.stop_requests import ShutdownSignal
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import runner_of
 from most_ray.service.training.attempts import RunIncompleteError, complete, run_attempts
@@ -58,12 +59,12 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         check_given(config)
         use_gpu, fewest, most = devices_of(config, gpus=gpus)
         if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a run that is complete needs nothing
-            check_needs(config, fewest, most, use_gpu)
+            check_resources(config, fewest, most, use_gpu)
             report_findings(check_cluster(config), console)
     prepared = prepare_run(config, runner_of, gpus=gpus)
     job, folder = prepared.job, prepared.folder
-    last = reader.step_uri(folder.checkpoints, job.total_steps)
-    for uri, reason in prepared.torn:
+    last = catalog.step_uri(folder.checkpoints, job.total_steps)
+    for uri, reason in prepared.corrupt:
         console.print(
             f"Checkpoint {storage.redact(uri)} is damaged and is passed over: {reason}.", highlight=False, soft_wrap=True, markup=False
         )
@@ -81,7 +82,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         )
     keep_kit(prepared)
     if prepared.job.has_validation:  # what judges its speech is tried before a worker starts
-        open_external(evaluation_job(config).settings, folder.uri, prepared.job.units_identity, use_gpu=False)
+        open_external_recogniser(evaluation_job(config).settings, folder.uri, prepared.job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
     size = checkpoint_bytes(_model_config(prepared), job.topology, config.optimizer_state)
@@ -174,13 +175,14 @@ def finish_run(prepared: Prepared, seconds: float, last: str) -> dict[str, Any]:
         summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
     storage.write_bytes(folder.local / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
-    _write_report(folder)
+    save_report(folder)
     return summary
 
 
-def _write_report(folder: RunFolder) -> None:
+def save_report(folder: RunFolder) -> None:
+    """Write report.html of a run or a sweep into its folder; a failure is logged, for everything that it shows is stored already."""
     try:
         write_report([folder.uri], folder.local / "report.html")
         folder.push("report.html")
-    except Exception as error:  # noqa: BLE001 - the run is complete and on disk: a picture of it may fail, and can be made again
-        logger.warning("report.html could not be made (%s); `most-ray report` tries again", error)
+    except Exception as error:  # noqa: BLE001 - whatever fails, the report can be written again
+        logger.warning("report.html could not be written (%s); `most-ray report` tries again", error)

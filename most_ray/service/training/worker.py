@@ -15,8 +15,8 @@ from most_ray.data.feed import StreamSpec
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.runs.job import Job
-from most_ray.service.cluster.control import StopListener, register_worker_node
 from most_ray.service.cluster.prometheus import RayMetrics
+from most_ray.service.cluster.stop_requests import StopListener, register_worker_node
 from most_ray.service.tasks.batch_stream import stream_batches
 from most_ray.service.tasks.validation import Validation
 from most_ray.trackers.base import Background, Secret, Tracker

@@ -1,4 +1,4 @@
-"""How trials share a cluster out."""
+"""How the trials of a sweep share a cluster: how many run at once, and what each one takes."""
 
 from __future__ import annotations
 
@@ -12,85 +12,95 @@ import torch
 
 from most_ray.errors import ConfigError
 from most_ray.runs.resolve import Prepared
-from most_ray.service.cluster.connection import connect, named_cluster
-from most_ray.service.cluster.control import TASK_CPUS, WorkerShare, room, usable_nodes
+from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare, usable_nodes, worker_capacity
+from most_ray.service.cluster.connection import cluster_address, connect
 from most_ray.sweep.options import Sweep
 
-_TASKS_OF_A_RUN = 3 * TASK_CPUS  # two that fetch data, an evaluation
-ACTOR_CPUS = 0.01  # of a trial's actor, which waits
-_TRIAL_BYTES = 3 << 30  # of memory that a trial's processes take beside a small model, measured: 2.3 GB
+ACTOR_CPUS = 0.01  # CPUs of a trial's actor, which only waits
+_RUN_TASK_CPUS = 3 * TASK_CPUS  # CPUs of a run's tasks: two that fetch data, and an evaluation
+_TRIAL_BYTES = 3 << 30  # memory of a trial's processes with a small model; 2.3 GB were measured
 
 
 class TrialResources:
-    """The Ray that a sweep uses, and each trial's share of it.
+    """Connects to Ray and divides it among the trials.
+
+    Args:
+        sweep: the sweep.
+        prepared: its first starting model's run.
+        left: trials that are still to run.
+        known: `shared` of the sweep's first start, whose values are kept; None in the first start.
 
     Attributes:
-        concurrent: trials at a time.
-        shared: keys of a trial's configuration that follow from its share: those of the sweep's first start, given as `before`, else new.
+        use_gpu: whether the trials train on GPUs.
+        workers: training workers of each trial.
+        capacity: trials that fit at once.
+        concurrent: trials that will run at once.
         threads: CPU threads of each worker.
+        shared: keys of every trial's configuration that depend on what the cluster has.
 
     Raises:
-        ConfigError: the cluster has no room for a trial, or does not answer.
+        ConfigError: a trial does not fit, or the cluster cannot be joined.
     """
 
-    def __init__(self, sweep: Sweep, prepared: Prepared, left: int, before: dict[str, Any] | None) -> None:
-        run, known = sweep.run, before or {}
-        self.use_gpu = bool(known.get("use_gpu", prepared.use_gpu))
-        self.workers = int(known.get("num_workers", [prepared.topologies[-1].world_size])[0])
+    def __init__(self, sweep: Sweep, prepared: Prepared, left: int, known: dict[str, Any] | None) -> None:
+        run, before = sweep.run, known or {}
+        self.use_gpu = bool(before.get("use_gpu", prepared.use_gpu))
+        self.workers = int(before.get("num_workers", [prepared.topologies[-1].world_size])[0])
         self._share = WorkerShare.of(run, self.use_gpu)
         evaluations = 0 if run.eval_inline else run.eval_workers
         self._needs = self._share.resources(self.workers)
-        self._needs["CPU"] += _TASKS_OF_A_RUN + TASK_CPUS * max(0, evaluations - 1) + ACTOR_CPUS
-        if beside := evaluations * run.eval_gpus:  # a run holds its workers' until its last evaluation is in
-            self._needs["GPU"] = self._needs.get("GPU", 0.0) + beside
-        threads = int(known.get("threads_per_worker", run.threads_per_worker or 0))
-        here = None if named_cluster(run) or ray.is_initialized() else self._here(threads or 1)
+        self._needs["CPU"] += _RUN_TASK_CPUS + TASK_CPUS * max(0, evaluations - 1) + ACTOR_CPUS
+        if evaluation_gpus := evaluations * run.eval_gpus:  # a run keeps its workers' GPUs until its last evaluation has finished
+            self._needs["GPU"] = self._needs.get("GPU", 0.0) + evaluation_gpus
+        threads = int(before.get("threads_per_worker", run.threads_per_worker or 0))
+        local = None if cluster_address(run) or ray.is_initialized() else self._local_capacity(threads or 1)
         wanted = min(left, sweep.options.max_concurrent_trials or left)
-        connect(run, math.ceil(min(here or 1, wanted) * self._needs["CPU"]) + 1)
-        fits = self._room()
+        connect(run, math.ceil(min(local or 1, wanted) * self._needs["CPU"]) + 1)
+        fits = self._cluster_capacity()
         if fits < 1:
             needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
             rule = f"is more than the cluster has room for: with {self.workers} workers of {self._share} each a trial takes {needs}."
             raise ConfigError("num_workers", self.workers, rule, "Use fewer workers, or lower cpus_per_worker.")
-        self.room = here or fits
-        self.concurrent = min(wanted, fits, self.room)
+        self.capacity = local or fits
+        self.concurrent = min(wanted, fits, self.capacity)
         self.threads = threads or (1 if self.use_gpu else max(1, _cores() // (self.concurrent * self.workers)))
-        self.shared = before or {
+        self.shared = known or {
             "use_gpu": self.use_gpu,
             "num_workers": [self.workers],
             "threads_per_worker": self.threads,
-            "max_steps": prepared.job.total_steps,  # of epochs, a trial's mix would make another number
+            "max_steps": prepared.job.total_steps,  # computed from epochs it would depend on each trial's mix
         }
 
-    def _here(self, threads: int) -> int:
-        """Trials at once on this machine: a core for each thread, or GPUs; and memory for their processes."""
+    def _local_capacity(self, threads: int) -> int:
+        """Trials that fit on this machine at once: a core for each of a worker's `threads`, or GPUs, and memory for their processes."""
         gpus = self._needs.get("GPU", 0.0)
         by_devices = torch.cuda.device_count() / gpus if gpus else _cores() / (threads * self.workers)
         return max(1, min(int(by_devices), _memory() // _TRIAL_BYTES))
 
-    def _room(self) -> int:
-        """Trials that the whole cluster could hold."""
+    def _cluster_capacity(self) -> int:
+        """Trials that the cluster could hold if it were empty."""
         resources = ray.cluster_resources()
         by_sum = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in self._needs.items() if amount)
-        return min(by_sum, room(usable_nodes(), self._share, by_sum * _TASKS_OF_A_RUN) // self.workers)
+        return min(by_sum, worker_capacity(usable_nodes(), self._share, by_sum * _RUN_TASK_CPUS) // self.workers)
 
     @property
-    def where(self) -> str:
+    def description(self) -> str:
+        """The division in one line, for the screen."""
         workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
         each = " each" if self.workers > 1 else ""
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-        return f"{self.concurrent} at a time (room for {self.room}); {workers} of {self._share}{each}, {threads}"
+        return f"{self.concurrent} at a time (room for {self.capacity}); {workers} of {self._share}{each}, {threads}"
 
 
 def _cores() -> int:
-    """That this process may use: a container can have fewer than its host."""
+    """CPU cores that this process may use: a container can have fewer than its host."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> int:
-    """Bytes of this machine, or of this container (cgroup v2) where that has fewer."""
+    """Bytes of memory of this machine, or of this container (cgroup v2) where it is limited to fewer."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         return min(whole, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
         return whole

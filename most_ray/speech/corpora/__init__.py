@@ -1,0 +1,1 @@
+"""Corpora as streams of utterances: published layouts, a user's own folder, and reading audio files."""

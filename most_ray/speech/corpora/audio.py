@@ -60,7 +60,7 @@ def load_audio(
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def seconds_of(path: Path, duration: float | None = None) -> float | None:
+def audio_seconds(path: Path, duration: float | None = None) -> float | None:
     """How long a recording is, or the part of it that is so long, by its header; None where it cannot be told."""
     if duration is not None:
         return duration

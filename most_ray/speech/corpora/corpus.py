@@ -26,19 +26,19 @@ from most_ray.speech.corpora.published import (
     read_librispeech,
     read_voxpopuli,
 )
-from most_ray.speech.corpora.transcripts import Unusable, folders, json_objects, quoted, seconds, tabbed, with_header, within
+from most_ray.speech.corpora.tables import Unusable, folders, json_objects, quoted, seconds, tabbed, with_header, within
 
 __all__ = [
-    "LAYOUTS",
+    "READERS",
     "Condition",
     "CorpusOptions",
     "Unusable",
     "Utterance",
     "check_conditions",
-    "data_set_name",
+    "dataset_name",
+    "matches_all",
     "parse_condition",
     "read_corpus",
-    "selected",
 ]
 FOLD = "fold"
 _TABLES = ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl")
@@ -77,7 +77,7 @@ class Condition:
     values: tuple[str, ...]
     negated: bool
 
-    def holds(self, utterance: Utterance) -> bool:
+    def matches(self, utterance: Utterance) -> bool:
         found = utterance.columns.get(self.column, _digest(utterance.id) % 10 if self.column == FOLD else "")
         return (str(found) in self.values) != self.negated
 
@@ -94,9 +94,9 @@ def parse_condition(text: str) -> Condition:
     return Condition(name.removesuffix("!"), tuple(values.split(",")), name.endswith("!"))
 
 
-def selected(utterance: Utterance, conditions: Sequence[Condition]) -> bool:
+def matches_all(utterance: Utterance, conditions: Sequence[Condition]) -> bool:
     """Whether all conditions hold."""
-    return all(condition.holds(utterance) for condition in conditions)
+    return all(condition.matches(utterance) for condition in conditions)
 
 
 def check_conditions(conditions: Sequence[Condition], columns: Collection[str]) -> None:
@@ -110,7 +110,7 @@ def check_conditions(conditions: Sequence[Condition], columns: Collection[str]) 
             raise ConfigError("where", condition.column, "is no column of the corpus.", nearest(condition.column, [FOLD, *columns]))
 
 
-def data_set_name(options: CorpusOptions) -> str:
+def dataset_name(options: CorpusOptions) -> str:
     """The start of each id: the name given, else the layout's, for a folder the folder's."""
     folder = Path(os.path.abspath(options.directory)).name if options.layout == "folder" else ""
     return options.name or folder or options.layout
@@ -123,8 +123,8 @@ def read_corpus(options: CorpusOptions) -> Iterator[Utterance | Unusable]:
         ConfigError: the layout, the casing or a split is unknown.
         DataError: the folder, its table or its recordings are missing, or a table is not UTF-8 or lacks a column.
     """
-    if options.layout not in LAYOUTS:
-        raise ConfigError("corpus", options.layout, "is no layout of a corpus.", nearest(options.layout, LAYOUTS))
+    if options.layout not in READERS:
+        raise ConfigError("corpus", options.layout, "is no layout of a corpus.", nearest(options.layout, READERS))
     if options.casing not in ("cased", "upper"):
         raise ConfigError("casing", options.casing, "must be cased or upper.")
     if options.casing != "cased" and options.layout != "libriheavy":
@@ -133,7 +133,7 @@ def read_corpus(options: CorpusOptions) -> Iterator[Utterance | Unusable]:
         raise DataError("input", str(options.directory), "does not exist.", "Check the path.")
     if not options.directory.is_dir() and options.layout != "libriheavy":
         raise DataError("input", str(options.directory), "is no folder.", f"Give the folder of the corpus, as {options.layout} has it.")
-    return _checked(LAYOUTS[options.layout](options), data_set_name(options))
+    return _checked(READERS[options.layout](options), dataset_name(options))
 
 
 def _checked(entries: Entries, name: str) -> Iterator[Utterance | Unusable]:
@@ -303,7 +303,7 @@ def _text_beside(path: Path) -> str:
     return " ".join(line.strip() for line in text.split("\n") if line.strip())
 
 
-LAYOUTS: Mapping[str, Callable[[CorpusOptions], Entries]] = MappingProxyType(
+READERS: Mapping[str, Callable[[CorpusOptions], Entries]] = MappingProxyType(
     {
         "folder": _read_folder,
         "librispeech": read_librispeech,

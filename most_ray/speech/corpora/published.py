@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from most_ray.errors import ConfigError, DataError, RecordError, nearest
-from most_ray.speech.corpora.transcripts import Unusable, json_objects, lines_of, listing, quoted, seconds, tabbed, with_header, within
+from most_ray.speech.corpora.tables import Unusable, json_objects, lines_of, listing, quoted, seconds, tabbed, with_header, within
 
 NOT_THERE = "names a recording that is not there"
 OUTSIDE = "names a recording outside the folder"
@@ -27,7 +27,7 @@ class CorpusOptions:
     """A corpus to read.
 
     Attributes:
-        layout: one of corpora.LAYOUTS.
+        layout: one of corpora.READERS.
         directory: where the corpus lies (LibriHeavy: or one file of cuts).
         name: the data set's name, the start of each id; default: the layout's name, for a folder the folder's.
         casing: which of LibriHeavy's texts, the book's or the upper-case one without punctuation.

@@ -33,7 +33,7 @@ class SpeakerStatistics:
     squares: np.ndarray
 
     @classmethod
-    def of(cls, frames: np.ndarray) -> SpeakerStatistics:
+    def from_frames(cls, frames: np.ndarray) -> SpeakerStatistics:
         wide = frames.astype(np.float64)
         return cls(len(wide), wide.sum(axis=0), (wide**2).sum(axis=0))
 
@@ -88,7 +88,7 @@ def fit_kmeans(frames: np.ndarray, k: int, seed: int, algorithm: Algorithm = "mi
     return np.ascontiguousarray(model.cluster_centers_.astype(np.float32))
 
 
-def units_for(n_frames: int) -> int:
+def default_unit_count(n_frames: int) -> int:
     """How many units so many frames can tell apart: a hundred frames each, at most what the vocabulary holds."""
     return min(N_UNITS, max(2, n_frames // 100))
 
@@ -152,7 +152,7 @@ def remove_repeats(units: np.ndarray) -> np.ndarray:
     return units[np.concatenate([[True], units[1:] != units[:-1]])] if len(units) else units
 
 
-def neighbours_of(centroids: np.ndarray, count: int = 8) -> list[list[int]]:
+def nearest_units(centroids: np.ndarray, count: int = 8) -> list[list[int]]:
     """The nearest other units of each unit, nearest first: what `unit_swap_prob` chooses from."""
     c = centroids.astype(np.float64)
     distances = (c**2).sum(axis=1)[None, :] - 2.0 * c @ c.T
@@ -160,7 +160,7 @@ def neighbours_of(centroids: np.ndarray, count: int = 8) -> list[list[int]]:
     return np.argsort(distances, axis=1, kind="stable")[:, : min(count, len(c) - 1)].tolist()
 
 
-def manifest_of(
+def build_manifest(
     features: Mapping[str, Any], rate_hz: float, centroids: np.ndarray, repeats_removed: bool, place: str | None
 ) -> dict[str, Any]:
     """What the units mean. Records with equal `identity` may be trained on together; anything else is refused.
@@ -171,7 +171,7 @@ def manifest_of(
     """
     named = {"encoder": place} if place else {}
     return {
-        "neighbours": neighbours_of(centroids),
+        "neighbours": nearest_units(centroids),
         "version": MANIFEST_VERSION,
         **named,
         "identity": {

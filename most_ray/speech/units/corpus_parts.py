@@ -19,7 +19,7 @@ from most_ray.errors import CheckpointError, DataError, UserError
 from most_ray.io import storage
 from most_ray.records.record import ASR_INSTRUCTION, units_to_text
 from most_ray.speech.corpora.audio import load_audio
-from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Unusable, read_corpus, selected
+from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Unusable, matches_all, read_corpus
 from most_ray.speech.units.clustering import SpeakerStatistics, assign, remove_repeats
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import Extractor, FeatureSettings, Frames, MfccSettings
@@ -56,16 +56,16 @@ class Scan:
     bytes: int
 
 
-class Maker(Protocol):
+class PartFunction(Protocol):
     """Makes parts, one after the other. Returns what it went through: {"seconds", "utterances"}."""
 
     def __call__(self, part: Part) -> dict[str, float]: ...
 
 
-class Work(Protocol):
+class PartTask(Protocol):
     """Something to be done with each part; goes to other processes as it is."""
 
-    def open(self, device: str | None) -> Maker:
+    def open(self, device: str | None) -> PartFunction:
         """`device`: of torch; None: the best there is."""
         ...
 
@@ -74,7 +74,7 @@ class Work(Protocol):
         ...
 
 
-Runner = Callable[[Work, Sequence[Part]], Iterator[dict[str, float]]]
+Runner = Callable[[PartTask, Sequence[Part]], Iterator[dict[str, float]]]
 # Bytes of audio from which on a cluster is worth its start: some two minutes' work of one core.
 _WORTH_BYTES = {"mfcc": 512 << 20, "encoder": 16 << 20}
 
@@ -84,18 +84,18 @@ def worth_a_cluster(features: FeatureSettings, size: int) -> bool:
     return size >= _WORTH_BYTES["mfcc" if isinstance(features, MfccSettings) else "encoder"]
 
 
-def run_here(work: Work, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
+def run_in_process(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
     """The parts one by one in this process."""
     maker = work.open(None)
     for part in parts:
         yield maker(part)
 
 
-class PartMaker:
+class PartWorker:
     """Makes parts in a process of a pool, which opens its encoder once: a subclass says for what `work` and on which `device`. What a user
     can mend comes back in the row, for the pool would wrap it. It lives here so that such a process imports no more than it needs."""
 
-    work: Work
+    work: PartTask
     device: str
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def scan_corpus(options: CorpusOptions, conditions: Sequence[Condition], speeds:
                 told.update(line.encode())
                 aside.write(line)
                 continue
-            chosen = selected(entry, conditions)
+            chosen = matches_all(entry, conditions)
             columns.update(entry.columns)
             stamp = _stamp(entry.path)
             if chosen:
@@ -161,7 +161,7 @@ def read_chunk(file: str | Path) -> list[Item]:
         return [json.loads(line) for line in lines]
 
 
-def digest(*values: Any) -> str:
+def json_digest(*values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 
@@ -197,7 +197,7 @@ def _write_chunks(items: Iterable[Item], folder: Path) -> list[tuple[Path, str]]
 
 
 @dataclass(frozen=True)
-class Measure:
+class CollectStatistics:
     """First work: what each speaker sounds like, and a sample of frames for k-means. `sample` frames of a part are kept at most."""
 
     features: FeatureSettings
@@ -209,10 +209,10 @@ class Measure:
     scratch: str
 
     def target(self, part: Part) -> Path:
-        key = digest(VERSION, part.key, part.speed, self.features_key, self.speaker, self.max_seconds, self.sample, self.seed)
+        key = json_digest(VERSION, part.key, part.speed, self.features_key, self.speaker, self.max_seconds, self.sample, self.seed)
         return Path(self.scratch) / f"measured-{key}.npz"
 
-    def open(self, device: str | None) -> Maker:
+    def open(self, device: str | None) -> PartFunction:
         extractor = _checked_extractor(self.features, device, self.features_key)
         return lambda part: self._make(part, extractor)
 
@@ -222,19 +222,19 @@ class Measure:
         target = self.target(part)
         seconds, total, reason = 0.0, 0, ""
         items = [item for item in read_chunk(part.chunk) if extractor.per_speaker or item["chosen"]]
-        for item, found, length in featured(items, part.speed, extractor, self.max_seconds):
+        for item, found, length in extract_features(items, part.speed, extractor, self.max_seconds):
             if isinstance(found, str):  # told by the second work
                 reason = reason or found * item["chosen"]
                 continue
-            speaker = voice(item, self.speaker, part.speed)
+            speaker = speaker_key(item, self.speaker, part.speed)
             if extractor.per_speaker:
-                known, new = statistics.get(speaker), SpeakerStatistics.of(found.values)
+                known, new = statistics.get(speaker), SpeakerStatistics.from_frames(found.values)
                 statistics[speaker] = known + new if known else new
             if item["chosen"]:
                 total += len(found.values)
                 seconds += length
                 # By the id: which frames are kept hangs neither on how many parts there are nor on where the recordings lie.
-                random = np.random.Generator(np.random.PCG64(int(digest(item["id"], part.speed, self.seed), 16)))
+                random = np.random.Generator(np.random.PCG64(int(json_digest(item["id"], part.speed, self.seed), 16)))
                 drawn = random.random(len(found.values))
                 keep = np.sort(np.argsort(drawn, kind="stable")[: self.sample])
                 frames.append(found.values[keep])
@@ -261,7 +261,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Encode:
+class EncodeUnits:
     """Second work: the records. `codebook` is a file of centroids and, where features are normalised, speakers' means and deviations."""
 
     features: FeatureSettings
@@ -277,10 +277,10 @@ class Encode:
 
     def target(self, part: Part) -> Path:
         settings = (self.features_key, self.codebook_key, self.max_seconds, self.keep_repeats, self.name, self.speaker)
-        key = digest(VERSION, part.key, part.speed, *settings)
+        key = json_digest(VERSION, part.key, part.speed, *settings)
         return Path(self.scratch) / f"records-{key}{_SUFFIX[self.form]}"
 
-    def open(self, device: str | None) -> Maker:
+    def open(self, device: str | None) -> PartFunction:
         extractor = _checked_extractor(self.features, device, self.features_key)
         with np.load(self.codebook, allow_pickle=False) as book:
             centroids = book["centroids"]
@@ -297,14 +297,14 @@ class Encode:
         rejected: list[Item] = []
         seconds, longest = 0.0, 0
         items = [item for item in read_chunk(part.chunk) if item["chosen"]]
-        for item, found, length in featured(items, part.speed, extractor, self.max_seconds):
+        for item, found, length in extract_features(items, part.speed, extractor, self.max_seconds):
             speed = {"speed": part.speed} if part.speed != 1.0 else {}
             if isinstance(found, str):
                 rejected.append({"file": item["path"], "index": item["index"], "reason": found, "id": item["id"], **speed})
                 continue
             values = found.values
             if extractor.per_speaker:
-                speaker = voice(item, self.speaker, part.speed)
+                speaker = speaker_key(item, self.speaker, part.speed)
                 if speaker not in normal:
                     reason = "gave no frames when its speaker was measured, and does now."
                     raise DataError("recording", item["path"], reason, f"Remove {self.scratch} and run this again.")
@@ -332,20 +332,20 @@ class Encode:
         target = self.target(part)
         about = {"seconds": seconds, "records": len(records), "longest": longest, "rejected": rejected}
         # The records last: they say that the part is done.
-        storage.write_bytes(about_beside(target), json.dumps(about, ensure_ascii=False).encode())
+        storage.write_bytes(summary_path(target), json.dumps(about, ensure_ascii=False).encode())
         lines = "".join(f"{record}\n" for record in records).encode()
         packed = gzip.compress(lines, compresslevel=6, mtime=0) if self.form == "jsonl.gz" and lines else lines
         storage.write_bytes(target, packed)
         return {"seconds": seconds, "utterances": len(items)}
 
 
-def about_beside(target: Path) -> Path:
+def summary_path(target: Path) -> Path:
     """The file that tells of a part's records: {"seconds", "records", "longest" (units and characters of one), "rejected": entries that
     gave none}."""
     return target.with_name(f"{target.name.split('.')[0]}.about.json")
 
 
-def voice(item: Item, column: str, speed: float) -> str:
+def speaker_key(item: Item, column: str, speed: float) -> str:
     """Who speaks: at another speed, somebody else."""
     speaker = str(item["columns"].get(column, ""))
     return speaker if speed == 1.0 else f"{speaker} at {speed:g}"
@@ -358,13 +358,15 @@ def _checked_extractor(features: FeatureSettings, device: str | None, key: str) 
         CheckpointError: in this process the same name stands for other weights.
     """
     extractor = open_extractor(features, device)
-    if digest(extractor.identity) != key:
+    if json_digest(extractor.identity) != key:
         reason = f"are other ones on {socket.gethostname()} than where the command was started: {extractor.identity}."
         raise CheckpointError("features", None, reason, "Bring the same files to every node.")
     return extractor
 
 
-def featured(items: Sequence[Item], speed: float, extractor: Extractor, max_seconds: float) -> Iterator[tuple[Item, Frames | str, float]]:
+def extract_features(
+    items: Sequence[Item], speed: float, extractor: Extractor, max_seconds: float
+) -> Iterator[tuple[Item, Frames | str, float]]:
     """Each item with its frames, or the reason why there are none, and its seconds. What cannot be read comes ahead of what can."""
     waiting: list[tuple[Item, np.ndarray]] = []
 

@@ -55,10 +55,10 @@ class EncoderExtractor:
             ConfigError: the encoder is of another kind than `settings.kind`, has no such layer, or none at all that takes speech.
             CheckpointError: it cannot be found or read, or weights are missing or of another shape.
         """
-        self.place = settings.place
+        self.source = settings.source
         with _quiet_transformers():
             config = _open_config(settings)
-            self._frontend = _open_frontend(settings.place, config)
+            self._frontend = _open_frontend(settings.source, config)
             self._encoder, blocks = _open_encoder(settings, config)
         layers = list(blocks)
         self._waveform = self._encoder.main_input_name == "input_values"
@@ -149,10 +149,10 @@ class EncoderExtractor:
         try:
             (n_short, width), (n_long, _) = (self._forward(np.zeros(length, np.float32)).shape for length in (short, long))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError("features", self.place, f"cannot be run on samples of speech ({_line(error)}).") from error
+            raise ConfigError("features", self.source, f"cannot be run on samples of speech ({_line(error)}).") from error
         frames = n_long - n_short
         if frames <= 0 or (long - short) % frames:
-            raise ConfigError("features", self.place, f"gives {frames} frames in {_PROBE} s, no whole number of samples each.")
+            raise ConfigError("features", self.source, f"gives {frames} frames in {_PROBE} s, no whole number of samples each.")
         hop = (long - short) // frames
         kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
         if not self._waveform or not kernels or not strides:
@@ -184,13 +184,13 @@ def _cut(blocks: nn.ModuleList, layers: list[nn.Module]) -> None:
 
 def _open_config(settings: EncoderSettings) -> Any:
     try:
-        config = AutoConfig.from_pretrained(settings.place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(settings.source, trust_remote_code=False)
     except _UNREADABLE as error:
         remedy = "Name a folder with config.json and weights, or a model on the hub (with HF_HUB_OFFLINE=1, one already downloaded)."
-        raise CheckpointError("features", settings.place, f"holds no encoder that can be opened ({_line(error)}).", remedy) from error
+        raise CheckpointError("features", settings.source, f"holds no encoder that can be opened ({_line(error)}).", remedy) from error
     if settings.kind not in (config.model_type, "auto"):
-        rule = f"is not what {settings.place} holds: its model_type is {config.model_type!r}."
-        raise ConfigError("features", settings.kind, rule, f"Write {config.model_type}:{settings.place}:{settings.layer}.")
+        rule = f"is not what {settings.source} holds: its model_type is {config.model_type!r}."
+        raise ConfigError("features", settings.kind, rule, f"Write {config.model_type}:{settings.source}:{settings.layer}.")
     return config
 
 
@@ -216,7 +216,7 @@ def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.Modul
         # safetensors where there are any. Some encoders, facebook/hubert-base-ls960 for one, are published as pytorch_model.bin alone:
         # weights_only reads tensors from it and refuses, rather than runs, anything else.
         model, info = AutoModel.from_pretrained(
-            settings.place,
+            settings.source,
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -225,14 +225,14 @@ def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.Modul
             ignore_mismatched_sizes=True,
         )
     except _UNREADABLE as error:
-        raise CheckpointError("features", settings.place, f"has no weights that can be loaded ({_line(error)}).") from error
+        raise CheckpointError("features", settings.source, f"has no weights that can be loaded ({_line(error)}).") from error
     encoder = model.get_encoder() if config.is_encoder_decoder else model
     blocks = _layers_of(encoder)
     if blocks is None or encoder.main_input_name not in ("input_values", "input_features"):
-        raise ConfigError("features", settings.place, f"is a model of type {config.model_type!r}, not a speech encoder with layers.")
+        raise ConfigError("features", settings.source, f"is a model of type {config.model_type!r}, not a speech encoder with layers.")
     if settings.layer > len(blocks):
         remedy = f"Choose 0 (what enters the first) to {len(blocks)}."
-        raise ConfigError("features", settings.layer, f"is a layer that {settings.place} has not: it has {len(blocks)}.", remedy)
+        raise ConfigError("features", settings.layer, f"is a layer that {settings.source} has not: it has {len(blocks)}.", remedy)
     names = {module: name for name, module in model.named_modules()}
     inside, outside = (f"{names[m]}." if names[m] else "" for m in (encoder, blocks))
     above = tuple(f"{outside}{index}." for index in range(settings.layer, len(blocks)))
@@ -241,7 +241,7 @@ def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.Modul
         keys = {key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"]}
         if bad := sorted(name for name in keys & used if not name.startswith(above)):
             rule = f"has {len(bad)} {what} weights up to layer {settings.layer}, the first {bad[0]}."
-            raise CheckpointError("features", settings.place, rule, "Fetch the encoder anew, with the config.json that belongs to it.")
+            raise CheckpointError("features", settings.source, rule, "Fetch the encoder anew, with the config.json that belongs to it.")
     return encoder.eval().requires_grad_(False), blocks
 
 

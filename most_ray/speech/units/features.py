@@ -69,7 +69,7 @@ class EncoderSettings:
     counted from 1 as in fairseq (0: what enters the first)."""
 
     kind: str
-    place: str
+    source: str
     layer: int
 
 

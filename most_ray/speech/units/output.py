@@ -13,27 +13,27 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from most_ray.errors import DataError
-from most_ray.records.record import UNFINISHED
+from most_ray.records.files import KMEANS, PREPARED, REJECTED, UNFINISHED, UNITS_MANIFEST, VOCODER
 from most_ray.speech.units.clustering import save_kmeans
-from most_ray.speech.units.corpus_parts import Encode, Scan, about_beside
+from most_ray.speech.units.corpus_parts import EncodeUnits, Scan, summary_path
 
 SHARD_BYTES = 64 << 20
-DONE = "prepared.json"  # what was made with which settings from which recordings: the same again is not made again
-REJECTED = "rejected.jsonl"
 _OWN = re.compile(r"records(-\d{5})?\.(jsonl\.gz|jsonl|json)|units\.json|kmeans\.npy")  # what a command like this one has made
 
 
-def made_before(output: Path, key: str) -> dict[str, Any] | None:
+def find_prepared(output: Path, key: str) -> dict[str, Any] | None:
     """What an earlier command has made, where it is what this one would make and is still there."""
     try:
-        done = json.loads((output / DONE).read_text(encoding="utf-8"))
+        done = json.loads((output / PREPARED).read_text(encoding="utf-8"))
         whole = all((output / name).stat().st_size == size for name, size in done["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return {name: value for name, value in done.items() if name != "key"} if done.get("key") == key and whole else None
 
 
-def finish(corpus: Path, output: Path, scan: Scan, work: Encode, manifest: Mapping[str, Any], centroids: np.ndarray) -> dict[str, Any]:
+def publish_records(
+    corpus: Path, output: Path, scan: Scan, work: EncodeUnits, manifest: Mapping[str, Any], centroids: np.ndarray
+) -> dict[str, Any]:
     """Put the parts together in the output folder, in place of what was there. While that is going on the folder says so, and readers
     refuse it: records must never stand beside another command's manifest. Returns records, rejected, hours, and sizes of files.
 
@@ -41,7 +41,7 @@ def finish(corpus: Path, output: Path, scan: Scan, work: Encode, manifest: Mappi
         DataError: there is no record; what was there before is left.
     """
     targets = [work.target(part) for part in scan.parts]
-    abouts = [json.loads(about_beside(target).read_text(encoding="utf-8")) for target in targets]
+    abouts = [json.loads(summary_path(target).read_text(encoding="utf-8")) for target in targets]
     records = sum(about["records"] for about in abouts)
     rejected = _write_rejected(output, scan, abouts)
     if not records:
@@ -50,25 +50,25 @@ def finish(corpus: Path, output: Path, scan: Scan, work: Encode, manifest: Mappi
         raise DataError("input", str(corpus), reason, f"See {output / REJECTED}.")
     shards = _write_shards(work.scratch, work.form, [target for target, about in zip(targets, abouts, strict=True) if about["records"]])
     (output / UNFINISHED).touch()
-    (output / DONE).unlink(missing_ok=True)
+    (output / PREPARED).unlink(missing_ok=True)
     for old in output.iterdir():
         if _OWN.fullmatch(old.name):
             old.unlink()
     written = [shard.replace(output / shard.name) for shard in shards]
-    if _vocoder_units(output / "vocoder.safetensors") not in (None, manifest["identity"]):
-        (output / "vocoder.safetensors").unlink()
-    save_kmeans(output / "kmeans.npy", centroids, {})
-    (output / "units.json").write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-    files = {path.name: path.stat().st_size for path in (*written, output / "kmeans.npy", output / "units.json")}
+    if _vocoder_units(output / VOCODER) not in (None, manifest["identity"]):
+        (output / VOCODER).unlink()
+    save_kmeans(output / KMEANS, centroids, {})
+    (output / UNITS_MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+    files = {path.name: path.stat().st_size for path in (*written, output / KMEANS, output / UNITS_MANIFEST)}
     seconds = sum(about["seconds"] for about in abouts)
     longest = max(about["longest"] for about in abouts)
     return {"records": records, "rejected": rejected, "hours": seconds / 3600.0, "longest": longest, "files": files}
 
 
-def remember(output: Path, made: Mapping[str, Any]) -> None:
+def mark_prepared(output: Path, made: Mapping[str, Any]) -> None:
     """From now on the folder may be read. Write down what was made and with which `key`: last, for what stands there is not done again."""
     (output / UNFINISHED).unlink()
-    (output / DONE).write_text(json.dumps(made) + "\n", encoding="utf-8")
+    (output / PREPARED).write_text(json.dumps(made) + "\n", encoding="utf-8")
 
 
 def _write_rejected(output: Path, scan: Scan, abouts: Iterable[Mapping[str, Any]]) -> int:

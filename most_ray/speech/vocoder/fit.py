@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
+from most_ray.records.files import VOCODER
 from most_ray.speech.corpora.audio import MAX_SECONDS, load_audio
-from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Utterance, check_conditions, read_corpus, selected
+from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Utterance, check_conditions, matches_all, read_corpus
+from most_ray.speech.units.assets import SpeechAssets, open_assets
 from most_ray.speech.units.clustering import SpeakerStatistics, assign
-from most_ray.speech.units.corpus_parts import digest
-from most_ray.speech.vocoder.assets import SpeechKit, open_kit
-from most_ray.speech.vocoder.network import FILE, Example, UnitVocoder, VocoderSettings, fit_vocoder
+from most_ray.speech.units.corpus_parts import json_digest
+from most_ray.speech.vocoder.unit_vocoder import Example, UnitVocoder, VocoderSettings, fit_vocoder
 
 _RATE = 16000  # Hz, of what a vocoder hears
 _MOST = 20_000  # recordings to draw from
@@ -46,13 +47,13 @@ def prepare_vocoder(
     Raises:
         DataError: the folder has no units, or the corpus no recording that can be used.
     """
-    kit = open_kit(records, encoder)
+    kit = open_assets(records, encoder)
     if kit.extractor.sample_rate != _RATE:
         raise DataError("features", kit.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {_RATE} Hz.")
     drawn = _draw(corpus, conditions, speaker_column, settings.seed)
     stamps = ((each.id, each.start, each.duration, each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in drawn)
-    made_of = digest(list(stamps), asdict(settings), speaker_column, max_seconds)
-    known = _known(records / FILE)
+    made_of = json_digest(list(stamps), asdict(settings), speaker_column, max_seconds)
+    known = _known(records / VOCODER)
     if known and known.made_of == made_of and known.units == kit.manifest["identity"]:
         return {"voice": known.voice, "unchanged": True}
     heard = list(progress(_hear(drawn, kit, speaker_column, settings.max_seconds, max_seconds), "recordings", len(drawn)))
@@ -64,7 +65,7 @@ def prepare_vocoder(
     examples = _examples(heard, kit)
     identity = kit.manifest["identity"]
     vocoder = fit_vocoder(examples, identity["n_units"], identity["rate_hz"], identity, identity["repeats_removed"], settings, made_of)
-    vocoder.save(records / FILE)
+    vocoder.save(records / VOCODER)
     return {"recordings": len(heard), "seconds": seconds, "voice": vocoder.voice}
 
 
@@ -84,8 +85,8 @@ def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, s
         for entry in read_corpus(corpus):
             if isinstance(entry, Utterance):
                 columns.update(entry.columns)
-                if selected(entry, conditions):
-                    yield digest(seed, str(entry.columns.get(column, ""))), digest(seed, entry.id), entry
+                if matches_all(entry, conditions):
+                    yield json_digest(seed, str(entry.columns.get(column, ""))), json_digest(seed, entry.id), entry
 
     lowest = heapq.nsmallest(_MOST, keyed(), key=lambda each: (each[0], each[1], each[2].id))
     check_conditions(conditions, columns)
@@ -100,7 +101,7 @@ def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, s
 
 
 def _hear(
-    utterances: Sequence[Utterance], kit: SpeechKit, column: str, total_seconds: float, max_seconds: float
+    utterances: Sequence[Utterance], kit: SpeechAssets, column: str, total_seconds: float, max_seconds: float
 ) -> Iterator[tuple[np.ndarray, str, Any]]:
     """Samples, speaker and frames of each, until there is enough speech."""
     seconds = 0.0
@@ -117,14 +118,14 @@ def _hear(
             yield wave, str(utterance.columns.get(column, "")), frames
 
 
-def _examples(heard: Sequence[tuple[np.ndarray, str, Any]], kit: SpeechKit) -> Iterator[Example]:
+def _examples(heard: Sequence[tuple[np.ndarray, str, Any]], kit: SpeechAssets) -> Iterator[Example]:
     """Each recording with its units, normalised as its speaker's where the features are."""
     known: dict[str, SpeakerStatistics] = {}
     if kit.extractor.per_speaker:
         frames_of: dict[str, list[np.ndarray]] = defaultdict(list)
         for _, speaker, frames in heard:
             frames_of[speaker].append(frames.values)
-        known = {speaker: SpeakerStatistics.of(np.concatenate(frames)) for speaker, frames in frames_of.items()}
+        known = {speaker: SpeakerStatistics.from_frames(np.concatenate(frames)) for speaker, frames in frames_of.items()}
     for wave, speaker, frames in heard:
         values = known[speaker].apply(frames.values) if known else frames.values
         yield Example(assign(values, kit.centroids), wave, frames.first, speaker)

@@ -16,28 +16,38 @@ import numpy as np
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.audio import MAX_SECONDS
-from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, data_set_name
+from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, dataset_name
 from most_ray.speech.units.clustering import (
     FIT_FRAMES,
     Algorithm,
     SpeakerStatistics,
     assign,
+    build_manifest,
+    default_unit_count,
     fit_kmeans,
     kmeans_hash,
     load_kmeans,
-    manifest_of,
     save_kmeans,
-    units_for,
 )
-from most_ray.speech.units.corpus_parts import VERSION, Encode, Measure, Runner, Scan, Work, digest, run_here, scan_corpus
+from most_ray.speech.units.corpus_parts import (
+    VERSION,
+    CollectStatistics,
+    EncodeUnits,
+    PartTask,
+    Runner,
+    Scan,
+    json_digest,
+    run_in_process,
+    scan_corpus,
+)
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import Extractor, FeatureSettings, MfccSettings
-from most_ray.speech.units.output import finish, made_before, remember
+from most_ray.speech.units.output import find_prepared, mark_prepared, publish_records
 
 _ROWS = 10_000  # frames at once
 _FEWEST_OF_A_PART = 256  # frames that a part keeps for k-means
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
-MakeRunner = Callable[[int], Runner]  # bytes of audio -> who makes the parts
+ChooseRunner = Callable[[int], Runner]  # bytes of audio -> who makes the parts
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class UnitsJob:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CorpusStatistics:
     """What the first pass over a corpus found: speakers' statistics, and frames to fit k-means to, float32 (frames, features)."""
 
     speakers: dict[str, SpeakerStatistics]
@@ -71,10 +81,10 @@ class Measured:
 
 
 def here(_bytes: int) -> Runner:
-    return run_here
+    return run_in_process
 
 
-def prepare_units(job: UnitsJob, progress: Progress, runner: MakeRunner = here) -> dict[str, Any]:
+def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = here) -> dict[str, Any]:
     """Write records (records.jsonl.gz, or numbered files of some 64 MiB), `units.json` and `kmeans.npy` to the output folder; recordings
     and entries that cannot be used go to `rejected.jsonl`, with a reason each.
 
@@ -96,46 +106,46 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: MakeRunner = here) 
 
 
 def _prepare_units(
-    job: UnitsJob, extractor: Extractor, centroids: np.ndarray | None, scratch: Path, progress: Progress, runner: MakeRunner
+    job: UnitsJob, extractor: Extractor, centroids: np.ndarray | None, scratch: Path, progress: Progress, runner: ChooseRunner
 ) -> dict[str, Any]:
     scan = _scan(job, scratch)
-    name, features_key = data_set_name(job.corpus), digest(extractor.identity)
+    name, features_key = dataset_name(job.corpus), json_digest(extractor.identity)
     key = _job_key(job, scan, features_key, centroids)
-    if done := made_before(job.output, key):
+    if done := find_prepared(job.output, key):
         shutil.rmtree(scratch, ignore_errors=True)
         return {**done, "unchanged": True}
     run = _Run(job, scan, scratch, runner(scan.bytes), progress)
     measured = run.measure(extractor, features_key, fit=centroids is None)
     if centroids is None:
-        centroids = fit_kmeans(measured.sample, job.fit_kmeans or units_for(len(measured.sample)), job.seed, job.algorithm)
+        centroids = fit_kmeans(measured.sample, job.fit_kmeans or default_unit_count(len(measured.sample)), job.seed, job.algorithm)
     codebook = _write_codebook(scratch / "codebook.npz", centroids, measured.speakers)
-    work = Encode(
+    work = EncodeUnits(
         job.features,
         features_key,
         job.speaker_column,
         job.max_seconds,
         str(codebook),
-        digest(kmeans_hash(centroids), _statistics_key(measured.speakers)),
+        json_digest(kmeans_hash(centroids), _statistics_key(measured.speakers)),
         job.keep_repeats,
         name,
         job.form,
         str(scratch),
     )
     run.do(work, "units")
-    manifest = manifest_of(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, getattr(extractor, "place", None))
+    manifest = build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, getattr(extractor, "source", None))
     if measured.speakers:
         manifest["reference"] = _reference(measured.speakers)
     result = {
-        **finish(job.corpus.directory, job.output, scan, work, manifest, centroids),
+        **publish_records(job.corpus.directory, job.output, scan, work, manifest, centroids),
         "speakers": len(measured.speakers),
         "units": len(centroids),
     }
-    remember(job.output, {"key": key, **result})
+    mark_prepared(job.output, {"key": key, **result})
     shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 
-def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: MakeRunner = here) -> dict[str, Any]:
+def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: ChooseRunner = here) -> dict[str, Any]:
     """Fit centroids to the selected recordings and write them to `output` (.npy, or .safetensors that says what it was fitted on).
 
     Returns:
@@ -152,8 +162,8 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Make
     with _alone(output.absolute().with_name(f".{output.name}.work")) as scratch:
         scan = _scan(job, scratch)
         run = _Run(job, scan, scratch, runner(scan.bytes), progress)
-        measured = run.measure(extractor, digest(extractor.identity), fit=True)
-        centroids = fit_kmeans(measured.sample, job.fit_kmeans or units_for(len(measured.sample)), job.seed, job.algorithm)
+        measured = run.measure(extractor, json_digest(extractor.identity), fit=True)
+        centroids = fit_kmeans(measured.sample, job.fit_kmeans or default_unit_count(len(measured.sample)), job.seed, job.algorithm)
         save_kmeans(output, centroids, extractor.identity)
         shutil.rmtree(scratch, ignore_errors=True)
     return {"units": len(centroids), "frames": measured.frames, "inertia": _inertia(measured.sample, centroids)}
@@ -223,13 +233,13 @@ def _scan(job: UnitsJob, scratch: Path) -> Scan:
 
 
 def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray | None) -> str:
-    return digest(
+    return json_digest(
         [(part.key, part.speed) for part in scan.parts],
         scan.unusable_key,
         VERSION,
         features_key,
         kmeans_hash(centroids) if centroids is not None else [job.fit_kmeans, job.algorithm, job.fit_frames, job.seed],
-        [job.speaker_column, job.keep_repeats, job.max_seconds, job.form, data_set_name(job.corpus)],
+        [job.speaker_column, job.keep_repeats, job.max_seconds, job.form, dataset_name(job.corpus)],
     )
 
 
@@ -243,20 +253,20 @@ class _Run:
     runner: Runner
     progress: Progress
 
-    def do(self, work: Work, what: str) -> None:
+    def do(self, work: PartTask, what: str) -> None:
         """Make the parts that are not there."""
         todo = [part for part in self.scan.parts if not work.target(part).exists()]
         for _ in self.progress(self.runner(work, todo) if todo else (), what, len(todo)):
             pass
 
-    def measure(self, extractor: Extractor, features_key: str, fit: bool) -> Measured:
+    def measure(self, extractor: Extractor, features_key: str, fit: bool) -> CorpusStatistics:
         """The first pass, where one is needed: to know the speakers, or to fit k-means."""
         if not fit and not extractor.per_speaker:
-            return Measured({}, np.zeros((0, extractor.width), np.float32), 0)
+            return CorpusStatistics({}, np.zeros((0, extractor.width), np.float32), 0)
         # Each part keeps four times its even share, so that the sample over all of them is as good as an even one.
         share = max(_FEWEST_OF_A_PART, -(-4 * self.job.fit_frames // len(self.scan.parts))) if fit else 0
         job = self.job
-        work = Measure(job.features, features_key, job.speaker_column, job.max_seconds, share, job.seed, str(self.scratch))
+        work = CollectStatistics(job.features, features_key, job.speaker_column, job.max_seconds, share, job.seed, str(self.scratch))
         self.do(work, "features")
         measured = self._merge(work, extractor.width)
         if fit and not measured.frames:
@@ -264,7 +274,7 @@ class _Run:
             raise DataError("input", str(job.corpus.directory), reason)
         return measured
 
-    def _merge(self, work: Measure, width: int) -> Measured:
+    def _merge(self, work: CollectStatistics, width: int) -> CorpusStatistics:
         speakers: dict[str, SpeakerStatistics] = {}
         drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(np.zeros((0, width), np.float32), np.zeros(0, np.str_), np.zeros(0))]
         frames, waiting, reason = 0, 0, ""
@@ -285,7 +295,7 @@ class _Run:
             for start in range(0, len(sample), _ROWS):
                 chosen = rows[start : start + _ROWS]
                 sample[start : start + _ROWS] = (sample[start : start + _ROWS] - means[chosen]) / deviations[chosen]
-        return Measured(speakers, sample, frames, reason)
+        return CorpusStatistics(speakers, sample, frames, reason)
 
     def _lowest(self, drawn: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The frames, owners and priorities of those with the lowest, `fit_frames` of them at most, in their order."""
@@ -309,7 +319,7 @@ def _write_codebook(path: Path, centroids: np.ndarray, speakers: Mapping[str, Sp
 
 
 def _statistics_key(speakers: Mapping[str, SpeakerStatistics]) -> str:
-    return digest(
+    return json_digest(
         [(name, speakers[name].count, speakers[name].total.tolist(), speakers[name].squares.tolist()) for name in sorted(speakers)]
     )
 

@@ -24,9 +24,9 @@ from transformers.audio_utils import mel_filter_bank
 
 from most_ray.errors import CheckpointError, DataError
 from most_ray.io import storage
+from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.speech.units.features import one_thread
 
-FILE = "vocoder.safetensors"
 _VERSION = 1
 _RATE = 16000  # Hz
 _MELS = 80
@@ -234,10 +234,10 @@ def open_vocoder(place: str, units: dict[str, Any] | None, language: str | None 
     if storage.is_remote(place):
         raise CheckpointError("vocoder", storage.redact(place), "is not on this machine.", "Copy it here and name the copy.")
     path = storage.local(place)
-    if path.is_dir() and (path / FILE).exists():
-        path = path / FILE
-    elif path.is_dir() and (path / "units.json").exists():
-        raise CheckpointError("vocoder", place, f"holds no {FILE}.", "Make one: `most-ray prepare vocoder --records DIR`.")
+    if path.is_dir() and (path / VOCODER).exists():
+        path = path / VOCODER
+    elif path.is_dir() and (path / UNITS_MANIFEST).exists():
+        raise CheckpointError("vocoder", place, f"holds no {VOCODER}.", "Make one: `most-ray prepare vocoder --records DIR`.")
     if not path.is_file():
         from most_ray.speech.vocoder.code_hifigan import CodeHifiGan  # transformers' models take seconds to import
 

@@ -1,0 +1,220 @@
+"""The checkpoints of a run: which are complete, which are corrupt, and which are deleted.
+
+A checkpoint is a folder `step-NNNNNNNNN`. Its commit marker, commit.json, is written last and lists every file with its size and xxh3_128
+hash; a folder without the marker is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from most_ray.checkpoint.retention import steps_to_delete
+from most_ray.checkpoint.shards import BLOCK_BYTES, DamagedFileError
+from most_ray.distributed.collectives import all_gather_or_raise
+from most_ray.distributed.ranks import this_rank, world_size
+from most_ray.errors import CheckpointError
+from most_ray.io import storage
+from most_ray.io.run_folder import COMMIT, step_uri
+
+FORMAT = 2  # of a checkpoint's files; others are refused
+DEEP_BYTES = 16 << 30  # a checkpoint is hashed before use if no process has to read more than this
+_STEP = re.compile(r"step-(\d{9,})")
+Corrupt = list[tuple[str, str]]  # URI and reason of each corrupt checkpoint, newest first
+
+
+def step_of(uri: str) -> int:
+    """Return the step that a checkpoint's folder is named after.
+
+    Raises:
+        CheckpointError: the name is not that of a step.
+    """
+    match = _STEP.fullmatch(storage.name_of(uri))
+    if match is None:
+        raise CheckpointError("checkpoint", storage.redact(uri), "is not named step-NNNNNNNNN.")
+    return int(match[1])
+
+
+def committed(checkpoints: str) -> list[str]:
+    """Return the URIs of the complete checkpoints, oldest first."""
+    return [step_uri(checkpoints, step) for step, complete in sorted(_find_steps(checkpoints).items()) if complete]
+
+
+def _find_steps(checkpoints: str) -> dict[int, bool]:
+    """Return the steps that have a folder, each with whether it has a commit marker."""
+    found: dict[int, bool] = {}
+    if storage.is_remote(checkpoints):
+        names = [entry.name.split("/") for entry in storage.list_files(checkpoints, ("",))] if storage.exists(checkpoints) else []
+        for folder, *rest in names:
+            if rest and (match := _STEP.fullmatch(folder)):
+                found[int(match[1])] = found.get(int(match[1]), False) or rest == [COMMIT]
+    else:
+        for path in storage.local(checkpoints).glob("step-*"):
+            if match := _STEP.fullmatch(path.name):
+                found[int(match[1])] = (path / COMMIT).exists()
+    return found
+
+
+def read_marker(uri: str) -> dict[str, Any]:
+    """Read commit.json: `step`, and `files` as name -> [bytes, xxh3_128].
+
+    Raises:
+        CheckpointError: the folder is missing, was never committed, or has another format.
+        DamagedFileError: the marker cannot be parsed.
+    """
+    try:
+        data = storage.read_bytes(storage.join(uri, COMMIT))
+    except FileNotFoundError:
+        raise CheckpointError("checkpoint", storage.redact(uri), f"is missing or was never completed (no {COMMIT}).") from None
+    try:
+        marker: dict[str, Any] = json.loads(data)
+        found, _ = marker.get("format", 1), marker["step"]
+        parsed = found != FORMAT or all(isinstance(size, int) and isinstance(digest, str) for size, digest in marker["files"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedFileError(f"{COMMIT} is cut off or garbage ({error})") from error
+    if not parsed:
+        raise DamagedFileError(f"{COMMIT} is cut off or garbage (its list of files)")
+    check_format(uri, found)
+    return marker
+
+
+def check_format(uri: str, found: object) -> None:
+    """Raise CheckpointError unless a checkpoint has the format that this version reads."""
+    if found != FORMAT:
+        remedy = "Read it with the version that wrote it (export, then start from the exported model), or give the run another name."
+        raise CheckpointError("checkpoint", storage.redact(uri), f"has format {found}, not {FORMAT}.", remedy)
+
+
+def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
+    """Compare a complete checkpoint's files with its commit marker.
+
+    Args:
+        rank, world: with `deep`, hash only the share of files of caller `rank` out of `world`. All sizes are checked by every caller, since
+            they cost a single listing.
+        deep: compare hashes too.
+
+    Returns:
+        What is wrong with the first bad file, or None.
+
+    Raises:
+        CheckpointError: the checkpoint was never completed, or has another format.
+        DataError: the storage fails.
+    """
+    try:
+        files = read_marker(uri)["files"]
+    except DamagedFileError as error:
+        return str(error)
+    sizes = {entry.name: entry.size for entry in storage.list_files(uri, ("",))}
+    for number, (name, (size, digest)) in enumerate(sorted(files.items())):
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]:,} bytes, not {size:,}"
+        if deep and number % world == rank and hash_file(storage.join(uri, name)) != digest:
+            return f"{name} has other content than was written (its hash differs)"
+    return None
+
+
+def hash_file(uri: str | Path) -> str:
+    """Return the xxh3_128 of a file, as hexadecimal digits."""
+    state = xxhash.xxh3_128()
+    with storage.open_read(uri) as stream:
+        while block := stream.read(BLOCK_BYTES):
+            state.update(block)
+    return state.hexdigest()
+
+
+def latest_valid(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, Corrupt]:
+    """Find the newest checkpoint that is not corrupt, on one process.
+
+    Args:
+        deep_bytes: checkpoints larger than this are checked by file sizes alone, smaller ones by hashes too.
+
+    Returns:
+        Its URI (None if there is none), and the corrupt checkpoints that are newer.
+
+    Raises:
+        CheckpointError: the newest has another format.
+        DataError: the storage fails.
+    """
+    return _first_valid(committed(checkpoints), lambda uri: find_corruption(uri, deep=_total_bytes(uri) <= deep_bytes))
+
+
+def latest_valid_on_all_ranks(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, Corrupt]:
+    """Find the newest valid checkpoint as `latest_valid` does, on all ranks of the default group: they share the hashing, with a limit of
+    `deep_bytes` for each, and all return the same."""
+    rank, world = this_rank(), world_size()
+
+    def corruption(uri: str) -> str | None:
+        found = all_gather_or_raise(lambda: find_corruption(uri, rank, world, deep=_total_bytes(uri) <= deep_bytes * world))
+        return next((reason for reason in found if reason), None)
+
+    return _first_valid(all_gather_or_raise(lambda: committed(checkpoints) if rank == 0 else [])[0], corruption)
+
+
+def _first_valid(uris: list[str], corruption: Callable[[str], str | None]) -> tuple[str | None, Corrupt]:
+    corrupt: Corrupt = []
+    for uri in reversed(uris):
+        if (reason := corruption(uri)) is None:
+            return uri, corrupt
+        corrupt.append((uri, reason))
+    return None, corrupt
+
+
+def _total_bytes(uri: str) -> int:
+    try:
+        return sum(size for size, _ in read_marker(uri)["files"].values())
+    except DamagedFileError:  # which `find_corruption` reports
+        return 0
+
+
+def require_valid(valid: str | None, corrupt: Corrupt) -> None:
+    """Refuse to start a run from scratch whose checkpoints are all corrupt.
+
+    Raises:
+        CheckpointError: there is none that is valid, but at least one that is corrupt; names the newest.
+    """
+    if valid is None and corrupt:
+        uri, reason = corrupt[0]
+        rule = f"is damaged ({reason}), and so are all {len(corrupt)} of the run."
+        raise CheckpointError("checkpoint", storage.redact(uri), rule, "Repair the storage, or delete them to start from scratch.")
+
+
+def invalidate(uri: str) -> None:
+    """Rename a corrupt checkpoint's marker to commit.json.damaged: it no longer counts, and its step may be saved again."""
+    with contextlib.suppress(FileNotFoundError):  # without a marker it does not count either
+        storage.write_bytes(storage.join(uri, f"{COMMIT}.damaged"), storage.read_bytes(storage.join(uri, COMMIT)))
+    storage.remove(storage.join(uri, COMMIT))
+
+
+def prune(
+    checkpoints: str,
+    keep_last: int,
+    keep_best: int = 0,
+    scores: Mapping[int, float] | None = None,
+    pending: Collection[int] = (),
+) -> list[int]:
+    """Delete the checkpoints that `steps_to_delete` names, marker first, and incomplete folders of older steps, left by dead attempts.
+
+    One process calls it, at any time: a checkpoint that is being written is newer than all complete ones.
+
+    Args: as `steps_to_delete`, of the folder `checkpoints`.
+
+    Returns:
+        The steps of the deleted checkpoints, ascending.
+    """
+    found = _find_steps(checkpoints)
+    complete = [step for step, is_complete in found.items() if is_complete]
+    deleted = steps_to_delete(complete, keep_last, keep_best, scores, pending)
+    leftovers = [step for step, is_complete in found.items() if not is_complete and complete and step < max(complete)]
+    for step in (*deleted, *sorted(leftovers)):
+        uri = step_uri(checkpoints, step)
+        storage.remove(storage.join(uri, COMMIT))
+        storage.remove(uri)
+    return deleted

@@ -1,0 +1,67 @@
+"""A folder of records: the names of its files, and how records are read from them."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+
+from most_ray.errors import DataError
+from most_ray.io import storage
+from most_ray.io.json_stream import open_compressed, read_lines, read_values
+from most_ray.io.storage import Entry
+
+RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+UNITS_MANIFEST = "units.json"  # says what the units of the records mean
+KMEANS = "kmeans.npy"  # centroids of the units
+VOCODER = "vocoder.safetensors"  # turns the units into sound
+REJECTED = "rejected.jsonl"  # one line for each entry that gave no record, with the reason
+PREPARED = "prepared.json"  # what `prepare units` wrote, and from what
+CONVERTED = "converted.json"  # what `prepare tts` wrote
+UNFINISHED = ".unfinished"  # present while the records are being replaced: until it is gone, they may not match units.json
+SPEECH_FOLDER = "speech"  # in the folder of a run and of an export: copies of ASSET_FILES
+ASSET_FILES = (KMEANS, VOCODER, UNITS_MANIFEST)  # the manifest last: where it exists, the others have been copied
+_NOT_RECORDS = frozenset({UNITS_MANIFEST, REJECTED, PREPARED, CONVERTED})
+
+
+def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:
+    """List the record files of a directory or URI, or the one file given, sorted by name.
+
+    Args:
+        pattern: shell pattern that the base names must match.
+
+    Raises:
+        DataError: the directory does not exist, cannot be listed, or has no record file.
+    """
+    try:
+        entries = storage.list_files(str(directory), RECORD_SUFFIXES)
+    except OSError as error:
+        reason = f"cannot be listed ({error.strerror or error}: {error.filename})."
+        raise DataError("directory", storage.redact(str(directory)), reason, "Check its permissions and links.") from error
+    if len(entries) == 1 and entries[0].uri.rstrip("/") == str(directory).rstrip("/"):
+        return entries
+    found = [e for e in entries if (base := e.name.rsplit("/", 1)[-1]) not in _NOT_RECORDS and fnmatch.fnmatchcase(base, pattern)]
+    if not found:
+        raise DataError("directory", storage.redact(str(directory)), f"holds no records ({', '.join(RECORD_SUFFIXES)}).")
+    return found
+
+
+def is_json_lines(name: str) -> bool:
+    """Whether a file of this name is JSON Lines, gzipped or not."""
+    return name.removesuffix(".gz").endswith(".jsonl")
+
+
+def read_raw(uri: str | Path) -> Iterator[tuple[int, object]]:
+    """Stream `(index, decoded JSON value)` of every record of a file: a list, `{"data": [...]}`, one object, or JSON Lines.
+
+    Memory does not grow with the file. A broken record comes as a `RecordError` in its place; reading continues with the next one.
+    """
+    for index, (_, value) in enumerate(read_with_offsets(str(uri))):
+        yield index, value
+
+
+def read_with_offsets(uri: str) -> Iterator[tuple[int, object]]:
+    """Stream `(byte offset, value)` as `read_raw` does; offsets count bytes of the decompressed content."""
+    with storage.open_read(uri) as stream:
+        content = open_compressed(stream) if uri.endswith(".gz") else stream
+        yield from read_lines(content) if is_json_lines(uri) else read_values(content)

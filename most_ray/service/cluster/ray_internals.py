@@ -1,0 +1,67 @@
+"""What the cluster modules use of Ray 2.60 that is not public, in one place for whoever upgrades Ray.
+
+Private names of a single subject stay with it: joining (address.py), the process group (process_group.py), the package of a job
+(job_package.py), Ray Data's executor (tasks/batch_stream.py) and the trainer's errors (training/attempts.py).
+"""
+
+from __future__ import annotations
+
+import json
+
+import ray
+from ray._private import ray_constants
+from ray._private.state import available_resources_per_node, state
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental import internal_kv
+
+
+def kv_put(key: bytes, value: bytes) -> None:
+    """Set a key of the key-value store that all processes of a cluster share."""
+    internal_kv._internal_kv_put(key, value, overwrite=True)
+
+
+def kv_get(key: bytes) -> bytes | None:
+    """Read a key of the cluster's key-value store; None where it is not set."""
+    value: bytes | None = internal_kv._internal_kv_get(key)
+    return value
+
+
+def kv_delete(key: bytes) -> None:
+    """Remove a key of the cluster's key-value store, if it is set."""
+    internal_kv._internal_kv_del(key)
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ids of the nodes that will be taken away, with their deadlines (UNIX time in ms, 0: none). Ray Train looks at the same table."""
+    found: dict[str, int] = state.get_draining_nodes()
+    return found
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """Resources that are unused now, by node id."""
+    found: dict[str, dict[str, float]] = available_resources_per_node()
+    return found
+
+
+def largest_resources() -> tuple[dict[str, float], bool]:
+    """The resources that the cluster has, or that its autoscaler may bring it to; and whether the autoscaler's limits are known."""
+    found = {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
+    largest = state.get_max_resources_from_cluster_config()
+    for name, amount in (largest or {}).items():
+        found[name] = max(found.get(name, 0.0), float(amount))
+    return found, largest is not None
+
+
+def has_autoscaler() -> bool:
+    """Whether the cluster has an autoscaler. Version 2 is registered as such; version 1 is recognised by its node types, for an autoscaler
+    that only monitors the cluster names each node's type after the node."""
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    report = json.loads(kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or b"{}")
+    types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(not kind.startswith("node_") for kind in types.values())
+
+
+def keep_loopback() -> None:
+    """Let this process use a loopback address as it is: by default Ray replaces it by the machine's outward address."""
+    ray_constants.ENABLE_RAY_CLUSTER = False

@@ -1,0 +1,189 @@
+"""How a driver asks its workers to stop after a checkpoint, and when: on a signal, before a node is taken away, to use more workers.
+
+A request is a key in Ray's key-value store, named after the driver. Rank 0 looks it up once a second, and the ranks agree on the step to
+stop after in the all-reduce that every step makes in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import ray
+
+from most_ray.errors import STOPPED, UserError
+from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put
+
+logger = logging.getLogger(__name__)
+POLL_S = 1.0  # seconds between two looks at the key-value store
+TERMINATED, PREEMPTED, RESIZED = "terminated", "preempted", "resized"  # reasons of a request
+
+
+def _key(driver: str, name: str) -> bytes:
+    return f"most_ray/{name}/{driver}".encode()
+
+
+def request_stop(driver: str, reason: str) -> None:
+    """Ask the workers of `driver` to stop after a checkpoint."""
+    kv_put(_key(driver, "stop"), reason.encode())
+
+
+def register_worker_node(driver: str, rank: int) -> None:
+    """Record the node that a worker runs on; called in the worker."""
+    kv_put(_key(driver, f"node/{rank}"), ray.get_runtime_context().get_node_id().encode())
+
+
+def registered_nodes(driver: str, n_workers: int) -> list[str]:
+    """Ids of the nodes of an attempt's workers, of those workers that have started."""
+    found = (kv_get(_key(driver, f"node/{rank}")) for rank in range(n_workers))
+    return [node.decode() for node in found if node]
+
+
+def clear_run_keys(driver: str, n_workers: int) -> None:
+    """Remove the keys of an attempt from the store."""
+    for name in ("stop", *(f"node/{rank}" for rank in range(n_workers))):
+        kv_delete(_key(driver, name))
+
+
+class StopListener:
+    """Looks for the driver's request to stop, on a thread of its own in rank 0's worker. Calling it returns whether there is one."""
+
+    def __init__(self, driver: str) -> None:
+        self._driver, self._requested, self._ended = driver, threading.Event(), threading.Event()
+        threading.Thread(target=self._poll, name="stop-listener", daemon=True).start()
+
+    def _poll(self) -> None:
+        while not self._ended.wait(POLL_S) and not self._requested.is_set():
+            try:
+                if kv_get(_key(self._driver, "stop")):
+                    self._requested.set()
+            except Exception as error:  # noqa: BLE001 - a store that is gone for good ends the worker in any case
+                logger.warning("requests to stop could not be looked up, which is tried again in %g s: %s", POLL_S, error)
+
+    def __call__(self) -> bool:
+        return self._requested.is_set()
+
+    def close(self) -> None:
+        self._ended.set()
+
+
+class RunStoppedError(UserError):
+    """The run was asked to stop and has stopped; nothing is lost."""
+
+    kind = "stopped"
+    exit_code = STOPPED
+
+
+def run_stopped(rule: str, name: str = "SIGTERM") -> RunStoppedError:
+    """The error that ends a run after the signal `name`; `rule` continues the sentence that begins with the name."""
+    return RunStoppedError(name, None, rule, "Run the same command again to resume.")
+
+
+class ShutdownSignal(threading.Event):
+    """Set once the process has received SIGTERM (or Ctrl-C, where `install` includes it).
+
+    Within `grace_period` the first signal only sets the event, so that workers have the time to write a checkpoint. Outside of it, and
+    from the second signal on, the handler raises RunStoppedError, which ends the process.
+
+    Attributes:
+        name: of the signal that was received.
+    """
+
+    name = "SIGTERM"
+    _graceful = False
+
+    def install(self, interrupt: bool = False) -> None:
+        """Handle SIGTERM. To be called again after `ray.init`, which installs a handler of its own.
+
+        Args:
+            interrupt: handle Ctrl-C as well.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT) if interrupt else (signal.SIGTERM,):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        del frame
+        repeated, self.name = self.is_set(), signal.Signals(number).name
+        self.set()
+        if repeated or not self._graceful:
+            raise run_stopped("was received.", self.name)
+
+    @contextlib.contextmanager
+    def grace_period(self) -> Iterator[None]:
+        """The time in which workers train, and a first signal lets them finish with a checkpoint."""
+        self._graceful = True
+        try:
+            yield
+        finally:
+            self._graceful = False
+
+    @contextlib.contextmanager
+    def on_sigterm(self) -> Iterator[ShutdownSignal]:
+        """Handle SIGTERM within the block, and restore the handlers of both signals at its end."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.install()
+        try:
+            yield self
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+
+class AttemptWatcher:
+    """While an attempt runs, asks it to stop when the job is to end, a node of it is draining, or more workers would fit.
+
+    Args:
+        driver: the attempt's name in the key-value store.
+        n_workers: workers of the attempt.
+        shutdown: set when the job is to end.
+        can_grow: whether more workers would fit now; called from the watching thread.
+        every_s: seconds between two looks at the cluster.
+
+    Attributes:
+        reason: of the request that was made (`TERMINATED`, `PREEMPTED` or `RESIZED`), or None.
+    """
+
+    def __init__(self, driver: str, n_workers: int, shutdown: ShutdownSignal, can_grow: Callable[[], bool], every_s: float = 2.0) -> None:
+        self.reason: str | None = None
+        self._driver, self._n_workers, self._shutdown, self._can_grow, self._every = driver, n_workers, shutdown, can_grow, every_s
+        self._ended, self._next_look, self._room_seen = threading.Event(), 0.0, 0
+        self._thread = threading.Thread(target=self._watch, name="attempt-watcher", daemon=True)
+
+    def __enter__(self) -> AttemptWatcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=10)
+
+    def _watch(self) -> None:
+        warned = False
+        while not self._ended.wait(0.2) and self.reason != TERMINATED:
+            try:
+                found = TERMINATED if self._shutdown.is_set() else self._look()
+                if found:
+                    request_stop(self._driver, found)
+                    self.reason = found
+            except Exception as error:  # noqa: BLE001 - Ray may be handling a failure of the attempt, or be gone
+                if not warned:  # one line is enough: it is tried again, several times a second, until the attempt ends
+                    logger.warning("Ray did not answer: requests to stop or to resize wait until it does (%s)", error)
+                warned = True
+
+    def _look(self) -> str | None:
+        """Every `every_s` seconds, until a request has been made: the reason for which the attempt should stop."""
+        if self.reason or time.monotonic() < self._next_look:
+            return None
+        self._next_look = time.monotonic() + self._every
+        nodes = registered_nodes(self._driver, self._n_workers)
+        if set(nodes) & set(draining_nodes()):
+            return PREEMPTED
+        # Until all workers have started, their own resources look free; and others may be waiting for what was just freed.
+        self._room_seen = self._room_seen + 1 if len(nodes) == self._n_workers and self._can_grow() else 0
+        return RESIZED if self._room_seen > 2 else None
