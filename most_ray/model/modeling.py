@@ -62,12 +62,6 @@ class MostCausalLMOutput(MoeCausalLMOutputWithPast):
     expert_load: torch.Tensor | None = None
 
 
-def _make(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Turn a module of the library's into one of a subclass that adds nothing but behaviour. A new one would draw from the generator, and
-    a seed would no longer give the weights that it has always given."""
-    module.__class__ = kind
-
-
 class MostNorm(DeepseekV2RMSNorm):
     """RMS norm (..., D), its result in the type of the matrix products that take it."""
 
@@ -101,7 +95,7 @@ class MostMoe(DeepseekV2Moe):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.gate = MostRouter(config)
-        _make(self.shared_experts, MostMlp)
+        self.shared_experts = MostMlp(config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts)
         self.placement: tuple[int, ...] | None = None
         self.ep_size = 1
         self.register_buffer("expert_slots", None, persistent=False)
@@ -146,15 +140,13 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
     mlp: nn.Module
 
     def __init__(self, config: MostConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        _make(self.self_attn, MostAttention)
-        _make(self.input_layernorm, MostNorm)
-        if isinstance(self.mlp, DeepseekV2Moe):
-            self.mlp = MostMoe(config)
-            _make(self.post_attention_layernorm, MostFullNorm)
-        else:
-            _make(self.mlp, MostMlp)
-            _make(self.post_attention_layernorm, MostNorm)
+        nn.Module.__init__(self)  # not DeepseekV2DecoderLayer's, which would build its own classes of these parts first
+        has_experts = layer_idx >= config.first_k_dense_replace
+        self.self_attn = MostAttention(config, layer_idx)
+        self.mlp = MostMoe(config) if has_experts else MostMlp(config)
+        self.input_layernorm = MostNorm(config.hidden_size, config.rms_norm_eps)
+        post_norm = MostFullNorm if has_experts else MostNorm
+        self.post_attention_layernorm = post_norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -200,7 +192,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList([MostDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        _make(self.norm, MostNorm)
+        self.norm = MostNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -285,8 +277,8 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.model = MostModel(config)
-        _make(self.lm_head, MostHead)
         self.post_init()
+        self.lm_head = MostHead.from_linear(self.lm_head)  # after post_init, which would initialize a new module's weight again
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # The library would write rows where they lie; a checkpoint and its export write them in the experts' order.
