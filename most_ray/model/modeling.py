@@ -30,16 +30,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from most_ray.data.batch import PADDING
 from most_ray.model.attention import MostAttention
-from most_ray.model.compat import CACHE, one_cache
+from most_ray.model.compat import CACHE, resolve_cache
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.experts import EXPERTS
 from most_ray.model.head import MostHead
 from most_ray.model.kernels import SwiGlu, compute_dtype, rms_norm
-from most_ray.model.packed import PackedRows, Records
+from most_ray.model.packed import PackedRows, RecordLayout
 from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of, record_routing
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 
 
 @dataclass
@@ -69,7 +68,7 @@ class MostNorm(DeepseekV2RMSNorm):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, compute_dtype(hidden_states))
 
 
-class MostFullNorm(DeepseekV2RMSNorm):
+class MostUncastNorm(DeepseekV2RMSNorm):
     """The same in the type of its input: what a router takes is not lowered."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -117,14 +116,14 @@ class MostMoe(DeepseekV2Moe):
         arguments = lowered[:n_real] if routing.tokens is None else lowered.index_select(0, routing.tokens), slots, weights
         # Where it pays, counts travel to other ranks' experts while the statistics are made, tokens while the shared experts are busy.
         exchange = getattr(self.experts, "exchange", None)
-        outgoing = exchange.begin(*arguments) if exchange and exchange.overlaps else None
+        outgoing = exchange.start_dispatch(*arguments) if exchange and exchange.overlaps else None
         if self.training and self.config.aux_loss_alpha > 0:
             aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux)
         else:
             aux_loss = probabilities.new_zeros(())
         stats = RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
         if outgoing:
-            arguments = outgoing.send()
+            arguments = outgoing.send_rows()
         shared = self.shared_experts(lowered)
         routed = self.experts(*arguments)
         if routing.tokens is None:
@@ -145,7 +144,7 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
         self.self_attn = MostAttention(config, layer_idx)
         self.mlp = MostMoe(config) if has_experts else MostMlp(config)
         self.input_layernorm = MostNorm(config.hidden_size, config.rms_norm_eps)
-        post_norm = MostFullNorm if has_experts else MostNorm
+        post_norm = MostUncastNorm if has_experts else MostNorm
         self.post_attention_layernorm = post_norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -207,7 +206,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         use_cache: bool | None = None,
         modality: torch.Tensor | None = None,
         previous_load: torch.Tensor | None = None,
-        records: Records | None = None,
+        records: RecordLayout | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
@@ -215,7 +214,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
         `records`: where they lie, for tokens (1, T) of records one behind the other without padding; no mask, no cache.
         `past_key_values`: the older name of `cache`."""
-        cache = one_cache(cache, past_key_values)
+        cache = resolve_cache(cache, past_key_values)
         if modality is None:
             if input_ids is None:
                 raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
@@ -274,6 +273,8 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
 class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
     """MoST with its language-model head."""
 
+    lm_head: nn.Linear
+
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.model = MostModel(config)
@@ -323,7 +324,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=resolve_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             modality=modality,

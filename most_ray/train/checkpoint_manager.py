@@ -67,7 +67,7 @@ class CheckpointManager:
 
     def _report(self, line: dict[str, Any]) -> None:
         """Write an evaluation down, where the run is still this attempt's."""
-        if self._folder.marked() == self._attempt:
+        if self._folder.owner() == self._attempt:
             self._reporter.evaluation(line)
 
     def _evaluate(self, state: TrainState) -> None:
@@ -108,7 +108,7 @@ class CheckpointManager:
             self._reporter.push()
 
         uri = catalog.step_uri(folder.checkpoints, state.step)
-        self._writer.save(uri, state, content, files, lambda: folder.marked() == self._attempt)
+        self._writer.save(uri, state, content, files, lambda: folder.owner() == self._attempt)
 
     def _follow(self) -> None:
         """What comes after a commit: its evaluation, and the end of those that need not be kept."""

@@ -138,7 +138,7 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
 def claim_run(folder: RunFolder) -> str:
     """Make the run this driver's; workers of an older one can neither commit a checkpoint nor begin again. Returns the driver's mark."""
     mark = uuid.uuid4().hex
-    folder.mark(f"{mark}.0")
+    folder.claim(f"{mark}.0")
     return mark
 
 
@@ -149,14 +149,14 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
         CheckpointError: a newer driver runs under the same name.
     """
     attempt = [""]
-    if rank == 0 and folder.marked().startswith(f"{driver}."):
+    if rank == 0 and folder.owner().startswith(f"{driver}."):
         attempt = [f"{driver}.{uuid.uuid4().hex}"]
-        folder.mark(attempt[0])
+        folder.claim(attempt[0])
     if dist.is_initialized():
         dist.broadcast_object_list(attempt, src=0)
     if not attempt[0]:
         raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
-    seen = all_gather_or_raise(folder.marked)
+    seen = all_gather_or_raise(folder.owner)
     if any(mark != seen[0] for mark in seen):
         blind = [other for other, mark in enumerate(seen) if mark != seen[0]]
         rule = f"is not shared by all nodes: ranks {blind} do not see there what rank 0 has written."
