@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
         job, prepared = _agree(config, world)
-        reached = run_rank(job, device, TrainHooks(wants_stop=stop.is_set))
+        reached = run_rank(job, device, TrainHooks(should_stop=stop.is_set))
         if reached and prepared:
             _export(prepared)
     except UserError as error:

@@ -30,6 +30,7 @@ from most_ray.optim.train_state import TrainState, make_state
 from most_ray.records.template import template_hash
 from most_ray.runs.job import Job, overrides_of
 from most_ray.train.checkpoint_manager import CheckpointManager
+from most_ray.train.evaluation_scheduler import EvaluationScheduler
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.loop import LoopSettings, make_meter, train
 from most_ray.train.meter import Meter
@@ -64,15 +65,17 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     accepted = _resume(start, state, plan, job.config, meter)
     about = _about(job, state, device, accepted)
     reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, hooks.trackers, about)
-    saver = CheckpointManager(job, plan, folder, rank, attempt, reporter, hooks, meter)
+    evaluations = EvaluationScheduler(job, folder, rank, attempt, reporter, hooks, meter)
+    checkpoints = CheckpointManager(job, plan, folder, rank, attempt, reporter, evaluations, meter)
     ended = False
     try:
-        saver.begin(state)
-        reached = train(state, batches, settings, reporter, saver.at_step, hooks.wants_stop, meter)
-        saver.finish(reached, hooks.wants_stop)
+        checkpoints.prepare(state)
+        evaluations.restart(state)
+        reached = train(state, batches, settings, reporter, checkpoints.at_step, hooks.should_stop, meter)
+        checkpoints.finish(reached, hooks.should_stop)
         ended = True
     finally:
-        saver.close()
+        checkpoints.close()
         reporter.close(push=ended)
     return reached
 
