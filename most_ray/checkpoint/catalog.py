@@ -35,7 +35,7 @@ def step_of(uri: str) -> int:
     Raises:
         CheckpointError: the name is not that of a step.
     """
-    match = _STEP.fullmatch(storage.name_of(uri))
+    match = _STEP.fullmatch(storage.base_name(uri))
     if match is None:
         raise CheckpointError("checkpoint", storage.redact(uri), "is not named step-NNNNNNNNN.")
     return int(match[1])

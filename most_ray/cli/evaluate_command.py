@@ -87,13 +87,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.length_penalty,
         args.normaliser or configuration.EvaluationOptions.normaliser,
         args.max_rejected_fraction,
-        args.recogniser and storage.absolute_if_there(args.recogniser),
-        args.vocoder and storage.absolute_if_there(args.vocoder),
+        args.recogniser and storage.absolute_if_exists(args.recogniser),
+        args.vocoder and storage.absolute_if_exists(args.vocoder),
     )
     # Tasks have another working directory.
     directories = Directories(*(tuple(map(storage.absolute, dirs)) for dirs in (args.asr_dirs, args.tts_dirs, args.text_dirs)))
     store_dir = storage.absolute(args.store_dir or args.output.absolute().parent / "store")
-    model = storage.absolute_if_there(args.model)
+    model = storage.absolute_if_exists(args.model)
     if args.num_workers > 1:
         start_ray(configuration.config_from({"ray_address": args.ray_address}), 1, args.num_workers, False)
         check_evaluation_gpus("gpus", args.gpus, args.gpus * args.num_workers)

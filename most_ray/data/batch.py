@@ -13,9 +13,7 @@ import numpy as np
 from most_ray.data.noise import noisy_units
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.records.record import N_UNITS
-from most_ray.records.template import IGNORE, task_index
-
-TEXT, AUDIO, PADDING = 0, 1, 2  # marks of tokens; the model's routing uses the same
+from most_ray.records.template import IGNORE, PADDING, task_index
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ def local_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
     plan = open_plan(spec.plan)
     steps = range(first, last + 1)
     made = (rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in steps)
-    return watched(made, spec.timeout_s, lambda: "stage read (records from the token store)")
+    return prefetch(made, spec.timeout_s, lambda: "stage read (records from the token store)")
 
 
-def watched(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:
     """The same batches, one ahead, made on a thread of their own from now on.
 
     Raises:

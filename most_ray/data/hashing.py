@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def splitmix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64 (Steele, Lea, Flood 2014), elementwise."""
     with np.errstate(over="ignore"):
         x = x * np.uint64(0x9E3779B97F4A7C15)
@@ -16,12 +16,12 @@ def splitmix(x: np.ndarray) -> np.ndarray:
 
 def uniform(key: int, n: int) -> np.ndarray:
     """n numbers in [0, 1), float64, the same everywhere."""
-    return (splitmix(np.arange(n, dtype=np.uint64) + np.uint64(key)) >> np.uint64(11)) * 2.0**-53
+    return (splitmix64(np.arange(n, dtype=np.uint64) + np.uint64(key)) >> np.uint64(11)) * 2.0**-53
 
 
 def mix_keys(*numbers: int) -> int:
     """One 62-bit key from several numbers."""
     key = 0
     for number in numbers:
-        key = int(splitmix(np.array([key ^ (number * 0x632BE59BD9B4E019 + 0x1234567) & (2**64 - 1)], dtype=np.uint64))[0])
+        key = int(splitmix64(np.array([key ^ (number * 0x632BE59BD9B4E019 + 0x1234567) & (2**64 - 1)], dtype=np.uint64))[0])
     return key >> 2

@@ -24,7 +24,17 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from most_ray.data.store import PART_FILES, SCRATCH, STORE_VERSION, PartWriter, TokenStore, digest, file_digest, read_sealed, seal
+from most_ray.data.store import (
+    PART_FILES,
+    SCRATCH,
+    STORE_VERSION,
+    PartWriter,
+    TokenStore,
+    checksummed_json,
+    digest,
+    file_digest,
+    read_checksummed_json,
+)
 from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import MAX_RECORD, read_lines
@@ -74,7 +84,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Ingest:
+class IngestPlan:
     """A directory to take in: what its store is called and which parts it is made of, in order."""
 
     uri: str
@@ -126,17 +136,17 @@ def _sweep(parts: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -> Ingest:
+def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -> IngestPlan:
     """Which parts a directory has and which of them are there."""
     root, directory = storage.absolute(store_root), storage.absolute(directory)
     entries = record_files(directory)
     digests = _digests(directory, entries, root)
-    base = storage.name_of(directory)
+    base = storage.base_name(directory)
     manifest = {
         "name": base.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json"),
         "source": storage.redact(directory),
         "content": _content(entries, digests),
-        "units": units_manifest(directory),
+        "units": read_units_manifest(directory),
         **recipe.fingerprint(),
     }
     identity = {key: value for key, value in manifest.items() if key not in ("name", "source")}
@@ -144,14 +154,14 @@ def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -
     parts = tuple(part for entry in entries for part in _parts(entry, digests[entry.name], recipe, storage.join(root, "parts")))
     uri = storage.join(root, f"{re.sub(r'[^A-Za-z0-9_-]', '_', base)}-{key}")
     if storage.is_remote(root) and storage.exists(storage.join(uri, "manifest.json")):
-        return Ingest(uri, manifest, parts, ())  # to list all parts of all stores would take a second for each few thousand
+        return IngestPlan(uri, manifest, parts, ())  # to list all parts of all stores would take a second for each few thousand
     pool = storage.join(root, "parts")
     there = {e.name.split("/")[0] for e in storage.list_files(pool, ("part.json",))} if storage.exists(pool) else set()
     missing = {part.key: part for part in parts if part.key not in there}
-    return Ingest(uri, manifest, parts, tuple(missing.values()))
+    return IngestPlan(uri, manifest, parts, tuple(missing.values()))
 
 
-def content_of(directory: str | Path, store_root: str | Path) -> str:
+def content_digest(directory: str | Path, store_root: str | Path) -> str:
     """Digest of names and bytes of a directory's records."""
     uri = storage.absolute(directory)
     entries = record_files(uri)
@@ -173,7 +183,7 @@ def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, l
     known: dict[str, Any] = {}
     if storage.exists(memory):
         try:
-            known = read_sealed(memory, "file list").get("files", {})
+            known = read_checksummed_json(memory, "file list").get("files", {})
         except DataError:
             known = {}  # a memory of what was read, no more: the files are read again
     now = time.time_ns()
@@ -183,7 +193,7 @@ def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, l
     digests = {e.name: read.get(e.name) or known[e.name][2] for e in entries}
     settled = {e.name: [e.size, e.stamp, digests[e.name]] for e in entries if storage.is_remote(e.uri) or _age(e, now) > _SETTLED_NS}
     if read and settled:
-        storage.write_bytes(memory, seal({"version": STORE_VERSION, "directory": directory, "files": settled}))
+        storage.write_bytes(memory, checksummed_json({"version": STORE_VERSION, "directory": directory, "files": settled}))
     return digests
 
 
@@ -304,7 +314,7 @@ def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
     Raises:
         DataError: names the file that is damaged.
     """
-    content = read_sealed(storage.join(part.uri, "part.json"), "part")
+    content = read_checksummed_json(storage.join(part.uri, "part.json"), "part")
     files = {}
     for name in PART_FILES:
         uri = storage.join(part.uri, name)
@@ -316,7 +326,7 @@ def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
     return content, files["index.npy"], files[REJECTED].splitlines()
 
 
-def _assemble(ingest: Ingest) -> None:
+def _assemble(ingest: IngestPlan) -> None:
     """The store's manifest and index over its parts."""
     remote = storage.is_remote(ingest.uri)
     scratch = Path(tempfile.mkdtemp(prefix="most_ray-")) if remote else storage.local(ingest.uri).parent
@@ -343,17 +353,17 @@ def _assemble(ingest: Ingest) -> None:
         np.save(folder / "lengths.npy", lengths)
         np.save(folder / "prompt_lengths.npy", prompts)
         digests = {name: file_digest(folder / name) for name in ("lengths.npy", "prompt_lengths.npy")}
-        (folder / "manifest.json").write_bytes(seal({**ingest.manifest, **totals, "index": digests, "shards": shards}))
+        (folder / "manifest.json").write_bytes(checksummed_json({**ingest.manifest, **totals, "index": digests, "shards": shards}))
         folder.chmod(0o755)  # made for this user alone; a shared store is read by others
         storage.publish(folder, ingest.uri, "manifest.json")
     finally:
         shutil.rmtree(scratch if remote else folder, ignore_errors=True)
 
 
-def units_manifest(directory: str | Path) -> dict[str, object] | None:
+def read_units_manifest(directory: str | Path) -> dict[str, object] | None:
     """What the units of a directory's records were made with, where its maker wrote that down."""
     folder = str(directory)
-    folder = storage.parent(folder) if storage.name_of(folder).endswith(RECORD_SUFFIXES) else folder
+    folder = storage.parent(folder) if storage.base_name(folder).endswith(RECORD_SUFFIXES) else folder
     if storage.exists(storage.join(folder, UNFINISHED)):
         rule = "is not finished: the command that was replacing its records was stopped, or is still at it."
         raise DataError("directory", storage.redact(folder), rule, "Run that command (`most-ray prepare ...`) again.")

@@ -39,7 +39,7 @@ def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=16)
-def pattern_of(weights: tuple[int, ...]) -> np.ndarray:
+def interleave_pattern(weights: tuple[int, ...]) -> np.ndarray:
     """One period of the order of sources, int16 (sum(weights),).
 
     R. Tijdeman, "The chairman assignment problem" (1980): among the sources whose turn may have come, the one with the earliest
@@ -70,7 +70,7 @@ class _Pattern:
 
     def __init__(self, weights: tuple[int, ...]) -> None:
         self._weights = np.array(weights, np.int64)
-        self._pattern = pattern_of(weights)
+        self._pattern = interleave_pattern(weights)
         one_hot = self._pattern[:, None] == np.arange(len(weights))
         self._before = np.concatenate([np.zeros((1, len(weights)), np.int64), np.cumsum(one_hot, axis=0)])
 
@@ -104,7 +104,7 @@ def _tree_weight(tree: Tree, weights: Sequence[int]) -> int:
 
 
 @lru_cache(maxsize=16)
-def tree_of(weights: tuple[int, ...]) -> tuple[Tree, Fraction]:
+def merge_tree(weights: tuple[int, ...]) -> tuple[Tree, Fraction]:
     """In which pairs and groups sources are merged, and the bound of that: at most 1 if any tree of these shapes has it (to 10 sources)."""
     k = len(weights)
     if k <= _SEARCHED:
@@ -343,7 +343,7 @@ class Mixture:
         if unit == "rows" and sum(reduced) <= MAX_PERIOD:
             self._order, bound = _Pattern(reduced), 1 - Fraction(1, 2 * k - 2) if k > 1 else Fraction(0)
         else:
-            tree, bound = tree_of(reduced)
+            tree, bound = merge_tree(reduced)
             self._order = _Merged(reduced, tree, self.sources if unit == "tokens" else [CountedSource(size) for size in self.sizes])
         self.bound = float(bound)
 

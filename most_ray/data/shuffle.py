@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from most_ray.data.hashing import mix_keys, splitmix
+from most_ray.data.hashing import mix_keys, splitmix64
 
 _BLOCK = 256  # rows that stay together on disk: reads are near-sequential
 _WINDOW = 256 * _BLOCK  # rows shuffled among each other; smaller sources are shuffled whole
@@ -46,7 +46,7 @@ def _epoch_rows(offsets: np.ndarray, size: int, key: int) -> np.ndarray:
 @lru_cache(maxsize=64)
 def _permutation(key: int, n: int) -> np.ndarray:
     """A permutation of 0..n-1, the same on every machine and with every numpy: the order of hashed numbers."""
-    return np.argsort(splitmix(np.arange(n, dtype=np.uint64) + np.uint64(key)), kind="stable")
+    return np.argsort(splitmix64(np.arange(n, dtype=np.uint64) + np.uint64(key)), kind="stable")
 
 
 class CountedSource:

@@ -70,7 +70,7 @@ class TokenStore:
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
         self._cache = node_cache() if storage.is_remote(self.uri) else None
-        self.manifest = read_sealed(storage.join(self.uri, "manifest.json"), "token store")
+        self.manifest = read_checksummed_json(storage.join(self.uri, "manifest.json"), "token store")
         if self.manifest["version"] != STORE_VERSION:
             raise DataError(
                 "token store", self.uri, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_MADE_ANEW}"
@@ -202,13 +202,13 @@ def _remedy(uri: str) -> str:
     return f"Delete {storage.redact(storage.parent(uri))}; {_MADE_ANEW}"
 
 
-def seal(content: Mapping[str, Any]) -> bytes:
+def checksummed_json(content: Mapping[str, Any]) -> bytes:
     """JSON that carries its own digest."""
     return json.dumps({**content, "digest": digest(json.dumps(content, sort_keys=True).encode())}, indent=1).encode()
 
 
-def read_sealed(uri: str, what: str) -> dict[str, Any]:
-    """What `seal` made.
+def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
+    """What `checksummed_json` made.
 
     Raises:
         DataError: it cannot be read or has changed since.
@@ -288,7 +288,7 @@ class PartWriter:
             "shards": self._shards,
             "files": {name: file_digest(self.folder / name) for name in PART_FILES},
         }
-        (self.folder / "part.json").write_bytes(seal(content))
+        (self.folder / "part.json").write_bytes(checksummed_json(content))
         storage.publish(self.folder, uri, "part.json")
 
     def abort(self) -> None:

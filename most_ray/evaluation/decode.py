@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from most_ray.data.batch import PADDING
 from most_ray.evaluation.beam import BeamSearch
 from most_ray.model.compat import CACHE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
 from most_ray.model.routing import RouterStats
+from most_ray.records.template import PADDING
 
 
 @dataclass(frozen=True)

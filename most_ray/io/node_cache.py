@@ -31,7 +31,7 @@ class Cache:
             return storage.local(uri)
         text = str(uri)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-        target = self.directory / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', storage.name_of(text))[-80:]}"
+        target = self.directory / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', storage.base_name(text))[-80:]}"
         if not _touch(target):
             # One of 256 lock files, which stay: one process might wait for a removed file while another locks a new one.
             with (self.directory / f".lock-{digest[:2]}").open("a") as lock:

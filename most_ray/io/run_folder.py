@@ -58,11 +58,11 @@ class RunFolder:
             storage.remove(self.at(name))
             storage.publish(self.local / name, self.at(name), last)
 
-    def mark(self, attempt: str) -> None:
+    def claim(self, attempt: str) -> None:
         """Write down whose the run is."""
         storage.write_bytes(self.at(".attempt"), attempt.encode())
 
-    def marked(self) -> str:
+    def owner(self) -> str:
         """Whose the run is; empty where nobody's."""
         try:
             return storage.read_bytes(self.at(".attempt")).decode()

@@ -140,7 +140,7 @@ def absolute(uri: str | Path) -> str:
     return str(uri) if is_remote(uri) else str(local(uri).absolute())
 
 
-def absolute_if_there(uri: str) -> str:
+def absolute_if_exists(uri: str) -> str:
     """The same for what exists; anything else is left as it is, for it may be a name on a hub."""
     return absolute(uri) if exists(uri) else uri
 
@@ -153,7 +153,7 @@ def parent(uri: str) -> str:
     return "/".join(part for part in (root, *key.split("/")[:-1]) if part) + options
 
 
-def name_of(uri: str) -> str:
+def base_name(uri: str) -> str:
     """The last part of a place."""
     return _base_name(uri) if is_remote(uri) else local(uri).name
 

@@ -14,7 +14,7 @@ from torch.nn.attention import varlen
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
 from most_ray.model.kernels import compute_dtype
-from most_ray.model.packed import Records
+from most_ray.model.packed import RecordLayout
 
 
 class MostAttention(DeepseekV2Attention):
@@ -25,7 +25,7 @@ class MostAttention(DeepseekV2Attention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: torch.Tensor | None = None,
-        records: Records | None = None,
+        records: RecordLayout | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """With `records`: hidden states (1, T or more, D), no mask, no cache; what is behind the T-th token attends to nothing. A cache
@@ -45,7 +45,7 @@ class MostAttention(DeepseekV2Attention):
         query = torch.cat([query_nope, _rotate(query_pe, angles)], dim=-1)
         key = torch.cat([key_nope, _rotate(key_pe.unsqueeze(1), angles).expand(-1, self.num_heads, -1)], dim=-1)
         n_real, dropout = len(records.restore), self.attention_dropout if self.training else 0.0
-        attended = attend(query[:n_real], key[:n_real], value[:n_real], records, self.scaling, dropout).flatten(1)
+        attended = packed_attention(query[:n_real], key[:n_real], value[:n_real], records, self.scaling, dropout).flatten(1)
         return self.o_proj(F.pad(attended, (0, 0, 0, n_tokens - n_real))).unsqueeze(0), None
 
 
@@ -55,8 +55,8 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float, dropout: float = 0.0
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: RecordLayout, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
     """Causal attention within each record: queries and keys (T, H, Q), values (T, H, W) -> (T, H, W)."""
     if not records.groups:
@@ -65,7 +65,7 @@ def attend(
     width, wide = value.shape[-1], max(query.shape[-1], value.shape[-1])
     query, key, value = (F.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
     if not dropout and _has_kernel(query):
-        return variable_length(query, key, value, records, scale)[..., :width]
+        return varlen_attention(query, key, value, records, scale)[..., :width]
     sizes = [count * length for count, length in records.groups]
     parts = [_Gather.apply(each, records.gather, records.restore).split(sizes) for each in (query, key, value)]
     found = []
@@ -84,7 +84,7 @@ def _has_kernel(query: torch.Tensor) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def variable_length(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: Records, scale: float) -> torch.Tensor:
+def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: RecordLayout, scale: float) -> torch.Tensor:
     """The same by torch's kernel for GPUs, of half precision and with values as wide as keys."""
     factor = scale * math.sqrt(query.shape[-1])  # the kernel's own scale is 1 / sqrt(Q)
     query = query if math.isclose(factor, 1.0) else query * factor

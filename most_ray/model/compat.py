@@ -22,10 +22,10 @@ CACHE: Literal["cache", "past_key_values"] = (
     "cache" if "cache" in inspect.signature(DeepseekV2Attention.forward).parameters else "past_key_values"
 )
 
-LAYS_OUT = "ep_implementation" in inspect.signature(DistributedConfig).parameters  # whether a model can have several workers
+SUPPORTS_MANY_WORKERS = "ep_implementation" in inspect.signature(DistributedConfig).parameters  # whether a model can have several workers
 
 
-def one_cache(cache: Any, past_key_values: Any) -> Any:
+def resolve_cache(cache: Any, past_key_values: Any) -> Any:
     """The cache, by whichever name a caller gave it: `generate` of a release uses that release's, users what their code was written for.
 
     Raises ValueError where two different ones are given.
@@ -40,7 +40,7 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     return cache
 
 
-def checkpoint_layers(model: Any) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """Let the backward pass compute each layer of a transformers model again from its input."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
@@ -52,6 +52,6 @@ def check_workers(most: int) -> None:
     Raises:
         ConfigError: it is too old for more than one.
     """
-    if most > 1 and not LAYS_OUT:
+    if most > 1 and not SUPPORTS_MANY_WORKERS:
         rule = f"needs transformers 5.23 or later, which lays models out over workers; {transformers.__version__} is installed."
         raise ConfigError("num_workers", most, rule, "pip install 'transformers>=5.23', or use num_workers 1.")

@@ -35,7 +35,7 @@ EXCHANGE = "most_ray"
 _ALIGNED = 16  # bytes, so that the parts of a message can be read as what they are, and rows with wide loads
 
 
-class Plan(NamedTuple):
+class DispatchPlan(NamedTuple):
     """Who gets what. Rows are grouped by rank and, within each, in the order of tokens.
 
     tokens (N,): each row's token; slots (N, K): the token's experts, numbered as that row's rank does, E where they live elsewhere;
@@ -48,28 +48,31 @@ class Plan(NamedTuple):
     owners: torch.Tensor
 
 
-def destinations(slots: torch.Tensor, n_local: int, n_ranks: int) -> torch.Tensor:
+def destination_ranks(slots: torch.Tensor, n_local: int, n_ranks: int) -> torch.Tensor:
     """The ranks that each token of slots (T, K) goes to, (T, R) bool; rank r holds slots r*E to (r+1)*E, with E = `n_local`."""
     goes = torch.zeros(len(slots), n_ranks, dtype=torch.bool, device=slots.device)
     return goes.scatter_(1, slots // n_local, True)
 
 
-def plan_rows(slots: torch.Tensor, goes: torch.Tensor, n_local: int, n_rows: int) -> Plan:
-    """The plan of slots (T, K) whose destinations (T, R) are `goes`, `n_rows` in all (given, since the device would be waited for)."""
+def plan_dispatch(slots: torch.Tensor, goes: torch.Tensor, n_local: int, n_rows: int) -> DispatchPlan:
+    """The plan of slots (T, K) whose destination_ranks (T, R) are `goes`, `n_rows` in all (given, since the device would be waited for)."""
     by_rank = goes.t()
     ranks, tokens = torch.nonzero_static(by_rank, size=n_rows).unbind(1)
     local = slots.index_select(0, tokens) - (ranks * n_local).unsqueeze(-1)
     local = torch.where((local < 0) | (local >= n_local), n_local, local)
     order = by_rank.reshape(-1).cumsum(0).view(by_rank.shape) - 1
-    return Plan(tokens, local, torch.where(goes, order.t(), n_rows), slots // n_local)
+    return DispatchPlan(tokens, local, torch.where(goes, order.t(), n_rows), slots // n_local)
 
 
 class TokenExchange(EPImplementation):
     """An experts module's exchange, to be found at its `exchange`.
 
-    `experts(tokens, slots, weights)` is the plain call. To have other work done meanwhile: `outgoing = experts.exchange.begin(tokens,
-    slots, weights)`; what is quick; `arguments = outgoing.send()`; what takes long; `experts(*arguments)`. The last goes through the
-    module, whose hooks gather its weights. Every rank of the group must do the same, whatever the number of its tokens.
+    `experts(tokens, slots, weights)` is the plain call. To overlap it with other work, call in this order, on every rank of the group,
+    whatever the number of its tokens:
+
+        pending = experts.exchange.start_dispatch(tokens, slots, weights)   # then what is quick
+        arguments = pending.send_rows()                                     # then what takes long
+        output = experts(*arguments)                                        # through the module, whose hooks gather its weights
 
     overlaps: whether that pays. Ranks on CPUs have nothing idle: there it takes a tenth to a quarter longer.
     """
@@ -79,17 +82,17 @@ class TokenExchange(EPImplementation):
         assert tp_mesh.size() == 1, "no two ranks hold the same tokens"
         experts.exchange = self
         self.overlaps = ep_mesh.device_type != "cpu"
-        self._sent: tuple[torch.Tensor, Plan, AllToAll] | None = None
+        self._sent: tuple[torch.Tensor, DispatchPlan, AllToAll] | None = None
 
-    def begin(self, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> Outgoing:
+    def start_dispatch(self, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> PendingDispatch:
         """Tell the other ranks how many rows will come. tokens (T, D), slots (T, K) of all ranks' experts, weights (T, K)."""
-        return Outgoing(self, tokens, slots, weights)
+        return PendingDispatch(self, tokens, slots, weights)
 
     def __call__(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum over each token's experts, (T, D). The arguments: those of `begin`, or what `send` gave."""
         # By the slots, since hooks wrap the tensors that have gradients.
         if self._sent is None or self._sent[0] is not top_k_index:
-            hidden_states, top_k_index, _ = self.begin(hidden_states, top_k_index, top_k_weights).send()
+            hidden_states, top_k_index, _ = self.start_dispatch(hidden_states, top_k_index, top_k_weights).send_rows()
         assert self._sent is not None
         (_, plan, all_to_all), self._sent = self._sent, None
         rows, slots, weights = _Receive.apply(hidden_states, all_to_all)
@@ -103,19 +106,19 @@ class TokenExchange(EPImplementation):
         return _Combine.apply(answers, plan.tokens, plan.places, all_to_all)
 
 
-class Outgoing:
+class PendingDispatch:
     """Tokens whose counts are on their way to the other ranks."""
 
     def __init__(self, exchange: TokenExchange, tokens: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> None:
         self._exchange, self._tokens, self._slots, self._weights = exchange, tokens, slots, weights
         self._group = exchange.ep_mesh.get_group()
-        self._goes = destinations(slots, exchange.num_local_experts, exchange.ep_mesh.size())
+        self._goes = destination_ranks(slots, exchange.num_local_experts, exchange.ep_mesh.size())
         self._counts = _Counts(self._goes.sum(0), self._group)
 
-    def send(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def send_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Wait for the counts and put the rows on their way. Returns what to call the experts module with, once."""
         sent, received = self._counts.read()
-        plan = plan_rows(self._slots, self._goes, self._exchange.num_local_experts, sum(sent))
+        plan = plan_dispatch(self._slots, self._goes, self._exchange.num_local_experts, sum(sent))
         layout = _Layout(self._tokens.shape[1], self._slots.shape[1], compute_dtype(self._tokens))
         all_to_all = AllToAll(self._group, sent, received, layout)
         ticket = _Send.apply(self._tokens, self._weights, plan, all_to_all)
@@ -215,7 +218,7 @@ class _Send(torch.autograd.Function):
     or backwards, runs while rows travel. The ticket (0,) orders them; the rows themselves are in `AllToAll`."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor, plan: Plan, all_to_all: AllToAll) -> torch.Tensor:
+    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor, plan: DispatchPlan, all_to_all: AllToAll) -> torch.Tensor:
         layout = all_to_all.layout
         message = layout.empty(len(plan.tokens), tokens.device, with_slots=True)
         torch.index_select(tokens.to(layout.dtype), 0, plan.tokens, out=layout.rows(message))

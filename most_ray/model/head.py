@@ -21,6 +21,13 @@ class MostHead(nn.Linear):
     """The head; with targets it gives their losses instead of logits. Called as a module either way, for that is when FSDP puts its
     weights together."""
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> MostHead:
+        """A head that takes over the weight of `linear` (V, D), without drawing random numbers for one of its own."""
+        head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        head.weight = linear.weight
+        return head
+
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """(..., D) -> logits (..., V); or (N, D) and targets (N,) -> cross-entropy of each target, (N,) float32."""
         if targets is None:

@@ -30,16 +30,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from most_ray.data.batch import PADDING
 from most_ray.model.attention import MostAttention
-from most_ray.model.compat import CACHE, one_cache
+from most_ray.model.compat import CACHE, resolve_cache
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.experts import EXPERTS
 from most_ray.model.head import MostHead
 from most_ray.model.kernels import SwiGlu, compute_dtype, rms_norm
-from most_ray.model.packed import PackedRows, Records
+from most_ray.model.packed import PackedRows, RecordLayout
 from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of, record_routing
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 
 
 @dataclass
@@ -62,12 +61,6 @@ class MostCausalLMOutput(MoeCausalLMOutputWithPast):
     expert_load: torch.Tensor | None = None
 
 
-def _make(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Turn a module of the library's into one of a subclass that adds nothing but behaviour. A new one would draw from the generator, and
-    a seed would no longer give the weights that it has always given."""
-    module.__class__ = kind
-
-
 class MostNorm(DeepseekV2RMSNorm):
     """RMS norm (..., D), its result in the type of the matrix products that take it."""
 
@@ -75,7 +68,7 @@ class MostNorm(DeepseekV2RMSNorm):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, compute_dtype(hidden_states))
 
 
-class MostFullNorm(DeepseekV2RMSNorm):
+class MostUncastNorm(DeepseekV2RMSNorm):
     """The same in the type of its input: what a router takes is not lowered."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -101,7 +94,7 @@ class MostMoe(DeepseekV2Moe):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.gate = MostRouter(config)
-        _make(self.shared_experts, MostMlp)
+        self.shared_experts = MostMlp(config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts)
         self.placement: tuple[int, ...] | None = None
         self.ep_size = 1
         self.register_buffer("expert_slots", None, persistent=False)
@@ -123,14 +116,14 @@ class MostMoe(DeepseekV2Moe):
         arguments = lowered[:n_real] if routing.tokens is None else lowered.index_select(0, routing.tokens), slots, weights
         # Where it pays, counts travel to other ranks' experts while the statistics are made, tokens while the shared experts are busy.
         exchange = getattr(self.experts, "exchange", None)
-        outgoing = exchange.begin(*arguments) if exchange and exchange.overlaps else None
+        outgoing = exchange.start_dispatch(*arguments) if exchange and exchange.overlaps else None
         if self.training and self.config.aux_loss_alpha > 0:
             aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux)
         else:
             aux_loss = probabilities.new_zeros(())
         stats = RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
         if outgoing:
-            arguments = outgoing.send()
+            arguments = outgoing.send_rows()
         shared = self.shared_experts(lowered)
         routed = self.experts(*arguments)
         if routing.tokens is None:
@@ -146,15 +139,13 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
     mlp: nn.Module
 
     def __init__(self, config: MostConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        _make(self.self_attn, MostAttention)
-        _make(self.input_layernorm, MostNorm)
-        if isinstance(self.mlp, DeepseekV2Moe):
-            self.mlp = MostMoe(config)
-            _make(self.post_attention_layernorm, MostFullNorm)
-        else:
-            _make(self.mlp, MostMlp)
-            _make(self.post_attention_layernorm, MostNorm)
+        nn.Module.__init__(self)  # not DeepseekV2DecoderLayer's, which would build its own classes of these parts first
+        has_experts = layer_idx >= config.first_k_dense_replace
+        self.self_attn = MostAttention(config, layer_idx)
+        self.mlp = MostMoe(config) if has_experts else MostMlp(config)
+        self.input_layernorm = MostNorm(config.hidden_size, config.rms_norm_eps)
+        post_norm = MostUncastNorm if has_experts else MostNorm
+        self.post_attention_layernorm = post_norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -200,7 +191,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList([MostDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        _make(self.norm, MostNorm)
+        self.norm = MostNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -215,7 +206,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         use_cache: bool | None = None,
         modality: torch.Tensor | None = None,
         previous_load: torch.Tensor | None = None,
-        records: Records | None = None,
+        records: RecordLayout | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
@@ -223,7 +214,7 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
         `records`: where they lie, for tokens (1, T) of records one behind the other without padding; no mask, no cache.
         `past_key_values`: the older name of `cache`."""
-        cache = one_cache(cache, past_key_values)
+        cache = resolve_cache(cache, past_key_values)
         if modality is None:
             if input_ids is None:
                 raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
@@ -282,11 +273,13 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
 class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
     """MoST with its language-model head."""
 
+    lm_head: nn.Linear
+
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.model = MostModel(config)
-        _make(self.lm_head, MostHead)
         self.post_init()
+        self.lm_head = MostHead.from_linear(self.lm_head)  # after post_init, which would initialize a new module's weight again
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # The library would write rows where they lie; a checkpoint and its export write them in the experts' order.
@@ -331,7 +324,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=resolve_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             modality=modality,

@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from most_ray.data.batch import PADDING
 from most_ray.model.kernels import round_up
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 
 _ALIKE = 0.8  # a record shares a group with one that is longer where it is at least so much of its length
 
 
 @dataclass(frozen=True)
-class Records:
+class RecordLayout:
     """Where the records lie among the T tokens.
 
     starts: (G + 1,) int32, their first tokens, and T. longest: in tokens. segments: (T,) the record of each token.
@@ -40,7 +39,7 @@ class Records:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def to(self, device: torch.device) -> Records:
+    def to(self, device: torch.device) -> RecordLayout:
         starts, segments, gather, restore = (to_device(each, device) for each in (self.starts, self.segments, self.gather, self.restore))
         return replace(self, starts=starts, segments=segments, gather=gather, restore=restore)
 
@@ -54,7 +53,7 @@ class PackedRows:
     input_ids: torch.Tensor
     positions: torch.Tensor
     modality: torch.Tensor
-    records: Records
+    records: RecordLayout
     supervised: torch.Tensor
     targets: torch.Tensor
 
@@ -93,13 +92,13 @@ def pack_rows(input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, 
         input_ids=flat(input_ids),
         positions=flat(positions),
         modality=flat(modality, PADDING),
-        records=lay_out(lengths),
+        records=lay_out_records(lengths),
         supervised=torch.from_numpy(place[supervised].astype(np.int64)),
         targets=torch.from_numpy(labels.reshape(-1)[supervised + 1].astype(np.int64)),
     )
 
 
-def lay_out(lengths: np.ndarray) -> Records:
+def lay_out_records(lengths: np.ndarray) -> RecordLayout:
     """Of records of so many tokens each (G,), one behind the other."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     order = np.argsort(-lengths, kind="stable")
@@ -119,7 +118,7 @@ def lay_out(lengths: np.ndarray) -> Records:
         groups.append((count, longest))
         offset += count * longest
         done += count
-    return Records(
+    return RecordLayout(
         starts=torch.from_numpy(starts.astype(np.int32)),
         longest=int(lengths.max(initial=0)),
         segments=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
-from most_ray.data.batch import AUDIO, PADDING, TEXT
 from most_ray.model.configuration import MostConfig
+from most_ray.records.template import AUDIO, PADDING, TEXT
 
 BALANCE_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name
 

@@ -27,16 +27,16 @@ from torch.distributed.fsdp import fully_shard
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
 from most_ray.config import OptimizerOptions
-from most_ray.data.batch import PADDING, Batch
+from most_ray.data.batch import Batch
 from most_ray.metrics.flops import model_flops
-from most_ray.model.compat import LAYS_OUT
+from most_ray.model.compat import SUPPORTS_MANY_WORKERS
 from most_ray.model.configuration import MostConfig
 from most_ray.model.exchange import EXCHANGE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
 from most_ray.optim.train_state import TrainState, make_state
 from most_ray.planner.cost import Collective, Kind, Speed
 from most_ray.planner.memory import Shapes
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 from most_ray.train.step import Precision, attended_pairs, run_step
 
 CALIBRATED = 5  # batches that are wanted
@@ -117,7 +117,7 @@ def calibrate(
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(), _alone():
-            modes = [ProxyModel(twin, options, Precision(dtype), mode) for mode in (_MODES if LAYS_OUT else _MODES[:1])]
+            modes = [ProxyModel(twin, options, Precision(dtype), mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
             taken = _timed(modes, [_first_rows(batch, rows) for batch in batches])
     finally:
         torch.set_num_threads(before)

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.data.batch import rank_batch
-from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here, units_manifest
+from most_ray.data.ingest import Recipe, Runner, ingest_directory, read_units_manifest, run_here
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
 from most_ray.errors import ConfigError, DataError, RecordError
@@ -202,7 +202,7 @@ class _Trial:
                 pass  # it is another recipe's, or its records have changed
         self.sampled = True
         self._samples += 1
-        sampled = self.folder / f"sample-{self._samples}" / storage.name_of(directory)
+        sampled = self.folder / f"sample-{self._samples}" / storage.base_name(directory)
         factor = _sample(directory, sampled)
         store = _Extrapolated(ingest_directory(sampled, recipe, store_dir, run), factor, storage.absolute(directory))
         self.notes.append(f"{storage.redact(directory)}: about {len(store):,} records, by the first {SAMPLE_RECORDS:,}")
@@ -256,7 +256,7 @@ def _sample(directory: str, target: Path) -> float:
         else:
             size += last
     (target / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if units := units_manifest(storage.absolute(directory)):
+    if units := read_units_manifest(storage.absolute(directory)):
         (target / UNITS_MANIFEST).write_text(json.dumps(units), encoding="utf-8")
     return max(1.0, sum(entry.size for entry in entries) / max(1.0, size))
 

@@ -53,4 +53,4 @@ _FOLDERS = {"most-v2-lite": "deepseek-ai/DeepSeek-V2-Lite", "most-v2": "deepseek
 def published_name(name: str) -> str | None:
     """The published model that a hub name, or a folder's last part, stands for; None for any other. The units and markers of speech fit
     into the vocabularies' spare rows, so both have the same sizes."""
-    return name if name in PUBLISHED else _FOLDERS.get(storage.name_of(name))
+    return name if name in PUBLISHED else _FOLDERS.get(storage.base_name(name))

@@ -21,6 +21,7 @@ import numpy as np
 from most_ray.records.record import N_UNITS, TASKS, Record, Task
 
 IGNORE = -100  # label of a position without supervision, as in torch's cross_entropy
+TEXT, AUDIO, PADDING = 0, 1, 2  # modality of a token: units and their two markers are AUDIO, other tokens TEXT, filled positions PADDING
 
 _PIECES = {
     "before_input": "User: {instruction}\n",

@@ -90,7 +90,7 @@ def read_sweep(uri: str) -> Sweep:
         trial.results = [_plain(result) for result in trial.results]
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
     best = ranked(ledger.trials.values(), objectives[0]) if objectives else []
-    name = str(ledger.sweep.get("name") or storage.name_of(storage.absolute(uri)))
+    name = str(ledger.sweep.get("name") or storage.base_name(storage.absolute(uri)))
     config, affinity = _content(uri, BEST), _content(uri, "affinity.json")
     ended = _content(uri, "summary.json") is not None
     best_yaml = None if config is None else config.decode(errors="replace")

@@ -15,7 +15,7 @@ import torch
 from most_ray.checkpoint import catalog, reader
 from most_ray.config import RunConfig
 from most_ray.data.batch import TokenLayout
-from most_ray.data.ingest import Recipe, Runner, check_rejected, content_of, ingest_directory, run_here
+from most_ray.data.ingest import Recipe, Runner, check_rejected, content_digest, ingest_directory, run_here
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
@@ -278,7 +278,7 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
 
 def _training_content(config: RunConfig) -> list[str]:
     directories = [d for task in TASKS for d in getattr(config, f"train_{task}_dirs")]
-    return [content_of(directory, store_dir_of(config)) for directory in directories]
+    return [content_digest(directory, store_dir_of(config)) for directory in directories]
 
 
 def training_texts(config: RunConfig, limit: int = 200_000) -> Iterator[str]:

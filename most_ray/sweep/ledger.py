@@ -141,7 +141,7 @@ class LedgerFile:
             raise ConfigError("name", uri, "is being swept by another process.", "Wait for it, or choose another name.") from None
         self._mark = uuid.uuid4().hex
         if folder.remote:
-            folder.mark(self._mark)
+            folder.claim(self._mark)
         folder.pull(LEDGER)
         path = folder.local / LEDGER
         content = path.read_bytes() if path.exists() else b""
@@ -151,7 +151,7 @@ class LedgerFile:
         self._stream.truncate(len(whole))
 
     def write(self, kind: str, **content: Any) -> None:
-        if self._folder.remote and self._folder.marked() != self._mark:
+        if self._folder.remote and self._folder.owner() != self._mark:
             rule = "has been taken over by a newer start of the same sweep."
             raise ConfigError("name", storage.redact(self._folder.uri), rule, "One driver at a time.")
         line = {"kind": kind, "time": round(time.time(), 3), **content}

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from most_ray.data.batch import TEXT, open_plan, rank_batch
+from most_ray.data.batch import open_plan, rank_batch
 from most_ray.data.plan import Plan
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import make_state
+from most_ray.records.template import TEXT
 from most_ray.runs.job import Job, overrides_of
 from most_ray.sweep.splits import rank_experts
 from most_ray.train.recompute import apply_recompute, compile_layers

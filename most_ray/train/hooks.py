@@ -1,9 +1,9 @@
-"""What whoever starts the ranks provides to a training session."""
+"""What the launcher of the ranks (torchrun, or Ray Train) provides to a training session."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,37 +13,33 @@ from most_ray.data.feed import StreamSpec, local_batches
 from most_ray.trackers.base import Tracker
 
 
-class Validator(Protocol):
-    """Evaluations under way beside training, on rank 0."""
+class AsyncEvaluator(Protocol):
+    """Evaluates committed checkpoints while training continues, on rank 0."""
 
     def start(self, step: int, uri: str) -> None:
-        """Score a committed checkpoint, while training goes on."""
+        """Start evaluating a committed checkpoint."""
 
     def pending(self) -> set[int]:
-        """Steps whose checkpoints are still to be read."""
+        """Return the steps whose checkpoints must stay until they are evaluated."""
 
     def collect(self, wait_s: float) -> None:
-        """Report those that have finished, or do so within `wait_s` seconds.
+        """Report the evaluations that have finished, or do so within `wait_s` seconds.
 
         Raises:
-            Exception: the run's last one could not be made.
+            Exception: the evaluation of the run's last step failed.
         """
 
 
-ReportEvaluation = Callable[[dict[str, Any]], None]
+ReportEvaluation = Callable[[dict[str, Any]], None]  # takes a line for metrics.jsonl
 
 
 @dataclass(frozen=True)
 class TrainHooks:
-    """What the one who starts the ranks provides.
+    """Callbacks of a training session."""
 
-    batches: the stream of a rank's batches; wants_stop: whether this rank has been asked to stop behind the step that it is at;
-    validator: made on rank 0, given where results go. evaluate_here: collective, scores the model at a step as the ranks hold it; a line
-    for metrics.jsonl on rank 0, None elsewhere. trackers: on rank 0, get each line of metrics.
-    """
-
-    batches: Callable[[StreamSpec, int, int], Iterator[Batch]] = local_batches
-    wants_stop: Callable[[], bool] = lambda: False
-    validator: Callable[[ReportEvaluation], Validator] | None = None
-    evaluate_here: Callable[[torch.nn.Module, int], dict[str, Any] | None] | None = None
-    trackers: Sequence[Tracker] = field(default=())
+    batches: Callable[[StreamSpec, int, int], Iterator[Batch]] = local_batches  # this rank's batches from a first to a last step
+    should_stop: Callable[[], bool] = lambda: False  # whether this rank was requested to stop after the current step
+    async_evaluator: Callable[[ReportEvaluation], AsyncEvaluator] | None = None  # makes rank 0's, given where results go
+    # Collective: evaluates the live model at a step. Returns a line for metrics.jsonl on rank 0, None elsewhere.
+    evaluate_inline: Callable[[torch.nn.Module, int], dict[str, Any] | None] | None = None
+    trackers: Sequence[Tracker] = ()  # rank 0's; they get each line of metrics

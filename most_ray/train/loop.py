@@ -55,7 +55,7 @@ def train(
     settings: LoopSettings,
     reporter: Reporter,
     at_step: Callable[[TrainState, bool], float],
-    wants_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     meter: Meter | None = None,
 ) -> bool:
     """Train until `settings.total_steps`, or until any rank wants to stop. Returns whether the goal was reached.
@@ -79,7 +79,7 @@ def train(
             settings.max_grad_norm,
             settings.device,
             settings.asr_loss_weight,
-            stop=wants_stop(),
+            stop=should_stop(),
             max_skipped_steps=settings.max_skipped_steps,
         )
         if settings.check_replicas_steps and state.step % settings.check_replicas_steps == 0:

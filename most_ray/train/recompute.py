@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from most_ray.model.compat import CACHE, checkpoint_layers
+from most_ray.model.compat import CACHE, enable_activation_checkpointing
 
 
 def apply_recompute(model: Any, kind: Literal["none", "selective", "full"]) -> None:
@@ -21,7 +21,7 @@ def apply_recompute(model: Any, kind: Literal["none", "selective", "full"]) -> N
     that takes more time than it saves.)
     """
     if kind == "full":
-        checkpoint_layers(model)
+        enable_activation_checkpointing(model)
     elif kind == "selective":
         for layer in _layers(model):
             layer.self_attn.forward = _again(layer.self_attn)

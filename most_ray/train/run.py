@@ -27,7 +27,7 @@ from most_ray import config as configuration
 from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.distributed.ranks import this_rank
-from most_ray.errors import STOPPED, CheckpointError, ConfigError, UserError
+from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.io import storage
 from most_ray.runs.job import Job
 from most_ray.runs.resolve import Prepared, keep_kit, prepare_run
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
         job, prepared = _agree(config, world)
-        reached = run_rank(job, device, TrainHooks(wants_stop=stop.is_set))
+        reached = run_rank(job, device, TrainHooks(should_stop=stop.is_set))
         if reached and prepared:
             _export(prepared)
     except UserError as error:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
     if not reached and prepared:
         sys.stderr.write("most-ray: stopped behind a checkpoint; the same command goes on\n")
-    return 0 if reached else STOPPED
+    return 0 if reached else EXIT_STOPPED
 
 
 def _device(world: int) -> torch.device:

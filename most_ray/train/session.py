@@ -30,6 +30,7 @@ from most_ray.optim.train_state import TrainState, make_state
 from most_ray.records.template import template_hash
 from most_ray.runs.job import Job, overrides_of
 from most_ray.train.checkpoint_manager import CheckpointManager
+from most_ray.train.evaluation_scheduler import EvaluationScheduler
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.loop import LoopSettings, make_meter, train
 from most_ray.train.meter import Meter
@@ -64,15 +65,17 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     accepted = _resume(start, state, plan, job.config, meter)
     about = _about(job, state, device, accepted)
     reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, hooks.trackers, about)
-    saver = CheckpointManager(job, plan, folder, rank, attempt, reporter, hooks, meter)
+    evaluations = EvaluationScheduler(job, folder, rank, attempt, reporter, hooks, meter)
+    checkpoints = CheckpointManager(job, plan, folder, rank, attempt, reporter, evaluations, meter)
     ended = False
     try:
-        saver.begin(state)
-        reached = train(state, batches, settings, reporter, saver.at_step, hooks.wants_stop, meter)
-        saver.finish(reached, hooks.wants_stop)
+        checkpoints.prepare(state)
+        evaluations.restart(state)
+        reached = train(state, batches, settings, reporter, checkpoints.at_step, hooks.should_stop, meter)
+        checkpoints.finish(reached, hooks.should_stop)
         ended = True
     finally:
-        saver.close()
+        checkpoints.close()
         reporter.close(push=ended)
     return reached
 
@@ -138,7 +141,7 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
 def claim_run(folder: RunFolder) -> str:
     """Make the run this driver's; workers of an older one can neither commit a checkpoint nor begin again. Returns the driver's mark."""
     mark = uuid.uuid4().hex
-    folder.mark(f"{mark}.0")
+    folder.claim(f"{mark}.0")
     return mark
 
 
@@ -149,14 +152,14 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
         CheckpointError: a newer driver runs under the same name.
     """
     attempt = [""]
-    if rank == 0 and folder.marked().startswith(f"{driver}."):
+    if rank == 0 and folder.owner().startswith(f"{driver}."):
         attempt = [f"{driver}.{uuid.uuid4().hex}"]
-        folder.mark(attempt[0])
+        folder.claim(attempt[0])
     if dist.is_initialized():
         dist.broadcast_object_list(attempt, src=0)
     if not attempt[0]:
         raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
-    seen = all_gather_or_raise(folder.marked)
+    seen = all_gather_or_raise(folder.owner)
     if any(mark != seen[0] for mark in seen):
         blind = [other for other, mark in enumerate(seen) if mark != seen[0]]
         rule = f"is not shared by all nodes: ranks {blind} do not see there what rank 0 has written."

@@ -23,14 +23,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from most_ray.config import OptimizerOptions
-from most_ray.data.batch import PADDING, Batch
+from most_ray.data.batch import Batch
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import UserError
 from most_ray.model.packed import pack_rows, to_device
 from most_ray.model.routing import update_balance_bias
 from most_ray.optim.train_state import BALANCE_LOAD, TrainState
 from most_ray.records.record import TASKS
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 
 logger = logging.getLogger(__name__)
 _SHOWN_RECORDS = 20

@@ -63,7 +63,7 @@ def forward_and_backward(way: str, layer: Any, tokens: torch.Tensor, slots: torc
     layer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=tokens.dtype is torch.bfloat16):
         if "early" in way:
-            arguments = layer["experts"].exchange.begin(tokens, slots, weights).send()
+            arguments = layer["experts"].exchange.start_dispatch(tokens, slots, weights).send_rows()
             shared = layer["shared"](tokens)
             output = layer["experts"](*arguments) + shared
         else:

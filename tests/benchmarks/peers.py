@@ -28,11 +28,11 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, 
 from transformers.trainer_callback import PrinterCallback
 
 from most_ray.config import OptimizerOptions
-from most_ray.data.batch import PADDING, Batch
+from most_ray.data.batch import Batch
 from most_ray.model.build import quiet_transformers
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 from tests.benchmarks.common import Took
 
 Record = dict[str, list[int]]  # input_ids and labels

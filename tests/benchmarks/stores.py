@@ -12,7 +12,7 @@ import numpy as np
 
 from most_ray.data.batch import TokenLayout
 from most_ray.data.plan import PlanSpec
-from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, file_digest, seal
+from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, checksummed_json, file_digest
 from most_ray.records.template import EncodedRecord
 
 ROW = 2048
@@ -51,7 +51,7 @@ def write_store(uri: Path, task: str, lengths: np.ndarray, prompts: np.ndarray, 
         "index": {name: file_digest(uri / name) for name in ("lengths.npy", "prompt_lengths.npy")},
         "shards": list(shards),
     }
-    (uri / "manifest.json").write_bytes(seal(content))
+    (uri / "manifest.json").write_bytes(checksummed_json(content))
 
 
 def draw_lengths(n: int, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:

@@ -33,12 +33,12 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from most_ray.config import RunConfig, load_config
-from most_ray.data.batch import PADDING, Batch, TokenLayout, rank_batch
+from most_ray.data.batch import Batch, TokenLayout, rank_batch
 from most_ray.data.plan import Plan
 from most_ray.model.build import read_config
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import make_state
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 from most_ray.records.tts_records import Conversion, prepare_tts
 from most_ray.runs.resolve import prepare_run
 from most_ray.speech.corpora.corpus import CorpusOptions

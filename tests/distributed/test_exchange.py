@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
-from most_ray.model.exchange import EXCHANGE, Plan, destinations, plan_rows
+from most_ray.model.exchange import EXCHANGE, DispatchPlan, destination_ranks, plan_dispatch
 from most_ray.model.experts import EXPERTS
 from tests.support.builders import tiny_config
 from tests.support.gloo import run_ranks
@@ -68,9 +68,9 @@ def random_slots(n_tokens: int, n_slots: int, k: int, seed: int) -> torch.Tensor
     return torch.rand(n_tokens, n_slots, generator=torch.Generator().manual_seed(seed)).topk(k, 1).indices
 
 
-def plan_of(slots: torch.Tensor, n_local: int, n_ranks: int) -> Plan:
-    goes = destinations(slots, n_local, n_ranks)
-    return plan_rows(slots, goes, n_local, int(goes.sum()))
+def plan_of(slots: torch.Tensor, n_local: int, n_ranks: int) -> DispatchPlan:
+    goes = destination_ranks(slots, n_local, n_ranks)
+    return plan_dispatch(slots, goes, n_local, int(goes.sum()))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -96,7 +96,7 @@ def test_rows_are_those_of_the_arithmetic(n_experts: int, k: int, n_ranks: int) 
     slots = torch.tensor(list(itertools.combinations(range(n_experts), k)))
     n_local = n_experts // n_ranks
     expected = n_ranks * (math.comb(n_experts, k) - math.comb(n_experts - n_local, k))
-    assert int(destinations(slots, n_local, n_ranks).sum()) == expected <= k * len(slots)
+    assert int(destination_ranks(slots, n_local, n_ranks).sum()) == expected <= k * len(slots)
 
 
 def experts_of(kind: str, dtype: torch.dtype, share: slice) -> DeepseekV2Experts:
@@ -138,7 +138,7 @@ def layer(experts: nn.Module, case: Case, tokens: torch.Tensor, slots: torch.Ten
     def run(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         arguments = (tokens, slots, weights)
         if case.way != "plain" and hasattr(experts, "exchange"):
-            arguments = experts.exchange.begin(*arguments).send()
+            arguments = experts.exchange.start_dispatch(*arguments).send_rows()
         shared = tokens.sin()
         output = experts(*arguments) + shared
         # On one rank alone something is kept behind the exchange, as where only one rank's batch has padding.
@@ -241,9 +241,9 @@ def order_of_events(case: Case) -> dict[str, Any]:
     tokens, slots, weights = inputs(case)
     events = note_collectives()
     with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype is torch.bfloat16):
-        outgoing = experts.exchange.begin(tokens, slots, weights)
+        outgoing = experts.exchange.start_dispatch(tokens, slots, weights)
         events.append(("quick", 0, 0))
-        arguments = outgoing.send()
+        arguments = outgoing.send_rows()
         shared = Beside.apply(tokens, events)
         output = experts(*arguments) + shared
     forwards = list(events)
@@ -286,7 +286,7 @@ def added_up() -> torch.Tensor:
     here = 256.0 if dist.get_rank() == 0 else 1.0
     experts.exchange.experts_forward = lambda rows, slots, weights: torch.full_like(rows, here)
     slots = torch.arange(0, N_EXPERTS, N_EXPERTS // RANKS).view(1, RANKS)
-    experts.exchange.begin(torch.zeros(2, D, dtype=torch.bfloat16), slots.expand(2, -1), torch.ones(2, RANKS)).send()
+    experts.exchange.start_dispatch(torch.zeros(2, D, dtype=torch.bfloat16), slots.expand(2, -1), torch.ones(2, RANKS)).send_rows()
     return experts(torch.zeros(1, D, dtype=torch.bfloat16), slots, torch.ones(1, RANKS))  # type: ignore[no-any-return]
 
 

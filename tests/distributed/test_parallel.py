@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from most_ray.data.batch import AUDIO, PADDING, TEXT, Batch, open_plan, rank_batch
+from most_ray.data.batch import Batch, open_plan, rank_batch
 from most_ray.data.plan import Plan, PlanSpec
-from most_ray.records.template import IGNORE
+from most_ray.records.template import AUDIO, IGNORE, PADDING, TEXT
 from tests.support.batches import padded, speech_is_all_audio
 from tests.support.builders import LAYOUT, asr, make_plan, make_store, text, tiny_model
 from tests.support.gloo import run_ranks

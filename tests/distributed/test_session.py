@@ -29,7 +29,7 @@ def test_a_folder_that_is_not_shared_is_found_before_training(tmp_path: Path) ->
     answers = run_ranks(2, begin, str(tmp_path / "own"), False, False)
     assert all("ranks [1] do not see there what rank 0 has written" in answer for answer in answers)
     answers = run_ranks(2, begin, str(tmp_path / "one"), True, False)
-    assert answers[0] == answers[1] and answers[0] == RunFolder(str(tmp_path / "one")).marked()
+    assert answers[0] == answers[1] and answers[0] == RunFolder(str(tmp_path / "one")).owner()
 
 
 def test_a_newer_driver_keeps_the_run(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ from torch import nn
 from most_ray.checkpoint import reader
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.config import config_from
-from most_ray.data.batch import AUDIO, PADDING, TEXT, Batch
+from most_ray.data.batch import Batch
 from most_ray.distributed.determinism import reset_deterministic, set_deterministic
 from most_ray.model.build import load_model
 from most_ray.optim.train_state import TrainState, make_state
 from most_ray.records.record import TASKS
-from most_ray.records.template import IGNORE
+from most_ray.records.template import AUDIO, IGNORE, PADDING, TEXT
 from most_ray.train.recompute import apply_recompute
 from most_ray.train.replicas import check_replicas
 from most_ray.train.step import Precision, run_step

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from most_ray.data.batch import Batch, rank_batch
-from most_ray.data.feed import StreamSpec, StreamStalledError, watched
+from most_ray.data.feed import StreamSpec, StreamStalledError, prefetch
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
 from most_ray.service.tasks import batch_stream
@@ -73,7 +73,7 @@ def test_a_stream_that_stalls_ends_naming_the_stage() -> None:
         yield "first"
         hold.wait(60)
 
-    batches = watched(stalling(), 0.3, lambda: "stage read: steps 3 to 4")
+    batches = prefetch(stalling(), 0.3, lambda: "stage read: steps 3 to 4")
     assert next(batches) == "first"
     with pytest.raises(StreamStalledError, match=r"data_timeout_s = 0\.3: passed without a batch: stage read: steps 3 to 4"):
         next(batches)
@@ -91,7 +91,7 @@ def test_a_batch_is_made_ahead_and_no_more(plan: Plan) -> None:
             ahead.release()
             yield number
 
-    batches = watched(counting(), 0.0, lambda: "")
+    batches = prefetch(counting(), 0.0, lambda: "")
     assert next(batches) == 0
     for _ in range(3):
         assert ahead.acquire(timeout=10)

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from most_ray.data.batch import AUDIO, PADDING, Batch
+from most_ray.data.batch import Batch
 from most_ray.records.record import TASKS
-from most_ray.records.template import IGNORE
+from most_ray.records.template import AUDIO, IGNORE, PADDING
 from tests.support.builders import IDS
 
 

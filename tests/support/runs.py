@@ -60,14 +60,14 @@ def go(prepared: Prepared, stop_at: int | None = None) -> bool:
     job = prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))
     threads = torch.get_num_threads()
 
-    def wants_stop() -> bool:
+    def should_stop() -> bool:
         asked.append(True)
         return stop_at is not None and done + len(asked) >= stop_at
 
     asked: list[bool] = []  # once in every step
     done = prepare_run(job.config).done_steps
     try:
-        return run_rank(job, CPU, TrainHooks(wants_stop=wants_stop))
+        return run_rank(job, CPU, TrainHooks(should_stop=should_stop))
     finally:
         torch.set_num_threads(threads)
 

@@ -92,7 +92,7 @@ def test_an_old_library_has_one_worker(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dry: list[str]
 ) -> None:
     """transformers 5.22: said before any record is ingested."""
-    monkeypatch.setattr(compat, "LAYS_OUT", False)
+    monkeypatch.setattr(compat, "SUPPORTS_MANY_WORKERS", False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     uris = ["--output_dir", str(tmp_path / "runs"), "--store_dir", str(tmp_path / "stores")]
     told = refused(capsys, "train", "--config", CONFIG, *uris, "--num_workers", "1,2", *dry)

@@ -256,7 +256,7 @@ def test_a_calibration_is_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_where_the_library_lays_nothing_out_one_worker_is_measured_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.22: neither shards nor an exchange, and so no time of theirs."""
-    monkeypatch.setattr(calibration, "LAYS_OUT", False)
+    monkeypatch.setattr(calibration, "SUPPORTS_MANY_WORKERS", False)
     batches = [rank_batch(make_plan(tmp_path), step, 0, 1, 2, LAYOUT) for step in range(1, 3)]
     found = calibrate(tiny_config(), config_from({}), batches, None, peak=1e11, threads=1)
     assert found.measured and found.rate > 0 and (found.sharding, found.sharding_update, found.exchange) == (0.0, 0.0, 0.0)

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
 
-from most_ray.data.batch import AUDIO, PADDING, TEXT
 from most_ray.model import attention, experts, head
 from most_ray.model.experts import experts_forward
 from most_ray.model.kernels import SwiGlu, rms_norm, round_up
-from most_ray.model.packed import PackedRows, lay_out, pack_rows
-from most_ray.records.template import IGNORE
+from most_ray.model.packed import PackedRows, lay_out_records, pack_rows
+from most_ray.records.template import AUDIO, IGNORE, PADDING, TEXT
 from tests.support.builders import IDS, tiny_model
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -156,7 +155,7 @@ def test_every_token_is_packed_once_and_attends_within_its_record(lengths: list[
 
 
 def test_records_share_a_group_where_they_are_of_about_one_length() -> None:
-    records = lay_out(np.array([10, 100, 95, 9, 50, 81]))
+    records = lay_out_records(np.array([10, 100, 95, 9, 50, 81]))
     assert records.groups == ((3, 100), (1, 50), (2, 10))
 
 
@@ -248,9 +247,9 @@ def test_swiglu_and_norm_have_autograds_gradients() -> None:
 def test_variable_length_kernels_are_given_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU's kernel is called with, played by attention to each record alone: the same answers."""
     torch.manual_seed(0)
-    records = lay_out(np.array([5, 1, 9, 4]))
+    records = lay_out_records(np.array([5, 1, 9, 4]))
     query, key, value = torch.randn(19, 2, 24), torch.randn(19, 2, 24), torch.randn(19, 2, 16)
-    expected = attention.attend(query, key, value, records, 0.3)
+    expected = attention.packed_attention(query, key, value, records, 0.3)
 
     def kernel(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: Any, others: Any, longest: int, same: int, **causal: Any
@@ -265,7 +264,7 @@ def test_variable_length_kernels_are_given_records(monkeypatch: pytest.MonkeyPat
         return torch.cat(parts)
 
     monkeypatch.setattr(attention.varlen, "varlen_attn", kernel)
-    found = attention.variable_length(query, key, value, records, 0.3)
+    found = attention.varlen_attention(query, key, value, records, 0.3)
     torch.testing.assert_close(found[..., :16], expected, rtol=1e-5, atol=1e-6)
 
 

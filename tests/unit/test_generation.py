@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, pipe
 import most_ray  # noqa: F401
 from most_ray.evaluation.decode import Forward, SearchOptions, decode
 from most_ray.model.build import init_model, save_model
-from most_ray.model.compat import CACHE, one_cache
+from most_ray.model.compat import CACHE, resolve_cache
 from most_ray.records.tokenizer import load_tokenizer
 from tests.support.builders import WORDS
 
@@ -139,7 +139,8 @@ def test_the_older_name_of_the_cache_is_taken(model: Any, inputs: Any, told: lis
 
 def test_two_caches_are_one_too_many(model: Any, inputs: Any) -> None:
     first, second = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    assert one_cache(first, None) is one_cache(None, first) is one_cache(first, first) is first and one_cache(None, None) is None
+    assert resolve_cache(first, None) is resolve_cache(None, first) is resolve_cache(first, first) is first
+    assert resolve_cache(None, None) is None
     with pytest.raises(ValueError, match=rf"two caches were given: pass one \(to generate\(\) as {CACHE},"):
         model(**inputs, cache=first, past_key_values=second)
 

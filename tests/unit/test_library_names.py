@@ -119,7 +119,7 @@ def test_signatures(name: str, expected: str) -> None:
 
 def test_more_than_one_worker_needs_a_library_that_lays_models_out(monkeypatch: pytest.MonkeyPatch) -> None:
     compat.check_workers(1)
-    monkeypatch.setattr(compat, "LAYS_OUT", False)
+    monkeypatch.setattr(compat, "SUPPORTS_MANY_WORKERS", False)
     compat.check_workers(1)
     with pytest.raises(ConfigError, match=r"num_workers = 2: needs transformers 5\.23 or later.*pip install 'transformers>=5\.23'"):
         compat.check_workers(2)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from most_ray.config import config_from
-from most_ray.data.batch import AUDIO, TEXT
 from most_ray.errors import ConfigError
 from most_ray.evaluation.inline import write_evaluation
 from most_ray.metrics import schema
+from most_ray.records.template import AUDIO, TEXT
 from most_ray.train.meter import Meter, perplexity
 from most_ray.train.step import StepResult
 from tests.conftest import ROOT

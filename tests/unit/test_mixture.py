@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from most_ray.data.mixture import MAX_PERIOD, Mixture, Tree, integer_weights, pattern_of, tree_bound, tree_of
+from most_ray.data.mixture import MAX_PERIOD, Mixture, Tree, integer_weights, interleave_pattern, merge_tree, tree_bound
 
 WEIGHTS = st.lists(st.integers(1, 60), min_size=1, max_size=7)
 FINE_WEIGHTS = st.lists(st.one_of(st.integers(1, 10**6), st.integers(0, 12).map(lambda e: 10**e)), min_size=1, max_size=7)
@@ -49,7 +49,7 @@ def bound_of(mixture: Mixture) -> Fraction:
     if mixture.unit == "rows" and sum(weights) <= MAX_PERIOD:
         bound = 1 - Fraction(1, 2 * k - 2) if k > 1 else Fraction(0)
     else:
-        bound = tree_of(weights)[1]
+        bound = merge_tree(weights)[1]
     assert mixture.bound == float(bound)
     return bound
 
@@ -79,7 +79,7 @@ def leaves(tree: Tree) -> list[int]:
 def test_every_prefix_is_within_one_record_of_its_share(weights: list[int]) -> None:
     """Promise 11: exact mixes, after every record."""
     reduced = integer_weights([Fraction(w) for w in weights])
-    pattern = pattern_of(reduced)
+    pattern = interleave_pattern(reduced)
     counts = np.cumsum(pattern[:, None] == np.arange(len(reduced)), axis=0)
     share = np.array(reduced) / sum(reduced)
     n = np.arange(1, len(pattern) + 1)[:, None]
@@ -122,7 +122,7 @@ def test_a_tree_merges_by_the_middles_of_records(weights: list[int], sizes: list
     assume(unit == "tokens" or sum(integer_weights([Fraction(w) for w in weights])) > MAX_PERIOD)
     mixture = Mixture(tuple(weights), random_lengths(sizes[: len(weights)], seed), seed, unit)  # type: ignore[arg-type]
     ordered = [source.lengths_at(0, 300) if unit == "tokens" else np.ones(300, np.int64) for source in mixture.sources]
-    tree, _ = tree_of(integer_weights([Fraction(w) for w in weights]))
+    tree, _ = merge_tree(integer_weights([Fraction(w) for w in weights]))
     expected = [source for source, _ in merged(tree, mixture.weights, ordered)]
     assert len(expected) >= 300 and mixture.locate(0, len(expected))[0].tolist() == expected
 
@@ -153,11 +153,11 @@ def test_each_source_goes_through_its_own_order() -> None:
 
 
 def test_shapes_of_trees() -> None:
-    assert tree_of((1,)) == (0, 0)
-    assert tree_of((5, 3)) == ((0, 1), Fraction(1, 2))
-    assert tree_of((1, 1, 1)) == ((0, 1, 2), Fraction(2, 3))
+    assert merge_tree((1,)) == (0, 0)
+    assert merge_tree((5, 3)) == ((0, 1), Fraction(1, 2))
+    assert merge_tree((1, 1, 1)) == ((0, 1, 2), Fraction(2, 3))
     # The heaviest is more than half: it would be off by more than a record in one node of all.
-    assert tree_of((1000, 600, 300, 1))[0] == ((0, (1, 2)), 3) and tree_bound((0, 1, 2, 3), (1000, 600, 300, 1)) > 1
+    assert merge_tree((1000, 600, 300, 1))[0] == ((0, (1, 2)), 3) and tree_bound((0, 1, 2, 3), (1000, 600, 300, 1)) > 1
 
 
 def all_trees(members: tuple[int, ...]) -> list[Tree]:
@@ -175,7 +175,7 @@ def all_trees(members: tuple[int, ...]) -> list[Tree]:
 @given(FINE_WEIGHTS.map(lambda w: w[:5]))
 @settings(max_examples=30, deadline=None)
 def test_the_bound_is_at_most_1_if_any_tree_has_it(weights: list[int]) -> None:
-    tree, bound = tree_of(tuple(weights))
+    tree, bound = merge_tree(tuple(weights))
     best = min(tree_bound(other, weights) for other in all_trees(tuple(range(len(weights)))))
     assert bound == tree_bound(tree, weights) and (bound <= 1) == (best <= 1)
     assert best <= 1 or len(weights) > 4
@@ -184,7 +184,7 @@ def test_the_bound_is_at_most_1_if_any_tree_has_it(weights: list[int]) -> None:
 @given(st.lists(st.integers(1, 10**6), min_size=11, max_size=14))
 @settings(max_examples=20, deadline=None)
 def test_trees_of_many_sources_hold_each_once(weights: list[int]) -> None:
-    tree, bound = tree_of(tuple(weights))
+    tree, bound = merge_tree(tuple(weights))
     assert sorted(leaves(tree)) == list(range(len(weights))) and bound < 2
 
 
@@ -217,7 +217,7 @@ def test_weights_without_a_share_are_refused() -> None:
 
 def test_the_orders_are_pinned() -> None:
     """A resume on another machine, or after an upgrade of numpy, must find the same order. Another order needs a new MIXTURE_VERSION."""
-    assert pattern_of((3, 2, 1)).tolist() == [0, 1, 0, 2, 1, 0]
+    assert interleave_pattern((3, 2, 1)).tolist() == [0, 1, 0, 2, 1, 0]
     rows = Mixture((300_007, 200_003, 100_001, 7), random_lengths([9, 8, 7, 6], 0), 5)
     tokens = Mixture((3, 2, 1, 1), [np.arange(1, n + 1, dtype=np.int32) for n in (9, 8, 7, 6)], 5, "tokens")
     found = [part.tolist() for mixture in (rows, tokens) for part in mixture.locate(10**9, 10**9 + 16)]

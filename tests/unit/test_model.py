@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import most_ray  # noqa: F401
-from most_ray.data.batch import PADDING
 from most_ray.data.plan import Plan
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.model.build import RoutingOverrides, from_deepseek, init_model, load_model, read_config, save_model
-from most_ray.model.compat import checkpoint_layers
+from most_ray.model.compat import enable_activation_checkpointing
 from most_ray.model.modeling import MostForCausalLM
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 from most_ray.records.tokenizer import load_tokenizer, train_tokenizer
 from tests.support.builders import IDS, make_plan, tiny_config, tiny_model
 from tests.support.fresh import FreshPython
@@ -134,7 +133,7 @@ def test_gradient_checkpointing_changes_nothing(plan: Plan) -> None:
     for checkpointing in (False, True):
         model = tiny_model().train()
         if checkpointing:
-            checkpoint_layers(model)
+            enable_activation_checkpointing(model)
         totals = forward_batch(model, plan, 1, rows=3)
         (totals["loss"] + totals["aux"]).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
@@ -342,7 +341,7 @@ def test_a_model_without_balance_biases_starts_with_zeros(saved: Path, tmp_path:
 def test_batch_balance_takes_each_layers_load_of_the_step_before(checkpointing: bool) -> None:
     model = tiny_model(seq_aux=False).train()
     if checkpointing:
-        checkpoint_layers(model)
+        enable_activation_checkpointing(model)
     seen: list[torch.Tensor] = []
     handles = [layer.mlp.gate.register_forward_hook(lambda *call: seen.append(call[2][3])) for layer in model.model.layers[1:]]
     ids = torch.tensor([[5, IDS.unit_base + 1, 9, IDS.unit_base + 4, IDS.unit_base + 9]])

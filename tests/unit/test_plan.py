@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from most_ray.config import config_from
-from most_ray.data.batch import PADDING, forward_shape, rank_batch
+from most_ray.data.batch import forward_shape, rank_batch
 from most_ray.data.plan import Cursor, Plan, check_cursor, check_units, make_spec, source_weights
 from most_ray.errors import CheckpointError, ConfigError, DataError
-from most_ray.records.template import IGNORE
+from most_ray.records.template import IGNORE, PADDING
 from tests.support.builders import IDS, LAYOUT, asr, make_plan, make_store, text, tts, write_records
 
 

@@ -132,7 +132,7 @@ def test_compiled_parts_train_the_same(model_dir: str, plan: Plan) -> None:
     """Losses to 1e-6, weights to 1e-5, with recomputation around them."""
     plain, compiled = made(model_dir), made(model_dir, "full")
     asked = compile_traced(compiled)
-    assert asked == ["MostNorm", "MostNorm", "MostMlp"] + ["MostNorm", "MostFullNorm", "MostMlp"] * 2
+    assert asked == ["MostNorm", "MostNorm", "MostMlp"] + ["MostNorm", "MostUncastNorm", "MostMlp"] * 2
     expected, found = ([loss_of(r) for r in steps(state, plan, 3)] for state in (plain, compiled))
     assert found == pytest.approx(expected, abs=1e-6)
     for name, weight in full_weights(plain).items():

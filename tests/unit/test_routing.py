@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from most_ray.data.batch import AUDIO, PADDING, TEXT
 from most_ray.errors import ConfigError
 from most_ray.model.configuration import MostConfig
 from most_ray.model.routing import (
@@ -21,6 +20,7 @@ from most_ray.model.routing import (
     modality_of,
     update_balance_bias,
 )
+from most_ray.records.template import AUDIO, PADDING, TEXT
 from tests.support.builders import tiny_config, tiny_model
 
 # gate_configs.json keeps what differs from the model's defaults in these two cases to itself; the values follow from the vectors.

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from most_ray.data.batch import AUDIO, TEXT, Batch, open_plan
+from most_ray.data.batch import Batch, open_plan
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import TrainState
+from most_ray.records.template import AUDIO, TEXT
 from most_ray.runs.job import Job
 from most_ray.sweep import measure
 from most_ray.sweep.measure import measure_affinity, step_seconds, text_load, texts_of

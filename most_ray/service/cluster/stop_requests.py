@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from most_ray.errors import STOPPED, UserError
+from most_ray.errors import EXIT_STOPPED, UserError
 from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class RunStoppedError(UserError):
     """The run was asked to stop and has stopped; nothing is lost."""
 
     kind = "stopped"
-    exit_code = STOPPED
+    exit_code = EXIT_STOPPED
 
 
 def run_stopped(rule: str, name: str = "SIGTERM") -> RunStoppedError:

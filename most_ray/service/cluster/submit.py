@@ -18,7 +18,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from most_ray.errors import STOPPED, ConfigError, UserError, nearest
+from most_ray.errors import EXIT_STOPPED, ConfigError, UserError, nearest
 from most_ray.io import storage
 from most_ray.service.cluster.address import NO_TOKEN, TOKEN_REMEDY, WRONG_TOKEN, check_address, use_token, version_mismatch
 from most_ray.service.cluster.job_package import EXCLUDES, Package
@@ -244,7 +244,7 @@ def _exit_code(submission: str, job: JobDetails) -> int:
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
-        return STOPPED
+        return EXIT_STOPPED
     if job.driver_exit_code:
         return int(job.driver_exit_code)
     reason = " ".join((job.message or "Ray gives no reason").split())

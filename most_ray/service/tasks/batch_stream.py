@@ -25,7 +25,7 @@ from safetensors.numpy import load as unpack_arrays
 from safetensors.numpy import save as pack_arrays
 
 from most_ray.data.batch import Batch, open_plan, rank_batch
-from most_ray.data.feed import StreamSpec, watched
+from most_ray.data.feed import StreamSpec, prefetch
 from most_ray.errors import DataError
 from most_ray.service.cluster.capacity import TASK_CPUS
 
@@ -54,7 +54,7 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         for start in range(first, last + 1, span):
             yield from _stream_span(spec, start, min(last, start + span - 1), chunk, board)
 
-    return watched(batches(), spec.timeout_s, board.stage)
+    return prefetch(batches(), spec.timeout_s, board.stage)
 
 
 class _FetchStatus:

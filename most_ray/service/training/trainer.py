@@ -128,8 +128,8 @@ def evaluation_job(config: RunConfig, training_threads: int = 0) -> EvaluationJo
         length_penalty=config.length_penalty,
         normaliser=config.normaliser,
         max_rejected_fraction=config.max_rejected_fraction,
-        recogniser=config.recogniser and storage.absolute_if_there(config.recogniser),
-        vocoder=config.vocoder and storage.absolute_if_there(config.vocoder),
+        recogniser=config.recogniser and storage.absolute_if_exists(config.recogniser),
+        vocoder=config.vocoder and storage.absolute_if_exists(config.vocoder),
     )
     directories = Directories(*(tuple(map(storage.absolute, getattr(config, f"val_{task}_dirs"))) for task in TASKS))
     return EvaluationJob(directories, settings, store_dir_of(config), config.eval_workers, config.eval_gpus, training_threads)

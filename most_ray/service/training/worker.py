@@ -51,9 +51,11 @@ def train_worker(work: WorkerJob) -> None:
     validation, inline = work.validation, job.config.eval_inline
     hooks = TrainHooks(
         batches=work.stream,
-        wants_stop=listener or (lambda: False),
-        validator=(lambda report: Validation(validation, job.run_uri, job.total_steps, report)) if validation and not inline else None,
-        evaluate_here=InlineEvaluation(validation, job.run_uri, job.model_path) if validation and inline else None,
+        should_stop=listener or (lambda: False),
+        async_evaluator=(lambda report: Validation(validation, job.run_uri, job.total_steps, report))
+        if validation and not inline
+        else None,
+        evaluate_inline=InlineEvaluation(validation, job.run_uri, job.model_path) if validation and inline else None,
         trackers=_trackers(work) if rank == 0 else (),
     )
     try:

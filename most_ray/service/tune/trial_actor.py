@@ -26,7 +26,7 @@ import ray
 import yaml
 from ray import tune
 
-from most_ray.errors import STOPPED
+from most_ray.errors import EXIT_STOPPED
 from most_ray.io import storage
 from most_ray.io.journal import Follower
 from most_ray.io.run_folder import COMMIT, RunFolder, step_uri
@@ -111,7 +111,7 @@ class TrialActor(tune.Trainable):
             return {"step": self._last}
         if line is _ENDED:
             code = self._process.wait()
-            if code == STOPPED:  # not by the sweep, but as where its node is taken away: Tune starts the trial again
+            if code == EXIT_STOPPED:  # not by the sweep, but as where its node is taken away: Tune starts the trial again
                 raise RuntimeError(f"run {self._run} was asked to stop, not by the sweep")
             return {"step": self._last, "done": True, **({"failed": self._reason(code)} if code else {})}
         return self._result(line)
@@ -208,7 +208,7 @@ class TrialActor(tune.Trainable):
                 logger.warning("run %s did not stop within %g s and was killed", self._run, _STOP_S)
                 process.kill()
                 process.wait()
-        if process.returncode not in (0, STOPPED):
+        if process.returncode not in (0, EXIT_STOPPED):
             logger.warning("run %s: %s", self._run, self._reason(process.returncode))
         self._folder.push(LOG)
         if self._slots is not None:
@@ -224,7 +224,7 @@ def _stop_with_parent(parent: int) -> None:
     assert _PRCTL is not None
     _PRCTL(1, signal.SIGTERM)
     if os.getppid() != parent:  # the actor was killed before that
-        os._exit(STOPPED)
+        os._exit(EXIT_STOPPED)
 
 
 def _copy_checkpoint(source: str, target: str) -> None:
@@ -236,7 +236,7 @@ def _copy_checkpoint(source: str, target: str) -> None:
                 storage.download(entry.uri, Path(scratch) / entry.name)
             storage.publish(Path(scratch), target, COMMIT)
         return
-    temporary = storage.local(target).with_name(f".{storage.name_of(target)}.tmp")
+    temporary = storage.local(target).with_name(f".{storage.base_name(target)}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(storage.local(source), temporary, copy_function=_link_or_copy)
     storage.publish(temporary, target, COMMIT)

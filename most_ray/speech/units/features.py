@@ -89,7 +89,7 @@ def parse_features(text: str) -> FeatureSettings:
     if not kind or not place or not layer.isdecimal():
         remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
         raise ConfigError("features", text, "is neither mfcc nor KIND:NAME_OR_PATH:LAYER.", remedy)
-    return EncoderSettings(kind, storage.absolute_if_there(place), int(layer))  # other processes have other working directories
+    return EncoderSettings(kind, storage.absolute_if_exists(place), int(layer))  # other processes have other working directories
 
 
 @contextlib.contextmanager
