@@ -76,7 +76,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from most_ray.evaluation.inline import EvaluationJob
     from most_ray.evaluation.scoring import EvaluationSettings
     from most_ray.service.cluster.connection import check_evaluation_gpus, start_ray
-    from most_ray.service.tasks.validation import evaluate_checkpoint
+    from most_ray.service.tasks.evaluation_tasks import evaluate_checkpoint
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     settings = EvaluationSettings(

@@ -125,9 +125,9 @@ def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
 
         if args.num_actors == 0 or (args.num_actors is None and not worth_a_cluster(job.features, size)):
             return run_in_process
-        from most_ray.service.tasks.unit_tasks import runner_of
+        from most_ray.service.tasks.unit_tasks import pool_runner
 
-        return runner_of(job.features, args.num_actors, args.gpus_per_actor, args.ray_address)(size)
+        return pool_runner(job.features, args.num_actors, args.gpus_per_actor, args.ray_address)
 
     if args.num_actors is not None and args.num_actors < 0:
         raise ConfigError("num_actors", args.num_actors, "must be 0 or more.")
@@ -244,9 +244,9 @@ def _store(args: argparse.Namespace) -> int:
     config = config_of(args)
     from most_ray.console.run_screens import print_stores
     from most_ray.runs.resolve import make_stores
-    from most_ray.service.tasks.ingest_tasks import runner_of
+    from most_ray.service.tasks.ingest_tasks import ingest_runner
 
     started = time.monotonic()
-    stores = make_stores(config, args.verify, runner_of)
+    stores = make_stores(config, args.verify, ingest_runner)
     print_stores(stores, time.monotonic() - started, Console())
     return 0

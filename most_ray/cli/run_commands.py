@@ -115,9 +115,9 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError("trace", str(args.trace), "is a folder.", "Name a file.")
     config = config_of(args)
     from most_ray.runs.resolve import prepare_run
-    from most_ray.service.tasks.ingest_tasks import runner_of
+    from most_ray.service.tasks.ingest_tasks import ingest_runner
 
-    plan = prepare_run(config, runner_of).plan
+    plan = prepare_run(config, ingest_runner).plan
     args.trace.parent.mkdir(parents=True, exist_ok=True)
     with args.trace.open("w", encoding="utf-8") as sink:
         for step in range(first, last + 1):

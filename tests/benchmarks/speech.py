@@ -28,7 +28,7 @@ import torch
 import transformers
 
 from most_ray.service.cluster.connection import start_local_ray
-from most_ray.service.tasks.unit_tasks import spread
+from most_ray.service.tasks.unit_tasks import run_in_actors
 from most_ray.speech.corpora.audio import audio_seconds, load_audio
 from most_ray.speech.corpora.corpus import CorpusOptions
 from most_ray.speech.units import corpus_parts as parts_module
@@ -105,7 +105,7 @@ def rates(name: str, features: FeatureSettings, seconds: float, rounds: int, scr
     def by_actors(actors: int) -> float:
         """By the times at which parts were put in place: rows come back from Ray Data some at a time."""
         job, began = fresh(), time.time()
-        for _ in spread(job, scan.parts, actors, 0.0):
+        for _ in run_in_actors(job, scan.parts, actors, 0.0):
             pass
         done = sorted((job.target(part).stat().st_mtime, summary_path(job.target(part))) for part in scan.parts)
         ready = done[actors - 1][0]  # every actor is up and has made one

@@ -15,7 +15,7 @@ from most_ray.data.plan import Plan, PlanSpec
 from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.service.tasks.batch_stream import stream_batches
-from most_ray.service.tasks.ingest_tasks import spread
+from most_ray.service.tasks.ingest_tasks import run_in_tasks
 from tests.support.builders import asr, char_vocabulary, write_records
 from tests.unit.test_plan import LAYOUT
 
@@ -35,7 +35,7 @@ def test_tasks_make_the_same_store_as_one_process(ray_cluster: str, tmp_path: Pa
     write_records(tmp_path / "a", [asr(500)], "more.jsonl")
     one = ingest_directory(folder, RECIPE, tmp_path / "one")
     monkeypatch.chdir(tmp_path)  # tasks have another working directory
-    two = ingest_directory("a", RECIPE, "two", spread)
+    two = ingest_directory("a", RECIPE, "two", run_in_tasks)
     assert len(one.manifest["shards"]) > 5 and same(one, two)
     assert one.manifest == two.manifest and one.rejected_lines() == two.rejected_lines()
 
@@ -45,7 +45,7 @@ def test_what_a_user_can_mend_comes_out_of_a_task(ray_cluster: str, tmp_path: Pa
 
     def vanishing(parts: Any, recipe: Recipe) -> None:
         (folder / "records.jsonl").unlink()
-        spread(parts, recipe)
+        run_in_tasks(parts, recipe)
 
     with pytest.raises(DataError, match=r"records\.jsonl"):
         ingest_directory(folder, RECIPE, tmp_path / "store", vanishing)
@@ -58,7 +58,7 @@ def test_records_and_stores_behind_uris(ray_cluster: str, tmp_path: Path, bucket
     storage.write_bytes(bucket % "data/a/records.jsonl", (folder / "records.jsonl").read_bytes())
     monkeypatch.setattr("most_ray.data.ingest.RANGE", 4000)
     local = ingest_directory(folder, RECIPE, tmp_path / "store")
-    remote = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", spread)
+    remote = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", run_in_tasks)
     assert remote.uri.startswith("s3://") and same(local, remote)
     assert "secret" not in remote.manifest["source"]
     assert not list((tmp_path / "store").rglob(".*"))

@@ -15,9 +15,9 @@ import torch
 import transformers
 
 from most_ray.errors import DataError
-from most_ray.service.tasks.unit_tasks import runner_of, spread
+from most_ray.service.tasks.unit_tasks import pool_runner, run_in_actors
 from most_ray.speech.corpora.corpus import CorpusOptions
-from most_ray.speech.units.corpus_parts import Part, PartTask, Runner
+from most_ray.speech.units.corpus_parts import Part, PartTask, Runner, run_in_process
 from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
 from most_ray.speech.units.prepare import UnitsJob, prepare_units
 
@@ -60,8 +60,8 @@ def test_actors_make_the_same_bytes_as_one_process(ray_cluster: str, corpus: Pat
     transformers.Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(tmp_path / "hubert")
     monkeypatch.chdir(tmp_path)
     for name, features in (("mfcc", MfccSettings()), ("hubert", EncoderSettings("hubert", str(tmp_path / "hubert"), 1))):
-        alone = made(Path("corpus"), Path(f"{name}-0"), features, runner_of(features, 0, None, None))
-        pooled = made(Path("corpus"), Path(f"{name}-2"), features, runner_of(features, 2, None, None))
+        alone = made(Path("corpus"), Path(f"{name}-0"), features, lambda _: run_in_process)
+        pooled = made(Path("corpus"), Path(f"{name}-2"), features, lambda _, features=features: pool_runner(features, 2, None, None))
         assert alone == pooled, name
 
 
@@ -89,11 +89,11 @@ class _Fatal:
 
 def test_a_part_whose_actor_dies_is_made_again(ray_cluster: str, corpus: Path, tmp_path: Path) -> None:
     """Nothing is lost and nothing twice."""
-    alone = made(corpus, tmp_path / "alone", MfccSettings(), runner_of(MfccSettings(), 0, None, None))
+    alone = made(corpus, tmp_path / "alone", MfccSettings(), lambda _: run_in_process)
 
     def dying(_size: int) -> Runner:
         def run(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
-            return spread(_Fatal(work, str(tmp_path / f"died-{type(work).__name__}")), parts, 2, 0.0)
+            return run_in_actors(_Fatal(work, str(tmp_path / f"died-{type(work).__name__}")), parts, 2, 0.0)
 
         return run
 
@@ -117,4 +117,4 @@ class _Refusing:
 
 def test_what_a_user_can_mend_comes_out_of_an_actor(ray_cluster: str) -> None:
     with pytest.raises(DataError, match="Bring it back"):
-        list(spread(_Refusing(), [Part(0, "nowhere", 1.0, "")], 1, 0.0))
+        list(run_in_actors(_Refusing(), [Part(0, "nowhere", 1.0, "")], 1, 0.0))

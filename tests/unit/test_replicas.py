@@ -8,7 +8,7 @@ import torch
 
 from most_ray.data.plan import Plan
 from most_ray.distributed.determinism import reset_deterministic, set_deterministic
-from most_ray.train.replicas import check_replicas, checksum, shard_index, unequal
+from most_ray.train.replicas import check_replicas, checksum, find_mismatch, shard_index
 from tests.support.training import full_weights, make, steps
 
 
@@ -44,16 +44,16 @@ def test_a_checksum_does_not_depend_on_how_it_is_cut(monkeypatch: pytest.MonkeyP
     assert int(checksum(tensor.t().contiguous().t())) == whole, "strides do not matter"
 
 
-def test_unequal() -> None:
+def test_find_mismatch() -> None:
     # Ranks 0 and 1 hold shards 0 and 1, ranks 2 and 3 their copies; the second tensor is on every rank.
     equal = [[[0, 5], [0, 9]], [[1, 6], [0, 9]], [[0, 5], [0, 9]], [[1, 6], [0, 9]]]
-    assert unequal(torch.tensor(equal)) is None
+    assert find_mismatch(torch.tensor(equal)) is None
     drifted = torch.tensor(equal)
     drifted[3, 0, 1] = 7
     drifted[0, 1, 1] = 8
-    assert unequal(drifted) == (0, [[1], [3]])
+    assert find_mismatch(drifted) == (0, [[1], [3]])
     drifted[3, 0, 1] = 6
-    assert unequal(drifted) == (1, [[0], [1, 2, 3]])
+    assert find_mismatch(drifted) == (1, [[0], [1, 2, 3]])
 
 
 def test_one_process_has_nothing_to_compare(model_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""Ingest spread over a cluster: the same parts as in one process, made by Ray Data tasks."""
+"""Ingests records on a cluster: Ray Data tasks make the same parts of a token store as one process would."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from most_ray.errors import DataError
 from most_ray.service.cluster.connection import start_ray
 
 logger = logging.getLogger(__name__)
-SPREAD_BYTES = 256 << 20  # of records; fewer are taken in before a cluster would have started
+SPREAD_BYTES = 256 << 20  # bytes of records; fewer are ingested in less time than a cluster takes to start
 
 
-def runner_of(config: RunConfig, use_gpu: bool = False) -> Runner:
-    """Makes parts here where they are small, else on the run's cluster."""
+def ingest_runner(config: RunConfig, use_gpu: bool = False) -> Runner:
+    """A runner that makes parts in this process where there are few bytes of records, else by tasks of the run's cluster."""
 
     def run(parts: Sequence[Part], recipe: Recipe) -> None:
         if len(parts) < 2 or sum(part.bytes for part in parts) < SPREAD_BYTES:
@@ -29,45 +29,43 @@ def runner_of(config: RunConfig, use_gpu: bool = False) -> Runner:
             return
         workers = config.num_workers or (1,)
         start_ray(config, workers[0], workers[-1], use_gpu)
-        spread(parts, recipe)
+        run_in_tasks(parts, recipe)
 
     return run
 
 
-def spread(parts: Sequence[Part], recipe: Recipe) -> None:
-    """Make the parts as tasks of Ray Data, one each. A task that dies is run again; parts that were finished stay.
+def run_in_tasks(parts: Sequence[Part], recipe: Recipe) -> None:
+    """Make each part in a task of its own. A task that dies is run again; parts that are finished stay.
 
     Raises:
-        DataError: storage failed for good, for some part.
+        DataError: a part could not be made, for example because storage keeps failing.
     """
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its own progress, which would stand among ours
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    rows = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
-    made = rows.map(_make, fn_kwargs={"recipe": recipe}, num_cpus=1)
+    made = dataset_of(parts).map(_make, fn_kwargs={"recipe": recipe}, num_cpus=1)
     failures = []
     for number, row in enumerate(made.iter_rows(), start=1):
         logger.info("part %d of %d", number, len(parts))
-        if row["error"]:
+        if row["rule"]:
             failures.append(row)
     if failures:
-        error = failures[0]
-        raise DataError(error["field"], error["value"], error["error"], error["remedy"])
+        raise DataError(**failures[0])
+
+
+def dataset_of(parts: Sequence[Any]) -> ray.data.Dataset:
+    """A dataset with a row and a block for each of `parts`, which are dataclasses. Ray Data's own progress is turned off."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
 
 
 def _make(row: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """One part; runs in a Ray task. What a user can mend comes back as a row, for Ray would wrap it."""
+    """Make one part; runs in a task. Returns the four parts of a DataError, empty without one: Ray would wrap an error that is raised."""
     try:
         make_part(Part(**row), recipe)
     except DataError as error:
-        return {"error": error.rule, "field": error.field, "value": str(error.value), "remedy": error.remedy}
+        return {"field": error.field, "value": str(error.value), "rule": error.rule, "remedy": error.remedy}
     except OSError as error:
-        reason = f"cannot be read or written on {socket.gethostname()} ({error.strerror or error})."
-        return {
-            "error": reason,
-            "field": "file",
-            "value": str(error.filename or row["file"]),
-            "remedy": "Check it there and run this again.",
-        }
-    return {"error": "", "field": "", "value": "", "remedy": ""}
+        rule = f"cannot be read or written on {socket.gethostname()} ({error.strerror or error})."
+        return {"field": "file", "value": str(error.filename or row["file"]), "rule": rule, "remedy": "Check it there and run this again."}
+    return {"field": "", "value": "", "rule": "", "remedy": ""}

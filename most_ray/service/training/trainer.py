@@ -36,7 +36,7 @@ from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
 from most_ray.service.cluster.stop_requests import ShutdownSignal
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
-from most_ray.service.tasks.ingest_tasks import runner_of
+from most_ray.service.tasks.ingest_tasks import ingest_runner
 from most_ray.service.training.attempts import RunIncompleteError, complete, run_attempts
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a run that is complete needs nothing
             check_resources(config, fewest, most, use_gpu)
             report_findings(check_cluster(config), console)
-    prepared = prepare_run(config, runner_of, gpus=gpus)
+    prepared = prepare_run(config, ingest_runner, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     last = catalog.step_uri(folder.checkpoints, job.total_steps)
     for uri, reason in prepared.corrupt:

@@ -18,7 +18,7 @@ from most_ray.runs.job import Job
 from most_ray.service.cluster.prometheus import RayMetrics
 from most_ray.service.cluster.stop_requests import StopListener, register_worker_node
 from most_ray.service.tasks.batch_stream import stream_batches
-from most_ray.service.tasks.validation import Validation
+from most_ray.service.tasks.evaluation_tasks import EvaluationQueue
 from most_ray.trackers.base import Background, Secret, Tracker
 from most_ray.trackers.select import trackers_of
 from most_ray.train.hooks import TrainHooks
@@ -52,7 +52,7 @@ def train_worker(work: WorkerJob) -> None:
     hooks = TrainHooks(
         batches=work.stream,
         should_stop=listener or (lambda: False),
-        async_evaluator=(lambda report: Validation(validation, job.run_uri, job.total_steps, report))
+        async_evaluator=(lambda report: EvaluationQueue(validation, job.run_uri, job.total_steps, report))
         if validation and not inline
         else None,
         evaluate_inline=InlineEvaluation(validation, job.run_uri, job.model_path) if validation and inline else None,

@@ -30,7 +30,7 @@ from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import cluster_gpus
 from most_ray.service.cluster.stop_requests import ShutdownSignal, run_stopped
 from most_ray.service.preflight.checks import check_cluster, report_findings
-from most_ray.service.tasks.ingest_tasks import runner_of
+from most_ray.service.tasks.ingest_tasks import ingest_runner
 from most_ray.service.training.attempts import RunIncompleteError
 from most_ray.service.training.trainer import save_report
 from most_ray.service.tune.schedulers import Asha, Fifo, Pbt, Recorder
@@ -136,7 +136,7 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
     base = sweep.run
     name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
     changes = {**json.loads(key), "output_dir": base.run_uri, "name": name, "store_dir": store_dir_of(base)}
-    return prepare_run(config_from({**sweep.values, **changes}), runner_of, gpus=cluster_gpus(base))
+    return prepare_run(config_from({**sweep.values, **changes}), ingest_runner, gpus=cluster_gpus(base))
 
 
 def _measure_starts(folder: RunFolder, jobs: Mapping[str, Job], use_gpu: bool, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
