@@ -3,24 +3,28 @@ export PYTHON TORCH TORCH_INDEX
 BIN := .venv/bin
 .NOTPARALLEL:
 
-.PHONY: train test test-newest test-oldest chaos cluster sweep bench an4 check format lock digits-data clean asked
+.PHONY: train test quick coverage test-newest test-oldest chaos cluster sweep bench an4 check format lock digits-data clean asked
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
 
 # What the model is in every release of transformers that pyproject.toml allows: run on the oldest too.
 FLOOR := $(addprefix tests/unit/test_,$(addsuffix .py,generation decode model routing step checkpoint evaluation encoder library_names))
-# Tests that start Ray mostly wait for processes to come up: they run beside the others, but for two files, which make the halves even.
-ALONE := tests/end_to_end/test_without_ray.py tests/service/test_sweep.py
+# A file's tests stay in one process, and so do those that share the Ray cluster (tests/conftest.py): those take longest and go first.
+XDIST := --dist loadgroup --no-loadscope-reorder
 test: .venv/.installed-dev .venv-floor/.installed  ## all tests
 	@sh .ci/chromium.sh
 	@sh .ci/prometheus.sh
 	@sh .ci/slurm.sh
-	@$(BIN)/python -m pytest tests/service tests/end_to_end $(addprefix --ignore ,$(ALONE)) > .test-ray.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest tests/unit; unit=$$?; \
-	PYTHONPATH=.venv-floor $(BIN)/python -m pytest $(FLOOR); floor=$$?; \
-	$(BIN)/python -m pytest tests/browser tests/golden tests/distributed $(ALONE); first=$$?; \
-	wait $$ray; second=$$?; cat .test-ray.log; test $$unit = 0 -a $$floor = 0 -a $$first = 0 -a $$second = 0
+	@$(BIN)/python -m pytest -n 3 $(XDIST) tests/service tests/end_to_end tests/distributed tests/golden tests/browser tests/unit; all=$$?; \
+	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -n 2 $(XDIST) $(FLOOR); floor=$$?; \
+	test $$all = 0 -a $$floor = 0
+
+quick: .venv/.installed-dev  ## the unit tests that take no more than seconds each: under 3 minutes on two cores
+	$(BIN)/python -m pytest -q -n 2 $(XDIST) -m "not slow and not s3" tests/unit
+
+coverage: .venv/.installed-dev  ## which lines of most_ray the unit and distributed tests run: htmlcov/index.html
+	$(BIN)/python -m pytest -q -n 2 $(XDIST) --cov --cov-report=html --cov-report=term:skip-covered tests/unit tests/distributed
 
 test-newest:  ## the unit tests with the newest releases that pyproject.toml allows, in .venv-newest
 	@sh .ci/venv.sh newest
@@ -71,6 +75,7 @@ check: .venv/.installed-dev  ## lint, format, types, layering
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/prose.py
 	$(BIN)/python -m pip check
 
 format: .venv/.installed-dev  ## what `check` would complain of, mended where a tool can

@@ -64,11 +64,11 @@ def test_four_workers_then_two_then_four(cluster: Cluster, tmp_path: Path) -> No
     process = under_ray(tmp_path, "elastic", cluster.address, **changes, num_workers="2,4", ep_size=2)
     log = tmp_path / "elastic.log"
     wait_for(lambda: steps_done(tmp_path, "elastic") >= 6, process, log)
-    assert len(ray_workers()) == 4
+    assert len(ray_workers(cluster.address)) == 4
     cluster.remove_node(node, allow_graceful=False)
-    wait_for(lambda: len(ray_workers()) == 2 and steps_done(tmp_path, "elastic") >= 10, process, log)
+    wait_for(lambda: len(ray_workers(cluster.address)) == 2 and steps_done(tmp_path, "elastic") >= 10, process, log)
     add_node(cluster)
-    wait_for(lambda: len(ray_workers()) == 4, process, log)
+    wait_for(lambda: len(ray_workers(cluster.address)) == 4, process, log)
     finish(process, tmp_path, "elastic")
     report = compare(Report(), tmp_path, "straight", "elastic")
     assert report.passed, (report, log.read_text()[-3000:])
@@ -85,7 +85,7 @@ def test_a_node_that_will_be_taken_away_is_left_behind_a_checkpoint(cluster: Clu
     log = tmp_path / "warned.log"
     wait_for(lambda: steps_done(tmp_path, "warned") >= 6, process, log)
     drain(node.node_id)
-    wait_for(lambda: len(ray_workers()) == 2 and "stopped behind a checkpoint (preempted)" in log.read_text(), process, log)
+    wait_for(lambda: len(ray_workers(cluster.address)) == 2 and "stopped behind a checkpoint (preempted)" in log.read_text(), process, log)
     kept = steps_done(tmp_path, "warned")
     cluster.remove_node(node, allow_graceful=False)
     assert kept >= 6

@@ -101,15 +101,6 @@ def test_no_token_leaked(reference: dict[str, Any], folder: Path) -> None:
     assert all(line["leaked"] == 0 for line in read_journal(folder / "reference" / "metrics.jsonl", "train"))
 
 
-@pytest.mark.parametrize(("workers", "ep"), [(4, 2)])
-def test_any_number_of_workers_trains_the_same(folder: Path, reference: dict[str, Any], workers: int, ep: int) -> None:
-    """The same records in the same steps, losses to 1e-4 in float32."""
-    name = f"w{workers}e{ep}"
-    run(folder, name, num_workers=workers, ep_size=ep, val_asr_dirs=[])
-    assert losses(folder, name) == pytest.approx(losses(folder, "reference"), abs=1e-4)
-    assert (folder / f"{name}.trace").read_bytes() == (folder / "reference.trace").read_bytes()
-
-
 def test_the_plan_command_writes_the_same_trace(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
     words = ["--config", str(CONFIG), "--output_dir", str(tmp_path), "--steps", f"0:{STEPS}", "--trace", str(tmp_path / "t")]
     assert main(["plan", *words]) == 0
@@ -161,30 +152,7 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
     assert (again / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
 
 
-def test_starting_from_another_runs_checkpoint(folder: Path, reference: dict[str, Any]) -> None:
-    """resume_from_checkpoint goes on at its step; with ignore_optimizer_state a new run begins from its weights. Paths may be relative."""
-    uri = os.path.relpath(folder / "reference" / "checkpoints" / "step-000000016", ROOT)
-    trace = os.path.relpath(folder / "onward.trace", ROOT)
-    changes = {"resume_from_checkpoint": uri, "val_asr_dirs": [], "model_name_or_path": str(folder / "reference" / "init")}
-    run(folder, "onward", trace_records=trace, **changes)
-    assert [line["step"] for line in read_journal(folder / "onward.trace")] == [17, 18, 19, 20]
-    lines = read_journal(folder / "onward" / "metrics.jsonl", "train")
-    assert [line["step"] for line in lines] == [17, 18, 19, 20]
-    assert [line["loss"] for line in lines] == losses(folder, "reference")[16:]
-    model = str(folder / "reference" / "init")
-    changes = {"resume_from_checkpoint": uri, "ignore_optimizer_state": True, "model_name_or_path": model, "val_asr_dirs": []}
-    run(folder, "fresh", **changes, max_steps=2, seed=5)
-    other = {**changes, "model_name_or_path": "tiny", "train_asr_dirs": ["jobs/data/digits/test_takes"], "train_tts_dirs": []}
-    with pytest.raises(CheckpointError, match="another tokenizer"):
-        run(folder, "stranger", **other, max_steps=2)
-    assert losses(folder, "fresh")[0] < losses(folder, "reference")[0] - 0.5
-
-
-def test_a_run_does_not_go_on_over_other_data(folder: Path, reference: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="global_batch_size"):
-        run(folder, "reference", max_steps=30, global_batch_size=32)
-    with pytest.raises(CheckpointError, match="noise"):
-        run(folder, "reference", max_steps=30, unit_drop_prob=0.0)
+def test_a_run_does_not_end_before_its_newest_checkpoint(folder: Path, reference: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="behind the run's newest checkpoint"):
         run(folder, "reference", max_steps=10)
 
@@ -222,10 +190,11 @@ def test_one_number_by_every_way(folder: Path, reference: dict[str, Any], tmp_pa
 
 
 def test_evaluation_in_between_by_two_workers_that_share_the_experts(folder: Path, reference: dict[str, Any]) -> None:
-    """eval_inline: the same losses as without, the same error rates as beside training; speech and text are scored too."""
+    """eval_inline on two workers: the same records and losses as on one, the same error rates as beside training; speech and text are scored too."""
     changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "num_workers": 2, "ep_size": 2, "eval_steps": 10, "eval_inline": True}
     summary = run(folder, "inline", **changes)
     assert losses(folder, "inline") == pytest.approx(losses(folder, "reference"), abs=1e-4)
+    assert (folder / "inline.trace").read_bytes() == (folder / "reference.trace").read_bytes()
     scored = read_journal(folder / "inline" / "metrics.jsonl", "evaluation")
     assert [line["step"] for line in scored] == [10, STEPS]
     words = reference["sets"]["asr/test_takes"]["words"]
@@ -263,21 +232,6 @@ def test_evaluations_that_fail_are_told_and_made_by_the_next_start(folder: Path,
 def test_gpus_for_evaluations_that_the_cluster_has_not_are_missed_at_the_start(folder: Path, ray_cluster: str) -> None:
     with pytest.raises(ConfigError, match=r"eval_gpus = 1\.0: needs 1 GPUs for evaluations beside 0 of the training workers"):
         run(folder, "without-gpus", eval_gpus=1, max_steps=3, warmup_steps=1)
-
-
-def test_half_precision_and_recomputation(folder: Path, reference: dict[str, Any]) -> None:
-    run(
-        folder,
-        "half",
-        bf16=True,
-        gradient_checkpointing=True,
-        val_asr_dirs=[],
-        max_steps=4,
-        wandb_project="tests",
-        wandb_mode="offline",
-    )
-    assert losses(folder, "half") == pytest.approx(losses(folder, "reference")[:4], rel=0.02)
-    assert list((folder / "half" / "wandb").glob("offline-run-*"))
 
 
 def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
@@ -334,12 +288,3 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
     assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]} and summary["step"] == 6
     assert {"hypotheses.jsonl", "report.html", "environment.json", "evaluations/step-000000004.json"} <= names
 
-
-def test_a_run_that_goes_on_keeps_its_global_batch_size(folder: Path, reference: dict[str, Any]) -> None:
-    """Where the size was never named, another number of workers must not change it."""
-    from most_ray.runs.resolve import prepare_run
-
-    changes = {"global_batch_size": None, "train_batch_size": 2, "gradient_accumulation_steps": 4, "val_asr_dirs": []}
-    run(folder, "unnamed", max_steps=2, **changes)
-    assert prepare_run(config_of(folder, "unnamed", max_steps=4, num_workers=2, **changes)).job.plan.global_batch_size == 8
-    assert prepare_run(config_of(folder, "another", max_steps=4, num_workers=2, **changes)).job.plan.global_batch_size == 16

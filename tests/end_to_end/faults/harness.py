@@ -101,13 +101,16 @@ def newest_commit(folder: Path, name: str) -> int:
     return max((int(path.parent.name[5:]) for path in found), default=0)
 
 
-def ray_workers() -> list[psutil.Process]:
-    """The training workers of the machine's Ray, which these tests have to themselves."""
+def ray_workers(address: str) -> list[psutil.Process]:
+    """The training workers of one Ray of this machine, which is told from others by what its raylet was started with."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
         if re.match(r"ray::\S*(RayTrainWorker|TrainWorker)", line):
-            found.append(process)
+            with contextlib.suppress(psutil.Error):
+                raylet = process.parent()
+                if raylet and any(address in word for word in raylet.cmdline()):
+                    found.append(process)
     return found
 
 
@@ -121,7 +124,7 @@ def random_kills(folder: Path, address: str, kills: int, steps: int, save_steps:
     for number, moment in enumerate(moments):
         whom = ("worker", "driver")[number % 2]
         end = time.monotonic() + DEADLINE_S
-        while not (steps_done(folder, "killed") >= moment and (whom == "driver" or ray_workers())):
+        while not (steps_done(folder, "killed") >= moment and (whom == "driver" or ray_workers(address))):
             assert process.poll() is None, (folder / "killed.log").read_text()[-3000:]
             assert time.monotonic() < end, f"step {moment} did not come"
             time.sleep(0.01)  # between two looks at files of another process: nothing depends on how long
@@ -131,7 +134,7 @@ def random_kills(folder: Path, address: str, kills: int, steps: int, save_steps:
             process.wait()
             process = under_ray(folder, "killed", address, **changes)
         else:
-            victim = draw.choice(ray_workers())
+            victim = draw.choice(ray_workers(address))
             victim.kill()
             # The trace is cut back when the next attempt begins: until then nobody else is killed.
             psutil.wait_procs([victim], timeout=DEADLINE_S)
