@@ -265,7 +265,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
             yield batch
 
     monkeypatch.setattr("most_ray.service.training.attempts.WorkerJob", functools.partial(WorkerJob, stream=failing))
-    with pytest.raises(RunIncompleteError, match=r"failed 2 times within 3600 s, at last so: rank 1: .*rank 1 has had enough") as error:
+    with pytest.raises(RunIncompleteError, match=r"failed 2 times within 3600 s, the last time: rank 1: .*rank 1 has had enough") as error:
         run(folder, "raising", num_workers=2, ep_size=2, max_failures=1, val_asr_dirs=[])
     took = time.time() - float(raised.read_text().splitlines()[-1])
     assert took < 60 and error.value.exit_code == 1

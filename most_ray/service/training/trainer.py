@@ -37,7 +37,7 @@ from most_ray.service.cluster.connection import check_resources, cluster_gpus, s
 from most_ray.service.cluster.stop_requests import ShutdownSignal
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import ingest_runner
-from most_ray.service.training.attempts import RunIncompleteError, complete, run_attempts
+from most_ray.service.training.attempts import RunIncompleteError, is_complete, run_attempts
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +89,14 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
     report_findings([*check_space(config, size), *check_tracking(config), *check_safety(config)], console)
     first_screen(prepared, console, validation=_evaluation_plan(prepared))
     started = time.monotonic()
-    if prepared.done_steps < job.total_steps or not complete(prepared):
+    if prepared.done_steps < job.total_steps or not is_complete(prepared):
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
         on_each = math.ceil(job.topology.world_size / max(1, len(usable_nodes())))
         validation = evaluation_job(config, job.threads * on_each) if job.has_validation else None
         terminated.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
             run_attempts(prepared, validation, console, terminated)
-    if not complete(prepared):
+    if not is_complete(prepared):
         rule = "was not reached: its checkpoint or its evaluation is missing."
         raise RunIncompleteError("step", job.total_steps, rule, "Start it again.")
     trained = time.monotonic() - started
