@@ -23,7 +23,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
-from most_ray.io.journal import evaluated_steps
+from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster.capacity import (
     TASK_CPUS,
@@ -129,13 +129,6 @@ def _run_attempts(
             rule = f"failed {times}, the last time: {cause.rstrip('.')}."
             raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
         console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's errors contain brackets
-
-
-def is_complete(prepared: Prepared) -> bool:
-    """Whether the last step's checkpoint is committed, and evaluated if the run has validation sets. To be called between attempts only."""
-    job, folder = prepared.job, prepared.folder
-    committed = catalog.step_uri(folder.checkpoints, job.total_steps) in catalog.committed(folder.checkpoints)
-    return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
 
 
 def _found_no_room(error: BaseException) -> bool:

@@ -24,7 +24,9 @@ from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.run_folder import COMMIT, LEDGER, RunFolder
+from most_ray.report import write_report
 from most_ray.runs.job import Job
+from most_ray.runs.lifecycle import save_report
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
 from most_ray.service.cluster.connection import cluster_gpus
@@ -32,7 +34,6 @@ from most_ray.service.cluster.stop_requests import ShutdownSignal, run_stopped
 from most_ray.service.preflight.checks import check_cluster, report_findings
 from most_ray.service.tasks.ingest_tasks import ingest_runner
 from most_ray.service.training.attempts import RunIncompleteError
-from most_ray.service.training.trainer import save_report
 from most_ray.service.tune.schedulers import Asha, Fifo, Pbt, Recorder
 from most_ray.service.tune.search import NotPickled, Proposals
 from most_ray.service.tune.trial_actor import TRAIN, Slots, TrialActor
@@ -342,7 +343,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         "report": storage.redact(folder.at("report.html")),
     }
     storage.write_bytes(folder.at("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False).encode())
-    save_report(folder)
+    save_report(folder, write_report)
     last_screen(ledger, sweep.objectives, summary, console)
     if ledger.trials and not best and not ledger.in_state("open", "stopped"):
         rule = f"failed, all {len(ledger.trials)} of them; the last: {list(ledger.trials.values())[-1].reason}"
