@@ -49,7 +49,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     }
     for name, text in rows.items():
         _say(console, f"  {name:<11} {text}")
-    table = Table(title=f"Mix (shares of {'records' if job.plan.weight_unit == 'rows' else 'tokens'})")
+    table = Table(title=f"Mix (shares of {job.plan.weight_unit})")
     for heading in ("source", "records", "tokens", "share", "passes in this run"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for store, (name, part) in zip(plan.stores, mix.items(), strict=True):

@@ -12,35 +12,15 @@ from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.config import RunConfig, to_yaml
 from most_ray.errors import ConfigError
-from most_ray.evaluation.evaluate import Directories
 from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
-from most_ray.evaluation.scoring import EvaluationSettings
 from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.run_folder import RunFolder
-from most_ray.records.record import TASKS
 from most_ray.runs.environment import environment
-from most_ray.runs.resolve import Prepared, keep_kit, store_dir_of
+from most_ray.runs.resolve import Prepared, keep_speech_assets
 
 logger = logging.getLogger(__name__)
 WriteReport = Callable[[Sequence[str], Path], None]  # URIs of runs, the HTML file
-
-
-def evaluation_job(config: RunConfig, training_threads: int = 0) -> EvaluationJob:
-    """How a run's validation sets are evaluated. `training_threads`: of all training workers on a node."""
-    settings = EvaluationSettings(
-        batch_size=config.eval_batch_size,
-        max_new_tokens=config.max_new_tokens,
-        max_new_units=config.max_new_units,
-        num_beams=config.num_beams,
-        length_penalty=config.length_penalty,
-        normaliser=config.normaliser,
-        max_rejected_fraction=config.max_rejected_fraction,
-        recogniser=config.recogniser and storage.absolute_if_exists(config.recogniser),
-        vocoder=config.vocoder and storage.absolute_if_exists(config.vocoder),
-    )
-    directories = Directories(*(tuple(map(storage.absolute, getattr(config, f"val_{task}_dirs"))) for task in TASKS))
-    return EvaluationJob(directories, settings, store_dir_of(config), config.eval_workers, config.eval_gpus, training_threads)
 
 
 def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
@@ -73,9 +53,9 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
     if prepared.done_steps > job.total_steps:
         rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
         raise ConfigError("max_steps", job.total_steps, rule, "Raise it or rename the run.")
-    keep_kit(prepared)
+    keep_speech_assets(prepared)
     if job.has_validation:
-        open_external_recogniser(evaluation_job(config).settings, folder.uri, job.units_identity, use_gpu=False)
+        open_external_recogniser(EvaluationJob.of(config).settings, folder.uri, job.units_identity, use_gpu=False)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
 

@@ -33,11 +33,11 @@ from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError
-from most_ray.evaluation.inline import InlineEvaluation
+from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
 from most_ray.report import write_report
 from most_ray.runs.job import Job
-from most_ray.runs.lifecycle import begin_run, evaluation_job, finish_run, finished_summary, is_complete
+from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.trackers.select import trackers_of, wandb_key
 from most_ray.train.hooks import TrainHooks
@@ -145,7 +145,7 @@ def _train(job: Job, prepared: Prepared | None, device: torch.device, stop: thre
     config = job.config
     hooks = TrainHooks(
         should_stop=stop.is_set,
-        evaluate_inline=InlineEvaluation(evaluation_job(config), job.run_uri, job.model_path) if job.has_validation else None,
+        evaluate_inline=InlineEvaluation(EvaluationJob.of(config), job.run_uri, job.model_path) if job.has_validation else None,
         trackers=trackers_of(config, job.run_uri, wandb_key(config)) if prepared else (),
     )
     with contextlib.ExitStack() as stack:

@@ -11,6 +11,7 @@ from rich.console import Console
 from most_ray.config import RunConfig
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen
+from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import read_config
@@ -18,8 +19,8 @@ from most_ray.model.configuration import MostConfig
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
 from most_ray.runs.job import overrides_of
-from most_ray.runs.lifecycle import begin_run, evaluation_job, finish_run, finished_summary, is_complete
-from most_ray.runs.resolve import Prepared, check_given, devices_of, prepare_run
+from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
+from most_ray.runs.resolve import Prepared, check_inputs, devices_of, prepare_run
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
 from most_ray.service.cluster.stop_requests import ShutdownSignal
@@ -42,7 +43,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
     gpus = cluster_gpus(config)
     if gpus is not None:
         terminated.install()
-        check_given(config)
+        check_inputs(config)
         use_gpu, fewest, most = devices_of(config, gpus=gpus)
         if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a run that is complete needs nothing
             check_resources(config, fewest, most, use_gpu)
@@ -65,7 +66,7 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
     if prepared.done_steps < job.total_steps or not is_complete(prepared):
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
         on_each = math.ceil(job.topology.world_size / max(1, len(usable_nodes())))
-        validation = evaluation_job(config, job.threads * on_each) if job.has_validation else None
+        validation = EvaluationJob.of(config, job.threads * on_each) if job.has_validation else None
         terminated.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
             run_attempts(prepared, validation, console, terminated)
