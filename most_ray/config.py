@@ -33,6 +33,9 @@ from most_ray.options import (
     read_yaml,
 )
 
+_WORKERS = "is neither a number from 1 on nor two of them, the fewest and the most."
+
+# Choices that other modules name, too.
 WeightUnit = Literal["records", "tokens"]
 Overlong = Literal["reject", "set_aside", "split"]
 Moments = Literal["float32", "int8"]
@@ -185,7 +188,7 @@ class ParallelOptions:
     num_workers: tuple[int, ...] | None = option(
         None,
         "training processes, as 4; or fewest and most, as 2,4: as many as the cluster has room for (default: one per GPU, or 1)",
-        range=AT_LEAST_1,
+        range=Range(_WORKERS, "at least 1", AT_LEAST_1.holds),
         sweep="shared",
     )
     cpus_per_worker: float = option(
@@ -336,7 +339,7 @@ def config_from(values: Mapping[str, Any]) -> RunConfig:
 def _check_together(config: RunConfig) -> None:
     """Raises ConfigError where options exclude each other, or one lacks what it needs."""
     if config.num_workers is not None and not (len(config.num_workers) in (1, 2) and config.num_workers[0] <= config.num_workers[-1]):
-        raise ConfigError("num_workers", config.num_workers, "is neither a number from 1 on nor two of them, the fewest and the most.")
+        raise ConfigError("num_workers", config.num_workers, _WORKERS)
     if config.gpus_per_worker != 1 and not (config.gpus_per_worker < 1 and config.num_workers == (1,)):
         raise ConfigError("gpus_per_worker", config.gpus_per_worker, "is neither 1 nor, with num_workers 1, a part of one.")
     if config.keep_best and (config.eval_steps is None or not (config.val_asr_dirs or config.val_tts_dirs or config.val_text_dirs)):
