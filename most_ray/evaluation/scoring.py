@@ -44,7 +44,7 @@ class EvaluationSettings:
     @classmethod
     def of(cls, config: RunConfig) -> EvaluationSettings:
         """Those of a configuration; its local paths become absolute, since tasks have another working directory."""
-        recogniser, vocoder = (uri and storage.absolute_if_there(uri) for uri in (config.recogniser, config.vocoder))
+        recogniser, vocoder = (uri and storage.absolute_if_exists(uri) for uri in (config.recogniser, config.vocoder))
         return cls(
             config.eval_batch_size,
             config.max_new_tokens,
