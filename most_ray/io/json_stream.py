@@ -20,7 +20,7 @@ from most_ray.errors import RecordError
 MAX_RECORD = 64 << 20  # bytes of one JSON value; a longer one is rejected
 _CHUNK = 1 << 18  # bytes read at once at least
 _TRIES = 4  # closing braces at which the fast parser is tried before the object's end is found by counting braces
-_SEARCHED = 16 << 20  # bytes parsed without success after one damage; from then on a record is looked for after a closed value only
+_SEARCHED = 16 << 20  # bytes parsed without success after one damage; from then on records are found after a closed value only
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"[ \t\r\n]*:[ \t\r\n]*')
 _MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)  # strings, and braces outside of them
