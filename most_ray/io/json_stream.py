@@ -24,13 +24,14 @@ _SEARCHED = 16 << 20  # bytes parsed without success after one damage; from then
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"[ \t\r\n]*:[ \t\r\n]*')
 _MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)  # strings, and braces outside of them
-_RECORD = re.compile(rb'\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:')
-_RECORD_AFTER = re.compile(rb'(?<=[}\]])[ \t\r\n]*,?[ \t\r\n]*\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:')
+_RECORD_START = rb'\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:'
+_RECORD = re.compile(_RECORD_START)
+_RECORD_AFTER = re.compile(rb"(?<=[}\]])[ \t\r\n]*,?[ \t\r\n]*" + _RECORD_START)  # after a closed value
 _RECORD_KEYS = ("id", "instruction", "input", "output")
 
 
 class _Window:
-    """The part of a stream that is in memory: `data[position:]` has not been consumed yet, `base` is the offset of data[0] in the stream."""
+    """The part of a stream that is in memory: `data[position:]` is not consumed yet; `base` is the offset of data[0] in the stream."""
 
     def __init__(self, stream: BinaryIO, start: int = 0) -> None:
         self._stream = stream
