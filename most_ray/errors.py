@@ -1,29 +1,31 @@
-"""Errors that a user can mend. Each says which field, what it held, the rule it broke and what to do about it."""
+"""Errors that a user can fix. Each names the field at fault, its value, the rule that it breaks, and a remedy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-EXIT_STOPPED = 75  # exit code, EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on
+EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h) of a run that was stopped before its end: the same command resumes it
 
 
 class RecordError(ValueError):
-    """One record breaks a rule. The message is the reason that is kept in rejected.jsonl."""
+    """One record breaks a rule. The message is the reason that is written to rejected.jsonl."""
 
 
 class UserError(ValueError):
-    """Base of everything that the command line reports in one paragraph, without a traceback, with `exit_code`.
+    """Base of the errors that the command line reports in one paragraph, without a traceback.
 
-    Attributes:
+    The message is "FIELD = VALUE: RULE REMEDY", in one line.
+
+    Args:
         field: the flag, key, file or quantity at fault.
-        value: what it held (None where the field itself is the fault).
-        rule: what was expected of it.
-        remedy: what the user can do.
+        value: its value; None where the field itself is at fault, which leaves " = VALUE" out.
+        rule: what the field breaks, a sentence that continues its name ("must be positive.").
+        remedy: what the user can do, a sentence; may be empty.
     """
 
-    kind = "error"
-    exit_code = 2
+    kind = "error"  # what the command line calls the error, before its message
+    exit_code = 2  # of the command line
 
     def __init__(self, field: str, value: object, rule: str, remedy: str = "") -> None:
         self.field, self.value, self.rule, self.remedy = field, value, rule, remedy
@@ -31,7 +33,7 @@ class UserError(ValueError):
         super().__init__(f"{field}{shown}: {rule}" + (f" {remedy}" if remedy else ""))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
-        # Errors cross process borders (Ray workers): rebuild from the four parts, not from the joined message.
+        # Errors are pickled from Ray workers to the driver: rebuild from the four parts, not from the joined message.
         return type(self), (self.field, self.value, self.rule, self.remedy)
 
 
@@ -48,19 +50,19 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, incomplete or belongs to something else."""
+    """A checkpoint is missing, incomplete, or belongs to another run, model or format."""
 
     kind = "checkpoint error"
 
 
 class TopologyError(UserError):
-    """The number of workers cannot be laid out as asked."""
+    """The number of workers does not fit the requested layout of replicas, shards and expert-parallel groups."""
 
     kind = "topology error"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy that names the nearest known spelling, or lists what there is when nothing is near."""
+    """A remedy for an unknown name: the most similar known name, or all known names where none is similar."""
     choices = sorted(known)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(choices)}."

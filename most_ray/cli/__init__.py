@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands, sweep_command
-from most_ray.cli.job_files import place_arguments
 from most_ray.cli.parser import Parser, remember_flags
 from most_ray.errors import UserError
 
@@ -36,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     try:
         args = build_parser().parse_args(argv)
-        place_arguments(args)
         return int(args.run(args))
     except UserError as error:
         print(f"most-ray: {error.kind}: {error}", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""What all commands share: the parser, and checks of what they write."""
+"""What all commands share: the parser, flags that are keys of the configuration, checks of outputs, and progress."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import track
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import placed
+from most_ray.cli.job_files import resolve_paths
 from most_ray.errors import ConfigError, nearest
 
-_TELL_S = 30.0  # between lines of progress in a log file
+_REPORT_S = 30.0  # seconds between lines of progress in a log file
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors name the nearest known flag or command; no abbreviations, so that a typo never becomes another flag."""
+    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         keywords["allow_abbrev"] = False
@@ -41,22 +41,38 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("command line", None, f"{message}.", f"See `{self.prog} --help`.")
 
     def flag_names(self) -> list[str]:
+        """Names of the flags, without their dashes."""
         return [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
 
 
 def add_command(where: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
-    """A command under a parser's subparsers."""
+    """Add a command under a parser's subparsers; `run` carries it out and returns its exit code."""
     command: Parser = where.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     return command
 
 
 def config_of(args: argparse.Namespace) -> configuration.RunConfig:
-    """The configuration of --config, overruled by flags; in a job, with its places."""
-    return placed(configuration.load_config(args.config, configuration.flag_values(args)))
+    """The configuration of --config, overruled by flags; in a job, with the paths that the job uses."""
+    return resolve_paths(configuration.load_config(args.config, configuration.flag_values(args)))
+
+
+def config_of_flags(args: argparse.Namespace, keys: Mapping[str, str]) -> configuration.RunConfig:
+    """The configuration of a command that has flags for some keys; `keys`: the key of each flag. In a job, with the paths that it uses.
+
+    Raises:
+        ConfigError: a value is of the wrong type or outside of its range; names the flag.
+    """
+    given = {key: getattr(args, flag) for flag, key in keys.items() if hasattr(args, flag)}
+    flags = {key: flag for flag, key in keys.items()}
+    try:
+        return resolve_paths(configuration.config_from(given))
+    except ConfigError as error:
+        raise ConfigError(flags.get(error.field, error.field), error.value, error.rule, error.remedy) from error
 
 
 def remember_flags(parser: Parser) -> None:
+    """Keep the names of a parser's flags, and of its commands', for errors that suggest the nearest one."""
     parser.set_defaults(known_flags=parser.flag_names())
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -65,30 +81,35 @@ def remember_flags(parser: Parser) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Before anything is done for it.
+    """Check the path of an output file before any work is done for it.
 
     Raises:
-        ConfigError: it is no local file's path.
+        ConfigError: it is a URI or a folder.
     """
-    if re.match(r"[a-z0-9]+:/", str(path)):
-        raise ConfigError("output", str(path), "is no local place.", "Name a file on this machine.")
+    check_local("output", path, "file")
     if path.is_dir():
         raise ConfigError("output", str(path), "is a folder.", "Name a file.")
 
 
+def check_local(flag: str, path: Path, what: str) -> None:
+    """Raises ConfigError for a URI, which would become a folder of that name here; `what` is to be named instead: "file", "folder"."""
+    if re.match(r"[a-z0-9]+:/", str(path)):
+        raise ConfigError(flag, str(path), "is not a local path.", f"Name a {what} on this machine.")
+
+
 def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterable[Any]:
-    """The items, with a bar on a terminal; in a log file a line now and then."""
+    """The items, with a progress bar on a terminal; in a log file, with a line every 30 s."""
     if console.is_terminal:
         return track(items, what, total=total, console=console)
-    return _told(items, what, total, console)
+    return _with_lines(items, what, total, console)
 
 
-def _told(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:
-    began = told = time.monotonic()
+def _with_lines(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:
+    began = reported = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - told >= _TELL_S and number < total:
-            told = now
+        if now - reported >= _REPORT_S and number < total:
+            reported = now
             left = (now - began) / number * (total - number)
             console.print(f"{what}: {number} of {total}, {left / 60:.0f} min left", highlight=False, soft_wrap=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from most_ray import config as configuration
-from most_ray.cli.parser import Parser, add_command, check_output, config_of, tracked
+from most_ray.cli.job_files import to_read, to_write
+from most_ray.cli.parser import Parser, add_command, check_local, check_output, config_of, tracked
 from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
 
@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     )
     units = add_command(prepare, "units", _units, "recordings with transcripts to ASR records")
     _corpus_flags(units)
-    units.add_argument("--output", type=Path, required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
-    units.add_argument("--kmeans", type=Path, help="centroids (.npy or .safetensors) to use")
+    units.add_argument("--output", type=to_write(Path), required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
+    units.add_argument("--kmeans", type=to_read(Path), help="centroids (.npy or .safetensors) to use")
     units.add_argument(
         "--fit_kmeans", metavar="K", help="fit K centroids to the selected recordings instead (auto: as many as they can tell)"
     )
@@ -39,21 +39,23 @@ def add(commands: Any) -> None:
 
     kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings")
     _corpus_flags(kmeans)
-    kmeans.add_argument("--output", type=Path, required=True, help="a .npy file, or .safetensors, which says what it was fitted on")
+    kmeans.add_argument(
+        "--output", type=to_write(Path), required=True, help="a .npy file, or .safetensors, which says what it was fitted on"
+    )
     kmeans.add_argument("--k", default="auto", help="centroids, at most 500 (default: auto, as many as the recordings can tell)")
     _fit_flags(kmeans)
 
     vocoder = add_command(prepare, "vocoder", _vocoder, "what makes records' units sound again, learned from their recordings")
     _corpus_flags(vocoder, features=False)
-    vocoder.add_argument("--records", type=Path, required=True, help="folder of `prepare units`; gets vocoder.safetensors")
+    vocoder.add_argument("--records", type=to_read(Path), required=True, help="folder of `prepare units`; gets vocoder.safetensors")
     vocoder.add_argument("--encoder", help="where the speech encoder of the units lies (default: where it lay when they were made)")
     vocoder.add_argument("--seconds", type=float, default=1800.0, help="of speech to learn from, at most (default: 1800)")
     vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of which recordings it hears (default: 0)")
 
     tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of those that --config lists")
     tts.add_argument("--config", type=Path, help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
-    tts.add_argument("--input_dir", type=Path, help="directory of ASR records")
-    tts.add_argument("--output_dir", type=Path, help="where the TTS records go")
+    tts.add_argument("--input_dir", type=to_read(Path), help="directory of ASR records")
+    tts.add_argument("--output_dir", type=to_write(Path), help="where the TTS records go")
     tts.add_argument("--dataset_name", help="goes into the records' metadata (default: the directory's name)")
     tts.add_argument("--file_pattern", default="*", help="which files to convert (default: *)")
 
@@ -67,7 +69,7 @@ def add(commands: Any) -> None:
 def _corpus_flags(parser: Parser, features: bool = True) -> None:
     layouts = ["folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
     parser.add_argument("--corpus", choices=layouts, default="folder", help="layout of the input (default: folder)")
-    parser.add_argument("--input", type=Path, required=True, help="the corpus")
+    parser.add_argument("--input", type=to_read(Path), required=True, help="the corpus")
     parser.add_argument(
         "--splits", nargs="+", default=[], help="splits of a published corpus to read (default: all; Common Voice: validated)"
     )
@@ -147,16 +149,10 @@ def _how_many(flag: str, text: str | None) -> int | None:
     return int(text)
 
 
-def _check_local(flag: str, folder: Path) -> None:
-    """A URI would become a folder of that name here."""
-    if re.match(r"[a-z0-9]+:/", str(folder)):
-        raise ConfigError(flag, str(folder), "is no local place.", "Name a folder on this machine.")
-
-
 def _units(args: argparse.Namespace) -> int:
     from most_ray.speech.units.prepare import prepare_units
 
-    _check_local("output", args.output)
+    check_local("output", args.output, "folder")
     try:
         perturb = tuple(float(speed) for speed in args.perturb.split(","))
     except ValueError as error:
@@ -224,7 +220,7 @@ def _tts(args: argparse.Namespace) -> int:
     else:
         conversions = [Conversion(args.input_dir, args.output_dir, args.dataset_name, args.file_pattern)]
     for conversion in conversions:
-        _check_local("output_dir", conversion.output_dir)
+        check_local("output_dir", conversion.output_dir, "folder")
     for conversion in conversions:
         counts = prepare_tts(conversion)
         print(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")

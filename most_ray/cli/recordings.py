@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from most_ray import config as configuration
+from most_ray.cli.job_files import resolve_paths, to_read
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.records.files import PREPARED
@@ -33,7 +34,9 @@ _PASSES, _FEWEST_STEPS, _MOST_STEPS = 12, 300, 5000  # over the ASR records; wha
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from recordings")
-    group.add_argument("--from_audio", type=Path, metavar="DIR", help="recordings with transcripts: units, records, both tasks, a run")
+    group.add_argument(
+        "--from_audio", type=to_read(Path), metavar="DIR", help="recordings with transcripts: units, records, both tasks, a run"
+    )
     layouts = ["folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
     group.add_argument("--corpus", choices=layouts, help="layout of from_audio (default: what its files look like)")
     group.add_argument("--features", help="under its units; see `most-ray prepare units --help` (default: mfcc)")
@@ -62,10 +65,10 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
         raise DataError("from_audio", str(args.from_audio), "is no folder.", "Check the path.")
     layout = args.corpus or guess_layout(args.from_audio)
     name = str(flags.get("name") or re.sub(r"[^A-Za-z0-9_-]", "_", args.from_audio.absolute().name) or "run")
-    output = str(flags.get("output_dir") or configuration.CheckpointOptions.output_dir)
+    run_config = resolve_paths(configuration.config_from({**flags, "name": name}))  # a wrong flag is reported before hours of work
+    output = run_config.output_dir
     if storage.is_remote(output):
         raise ConfigError("output_dir", storage.redact(output), "is not on this machine, where records are made.", "Name a local folder.")
-    configuration.config_from({**flags, "name": name})  # a wrong flag of the run is told before hours of work
     data = Path(output) / f"{name}-data"
     division, hours = _divide(args.from_audio, layout)
     print(f"{args.from_audio}: {layout}, {division.words}\n")

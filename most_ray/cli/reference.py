@@ -6,54 +6,56 @@ Both texts depend on the code alone: neither on the width of a terminal nor on t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
-import typing
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from most_ray import config as configuration
 from most_ray.cli import build_parser
-from most_ray.sweep.options import SweepOptions
+from most_ray.options import Option, options_of
+from most_ray.sweep.options import SWEEP_OPTIONS, SweepOptions
 
 _DEFAULT = re.compile(r" \(default: (?P<text>.*)\)$")
 _CONFIGURATION_PAGE = "configuration.md"
 _TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+_SWEEPS = {"varies": "yes", "adapts": "yes, also during training", "shared": "no"}
 
 
 def configuration_markdown() -> str:
     """Every key of a run's configuration and of a sweep's, by section: its values, its default and its meaning."""
-    lines = ["# Configuration", ""]
-    lines += [
-        "Every key can stand in a run's YAML file, and every key is also a flag of the same name: `learning_rate: 1.0e-4` in the file is "
-        "`--learning_rate 1e-4` on the command line. Flags overrule the file. An unknown key is an error.",
-        "",
-    ]
+    lines = ["# Configuration", "", " ".join(_INTRODUCTION.split()), ""]
     for section in configuration.SECTIONS:
-        lines += _section(section)
-    lines += _section(SweepOptions)
+        lines += _section(section, options_of(section), in_sweeps=True)
+    lines += _section(SweepOptions, SWEEP_OPTIONS, in_sweeps=False)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(section: type) -> Iterator[str]:
-    hints = typing.get_type_hints(section)
+_INTRODUCTION = """
+Every key can stand in a run's YAML file, and every key is also a flag of the same name: `learning_rate: 1.0e-4` in the file is
+`--learning_rate 1e-4` on the command line. Flags overrule the file. An unknown key is an error. The column "Sweep" says whether the trials
+of a sweep may differ in a key; population based training may change some of them during training, too. Wherever the program writes a path
+or a URI down, it leaves out the credentials that these can hold.
+"""
+
+
+def _section(section: type, options: Mapping[str, Option], in_sweeps: bool) -> Iterator[str]:
     yield from (f"## {section.__name__.removesuffix('Options')}", "", str(section.__doc__), "")
     rows = []
-    for field in dataclasses.fields(section):
-        meaning, default = _split_default(field.metadata["help"], field.default)
-        rows.append((f"`{field.name}`", _values(hints[field.name]), default, meaning))
-    yield from _table(("Key", "Values", "Default", "Meaning"), rows)
+    for option in options.values():
+        meaning, default = _split_default(option.help, option.default)
+        rows.append([f"`{option.name}`", _values(option), default, *([_SWEEPS[option.sweep]] if in_sweeps else []), meaning])
+    yield from _table(("Key", "Values", "Default", *(["Sweep"] if in_sweeps else []), "Meaning"), rows)
     yield ""
 
 
-def _values(hint: Any) -> str:
-    """A type in words, or its choices."""
-    inner = [each for each in typing.get_args(hint) if each is not type(None)] if type(None) in typing.get_args(hint) else [hint]
-    if typing.get_origin(inner[0]) is Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(inner[0]))
-    if typing.get_origin(inner[0]) is tuple:
-        return f"list of {_TYPES[typing.get_args(inner[0])[0]]}s"
-    return _TYPES[inner[0]]
+def _values(option: Option) -> str:
+    """An option's type in words, or its choices; its range, or what its path is for."""
+    if option.choices:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    if option.location:
+        return f"{option.location.words}; {'written' if option.location.access == 'write' else 'read'}"
+    kind = f"list of {_TYPES[option.type]}s" if option.many else _TYPES[option.type]
+    return f"{kind}, {option.range.words}" if option.range else kind
 
 
 def _split_default(text: str, default: Any) -> tuple[str, str]:

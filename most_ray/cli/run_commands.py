@@ -15,6 +15,7 @@ from rich.console import Console
 
 from most_ray import config as configuration
 from most_ray.cli import recordings
+from most_ray.cli.job_files import to_read, to_write
 from most_ray.cli.parser import add_command, check_output, config_of
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
@@ -24,8 +25,8 @@ def add(commands: Any) -> None:
     init = add_command(commands, "init-model", _init_model, "a starting model with its tokenizer")
     init.add_argument("--preset", help="size of a new model (tiny)")
     init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
-    init.add_argument("--records", type=Path, nargs="+", default=[], help="directories of records whose text the tokenizer learns")
-    init.add_argument("--output", type=Path, required=True, help="where the model goes")
+    init.add_argument("--records", type=to_read(Path), nargs="+", default=[], help="directories of records whose text the tokenizer learns")
+    init.add_argument("--output", type=to_write(Path), required=True, help="where the model goes")
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
 
     train = add_command(commands, "train", _train, "a training run in OUTPUT_DIR/NAME; the same name resumes")
@@ -49,11 +50,11 @@ def add(commands: Any) -> None:
 
     report = add_command(commands, "report", _report, "a page to look at: one run, several side by side, or a sweep")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
-    report.add_argument("--output", type=Path, help="HTML file (default: RUN/report.html; for several runs report.html)")
+    report.add_argument("--output", type=to_write(Path), help="HTML file (default: RUN/report.html; for several runs report.html)")
 
     export = add_command(commands, "export", _export, "a checkpoint to Hugging Face layout")
-    export.add_argument("--checkpoint", required=True, help="a step-... folder of a run's checkpoints/")
-    export.add_argument("--output", type=Path, required=True, help="where the model goes")
+    export.add_argument("--checkpoint", type=to_read(str), required=True, help="a step-... folder of a run's checkpoints/")
+    export.add_argument("--output", type=to_write(Path), required=True, help="where the model goes")
 
 
 def _init_model(args: argparse.Namespace) -> int:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
-from most_ray.cli.parser import Parser, add_command, check_output
+from most_ray.cli.job_files import to_read, to_write
+from most_ray.cli.parser import Parser, add_command, check_output, config_of_flags
 from most_ray.errors import CheckpointError, ConfigError, DataError, RecordError
 from most_ray.io import storage
+from most_ray.options import add_flag
 from most_ray.records.files import UNITS_MANIFEST
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 32  # recordings
 _PROMPT = 64  # tokens of a prompt beside its speech, and of a short answer
+_KEYS = {key: key for key in ("num_beams", "max_new_tokens", "max_new_units")}  # flags that are keys of the configuration
 _NO_KIT = "Name the folder of the records that it was trained on: --speech DIR."
 
 
@@ -34,26 +37,29 @@ def add(commands: Any) -> None:
     hear.add_argument("--encoder", help="where the speech encoder of its units lies (default: where it lay when they were made)")
     hear.add_argument("--one_speaker", action="store_true", help="the recordings are of one speaker: its voice is learned from all of them")
     hear.add_argument("--max_seconds", type=float, default=120.0, help="what is longer is refused (default: 120)")
-    hear.add_argument("--output", type=Path, help="JSON Lines file for {file, text, units, ended} (default: text to the screen)")
+    hear.add_argument("--output", type=to_write(Path), help="JSON Lines file for {file, text, units, ended} (default: text to the screen)")
 
     speak = add_command(commands, "synthesize", _synthesize, "text, or units, to a recording by a model and its vocoder")
     what = speak.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="what to say")
     what.add_argument("--units", help="speech as units to be heard as they are, as [Hu7][Hu90]")
-    what.add_argument("--records", help="directory of ASR or TTS records whose speech is to be heard: a file each in the folder OUTPUT")
+    what.add_argument(
+        "--records", type=to_read(str), help="directory of ASR or TTS records whose speech is to be heard: a file each in the folder OUTPUT"
+    )
     _model_flags(speak, optional=True)
-    speak.add_argument("--vocoder", help="a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)")
+    speak.add_argument(
+        "--vocoder", type=to_read(str), help="a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)"
+    )
     speak.add_argument("--limit", type=int, help="with records: no more than so many")
-    speak.add_argument("--output", type=Path, required=True, help="WAV or FLAC file (with records: a folder)")
+    speak.add_argument("--output", type=to_write(Path), required=True, help="WAV or FLAC file (with records: a folder)")
 
 
 def _model_flags(parser: Parser, optional: bool = False) -> None:
-    default = configuration.EvaluationOptions()
-    parser.add_argument("--model", required=not optional, help="model folder or checkpoint" + " (not needed for units)" * optional)
+    text = "model folder or checkpoint" + " (not needed for units)" * optional
+    parser.add_argument("--model", type=to_read(str), required=not optional, help=text)
     parser.add_argument("--speech", metavar="DIR", help="folder with units.json and kmeans.npy (default: the model's own)")
-    parser.add_argument("--num_beams", type=int, default=default.num_beams, help=f"beams of the search (default: {default.num_beams})")
-    parser.add_argument("--max_new_tokens", type=int, default=default.max_new_tokens, help="length cap of a text (default: 256)")
-    parser.add_argument("--max_new_units", type=int, default=default.max_new_units, help="length cap of speech (default: 1500)")
+    for key in _KEYS:
+        add_flag(parser, configuration.OPTIONS[key])
 
 
 def _transcribe(args: argparse.Namespace) -> int:
@@ -205,13 +211,9 @@ def _speech_of(directory: str, limit: int | None) -> Iterator[tuple[str, list[in
 
 
 def _limits(args: argparse.Namespace) -> GenerationOptions:
-    from most_ray.evaluation.decode import SearchOptions
     from most_ray.evaluation.generate import GenerationOptions
 
-    for name in ("num_beams", "max_new_tokens", "max_new_units"):
-        if getattr(args, name) < 1:
-            raise ConfigError(name, getattr(args, name), "must be at least 1.")
-    return GenerationOptions(SearchOptions(num_beams=args.num_beams), args.max_new_tokens, args.max_new_units)
+    return GenerationOptions.of(config_of_flags(args, _KEYS))
 
 
 def _kit_folder(args: argparse.Namespace) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import placed
+from most_ray.cli.job_files import resolve_paths
 from most_ray.cli.parser import add_command
 
 
@@ -33,7 +33,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from most_ray.sweep.options import flag_values, load_sweep
 
     sweep = load_sweep(args.config, flag_values(args))
-    run = placed(sweep.run)
+    run = resolve_paths(sweep.run)
     sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
     from most_ray.service.tune.runner import run_sweep
 

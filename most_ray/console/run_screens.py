@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -48,13 +49,27 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     }
     for name, text in rows.items():
         _say(console, f"  {name:<11} {text}")
-    table = Table(title=f"Mix (shares of {'records' if job.plan.weight_unit == 'rows' else 'tokens'})")
+    table = Table(title=f"Mix (shares of {job.plan.weight_unit})")
     for heading in ("source", "records", "tokens", "share", "passes in this run"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
     for store, (name, part) in zip(plan.stores, mix.items(), strict=True):
         passes = part["records"] / max(1, len(store))
         table.add_row(name, f"{len(store):,}", f"{store.manifest['n_tokens']:,}", f"{part['target']:.1%}", f"{passes:.2f}")
     console.print(table)
+
+
+def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
+    """When and where a run is evaluated, for the first screen; None where it has no validation sets. `inline`: by the training workers."""
+    config = prepared.job.config
+    if not prepared.job.has_validation:
+        return None
+    when = f"every {config.eval_steps} steps and at the end" if config.eval_steps else "at the end"
+    if inline:
+        return f"{when}, in between steps on the training workers"
+    shared = f"sharing the {os.cpu_count() or 1} CPUs"
+    where = f"on {config.eval_gpus:g} GPUs" if config.eval_gpus else "on CPUs" if prepared.use_gpu else shared
+    tasks = f" in {config.eval_workers} tasks" if config.eval_workers > 1 else ""
+    return f"{when}, beside training{tasks}, {where}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from most_ray.config import Overlong
 from most_ray.data.store import (
     PART_FILES,
     SCRATCH,
@@ -44,7 +45,6 @@ from most_ray.records.record import Record, Task, parse_records
 from most_ray.records.template import EncodedRecord, Vocabulary, encode_records
 
 logger = logging.getLogger(__name__)
-Overlong = Literal["reject", "set_aside", "split"]
 RANGE = MAX_RECORD  # bytes of a part's range; no record reaches further than the next one
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the cache
 _READERS = 16  # parts read at once: on object stores it is the waiting that takes long
@@ -59,7 +59,7 @@ class Recipe:
     task: Task
     vocabulary: Vocabulary
     max_seq_length: int
-    overlong: Overlong = "reject"
+    overlong: Overlong
 
     def fingerprint(self) -> dict[str, Any]:
         return {

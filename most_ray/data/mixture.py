@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, lru_cache
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from most_ray.config import WeightUnit
 from most_ray.data.shuffle import CountedSource, ShuffledSource
 
 logger = logging.getLogger(__name__)
@@ -324,14 +325,12 @@ class Mixture:
 
     Args:
         weights: integer weights of the sources (see `integer_weights`).
-        lengths: tokens of each source's records, integers (records,) each; only their number matters in rows.
+        lengths: tokens of each source's records, integers (records,) each; only their number matters where shares are of records.
         seed: of the shuffles.
         unit: what shares are of.
     """
 
-    def __init__(
-        self, weights: tuple[int, ...], lengths: Sequence[np.ndarray], seed: int, unit: Literal["rows", "tokens"] = "rows"
-    ) -> None:
+    def __init__(self, weights: tuple[int, ...], lengths: Sequence[np.ndarray], seed: int, unit: WeightUnit) -> None:
         if min(weights) <= 0 or len(weights) != len(lengths):
             raise ValueError(f"{len(lengths)} sources need as many positive weights, not {weights}")
         self.weights, self.seed, self.unit = weights, seed, unit
@@ -340,7 +339,7 @@ class Mixture:
         reduced = tuple(weight // math.gcd(*weights) for weight in weights)
         k = len(weights)
         self._order: _Pattern | _Merged
-        if unit == "rows" and sum(reduced) <= MAX_PERIOD:
+        if unit == "records" and sum(reduced) <= MAX_PERIOD:
             self._order, bound = _Pattern(reduced), 1 - Fraction(1, 2 * k - 2) if k > 1 else Fraction(0)
         else:
             tree, bound = merge_tree(reduced)

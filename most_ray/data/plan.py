@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from most_ray.config import RunConfig
+from most_ray.config import RunConfig, WeightUnit
 from most_ray.data.mixture import MIXTURE_VERSION, Mixture, integer_weights
 from most_ray.data.noise import NO_NOISE, UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
@@ -36,8 +36,8 @@ class PlanSpec:
     seed: int
     global_batch_size: int
     max_seq_length: int
+    weight_unit: WeightUnit
     noise: UnitNoise = NO_NOISE
-    weight_unit: Literal["rows", "tokens"] = "rows"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Plan:
             "sources": [[store.name, store.task, store.manifest["content"]] for store in self.stores],
             "vocabulary": self.stores[0].manifest["vocabulary"],
             "weights": list(self.spec.weights),
-            "weight_unit": self.spec.weight_unit,
+            "weight_unit": "rows" if self.spec.weight_unit == "records" else "tokens",  # as in checkpoints of earlier versions
             "mixture": MIXTURE_VERSION,
             "seed": self.spec.seed,
             "global_batch_size": self.spec.global_batch_size,
@@ -148,7 +148,7 @@ class Plan:
         count, beside the share that was asked for."""
         n = step * self.spec.global_batch_size
         counts, tokens = self.mixture.counts(n), self.mixture.tokens(n)
-        amounts = counts if self.spec.weight_unit == "rows" else tokens
+        amounts = counts if self.spec.weight_unit == "records" else tokens
         total, weights = max(1, int(amounts.sum())), sum(self.spec.weights)
         return {
             name: {"records": int(c), "tokens": int(t), "share": round(int(a) / total, 9), "target": round(w / weights, 9)}
@@ -238,7 +238,7 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
     weights: list[Fraction] = []
     for task in ("asr", "tts", "text"):
         of_kind = [store for store in stores if store.task == task]
-        sizes = [len(store) if config.weight_unit == "rows" else store.manifest["n_tokens"] for store in of_kind]
+        sizes = [len(store) if config.weight_unit == "records" else store.manifest["n_tokens"] for store in of_kind]
         given = getattr(config, f"train_{task}_weights") or sizes
         parts = [Fraction(str(weight)) for weight in given]
         weights += [shares[task] * part / sum(parts, Fraction(0)) for part in parts]
@@ -260,8 +260,8 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size
         seed=config.seed,
         global_batch_size=global_batch_size,
         max_seq_length=config.max_seq_length,
-        noise=_noise(config, stores),
         weight_unit=config.weight_unit,
+        noise=_noise(config, stores),
     )
 
 

@@ -12,7 +12,7 @@ class BeamSearch:
     The search ends when W hypotheses have ended and the best beam, with no further loss, would not beat the worst of them; or at the cap.
     """
 
-    def __init__(self, width: int, stops: Sequence[int], cap: int, length_penalty: float = 1.0) -> None:
+    def __init__(self, width: int, stops: Sequence[int], cap: int, length_penalty: float) -> None:
         self._width, self._stops, self._cap, self._penalty = width, frozenset(stops), cap, length_penalty
         self._beams: list[tuple[float, list[int]]] = [(0.0, [])]
         self._ended: list[tuple[float, list[int], int | None]] = []

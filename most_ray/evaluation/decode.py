@@ -20,11 +20,11 @@ from most_ray.records.template import PADDING
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """num_beams 1: greedy. batch_size: records at once. length_penalty: see `beam.BeamSearch`."""
+    """How outputs are searched for."""
 
-    batch_size: int = 64
-    num_beams: int = 1
-    length_penalty: float = 1.0
+    batch_size: int  # records at once
+    num_beams: int  # 1: greedy
+    length_penalty: float  # see `beam.Beams`
 
 
 @dataclass(frozen=True)

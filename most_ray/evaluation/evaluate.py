@@ -70,7 +70,7 @@ def open_sets(
     named: list[tuple[Task, str]] = [(task, directory) for task in TASKS for directory in getattr(directories, task)]
     # A record that the model can read is scored, however long the rows of training were.
     limit = config.max_position_embeddings
-    stores = [ingest_directory(directory, Recipe(task, vocabulary, limit), store_root) for task, directory in named]
+    stores = [ingest_directory(directory, Recipe(task, vocabulary, limit, "reject"), store_root) for task, directory in named]
     check_rejected(stores, settings.max_rejected_fraction, storage.join(str(store_root), REJECTED))
     check_units(config, one_unit_identity(stores), uri)
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])

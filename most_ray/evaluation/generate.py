@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from most_ray.config import EvaluationOptions
 from most_ray.errors import DataError
 from most_ray.evaluation.decode import Forward, SearchOptions, decode
 from most_ray.records.record import ASR_INSTRUCTION, TTS_INSTRUCTION, Record
@@ -20,8 +21,14 @@ class GenerationOptions:
     """How outputs are searched for, and how long they may get; see config.EvaluationOptions."""
 
     search: SearchOptions
-    max_new_tokens: int = 256
-    max_new_units: int = 1500
+    max_new_tokens: int
+    max_new_units: int
+
+    @classmethod
+    def of(cls, options: EvaluationOptions) -> GenerationOptions:
+        """Those of a configuration."""
+        search = SearchOptions(options.eval_batch_size, options.num_beams, options.length_penalty)
+        return cls(search, options.max_new_tokens, options.max_new_units)
 
 
 @dataclass(frozen=True)

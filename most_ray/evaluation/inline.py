@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from most_ray.config import RunConfig
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.evaluation.decode import Forward
@@ -20,6 +21,7 @@ from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.model.configuration import MostConfig
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
+from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import load_tokenizer
 from most_ray.speech.units.assets import find_assets, read_units_manifest
 from most_ray.speech.vocoder.unit_vocoder import open_vocoder
@@ -27,15 +29,21 @@ from most_ray.speech.vocoder.unit_vocoder import open_vocoder
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """workers: tasks that share the records out, each with the whole model; gpus: of each; training_threads: of all
-    training workers on a node."""
+    """What is evaluated, and by how many tasks."""
 
     directories: Directories
     settings: EvaluationSettings
-    store_dir: str
-    workers: int = 1
-    gpus: float = 0.0
-    training_threads: int = 0
+    store_dir: str  # of the token stores
+    workers: int  # tasks that share the records out, each with the whole model
+    gpus: float  # of each task
+    training_threads: int = 0  # of all training workers on a node
+
+    @classmethod
+    def of(cls, config: RunConfig, training_threads: int = 0) -> EvaluationJob:
+        """How a run's validation sets are scored."""
+        directories = Directories(*(tuple(map(storage.absolute, config.directories("val", task))) for task in TASKS))
+        settings = EvaluationSettings.of(config)
+        return cls(directories, settings, config.store_uri, config.eval_workers, config.eval_gpus, training_threads)
 
     def sets(self, config: MostConfig, tokenizer: Any, uri: str) -> list[EvaluationSet]:
         return open_sets(config, tokenizer, uri, self.directories, self.settings, self.store_dir)

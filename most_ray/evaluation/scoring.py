@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from most_ray.config import RunConfig
 from most_ray.data.store import TokenStore
 from most_ray.errors import DataError
 from most_ray.evaluation.decode import Forward, SearchOptions, count_routing
 from most_ray.evaluation.generate import GenerationOptions, decode_text, synthesize_prompts, transcribe_prompts, transcribe_units
 from most_ray.evaluation.hypotheses import Row, add_normalised, is_looping
 from most_ray.evaluation.wer import Normaliser
+from most_ray.io import storage
 from most_ray.records.files import read_raw, record_files
 from most_ray.records.record import ASR_INSTRUCTION, N_UNITS, Record, Task, parse_records
 from most_ray.records.template import IGNORE, split_prompt, units_of
@@ -27,17 +29,33 @@ Recogniser = Callable[[Sequence[Sequence[int]]], list[str]]  # units of many utt
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How records are decoded and compared; see config.EvaluationOptions."""
+    """How records are decoded and compared; see config.EvaluationOptions. Written to the first line of hypotheses.jsonl."""
 
-    batch_size: int = 64
-    max_new_tokens: int = 256
-    max_new_units: int = 1500
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    normaliser: Normaliser = "basic"
-    max_rejected_fraction: float = 0.01
-    recogniser: str | None = None
-    vocoder: str | None = None
+    batch_size: int
+    max_new_tokens: int
+    max_new_units: int
+    num_beams: int
+    length_penalty: float
+    normaliser: Normaliser
+    max_rejected_fraction: float
+    recogniser: str | None
+    vocoder: str | None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> EvaluationSettings:
+        """Those of a configuration; its local paths become absolute, since tasks have another working directory."""
+        recogniser, vocoder = (uri and storage.absolute_if_exists(uri) for uri in (config.recogniser, config.vocoder))
+        return cls(
+            config.eval_batch_size,
+            config.max_new_tokens,
+            config.max_new_units,
+            config.num_beams,
+            config.length_penalty,
+            config.normaliser,
+            config.max_rejected_fraction,
+            recogniser,
+            vocoder,
+        )
 
     @property
     def limits(self) -> GenerationOptions:

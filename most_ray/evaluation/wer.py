@@ -12,13 +12,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jiwer
 import numpy as np
 
-Normaliser = Literal["none", "basic", "whisper-english"]
-NORMALISERS: tuple[Normaliser, ...] = ("none", "basic", "whisper-english")
+from most_ray.config import Normaliser
+
+NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
 RESAMPLES = 1000
 _CHUNK = 1 << 22  # records drawn at once: memory does not grow with the set
 

@@ -1,7 +1,7 @@
-"""JSON values out of a byte stream, one by one, in every form that users have: a list, `{"data": [...]}`, one object, JSON Lines.
+"""Reads JSON values from a byte stream one by one, in every form that users have: a list, `{"data": [...]}`, one object, JSON Lines.
 
-Memory does not grow with the stream. What is broken comes as a `RecordError` in place of the value, and reading goes on behind it:
-the good records around a bad one are kept.
+Memory does not grow with the stream. In place of a broken value the iterators yield a `RecordError`, and reading continues after it: the
+good records around a bad one are kept.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ import orjson
 
 from most_ray.errors import RecordError
 
-MAX_RECORD = 64 << 20  # bytes of one JSON value; a longer one is set aside
-_CHUNK = 1 << 18
-_TRIES = 4  # closing braces tried by the fast parser before the object's end is looked for
-_SEARCHED = 16 << 20  # bytes parsed in vain behind one damage; then only what follows a closed value is taken for a record
+MAX_RECORD = 64 << 20  # bytes of one JSON value; a longer one is rejected
+_CHUNK = 1 << 18  # bytes read at once at least
+_TRIES = 4  # closing braces at which the fast parser is tried before the object's end is found by counting braces
+_SEARCHED = 16 << 20  # bytes parsed without success after one damage; from then on records are found after a closed value only
 _SPACE = re.compile(rb"[ \t\r\n]*")
 _KEY = re.compile(rb'"((?:[^"\\]|\\.)*)"[ \t\r\n]*:[ \t\r\n]*')
-_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)
-_RECORD = re.compile(rb'\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:')
-_RECORD_BEHIND = re.compile(rb'(?<=[}\]])[ \t\r\n]*,?[ \t\r\n]*\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:')
+_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}]', re.DOTALL)  # strings, and braces outside of them
+_RECORD_START = rb'\{[ \t\r\n]*"(?:id|instruction|input|output|metadata)"[ \t\r\n]*:'
+_RECORD = re.compile(_RECORD_START)
+_RECORD_AFTER = re.compile(rb"(?<=[}\]])[ \t\r\n]*,?[ \t\r\n]*" + _RECORD_START)  # after a closed value
 _RECORD_KEYS = ("id", "instruction", "input", "output")
 
 
-class _Bytes:
-    """A window onto a stream: `data[position:]` is what has not been taken yet, `base` the offset of data[0] in the stream."""
+class _Window:
+    """The part of a stream that is in memory: `data[position:]` is not consumed yet; `base` is the offset of data[0] in the stream."""
 
     def __init__(self, stream: BinaryIO, start: int = 0) -> None:
         self._stream = stream
         self.data, self.position, self.base = b"", 0, start
-        self.ended = False
+        self.ended = False  # whether the stream has been read to its end
         self.damage: str | None = None  # why a compressed stream ended early
 
     @property
     def offset(self) -> int:
+        """Offset in the stream of the next byte."""
         return self.base + self.position
 
     def more(self) -> bool:
-        """Read on; False at the end. The taken part is dropped, and chunks grow with the value that is being waited for."""
+        """Read more of the stream; False at its end. The consumed part is dropped; chunks grow with the value that is incomplete."""
         if self.ended:
             return False
         size = max(_CHUNK, len(self.data) - self.position)
@@ -60,7 +62,7 @@ class _Bytes:
         return True
 
     def skip_space(self) -> int:
-        """The next byte that is no space, not taken; -1 at the end."""
+        """Consume white space. Returns the byte after it, which is not consumed; -1 at the end."""
         while True:
             match = _SPACE.match(self.data, self.position)
             assert match is not None
@@ -77,11 +79,15 @@ def open_compressed(stream: BinaryIO) -> BinaryIO:
 
 
 def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, object]]:
-    """`(byte, value)` of every line of JSON Lines that begins in start..stop-1, blank ones aside. The stream stands at `start`, or,
-    where start > 0, at start - 1: a line that began before belongs to the range before."""
-    source = _Bytes(stream, max(0, start - 1))
-    skipping = start > 0  # up to the end of a line: the one that began before, or one that is too long
-    too_long: int | None = None
+    """Yield `(byte, value)` for every line of JSON Lines that begins in start..stop-1, except blank ones.
+
+    Args:
+        stream: positioned at `start`, or at start - 1 where start > 0: a line that began before `start` belongs to the range before.
+        start, stop: byte offsets in the stream; None is its end.
+    """
+    source = _Window(stream, max(0, start - 1))
+    skipping = start > 0  # to the end of a line: one that began before `start`, or one that is too long
+    too_long: int | None = None  # offset of the line that is too long
     while source.more() or source.position < len(source.data):
         data, position = source.data, source.position
         while True:
@@ -114,10 +120,11 @@ def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Ite
 
 
 def _line_value(line: bytes, begin: int) -> object:
+    """The value of a line at offset `begin`, or a RecordError."""
     try:
         return _parse(line)
     except orjson.JSONDecodeError:
-        pass  # NaN, half surrogate pairs, a byte order mark: the exact parser decides
+        pass  # it may be valid for `json`, which accepts NaN, half surrogate pairs and a byte order mark
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -126,7 +133,7 @@ def _line_value(line: bytes, begin: int) -> object:
 
 
 def _parse(text: bytes) -> Any:
-    """orjson's value; json's where an id is a number that orjson would round."""
+    """The value by orjson, or by json where the id is a number that orjson would round."""
     value = orjson.loads(text)
     if type(value) is dict and type(value.get("id")) is float:
         return json.loads(text)
@@ -134,26 +141,30 @@ def _parse(text: bytes) -> Any:
 
 
 def read_values(stream: BinaryIO) -> Iterator[tuple[int, object]]:
-    """`(byte, value)` of the records of a stream: the elements of a list, the elements of an object's "data" list, or objects that
-    follow one another."""
-    source = _Bytes(stream)
+    """Yield `(byte, value)` for the records of a stream: the elements of a list, the elements of an object's "data" list, or objects
+    that follow one another."""
+    source = _Window(stream)
     if source.more() and source.data.startswith(b"\xef\xbb\xbf"):
         source.position = 3
-    yield from _Reader(source).values()
+    yield from _ValueReader(source).values()
     if source.damage:
         yield source.offset, RecordError(source.damage)
 
 
-class _Reader:
-    """A recursive-descent reader of the top levels; records themselves are parsed by orjson, in one call each."""
+class _ValueReader:
+    """A recursive-descent reader of the top levels; each record is parsed by one call of orjson.
 
-    def __init__(self, source: _Bytes) -> None:
+    In its methods "consume" means that the window's position moves past a value.
+    """
+
+    def __init__(self, source: _Window) -> None:
         self._source = source
-        self._recovering = False  # behind damage at the top level, list punctuation may stand alone
-        self._lost = False  # the end was reached inside a list or in search of a whole record, and that was told
-        self._entered = self._closed = False  # of an object around records: its "data", its end
+        self._recovering = False  # after damage at the top level, where list punctuation may appear alone
+        self._lost = False  # the end was reached inside a list or in search of a whole record, and that was reported
+        self._entered = self._closed = False  # of an object around records: whether its "data", its end have been read
 
     def values(self) -> Iterator[tuple[int, object]]:
+        """Yield `(byte, value)` for all records of the stream."""
         source = self._source
         if source.skip_space() < 0 and not source.damage:
             yield 0, RecordError("is not JSON at byte 0 (the file is empty)")
@@ -174,7 +185,7 @@ class _Reader:
                 yield begin, value
 
     def _list(self) -> Iterator[tuple[int, object]]:
-        """Elements up to and with the closing bracket."""
+        """Yield the elements of a list whose opening bracket is consumed; its closing bracket is consumed too."""
         source, first = self._source, True
         while True:
             byte = source.skip_space()
@@ -182,8 +193,8 @@ class _Reader:
                 source.position += 1
                 return
             if byte < 0:
-                told, self._lost = source.damage or self._lost, True
-                if not told:
+                reported, self._lost = source.damage or self._lost, True
+                if not reported:
                     yield source.offset, RecordError(f"is not JSON at byte {source.offset} (the file ends inside a list)")
                 return
             if not first:
@@ -201,15 +212,17 @@ class _Reader:
                 value = self._exact(begin)
                 if isinstance(value, RecordError):
                     value = self._resume(value)
-                    first = True  # what follows stands behind no comma
+                    first = True  # no comma is due before the next value
                 elif isinstance(value, list):
                     value = RecordError("is a JSON list, not an object")
             if not (isinstance(value, RecordError) and source.damage):
                 yield begin, value
 
     def _object(self, budget: int | None = None) -> dict[str, Any] | None:
-        """The object that begins here, taken; None where it is broken or longer than `budget`. A slice that parses is the object: no
-        proper prefix of a JSON object is one."""
+        """Consume the object that begins here; None, with nothing consumed, where it is broken or longer than `budget` bytes.
+
+        A slice up to some closing brace that parses is the object, since no proper prefix of a JSON object is one.
+        """
         source = self._source
         budget = MAX_RECORD if budget is None else budget
         seek = source.position
@@ -232,7 +245,7 @@ class _Reader:
         return None if length is None else self._taken(source.position + length)
 
     def _taken(self, end: int) -> dict[str, Any] | None:
-        """The object up to `end`, taken, where it is one."""
+        """Consume the bytes up to `end` if they are an object, else return None."""
         source = self._source
         try:
             value = _parse(source.data[source.position : end])
@@ -242,7 +255,7 @@ class _Reader:
         return cast("dict[str, Any]", value)
 
     def _length(self, budget: int) -> int | None:
-        """Bytes of the object that begins here, by its braces outside strings; None where they do not close within `budget`."""
+        """Bytes of the object that begins here, by counting braces outside strings; None where they do not close within `budget` bytes."""
         source, depth, done = self._source, 0, 0
         while True:
             for match in _MARKS.finditer(source.data, source.position + done):
@@ -258,7 +271,8 @@ class _Reader:
                 return None
 
     def _exact(self, begin: int) -> object:
-        """The value that begins here by the exact parser, taken; a RecordError that says where it breaks, with nothing taken."""
+        """Consume the value that begins here, at offset `begin`, by the exact parser (json); or return a RecordError that says where it
+        is broken, with nothing consumed."""
         source, window = self._source, 1 << 12
         while True:
             while len(source.data) - source.position < window and source.more():
@@ -270,7 +284,7 @@ class _Reader:
             except RecursionError:
                 return RecordError(f"is not JSON at byte {begin} (nested too deeply)")
             except json.JSONDecodeError as error:
-                # Where the window cuts the value, only a longer one can tell what is wrong with it.
+                # Where the window cuts the value off, only a longer one shows what is wrong with it.
                 if not whole and (error.pos > len(text) - 64 or "Unterminated string" in error.msg):
                     if window > MAX_RECORD:
                         return RecordError(f"is longer than {MAX_RECORD >> 20} MiB")
@@ -281,19 +295,19 @@ class _Reader:
             except ValueError as error:  # a number of thousands of digits
                 return RecordError(f"is not JSON at byte {begin} ({error})")
             if end == len(text) and not whole and window <= MAX_RECORD:
-                window *= 4  # a number may go on
+                window *= 4  # a number may continue
                 continue
             source.position += len(text[:end].encode("utf-8", "surrogateescape"))
             return value
 
     def _resume(self, error: RecordError) -> RecordError:
-        """Skip to the next place where a whole record stands. Returns the error with what was skipped."""
+        """Skip to the beginning of the next whole record. Returns the error, completed by the number of skipped bytes."""
         source = self._source
         begin = source.offset
         source.position += 1
         spent = 0
         while True:
-            match = (_RECORD if spent < _SEARCHED else _RECORD_BEHIND).search(source.data, source.position)
+            match = (_RECORD if spent < _SEARCHED else _RECORD_AFTER).search(source.data, source.position)
             if match is None:
                 source.position = max(source.position, len(source.data) - 64)  # a brace and its key may be cut by the window
                 if not source.more():
@@ -302,17 +316,17 @@ class _Reader:
                     break
                 continue
             source.position = source.data.index(b"{", match.start())
-            place = source.offset
+            start = source.offset
             value = self._object(_SEARCHED)
-            spent += source.offset - place if value else min(_SEARCHED, len(source.data) - source.position)
-            source.position = place - source.base
+            spent += source.offset - start if value else min(_SEARCHED, len(source.data) - source.position)
+            source.position = start - source.base
             if isinstance(value, dict) and sum(key in value for key in _RECORD_KEYS) >= 2:
                 break
             source.position += 1
         return RecordError(f"{error}; {source.offset - begin} bytes were skipped")
 
     def _top_object(self) -> Iterator[tuple[int, object]]:
-        """A record, or an object that wraps its records in "data"."""
+        """Yield a record, or the records that an object holds in "data"."""
         source = self._source
         begin = source.offset
         value = self._object(_CHUNK)
@@ -321,7 +335,7 @@ class _Reader:
             if "data" not in value or "id" in keys[: keys.index("data")]:
                 yield begin, value
                 return
-            source.position = begin - source.base  # once more, by its elements
+            source.position = begin - source.base  # read again, element by element
         self._closed = self._entered = False
         yield from self._wrapped()
         if self._closed or self._lost:
@@ -329,7 +343,7 @@ class _Reader:
         if not self._entered and begin >= source.base:
             source.position = begin - source.base
             found: object = self._object() or self._exact(begin)
-        else:  # its records have been given: what stands here is read for itself, not from the beginning again
+        else:  # its records have been yielded: what follows is read by itself, not from the beginning again
             found = RecordError(f"is not JSON at byte {source.offset} (in an object around records)")
         if isinstance(found, RecordError):
             self._recovering = True
@@ -338,7 +352,7 @@ class _Reader:
             yield begin, found
 
     def _wrapped(self) -> Iterator[tuple[int, object]]:
-        """The records in an object's "data". Notes whether there is one, and whether the object could be read to its end."""
+        """Yield the records in an object's "data". Sets `_entered` where it has one, `_closed` where it could be read to its end."""
         source = self._source
         names: set[bytes] = set()
         opening = source.offset

@@ -1,4 +1,4 @@
-"""Node-local copies of remote files."""
+"""Copies of remote files on each node."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 
 
-class Cache:
-    """Node-local copies of remote files that never change, for all processes of a node.
+class NodeCache:
+    """A folder with copies of remote files that never change, shared by all processes of a node.
 
-    Open or map a path from `fetch` at once: later other files may have pushed it out. (What is open or mapped stays readable.)
+    Open or map the path that `fetch` returns at once: later it may have been evicted. (What is open or mapped stays readable.)
+
+    Args:
+        directory: the folder; created where it is missing.
+        max_bytes: size above which the least recently used files are removed.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
@@ -26,14 +30,14 @@ class Cache:
         self.directory, self.max_bytes = directory, max_bytes
 
     def fetch(self, uri: str | Path) -> Path:
-        """The path of a copy, downloaded where the node has none. A local place is its own copy."""
+        """The path of the node's copy of `uri`, downloaded if there is none yet. A local URI is its own copy."""
         if not storage.is_remote(uri):
             return storage.local(uri)
         text = str(uri)
         digest = hashlib.sha256(text.encode()).hexdigest()[:32]
         target = self.directory / f"{digest}-{re.sub('[^A-Za-z0-9._-]', '_', storage.base_name(text))[-80:]}"
         if not _touch(target):
-            # One of 256 lock files, which stay: one process might wait for a removed file while another locks a new one.
+            # One of 256 lock files, which are never removed: one process could wait for a removed file while another locks a new one.
             with (self.directory / f".lock-{digest[:2]}").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not _touch(target):
@@ -42,22 +46,23 @@ class Cache:
         return target
 
     def _evict(self, keep: Path) -> None:
-        """Remove the files used longest ago, until `max_bytes` hold the rest; nothing that no cache has put there."""
+        """Remove the least recently used files until the rest fits into `max_bytes`; only files that a cache has written are removed."""
         files = []
         for path in self.directory.iterdir():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 if re.match("[0-9a-f]{32}-", path.name):
                     files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         excess = sum(size for _, size, _ in files) - self.max_bytes
         for used, size, path in sorted(files):
-            with contextlib.suppress(FileNotFoundError):
-                if excess > 0 and path != keep and path.stat().st_mtime_ns == used:  # not used meanwhile
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
+                if excess > 0 and path != keep and path.stat().st_mtime_ns == used:  # not used in the meantime
                     path.unlink()
                     excess -= size
 
 
-def node_cache() -> Cache:
-    """The cache of this node: MOST_RAY_CACHE_GB (64) times 10^9 bytes in MOST_RAY_CACHE_DIR (a folder in the temporary directory).
+def node_cache() -> NodeCache:
+    """The cache of this node, by the environment variables MOST_RAY_CACHE_DIR (default: a folder in the temporary directory) and
+    MOST_RAY_CACHE_GB (10^9 bytes; default 64).
 
     Raises:
         DataError: the directory belongs to another user, who could put other data there.
@@ -69,17 +74,18 @@ def node_cache() -> Cache:
     directory = Path(given).resolve() if given else Path(tempfile.gettempdir(), f"most_ray-cache-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700, parents=True)
-    status = directory.lstat()  # everybody knows the default's name: it may be a link that somebody else has laid
+    status = directory.lstat()  # the default's name is predictable: another user could have made a link of that name
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise DataError("MOST_RAY_CACHE_DIR", str(directory), "is not a directory of this user.", "Set it to one that is.")
     if not given:
         directory.chmod(0o700)
-    return Cache(directory, int(float(size) * 1e9))
+    return NodeCache(directory, int(float(size) * 1e9))
 
 
 def _touch(path: Path) -> bool:
-    """Set the time of last use; whether the file is there."""
-    with contextlib.suppress(FileNotFoundError):
+    """Mark a file as used now. Returns whether it exists."""
+    try:
         os.utime(path)
-        return True
-    return False
+    except FileNotFoundError:
+        return False
+    return True

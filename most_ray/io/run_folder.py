@@ -1,4 +1,4 @@
-"""A run's folder: on a path directly, behind a URI through a working copy on each machine."""
+"""A run's folder: used directly where it is a path, through a working copy on each machine where it is a remote URI."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.io.node_cache import node_cache
 
-LEDGER = "trials.jsonl"  # in the folder of a sweep, which is no run's
-COMMIT = "commit.json"  # the last file of a checkpoint: with it, the checkpoint counts
+LEDGER = "trials.jsonl"  # in the folder of a sweep; a run has none
+COMMIT = "commit.json"  # written last into a checkpoint, which is complete when it contains this file
 
 
 def step_uri(checkpoints: str, step: int) -> str:
-    """Where the checkpoint of a step lies below a run's folder of checkpoints."""
+    """The URI of a step's checkpoint in `checkpoints`, the URI of a run's folder of checkpoints."""
     return storage.join(checkpoints, f"step-{step:09d}")
 
 
 class RunFolder:
-    """`local` is where files are read and written on this machine; `push` and `pull` bring them to and from a place behind a URI, and
-    do nothing on a path."""
+    """A run's folder and its working copy on this machine.
+
+    Attributes:
+        uri: the folder, a path or a URI.
+        remote: whether `uri` is remote. If not, `push` and `pull` do nothing.
+        local: the folder where this machine reads and writes files: that of `uri`, or a working copy of a remote one.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri, self.remote = uri, storage.is_remote(uri)
@@ -30,20 +35,21 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> str:
+        """The URI of the folder of checkpoints."""
         return self.at("checkpoints")
 
     def at(self, *names: str) -> str:
-        """The place of a file or folder of the run."""
+        """The URI of a file or folder of the run."""
         return storage.join(self.uri, *names)
 
     def push(self, *names: str) -> None:
-        """Bring files from here to the place."""
+        """Copy files of the working copy to the remote folder."""
         for name in names if self.remote else ():
             if (self.local / name).is_file():
                 storage.write_bytes(self.at(name), (self.local / name).read_bytes())
 
     def pull(self, *names: str) -> None:
-        """Bring files from the place to here; what is missing there goes here too."""
+        """Copy files of the remote folder to the working copy, and remove from it those that the remote folder does not have."""
         for name in names if self.remote else ():
             try:
                 content = storage.read_bytes(self.at(name))
@@ -53,17 +59,17 @@ class RunFolder:
                 storage.write_bytes(self.local / name, content)
 
     def push_folder(self, name: str, last: str) -> None:
-        """Bring a folder from here to the place, anew, the file `last` behind all others."""
+        """Replace a folder of the remote folder by that of the working copy; the file `last` is written after all others."""
         if self.remote:
             storage.remove(self.at(name))
             storage.publish(self.local / name, self.at(name), last)
 
-    def claim(self, attempt: str) -> None:
-        """Write down whose the run is."""
-        storage.write_bytes(self.at(".attempt"), attempt.encode())
+    def claim(self, owner: str) -> None:
+        """Record the run's owner, the mark of a driver or of one of its attempts; processes with another mark must stop writing."""
+        storage.write_bytes(self.at(".attempt"), owner.encode())
 
     def owner(self) -> str:
-        """Whose the run is; empty where nobody's."""
+        """The mark that the latest `claim` recorded; empty before the first."""
         try:
             return storage.read_bytes(self.at(".attempt")).decode()
         except FileNotFoundError:
@@ -71,10 +77,13 @@ class RunFolder:
 
 
 def local_copy(uri: str, last: str = "config.json") -> str:
-    """A model's folder on this machine: itself where it is a path (or a hub name), else a copy, made once.
+    """A model's folder on this machine: `uri` itself where it is a path (or a hub name), else a copy, which is downloaded once.
+
+    Args:
+        last: the file without which the folder is no model's.
 
     Raises:
-        DataError: nothing is there, or it cannot be read.
+        DataError: the folder does not exist, has no file `last`, or cannot be read.
     """
     if not storage.is_remote(uri):
         return uri

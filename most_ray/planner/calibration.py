@@ -37,7 +37,7 @@ from most_ray.optim.train_state import TrainState, make_state
 from most_ray.planner.cost import Collective, Kind, Speed
 from most_ray.planner.memory import Shapes
 from most_ray.records.template import IGNORE, PADDING
-from most_ray.train.step import Precision, attended_pairs, run_step
+from most_ray.train.step import Precision, StepSettings, attended_pairs, run_step
 
 CALIBRATED = 5  # batches that are wanted
 clock: Callable[[], float] = time.perf_counter  # where others use the same cores, a benchmark takes processor time
@@ -117,7 +117,7 @@ def calibrate(
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(), _alone():
-            modes = [ProxyModel(twin, options, Precision(dtype), mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
+            modes = [ProxyModel(twin, options, dtype, mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
             taken = _timed(modes, [_first_rows(batch, rows) for batch in batches])
     finally:
         torch.set_num_threads(before)
@@ -155,12 +155,13 @@ def _by_turns(modes: Sequence[ProxyModel], batch: Batch, first: int) -> list[tup
 class ProxyModel:
     """The model, or its first layers, in training."""
 
-    def __init__(self, config: MostConfig, options: OptimizerOptions, precision: Precision, mode: ParallelMode) -> None:
+    def __init__(self, config: MostConfig, options: OptimizerOptions, dtype: torch.dtype | None, mode: ParallelMode) -> None:
         model = MostForCausalLM(config)
         if mode != "plain":
             _shard(model, exchange=mode == "exchanged")
         self._state: TrainState = make_state(model, options, CALIBRATED)
-        self._precision, self._clip = precision, options.max_grad_norm
+        settings = StepSettings.of(options, _CPU)
+        self._settings = dataclasses.replace(settings, precision=Precision(dtype), max_skipped_steps=CALIBRATED + 1)  # no number ends it
 
     def seconds(self, batch: Batch) -> tuple[float, float]:
         """Of a forward and backward pass, and of the optimizer's update."""
@@ -170,7 +171,7 @@ class ProxyModel:
             for register in (self._state.optimizer.register_step_pre_hook, self._state.optimizer.register_step_post_hook)
         ]
         started = clock()
-        run_step(self._state, batch, self._precision, self._clip, _CPU)
+        run_step(self._state, batch, self._settings)
         whole = clock() - started
         for hook in hooks:
             hook.remove()

@@ -10,10 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from most_ray.config import Recompute
 from most_ray.distributed.topology import Topology, plan_topology
 from most_ray.metrics.flops import attention_flops, full_precision_flops, model_flops
 from most_ray.model.configuration import MostConfig
-from most_ray.planner.memory import FULL, Recompute, Shapes
+from most_ray.planner.memory import FULL, Shapes
 
 _TRAFFIC = 4  # what is kept is written once and read once, and so is a gradient of its size
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]

@@ -38,7 +38,7 @@ from most_ray.records.files import UNITS_MANIFEST, read_with_offsets, record_fil
 from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import token_ids, train_tokenizer
 from most_ray.runs.job import overrides_of
-from most_ray.runs.resolve import Prepared, check_given, devices_of, open_sources, resolve_run, store_dir_of, training_texts
+from most_ray.runs.resolve import Prepared, check_inputs, devices_of, open_sources, resolve_run, training_texts
 from most_ray.train.step import Precision
 
 SMALL_BYTES = 256 << 20  # records of so many bytes in all are taken in, larger ones by a sample
@@ -126,7 +126,7 @@ def dry_run(config: RunConfig, device: str = "") -> DryRun:
     Raises:
         UserError: whatever `prepare_run` finds wrong that does not depend on where it runs; no such device; a model that is not here.
     """
-    check_given(config)
+    check_inputs(config)
     with tempfile.TemporaryDirectory(prefix="most_ray-dry-") as folder:
         trial = _Trial(config, Path(folder))
         prepared = trial.prepare()
@@ -140,7 +140,7 @@ class _Trial:
         self.config, self.folder = config, folder
         self.notes: list[str] = []
         self.sampled = self.stand_in = False
-        directories = {d for use in ("train", "val") for task in TASKS for d in getattr(config, f"{use}_{task}_dirs")}
+        directories = {d for use in ("train", "val") for task in TASKS for d in config.directories(use, task)}
         self._small = sum(entry.size for directory in directories for entry in record_files(directory)) < SMALL_BYTES
         self._samples = 0
 
@@ -194,7 +194,7 @@ class _Trial:
         """All of a small run's records; of others the store that is there, or a sample."""
         if self._small:
             return ingest_directory(directory, recipe, store_dir, run)
-        root = store_dir_of(self.config)
+        root = self.config.store_uri
         if any(m.get("source") == storage.redact(storage.absolute(directory)) for m in _manifests(root)):
             try:
                 return ingest_directory(directory, recipe, root, _refuse)

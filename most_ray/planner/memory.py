@@ -11,12 +11,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from most_ray.checkpoint.reader import random_shards
 from most_ray.checkpoint.shards import Staging, TensorShard, shard_of
+from most_ray.config import Moments, Recompute
 from most_ray.distributed.topology import Topology
 from most_ray.model.configuration import MostConfig
 from most_ray.model.head import logits_block
@@ -26,8 +26,6 @@ from most_ray.optim.optimizer import block_size
 from most_ray.optim.train_state import BALANCE_LOAD
 
 FULL = 4  # bytes of a float32: what weights, gradients, moments and the residual stream are in, autocast or not
-Recompute = Literal["none", "selective", "full"]  # RunConfig.recomputed
-Moments = Literal["float32", "int8"]  # RunConfig.optimizer_state
 _EXPERTS = ".mlp.experts."
 
 

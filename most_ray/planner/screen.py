@@ -5,13 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from most_ray.config import Recompute
 from most_ray.console.progress import duration
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.planner.dry_run import DryRun
 from most_ray.planner.hardware import SHARE_PRODUCTS, SHARE_STREAMS
 from most_ray.planner.layouts import ROOM, Layout
-from most_ray.planner.memory import Recompute
 
 _GIB = 1 << 30
 _RECOMPUTED: dict[Recompute, tuple[str, str]] = {
@@ -105,7 +105,7 @@ def _size(count: int) -> str:
 
 
 def _mix(run: DryRun) -> Table:
-    table = Table(title=f"Mix (shares of {'records' if run.config.weight_unit == 'rows' else 'tokens'})")
+    table = Table(title=f"Mix (shares of {run.config.weight_unit})")
     records, tokens = ("about " if about else "" for about in (run.about_records, run.about_tokens))
     for heading in ("source", f"{records}records", f"{tokens}tokens", "share", f"{records}passes in this run"):
         table.add_column(heading, justify="left" if heading == "source" else "right")

@@ -11,11 +11,13 @@ from typing import Any
 
 import yaml
 
+from most_ray.config import OPTIONS
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines
+from most_ray.options import current_words
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
 from most_ray.report.differences import words_of
 
@@ -319,4 +321,4 @@ def _config(uri: str) -> dict[str, Any]:
         value = yaml.safe_load(_bytes(uri, "config.yaml"))
     except yaml.YAMLError:
         return {}
-    return {str(key): entry for key, entry in mapping(value).items()}
+    return current_words(OPTIONS, {str(key): entry for key, entry in mapping(value).items()})

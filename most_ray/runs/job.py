@@ -1,4 +1,4 @@
-"""What every rank of a run is given, and what follows from its configuration."""
+"""The job of a run: everything that each of its ranks needs, and what follows from a run's configuration alone."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from most_ray.model.build import RoutingOverrides
 
 @dataclass(frozen=True)
 class Job:
-    """All that a rank needs to know; made once by who starts the ranks, the same for every rank and attempt."""
+    """Everything that a rank needs. Built once by the process that starts the ranks, and equal for every rank and attempt, but for what
+    `Prepared.job_for` sets."""
 
     config: RunConfig
-    run_uri: str
-    model_path: str
-    driver: str
-    plan: PlanSpec
-    layout: TokenLayout
-    topology: Topology
-    total_steps: int
-    threads: int
-    units_identity: str | None
-    has_validation: bool
+    run_uri: str  # the run's folder
+    model_path: str  # folder or hub name of the model to start from
+    driver: str  # mark of the process that started this attempt, see `session.claim_run`
+    plan: PlanSpec  # which records each step holds
+    layout: TokenLayout  # token ids of padding and speech
+    topology: Topology  # of this attempt
+    total_steps: int  # optimizer steps of the whole run
+    threads: int  # CPU threads of each worker
+    units_identity: str | None  # digest of what the units of the training records mean; None: no source states it
+    has_validation: bool  # there is a validation set
 
 
 def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:
-    """What a run changes in the model it starts from; `biased`: the checkpoint that it goes on from holds balance biases."""
+    """What a run changes in the model that it starts from.
+
+    Args:
+        biased: the checkpoint that the run resumes from holds balance biases.
+    """
     return RoutingOverrides(
         config.use_modality_aware_routing,
         config.text_expert_indices,
@@ -43,5 +48,5 @@ def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:
 
 
 def threads_of(config: RunConfig, use_gpu: bool, n_workers: int) -> int:
-    """CPU threads of each worker."""
+    """CPU threads of each of `n_workers` workers on this machine."""
     return config.threads_per_worker or (1 if use_gpu else max(1, (os.cpu_count() or 1) // n_workers))

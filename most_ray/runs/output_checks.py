@@ -1,4 +1,4 @@
-"""What can be known to fail before a worker starts."""
+"""Checks of what a run writes to, before a worker starts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from most_ray.io import storage
 
 
 def check_outputs(config: RunConfig) -> None:
-    """The run's folder can be written to, the trace's folder too, and W&B has a key where it is to be online.
+    """Check that the run's folder, the folder of token stores and the trace can be written to, that the disk has room, and that W&B has a
+    key where wandb_mode is online.
 
     Raises:
-        ConfigError: one of them is not so.
+        ConfigError: one of these does not hold.
     """
     _check_writable("output_dir", config.run_uri)
     if config.store_dir:
@@ -40,7 +41,7 @@ def check_outputs(config: RunConfig) -> None:
 
 
 def _check_writable(field: str, uri: str) -> None:
-    """What is written to a place can be read back from it, whatever it is on."""
+    """Check that bytes written below a path or URI can be read back. Raises ConfigError."""
     probe = storage.join(uri, f".probe-{uuid.uuid4().hex[:8]}")
     try:
         storage.write_bytes(probe, b"probe")
@@ -53,8 +54,9 @@ def _check_writable(field: str, uri: str) -> None:
 
 
 def _has_netrc() -> bool:
+    """Whether ~/.netrc mentions wandb."""
     netrc = Path.home() / ".netrc"
     try:
         return "wandb" in netrc.read_text(encoding="utf-8")
-    except OSError:
+    except OSError:  # no such file, or not readable for wandb either
         return False

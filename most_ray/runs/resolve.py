@@ -1,4 +1,4 @@
-"""From a configuration to a run that can start: everything that a user may have got wrong is found here, before a worker starts."""
+"""From a configuration to a run that can start. Everything that a user may have got wrong is found here, before a worker starts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from most_ray.checkpoint import catalog, reader
-from most_ray.config import RunConfig
+from most_ray.config import OPTIONS, Overlong, RunConfig
 from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, Runner, check_rejected, content_digest, ingest_directory, run_here
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
@@ -28,56 +28,65 @@ from most_ray.model.build import PRESETS, check_template, check_units, init_mode
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
 from most_ray.records.files import REJECTED, SPEECH_FOLDER, read_raw, record_files
-from most_ray.records.record import TASKS, Task, parse_record
+from most_ray.records.record import TASKS, parse_record
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.speech.units.assets import copy_assets, find_assets
 
-VERIFIED_BYTES = 2 << 30  # a store of at most so many is read through before a run starts; a larger one is checked as it is read
+VERIFIED_BYTES = (
+    2 << 30
+)  # the checksums of a token store of at most this size are compared before a run starts; a larger one's as it is read
+MADE_FROM = "made_from.json"  # in the folder of a preset's starting model: what it was made from
+
+MakeRunner = Callable[[RunConfig, bool], Runner]  # a configuration and whether GPUs are used -> what ingests records
+IngestFn = Callable[[str, Recipe, str, Runner], TokenStore]  # directory, recipe, folder of token stores, runner -> its token store
 
 
-MakeRunner = Callable[[RunConfig, bool], Runner]
-
-
-def here(config: RunConfig, use_gpu: bool) -> Runner:
-    """Takes records in by this process alone."""
+def ingest_here(config: RunConfig, use_gpu: bool) -> Runner:
+    """The runner that ingests records in this process."""
     del config, use_gpu
     return run_here
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that passed every check. `job` is laid out for the largest of `topologies`, which are the numbers of workers that it may
-    have, ascending; `done_steps`: steps behind the newest intact checkpoint; `corrupt`: (place, reason) of newer ones that are damaged;
-    `accepted`: what changed since."""
+    """A run that passed every check."""
 
-    job: Job
+    job: Job  # laid out for the largest of `topologies`
     plan: Plan
     folder: RunFolder
-    topologies: tuple[Topology, ...]
-    done_steps: int
+    topologies: tuple[Topology, ...]  # by ascending number of workers; the run may have any of these numbers
+    done_steps: int  # the step of the newest valid checkpoint
     use_gpu: bool
-    n_rejected: int
-    corrupt: list[tuple[str, str]]
-    accepted: list[str]
+    n_rejected: int  # bad records of all sources
+    corrupt: list[tuple[str, str]]  # (URI, reason) of newer checkpoints, which are damaged
+    accepted: list[str]  # what changed since that checkpoint and was accepted, by name
 
     def job_for(self, topology: Topology, driver: str) -> Job:
-        """The job of one attempt: at any number of workers the same steps of the same records."""
+        """The job of one attempt. At any number of workers its steps hold the same records.
+
+        Args:
+            driver: mark of the process that starts the attempt.
+        """
         threads = threads_of(self.job.config, self.use_gpu, topology.world_size)
         return replace(self.job, topology=topology, threads=threads, driver=driver)
 
 
-def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | None = None, gpus: int | None = None) -> Prepared:
-    """Check everything that can be checked without a worker, and make what the workers need. `runner` says who takes records in;
-    `workers`, their number where it is already settled; `gpus`, those of the cluster (None: this machine's).
+def prepare_run(config: RunConfig, runner: MakeRunner = ingest_here, workers: int | None = None, gpus: int | None = None) -> Prepared:
+    """Check everything that can be checked without a worker, and make what the workers need: token stores and a starting model.
+
+    Args:
+        runner: makes what ingests records.
+        workers: the number of workers, where it is fixed already.
+        gpus: GPUs of the cluster (None: of this machine).
 
     Raises:
-        UserError: whatever a user can mend.
+        UserError: anything that a user can fix.
     """
     check_outputs(config)
-    check_given(config)
+    check_inputs(config)
     folder = RunFolder(config.run_uri)
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
     fewest, most = (workers, workers) if workers else (fewest, most)
@@ -86,17 +95,19 @@ def prepare_run(config: RunConfig, runner: MakeRunner = here, workers: int | Non
 
 
 def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
-    """The run that its configuration and its sources make, on `fewest` to `most` workers; `folder`: where its checkpoints are looked for.
+    """The run of a configuration and its sources.
+
+    Args:
+        folder: the run's folder, for its checkpoints.
+        sources: the token stores and the model.
+        fewest, most: numbers of workers.
 
     Raises:
-        UserError: they do not go together.
+        UserError: configuration, sources and checkpoint contradict each other.
     """
-    # Workers have another working directory: what they open themselves must not depend on it.
-    config = replace(
-        config,
-        trace_records=config.trace_records and str(Path(config.trace_records).absolute()),
-        resume_from_checkpoint=config.resume_from_checkpoint and storage.absolute(config.resume_from_checkpoint),
-    )
+    # Workers have another working directory, on which the paths that they open must not depend.
+    opened = [option for option in OPTIONS.values() if option.location and option.location.by_workers]
+    config = replace(config, **{option.name: option.map(storage.absolute, getattr(config, option.name)) for option in opened})
     stores = sources.training + sources.validation
     model_config = read_config(local_copy(sources.model_path), overrides_of(config))
     topologies = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
@@ -109,7 +120,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     _check_best_metric(config, sources.validation)
     start, corrupt = _starting_point(config, folder, sources.vocabulary.fingerprint())
     if config.bf16 is None:
-        # Checkpoints that do not say are of the time when it had to be asked for.
+        # Checkpoints that do not state it are from versions in which float32 was the default.
         config = replace(config, bf16=not config.fp16 and (bool(start.get("bf16")) if start else prefers_bf16(use_gpu)))
     spec = make_spec(config, sources.training, _global_batch_size(config, most, start))
     units = one_unit_identity(stores)
@@ -136,18 +147,18 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
 
 
 def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> None:
-    """Raises ConfigError where best_metric will never have a value: then keep_best would keep nothing."""
+    """Raises ConfigError where best_metric would never have a value, so that keep_best would keep nothing."""
     kind, _, name = config.best_metric.partition("/")
     sets = [f"{store.task}/{store.name}" for store in validation if kind == "loss" or store.task == "asr"]
     if config.keep_best and not any(not name or known == name or known.endswith(f"/{name}") for known in sets):
         raise ConfigError("best_metric", config.best_metric, "is measured on no validation set.", nearest(name, [*sets, "wer", "loss"]))
 
 
-def check_given(config: RunConfig) -> None:
-    """The directories of records are there, the run's folder is no sweep's, and the libraries that it needs are installed.
+def check_inputs(config: RunConfig) -> None:
+    """Check that the directories of records exist, that the run's folder is not a sweep's, and that the libraries it needs are installed.
 
     Raises:
-        ConfigError: one of them is not so.
+        ConfigError: one of these does not hold.
     """
     check_available(config)
     _check_directories(config)
@@ -158,13 +169,11 @@ def check_given(config: RunConfig) -> None:
 def _check_directories(config: RunConfig) -> None:
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
-    for name in ("train_asr_dirs", "train_tts_dirs", "train_text_dirs", "val_asr_dirs", "val_tts_dirs", "val_text_dirs"):
-        directories = getattr(config, name)
+    for name, directories in ((o.name, o.listed(getattr(config, o.name))) for o in OPTIONS.values() if o.location and o.location.required):
         for directory in directories:
             if not storage.exists(directory):
-                raise ConfigError(
-                    name, storage.redact(directory), "does not exist.", "Check the path; it is taken from where the command runs."
-                )
+                remedy = "Check the path; it is taken from where the command runs."
+                raise ConfigError(name, storage.redact(directory), "does not exist.", remedy)
         real = [d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories]
         if len(set(real)) != len(real):
             raise ConfigError(name, tuple(map(storage.redact, directories)), "names a directory twice.")
@@ -172,24 +181,25 @@ def _check_directories(config: RunConfig) -> None:
 
 @dataclass(frozen=True)
 class Sources:
-    """The token stores of a run, in the order asr, tts, text, and what they were made with."""
+    """The token stores of a run, and the model whose tokenizer they were made with."""
 
-    model_path: str
+    model_path: str  # folder or hub name of the model to start from
     vocabulary: Vocabulary
-    training: list[TokenStore]
-    validation: list[TokenStore]
-    n_rejected: int
+    training: list[TokenStore]  # in the order asr, tts, text
+    validation: list[TokenStore]  # in the same order
+    n_rejected: int  # bad records of all stores
 
 
-IngestFn = Callable[[str, Recipe, str, Runner], TokenStore]
+def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, ingest: IngestFn = ingest_directory) -> Sources:
+    """Open the token stores of all directories; build those that are missing or whose records have changed.
 
-
-def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, take_in: IngestFn = ingest_directory) -> Sources:
-    """Token stores of all directories: those that are there, and new ones for what is new or has changed. `take_in`: makes one of a
-    directory.
+    Args:
+        folder: the run's folder, for a preset's model and for the list of rejected records.
+        run: carries out the parts of an ingestion.
+        ingest: opens or builds the token store of one directory.
 
     Raises:
-        UserError: a directory or the model is not there, holds nothing usable, or too many bad records.
+        UserError: a directory or the model is missing, holds nothing usable, or has too many bad records.
     """
     model_path = _model_path(config, folder)
     local_model = local_copy(model_path)
@@ -197,25 +207,24 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, t
     if not config.accept_data_change:
         check_template(model_config, model_path)
     vocabulary = _vocabulary(config, local_model)
-    store_dir = store_dir_of(config)
 
-    def stores_of(use: str, tasks: Sequence[Task], limit: int) -> list[TokenStore]:
+    def stores_of(use: Literal["train", "val"], limit: int, overlong: Overlong) -> list[TokenStore]:
         return [
-            take_in(directory, Recipe(task, vocabulary, limit, config.overlong if use == "train" else "reject"), store_dir, run)
-            for task in tasks
-            for directory in getattr(config, f"{use}_{task}_dirs")
+            ingest(directory, Recipe(task, vocabulary, limit, overlong), config.store_uri, run)
+            for task in TASKS
+            for directory in config.directories(use, task)
         ]
 
-    training = stores_of("train", TASKS, config.max_seq_length)
-    # As `most-ray evaluate` does it: a record that the model can read is scored, however long the rows of training are.
-    validation = stores_of("val", TASKS, model_config.max_position_embeddings)
+    training = stores_of("train", config.max_seq_length, config.overlong)
+    # As in `most-ray evaluate`: a record that the model has positions for is scored, however long the packed rows of training are.
+    validation = stores_of("val", model_config.max_position_embeddings, "reject")
     n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / REJECTED)
     folder.push(REJECTED)
     return Sources(model_path, vocabulary, training, validation, n_rejected)
 
 
 def _vocabulary(config: RunConfig, model: str) -> Vocabulary:
-    """Raises CheckpointError where the model's tokenizer knows no speech, as DeepSeek-V2's own."""
+    """The vocabulary of a model folder. Raises CheckpointError where its tokenizer knows no speech, as DeepSeek-V2's own."""
     tokenizer = load_tokenizer(model)
     if not tokenizer.get_vocab().keys() & set(AUDIO_TOKENS):
         name = storage.redact(config.model_name_or_path)
@@ -224,20 +233,24 @@ def _vocabulary(config: RunConfig, model: str) -> Vocabulary:
     return vocabulary_of(tokenizer)
 
 
-def keep_kit(prepared: Prepared) -> None:
-    """Bring what turns recordings into the run's units, and back, to the run's folder: from its training records, or from the model that it
-    starts from."""
+def keep_speech_assets(prepared: Prepared) -> None:
+    """Copy the files that convert recordings to the run's units, and units to sound, into the run's folder: from the training records, or
+    from the model that the run starts from."""
     config, identity = prepared.job.config, prepared.job.units_identity
     start = find_assets(prepared.job.model_path, identity)
     sources = [*config.train_asr_dirs, *config.train_tts_dirs, *([start] if start else [])]
     copy_assets(sources, prepared.folder.at(SPEECH_FOLDER), identity)
 
 
-def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = here) -> list[TokenStore]:
-    """`most-ray prepare store`: the token stores of a configuration; with `verify`, read through.
+def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = ingest_here) -> list[TokenStore]:
+    """The token stores of a configuration, for `most-ray prepare store`.
+
+    Args:
+        verify: compare the checksums of all stores, however large they are.
+        runner: makes what ingests records.
 
     Raises:
-        UserError: as `open_sources`, or a damaged shard.
+        UserError: as in `open_sources`, or a damaged shard.
     """
     check_outputs(config)
     _check_directories(config)
@@ -248,48 +261,44 @@ def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = he
     return stores
 
 
-def store_dir_of(config: RunConfig) -> str:
-    return storage.absolute(config.store_dir) if config.store_dir else storage.join(storage.absolute(config.output_dir), "store")
-
-
 def _model_path(config: RunConfig, folder: RunFolder) -> str:
-    """The folder to start from; a preset is made once per run, with a tokenizer of the training records."""
+    """Folder or hub name of the model to start from. A preset's model is made once per run, with a tokenizer for the training records."""
     name = config.model_name_or_path
     if name not in PRESETS:
         return storage.absolute(name) if storage.is_remote(name) or Path(name).exists() else name
-    uri, note = folder.at("init"), "made_from.json"
+    uri = folder.at("init")
     if catalog.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
-        return uri  # the run has begun with it
+        return uri  # the run has started from it
     made_from = {"preset": name, "seed": config.seed, "content": _training_content(config)}
     try:
-        made = json.loads(storage.read_bytes(storage.join(uri, note)))
-    except (FileNotFoundError, ValueError):
+        made = json.loads(storage.read_bytes(storage.join(uri, MADE_FROM)))
+    except (FileNotFoundError, ValueError):  # no model yet, or one whose making was cut short
         made = None
     if made != made_from:
         temporary = folder.local / ".init.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         init_model(name, training_texts(config), temporary, config.seed)
-        (temporary / note).write_text(json.dumps(made_from), encoding="utf-8")
+        (temporary / MADE_FROM).write_text(json.dumps(made_from), encoding="utf-8")
         shutil.rmtree(folder.local / "init", ignore_errors=True)
         temporary.rename(folder.local / "init")
-        folder.push_folder("init", note)
+        folder.push_folder("init", MADE_FROM)
     return uri
 
 
 def _training_content(config: RunConfig) -> list[str]:
-    directories = [d for task in TASKS for d in getattr(config, f"train_{task}_dirs")]
-    return [content_digest(directory, store_dir_of(config)) for directory in directories]
+    """A digest of the content of each directory of training records."""
+    return [content_digest(directory, config.store_uri) for task in TASKS for directory in config.directories("train", task)]
 
 
 def training_texts(config: RunConfig, limit: int = 200_000) -> Iterator[str]:
-    """Texts of the training records, for a tokenizer: at most `limit` records of each directory."""
+    """Texts of the training records, to train a tokenizer on: of at most `limit` records of each directory."""
     for task in TASKS:
-        for directory in getattr(config, f"train_{task}_dirs"):
+        for directory in config.directories("train", task):
             yield from texts_of(directory, limit)
 
 
 def texts_of(directory: str | Path, limit: int = 200_000) -> Iterator[str]:
-    """Texts of a directory's good records as the template spells them."""
+    """Texts of a directory's first `limit` valid records, as the template spells them."""
     count = 0
     for entry in record_files(directory):
         for _, raw in read_raw(entry.uri):
@@ -300,15 +309,18 @@ def texts_of(directory: str | Path, limit: int = 200_000) -> Iterator[str]:
                     yield from template_texts(parse_record(raw))
                     count += 1
             except RecordError:
-                continue  # ingest sets it aside with its reason
+                continue  # ingestion rejects it and reports the reason
 
 
 def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = None) -> tuple[bool, int, int]:
-    """Whether on GPUs, and the fewest and the most workers. `gpus`: the cluster's (None: this machine's).
+    """Whether a run uses GPUs, and its fewest and most workers.
+
+    Args:
+        must_be_here: GPUs must be on this machine or on a cluster that is named.
+        gpus: GPUs of the cluster (None: of this machine).
 
     Raises:
-        ConfigError: GPUs are asked for, there are none and no cluster is named (not without `must_be_here`); the installed transformers
-            cannot lay a model out over so many workers.
+        ConfigError: GPUs are requested and there are none; or the installed transformers cannot lay a model out over that many workers.
     """
     gpus = torch.cuda.device_count() if gpus is None else gpus
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
@@ -322,7 +334,11 @@ def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = 
 def _starting_point(
     config: RunConfig, folder: RunFolder, vocabulary: dict[str, str]
 ) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
-    """state.json of the checkpoint whose step the run will go on from (None where it begins anew), and the damaged ones behind it.
+    """Where a run starts.
+
+    Returns:
+        state.json of the checkpoint whose step it resumes from (None: it starts at step 0), and (URI, reason) of newer checkpoints, which
+        are damaged.
 
     Raises:
         CheckpointError: resume_from_checkpoint is damaged, or was made with another vocabulary.
@@ -351,7 +367,7 @@ def _starting_point(
 
 
 def _global_batch_size(config: RunConfig, n_workers: int, start: dict[str, Any] | None) -> int:
-    """Where it is not given, a run that goes on keeps what it began with, whatever its number of workers is now."""
+    """Records per optimizer step. Without a key for it, a resumed run keeps the number that it began with, however many workers it has."""
     if config.global_batch_size:
         return config.global_batch_size
     if start:

@@ -22,10 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from most_ray.config import OPTIONS
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines, read_lines
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
+from most_ray.options import current_words
 
 TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
@@ -109,7 +111,7 @@ def _fold_trial(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
         if not trial.runs or trial.runs[-1] != run:
             trial.runs.append(run)
             trial.parents.append(line.get("parent"))
-        trial.values, trial.settings = values, settings
+        trial.values, trial.settings = current_words(OPTIONS, values), current_words(OPTIONS, settings)
         if line.get("invalid"):
             trial.state, trial.reason, trial.ended = "failed", str(line["invalid"]), now
         return

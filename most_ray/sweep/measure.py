@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from most_ray.records.template import TEXT
 from most_ray.runs.job import Job, overrides_of
 from most_ray.sweep.splits import rank_experts
 from most_ray.train.recompute import apply_recompute, compile_layers
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import StepSettings, run_step
 
 logger = logging.getLogger(__name__)
 TEXT_TOKENS = 50_000  # that affinity is measured on; shares of a percent do not move with more
@@ -91,12 +91,12 @@ def step_seconds(job: Job, device: torch.device) -> float | None:
         if job.config.compile_layers:
             compile_layers(model)
         state = make_state(model, job.config, job.total_steps)
-        precision = Precision.of(job.config)
+        settings = replace(StepSettings.of(job.config, device), max_skipped_steps=_STEPS + 2)  # no number ends the measurement
         plan, took = open_plan(job.plan), []
         for step in range(1, min(job.total_steps, _STEPS + 1) + 1):
             batch = rank_batch(plan, step, 0, job.topology.world_size, job.config.train_batch_size, job.layout)
             began = time.perf_counter()
-            run_step(state, batch, precision, job.config.max_grad_norm, device, job.config.asr_loss_weight)
+            run_step(state, batch, settings)
             took.append(time.perf_counter() - began)
         return min(took)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's allocator on CPUs

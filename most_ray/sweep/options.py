@@ -1,10 +1,8 @@
-"""A sweep's configuration: a run's, with what is tried and how around it."""
+"""A sweep's configuration: a run's configuration, the settings that are tried, and how they are searched."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,24 @@ from typing import Any, Literal
 import yaml
 
 from most_ray import config as configuration
-from most_ray.config import RunConfig, coerce, config_from, option, read_yaml
+from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, nearest
 from most_ray.metrics.schema import TRAIN
+from most_ray.options import (
+    ABOVE_0,
+    ABOVE_1,
+    AT_LEAST_1,
+    CONFIGURATION,
+    NOT_NEGATIVE,
+    check_names,
+    option,
+    options_of,
+    parse_values,
+    read_yaml,
+    to_plain,
+)
+from most_ray.options import flag_values as given_flags
 from most_ray.records.record import TASKS
 from most_ray.sweep.ledger import Objective
 from most_ray.sweep.space import ROUTING, Space, parse_space
@@ -24,85 +36,90 @@ from most_ray.sweep.space import ROUTING, Space, parse_space
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep is made."""
+    """How settings are searched."""
 
-    base: str | None = option(None, "a run's YAML file, whose keys hold for every trial where this file's own do not")
+    base: str | None = option(
+        None, "a run's YAML file, whose keys hold for every trial where this file's own do not", location=CONFIGURATION, inert=True
+    )
     search: Literal["random", "grid", "tpe"] = option("random", "how settings are proposed; tpe: Optuna's, which learns from results")
-    search_seed: int = option(0, "seed of the proposals")
+    search_seed: int = option(0, "seed of the proposals", range=NOT_NEGATIVE)
     scheduler: Literal["none", "asha", "pbt"] = option(
         "none", "asha stops the worse trials early; pbt replaces them by changed copies of the better ones (population based training)"
     )
-    objectives: tuple[str, ...] = option((), "figures to make small, as wer/test_takes, or max:NAME (default: WER of the first ASR set)")
-    max_trials: int | None = option(None, "trials in all (default: 10; of a grid all its points)")
-    max_hours: float | None = option(None, "hours that the sweep may take, all its starts together (default: no limit)")
-    max_concurrent_trials: int | None = option(None, "trials at once (default: as many as the cluster has room for)")
-    grace_steps: int | None = option(None, "asha: steps that every trial may make (default: eval_steps)")
-    reduction_factor: float = option(3.0, "asha: of so many trials at a rung one goes on, to so many times the steps")
-    perturb_steps: int | None = option(None, "pbt: steps between replacements, a multiple of eval_steps (default: eval_steps)")
+    objectives: tuple[str, ...] = option((), "figures to minimise, as wer/test_takes, or max:NAME (default: WER of the first ASR set)")
+    max_trials: int | None = option(None, "trials in all (default: 10; of a grid all its points)", range=AT_LEAST_1, inert=True)
+    max_hours: float | None = option(
+        None, "hours that the sweep may take, all its starts together (default: no limit)", range=ABOVE_0, inert=True
+    )
+    max_concurrent_trials: int | None = option(
+        None, "trials at once (default: as many as the cluster has room for)", range=AT_LEAST_1, inert=True
+    )
+    grace_steps: int | None = option(None, "asha: steps that every trial may make (default: eval_steps)", range=AT_LEAST_1)
+    reduction_factor: float = option(3.0, "asha: of so many trials at a rung one continues, to so many times the steps", range=ABOVE_1)
+    perturb_steps: int | None = option(
+        None, "pbt: steps between replacements, a multiple of eval_steps (default: eval_steps)", range=AT_LEAST_1
+    )
 
 
-_FIELDS = {f.name: f for f in dataclasses.fields(SweepOptions)}
-_HINTS = typing.get_type_hints(SweepOptions)
-_LENGTH = ("max_steps", "epochs", "eval_steps", "save_steps")
-_RUN_FIELDS = {f.name for f in dataclasses.fields(RunConfig)}
+SWEEP_OPTIONS = options_of(SweepOptions)  # by name
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """run: what all trials share; `name` and `output_dir` are the sweep's. values: those of its keys that were given; raw_space: as it
-    stood; overruled: how long the base's own run is, where the sweep's trials are of another length."""
+    """A checked sweep."""
 
     options: SweepOptions
     space: Space
-    run: RunConfig
-    values: Mapping[str, Any]
-    raw_space: Mapping[str, Any]
+    run: RunConfig  # what all trials share; its `name` and `output_dir` are the sweep's
+    values: Mapping[str, Any]  # those keys of `run` that the file, its base or a flag states
+    raw_space: Mapping[str, Any]  # the space as the file has it
     objectives: tuple[Objective, ...]
-    overruled: Mapping[str, Any]
+    overruled: Mapping[str, Any]  # the length of the base's own run, where the sweep's trials have another length
 
     @property
     def max_trials(self) -> int:
+        """Trials in all; of a grid at most its points."""
         points = self.space.grid_size("grid") if self.options.search == "grid" else None
         wanted = self.options.max_trials or points or 10
         return min(wanted, points) if points else wanted
 
     @property
     def grace_steps(self) -> int:
+        """Steps that every trial may make before asha stops it."""
         return self.options.grace_steps or self.run.eval_steps or 1
 
     @property
     def perturb_steps(self) -> int:
+        """Steps between replacements by population based training."""
         return self.options.perturb_steps or self.run.eval_steps or 1
 
     def to_yaml(self) -> str:
-        """What makes the same sweep again, without credentials; `base` is part of it."""
+        """A file that describes the same sweep, without credentials and with the content of `base`."""
         redacted = vars(self.run.redacted())
         run = {name: redacted[name] for name in self.values}
-        sweep = {name: value for name, value in vars(self.options).items() if name != "base" and value != _FIELDS[name].default}
-        content = {"name": self.run.name, "output_dir": redacted["output_dir"], **run, **sweep, "space": dict(self.raw_space)}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in content.items()}
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        changed = {name: value for name, value in vars(self.options).items() if value != SWEEP_OPTIONS[name].default and name != "base"}
+        content = {"name": self.run.name, "output_dir": redacted["output_dir"], **run, **changed, "space": dict(self.raw_space)}
+        return yaml.safe_dump(to_plain(content), sort_keys=False, allow_unicode=True)
 
 
 def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
-    """A sweep's file, overruled by flags.
+    """The sweep of a YAML file (None: no file), overruled by flags.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, a space or a combination that cannot be.
+        ConfigError: an unknown key, a value of the wrong type or outside of its range, or a space or a combination that is impossible.
     """
     given = {**(read_yaml(path) if path else {}), **flags}
     raw_space = given.pop("space", None)
-    for name in given:
-        if name not in _FIELDS and name not in _RUN_FIELDS:
-            raise ConfigError(name, None, "is no known flag or configuration key.", nearest(name, [*_FIELDS, *_RUN_FIELDS, "space"]))
-    options = SweepOptions(**{name: coerce(name, value, _HINTS) for name, value in given.items() if name in _FIELDS})
-    own = {name: value for name, value in given.items() if name in _RUN_FIELDS}
+    check_names(given, [*SWEEP_OPTIONS, *OPTIONS, "space"])
+    options = SweepOptions(**parse_values(SWEEP_OPTIONS, {name: value for name, value in given.items() if name in SWEEP_OPTIONS}))
+    own = {name: value for name, value in given.items() if name in OPTIONS}
     base = read_yaml(options.base) if options.base else {}
     values = {"name": "sweep", **{name: value for name, value in base.items() if name != "name"}, **own}
     run = config_from(values)
     space = parse_space(raw_space)
-    before = config_from({name: base[name] for name in _LENGTH if name in base})
-    overruled = {name: getattr(before, name) for name in _LENGTH if base and getattr(before, name) != getattr(run, name)}
+    length = [option.name for option in OPTIONS.values() if option.length]
+    full = config_from({name: base[name] for name in length if name in base})
+    overruled = {name: getattr(full, name) for name in length if base and getattr(full, name) != getattr(run, name)}
     sweep = Sweep(options, space, run, {name: getattr(run, name) for name in values}, raw_space, _objectives(options, run), overruled)
     _check(sweep)
     return sweep
@@ -123,7 +140,7 @@ def _objectives(options: SweepOptions, run: RunConfig) -> tuple[Objective, ...]:
 
 def known_metrics(run: RunConfig) -> list[str]:
     """What `ledger.metrics_of` gives of a run's evaluations, in the order of its validation sets."""
-    named = [(task, directory) for task in TASKS for directory in getattr(run, f"val_{task}_dirs")]
+    named = [(task, directory) for task in TASKS for directory in run.directories("val", task)]
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])
     kinds = {"asr": ("wer", "cer"), "tts": ("cycle_wer", "unit_error_rate", "outside_wer"), "text": ()}
     found = [f"{kind}/{name}" for (task, _), name in zip(named, names, strict=True) for kind in kinds[task]]
@@ -135,17 +152,8 @@ def known_metrics(run: RunConfig) -> list[str]:
 
 
 def _check(sweep: Sweep) -> None:
+    """Raises ConfigError where options exclude each other, or one lacks what it needs."""
     options, run = sweep.options, sweep.run
-    for name in ("max_trials", "max_concurrent_trials", "grace_steps", "perturb_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(name, value, "must be at least 1.")
-    if options.max_hours is not None and options.max_hours <= 0:
-        raise ConfigError("max_hours", options.max_hours, "must be above 0.")
-    if options.search_seed < 0:
-        raise ConfigError("search_seed", options.search_seed, "must not be negative.")
-    if not options.reduction_factor > 1:
-        raise ConfigError("reduction_factor", options.reduction_factor, "must be above 1.")
     if not (run.val_asr_dirs or run.val_tts_dirs or run.val_text_dirs):
         raise ConfigError("val_asr_dirs", (), "names no validation set, and trials are compared by one.", "Name some.")
     if run.num_workers and len(set(run.num_workers)) > 1:
@@ -201,23 +209,17 @@ def _check_scheduler(sweep: Sweep) -> None:
             raise ConfigError("objectives", options.objectives, "are several, and population based training follows one.", "Give one.")
 
 
-# What a run may change between two of its checkpoints: read at every start, and no part of the model or its optimizer's state.
-_MUTABLE = (
-    "learning_rate asr_tts_mix_ratio text_mix_ratio train_asr_weights train_tts_weights train_text_weights asr_loss_weight aux_loss_alpha "
-    "weight_decay unit_swap_prob unit_replace_prob unit_drop_prob max_grad_norm balance_bias_rate"
-)
-
-
 def mutable(space: Space) -> list[str]:
-    """The dimensions that population based training changes: those in a range that a run can take up in the middle."""
-    return [d.name for d in space.dimensions if d.continuous and d.name.split("[")[0] in _MUTABLE.split()]
+    """The dimensions that population based training changes: ranges of options that may change during training."""
+    adapting = [option.name for option in OPTIONS.values() if option.sweep == "adapts"]
+    return [d.name for d in space.dimensions if d.continuous and d.name.split("[")[0] in adapting]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A sweep's own flags; a run's are `config.add_flags`."""
+    """One flag per key of a sweep's own; those of a run are added by `config.add_flags`."""
     configuration.add_flags(parser, (SweepOptions,))
 
 
 def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, the sweep's and the run's."""
-    return {name: value for name, value in vars(namespace).items() if name in _FIELDS or name in _RUN_FIELDS}
+    """The keys of a sweep and of a run that were given as flags."""
+    return given_flags(namespace, {*SWEEP_OPTIONS, *OPTIONS})

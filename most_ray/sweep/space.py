@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.config import RunConfig, coerce
+from most_ray.config import OPTIONS
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
 from most_ray.sweep.splits import SPLITS
@@ -23,15 +23,8 @@ Kind = Literal["choice", "grid", "uniform", "loguniform", "randint"]
 Values = dict[str, Any]
 ROUTING = ("audio_experts", "expert_split")
 _SETTLED_BY_ROUTING = ("text_expert_indices", "audio_expert_indices", "use_modality_aware_routing")
-# What belongs to the sweep as a whole: its place, each trial's share of the cluster, and what makes trials comparable step by step.
-_OF_THE_SWEEP = (
-    "name output_dir store_dir ray_address trace_records resume_from_checkpoint ignore_optimizer_state num_workers cpus_per_worker "
-    "gpus_per_worker use_gpu threads_per_worker eval_workers eval_gpus max_steps epochs epochs_of eval_steps save_steps "
-    "wandb_project wandb_mode wandb_group normaliser recogniser vocoder val_asr_dirs val_tts_dirs val_text_dirs"
-)
 _RANGE = re.compile(r"\s*(-?[0-9]+)\s*\.\.\s*(-?[0-9]+)\s*")
 _MOST_VALUES = 10_000  # of a range of whole numbers that is listed
-_HINTS = typing.get_type_hints(RunConfig)
 
 
 @dataclass(frozen=True)
@@ -168,8 +161,8 @@ def _element(key: str, index: int, element: Any) -> Any:
 
 
 def _check_key(key: str) -> None:
-    known = [name for name in _HINTS if name not in _OF_THE_SWEEP.split()]
-    if key in _OF_THE_SWEEP.split():
+    known = [option.name for option in OPTIONS.values() if option.sweep != "shared"]
+    if key in OPTIONS and key not in known:
         rule = "belongs to the sweep as a whole, not to a trial."
         raise ConfigError(f"space.{key}", None, rule, "Give it beside `space`, as one value.")
     if key not in known and key not in ROUTING:
@@ -177,7 +170,7 @@ def _check_key(key: str) -> None:
 
 
 def _is_list(key: str) -> bool:
-    return key not in ROUTING and any(typing.get_origin(hint) is tuple for hint in (_HINTS[key], *typing.get_args(_HINTS[key])))
+    return key not in ROUTING and OPTIONS[key].many
 
 
 def _dimension(name: str, spec: Any, key: str) -> Dimension:
@@ -221,16 +214,11 @@ def _range(name: str, kind: Kind, given: Any, key: str) -> Dimension:
             raise ConfigError(f"space.{name}", given, "are no whole numbers.")
         if high - low >= _MOST_VALUES:
             raise ConfigError(f"space.{name}", given, f"holds more than {_MOST_VALUES} values.", "Use uniform or loguniform.")
-    elif key in ROUTING or not _takes_fractions(key):
+    elif key in ROUTING or OPTIONS[key].type is not float:
         raise ConfigError(f"space.{name}", given, f"cannot be {kind}: {key} is no fraction.", "Use randint or choice.")
     for end in numbers if kind != "randint" else (int(low), int(high)):
         _value(key, end)
     return Dimension(name, kind, low=low, high=high)
-
-
-def _takes_fractions(key: str) -> bool:
-    hints = [_HINTS[key], *typing.get_args(_HINTS[key])]
-    return float in hints or any(float in typing.get_args(hint) for hint in hints)
 
 
 def _value(key: str, value: Any) -> Any:
@@ -244,7 +232,7 @@ def _value(key: str, value: Any) -> Any:
             raise ConfigError(f"space.{key}", value, "is no number of experts, from 1 on.")
         return value
     try:
-        found = coerce(key, value)
+        found = OPTIONS[key].parse(value)
     except ConfigError as error:
         raise ConfigError(f"space.{key}", value, error.rule, error.remedy) from error
     if isinstance(found, tuple):

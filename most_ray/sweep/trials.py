@@ -19,7 +19,7 @@ from most_ray.io.run_folder import local_copy
 from most_ray.model.build import PRESETS, read_config
 from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig, check_experts
-from most_ray.runs.resolve import store_dir_of
+from most_ray.options import to_plain
 from most_ray.sweep.ledger import TRIALS, Trial, kept_uri
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
@@ -103,7 +103,7 @@ class Setting:
         uri = {
             "name": run,
             "output_dir": storage.join(base.run_uri, TRIALS),
-            "store_dir": store_dir_of(base),
+            "store_dir": base.store_uri,
             "wandb_group": base.wandb_group or base.name,
         }
         return config_from({**self.sweep.values, **settings, **uri})
@@ -117,8 +117,7 @@ class Setting:
         if parent:
             redacted_place = storage.redact(self.sweep.run.run_uri)
             whole |= {"resume_from_checkpoint": kept_uri(redacted_place, parent["run"], parent["step"]), "accept_data_change": True}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in whole.items()}
-        return f"# {why}\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}"
+        return f"# {why}\n{yaml.safe_dump(to_plain(whole), sort_keys=False, allow_unicode=True)}"
 
 
 def _check(config: RunConfig, model: MostConfig) -> None:

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import torch
 
+from most_ray.config import RunConfig
 from most_ray.data.batch import Batch
 from most_ray.model.placement import experts_of_ranks
 from most_ray.optim.train_state import TrainState
 from most_ray.train.meter import EXPERTS_STEPS, Meter
 from most_ray.train.replicas import check_replicas
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import StepSettings, run_step
 
 
 class Reporter(Protocol):
@@ -29,24 +30,24 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """`max_skipped_steps`: in a row, that end the run; `check_replicas_steps`: between comparisons of replicated weights (0: never);
-    `load_alert`: an expert's load over the mean from which on to warn (0: never)."""
+    """How a rank trains; see config.RunConfig for those of the same names."""
 
     total_steps: int
+    step: StepSettings
     logging_steps: int
-    max_grad_norm: float
-    precision: Precision
-    device: torch.device
-    asr_loss_weight: float = 1.0
-    max_skipped_steps: int = 20
-    check_replicas_steps: int = 0
-    load_alert: float = 0.0
+    check_replicas_steps: int
+    load_alert: float
+
+    @classmethod
+    def of(cls, config: RunConfig, total_steps: int, device: torch.device) -> LoopSettings:
+        """Those of a configuration."""
+        return cls(total_steps, StepSettings.of(config, device), config.logging_steps, config.check_replicas_steps, config.load_alert)
 
 
 def make_meter(state: TrainState, settings: LoopSettings) -> Meter:
     """What collects a run's metrics on this rank."""
     ranks = experts_of_ranks(state.model)
-    return Meter(state.model_config, ranks, settings.load_alert, settings.device, settings.precision.dtype)
+    return Meter(state.model_config, ranks, settings.load_alert, settings.step.device, settings.step.precision.dtype)
 
 
 def train(
@@ -72,16 +73,7 @@ def train(
         waited = time.perf_counter() - waiting
         if batch.step != state.step + 1:
             raise RuntimeError(f"the data stream gave step {batch.step} where step {state.step + 1} was due")
-        result = run_step(
-            state,
-            batch,
-            settings.precision,
-            settings.max_grad_norm,
-            settings.device,
-            settings.asr_loss_weight,
-            stop=should_stop(),
-            max_skipped_steps=settings.max_skipped_steps,
-        )
+        result = run_step(state, batch, settings.step, stop=should_stop())
         if settings.check_replicas_steps and state.step % settings.check_replicas_steps == 0:
             check_replicas(state)  # before a checkpoint is made of them
         reporter.trained(batch)

@@ -1,20 +1,24 @@
-"""The engine by itself, without Ray, in one process or under torchrun:
+"""Trains without Ray, in one process or under torchrun:
 
     torchrun --nproc_per_node 2 -m most_ray.train.run --config jobs/configs/digits.yaml --ep_size 2
 
-The same run in the same folder as `most-ray train` makes: either goes on where the other has stopped. The last step's weights are
-exported; evaluating them is `most-ray evaluate`. SIGTERM stops it behind a checkpoint, with exit code 75. (torchrun itself then exits
-with 1, and kills ranks that have not ended after its `--shutdown-timeout`, 30 s: give it the time that a save takes.)
+The run is the one that `most-ray train` makes, in the same folder with the same files, trackers and screens: either command resumes what
+the other has begun. Evaluations run on the ranks in between steps, as with `eval_inline`.
+
+SIGTERM stops the run after it has written a checkpoint, with exit code 75. torchrun itself then exits with 1, and kills ranks that have
+not ended after its `--shutdown-timeout` (30 s): set it to the time that a save takes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -22,15 +26,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from most_ray import config as configuration
-from most_ray.checkpoint import catalog
-from most_ray.checkpoint.export import export_checkpoint
+from most_ray.console.progress import ProgressWatcher
+from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError
+from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
+from most_ray.report import write_report
 from most_ray.runs.job import Job
-from most_ray.runs.resolve import Prepared, keep_kit, prepare_run
+from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
+from most_ray.runs.resolve import Prepared, prepare_run
+from most_ray.trackers.select import trackers_of, wandb_key
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import claim_run, run_rank
 
@@ -38,7 +47,11 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train on this rank. 0: the goal was reached; 2: something that the user can mend; 75: stopped as asked, behind a checkpoint."""
+    """Train on this rank.
+
+    Returns:
+        The exit code. 0: the goal was reached; 2: an error that the user can fix; 75: stopped on request, after a checkpoint.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
@@ -47,26 +60,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(world)
+    device = _init_device(world)
+    console = Console()
+    reached = True
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
-        job, prepared = _agree(config, world)
-        reached = run_rank(job, device, TrainHooks(should_stop=stop.is_set))
-        if reached and prepared:
-            _export(prepared)
+        job, prepared = _share_job(config, world, console)
+        started = time.monotonic()
+        if job:
+            reached = _train(job, prepared, device, stop, console)
+        if prepared and reached:
+            if not is_complete(prepared):
+                raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
+            last_screen(finish_run(prepared, time.monotonic() - started, write_report), console)
     except UserError as error:
         sys.stderr.write(f"most-ray: {error.kind}: {error}\n")
         return error.exit_code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if not reached and prepared:
-        sys.stderr.write("most-ray: stopped behind a checkpoint; the same command goes on\n")
+    if not reached and this_rank() == 0:
+        sys.stderr.write("most-ray: stopped after a checkpoint; the same command resumes the run\n")
     return 0 if reached else EXIT_STOPPED
 
 
-def _device(world: int) -> torch.device:
-    """This rank's device; the process group comes up with it."""
+def _init_device(world: int) -> torch.device:
+    """This rank's device; initialises the process group where there are several ranks."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -77,47 +96,63 @@ def _device(world: int) -> torch.device:
     return device
 
 
-def _agree(config: configuration.RunConfig, world: int) -> tuple[Job, Prepared | None]:
-    """Rank 0 prepares the run; all get its job. What rank 0 complains of it alone says: the others leave with its exit code."""
-    decision: list[Any] = [None]
+def _share_job(config: configuration.RunConfig, world: int, console: Console) -> tuple[Job | None, Prepared | None]:
+    """Rank 0 prepares the run and sends its job to all ranks.
+
+    Returns:
+        The job, None where all steps and evaluations are done. On rank 0 the prepared run, None where nothing at all is left to do.
+
+    Raises:
+        UserError: on rank 0. The other ranks exit with its exit code, so that it is reported once.
+    """
+    shared: list[Any] = [None]
+    # Rank 0 may ingest records for hours before it sends the job.
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if dist.is_initialized() else None
-    prepared, cuda = None, torch.cuda.is_available()
+    cuda, prepared = torch.cuda.is_available(), None
     if cuda and config.use_gpu is False:
         raise ConfigError("use_gpu", False, "but this machine has GPUs.", "Hide them: CUDA_VISIBLE_DEVICES=.")
     if this_rank() == 0:
         try:
-            prepared = prepare_run(replace(config, use_gpu=cuda), workers=world)
-            if prepared.done_steps > prepared.job.total_steps:
-                rule = f"lies behind the run's newest checkpoint (step {prepared.done_steps})."
-                raise ConfigError("max_steps", prepared.job.total_steps, rule, "Raise it or rename the run.")
-            unused = [name for name in ("eval_steps", "tensorboard", "wandb_project") if getattr(config, name)]
-            if unused:
-                logger.warning("without Ray there are no evaluations and trackers: %s not used", ", ".join(unused))
-            decision = [prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))]
-            keep_kit(prepared)
-            storage.write_bytes(prepared.folder.at("config.yaml"), configuration.to_yaml(config.redacted()).encode())
+            prepared, shared[0] = _prepare(config, cuda, world, console)
         except UserError as error:
-            decision = [error]
+            shared[0] = error
     if dist.is_initialized():
-        # Rank 0 may take records in for hours before the others hear of it.
-        dist.broadcast_object_list(decision, src=0, group=patient)
-    if isinstance(decision[0], UserError):
-        raise decision[0] if this_rank() == 0 else SystemExit(decision[0].exit_code)
-    return decision[0], prepared
+        dist.broadcast_object_list(shared, src=0, group=patient)
+    if isinstance(shared[0], UserError):
+        raise shared[0] if this_rank() == 0 else SystemExit(shared[0].exit_code)
+    return shared[0], prepared
 
 
-def _export(prepared: Prepared) -> None:
-    """Rank 0: the last step's weights in Hugging Face layout.
+def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: Console) -> tuple[Prepared | None, Job | None]:
+    """Rank 0's part of `_share_job`."""
+    prepared = prepare_run(replace(config, use_gpu=cuda), workers=world)
+    for uri, reason in prepared.corrupt:
+        logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(uri), reason)
+    if finished_summary(prepared) is not None:
+        console.print(f"The run {config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.", highlight=False)
+        return None, None
+    begin_run(prepared, config)
+    first_screen(prepared, console, validation=evaluation_plan(prepared, inline=True))
+    if prepared.job.has_validation and (config.eval_workers > 1 or config.eval_gpus):
+        logger.info("without Ray the ranks evaluate in between steps: eval_workers and eval_gpus are not used")
+    if prepared.done_steps >= prepared.job.total_steps and is_complete(prepared):
+        return prepared, None
+    return prepared, prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))
 
-    Raises:
-        CheckpointError: there are none.
-    """
-    folder = prepared.folder
-    last = catalog.step_uri(folder.checkpoints, prepared.job.total_steps)
-    if last not in catalog.committed(folder.checkpoints):
-        raise CheckpointError("step", prepared.job.total_steps, "was not reached: no checkpoint of the last step was completed.")
-    export_checkpoint(last, folder.local / "export")
-    folder.push_folder("export", "config.json")
+
+def _train(job: Job, prepared: Prepared | None, device: torch.device, stop: threading.Event, console: Console) -> bool:
+    """Train on this rank, with progress and trackers on rank 0. Returns whether the goal was reached."""
+    config = job.config
+    hooks = TrainHooks(
+        should_stop=stop.is_set,
+        evaluate_inline=InlineEvaluation(EvaluationJob.of(config), job.run_uri, job.model_path) if job.has_validation else None,
+        trackers=trackers_of(config, job.run_uri, wandb_key(config)) if prepared else (),
+    )
+    with contextlib.ExitStack() as stack:
+        if prepared:
+            metrics = prepared.folder.local / "metrics.jsonl"
+            stack.enter_context(ProgressWatcher(metrics, job.total_steps, prepared.done_steps, console))
+        return run_rank(job, device, hooks)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from most_ray.train.loop import LoopSettings, make_meter, train
 from most_ray.train.meter import Meter
 from most_ray.train.recompute import apply_recompute, compile_layers
 from most_ray.train.reporter import RunReporter
-from most_ray.train.step import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
-    settings = _settings(job, device)
+    settings = LoopSettings.of(job.config, job.total_steps, device)
     meter = make_meter(state, settings)
     accepted = _resume(start, state, plan, job.config, meter)
     about = _about(job, state, device, accepted)
@@ -102,21 +101,6 @@ def _about(job: Job, state: TrainState, device: torch.device, accepted: list[str
             "audio": list(config.audio_expert_indices or ()) if aware else every,
         },
     }
-
-
-def _settings(job: Job, device: torch.device) -> LoopSettings:
-    config = job.config
-    return LoopSettings(
-        total_steps=job.total_steps,
-        logging_steps=config.logging_steps,
-        max_grad_norm=config.max_grad_norm,
-        precision=Precision.of(config),
-        device=device,
-        asr_loss_weight=config.asr_loss_weight,
-        max_skipped_steps=config.max_skipped_steps,
-        check_replicas_steps=config.check_replicas_steps,
-        load_alert=config.load_alert,
-    )
 
 
 def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Module:

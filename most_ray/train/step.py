@@ -75,16 +75,23 @@ class Precision:
         return torch.autocast(device.type, dtype=self.dtype) if self.dtype else contextlib.nullcontext()
 
 
-def run_step(
-    state: TrainState,
-    batch: Batch,
-    precision: Precision,
-    max_grad_norm: float,
-    device: torch.device,
-    asr_loss_weight: float = 1.0,
-    stop: bool = False,
-    max_skipped_steps: int = 20,
-) -> StepResult:
+@dataclass(frozen=True)
+class StepSettings:
+    """How a rank makes its steps; see config.OptimizerOptions for those of the same names."""
+
+    precision: Precision
+    device: torch.device
+    max_grad_norm: float
+    asr_loss_weight: float
+    max_skipped_steps: int
+
+    @classmethod
+    def of(cls, options: OptimizerOptions, device: torch.device) -> StepSettings:
+        """Those of a configuration."""
+        return cls(Precision.of(options), device, options.max_grad_norm, options.asr_loss_weight, options.max_skipped_steps)
+
+
+def run_step(state: TrainState, batch: Batch, settings: StepSettings, stop: bool = False) -> StepResult:
     """Train on one batch. `stop`: this rank has been asked to stop; the result says whether any has, alike on every rank.
 
     The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), ASR tokens
@@ -95,7 +102,8 @@ def run_step(
         TrainingDivergedError: on every rank, when this is the `max_skipped_steps`-th step in a row that is not finite.
     """
     state.model.train()
-    sums, load = _accumulate(state, batch, precision, device, asr_loss_weight)
+    device = settings.device
+    sums, load = _accumulate(state, batch, settings)
     counted = torch.tensor([float(stop), attended_pairs(batch)], device=device, dtype=torch.float64)
     totals = torch.cat([sums, grad_square(state.model).to(device).view(1), counted, load.double().view(-1)])
     if world_size() > 1:
@@ -109,11 +117,11 @@ def run_step(
     skipped = not all(map(math.isfinite, (*loss_sums, aux_loss, grad_norm)))
     load = totals[2 * k + 4 :].view(load.shape).long()
     if not skipped:
-        _update(state, grad_norm, max_grad_norm)
+        _update(state, grad_norm, settings.max_grad_norm)
         _balance(state, load)
     _advance(state, batch.step, skipped)
     if skipped:
-        _report_skipped(state, batch, sum(loss_sums) + aux_loss, grad_norm, max_skipped_steps)
+        _report_skipped(state, batch, sum(loss_sums) + aux_loss, grad_norm, settings.max_skipped_steps)
     return StepResult(
         step=batch.step,
         loss_sums=loss_sums,
@@ -133,13 +141,11 @@ def attended_pairs(batch: Batch) -> int:
     return int((batch.positions[batch.modality != PADDING] + 1).sum(dtype=np.int64))
 
 
-def _accumulate(
-    state: TrainState, batch: Batch, precision: Precision, device: torch.device, asr_loss_weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _accumulate(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of all forward passes, multiplied by the loss scale, into the parameters. Returns this rank's float64 sums (losses per
     task, supervised tokens per task, weighted balance loss) and its load (L, 2, E)."""
-    model, config, ranks = state.model, state.model_config, world_size()
-    by_task = [asr_loss_weight if task == "asr" else 1.0 for task in TASKS]
+    model, config, ranks, device = state.model, state.model_config, world_size(), settings.device
+    by_task = [settings.asr_loss_weight if task == "asr" else 1.0 for task in TASKS]
     weights = to_device(torch.tensor(by_task), device)
     denominator = sum(count * weight for count, weight in zip(batch.n_supervised, by_task, strict=True))
     n_aux = batch.n_records if config.seq_aux else batch.n_tokens
@@ -153,7 +159,7 @@ def _accumulate(
         packed = pack_rows(*(array[index] for array in arrays)).to(device)
         tasks = torch.from_numpy(batch.task[index, :, 1:][batch.labels[index, :, 1:] != IGNORE].astype(np.int64))
         tasks = to_device(tasks, device)
-        with precision.context(device):
+        with settings.precision.context(device):
             output = model(packed=packed, previous_load=previous_load)
         aux = config.aux_loss_alpha * output.aux_sum / n_aux
         loss = (output.token_losses * weights[tasks]).sum() / denominator + aux

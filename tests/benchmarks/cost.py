@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from most_ray.config import RunConfig, load_config
@@ -36,7 +35,7 @@ from most_ray.planner.dry_run import DryRun, dry_run
 from most_ray.records.tokenizer import load_tokenizer
 from most_ray.runs.job import Job
 from most_ray.runs.resolve import prepare_run, training_texts
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import StepSettings, run_step
 from tests.benchmarks.common import ROOT, show, write
 from tests.benchmarks.train import SMALL
 from tests.support.gloo import run_ranks
@@ -67,7 +66,7 @@ def _train(job: Job, options: dict[str, Any], count: int) -> list[tuple[float, f
         if world > 1:
             dist.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
-        run_step(state, batch, Precision(torch.bfloat16 if job.config.bf16 else None), job.config.max_grad_norm, CPU)
+        run_step(state, batch, StepSettings.of(job.config, CPU))
         taken.append((time.perf_counter() - wall, time.process_time() - cpu))
     return taken
 

@@ -136,7 +136,7 @@ def speech_plan(root: Path) -> PlanSpec:
             record["input" if task == "asr" else "output"] = units_to_text(units.tolist())
             records.append(record)
         places.append(make_store(root / task, task, records, task, 256).uri)
-    return PlanSpec(tuple(places), (1, 1), 0, 32, 256)
+    return PlanSpec(tuple(places), (1, 1), 0, 32, 256, "records")
 
 
 def loads(model_dir: str, spec: PlanSpec, n_steps: int, bias_rate: float) -> dict[str, Any]:

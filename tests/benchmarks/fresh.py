@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
+from most_ray.config import WeightUnit
 from most_ray.data.batch import rank_batch
 from most_ray.data.plan import Plan
 from tests.benchmarks.stores import LAYOUT, TASKS, Described, describe, spec_of
@@ -18,21 +20,21 @@ RECORDS = 10_000_000  # of each of two sources
 WORLD, MAX_ROWS = 8, 16
 
 
-def open_plan(root: Path, unit: str) -> Plan:
+def open_plan(root: Path, unit: WeightUnit) -> Plan:
     """The plan with its fingerprint, which a resumed run compares before anything else."""
     plan = Plan(spec_of(root, unit), [Described(root / task) for task in TASKS])
     assert plan.fingerprint
     return plan
 
 
-def build(root: Path, unit: str, step: int) -> dict[str, float]:
+def build(root: Path, unit: WeightUnit, step: int) -> dict[str, float]:
     """Write the lengths, make the plan."""
     describe(root, RECORDS)
     open_plan(root, unit).step(step)
     return {}
 
 
-def first_batch(root: Path, unit: str, step: int) -> dict[str, float]:
+def first_batch(root: Path, unit: WeightUnit, step: int) -> dict[str, float]:
     start = time.perf_counter()
     plan = open_plan(root, unit)
     opened = time.perf_counter() - start
@@ -41,7 +43,7 @@ def first_batch(root: Path, unit: str, step: int) -> dict[str, float]:
     return {"reopen_s": opened}
 
 
-def fast_forward(root: Path, unit: str, step: int) -> dict[str, float]:
+def fast_forward(root: Path, unit: WeightUnit, step: int) -> dict[str, float]:
     """The least that a trainer does which finds its place by skipping: it draws each record of the steps before, asks for its length and
     drops it. The order comes from the same vectorised mixture; nothing is packed, read or tokenised."""
     plan = open_plan(root, unit)
@@ -67,7 +69,7 @@ JOBS = {"build": build, "first_batch": first_batch, "fast_forward": fast_forward
 def main() -> None:
     job, root, unit, step = sys.argv[1:]
     start = time.perf_counter()
-    told = JOBS[job](Path(root), unit, int(step))
+    told = JOBS[job](Path(root), cast(WeightUnit, unit), int(step))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(json.dumps({**told, "seconds": seconds, "peak_mb": peak}), flush=True)

@@ -105,19 +105,19 @@ class Bench:
     def ours(self, file: Path) -> Callable[[], None]:
         """Ours, in a process that knows no word yet."""
         _known_words.cache_clear()
-        return self._part(file, Recipe("asr", vocabulary_of(self.tokenizer), 2048))
+        return self._part(file, Recipe("asr", vocabulary_of(self.tokenizer), 2048, "reject"))
 
     def later(self) -> Callable[[], None]:
         """The lines as the part behind another one that the same process has made: their common words are known."""
         _known_words.cache_clear()
-        recipe = Recipe("asr", vocabulary_of(self.tokenizer), 2048)
+        recipe = Recipe("asr", vocabulary_of(self.tokenizer), 2048, "reject")
         self._part(self.earlier, recipe)()
         return self._part(self.lines, recipe)
 
     def known(self) -> Callable[[], None]:
         """The lines once more in a process that has made them before: what a large directory comes close to in the end."""
         self.ours(self.lines)()
-        return self._part(self.lines, Recipe("asr", vocabulary_of(self.tokenizer), 2048))
+        return self._part(self.lines, Recipe("asr", vocabulary_of(self.tokenizer), 2048, "reject"))
 
     def _part(self, file: Path, recipe: Recipe) -> Callable[[], None]:
         self._number += 1

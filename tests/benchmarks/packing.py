@@ -71,8 +71,8 @@ class Measured:
     in_order: np.ndarray  # lengths as the steps come
 
 
-def measure(stores: Sequence[Lengths], batch: int, unit: Literal["rows", "tokens"], n: int) -> Measured:
-    plan = Plan(PlanSpec((), WEIGHTS, 0, batch, ROW, weight_unit=unit), cast("list[TokenStore]", list(stores)))
+def measure(stores: Sequence[Lengths], batch: int, unit: Literal["records", "tokens"], n: int) -> Measured:
+    plan = Plan(PlanSpec((), WEIGHTS, 0, batch, ROW, unit), cast("list[TokenStore]", list(stores)))
     check = MixCheck(len(stores), unit, max(int(store.lengths.max()) for store in stores))
     plan.step(1)
     tokens = rows = 0
@@ -110,7 +110,7 @@ class MixCheck:
         self._unit, self._longest, self.largest = unit, longest, 0.0
 
     def add(self, sources: np.ndarray, lengths: np.ndarray) -> None:
-        amounts = np.ones(len(lengths)) if self._unit == "rows" else lengths / self._longest
+        amounts = np.ones(len(lengths)) if self._unit == "records" else lengths / self._longest
         running = self._held + np.cumsum(amounts[:, None] * (sources[:, None] == np.arange(len(self._held))), axis=0)
         shares = np.array(WEIGHTS) / sum(WEIGHTS)
         self.largest = max(self.largest, float(np.abs(running - running.sum(axis=1, keepdims=True) * shares).max()))
@@ -154,7 +154,7 @@ CASES = {  # name: width of the durations in seconds, share of the units that is
 def run_case(name: str, n: int) -> tuple[dict[str, float], list[object], Measured]:
     """Figures of one distribution of lengths, and a row of the table."""
     stores = make_stores(n, *CASES[name])
-    measured = {batch: measure(stores, batch, "rows", n) for batch in BATCHES}
+    measured = {batch: measure(stores, batch, "records", n) for batch in BATCHES}
     other = opponents(measured[512].in_order)
     tail = f"_{name}" if name else ""
     figures = {f"fill_{batch}{tail}": m.fill for batch, m in measured.items()}

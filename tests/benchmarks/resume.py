@@ -18,11 +18,11 @@ from statistics import median
 from tests.benchmarks import common
 
 STEPS = (10, 10_000, 1_000_000)
-UNITS = ("rows", "tokens")
+UNITS = ("records", "tokens")
 SKIPPED_TO = 10_000
 
 
-def fresh(job: str, root: Path, unit: str = "rows", step: int = 1) -> dict[str, float]:
+def fresh(job: str, root: Path, unit: str = "records", step: int = 1) -> dict[str, float]:
     """A job in a process of its own; `wall`: seconds from its start to its answer, interpreter and imports included."""
     command = [sys.executable, "-m", "tests.benchmarks.fresh", job, str(root), unit, str(step)]
     start = time.perf_counter()
@@ -37,7 +37,7 @@ def fresh(job: str, root: Path, unit: str = "rows", step: int = 1) -> dict[str, 
 
 def collect(root: Path, rounds: int) -> dict[tuple[str, str, int], list[dict[str, float]]]:
     """All jobs in turn, round by round."""
-    jobs = [("first_batch", unit, step) for unit in UNITS for step in STEPS] + [("fast_forward", "rows", SKIPPED_TO)]
+    jobs = [("first_batch", unit, step) for unit in UNITS for step in STEPS] + [("fast_forward", "records", SKIPPED_TO)]
     told: dict[tuple[str, str, int], list[dict[str, float]]] = {job: [] for job in jobs}
     for _ in range(rounds):
         for name, unit, step in jobs:
@@ -60,7 +60,7 @@ def main() -> None:
     figures = {"build_s": built["seconds"], "build_s_with_imports": built["wall"], "build_peak_mb": built["peak_mb"]}
     rows = []
     for unit in UNITS:
-        tail = "" if unit == "rows" else "_tokens"
+        tail = "" if unit == "records" else "_tokens"
         for step in STEPS:
             job = ("first_batch", unit, step)
             figures[f"first_batch_s_step_{step}{tail}"] = middle("seconds", *job)
@@ -75,7 +75,7 @@ def main() -> None:
         imports = middle("wall", *first) - middle("seconds", *first)
         figures[f"reopen_s{tail}_with_imports"] = figures[f"reopen_s{tail}"] + imports
         figures[f"use_peak_mb{tail}"] = max(answer["peak_mb"] for step in STEPS for answer in told["first_batch", unit, step])
-    skip = ("fast_forward", "rows", SKIPPED_TO)
+    skip = ("fast_forward", "records", SKIPPED_TO)
     figures["fast_forward_s"] = middle("seconds", *skip)
     figures["ratio_fast_forward"] = figures["fast_forward_s"] / figures[f"first_batch_s_step_{SKIPPED_TO}"]
     figures["imports_s"] = imports
@@ -86,7 +86,7 @@ def main() -> None:
         ["", "s", "s with imports", "s to open", "peak MB", "median over best - 1"],
         rows,
         [
-            f"Step 1,000,000 over step 10: {figures['ratio_step_1000000_over_10']:.2f} (rows), "
+            f"Step 1,000,000 over step 10: {figures['ratio_step_1000000_over_10']:.2f} (records), "
             f"{figures['ratio_step_1000000_over_10_tokens']:.2f} (tokens). "
             f"Build: {built['seconds']:.1f} s, peak {built['peak_mb']:,.0f} MB.",
             f"Fast forward draws {skipped:,} records, asks for their lengths and drops them: no packing, no reading, no tokenising.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from most_ray.config import WeightUnit
 from most_ray.data.batch import TokenLayout
 from most_ray.data.plan import PlanSpec
 from most_ray.data.store import STORE_VERSION, PartWriter, TokenStore, checksummed_json, file_digest
@@ -102,6 +102,5 @@ def _write_part(uri: Path, task: str, first: int, lengths: np.ndarray, prompts: 
     return [{"part": uri.name, **shard} for shard in json.loads((uri / "part.json").read_bytes())["shards"]]
 
 
-def spec_of(root: Path, unit: str, batch: int = 512) -> PlanSpec:
-    make = functools.partial(PlanSpec, tuple(str(root / task) for task in TASKS), (1, 1), 0, batch, ROW)
-    return make(weight_unit="tokens") if unit == "tokens" else make()
+def spec_of(root: Path, unit: WeightUnit, batch: int = 512) -> PlanSpec:
+    return PlanSpec(tuple(str(root / task) for task in TASKS), (1, 1), 0, batch, ROW, unit)

@@ -205,7 +205,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="most_ray-bench-") as folder:
         store_bytes = fill(Path(folder), STORE)
-        spec = StreamSpec(spec_of(Path(folder), "rows"), LAYOUT, 0, 1, MAX_ROWS)
+        spec = StreamSpec(spec_of(Path(folder), "records"), LAYOUT, 0, 1, MAX_ROWS)
         with local_ray():
             found, rates = throughput(spec, arguments.steps, arguments.rounds)
         figures |= found

@@ -73,7 +73,7 @@ def test_four_workers_then_two_then_four(cluster: Cluster, tmp_path: Path) -> No
     report = compare(Report(), tmp_path, "straight", "elastic")
     assert report.passed, (report, log.read_text()[-3000:])
     text = log.read_text()
-    assert "The workers were lost" in text and "stopped behind a checkpoint (resized)" in text
+    assert "The workers were lost" in text and "stopped after a checkpoint (resized)" in text
 
 
 def test_a_node_that_will_be_taken_away_is_left_behind_a_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_node_that_will_be_taken_away_is_left_behind_a_checkpoint(cluster: Clu
     log = tmp_path / "warned.log"
     wait_for(lambda: steps_done(tmp_path, "warned") >= 6, process, log)
     drain(node.node_id)
-    wait_for(lambda: len(ray_workers(cluster.address)) == 2 and "stopped behind a checkpoint (preempted)" in log.read_text(), process, log)
+    wait_for(lambda: len(ray_workers(cluster.address)) == 2 and "stopped after a checkpoint (preempted)" in log.read_text(), process, log)
     kept = steps_done(tmp_path, "warned")
     cluster.remove_node(node, allow_graceful=False)
     assert kept >= 6

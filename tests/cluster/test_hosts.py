@@ -168,13 +168,13 @@ def test_a_host_is_cut_off_and_comes_back(hosts: Hosts, tmp_path: Path, capsys: 
     joined = run.now() - back
     began = run.until(lambda: run.starts() == [2, 1]) - cut
     on = run.until(lambda: run.steps() > made) - cut
-    asked = run.until(lambda: "stopped behind a checkpoint (resized)" in run.told())
+    asked = run.until(lambda: "stopped after a checkpoint (resized)" in run.told())
     grown = run.until(lambda: run.starts() == [2, 1, 2])
     grown_at = newest_commit(tmp_path, "run")
     assert [len(host.workers()) for host in hosts] == [1, 1]
 
     assert run.end() == 0, run.told()
-    assert f"The workers were lost (rank 1: its node {other.address} is gone); going on from the last checkpoint" in run.told()
+    assert f"The workers were lost (rank 1: its node {other.address} is gone); resuming from the last checkpoint" in run.told()
     finish(straight, tmp_path, "straight")
     report = compare(Report(), tmp_path, "straight", "run")
     assert report.passed, (report, run.told())
@@ -196,4 +196,4 @@ def test_a_group_that_cannot_be_made_says_why_and_leaves_its_room(hosts: Hosts, 
     hosts[1].start_ray(num_cpus=2, GLOO_SOCKET_IFNAME="none0")
     run = Run(hosts, tmp_path, num_workers=2, max_failures=1, room_timeout_s=60)
     assert run.end() == 1
-    assert "failed 2 times within 3600 s, at last so: " in run.told() and "Unable to find address for: none0" in run.told(), run.told()
+    assert "failed 2 times within 3600 s, the last time: " in run.told() and "Unable to find address for: none0" in run.told(), run.told()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> PlanSpec:
 
 
 def job_of(scene: Scene, settings: EvaluationSettings) -> EvaluationJob:
-    return EvaluationJob(scene.directories, settings, scene.stores)
+    return EvaluationJob(scene.directories, settings, scene.stores, 1, 0.0)
 
 
 def scored(scene: Scene, settings: EvaluationSettings, topologies: list[tuple[int, int, int]], root: str) -> list[Any]:
@@ -48,7 +49,7 @@ def scored(scene: Scene, settings: EvaluationSettings, topologies: list[tuple[in
 @pytest.mark.parametrize("world", sorted(LAYOUTS))
 def test_every_record_is_decoded_once_and_alike_on_any_layout(world: int, scene: Scene, tmp_path: Path) -> None:
     """Promises 7 and 20: 7, 3 and 2 records on 2 and 4 ranks, by greedy search and beams: no hang, nothing doubled."""
-    for settings in (SETTINGS, EvaluationSettings(batch_size=2, max_new_tokens=9, max_new_units=9, num_beams=3)):
+    for settings in (SETTINGS, replace(SETTINGS, batch_size=2, max_new_tokens=9, max_new_units=9, num_beams=3)):
         alone = evaluate(scene, settings).result
         answers = run_ranks(world, scored, scene, settings, LAYOUTS[world], str(tmp_path))
         assert all(line is None for answer in answers[1:] for line in answer)

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from most_ray.config import config_from
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
 from most_ray.distributed.determinism import set_deterministic
 from most_ray.optim.train_state import TrainState
 from most_ray.train.loop import LoopSettings, train
 from most_ray.train.replicas import ReplicaError, check_replicas
-from most_ray.train.step import Precision, TrainingDivergedError
+from most_ray.train.step import TrainingDivergedError
 from tests.support.builders import make_plan, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.training import CPU, batch_of, full_weights, loss_of, make, steps
@@ -155,7 +156,7 @@ class Silent:
 def diverge(setting: Setting, topology: Topology) -> str:
     plan = open_plan(setting.spec)
     state = make(setting.model_dir, topology)
-    settings = LoopSettings(9, 1, 1.0, Precision(None), CPU, max_skipped_steps=3)
+    settings = LoopSettings.of(config_from({"max_skipped_steps": 3, "check_replicas_steps": 0, "load_alert": 0}), 9, CPU)
     with spoilt(state, 1, math.nan, True), pytest.raises(TrainingDivergedError) as error:
         train(state, (batch_of(plan, step) for step in range(1, 10)), settings, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
     return str(error.value)
@@ -224,7 +225,7 @@ def drift_in_the_loop(setting: Setting) -> tuple[str, int]:
             flip_a_bit(local(state.model.get_parameter("model.layers.1.mlp.gate.weight")))
         return 0.0
 
-    settings = LoopSettings(9, 1, 1.0, Precision(None), CPU, check_replicas_steps=2)
+    settings = LoopSettings.of(config_from({"check_replicas_steps": 2, "load_alert": 0}), 9, CPU)
     with pytest.raises(ReplicaError) as error:
         train(state, (batch_of(plan, step) for step in range(1, 10)), settings, Silent(), at_step)  # type: ignore[arg-type]
     return str(error.value), state.step

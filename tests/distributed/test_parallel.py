@@ -81,8 +81,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     one = make_store(root / "apart", "speech", [asr(i, 90, "x") for i in range(8)])
     two = make_store(root / "apart", "text", [{**text(i), "input": "y" * 127, "output": "x"} for i in range(8)], "text")
     # A pack is one record, all are equally long and kinds alternate: one rank of two holds only text, the other only speech.
-    apart = PlanSpec((one.uri, two.uri), (1, 1), 0, 4, 200)
-    only_text = PlanSpec((two.uri,), (1,), 0, 4, 200)
+    apart = PlanSpec((one.uri, two.uri), (1, 1), 0, 4, 200, "records")
+    only_text = PlanSpec((two.uri,), (1,), 0, 4, 200, "records")
     return Setting({name: str(root / name) for name in changes}, {"mixed": plan.spec, "apart": apart, "only_text": only_text})
 
 

@@ -46,7 +46,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
             layer.mlp.gate.weight.mul_(0.05)  # near to indifferent: what is uneven is the share of speech
     wide.save_pretrained(models["wide"])
     speech = make_store(root / "speech", "speech", [{**asr(i, 145, "x"), "instruction": "Go."} for i in range(16)], limit=256)
-    return Setting(models, make_plan(root / "data", batch=11).spec, PlanSpec((speech.uri,), (1,), 0, 8, 256))
+    return Setting(models, make_plan(root / "data", batch=11).spec, PlanSpec((speech.uri,), (1,), 0, 8, 256, "records"))
 
 
 def trajectories(setting: Setting, topologies: list[tuple[int, int, int]]) -> dict[Any, Any]:

@@ -60,7 +60,7 @@ def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(timeout=120) == 75, rest
-    assert "stopped behind a checkpoint" in rest
+    assert "stopped after a checkpoint" in rest
     done = len(trace.read_text().splitlines())
     assert 1 <= done < 8 and (tmp_path / "ended" / "checkpoints" / f"step-{done:09d}" / "commit.json").exists()
     assert run(words).returncode == 0

@@ -23,7 +23,7 @@ from most_ray.model.build import load_model
 from most_ray.optim.train_state import make_state
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import prepare_run
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import StepSettings, run_step
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("digits.json")
@@ -59,7 +59,7 @@ def measure(output_dir: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"losses": [], "norms": [], "load": []}
     for step in range(1, STEPS + 1):
         batch = rank_batch(prepared.plan, step, 0, 1, config.train_batch_size, job.layout)
-        result = run_step(state, batch, Precision(None), config.max_grad_norm, device, config.asr_loss_weight)
+        result = run_step(state, batch, StepSettings.of(config, device))
         found["losses"].append(sum(result.loss_sums) / sum(result.token_counts))
         found["norms"].append(result.grad_norm)
         found["load"].append(result.load.sum((0, 2)).tolist())

@@ -34,9 +34,9 @@ from most_ray.records.record import TASKS
 from most_ray.records.template import AUDIO, IGNORE, PADDING, TEXT
 from most_ray.train.recompute import apply_recompute
 from most_ray.train.replicas import check_replicas
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import run_step
 from tests.support.builders import IDS, tiny_model
-from tests.support.training import differences, full_weights, layout_of, loss_of, spy_gradients
+from tests.support.training import differences, full_weights, layout_of, loss_of, spy_gradients, step_settings
 
 STEPS = 4
 # float32 on both sides, sums in another order: entries of some hundred terms differ by 2**-24 of their size times the square root of their
@@ -98,7 +98,7 @@ def train(state: TrainState, device: torch.device, dtype: torch.dtype | None = N
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     make_step, gradients, results = state.optimizer.step, spy_gradients(state), []
     for _ in range(count):
-        results.append(run_step(state, batch_of(state.step + 1, rank, world, 8, 160), Precision(dtype), 1.0, device))
+        results.append(run_step(state, batch_of(state.step + 1, rank, world, 8, 160), step_settings(dtype, device)))
         state.optimizer.step = make_step  # type: ignore[method-assign]
     return {
         "losses": [loss_of(result) for result in results],
@@ -209,7 +209,7 @@ def tokens_per_second(model_dir: str, device: torch.device, topology: tuple[int,
         if on_gpu:
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        run_step(state, batch, Precision(torch.bfloat16), 1.0, device)
+        run_step(state, batch, step_settings(torch.bfloat16, device))
         if on_gpu:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)

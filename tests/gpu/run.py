@@ -32,11 +32,11 @@ from most_ray.metrics.flops import model_flops
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import make_state
 from most_ray.planner.memory import Load, Shapes, memory_of
-from most_ray.train.step import Precision, attended_pairs, run_step
+from most_ray.train.step import attended_pairs, run_step
 from tests.benchmarks.peers import stock_model
 from tests.gpu.check import FLOAT32_BOUND, HALF, batch_of, within
 from tests.support.builders import tiny_config
-from tests.support.training import KINDS, kind_of, loss_of, spy_gradients
+from tests.support.training import KINDS, kind_of, loss_of, spy_gradients, step_settings
 
 # deepseek-ai/DeepSeek-V2-Lite's config.json; 512 more tokens for units. Neither modalities nor a balance loss, which the peer has not.
 LITE = {
@@ -93,7 +93,7 @@ def built(work: Work, layers: int) -> MostForCausalLM:
 def ours(model: MostForCausalLM, dtype: torch.dtype | None, device: torch.device) -> Step:
     """`run_step`, as training takes it."""
     state = make_state(model, config_from(OPTIONS), 1_000_000)
-    return lambda batch: loss_of(run_step(state, batch, Precision(dtype), 1.0, device))
+    return lambda batch: loss_of(run_step(state, batch, step_settings(dtype, device)))
 
 
 def stock_on(model: MostForCausalLM, device: torch.device) -> nn.Module:
@@ -156,7 +156,7 @@ def plain_gradients(stock: nn.Module, batch: Batch, dtype: torch.dtype | None, d
 def our_gradients(work: Work, layers: int, batch: Batch, dtype: torch.dtype | None) -> Outcome:
     state = make_state(built(work, layers), config_from(OPTIONS), 1)
     gradients = spy_gradients(state)
-    loss = loss_of(run_step(state, batch, Precision(dtype), 1.0, work.device))
+    loss = loss_of(run_step(state, batch, step_settings(dtype, work.device)))
     return loss, {name: gradient.cpu() for name, gradient in gradients.items()}
 
 

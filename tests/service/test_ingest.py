@@ -19,7 +19,7 @@ from most_ray.service.tasks.ingest_tasks import run_in_tasks
 from tests.support.builders import asr, char_vocabulary, write_records
 from tests.unit.test_plan import LAYOUT
 
-RECIPE = Recipe("asr", char_vocabulary(), 200)
+RECIPE = Recipe("asr", char_vocabulary(), 200, "reject")
 
 
 def same(one: Any, two: Any) -> bool:
@@ -70,7 +70,7 @@ def test_records_and_stores_behind_uris(ray_cluster: str, tmp_path: Path, bucket
     again = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", untouched)
     assert again.uri == remote.uri and same(local, again)
     assert {path: path.stat().st_ino for path in (tmp_path / "cache").iterdir()} == cached
-    spec = PlanSpec((remote.uri,), (1,), 0, 8, 200)
-    plan = Plan(PlanSpec((local.uri,), (1,), 0, 8, 200))
+    spec = PlanSpec((remote.uri,), (1,), 0, 8, 200, "records")
+    plan = Plan(PlanSpec((local.uri,), (1,), 0, 8, 200, "records"))
     for batch in stream_batches(StreamSpec(spec, LAYOUT, 0, 1, 2, timeout_s=120.0), 1, 10):
         assert np.array_equal(batch.input_ids, rank_batch(plan, batch.step, 0, 1, 2, LAYOUT).input_ids)

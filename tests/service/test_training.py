@@ -265,7 +265,7 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
             yield batch
 
     monkeypatch.setattr("most_ray.service.training.attempts.WorkerJob", functools.partial(WorkerJob, stream=failing))
-    with pytest.raises(RunIncompleteError, match=r"failed 2 times within 3600 s, at last so: rank 1: .*rank 1 has had enough") as error:
+    with pytest.raises(RunIncompleteError, match=r"failed 2 times within 3600 s, the last time: rank 1: .*rank 1 has had enough") as error:
         run(folder, "raising", num_workers=2, ep_size=2, max_failures=1, val_asr_dirs=[])
     took = time.time() - float(raised.read_text().splitlines()[-1])
     assert took < 60 and error.value.exit_code == 1
@@ -287,4 +287,3 @@ def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypat
     steps = {kind: [line["step"] for line in lines if line["kind"] == kind] for kind in ("start", "train", "evaluation")}
     assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]} and summary["step"] == 6
     assert {"hypotheses.jsonl", "report.html", "environment.json", "evaluations/step-000000004.json"} <= names
-

@@ -65,7 +65,7 @@ def write_records(directory: Path, records: list[Any], name: str = "records.json
 
 def make_store(root: Path, name: str, records: list[Any], task: str = "asr", limit: int = 200) -> TokenStore:
     directory = write_records(root / name, records)
-    return ingest_directory(directory, Recipe(task, char_vocabulary(), limit), root / "store")  # type: ignore[arg-type]
+    return ingest_directory(directory, Recipe(task, char_vocabulary(), limit, "reject"), root / "store")  # type: ignore[arg-type]
 
 
 def make_plan(root: Path, sizes: tuple[int, int] = (23, 17), batch: int = 6, seed: int = 0, length: int = 200) -> Plan:
@@ -73,7 +73,7 @@ def make_plan(root: Path, sizes: tuple[int, int] = (23, 17), batch: int = 6, see
     rng = np.random.default_rng(1)
     a = make_store(root, "a", [asr(i, int(rng.integers(1, 40))) for i in range(sizes[0])], "asr", length)
     b = make_store(root, "b", [tts(i, int(rng.integers(1, 40))) for i in range(sizes[1])], "tts", length)
-    return Plan(PlanSpec((a.uri, b.uri), (3, 2), seed, batch, length))
+    return Plan(PlanSpec((a.uri, b.uri), (3, 2), seed, batch, length, "records"))
 
 
 def tiny_config(**changes: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from most_ray.config import config_from
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, merge_shards, open_sets
 from most_ray.evaluation.scoring import EvaluationSettings, Recogniser, score_shard
@@ -15,7 +16,7 @@ from most_ray.model.build import load_model, save_model
 from most_ray.records.tokenizer import load_tokenizer, token_ids, train_tokenizer
 from tests.support.builders import WORDS, asr, text, tiny_model, tts, write_records
 
-SETTINGS = EvaluationSettings(batch_size=3, max_new_tokens=12, max_new_units=20)
+SETTINGS = EvaluationSettings.of(config_from({"eval_batch_size": 3, "max_new_tokens": 12, "max_new_units": 20}))
 
 
 @dataclass(frozen=True)

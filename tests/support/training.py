@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.placement import experts_of_ranks, row_order
 from most_ray.optim.train_state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.recompute import apply_recompute
-from most_ray.train.step import Precision, StepResult, run_step
+from most_ray.train.step import Precision, StepResult, StepSettings, run_step
 from tests.support.builders import LAYOUT
 
 CPU = torch.device("cpu")
@@ -57,6 +57,11 @@ def batch_of(plan: Plan, step: int, max_rows: int = 2) -> Batch:
     return rank_batch(plan, step, rank, world, max_rows, LAYOUT)
 
 
+def step_settings(dtype: torch.dtype | None = None, device: torch.device = CPU, **options: Any) -> StepSettings:
+    """How steps are made with these keys of the configuration, in a precision of its own."""
+    return replace(StepSettings.of(config_from(options), device), precision=Precision(dtype))
+
+
 def steps(
     state: TrainState,
     plan: Plan,
@@ -69,9 +74,8 @@ def steps(
     change: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> list[StepResult]:
     """The next `count` optimizer steps; `change`: what is done to each batch first."""
-    return [
-        run_step(state, change(batch_of(plan, state.step + 1, max_rows)), Precision(dtype), clip, CPU, asr_weight) for _ in range(count)
-    ]
+    settings = step_settings(dtype, max_grad_norm=clip, asr_loss_weight=asr_weight)
+    return [run_step(state, change(batch_of(plan, state.step + 1, max_rows)), settings) for _ in range(count)]
 
 
 def loss_of(result: StepResult) -> float:

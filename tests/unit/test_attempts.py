@@ -92,8 +92,8 @@ def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bo
         return SimpleNamespace(reason=made[-1]), None
 
     monkeypatch.setattr(attempts, "_attempt", attempt)
-    monkeypatch.setattr(attempts, "wait_for_resources", lambda *_: None)
-    monkeypatch.setattr(attempts, "complete", lambda _: complete[len(made) - 1])
+    monkeypatch.setattr(attempts, "_wait_for_resources", lambda *_: None)
+    monkeypatch.setattr(attempts, "is_complete", lambda _: complete[len(made) - 1])
     attempts.run_attempts(PREPARED, None, Console(quiet=True), terminated)  # type: ignore[arg-type]
     return len(made)
 
@@ -113,7 +113,7 @@ def test_a_worker_that_was_killed_for_memory_is_told_so() -> None:
     """In a line, for a run and for a sweep's ledger; of another end, what Ray says of it."""
     gone = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n"
     full = gone + "Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed due to the node running low on memory."
-    for text, told in ((full, "its process was killed, for the node ran out of memory"), (gone, gone.splitlines()[0])):
+    for text, told in ((full, "its process was killed because the node ran out of memory"), (gone, gone.splitlines()[0])):
         failure = WorkerHealthCheckFailedError("A worker health check failed.", RuntimeError(text))
         assert _cause(FailedError({0: failure})) == f"rank 0: {told}"
 
@@ -135,11 +135,11 @@ def test_what_is_said_of_a_loss_may_hold_brackets(monkeypatch: pytest.MonkeyPatc
     """gloo's errors begin with a path in brackets, which a console would take for a mark that is closed."""
     lost = ControllerError(RuntimeError("[/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456"))
     endings = [(SimpleNamespace(reason=None), lost), (SimpleNamespace(reason=None), None)]
-    monkeypatch.setattr(attempts, "wait_for_resources", lambda *args: None)
+    monkeypatch.setattr(attempts, "_wait_for_resources", lambda *args: None)
     monkeypatch.setattr(attempts, "_attempt", lambda *args: endings.pop(0))
     console = Console(record=True, width=300)
     run_attempts(PREPARED, None, console, ShutdownSignal())  # type: ignore[arg-type]
-    assert "([/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456); going on" in console.export_text()
+    assert "([/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456); resuming" in console.export_text()
 
 
 def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_grows(monkeypatch: pytest.MonkeyPatch) -> None:

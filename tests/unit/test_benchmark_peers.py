@@ -12,10 +12,10 @@ from most_ray.config import OptimizerOptions
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.optim.train_state import make_state
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import run_step
 from tests.benchmarks.peers import OriginalPeer, TransformersPeer, records_of, train_with_trainer
 from tests.support.builders import tiny_model
-from tests.support.training import CPU, batch_of, loss_of
+from tests.support.training import batch_of, loss_of, step_settings
 
 OPTIONS = OptimizerOptions(learning_rate=1e-3)
 PLAIN: dict[str, Any] = {"use_modality_aware_routing": False, "aux_loss_alpha": 0.0}
@@ -31,7 +31,7 @@ def batch(plan: Plan) -> Batch:
 
 def ours(batch: Batch, **changes: Any) -> tuple[float, float]:
     """Loss and gradient norm of our own step."""
-    result = run_step(make_state(tiny_model(**changes), OPTIONS, 1), batch, Precision(None), 0.0, CPU)
+    result = run_step(make_state(tiny_model(**changes), OPTIONS, 1), batch, step_settings(max_grad_norm=0))
     return loss_of(result), result.grad_norm
 
 

@@ -216,7 +216,7 @@ def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_log_file_is_told_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours of work must not look like a process that hangs; every item comes through."""
-    monkeypatch.setattr("most_ray.cli.parser._TELL_S", 0.0)
+    monkeypatch.setattr("most_ray.cli.parser._REPORT_S", 0.0)
     sink = io.StringIO()
     assert list(tracked(range(3), "units", 3, Console(file=sink))) == [0, 1, 2]
     assert [line.split(",")[0] for line in sink.getvalue().splitlines()] == ["units: 1 of 3", "units: 2 of 3"]

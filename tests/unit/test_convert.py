@@ -215,7 +215,7 @@ def test_wrong_configs(
         (["--config", "c.json", "--input_dir", "speech"], "names the directories"),
         (["--config", "c.json", "--file_pattern", "*.json"], "names the directories"),
         (["--input_dir", "nowhere", "--output_dir", "o"], "does not exist"),
-        (["--input_dir", "speech", "--output_dir", "s3://bucket/x"], "is no local place"),
+        (["--input_dir", "speech", "--output_dir", "s3://bucket/x"], "is not a local path"),
         (["--input_dir", "speech", "--output_dir", "o", "--file_pattern", "x*"], "holds no records"),
         (["--input_dir", "speech", "--outputdir", "o"], "Did you mean 'output_dir'"),
     ],

@@ -323,7 +323,7 @@ def test_the_twins_are_the_same_model(tmp_path: Path) -> None:
     with calibration._alone():
         for way in ("plain", "sharded", "exchanged"):
             torch.manual_seed(0)
-            twin = calibration.ProxyModel(tiny_config(), options, calibration.Precision(None), way)
+            twin = calibration.ProxyModel(tiny_config(), options, None, way)
             for batch in batches:
                 assert min(twin.seconds(batch)) > 0
             weights.append([each.full_tensor() if isinstance(each, DTensor) else each for each in twin._state.model.parameters()])

@@ -35,7 +35,7 @@ def test_it_is_the_librarys_greedy_decoding(prompts: list[np.ndarray]) -> None:
     caps = [4 + index % 5 for index in range(len(prompts))]
     expected = [generated(model, prompt, cap) for prompt, cap in zip(prompts, caps, strict=True)]
     for batch_size in (1, 4, 16):
-        found = decode(Forward(model), prompts, STOP, caps, SearchOptions(batch_size))
+        found = decode(Forward(model), prompts, STOP, caps, SearchOptions(batch_size, 1, 1.0))
         assert [result.tokens for result in found] == expected
         assert all((result.stop is None) == (len(result.tokens) == cap) for result, cap in zip(found, caps, strict=True))
 
@@ -74,7 +74,7 @@ def test_beams_find_what_greed_misses() -> None:
 
 
 def test_a_record_without_room_for_an_answer_has_none(prompts: list[np.ndarray]) -> None:
-    found = decode(Forward(tiny_model(3).eval()), prompts[:2], STOP, [0, 3], SearchOptions())
+    found = decode(Forward(tiny_model(3).eval()), prompts[:2], STOP, [0, 3], SearchOptions(64, 1, 1.0))
     assert found[0].tokens == [] and found[0].stop is None and len(found[1].tokens) > 0
 
 
@@ -84,7 +84,7 @@ def test_every_selection_is_counted_and_neither_padding_nor_ended_rows_are(promp
     loads = []
     for batch_size in (1, 11):
         with count_routing(model) as load:
-            produced = decode(Forward(model), prompts, [], caps, SearchOptions(batch_size))
+            produced = decode(Forward(model), prompts, [], caps, SearchOptions(batch_size, 1, 1.0))
         loads.append(load)
     assert [len(output.tokens) for output in produced] == caps
     tokens = sum(len(prompt) + cap - 1 for prompt, cap in zip(prompts, caps, strict=True))  # the last one is produced, not read

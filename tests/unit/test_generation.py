@@ -73,14 +73,14 @@ def stop_tokens(model: Any) -> list[int]:
 def test_greedily_it_is_our_own_decoding(model: Any, inputs: Any, keywords: dict[str, Any]) -> None:
     """With each kind of cache and without one."""
     prompt = inputs.input_ids[0].numpy()
-    (expected,) = decode(Forward(model), [prompt], stop_tokens(model), [12], SearchOptions())
+    (expected,) = decode(Forward(model), [prompt], stop_tokens(model), [12], SearchOptions(64, 1, 1.0))
     assert len(expected.tokens) > 3
     assert generate(model, inputs, disable_compile=True, **keywords)[: len(expected.tokens)] == expected.tokens
 
 
 @pytest.mark.parametrize("beams", [2, 4])
 def test_by_beams_it_is_our_own_search(model: Any, inputs: Any, beams: int) -> None:
-    (expected,) = decode(Forward(model), [inputs.input_ids[0].numpy()], stop_tokens(model), [12], SearchOptions(num_beams=beams))
+    (expected,) = decode(Forward(model), [inputs.input_ids[0].numpy()], stop_tokens(model), [12], SearchOptions(64, beams, 1.0))
     assert generate(model, inputs, num_beams=beams)[: len(expected.tokens)] == expected.tokens
 
 

@@ -73,13 +73,13 @@ def test_bad_records_are_set_aside_with_file_index_and_reason(tmp_path: Path) ->
 def test_nothing_usable_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [tts(0)])
     with pytest.raises(DataError, match="no usable asr record; the first one is a tts record"):
-        ingest_directory(tmp_path / "a", Recipe("asr", char_vocabulary(), 100), tmp_path / "store")
+        ingest_directory(tmp_path / "a", Recipe("asr", char_vocabulary(), 100, "reject"), tmp_path / "store")
 
 
 def test_empty_files_are_an_error_and_new_units_a_new_store(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [])
     with pytest.raises(DataError, match="no usable asr record"):
-        ingest_directory(tmp_path / "a", Recipe("asr", char_vocabulary(), 100), tmp_path / "store")
+        ingest_directory(tmp_path / "a", Recipe("asr", char_vocabulary(), 100, "reject"), tmp_path / "store")
     first = make_store(tmp_path, "b", [asr(1)])
     (tmp_path / "b" / "units.json").write_text('{"identity": {"kmeans": "1"}}')
     assert make_store(tmp_path, "b", [asr(1)]).uri != first.uri
@@ -104,7 +104,7 @@ def test_neither_torch_nor_ray_is_loaded() -> None:
 
 def ingest(directory: Path, **changes: Any) -> TokenStore:
     run = changes.pop("run", run_here)
-    recipe = Recipe(**{"task": "asr", "vocabulary": char_vocabulary(), "max_seq_length": 200, **changes})
+    recipe = Recipe(**{"task": "asr", "vocabulary": char_vocabulary(), "max_seq_length": 200, "overlong": "reject", **changes})
     return ingest_directory(directory, recipe, directory.parent / "store", run)
 
 

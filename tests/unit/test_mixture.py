@@ -46,7 +46,7 @@ def amounts_of(mixture: Mixture, lengths: list[np.ndarray], start: int, n: int) 
 
 def bound_of(mixture: Mixture) -> Fraction:
     k, weights = len(mixture.weights), integer_weights([Fraction(w) for w in mixture.weights])
-    if mixture.unit == "rows" and sum(weights) <= MAX_PERIOD:
+    if mixture.unit == "records" and sum(weights) <= MAX_PERIOD:
         bound = 1 - Fraction(1, 2 * k - 2) if k > 1 else Fraction(0)
     else:
         bound = merge_tree(weights)[1]
@@ -93,7 +93,7 @@ def test_every_prefix_of_fine_weights_is_within_one_record_of_its_share(weights:
     """Promise 11 for any weights, from the first record on and anywhere."""
     assume(sum(integer_weights([Fraction(w) for w in weights])) > MAX_PERIOD)
     lengths = random_lengths(sizes[: len(weights)], seed)
-    mixture = Mixture(tuple(weights), lengths, seed)
+    mixture = Mixture(tuple(weights), lengths, seed, "records")
     bound = bound_of(mixture)
     assert bound <= 1 or len(weights) > 4
     check_prefixes(amounts_of(mixture, lengths, 0, 3000), mixture.weights, bound)
@@ -115,7 +115,7 @@ def test_every_prefix_is_within_one_records_tokens_of_its_share_of_tokens(
     check_prefixes(amounts_of(mixture, lengths, far, 300), mixture.weights, allowed)
 
 
-@given(FINE_WEIGHTS, SIZES, SEEDS, st.sampled_from(["rows", "tokens"]))
+@given(FINE_WEIGHTS, SIZES, SEEDS, st.sampled_from(["records", "tokens"]))
 @settings(max_examples=40, deadline=None)
 def test_a_tree_merges_by_the_middles_of_records(weights: list[int], sizes: list[int], seed: int, unit: str) -> None:
     """The search for a place finds what merging from the beginning finds."""
@@ -127,7 +127,7 @@ def test_a_tree_merges_by_the_middles_of_records(weights: list[int], sizes: list
     assert len(expected) >= 300 and mixture.locate(0, len(expected))[0].tolist() == expected
 
 
-@given(st.one_of(WEIGHTS, FINE_WEIGHTS), SIZES, st.integers(0, 10**9), st.integers(1, 200), st.sampled_from(["rows", "tokens"]))
+@given(st.one_of(WEIGHTS, FINE_WEIGHTS), SIZES, st.integers(0, 10**9), st.integers(1, 200), st.sampled_from(["records", "tokens"]))
 @settings(max_examples=80, deadline=None)
 def test_counts_agree_with_locate_anywhere(weights: list[int], sizes: list[int], start: int, length: int, unit: str) -> None:
     lengths = random_lengths(sizes[: len(weights)], 3)
@@ -205,20 +205,20 @@ def test_awkward_weights_are_kept_exactly() -> None:
     weights = integer_weights(given)
     assert [Fraction(weight, sum(weights)) for weight in weights] == [weight / sum(given) for weight in given]
     assert math.gcd(*weights) == 1 and sum(weights) > MAX_PERIOD
-    mixture = Mixture(weights, random_lengths([9, 8, 7, 6], 0), 0)
+    mixture = Mixture(weights, random_lengths([9, 8, 7, 6], 0), 0, "records")
     n = 10**10
     assert all(abs(int(count) - n * weight / sum(given)) <= 1 for count, weight in zip(mixture.counts(n), given, strict=True))
 
 
 def test_weights_without_a_share_are_refused() -> None:
     with pytest.raises(ValueError, match="positive weights"):
-        Mixture((1, 0), random_lengths([3, 3], 0), 0)
+        Mixture((1, 0), random_lengths([3, 3], 0), 0, "records")
 
 
 def test_the_orders_are_pinned() -> None:
     """A resume on another machine, or after an upgrade of numpy, must find the same order. Another order needs a new MIXTURE_VERSION."""
     assert interleave_pattern((3, 2, 1)).tolist() == [0, 1, 0, 2, 1, 0]
-    rows = Mixture((300_007, 200_003, 100_001, 7), random_lengths([9, 8, 7, 6], 0), 5)
+    rows = Mixture((300_007, 200_003, 100_001, 7), random_lengths([9, 8, 7, 6], 0), 5, "records")
     tokens = Mixture((3, 2, 1, 1), [np.arange(1, n + 1, dtype=np.int32) for n in (9, 8, 7, 6)], 5, "tokens")
     found = [part.tolist() for mixture in (rows, tokens) for part in mixture.locate(10**9, 10**9 + 16)]
     assert found == [
@@ -229,7 +229,9 @@ def test_the_orders_are_pinned() -> None:
     ]
 
 
-@pytest.mark.parametrize(("weights", "unit"), [((3, 2), "rows"), ((300_001, 200_003), "rows"), ((3, 2), "tokens"), ((5, 1), "tokens")])
+@pytest.mark.parametrize(
+    ("weights", "unit"), [((3, 2), "records"), ((300_001, 200_003), "records"), ((3, 2), "tokens"), ((5, 1), "tokens")]
+)
 def test_records_for_epochs(weights: tuple[int, ...], unit: str) -> None:
     mixture = Mixture(weights, random_lengths([30, 10], 1), 0, unit)  # type: ignore[arg-type]
     n = mixture.records_for_epochs(2.0)
@@ -240,7 +242,7 @@ def test_records_for_epochs(weights: tuple[int, ...], unit: str) -> None:
     assert mixture.records_for_epochs(0.0) == 0
 
 
-@pytest.mark.parametrize("unit", ["rows", "tokens"])
+@pytest.mark.parametrize("unit", ["records", "tokens"])
 def test_far_places_take_no_longer_than_near_ones(unit: str) -> None:
     """Constant time: a search that walked there would take minutes."""
     mixture = Mixture((412_345, 398_765, 3), random_lengths([100_000, 70_000, 5000], 2), 0, unit)  # type: ignore[arg-type]

@@ -21,7 +21,6 @@ from most_ray.model.modeling import MostForCausalLM
 from most_ray.records.template import IGNORE, PADDING
 from most_ray.records.tokenizer import load_tokenizer, train_tokenizer
 from tests.support.builders import IDS, make_plan, tiny_config, tiny_model
-from tests.support.fresh import FreshPython
 from tests.unit.test_plan import LAYOUT
 
 
@@ -199,24 +198,6 @@ def test_save_and_load_are_bit_exact(saved: Path, tmp_path: Path) -> None:
         assert torch.equal(one, two), name
 
 
-def test_auto_classes_know_it_in_a_fresh_process(saved: Path) -> None:
-    code = (
-        "import most_ray, sys\nassert 'torch' not in sys.modules\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"m = AutoModelForCausalLM.from_pretrained({str(saved)!r}); t = AutoTokenizer.from_pretrained({str(saved)!r})\n"
-        "print(type(m).__name__, t.convert_tokens_to_ids('[Hu0]') == m.config.first_audio_token)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["MostForCausalLM", "True"], done.stderr
-
-
-@pytest.mark.parametrize("first", ["HubertModel", "DeepseekV2ForCausalLM", "LlamaForCausalLM"])
-def test_any_model_of_transformers_may_come_first(fresh_python: FreshPython, first: str) -> None:
-    """Importing most_ray must not break a program that uses other models: they load the auto classes half way through themselves."""
-    done = fresh_python.run(f"import most_ray, sys, transformers\ntransformers.{first}\nprint('most_ray.model.modeling' in sys.modules)")
-    assert done.stdout.split() == ["True"], done.stderr
-
-
 def test_the_same_seed_gives_the_same_model(saved: Path, tmp_path: Path) -> None:
     init_model("tiny", ["User: hello\n", "\n\nAssistant: ", "seven"], tmp_path, seed=3)
     assert (tmp_path / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
@@ -353,21 +334,6 @@ def test_batch_balance_takes_each_layers_load_of_the_step_before(checkpointing: 
     torch.testing.assert_close(output.aux_sum, expected)
     output.aux_sum.backward()
     assert model.model.layers[1].mlp.gate.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import most_ray.model.routing",
-        "import most_ray; import transformers.models.deepseek_v2.modeling_deepseek_v2",
-        "import most_ray; from transformers import AutoModelForCausalLM",
-    ],
-)
-def test_modules_can_be_imported_in_any_order(fresh_python: FreshPython, first: str) -> None:
-    """A first import of DeepSeek-V2's module, through whatever of ours, met the registration of ours half-way."""
-    check = "from transformers import AutoConfig; import most_ray.model.modeling; AutoConfig.for_model('most', num_experts_per_tok=2)"
-    done = fresh_python.run(f"{first}; {check}")
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_plan_is_made_without_torch() -> None:

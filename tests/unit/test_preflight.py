@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from rich.console import Console
 
-from most_ray.cli.job_files import found, job_home, place_arguments, placed
+from most_ray.cli import build_parser
+from most_ray.cli.job_files import find, job_home, resolve_paths, to_read, to_write
+from most_ray.cli.parser import config_of_flags
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.service.cluster import connection, ray_internals
@@ -217,30 +218,30 @@ def test_a_job_writes_below_its_home_and_reads_what_went_along_first(tmp_path: P
     monkeypatch.chdir(work)
     values = {"train_asr_dirs": ["data", "s3://b/x", "/abs"], "val_asr_dirs": ["nowhere"], "model_name_or_path": "models/m"}
     config = config_from({**values, "store_dir": "s3://b/store", "trace_records": "t.jsonl"})
-    inside = placed(config, home)
+    inside = resolve_paths(config, home)
     assert inside.output_dir == str(home / "runs")
     assert inside.trace_records == str(home / "t.jsonl")
     assert inside.store_dir == "s3://b/store"
     assert inside.train_asr_dirs == ("data", "s3://b/x", "/abs")
     assert inside.val_asr_dirs == ("nowhere",)
     assert inside.model_name_or_path == str(home / "models" / "m")
-    assert placed(config_from({"model_name_or_path": "tiny"}), home).model_name_or_path == "tiny"
-    assert found(home, "deepseek-ai/DeepSeek-V2-Lite") == "deepseek-ai/DeepSeek-V2-Lite"
-    assert placed(config) == config
+    assert resolve_paths(config_from({"model_name_or_path": "tiny"}), home).model_name_or_path == "tiny"
+    assert find(home, "deepseek-ai/DeepSeek-V2-Lite") == "deepseek-ai/DeepSeek-V2-Lite"
+    assert resolve_paths(config) == config
 
 
-def test_the_flags_of_other_commands_are_placed_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flags_of_other_commands_are_resolved_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of `evaluate`: figures that were written beside the job's own folder would be lost."""
     (tmp_path / "model").mkdir()
+    words = ["evaluate", "--output", "e.json", "--model", "model", "--asr_dirs", "x", "/y", "--store_dir", "stores", "--num_workers", "2"]
     monkeypatch.setattr("most_ray.cli.job_files.job_home", lambda: tmp_path)
-    args = argparse.Namespace(output=Path("e.json"), store_dir=None, model="model", asr_dirs=["x", "/y"], num_workers=2, config="c.yaml")
-    place_arguments(args)
-    assert args == argparse.Namespace(
-        output=tmp_path / "e.json", store_dir=None, model=str(tmp_path / "model"), asr_dirs=["x", "/y"], num_workers=2, config="c.yaml"
-    )
+    args = build_parser().parse_args(words)
+    assert (args.output, args.model, args.asr_dirs) == (tmp_path / "e.json", str(tmp_path / "model"), ["x", "/y"])
+    config = config_of_flags(args, {"store_dir": "store_dir", "num_workers": "eval_workers"})
+    assert (config.store_dir, config.eval_workers) == (str(tmp_path / "stores"), 2)
+    assert to_write(str)("s3://bucket/e") == "s3://bucket/e" and to_read(str)("nowhere") == "nowhere"
     monkeypatch.setattr("most_ray.cli.job_files.job_home", lambda: None)
-    place_arguments(outside := argparse.Namespace(output=Path("e.json")))
-    assert outside.output == Path("e.json")
+    assert build_parser().parse_args(words).output == Path("e.json")
 
 
 class Gcs(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):

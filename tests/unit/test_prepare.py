@@ -236,7 +236,7 @@ def test_all_forms_hold_the_same_records(corpus: Path, tmp_path: Path) -> None:
     for form in ("jsonl.gz", "jsonl", "json"):
         made = prepare(corpus, tmp_path / form / "asr", *FIT, "--form", form)
         assert (tmp_path / form / "asr" / f"records.{form}").exists()
-        store = ingest_directory(tmp_path / form / "asr", Recipe("asr", char_vocabulary(), 400), tmp_path / form / "store")
+        store = ingest_directory(tmp_path / form / "asr", Recipe("asr", char_vocabulary(), 400, "reject"), tmp_path / form / "store")
         stores.append((made, [(store.record_id(row), store.input_ids(row).tolist()) for row in range(len(store))]))
     assert stores[0] == stores[1] == stores[2] and len(stores[0][1]) == 8
 
@@ -367,7 +367,7 @@ def test_kmeans_of_something_else_is_refused(corpus: Path, tmp_path: Path, capsy
         ([*FIT, "--form", "xml"], "invalid choice"),
         ([*FIT, "--algorithm", "em"], "invalid choice"),
         ([*FIT, "--input", "nowhere"], "does not exist"),
-        ([*FIT, "--output", "s3://bucket/x"], "is no local place"),
+        ([*FIT, "--output", "s3://bucket/x"], "is not a local path"),
         ([*FIT, "--keep_repeat"], "Did you mean 'keep_repeats'"),
     ],
 )

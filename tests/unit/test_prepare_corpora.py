@@ -242,7 +242,7 @@ def test_a_second_recording_of_that_name_is_set_aside(tmp_path: Path) -> None:
         (["--output", "k"], "neither a .npy nor a .safetensors"),
         (["--output", "k.npy", "--k", "x"], "k = 'x': is neither a number"),
         (["--output", "k.npy", "--k", "501"], "k = 501: must lie in 2..500"),
-        (["--output", "s3://bucket/k.npy"], "is no local place"),
+        (["--output", "s3://bucket/k.npy"], "is not a local path"),
         (["--output", "k.npy", "--kmeans", "x"], "is no known flag"),
     ],
 )

@@ -32,7 +32,7 @@ from most_ray.speech.units.prepare import UnitsJob, prepare_units
 from tests.support.audio import lines_of, prepare, records_of, refused, table, tones, units_command
 from tests.support.builders import asr, char_vocabulary, write_records
 
-RECIPE = Recipe("asr", char_vocabulary(), 4000)
+RECIPE = Recipe("asr", char_vocabulary(), 4000, "reject")
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from most_ray.data.plan import Plan
 from most_ray.errors import ConfigError
 from most_ray.optim.train_state import TrainState
 from most_ray.train.recompute import apply_recompute, compile_layers
-from most_ray.train.step import Precision, run_step
+from most_ray.train.step import run_step
 from tests.support.gloo import run_ranks
-from tests.support.training import CPU, batch_of, differences, full_weights, loss_of, make, spy_gradients, steps
+from tests.support.training import batch_of, differences, full_weights, loss_of, make, spy_gradients, step_settings, steps
 
 Kind = Literal["none", "selective", "full"]
 KINDS: tuple[Kind, ...] = ("none", "selective", "full")
@@ -49,7 +49,7 @@ def kept(state: TrainState, plan: Plan) -> int:
     """Bytes that a forward pass leaves behind for the backward pass."""
     state.model.register_forward_hook(_stop)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, pytest.raises(_ForwardDoneError) as done:
-        run_step(state, batch_of(plan, 1), Precision(None), 1.0, CPU)
+        run_step(state, batch_of(plan, 1), step_settings())
     assert done.value.output is not None
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 

@@ -16,10 +16,10 @@ from most_ray.errors import DataError
 from most_ray.report import write_report
 from most_ray.report.collect import RunData, collect
 from most_ray.report.differences import Piece, align, words_of
-from most_ray.report.environment import environment
 from most_ray.report.figures import figures, mix_of, throughput, word_errors
 from most_ray.report.page import embed, page
 from most_ray.report.run_tables import difference, samples
+from most_ray.runs.environment import environment
 from tests.support.report_data import EXPERTS, LAYERS, write_run
 
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)>&<b>'
@@ -308,7 +308,7 @@ def parse(lines: list[dict[str, Any]]) -> list[Any]:
 
 
 def test_the_environment_names_no_machine_and_loads_no_ray() -> None:
-    script = "import json, sys; from most_ray.report.environment import environment; print(json.dumps(environment()))"
+    script = "import json, sys; from most_ray.runs.environment import environment; print(json.dumps(environment()))"
     script += "; assert 'ray' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)

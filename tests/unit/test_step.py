@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from most_ray.config import config_from
 from most_ray.data.plan import Plan
 from most_ray.optim.train_state import LossScale
 from most_ray.train.meter import Meter
-from most_ray.train.step import Precision, TrainingDivergedError, run_step
+from most_ray.train.step import TrainingDivergedError, run_step
 from tests.support.batches import padded
-from tests.support.training import CPU, batch_of, full_weights, loss_of, make, steps
+from tests.support.training import CPU, batch_of, full_weights, loss_of, make, step_settings, steps
 
 
 def test_accumulation_is_one_large_batch(model_dir: str, plan: Plan) -> None:
@@ -151,7 +152,7 @@ def test_the_error_shows_twenty_records(model_dir: str, plan: Plan) -> None:
     poison(state)
     batch = dataclasses.replace(batch_of(plan, 1), record_ids=[f"r{i:02}" for i in range(23)])
     with pytest.raises(TrainingDivergedError, match="r18, r19 and 3 more"):
-        run_step(state, batch, Precision(None), 1.0, CPU, max_skipped_steps=1)
+        run_step(state, batch, step_settings(max_skipped_steps=1))
 
 
 def test_an_infinite_loss_with_finite_gradients_is_skipped(model_dir: str, plan: Plan, caplog: pytest.LogCaptureFixture) -> None:
@@ -222,7 +223,7 @@ def test_the_loop_refuses_a_stream_that_is_out_of_step(model_dir: str, plan: Pla
         def log(self, line: object) -> None: ...
 
     state = make(model_dir)
-    settings = LoopSettings(3, 1, 1.0, Precision(None), CPU)
+    settings = LoopSettings.of(config_from({"check_replicas_steps": 0, "load_alert": 0}), 3, CPU)
     wrong = [batch_of(plan, 1), batch_of(plan, 3)]
     with pytest.raises(RuntimeError, match="step 3 where step 2 was due"):
         train(state, wrong, settings, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
@@ -231,5 +232,5 @@ def test_the_loop_refuses_a_stream_that_is_out_of_step(model_dir: str, plan: Pla
 def test_a_step_without_supervised_tokens_of_a_task_still_counts(model_dir: str, plan: Plan) -> None:
     batch = batch_of(plan, 1)
     state = make(model_dir)
-    result = run_step(state, dataclasses.replace(batch, task=batch.task * 0), Precision(None), 1.0, CPU)
+    result = run_step(state, dataclasses.replace(batch, task=batch.task * 0), step_settings())
     assert result.token_counts[1] == 0 and result.token_counts[0] == sum(batch.n_supervised)

@@ -23,8 +23,8 @@ import moto.settings
 import pytest
 
 from most_ray.errors import ConfigError, DataError
-from most_ray.io import storage
-from most_ray.io.node_cache import Cache, node_cache
+from most_ray.io import retries, storage
+from most_ray.io.node_cache import NodeCache, node_cache
 
 
 @pytest.fixture
@@ -44,13 +44,13 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that would have been slept."""
     seconds: list[float] = []
-    monkeypatch.setattr(storage, "sleep", seconds.append)
+    monkeypatch.setattr(retries, "sleep", seconds.append)
     return seconds
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache", 1000)
+def cache(tmp_path: Path) -> NodeCache:
+    return NodeCache(tmp_path / "cache", 1000)
 
 
 def failing(*errors: Exception) -> tuple[Callable[[], str], list[int]]:
@@ -287,7 +287,7 @@ def test_places() -> None:
     assert storage.join("s3://b/k/?region=x", "a/b", "c") == "s3://b/k/a/b/c?region=x"
     assert (storage.join("s3://b", "a"), storage.join("hdfs:///d/", "a"), storage.join("d", "a")) == ("s3://b/a", "hdfs:///d/a", "d/a")
     for uri in ("s3://b/k", Path("s3://b/k")):  # a Path takes a slash away
-        with pytest.raises(DataError, match="not a local place"):
+        with pytest.raises(DataError, match="not a local path"):
             storage.local(uri)
     for whole in ("s3://bucket/", "/"):
         with pytest.raises(DataError, match="whole bucket"):
@@ -306,7 +306,7 @@ def test_hostile_names_do_not_escape(name: str, memory: str, monkeypatch: pytest
             storage.list_files(memory, ("",))
 
 
-def test_one_download_for_many_threads(memory: str, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_download_for_many_threads(memory: str, cache: NodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(memory + "/x.gz", b"data")
     download, downloads, start = storage._download, [], threading.Barrier(8)
 
@@ -337,7 +337,7 @@ def test_one_download_for_several_processes(s3: str, tmp_path: Path, caplog: pyt
     assert len(re.findall(r'"GET /bucket-\w+/x.bin', caplog.text)) == 1
 
 
-def test_the_least_recently_used_go(memory: str, cache: Cache) -> None:
+def test_the_least_recently_used_go(memory: str, cache: NodeCache) -> None:
     paths = []
     (cache.directory / "precious.txt").write_bytes(b"x" * 5000)  # nothing of ours
     for index in range(3):
@@ -352,7 +352,7 @@ def test_the_least_recently_used_go(memory: str, cache: Cache) -> None:
     assert not any(path.exists() for path in paths) and (cache.directory / "precious.txt").exists()
 
 
-def test_a_cut_download_is_not_taken(memory: str, cache: Cache, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
+def test_a_cut_download_is_not_taken(memory: str, cache: NodeCache, monkeypatch: pytest.MonkeyPatch, waits: list[float]) -> None:
     storage.write_bytes(memory + "/x", b"0123456789")
     copy = storage.shutil.copyfileobj
     for cuts, outcome in ((1, b"0123456789"), (9, None)):
@@ -372,7 +372,7 @@ def test_a_cut_download_is_not_taken(memory: str, cache: Cache, monkeypatch: pyt
     assert [path.name for path in cache.directory.iterdir() if not path.name.startswith(".lock-")] == []
 
 
-def test_cached_names_stay_in_the_cache(memory: str, cache: Cache) -> None:
+def test_cached_names_stay_in_the_cache(memory: str, cache: NodeCache) -> None:
     for name in ("..\\..\\evil", "a;rm -rf~", "x" * 200, "日本.json"):
         storage.write_bytes(storage.join(memory, name), b"1")
         path = cache.fetch(storage.join(memory, name))

@@ -17,7 +17,7 @@ from most_ray.checkpoint import catalog, reader, shards, writer
 from most_ray.checkpoint.shards import Staging
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.errors import CheckpointError
-from most_ray.io import storage
+from most_ray.io import retries
 from tests.support.checkpoints import save, saved_at, small, weight_in
 from tests.support.gloo import run_ranks
 
@@ -127,7 +127,7 @@ def test_storage_that_fails_for_a_moment_is_tried_again(tmp_path: Path, monkeypa
             raise failures.pop()
         return written
 
-    monkeypatch.setattr(storage, "sleep", lambda _: None)
+    monkeypatch.setattr(retries, "sleep", lambda _: None)
     monkeypatch.setattr(Staging, "write", failing)
     saved_at(tmp_path, 4)
     assert not failures and weight_in(catalog.committed(str(tmp_path))[0]) == 4.0

@@ -16,12 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from most_ray.checkpoint import catalog
-from most_ray.config import RunConfig
+from most_ray.config import OPTIONS, RunConfig
 from most_ray.errors import ConfigError, DataError, UserError
 from most_ray.io import storage
 from most_ray.model.build import PRESETS
-from most_ray.records.record import TASKS
-from most_ray.runs.resolve import store_dir_of
 from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import cluster_address
@@ -111,19 +109,19 @@ def report_findings(findings: Sequence[Finding], console: Console) -> None:
 def places_written(config: RunConfig) -> tuple[tuple[str, str], ...]:
     """The folders that every node writes to or reads what others have written there, by their settings."""
     uris = {config.run_uri: "output_dir"}
-    uris.setdefault(store_dir_of(config), "store_dir" if config.store_dir else "output_dir")
+    uris.setdefault(config.store_uri, "store_dir" if config.store_dir else "output_dir")
     return tuple((name, uri) for uri, name in uris.items())
 
 
 def places_read(config: RunConfig) -> tuple[tuple[str, str], ...]:
-    """What tasks on any node may have to open."""
-    names = [f"{use}_{task}_dirs" for use in ("train", "val") for task in TASKS]
-    found = [(name, storage.absolute(directory)) for name in names for directory in getattr(config, name)]
-    model = config.model_name_or_path
-    if model not in PRESETS and storage.exists(model):  # a name of a hub is fetched by each node
-        found.append(("model_name_or_path", storage.absolute(model)))
-    if config.resume_from_checkpoint:
-        found.append(("resume_from_checkpoint", storage.absolute(config.resume_from_checkpoint)))
+    """What tasks on any node may have to open, by their settings."""
+    found = []
+    for option in OPTIONS.values():
+        if option.location and option.location.access == "read":
+            for uri in option.listed(getattr(config, option.name)):
+                # What is on no disk here is a name on a hub, which each node fetches by itself.
+                if not option.location.names or (uri not in PRESETS and storage.exists(uri)):
+                    found.append((option.name, storage.absolute(uri)))
     return tuple(found)
 
 
@@ -205,7 +203,8 @@ def _storage(reports: Sequence[NodeReport]) -> list[Finding]:
         hosts = [report.host for report in reports if any((t.field, t.uri, t.rule) == (name, uri, rule) for t in report.problems)]
         text = f"{rule} on {_names(hosts)}, unlike on the driver's machine" if missing else f"{rule} on {_names(hosts)}"
         remedy = "Name a folder that all nodes mount, or a URI as s3://bucket/folder" if missing else "Mend it there, or name another"
-        check = "storage" if name in ("output_dir", "store_dir") else "data"
+        location = OPTIONS[name].location
+        check = "storage" if location and location.access == "write" else "data"
         findings.append(Finding(check, "error", _names(hosts), text, remedy, name, storage.redact(uri)))
     return findings
 

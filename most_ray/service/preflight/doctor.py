@@ -19,7 +19,7 @@ from most_ray.model.build import PRESETS, read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.runs.job import overrides_of
 from most_ray.runs.output_checks import check_outputs
-from most_ray.runs.resolve import check_given, devices_of
+from most_ray.runs.resolve import check_inputs, devices_of
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus
 from most_ray.service.cluster.probe import Probe, run_probe, versions
@@ -47,7 +47,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
         findings[-1] = replace(findings[-1], text="none is named: a run would start Ray on this machine")
     attempt("storage", lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to")
     if any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
-        attempt("data", lambda: check_given(config), "all directories are there")
+        attempt("data", lambda: check_inputs(config), "all directories are there")
     if joined:
         attempt("nodes", lambda: check_cluster(config), "all nodes write, read and run alike")
     else:

@@ -1,5 +1,4 @@
-"""Attempts at a run: as many as it takes, each at the number of workers that the cluster has room for, until the goal, a request to stop,
-or too many failures."""
+"""Attempts at a run, each with as many workers as the cluster has room for: until its last step, a stop request, or too many failures."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
-from most_ray.io.journal import evaluated_steps
+from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster.capacity import (
     TASK_CPUS,
@@ -42,12 +41,13 @@ from most_ray.trackers.select import wandb_key
 from most_ray.train.session import claim_run
 
 logger = logging.getLogger(__name__)
-_SETTLE_S, _RETURN_S = 3.0, 20.0  # before fewer workers than asked for are taken, and fewer than the nodes could hold
-_ANSWER_S = 10.0  # for a task that does nothing, a new process for it included
+_SETTLE_S = 3.0  # seconds of waiting before fewer workers than configured are used
+_RETURN_S = 20.0  # seconds of waiting before fewer workers are used than the nodes could hold
+_ANSWER_S = 10.0  # seconds for a node to finish an empty task, including the start of a process
 
 
 class RunIncompleteError(UserError):
-    """The workers ended short of the goal."""
+    """The workers ended before the last step, or its evaluation."""
 
     kind = "training failed"
     exit_code = 1
@@ -55,14 +55,14 @@ class RunIncompleteError(UserError):
 
 @dataclass
 class FailureWindow:
-    """Failures that a run goes on after: at most `most` within `seconds` (0: ever)."""
+    """Counts the failures after which a run is started again."""
 
-    most: int
-    seconds: float
-    times: collections.deque[float] = field(default_factory=collections.deque)
+    most: int  # failures that are allowed within the window
+    seconds: float  # length of the window; 0: all failures count
+    times: collections.deque[float] = field(default_factory=collections.deque)  # of the failures within the window
 
     def allows(self, now: float) -> bool:
-        """Count a failure at `now` (seconds, any steady clock); whether the run may go on."""
+        """Count a failure at `now` (seconds of any monotonic clock). Returns whether the run may be started again."""
         self.times.append(now)
         while self.seconds > 0 and self.times[0] <= now - self.seconds:
             self.times.popleft()
@@ -70,76 +70,76 @@ class FailureWindow:
 
 
 class _Trainer(TorchTrainer):
-    """Ctrl-C stays with the command: Ray Train's own handler would end the process with exit code 0, short of the goal."""
+    """Leaves Ctrl-C to the command: Ray Train's own handler would end the process with exit code 0 before the last step."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
         del controller
 
 
-def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: ShutdownSignal) -> None:
-    """Train to the goal.
+def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, shutdown: ShutdownSignal) -> None:
+    """Train until the run is complete.
+
+    Args:
+        prepared: the run.
+        validation: how its checkpoints are evaluated, if they are.
+        console: for a line after each attempt.
+        shutdown: set when the run is to stop.
 
     Raises:
-        RunStoppedError: SIGTERM came; a checkpoint was written where workers were training. RunIncompleteError: too many failures, or
-            no room. UserError: what a user can mend, as a rank has raised it.
+        RunStoppedError: SIGTERM was received; a checkpoint was written if workers were training.
+        RunIncompleteError: too many failures, or no room for the workers.
+        UserError: raised by a rank, for something that the user can fix.
     """
     request = AutoscalerRequest(WorkerShare.of(prepared.job.config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
     try:
-        _run_attempts(prepared, validation, console, terminated, request)
+        _run_attempts(prepared, validation, console, shutdown, request)
     finally:
         request.cancel()
 
 
 def _run_attempts(
-    prepared: Prepared, validation: EvaluationJob | None, console: Console, terminated: ShutdownSignal, request: AutoscalerRequest
+    prepared: Prepared, validation: EvaluationJob | None, console: Console, shutdown: ShutdownSignal, request: AutoscalerRequest
 ) -> None:
     config = prepared.job.config
     failures = FailureWindow(config.max_failures, config.failure_window_s)
-    doubtful = False
+    check_nodes = False
     while True:
-        topology = wait_for_resources(prepared, doubtful, terminated, console, request)
-        watcher, error = _attempt(prepared, topology, validation, terminated, request)
-        if error is None and (watcher.reason is None or complete(prepared)):
+        topology = _wait_for_resources(prepared, check_nodes, shutdown, console, request)
+        watcher, error = _attempt(prepared, topology, validation, shutdown, request)
+        if error is None and (watcher.reason is None or is_complete(prepared)):
             return
         cause = _cause(error) if error else ""
-        doubtful = error is not None
+        check_nodes = error is not None
         if isinstance(cause, UserError):
             raise cause from error
-        if terminated.is_set():
-            behind = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
-            raise run_stopped(f"came: {behind}, the run has stopped.") from error
+        if shutdown.is_set():
+            result = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
+            raise run_stopped(f"was received: {result}, the run has stopped.") from error
         if error is None:
-            console.print(f"The workers were stopped behind a checkpoint ({watcher.reason}); going on.", highlight=False)
+            text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
         elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
-            console.print("A node was taken away before a checkpoint was written; going on from the one before.", highlight=False)
+            text = "A node was taken away before a checkpoint was written; resuming from the one before."
         elif _found_no_room(error):
-            console.print("Others took the room for the workers; looking again.", highlight=False)
+            text = "Others took the room for the workers; looking again."
         elif failures.allows(time.monotonic()):
             left = config.max_failures - len(failures.times)
-            text = f"The workers were lost ({cause}); going on from the last checkpoint, {left} more allowed."
-            console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's words hold brackets
+            text = f"The workers were lost ({cause}); resuming from the last checkpoint, {left} more allowed."
         else:
             times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
-            rule = f"failed {times}, at last so: {cause.rstrip('.')}."
+            rule = f"failed {times}, the last time: {cause.rstrip('.')}."
             raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
-
-
-def complete(prepared: Prepared) -> bool:
-    """Whether the last step's checkpoint is there, and its evaluation where one was asked for. Between attempts only."""
-    job, folder = prepared.job, prepared.folder
-    committed = catalog.step_uri(folder.checkpoints, job.total_steps) in catalog.committed(folder.checkpoints)
-    return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
+        console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's errors contain brackets
 
 
 def _found_no_room(error: BaseException) -> bool:
-    """Whether a worker group could not be placed, rather than having failed."""
+    """Whether the worker group could not be placed, as opposed to having failed."""
     return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
 
 
 def _attempt(
-    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, terminated: ShutdownSignal, request: AutoscalerRequest
+    prepared: Prepared, topology: Topology, validation: EvaluationJob | None, shutdown: ShutdownSignal, request: AutoscalerRequest
 ) -> tuple[AttemptWatcher, BaseException | None]:
-    """One worker group, until it ends: what it was asked meanwhile, and how it failed."""
+    """Run one worker group until it ends. Returns the watcher, which knows whether the group was asked to stop, and the group's failure."""
     n_workers = topology.world_size
     driver = claim_run(prepared.folder)
     job = prepared.job_for(topology, driver)
@@ -148,14 +148,14 @@ def _attempt(
 
     last = catalog.step_uri(prepared.folder.checkpoints, job.total_steps)
 
-    def more_room() -> bool:
+    def can_grow() -> bool:
         request.renew()
-        if not larger or last in catalog.committed(prepared.folder.checkpoints):  # then only the last evaluation is under way
+        if not larger or last in catalog.committed(prepared.folder.checkpoints):  # in the latter case only the last evaluation is left
             return False
         return n_workers + worker_capacity(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = _Trainer(
-        # Not as train_loop_config: Ray's dashboard would show it, and wants a dict.
+        # Not as train_loop_config, which Ray's dashboard would show, and which must be a dict.
         functools.partial(train_worker, WorkerJob(job, validation, wandb_key=wandb_key(job.config))),
         torch_config=OnNodeAddress(),
         scaling_config=ray.train.ScalingConfig(
@@ -163,7 +163,7 @@ def _attempt(
             use_gpu=prepared.use_gpu,
             resources_per_worker=share.resources(),
         ),
-        # Failures are counted here: Ray Train's own count knows no window, and a new attempt may have another size.
+        # Failures are counted here: Ray Train's own count has no window, and a new attempt may have another size.
         run_config=ray.train.RunConfig(
             name=job.config.name,
             storage_path=storage.join(job.run_uri, "ray"),
@@ -171,9 +171,9 @@ def _attempt(
         ),
     )
     error: BaseException | None = None
-    with AttemptWatcher(driver, n_workers, terminated, more_room) as watcher:
+    with AttemptWatcher(driver, n_workers, shutdown, can_grow) as watcher:
         try:
-            with terminated.grace_period():
+            with shutdown.grace_period():
                 trainer.fit()
         except (TrainingFailedError, ray.exceptions.RayError) as failure:
             error = failure
@@ -181,48 +181,48 @@ def _attempt(
         if error is not None:
             release_workers()
         clear_run_keys(driver, n_workers)
-    except Exception:  # Ray may be gone with the workers: some bytes stay in a store that does not answer
-        logger.debug("Ray's key-value store did not answer", exc_info=True)
+    except Exception as failure:  # noqa: BLE001 - Ray may be gone together with the workers
+        logger.warning("what attempt %s used in Ray could not all be released: %s", driver, failure)
     return watcher, error
 
 
-def wait_for_resources(
-    prepared: Prepared, doubtful: bool, terminated: ShutdownSignal, console: Console, request: AutoscalerRequest
+def _wait_for_resources(
+    prepared: Prepared, check_nodes: bool, shutdown: ShutdownSignal, console: Console, request: AutoscalerRequest
 ) -> Topology:
-    """The largest layout that the cluster has room for beside its other work; waits for room for the smallest.
+    """The largest topology that the cluster has room for now; waits until there is room for the smallest.
 
     Args:
-        doubtful: workers were lost, so a node that is said to be alive may be gone.
+        check_nodes: count only nodes that answer: workers were lost, so that a node that Ray considers alive may be gone.
 
     Raises:
-        RunIncompleteError: there was none for `room_timeout_s`. RunStoppedError: SIGTERM came meanwhile.
+        RunIncompleteError: there was no room for `room_timeout_s` seconds. RunStoppedError: SIGTERM was received.
     """
     smallest, largest = prepared.topologies[0], prepared.topologies[-1]
     timeout, share = prepared.job.config.room_timeout_s, WorkerShare.of(prepared.job.config, prepared.use_gpu)
-    began, told = time.monotonic(), 0.0
-    while not terminated.is_set():
+    began, announced = time.monotonic(), 0.0
+    while not shutdown.is_set():
         request.renew()
-        nodes = answering_nodes(usable_nodes(), _ANSWER_S) if doubtful else usable_nodes()
+        nodes = answering_nodes(usable_nodes(), _ANSWER_S) if check_nodes else usable_nodes()
         most, free = (worker_capacity(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
         fitting = [topology for topology in prepared.topologies if topology.world_size <= free]
-        hoped_for = max((t.world_size for t in prepared.topologies if t.world_size <= most), default=largest.world_size)
+        expected = max((t.world_size for t in prepared.topologies if t.world_size <= most), default=largest.world_size)
         waited = time.monotonic() - began
-        # What the attempt before held comes back within seconds, and a node that has just come or gone shows late.
-        if fitting and (fitting[-1] == largest or waited > (_SETTLE_S if fitting[-1].world_size == hoped_for else _RETURN_S)):
+        # The resources of the attempt before are free within seconds, and a node that has just come or gone is seen late.
+        if fitting and (fitting[-1] == largest or waited > (_SETTLE_S if fitting[-1].world_size == expected else _RETURN_S)):
             return fitting[-1]
-        what = f"{smallest.world_size} workers of {share} each, the cluster has room for {free}"
+        needs = f"{smallest.world_size} workers of {share} each, the cluster has room for {free}"
         if not fitting and waited > timeout:
-            rule = f"found no room for {timeout:g} s: {what}."
+            rule = f"found no room for {timeout:g} s: {needs}."
             raise RunIncompleteError("num_workers", smallest.world_size, rule, "Free some, use fewer, or raise room_timeout_s.")
-        if not fitting and waited - told > 15:
-            told = waited
-            console.print(f"Waiting for room: {what}.", highlight=False, soft_wrap=True)
-        terminated.wait(1.0)
-    raise run_stopped("came before training had begun again.")
+        if not fitting and waited - announced > 15:
+            announced = waited
+            console.print(f"Waiting for room: {needs}.", highlight=False, soft_wrap=True)
+        shutdown.wait(1.0)
+    raise run_stopped("was received before training had started again.")
 
 
 def _cause(error: BaseException) -> UserError | str:
-    """The rank's own error where a user can mend it; else its traceback goes to the log and its last line comes back."""
+    """Why an attempt failed: the UserError of a rank if there is one, else the last line of the traceback, which is logged."""
     ranks: dict[int, BaseException] = getattr(error, "worker_failures", {}) or {}
     shown: dict[int, str] = {}
     for rank, failure in sorted(ranks.items()):
@@ -231,28 +231,28 @@ def _cause(error: BaseException) -> UserError | str:
             if isinstance(cause, UserError):
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
-        # Of a worker that is gone Ray Train says so, and keeps what Ray says of its end beside it.
+        # Of a lost worker the error says only that it is lost; Ray's account of its end is an attribute.
         shown[rank] = str(getattr(failure, "health_check_failure", failure)).strip()
     own = _first_to_fail(shown)
     if own is not None:
         logger.error("rank %d failed:\n%s", own, shown[own])
         return f"rank {own}: {_headline(shown[own])}"
-    # What failed before the workers began is in a task's error inside Ray Train's, whose first lines only say that there is one.
+    # A failure before the workers have started is in a task's error inside Ray Train's, whose own first lines do not name it.
     inner = getattr(error, "controller_failure", None) or error
     inner = getattr(inner, "cause", None) or inner
     return _headline(str(inner)) or repr(inner)
 
 
 def _first_to_fail(failures: dict[int, str]) -> int | None:
-    """The rank whose failure is not merely another's: those that lost their peer in a collective come last."""
+    """The rank that failed by itself: ranks that only lost a peer in a collective come last."""
     peers = ("Connection closed by peer", "Connection reset", "NCCL", "gloo", "Gloo", "ActorDiedError")
     return min(failures, key=lambda rank: (any(word in failures[rank] for word in peers), rank), default=None)
 
 
 def _headline(text: str) -> str:
-    """What a failure says in one line: the last one of a traceback, the first one of Ray's explanations."""
+    """A failure in one line: the last line of a traceback, or the first one of an explanation by Ray."""
     if "OUT_OF_MEMORY" in text or "low on memory" in text:
-        return "its process was killed, for the node ran out of memory"
+        return "its process was killed because the node ran out of memory"
     if "its node has died" in text:
         address = re.search(r"^\s*ip: (\S+)", text, re.MULTILINE)
         return f"its node{' ' + address[1] if address else ''} is gone"

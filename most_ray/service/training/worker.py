@@ -1,4 +1,4 @@
-"""What runs in each training worker of Ray Train: the engine's rank, with Ray's stream, stop wishes and evaluations hooks it."""
+"""What runs in each training worker of Ray Train: a rank of the training session, whose hooks stream batches, stop and evaluate by Ray."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from most_ray.trackers.select import trackers_of
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import run_rank
 
-_SWITCH_S = 1e-4
+_SWITCH_S = 1e-4  # seconds after which a thread must release the interpreter's lock to another; Python's default is 5e-3
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker is given: the engine's job, how it is evaluated, and the key of W&B as the driver has found it."""
+    """What each worker is given."""
 
     job: Job
-    validation: EvaluationJob | None
-    stream: Callable[[StreamSpec, int, int], Iterator[Batch]] = field(default=stream_batches)
-    wandb_key: Secret | None = field(default=None, repr=False)
+    validation: EvaluationJob | None  # how checkpoints are evaluated, if they are
+    stream: Callable[[StreamSpec, int, int], Iterator[Batch]] = field(default=stream_batches)  # of a rank's batches
+    wandb_key: Secret | None = field(default=None, repr=False)  # as the driver has found it
 
 
 def train_worker(work: WorkerJob) -> None:
-    """The training function that Ray Train runs in each worker; its process group is up."""
-    # Ray Data's threads are busy in this process: a step, which takes the interpreter's lock again after each operation, would wait the
-    # default of 5 ms for it a hundred times.
+    """The training function that Ray Train runs in each worker, after it has set up the process group."""
+    # Ray Data's threads are busy in this process: a step, which takes the interpreter's lock again after each operation, would wait for it
+    # a hundred times, by default 5 ms each time.
     sys.setswitchinterval(_SWITCH_S)
     context = ray.train.get_context()
     rank, job = context.get_world_rank(), work.job
@@ -62,7 +62,7 @@ def train_worker(work: WorkerJob) -> None:
         run_rank(job, ray.train.torch.get_device(), hooks)
     except UserError:
         raise
-    except Exception as error:  # whatever it is: Ray Train hands on the error without its traceback, so that goes into the text
+    except Exception as error:  # Ray Train passes an error on without its traceback, so the text holds it
         raise RuntimeError(traceback.format_exc()) from error
     finally:
         if listener:
@@ -70,6 +70,6 @@ def train_worker(work: WorkerJob) -> None:
 
 
 def _trackers(work: WorkerJob) -> list[Tracker]:
-    """Those that the run asks for, and Ray's own metrics, which Prometheus scrapes."""
+    """The trackers that the run is configured for, and Ray's metrics, which Prometheus scrapes."""
     config = work.job.config
     return [*trackers_of(config, work.job.run_uri, work.wandb_key), Background("Ray's metrics", RayMetrics(config))]

@@ -20,26 +20,28 @@ from ray.tune.error import TuneError
 from ray.tune.stopper import Stopper
 from rich.console import Console
 
-from most_ray.config import config_from
+from most_ray.config import OPTIONS, config_from
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.run_folder import COMMIT, LEDGER, RunFolder
+from most_ray.options import current_words, to_plain
+from most_ray.report import write_report
 from most_ray.runs.job import Job
+from most_ray.runs.lifecycle import save_report
 from most_ray.runs.output_checks import check_outputs
-from most_ray.runs.resolve import Prepared, prepare_run, store_dir_of
+from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.service.cluster.connection import cluster_gpus
 from most_ray.service.cluster.stop_requests import ShutdownSignal, run_stopped
 from most_ray.service.preflight.checks import check_cluster, report_findings
 from most_ray.service.tasks.ingest_tasks import ingest_runner
 from most_ray.service.training.attempts import RunIncompleteError
-from most_ray.service.training.trainer import save_report
 from most_ray.service.tune.schedulers import Asha, Fifo, Pbt, Recorder
 from most_ray.service.tune.search import NotPickled, Proposals
 from most_ray.service.tune.trial_actor import TRAIN, Slots, TrialActor
 from most_ray.service.tune.trial_resources import ACTOR_CPUS, TrialResources
 from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, kept_uri, ranked
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
-from most_ray.sweep.options import Sweep
+from most_ray.sweep.options import SWEEP_OPTIONS, Sweep
 from most_ray.sweep.screens import last_screen, start_screen, trial_line
 from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys, starting_config
 from most_ray.trackers.select import wandb_key
@@ -48,11 +50,6 @@ AFFINITY = "affinity.json"  # in the sweep's folder: what was measured of the st
 _ROOM_TIMEOUT_S = 30 * 86400.0  # default of a trial's room_timeout_s: a trial that gave up would lose its result
 _EVALUATION_LAG = 2  # evaluations by which population based training may trail a run
 _ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, after which the trial is started again
-# Keys that may differ between two starts of a sweep, because they change no trial.
-_MAY_CHANGE = (
-    "max_trials max_hours max_concurrent_trials output_dir ray_address room_timeout_s max_failures failure_window_s data_timeout_s "
-    "wandb_project wandb_mode wandb_tags wandb_group tensorboard load_alert store_dir base keep_last keep_best best_metric"
-)
 
 
 def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
 
 def _check_unchanged(sweep: Sweep, file: LedgerFile) -> None:
     """Raise ConfigError where the ledger's trials could not be compared with this sweep's, because a key has changed."""
-    before, now = file.ledger.sweep.get("fixed") or {}, _fixed(sweep)
+    before, now = current_words(OPTIONS, file.ledger.sweep.get("fixed") or {}), _fixed(sweep)
     # A key that only one of the two has belongs to another version, and its default does what that version did.
     if changed := sorted(name for name in {*before} & {*now} if before[name] != now[name]):
         rule = f"is the name of a sweep with {'another value' if len(changed) == 1 else 'other values'} of {', '.join(changed)}."
@@ -121,7 +118,7 @@ def _check_unchanged(sweep: Sweep, file: LedgerFile) -> None:
 def _fixed(sweep: Sweep) -> dict[str, Any]:
     """The keys that must be equal in all starts of a sweep, as plain JSON values."""
     run, options = vars(sweep.run.redacted()), vars(sweep.options)
-    kept = {name: value for name, value in {**run, **options}.items() if name not in _MAY_CHANGE.split()}
+    kept = {name: value for name, value in {**run, **options}.items() if not {**OPTIONS, **SWEEP_OPTIONS}[name].inert}
     content = {**kept, "objectives": [str(objective) for objective in sweep.objectives], "space": dict(sweep.raw_space)}
     fixed: dict[str, Any] = json.loads(json.dumps(content))
     return fixed
@@ -135,7 +132,7 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
     """
     base = sweep.run
     name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
-    changes = {**json.loads(key), "output_dir": base.run_uri, "name": name, "store_dir": store_dir_of(base)}
+    changes = {**json.loads(key), "output_dir": base.run_uri, "name": name, "store_dir": base.store_uri}
     return prepare_run(config_from({**sweep.values, **changes}), ingest_runner, gpus=cluster_gpus(base))
 
 
@@ -274,7 +271,7 @@ def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
     """What all trials' actors are given (see `TrialActor`), as plain values: an actor starts without torch."""
     config = setting.config({}, "trial")
     values = {**setting.sweep.values, **{name: getattr(config, name) for name in ("output_dir", "store_dir", "wandb_group")}}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    plain = to_plain(values)
     if "room_timeout_s" not in values:
         plain["room_timeout_s"] = _ROOM_TIMEOUT_S
     if setting.sweep.options.scheduler == "pbt":  # a checkpoint stays until it is evaluated and others have begun with it
@@ -342,7 +339,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         "report": storage.redact(folder.at("report.html")),
     }
     storage.write_bytes(folder.at("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False).encode())
-    save_report(folder)
+    save_report(folder, write_report)
     last_screen(ledger, sweep.objectives, summary, console)
     if ledger.trials and not best and not ledger.in_state("open", "stopped"):
         rule = f"failed, all {len(ledger.trials)} of them; the last: {list(ledger.trials.values())[-1].reason}"

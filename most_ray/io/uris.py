@@ -1,0 +1,80 @@
+"""Paths and URIs as text: pure functions that touch no storage.
+
+Everywhere in this package a `uri` is a path, `file://...` or `scheme://authority/key[?options]`. Keys are taken as written (no
+percent-encoding); options are those of pyarrow (`?region=...`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from most_ray.errors import DataError
+
+ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")  # handled by pyarrow; others by fsspec
+_URI = re.compile(r"([A-Za-z][\w+.-]*)(://[^/?]*)/*(.*?)/*(\?[\w.-]+=.*)?", re.DOTALL)
+
+
+def redact(text: str) -> str:
+    """Replace the credentials and the options of all URIs in `text` by `***`."""
+    text = re.sub(r"://(?:[^/@:\s]*:[^\s'\"]*|[^/@\s'\"]*)@", "://***@", text)
+    return re.sub(r"\?[\w.-]+=[^\s'\"]*", "?***", text)
+
+
+def is_remote(uri: str | Path) -> bool:
+    """Whether `uri` has a scheme other than file://."""
+    match = _URI.fullmatch(uri) if isinstance(uri, str) else None
+    return match is not None and match[1].lower() != "file"
+
+
+def local(uri: str | Path) -> Path:
+    """The path of a local URI.
+
+    Raises:
+        DataError: the URI is remote, or was (making a Path of `s3://x` removes a slash from its scheme).
+    """
+    text = str(uri)
+    if is_remote(text) or re.match(rf"({'|'.join(ARROW_SCHEMES)}|memory):/", text):
+        raise DataError("path", redact(text), "is not a local path.", "Give a path; keep URIs as text.")
+    return Path(unquote(re.sub("(?i)^file://(localhost(?=/))?", "", text)) if text.lower().startswith("file://") else text)
+
+
+def split(uri: str) -> tuple[str, str, str]:
+    """Split a remote URI into scheme with authority ("s3://bucket"), key without slashes around it, and options ("?..." or "")."""
+    match = _URI.fullmatch(uri)
+    assert match is not None, "called for remote URIs only"
+    return match[1].lower() + match[2], match[3], match[4] or ""
+
+
+def join(uri: str, *names: str) -> str:
+    """The URI of a file or folder below `uri`; names may contain "/".
+
+    Raises:
+        DataError: a name could lead elsewhere ("..", "/x", "a//b", "?a=b").
+    """
+    for name in names:
+        if {"", ".", ".."} & set(name.split("/")) or "\0" in name or (is_remote(uri) and re.search(r"\?[\w.-]+=", name)):
+            raise DataError("name", redact(name), "is not a plain name of a file below its folder.", "Rename the file.")
+    if not is_remote(uri):
+        return str(local(uri).joinpath(*names))
+    root, key, options = split(uri)
+    return "/".join(part for part in (root, key, *names) if part) + options
+
+
+def absolute(uri: str | Path) -> str:
+    """`uri` in a form that means the same in every process, whatever its working directory."""
+    return str(uri) if is_remote(uri) else str(local(uri).absolute())
+
+
+def parent(uri: str) -> str:
+    """The URI of the folder that contains `uri`."""
+    if not is_remote(uri):
+        return str(local(uri).parent)
+    root, key, options = split(uri)
+    return "/".join(part for part in (root, *key.split("/")[:-1]) if part) + options
+
+
+def base_name(uri: str) -> str:
+    """The last part of a path or of a URI's key."""
+    return split(uri)[1].rpartition("/")[2] if is_remote(uri) else local(uri).name

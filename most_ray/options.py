@@ -1,0 +1,273 @@
+"""Options: dataclass fields whose declaration states everything that the program must know about them.
+
+A section is a frozen dataclass whose fields are made by `option`; `options_of` reads its declarations. Value checks, redaction, flags,
+jobs, sweeps, preflight checks and the reference pages in docs/ all use these, so that a new option is one statement in its section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from most_ray.errors import ConfigError, DataError, nearest
+from most_ray.io import storage
+
+_SHAPES = (types.UnionType, typing.Union)  # of `X | None`; the latter where a Literal is part of it
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option takes; in a list, each of its elements."""
+
+    rule: str  # ends the sentence of an error: "must be at least 1."
+    words: str  # for the reference: "at least 1"
+    holds: Callable[[float], bool]  # whether a number is in the range
+
+
+AT_LEAST_1 = Range("must be at least 1.", "at least 1", lambda number: number >= 1)
+NOT_NEGATIVE = Range("must not be negative.", "0 or more", lambda number: number >= 0)
+ABOVE_0 = Range("must be above 0.", "above 0", lambda number: number > 0)
+ABOVE_1 = Range("must be above 1.", "above 1", lambda number: number > 1)
+SHARE = Range("must be in 0..1.", "0 to 1", lambda number: 0 <= number <= 1)
+BELOW_1 = Range("must be in 0..1, without the 1.", "0 to 1, without the 1", lambda number: 0 <= number < 1)
+
+
+@dataclass(frozen=True)
+class Location:
+    """What the path or URI in an option is for. All of them can hold credentials, so all are redacted wherever they are written down."""
+
+    access: Literal["read", "write"]
+    words: str  # for the reference
+    names: bool = False  # a value that is no path of anything may be a name: on a hub, or of a preset
+    required: bool = False  # must exist before a run starts
+    by_workers: bool = False  # opened by processes with another working directory under the name that stands in the configuration
+
+
+RECORDS = Location("read", "directories or URIs that exist", required=True)
+MODEL = Location("read", "path, URI or name on a hub", names=True)
+CHECKPOINT = Location("read", "path or URI", by_workers=True)
+CONFIGURATION = Location("read", "path or URI")
+FOLDER = Location("write", "path or URI")
+LOCAL_FILE = Location("write", "path", by_workers=True)
+
+# Whether trials of a sweep may differ in an option.
+#   varies: they may.
+#   adapts: they may, and population based training may change it during training. Such an option is read at every start of a run, and is
+#       part neither of the model nor of the optimizer's state.
+#   shared: all trials have the same value. It says where the sweep is, is a trial's part of the cluster, or makes trials comparable.
+Sweep = Literal["varies", "adapts", "shared"]
+
+
+def option(
+    default: Any,
+    help_text: str,
+    *,
+    range: Range | None = None,
+    location: Location | None = None,
+    sweep: Sweep = "varies",
+    inert: bool = False,
+    length: bool = False,
+    old_words: Mapping[str, str] | None = None,
+) -> Any:
+    """A field of a section.
+
+    Args:
+        default: the default, None where it depends on something else.
+        help_text: one line; where the default is None, it says at its end what holds then: "(default: the model's)".
+        range: the numbers that it takes.
+        location: the value is a path or a URI, and what for.
+        sweep: whether trials of a sweep may differ in it.
+        inert: no trial's result depends on it, so that it may differ between two starts of the same sweep.
+        length: it says how long a run is or how often it evaluates: a sweep's trials are often shorter than the run they are for.
+        old_words: choices of earlier versions that are still read, and today's words for them.
+    """
+    stated = {"range": range, "location": location, "sweep": sweep, "inert": inert, "length": length, "old_words": old_words or {}}
+    return field(default=default, metadata={"help": help_text, **stated})
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as its declaration says; see `option` for what is not described here."""
+
+    name: str
+    type: type  # bool, int, float or str; of a list, its elements'
+    optional: bool  # None is a value
+    many: bool  # a list
+    choices: tuple[str, ...]  # all values of an option that has choices, else none
+    default: Any
+    help: str
+    range: Range | None
+    location: Location | None
+    sweep: Sweep
+    inert: bool
+    length: bool
+    old_words: Mapping[str, str]
+
+    def parse(self, value: Any) -> Any:
+        """A YAML value or a flag's text as the option's type.
+
+        Raises:
+            ConfigError: it is of another type, or none of the choices.
+        """
+        if value is None or (self.optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
+            if self.optional:
+                return None
+            raise ConfigError(self.name, value, "needs a value.")
+        if self.many:
+            parts = value if isinstance(value, list | tuple) else str(value).split(",")
+            return tuple(_scalar(self.name, self.type, part) for part in parts if part != "")
+        if self.choices:
+            value = self.old_words.get(value, value) if isinstance(value, str) else value
+            if value not in self.choices:
+                raise ConfigError(self.name, value, "is not one of its choices.", nearest(str(value), self.choices))
+            return value
+        return _scalar(self.name, self.type, value)
+
+    def check(self, value: Any) -> None:
+        """Raises ConfigError where a parsed value is outside of the option's range."""
+        if self.range and not all(map(self.range.holds, self.listed(value))):
+            raise ConfigError(self.name, value, self.range.rule)
+
+    def listed(self, value: Any) -> tuple[Any, ...]:
+        """The elements of a list, or the one value; none of None."""
+        return () if value is None else tuple(value) if self.many else (value,)
+
+    def map(self, change: Callable[[str], str], value: Any) -> Any:
+        """A value, or each element of a list, changed; None stays None."""
+        return value if value is None else tuple(map(change, value)) if self.many else change(value)
+
+
+def options_of(*sections: type) -> dict[str, Option]:
+    """The options of sections by name, in the order of their declaration."""
+    found: dict[str, Option] = {}
+    for section in sections:
+        hints = typing.get_type_hints(section)
+        for each in dataclasses.fields(section):
+            hint, optional = hints[each.name], False
+            if typing.get_origin(hint) in _SHAPES:
+                hint, optional = next(arg for arg in typing.get_args(hint) if arg is not type(None)), True
+            many = typing.get_origin(hint) is tuple
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            type_ = typing.get_args(hint)[0] if many else str if choices else hint
+            found[each.name] = Option(each.name, type_, optional, many, choices, each.default, **each.metadata)
+    return found
+
+
+def _scalar(name: str, type_: type, value: Any) -> Any:
+    if type_ is bool:
+        truth = _TRUTH.get(str(value).lower())
+        if truth is None:
+            raise ConfigError(name, value, "is neither true nor false.")
+        return truth
+    if type_ is str:
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(name, value, "holds a NUL character.")
+        if isinstance(value, list | dict | bool):
+            raise ConfigError(name, value, "is not a string.")
+        return str(value)
+    rule = f"is not {'a whole number' if type_ is int else 'a number'}."
+    if isinstance(value, bool | list | dict) or (type_ is int and isinstance(value, float) and not value.is_integer()):
+        raise ConfigError(name, value, rule)
+    try:
+        number = type_(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(name, value, rule) from error
+    if not math.isfinite(number):
+        raise ConfigError(name, value, "is not finite.")
+    return number
+
+
+def parse_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values as the options' types, each in its range.
+
+    Raises:
+        ConfigError: an unknown key (names the nearest known one), a value of the wrong type or outside of its range.
+    """
+    check_names(values, options)
+    parsed = {name: options[name].parse(value) for name, value in values.items()}
+    for name, value in parsed.items():
+        options[name].check(value)
+    return parsed
+
+
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
+    """Raises ConfigError for the first name that is not known; suggests the nearest one."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(str(name), None, "is no known flag or configuration key.", nearest(str(name), known))
+
+
+def current_words(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file of an earlier version, with today's words for choices."""
+    return {
+        name: options[name].old_words.get(value, value) if name in options and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
+def read_yaml(uri: str | Path) -> dict[str, Any]:
+    """The keys and values of a configuration file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is no mapping.
+    """
+    shown = storage.redact(str(uri))
+    try:
+        values = yaml.safe_load(storage.read_bytes(uri).decode("utf-8"))
+    except (OSError, UnicodeDecodeError, DataError) as error:
+        raise ConfigError("config", shown, f"cannot be read ({error}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("config", shown, f"is not YAML ({' '.join(str(error).split())}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError("config", shown, "holds no `key: value` lines.")
+    return {str(key): value for key, value in values.items()}
+
+
+def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as YAML and JSON have them: lists in place of tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def add_flag(parser: Any, option: Option, flag: str = "", help_text: str = "") -> None:
+    """The flag of an option, on a parser or a group. A flag that is not given leaves the namespace untouched.
+
+    Args:
+        flag: the flag's name where it is not the option's.
+        help_text: its line in --help where it is not the option's.
+    """
+    name, text = flag or option.name, help_text or option.help
+    shown = "none" if option.default is None or option.default == () else option.default
+    keywords: dict[str, Any] = {"metavar": name.upper()}
+    if option.type is bool:
+        keywords = {"nargs": "?", "const": "true", "metavar": "true|false"}
+    elif option.choices:
+        keywords = {"metavar": "|".join(option.choices)}
+    elif option.many and option.type is str:
+        keywords["nargs"] = "+"
+    text = text if "(default" in text else f"{text} (default: {shown})"
+    parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **keywords)
+
+
+def add_flags(parser: argparse.ArgumentParser, sections: Sequence[type]) -> None:
+    """One flag per option, grouped by section, with its default in --help."""
+    for section in sections:
+        group = parser.add_argument_group(str(section.__doc__).rstrip(".").lower())
+        for each in options_of(section).values():
+            add_flag(group, each)
+
+
+def flag_values(namespace: argparse.Namespace, options: Collection[str]) -> dict[str, Any]:
+    """The options that were given as flags."""
+    return {name: value for name, value in vars(namespace).items() if name in options}

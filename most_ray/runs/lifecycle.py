@@ -1,0 +1,110 @@
+"""What a start of a run does before and after training, under Ray and without: files of the run, the export, the summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from most_ray.checkpoint import catalog
+from most_ray.checkpoint.export import export_checkpoint
+from most_ray.config import RunConfig, to_yaml
+from most_ray.errors import ConfigError
+from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
+from most_ray.io import storage
+from most_ray.io.journal import evaluated_steps, read_journal
+from most_ray.io.run_folder import RunFolder
+from most_ray.runs.environment import environment
+from most_ray.runs.resolve import Prepared, keep_speech_assets
+
+logger = logging.getLogger(__name__)
+WriteReport = Callable[[Sequence[str], Path], None]  # URIs of runs, the HTML file
+
+
+def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
+    """summary.json of a run that has made all its steps and was evaluated and exported; None where something is left to do."""
+    folder, total_steps = prepared.folder, prepared.job.total_steps
+    folder.pull("summary.json")
+    try:
+        summary = json.loads((folder.local / "summary.json").read_bytes())
+    except (OSError, ValueError):  # missing, or cut off by a kill: the end of the run writes it again
+        return None
+    finished = isinstance(summary, dict) and summary.get("step") == total_steps and prepared.done_steps >= total_steps
+    return summary if finished else None
+
+
+def is_complete(prepared: Prepared) -> bool:
+    """Whether the last step's checkpoint exists, and its evaluation where the run has validation sets. Not while workers train."""
+    job, folder = prepared.job, prepared.folder
+    committed = catalog.step_uri(folder.checkpoints, job.total_steps) in catalog.committed(folder.checkpoints)
+    return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
+
+
+def begin_run(prepared: Prepared, config: RunConfig) -> None:
+    """Write what a run's folder holds from its start: config.yaml (as the user gave it), environment.json, the files that turn recordings
+    into units.
+
+    Raises:
+        UserError: the goal is before the newest checkpoint, or the recogniser that evaluations need cannot be opened.
+    """
+    job, folder = prepared.job, prepared.folder
+    if prepared.done_steps > job.total_steps:
+        rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
+        raise ConfigError("max_steps", job.total_steps, rule, "Raise it or rename the run.")
+    keep_speech_assets(prepared)
+    if job.has_validation:
+        open_external_recogniser(EvaluationJob.of(config).settings, folder.uri, job.units_identity, use_gpu=False)
+    storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
+    storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
+
+
+def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) -> dict[str, Any]:
+    """Export a trained run, write evaluation.json and hypotheses.jsonl (the last step's), summary.json and report.html.
+
+    Args:
+        seconds: that this start has trained.
+
+    Returns:
+        The content of summary.json.
+    """
+    job, folder = prepared.job, prepared.folder
+    last = catalog.step_uri(folder.checkpoints, job.total_steps)
+    export_checkpoint(last, folder.local / "export")
+    folder.push_folder("export", "config.json")
+    folder.pull("metrics.jsonl")
+    lines = read_journal(folder.local / "metrics.jsonl", "train")
+    summary: dict[str, Any] = {
+        "name": job.config.name,
+        "step": job.total_steps,
+        "wer": {},
+        "loss": lines[-1]["loss"] if lines else None,
+        "records": prepared.plan.consumed(job.total_steps),
+        "rejected": prepared.n_rejected,
+        "training_seconds": round(seconds, 1),
+        "tokens_per_second": round(sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]) if lines else None,
+        "checkpoint": storage.redact(last),
+        "export": storage.redact(folder.at("export")),
+        "report": storage.redact(folder.at("report.html")),
+    }
+    if job.has_validation:
+        name = f"evaluations/step-{job.total_steps:09d}"
+        folder.pull(f"{name}.json", f"{name}.hypotheses.jsonl")
+        for source, target in ((f"{name}.json", "evaluation.json"), (f"{name}.hypotheses.jsonl", "hypotheses.jsonl")):
+            storage.write_bytes(folder.local / target, (folder.local / source).read_bytes())
+        result = json.loads((folder.local / "evaluation.json").read_bytes())
+        summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
+    storage.write_bytes(folder.local / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
+    save_report(folder, write_report)
+    return summary
+
+
+def save_report(folder: RunFolder, write_report: WriteReport) -> None:
+    """Write report.html of a run or a sweep into its folder; a failure is logged, for everything that it shows is stored already."""
+    try:
+        write_report([folder.uri], folder.local / "report.html")
+        folder.push("report.html")
+    except Exception as error:  # noqa: BLE001 - whatever fails, the report can be written again
+        logger.warning("report.html could not be written (%s); `most-ray report` tries again", error)
