@@ -12,13 +12,9 @@ from most_ray.config import RunConfig, load_config
 from most_ray.errors import CheckpointError
 from most_ray.io.journal import read_journal
 from most_ray.io.run_folder import step_uri
-from most_ray.runs.job import Job
 from most_ray.runs.resolve import prepare_run
-from most_ray.train.hooks import TrainHooks
-from most_ray.train.session import claim_run, run_rank
 from tests.conftest import ROOT
-from tests.support.gloo import run_ranks
-from tests.support.training import CPU
+from tests.support.runs import run_on_ranks
 
 STEPS = 20
 CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
@@ -31,14 +27,8 @@ def config_of(folder: Path, name: str, **changes: Any) -> RunConfig:
     return load_config(CONFIG, {**values, "trace_records": str(folder / f"{name}.trace"), **changes})
 
 
-def train_rank(job: Job) -> bool:
-    return run_rank(job, CPU, TrainHooks())
-
-
 def run(folder: Path, name: str, workers: int = 1, **changes: Any) -> None:
-    prepared = prepare_run(config_of(folder, name, **changes), workers=workers)
-    job = prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))
-    assert all(run_ranks(workers, train_rank, job))
+    run_on_ranks(config_of(folder, name, **changes), workers)
 
 
 def losses(folder: Path, name: str) -> list[float]:

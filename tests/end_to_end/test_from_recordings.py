@@ -13,12 +13,15 @@ import pytest
 import soundfile
 
 from most_ray.cli import main
+from most_ray.config import config_from
 from most_ray.io.journal import read_journal
 from most_ray.records.files import read_raw, record_files
+from most_ray.train.run import main as train_without_ray
+from tests.support.runs import run_on_ranks
 
 
 def test_from_a_folder_of_recordings_to_a_word_error_rate(
-    shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Promise 28: one's own recordings, units fitted on them, both tasks, a run, a score; the whole way in a new folder."""
     monkeypatch.chdir(tmp_path)
@@ -27,19 +30,7 @@ def test_from_a_folder_of_recordings_to_a_word_error_rate(
     assert main([*units, "--output", "asr", "--fit_kmeans", "50", "--where", "speaker=george", "split=train"]) == 0
     assert main([*units, "--output", "val", "--kmeans", "asr/kmeans.npy", "--where", "speaker=george", "split=test"]) == 0
     assert main(["prepare", "tts", "--input_dir", "asr", "--output_dir", "tts", "--dataset_name", "george"]) == 0
-    train = [
-        "train",
-        "--train_asr_dirs",
-        "asr",
-        "--train_tts_dirs",
-        "tts",
-        "--val_asr_dirs",
-        "val",
-        "--val_tts_dirs",
-        "tts",
-        "--name",
-        "mine",
-    ]
+    data = ["--train_asr_dirs", "asr", "--train_tts_dirs", "tts", "--val_asr_dirs", "val", "--val_tts_dirs", "tts", "--name", "mine"]
     small = [
         "--max_steps",
         "12",
@@ -52,7 +43,7 @@ def test_from_a_folder_of_recordings_to_a_word_error_rate(
         "--train_batch_size",
         "8",
     ]
-    assert main([*train, *small]) == 0
+    assert train_without_ray([*data, *small]) == 0
     shown = capsys.readouterr().out
     assert "Word error rate" in shown and "Expert load" in shown and "Checkpoint:" in shown
     summary = json.loads(Path("runs/mine/summary.json").read_text())
@@ -62,49 +53,27 @@ def test_from_a_folder_of_recordings_to_a_word_error_rate(
 
 
 def test_other_units_than_the_ones_trained_on_are_refused(
-    shared: Path, ray_cluster: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Promise 27."""
     monkeypatch.chdir(tmp_path)
     source = str(shared / "data" / "fsdd")
     main(["prepare", "units", "--input", source, "--output", "other", "--fit_kmeans", "30", "--where", "speaker=lucas", "split=test"])
-    train = [
-        "train",
-        "--train_asr_dirs",
-        str(digits / "test_takes"),
-        "--max_steps",
-        "1",
-        "--global_batch_size",
-        "8",
-        "--max_seq_length",
-        "256",
-    ]
-    assert main([*train, "--name", "one"]) == 0
+    train = ["--train_asr_dirs", str(digits / "test_takes"), *["--max_steps", "1", "--global_batch_size", "8", "--max_seq_length", "256"]]
+    assert train_without_ray([*train, "--name", "one"]) == 0
     capsys.readouterr()
     assert main(["evaluate", "--model", "runs/one/export", "--asr_dirs", "other", "--output", "e.json"]) == 2
     assert "units" in capsys.readouterr().err
-    assert main([*train, "--name", "two", "--train_asr_dirs", str(digits / "test_takes"), "other"]) == 2
+    assert main(["train", *train, "--name", "two", "--train_asr_dirs", str(digits / "test_takes"), "other"]) == 2
     assert "made differently" in capsys.readouterr().err
 
 
-def test_published_librispeech_units_train(shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_librispeech_units_train(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of units per record, repeats kept, one JSON list; long rows."""
     monkeypatch.chdir(tmp_path)
     source = str(shared / "data" / "librispeech_units")
-    train = [
-        "train",
-        "--train_asr_dirs",
-        source,
-        "--name",
-        "libri",
-        "--max_steps",
-        "2",
-        "--global_batch_size",
-        "4",
-        "--max_seq_length",
-        "2048",
-    ]
-    assert main([*train, "--num_workers", "2", "--ep_size", "2", "--gradient_checkpointing"]) == 0
+    keys = {"train_asr_dirs": [source], "name": "libri", "max_steps": 2, "global_batch_size": 4, "max_seq_length": 2048}
+    run_on_ranks(config_from({**keys, "ep_size": 2, "gradient_checkpointing": True, "threads_per_worker": 1}), workers=2)
     lines = read_journal(Path("runs/libri/metrics.jsonl"), "train")
     assert [line["step"] for line in lines] == [1, 2] and lines[0]["tokens"] > 1500
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import most_ray  # noqa: F401
 from most_ray.checkpoint import catalog
 from most_ray.cli import main
-from most_ray.config import RunConfig, load_config
+from most_ray.config import RunConfig, load_config, to_yaml
 from most_ray.data.batch import Batch
 from most_ray.data.feed import StreamSpec
 from most_ray.errors import CheckpointError, ConfigError, DataError
@@ -31,6 +31,7 @@ from most_ray.service.tasks.batch_stream import stream_batches
 from most_ray.service.training.attempts import RunIncompleteError
 from most_ray.service.training.trainer import run_training
 from most_ray.service.training.worker import WorkerJob
+from most_ray.train.run import main as train_without_ray
 from tests.conftest import ROOT
 
 STEPS = 20
@@ -190,7 +191,7 @@ def test_one_number_by_every_way(folder: Path, reference: dict[str, Any], tmp_pa
 
 
 def test_evaluation_in_between_by_two_workers_that_share_the_experts(folder: Path, reference: dict[str, Any]) -> None:
-    """eval_inline on two workers: the same records and losses as on one, the same error rates as beside training; speech and text are scored too."""
+    """eval_inline: the records and losses of one worker, the error rates of an evaluation beside training; speech is scored too."""
     changes = {"val_asr_dirs": ["jobs/data/digits/test_takes"], "num_workers": 2, "ep_size": 2, "eval_steps": 10, "eval_inline": True}
     summary = run(folder, "inline", **changes)
     assert losses(folder, "inline") == pytest.approx(losses(folder, "reference"), abs=1e-4)
@@ -274,16 +275,20 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
 
 
 def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """output_dir as a URI: checkpoints, metrics and export lie there; another machine goes on from them."""
+    """output_dir as a URI: checkpoints, metrics and export are stored there; another machine, without Ray, resumes from them."""
     changes = {"output_dir": bucket % "runs", "save_steps": 2, "val_asr_dirs": ["jobs/data/digits/test_takes"], "train_tts_dirs": []}
-    for steps, cache in ((4, "one"), (6, "two")):
-        monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / cache))
-        summary = run(tmp_path, "remote", max_steps=steps, asr_tts_mix_ratio=1.0, warmup_steps=1, **changes)
+    changes |= {"asr_tts_mix_ratio": 1.0, "warmup_steps": 1}
+    monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / "one"))
+    run(tmp_path, "remote", max_steps=4, **changes)
+    monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / "two"))
+    (tmp_path / "remote.yaml").write_text(to_yaml(config_of(tmp_path, "remote", max_steps=6, **changes)))
+    assert train_without_ray(["--config", str(tmp_path / "remote.yaml")]) == 0
     uri = bucket % "runs/remote"
     names = {entry.name for entry in storage.list_files(uri, ("",))}
     assert {"config.yaml", "metrics.jsonl", "summary.json", "export/config.json", "init/config.json"} <= names
     assert [catalog.step_of(c) for c in catalog.committed(bucket % "runs/remote/checkpoints")] == [4, 6]
     lines = [json.loads(line) for line in storage.read_bytes(bucket % "runs/remote/metrics.jsonl").splitlines()]
     steps = {kind: [line["step"] for line in lines if line["kind"] == kind] for kind in ("start", "train", "evaluation")}
-    assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]} and summary["step"] == 6
+    assert steps == {"start": [0, 4], "train": [1, 2, 3, 4, 5, 6], "evaluation": [4, 6]}
+    assert json.loads(storage.read_bytes(bucket % "runs/remote/summary.json"))["step"] == 6
     assert {"hypotheses.jsonl", "report.html", "environment.json", "evaluations/step-000000004.json"} <= names

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from most_ray.config import config_from
+from most_ray.config import RunConfig, config_from
 from most_ray.io.journal import read_journal
+from most_ray.runs.job import Job
 from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import claim_run, run_rank
 from tests.support.builders import asr, text, tts, write_records
+from tests.support.gloo import run_ranks
 from tests.support.training import CPU
 
 # What two runs of the same steps need not agree in.
@@ -84,3 +86,15 @@ def lines_of(prepared: Prepared, kind: str | None = None) -> list[dict[str, Any]
     """metrics.jsonl, or its lines of a kind."""
     lines = read_journal(prepared.folder.local / "metrics.jsonl")
     return [line for line in lines if kind in (None, line["kind"])]
+
+
+def train_rank(job: Job) -> bool:
+    """This rank's part of a run."""
+    return run_rank(job, CPU, TrainHooks())
+
+
+def run_on_ranks(config: RunConfig, workers: int = 1) -> None:
+    """Train to the goal on so many gloo ranks, without evaluations and export."""
+    prepared = prepare_run(config, workers=workers)
+    job = prepared.job_for(prepared.topologies[-1], claim_run(prepared.folder))
+    assert all(run_ranks(workers, train_rank, job))
