@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python jobs/evaluate.py --model DIR --asr_dirs DIR --output FILE.json --num_workers 4
 
-Flags are those of `most-ray evaluate`. DIR must be on storage that all nodes see.
+Flags are those of `most-ray evaluate`. DIR must be on storage that all nodes mount.
 """
 
 from __future__ import annotations

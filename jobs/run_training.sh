@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs one of the shipped configurations, from the checkout's folder, on this machine or the cluster that RAY_ADDRESS names.
+# Trains one of the shipped configurations, on this machine or on the cluster that RAY_ADDRESS names.
 set -eu
 
 usage() {
@@ -9,7 +9,7 @@ usage: $0 single|dp|ep|large [flags of most-ray train, as --dry_run or --max_ste
   dp      data parallel, 8 GPUs                           jobs/configs/deepseek-v2-lite-dp.yaml
   ep      expert parallel, 8 GPUs                         jobs/configs/deepseek-v2-lite-ep.yaml
   large   data and expert parallel, 64 GPUs               jobs/configs/large.yaml
-CONFIG=FILE takes another configuration; data and models are named as seen from the folder that this runs in.
+CONFIG=FILE uses another configuration. Relative paths of data and models are taken from the current folder.
 END
     exit 2
 }

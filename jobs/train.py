@@ -2,8 +2,8 @@
 
     ray job submit --runtime-env jobs/runtime_env.yaml --working-dir . -- python jobs/train.py --config jobs/configs/digits.yaml
 
-Flags are those of `most-ray train`; the same name goes on. A relative output_dir lies below MOST_RAY_HOME of the cluster's machines
-(default: the home folder there). With several machines it must be on storage that all of them see. `most-ray submit train` does all this.
+Flags are those of `most-ray train`; the same name resumes. A relative output_dir is below MOST_RAY_HOME of the cluster's machines
+(default: the home folder there). With several machines it must be on storage that all of them mount. `most-ray submit train` does all this.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`most-ray sweep` as a job on a cluster, where trials share out its GPUs or CPU cores:
+"""`most-ray sweep` as a job on a cluster, where the trials share its GPUs or CPU cores:
 
     ray job submit --working-dir . -- python jobs/tune.py --config jobs/configs/sweep-digits.yaml --output_dir DIR
 
-DIR must be on storage that all nodes see. Flags are those of `most-ray sweep`; the same name goes on.
+DIR must be on storage that all nodes mount. Flags are those of `most-ray sweep`; the same name resumes.
 """
 
 from __future__ import annotations

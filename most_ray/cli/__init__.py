@@ -1,4 +1,4 @@
-"""The command line: `most-ray COMMAND --help`. Thin: flags to calls, errors to one paragraph and exit code 2."""
+"""The command line, `most-ray COMMAND`: turns flags into calls of the other rooms, and their errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from most_ray.errors import UserError
 
 
 def build_parser() -> Parser:
+    """The parser of all commands; a command's module adds its own."""
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for each in (prepare_commands, run_commands, sweep_command, evaluate_command, speech_commands, cluster_commands):
@@ -23,14 +24,22 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. 0: done; 1: a run failed; 2: something that the user can mend; 75: stopped as asked, the same command goes on."""
-    # Read when torch loads, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on
-    # an idle machine, and on a busy one a step is up to 25 times faster (tests/benchmarks/RESULTS.md).
+    """Run a command.
+
+    Args:
+        argv: its name and flags (None: those of this process).
+
+    Returns:
+        The exit code. 0: done. 1: a run failed. 2: an error that the user can fix. 75: stopped on request; the same command resumes.
+        130: interrupted. 141: whoever read the output has closed it.
+    """
+    # Read when torch is loaded, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on an
+    # idle machine, and on a busy one they make a step up to 25 times faster (tests/benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # progress is seen as it happens, in a log file too
+            stream.reconfigure(line_buffering=True)  # shows progress as it happens, in a log file too
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     try:
@@ -39,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever reads has had enough, as `head`
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        logging.getLogger("most_ray").debug("", exc_info=True)
+        logging.getLogger("most_ray").debug("", exc_info=True)  # the error itself is printed; this adds where it was raised
         print(f"most-ray: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("most-ray: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("most-ray: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130

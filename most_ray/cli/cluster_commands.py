@@ -16,19 +16,21 @@ from most_ray.cli.parser import Parser, add_command, config_of
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
 
-_SUBMITTED = ("train", "sweep", "evaluate", "prepare", "doctor")
-_ROLE = "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like."
+_SUBMITTED = ("train", "sweep", "evaluate", "prepare", "doctor")  # commands that can be jobs
+_CREDENTIALS_REMEDY = "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like."
 
 
 def add(commands: Any) -> None:
-    doctor = add_command(commands, "doctor", _doctor, "what would fail here, or on the cluster that is named: each with its remedy")
-    doctor.add_argument("--config", help="a run's YAML file (default: what a run without one would need)")
+    doctor = add_command(commands, "doctor", _doctor, "check what would fail on this machine or the named cluster, with a remedy for each")
+    doctor.add_argument("--config", help="a run's YAML file (default: the checks of a run without one)")
     configuration.add_flags(doctor)
 
-    submit = add_command(commands, "submit", _submit, "a command as a job on a cluster, followed; the same run is never made twice at once")
+    submit = add_command(
+        commands, "submit", _submit, "run a command as a job on a cluster and follow it; the same run is never submitted twice at once"
+    )
     submit.epilog = (
         "The command is one of train, sweep, evaluate, prepare and doctor, with its own flags: most-ray submit train --config FILE. "
-        "In a job, relative places that are written to lie below MOST_RAY_HOME of the cluster's machines (default: the home folder there)."
+        "In a job, relative paths that are written to are below MOST_RAY_HOME of the cluster's machines (default: the home folder there)."
     )
     _own_flags(submit)
     submit.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the command and its flags")
@@ -39,25 +41,25 @@ def _own_flags(parser: argparse.ArgumentParser) -> None:
         "the cluster's dashboard as http://HOST:8265, or its head as HOST:6379 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)"
     )
     parser.add_argument("--address", default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--working_dir", type=Path, default=argparse.SUPPRESS, help="folder that goes along (default: this one)")
+    parser.add_argument("--working_dir", type=Path, default=argparse.SUPPRESS, help="folder that is sent with the job (default: this one)")
     parser.add_argument("--detach", action="store_true", default=argparse.SUPPRESS, help="do not follow the job's log")
-    parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="stop a job behind a checkpoint, and wait until it has")
+    parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="stop a job after a checkpoint, and wait until it has")
 
 
 def _submit(args: argparse.Namespace) -> int:
-    """Flags of `submit` may stand before and behind the command's own."""
+    """Submit a command; the flags of `submit` itself may be given before and after the command's own."""
     own = Parser(prog="most-ray submit", add_help=False)
     _own_flags(own)
-    options, words = own.parse_known_args(args.words, argparse.Namespace(**vars(args)))
+    options, command = own.parse_known_args(args.words, argparse.Namespace(**vars(args)))
     address, folder = getattr(options, "address", None), getattr(options, "working_dir", Path()).absolute()
     from most_ray.service.cluster import submit as service
     from most_ray.service.cluster.job_package import package_of
 
     if name := getattr(options, "stop", None):
-        if words:
-            raise ConfigError("stop", name, "stands alone: it starts nothing.", "Leave the command out.")
+        if command:
+            raise ConfigError("stop", name, "takes no command: it starts nothing.", "Leave the command out.")
         return service.stop(service.open_client(address), name, _out)
-    job = _checked(words, folder)
+    job = _check_command(command, folder)
     package = package_of(folder)
     if job.config:
         package.check_contains(job.config)
@@ -65,22 +67,22 @@ def _submit(args: argparse.Namespace) -> int:
     cluster = service.describe_cluster(client)
     base = service.job_name(job.name, job.uri)
     where = f" --address {shlex.quote(storage.redact(address))}" if address else ""
-    stopping = f"Stop it{' behind a checkpoint' if job.resumes else ''}: most-ray submit --stop"
+    stop_hint = f"Stop it{' after a checkpoint' if job.resumes else ''}: most-ray submit --stop"
     submission = None
     try:
-        submission, new = service.submit(client, base, ["python", "-m", "most_ray.cli", *job.words], package, _out)
-        shown = ", ".join(f"{amount:g} {name}" for name, amount in cluster.items()) or "the cluster does not say what it has"
-        going = f"{package.bytes / 2**20:.1f} MiB go along" if new else "it is under way already, and is followed"
-        _out(f"Job {submission} on {storage.redact(client.get_address())} ({shown}): {going}.\n")
+        submission, new = service.submit(client, base, ["python", "-m", "most_ray.cli", *job.command], package, _out)
+        shown = ", ".join(f"{amount:g} {name}" for name, amount in cluster.items()) or "the cluster does not report its resources"
+        state = f"{package.bytes / 2**20:.1f} MiB are sent" if new else "it is under way already, and is followed"
+        _out(f"Job {submission} on {storage.redact(client.get_address())} ({shown}): {state}.\n")
         if getattr(options, "detach", False):
-            _out(f"{stopping} {submission}{where}. The same command follows it.\n")
+            _out(f"{stop_hint} {submission}{where}. The same command follows it.\n")
             return 0
         return service.follow(client, submission, lambda job: service.why_pending(job, cluster, package), _out)
     except KeyboardInterrupt:
         if submission is None and (submission := service.running_job(client, base, _out)) is None:
             _out("\nInterrupted: the cluster has no job of this run under way. The same command submits it.\n")
             return 130
-        _out(f"\nDetached, the job goes on. The same command follows it again. {stopping} {submission}{where}\n")
+        _out(f"\nDetached, the job continues. The same command follows it again. {stop_hint} {submission}{where}\n")
         return 0
 
 
@@ -91,48 +93,50 @@ def _out(text: str) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What is submitted. name, place: what tells it from others; words: the command, with its configuration's path as the job will see it;
-    config: that path, where it goes along; resumes: whether it goes on from a checkpoint."""
+    """What is submitted."""
 
     name: str
-    uri: str
-    words: list[str]
-    config: str | None
-    resumes: bool
+    uri: str  # what it writes to, which with the name distinguishes it from other jobs
+    command: list[str]  # with the path of its configuration as the job will see it
+    config: str | None  # that path, where the configuration is sent with the job
+    resumes: bool  # whether it resumes from a checkpoint when it is submitted again
 
 
-def _checked(words: list[str], folder: Path) -> _Job:
-    """What is submitted, checked as far as that goes here.
+def _check_command(command: list[str], folder: Path) -> _Job:
+    """Parse a command and check it, as far as that is possible on this machine.
+
+    Args:
+        command: its name and its flags.
+        folder: the one that is sent with the job.
 
     Raises:
-        ConfigError: the command, its flags or its configuration are wrong, or would show a credential.
+        ConfigError: the command, its flags or its configuration are wrong, or contain a credential.
     """
     from most_ray.cli import build_parser  # which imports this module
 
-    if not words or words[0] not in _SUBMITTED:
-        rule, remedy = "is nothing that is submitted.", nearest(words[0] if words else "", _SUBMITTED)
-        raise ConfigError("command", words[0] if words else None, rule, remedy)
-    if secret := next((word for word in words if storage.redact(word) != word), None):
-        rule = "holds credentials, and a job's command is seen by all who see the cluster."
-        raise ConfigError("flag", storage.redact(secret), rule, _ROLE)
-    args = build_parser().parse_args(words)
+    if not command or command[0] not in _SUBMITTED:
+        rule, remedy = "cannot be submitted.", nearest(command[0] if command else "", _SUBMITTED)
+        raise ConfigError("command", command[0] if command else None, rule, remedy)
+    if secret := next((word for word in command if storage.redact(word) != word), None):
+        rule = "contains credentials, and everyone who can see the cluster can see a job's command."
+        raise ConfigError("flag", storage.redact(secret), rule, _CREDENTIALS_REMEDY)
+    args = build_parser().parse_args(command)
     name, uri = _identity(args)
     config = str(args.config) if getattr(args, "config", None) else None
     inner = _inner(config, folder) if config and not storage.is_remote(config) else None
     if inner:
-        before = ["", *words]
-        words = [
+        command = [
             f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word
-            for last, word in zip(before, words, strict=False)
+            for last, word in zip(["", *command], command, strict=False)
         ]
-    return _Job(name, uri, words, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
+    return _Job(name, uri, command, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
 
 
 def _identity(args: argparse.Namespace) -> tuple[str, str]:
-    """A command's name and place: those of two commands differ that may run at once, those of the same one do not.
+    """A name and a URI that are equal for the same command, and differ between two commands that may run at once.
 
     Raises:
-        ConfigError: its configuration is wrong, or holds a credential.
+        ConfigError: its configuration is wrong, or contains a credential.
     """
     if args.command == "evaluate":
         return f"evaluate-{args.output.stem}", str(args.output)
@@ -143,7 +147,7 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
             from most_ray.records.tts_records import read_conversions
 
             read_conversions(args.config)
-            _check_secrets(args.config, {"input_dir": args.config.read_text()})  # as text: a Path has lost what tells a URI
+            _check_secrets(args.config, {"input_dir": args.config.read_text()})  # as text: a Path has lost one slash of a URI
         return f"prepare-{args.what}-{Path(uri).stem}", uri
     if args.command == "sweep":
         from most_ray.sweep.options import flag_values, load_sweep
@@ -164,21 +168,21 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _check_secrets(config: str | Path, values: dict[str, str]) -> None:
-    """Raises ConfigError where a value of a configuration holds a credential."""
+    """Raise ConfigError where a value of a configuration contains a credential."""
     if name := next((name for name, value in values.items() if storage.redact(value) != value), None):
-        rule = f"holds credentials ({name}), and what goes along is kept by the cluster."
-        raise ConfigError("config", storage.redact(str(config)), rule, _ROLE)
+        rule = f"contains credentials ({name}), and the cluster keeps what is sent with a job."
+        raise ConfigError("config", storage.redact(str(config)), rule, _CREDENTIALS_REMEDY)
 
 
 def _inner(config: str, folder: Path) -> str:
-    """A configuration's path below the folder that goes along.
+    """A configuration's path relative to the folder that is sent with the job.
 
     Raises:
-        ConfigError: it lies elsewhere.
+        ConfigError: it is not in that folder.
     """
     path = storage.local(config).resolve()
     if not path.is_relative_to(folder.resolve()):
-        rule = f"lies outside of the folder that goes along ({folder})."
+        rule = f"is outside of the folder that is sent with the job ({folder})."
         raise ConfigError("config", config, rule, "Copy it into that folder, or name another one by --working_dir.")
     return path.relative_to(folder.resolve()).as_posix()
 

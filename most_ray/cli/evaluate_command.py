@@ -1,4 +1,4 @@
-"""`most-ray evaluate`, with and without a model."""
+"""`most-ray evaluate`: scores a model, or scores stored hypotheses again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from most_ray.errors import CheckpointError, ConfigError
 from most_ray.io import storage
 from most_ray.options import add_flag, flag_values
 
-# Flags that are keys of the configuration, by another name where `evaluate` has more than one worker to count or nothing but evaluation.
+# Flags that are keys of the configuration; some have a shorter name here, where everything concerns evaluation.
 _KEYS = {
     "normaliser": "normaliser",
     "batch_size": "eval_batch_size",
@@ -33,7 +33,7 @@ _KEYS = {
 
 
 def add(commands: Any) -> None:
-    _evaluate_flags(add_command(commands, "evaluate", _evaluate, "word error rates and losses of a model"))
+    _evaluate_flags(add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model"))
 
 
 def _evaluate_flags(parser: Parser) -> None:
@@ -41,15 +41,15 @@ def _evaluate_flags(parser: Parser) -> None:
     for task, what in (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only")):
         text = f"directories of {what} records, paths or URIs"
         parser.add_argument(f"--{task}_dirs", type=to_read(str), nargs="+", default=[], help=text)
-    text = "JSON file for the figures; OUTPUT.hypotheses.jsonl is written beside it"
+    text = "JSON file for the results; OUTPUT.hypotheses.jsonl is written beside it"
     parser.add_argument("--output", type=to_write(Path), required=True, help=text)
     parser.add_argument("--rescore", metavar="FILE", help="score a hypotheses.jsonl again, without a model")
     helps = {
-        "normaliser": f"of both sides (default: {configuration.EvaluationOptions.normaliser}; of --rescore: the file's)",
-        "vocoder": "what makes that speech sound for it (default: the model's own)",
-        "num_workers": "processes that share the records out, through Ray (default: 1, without)",
+        "normaliser": f"of references and hypotheses (default: {configuration.EvaluationOptions.normaliser}; of --rescore: the file's)",
+        "vocoder": "turns the units of that speech into sound for it (default: the model's own)",
+        "num_workers": "processes that share the records, through Ray (default: 1, without Ray)",
         "gpus": "GPUs of each of several workers (default: 0)",
-        "max_rejected_fraction": "largest share of bad records",
+        "max_rejected_fraction": "largest fraction of bad records",
         "store_dir": "where token stores are kept (default: beside the output)",
     }
     for flag, key in _KEYS.items():
@@ -70,7 +70,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if config.eval_gpus and config.eval_workers == 1:
         raise ConfigError("gpus", config.eval_gpus, "is for several workers: one uses the GPU where there is one.", "Set num_workers.")
     if config.vocoder and not config.recogniser:
-        raise ConfigError("vocoder", config.vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
+        raise ConfigError("vocoder", config.vocoder, "is used only with a recogniser.", "Name one, or leave it out.")
     if args.model.startswith((".", "/")) and not Path(args.model).exists():
         raise CheckpointError("model", args.model, "does not exist.")
     from most_ray.evaluation.evaluate import Directories
@@ -99,9 +99,9 @@ def _rescore(args: argparse.Namespace) -> int:
         raise ConfigError("output", str(args.output), "is the file that is scored: it would be lost.", "Name another.")
     given = flag_values(args, _KEYS)
     if given.get("recogniser") or given.get("vocoder"):
-        raise ConfigError("rescore", args.rescore, "listens to nothing: recogniser and vocoder belong to an evaluation of a model.")
+        raise ConfigError("rescore", args.rescore, "runs no recogniser: recogniser and vocoder are for the evaluation of a model.")
     if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:
-        raise ConfigError("rescore", args.rescore, "needs neither a model nor directories: the file holds what was decoded.")
+        raise ConfigError("rescore", args.rescore, "takes neither a model nor directories: the file holds what was decoded.")
     from most_ray.evaluation.hypotheses import rescore, write_result
 
     result = rescore(args.rescore, given.get("normaliser"))

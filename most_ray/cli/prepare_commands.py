@@ -1,4 +1,4 @@
-"""`most-ray prepare ...`: recordings and records made ready."""
+"""`most-ray prepare ...`: recordings to records, and records to token stores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from most_ray.speech.units.prepare import ChooseRunner, UnitsJob
 
 
+LAYOUTS = ("folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4")  # of corpora
+
+
 def add(commands: Any) -> None:
     prepare = commands.add_parser("prepare", help="make records", description="Make records.").add_subparsers(
         dest="what", metavar="WHAT", required=True, parser_class=Parser
@@ -30,56 +33,59 @@ def add(commands: Any) -> None:
     units.add_argument("--output", type=to_write(Path), required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
     units.add_argument("--kmeans", type=to_read(Path), help="centroids (.npy or .safetensors) to use")
     units.add_argument(
-        "--fit_kmeans", metavar="K", help="fit K centroids to the selected recordings instead (auto: as many as they can tell)"
+        "--fit_kmeans", metavar="K", help="fit K centroids to the selected recordings instead (auto: as many as they support)"
     )
     _fit_flags(units)
-    units.add_argument("--perturb", default="1.0", help="speeds at which each recording is taken, as 0.9,1.0,1.1 (default: 1.0)")
+    units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
     units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
-    units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help="of the records (default: jsonl.gz)")
+    units.add_argument(
+        "--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help="file format of the records (default: jsonl.gz)"
+    )
 
     kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings")
     _corpus_flags(kmeans)
     kmeans.add_argument(
-        "--output", type=to_write(Path), required=True, help="a .npy file, or .safetensors, which says what it was fitted on"
+        "--output", type=to_write(Path), required=True, help="a .npy file, or .safetensors, which also records what it was fitted on"
     )
-    kmeans.add_argument("--k", default="auto", help="centroids, at most 500 (default: auto, as many as the recordings can tell)")
+    kmeans.add_argument("--k", default="auto", help="centroids, at most 500 (default: auto, as many as the recordings support)")
     _fit_flags(kmeans)
 
-    vocoder = add_command(prepare, "vocoder", _vocoder, "what makes records' units sound again, learned from their recordings")
+    vocoder = add_command(prepare, "vocoder", _vocoder, "learn from recordings to turn the units of their records into speech")
     _corpus_flags(vocoder, features=False)
-    vocoder.add_argument("--records", type=to_read(Path), required=True, help="folder of `prepare units`; gets vocoder.safetensors")
-    vocoder.add_argument("--encoder", help="where the speech encoder of the units lies (default: where it lay when they were made)")
-    vocoder.add_argument("--seconds", type=float, default=1800.0, help="of speech to learn from, at most (default: 1800)")
-    vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of which recordings it hears (default: 0)")
+    vocoder.add_argument(
+        "--records", type=to_read(Path), required=True, help="folder of `prepare units`; vocoder.safetensors is written to it"
+    )
+    vocoder.add_argument("--encoder", help="folder of the units' speech encoder (default: the one that they were made with)")
+    vocoder.add_argument("--seconds", type=float, default=1800.0, help="seconds of speech to learn from, at most (default: 1800)")
+    vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of the choice of recordings (default: 0)")
 
-    tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of those that --config lists")
+    tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of all that --config lists")
     tts.add_argument("--config", type=Path, help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
     tts.add_argument("--input_dir", type=to_read(Path), help="directory of ASR records")
-    tts.add_argument("--output_dir", type=to_write(Path), help="where the TTS records go")
-    tts.add_argument("--dataset_name", help="goes into the records' metadata (default: the directory's name)")
+    tts.add_argument("--output_dir", type=to_write(Path), help="directory for the TTS records")
+    tts.add_argument("--dataset_name", help="written to the records' metadata (default: the directory's name)")
     tts.add_argument("--file_pattern", default="*", help="which files to convert (default: *)")
 
-    store = add_command(prepare, "store", _store, "the token stores of a run's records, as `train` makes them at its first start")
+    store = add_command(prepare, "store", _store, "make the token stores of a run's records, as `train` does at its first start")
     store.description = _STORE_HELP
     store.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
-    store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare it with its checksum")
+    store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare the checksums")
     configuration.add_flags(store)
 
 
 def _corpus_flags(parser: Parser, features: bool = True) -> None:
-    layouts = ["folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
-    parser.add_argument("--corpus", choices=layouts, default="folder", help="layout of the input (default: folder)")
-    parser.add_argument("--input", type=to_read(Path), required=True, help="the corpus")
+    parser.add_argument("--corpus", choices=LAYOUTS, default="folder", help="layout of the input (default: folder)")
+    parser.add_argument("--input", type=to_read(Path), required=True, help="the corpus' folder")
     parser.add_argument(
         "--splits", nargs="+", default=[], help="splits of a published corpus to read (default: all; Common Voice: validated)"
     )
     parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)")
     parser.add_argument("--name", help="data set name, the start of each id (default: the corpus' or the input folder's)")
     parser.add_argument(
-        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="take only such utterances; != excludes, commas list"
+        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="use only these utterances; != excludes, commas separate values"
     )
-    parser.add_argument("--speaker_column", default="speaker", help="column that tells speakers apart (default: speaker)")
-    parser.add_argument("--max_seconds", type=float, default=120.0, help="what is longer is rejected (default: 120)")
+    parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)")
+    parser.add_argument("--max_seconds", type=float, default=120.0, help="reject longer utterances (default: 120)")
     if features:
         parser.add_argument(
             "--features", default="mfcc", help="mfcc, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
@@ -87,21 +93,24 @@ def _corpus_flags(parser: Parser, features: bool = True) -> None:
         parser.add_argument(
             "--num_actors",
             type=int,
-            help="processes that share the work, through Ray (default: one per GPU or core where there is much to do, else 0: none)",
+            help="processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)",
         )
         parser.add_argument(
-            "--gpus_per_actor", type=float, help="GPUs of each; 0.5 puts two on one (default: 1 for encoders where there are any)"
+            "--gpus_per_actor",
+            type=float,
+            help="GPUs of each process; 0.5 lets two share one (default: 1 for encoders where there are GPUs)",
         )
-        parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else one on this machine)")
+        parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else Ray is started on this machine)")
 
 
 def _fit_flags(parser: Parser) -> None:
     parser.add_argument("--algorithm", choices=["minibatch", "lloyd"], default="minibatch", help="of the k-means (default: minibatch)")
-    parser.add_argument("--fit_frames", type=int, default=200_000, help="frames to fit it to, drawn from all (default: 200000)")
+    parser.add_argument("--fit_frames", type=int, default=200_000, help="frames to fit it to, drawn at random (default: 200000)")
     parser.add_argument("--seed", type=int, default=0, help="of the k-means (default: 0)")
 
 
 def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
+    """What to convert, from the flags of a corpus and `more` fields."""
     from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
     from most_ray.speech.units.features import parse_features
     from most_ray.speech.units.prepare import UnitsJob
@@ -120,7 +129,7 @@ def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
 
 
 def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
-    """Ray is only imported where it may be used: it takes seconds."""
+    """Chooses between this process and a pool of actors by the bytes of audio. Ray is imported only for the pool: that takes seconds."""
 
     def choose(size: int) -> Runner:
         from most_ray.speech.units.corpus_parts import run_in_process, worth_a_cluster
@@ -139,13 +148,17 @@ def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
 
 
 def _how_many(flag: str, text: str | None) -> int | None:
-    """Units to fit; 0: as many as the frames can tell apart."""
+    """The number of units to fit, from a flag's text; 0: as many as the frames support; None: the flag is not given.
+
+    Raises:
+        ConfigError: it is neither a number from 2 to N_UNITS nor "auto".
+    """
     if text is None or text == "auto":
         return None if text is None else 0
     if not text.isdecimal() or int(text) == 0:
         raise ConfigError(flag, text, "is neither a number of units nor auto.")
     if not 2 <= int(text) <= N_UNITS:
-        raise ConfigError(flag, int(text), f"must lie in 2..{N_UNITS}.")
+        raise ConfigError(flag, int(text), f"must be in 2..{N_UNITS}.")
     return int(text)
 
 
@@ -166,7 +179,7 @@ def _units(args: argparse.Namespace) -> int:
     of = f" of {counts['speakers']} speakers" if counts["speakers"] else ""
     print(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
     if counts["rejected"]:
-        print(f"{counts['rejected']} entries were set aside: {args.output / 'rejected.jsonl'}")
+        print(f"{counts['rejected']} entries were rejected: {args.output / 'rejected.jsonl'}")
     return 0
 
 
@@ -202,8 +215,8 @@ def _vocoder(args: argparse.Namespace) -> int:
     if found.get("unchanged"):
         print(f"vocoder: nothing has changed: {args.records / 'vocoder.safetensors'}")
         return 0
-    heard = f"{found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
-    print(f"vocoder of {heard}: {args.records / 'vocoder.safetensors'}")
+    source = f"{found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
+    print(f"vocoder of {source}: {args.records / 'vocoder.safetensors'}")
     return 0
 
 
@@ -212,7 +225,7 @@ def _tts(args: argparse.Namespace) -> int:
 
     if args.config:
         if args.input_dir or args.output_dir or args.dataset_name or args.file_pattern != "*":
-            rule = "names the directories: input_dir, output_dir, dataset_name and file_pattern stand in it."
+            rule = "lists the directories: it contains input_dir, output_dir, dataset_name and file_pattern."
             raise ConfigError("config", str(args.config), rule, "Leave the flags out.")
         conversions = read_conversions(args.config)
     elif not (args.input_dir and args.output_dir):
@@ -225,15 +238,16 @@ def _tts(args: argparse.Namespace) -> int:
         counts = prepare_tts(conversion)
         print(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")
         if counts["rejected"]:
-            print(f"{counts['rejected']} records were set aside: {conversion.output_dir / 'rejected.jsonl'}")
+            print(f"{counts['rejected']} records were rejected: {conversion.output_dir / 'rejected.jsonl'}")
     return 0
 
 
 _STORE_HELP = """Records to token stores: every directory of the configuration is read, checked, tokenised once and written to store_dir.
-What is there already is left alone, and where something changed only that is taken in anew. `train` does the same at its first start.
-Large inputs are spread over the cluster, as tasks over files and byte ranges; a run that was stopped goes on where it was. Disk cost: 4
-bytes a token, and per record 20 bytes and its id: 3.4 KB for a record of 820 tokens, against 5.8 KB as JSON; 68 GB for 20 million of them.
-With a store_dir on an object store each node keeps what it reads in MOST_RAY_CACHE_DIR (at most MOST_RAY_CACHE_GB, by default 64)."""
+Stores that exist are kept, and only directories that have changed are ingested again. `train` does the same at its first start. Large
+inputs are spread over the cluster, as tasks over files and byte ranges; a command that was stopped resumes where it was. Disk space: 4
+bytes per token, and per record 20 bytes and its id: 3.4 KB for a record of 820 tokens, against 5.8 KB as JSON; 68 GB for 20 million
+records. With a store_dir on an object store each node caches what it reads in MOST_RAY_CACHE_DIR (at most MOST_RAY_CACHE_GB, by default
+64)."""
 
 
 def _store(args: argparse.Namespace) -> int:

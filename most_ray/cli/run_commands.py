@@ -1,4 +1,4 @@
-"""Commands about runs and models: init-model, train, plan, report, export."""
+"""Commands for runs and models: init-model, train, plan, report, export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from most_ray import config as configuration
-from most_ray.cli import recordings
+from most_ray.cli import from_audio
 from most_ray.cli.job_files import to_read, to_write
 from most_ray.cli.parser import add_command, check_output, config_of
 from most_ray.errors import ConfigError, DataError
@@ -22,37 +22,37 @@ from most_ray.io import storage
 
 
 def add(commands: Any) -> None:
-    init = add_command(commands, "init-model", _init_model, "a starting model with its tokenizer")
-    init.add_argument("--preset", help="size of a new model (tiny)")
+    init = add_command(commands, "init-model", _init_model, "make a starting model with its tokenizer")
+    init.add_argument("--preset", help="name of a new model's size (tiny)")
     init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
     init.add_argument("--records", type=to_read(Path), nargs="+", default=[], help="directories of records whose text the tokenizer learns")
     init.add_argument("--output", type=to_write(Path), required=True, help="where the model goes")
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
 
-    train = add_command(commands, "train", _train, "a training run in OUTPUT_DIR/NAME; the same name resumes")
+    train = add_command(commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes")
     train.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
     train.add_argument(
         "--dry_run",
         nargs="?",
         const="",
         metavar="DEVICE",
-        help="say what the run would be, its memory, checkpoints and time, and start nothing; reckoned with a device, as H100 or cpu "
+        help="describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing "
         "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)",
     )
-    recordings.add_flags(train)
+    from_audio.add_flags(train)
     configuration.add_flags(train)
 
-    plan = add_command(commands, "plan", _plan, "which records each step will hold, without training")
+    plan = add_command(commands, "plan", _plan, "list the records of each step, without training")
     plan.add_argument("--config", help="the run's YAML file")
     plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
-    plan.add_argument("--trace", type=Path, required=True, help="file for the lines that --trace_records would write")
+    plan.add_argument("--trace", type=Path, required=True, help="file for the lines that `train --trace_records` would write")
     configuration.add_flags(plan)
 
-    report = add_command(commands, "report", _report, "a page to look at: one run, several side by side, or a sweep")
+    report = add_command(commands, "report", _report, "write an HTML page about one run, several runs side by side, or a sweep")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
     report.add_argument("--output", type=to_write(Path), help="HTML file (default: RUN/report.html; for several runs report.html)")
 
-    export = add_command(commands, "export", _export, "a checkpoint to Hugging Face layout")
+    export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout")
     export.add_argument("--checkpoint", type=to_read(str), required=True, help="a step-... folder of a run's checkpoints/")
     export.add_argument("--output", type=to_write(Path), required=True, help="where the model goes")
 
@@ -62,7 +62,7 @@ def _init_model(args: argparse.Namespace) -> int:
     from most_ray.runs.resolve import texts_of
 
     if (args.preset is None) == (args.from_deepseek is None):
-        raise ConfigError("preset", args.preset, "or from_deepseek, exactly one of them, says what to start from.")
+        raise ConfigError("preset", args.preset, "or from_deepseek is needed to start from, exactly one of them.")
     if args.preset:
         if not args.records:
             raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
@@ -76,13 +76,13 @@ def _init_model(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     for name in ("corpus", "features"):
         if getattr(args, name) and not args.from_audio:
-            raise ConfigError(name, getattr(args, name), "goes with from_audio: it says how recordings are taken.")
+            raise ConfigError(name, getattr(args, name), "is used only with from_audio: it describes the recordings.")
     if args.from_audio and args.dry_run is not None:
         raise ConfigError("dry_run", args.dry_run, "does not go with from_audio, which has no records yet.", "Name its run.yaml as config.")
     if args.from_audio:
-        args.config = recordings.prepare(args, configuration.flag_values(args), _echoed)
+        args.config = from_audio.prepare(args, configuration.flag_values(args), _echoed)
     config = config_of(args)
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width
     if args.dry_run is not None:
         from most_ray.planner.dry_run import dry_run
         from most_ray.planner.screen import dry_screen
@@ -97,7 +97,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _echoed(words: Sequence[str]) -> None:
-    """Show a command, and run it."""
+    """Print a command and run it. Raises DataError where its exit code is not 0."""
     from most_ray.cli import build_parser  # which imports this module
 
     print(f"most-ray {shlex.join(words)}")

@@ -1,9 +1,10 @@
-"""`most-ray transcribe` and `most-ray synthesize`: a model tried on recordings, and on sentences."""
+"""`most-ray transcribe` and `most-ray synthesize`: a model applied to recordings and to texts."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import sys
@@ -24,33 +25,39 @@ if TYPE_CHECKING:
     from most_ray.evaluation.generate import GenerationOptions, Transcript
     from most_ray.speech.units.assets import SpeechAssets
 
-_AT_ONCE = 32  # recordings
-_PROMPT = 64  # tokens of a prompt beside its speech, and of a short answer
+_AT_ONCE = 32  # recordings in a batch
+_PROMPT = 64  # tokens of a prompt without its speech, and of a short answer
 _KEYS = {key: key for key in ("num_beams", "max_new_tokens", "max_new_units")}  # flags that are keys of the configuration
-_NO_KIT = "Name the folder of the records that it was trained on: --speech DIR."
+_NO_ASSETS = "Name the folder of the records that it was trained on: --speech DIR."
 
 
 def add(commands: Any) -> None:
-    hear = add_command(commands, "transcribe", _transcribe, "recordings to text by a model")
-    hear.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help="audio files, in any format that libsndfile reads")
-    _model_flags(hear)
-    hear.add_argument("--encoder", help="where the speech encoder of its units lies (default: where it lay when they were made)")
-    hear.add_argument("--one_speaker", action="store_true", help="the recordings are of one speaker: its voice is learned from all of them")
-    hear.add_argument("--max_seconds", type=float, default=120.0, help="what is longer is refused (default: 120)")
-    hear.add_argument("--output", type=to_write(Path), help="JSON Lines file for {file, text, units, ended} (default: text to the screen)")
+    transcribe = add_command(commands, "transcribe", _transcribe, "convert recordings to text by a model")
+    transcribe.add_argument(
+        "recordings", nargs="+", type=Path, metavar="RECORDING", help="audio files, in any format that libsndfile reads"
+    )
+    _model_flags(transcribe)
+    transcribe.add_argument("--encoder", help="folder of the speech encoder of its units (default: the one that they were made with)")
+    text = "the recordings are of one speaker, whose features are normalised over all of them"
+    transcribe.add_argument("--one_speaker", action="store_true", help=text)
+    transcribe.add_argument("--max_seconds", type=float, default=120.0, help="refuse longer recordings (default: 120)")
+    text = "JSON Lines file for {file, text, units, ended} (default: text to the screen)"
+    transcribe.add_argument("--output", type=to_write(Path), help=text)
 
-    speak = add_command(commands, "synthesize", _synthesize, "text, or units, to a recording by a model and its vocoder")
+    speak = add_command(commands, "synthesize", _synthesize, "convert text or units to a recording by a model and its vocoder")
     what = speak.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", help="what to say")
-    what.add_argument("--units", help="speech as units to be heard as they are, as [Hu7][Hu90]")
+    what.add_argument("--text", help="text to speak")
+    what.add_argument("--units", help="units to convert to speech without a model, as [Hu7][Hu90]")
     what.add_argument(
-        "--records", type=to_read(str), help="directory of ASR or TTS records whose speech is to be heard: a file each in the folder OUTPUT"
+        "--records",
+        type=to_read(str),
+        help="directory of ASR or TTS records to convert to speech, each to a file in the folder OUTPUT",
     )
     _model_flags(speak, optional=True)
     speak.add_argument(
         "--vocoder", type=to_read(str), help="a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)"
     )
-    speak.add_argument("--limit", type=int, help="with records: no more than so many")
+    speak.add_argument("--limit", type=int, help="with records: the number of records, at most")
     speak.add_argument("--output", type=to_write(Path), required=True, help="WAV or FLAC file (with records: a folder)")
 
 
@@ -69,48 +76,51 @@ def _transcribe(args: argparse.Namespace) -> int:
         check_output(args.output)
     if not args.max_seconds > 0:
         raise ConfigError("max_seconds", args.max_seconds, "must be above 0.")
-    limits = _limits(args)
-    kit = open_assets(_kit_folder(args), args.encoder)
+    options = _generation_options(args)
+    assets = open_assets(_assets_folder(args), args.encoder)
     written = 0
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(args.output.open("w", encoding="utf-8")) if args.output else None
-        for path, units, heard in _heard(args, kit, limits):
+        for path, units, transcript in _transcripts(args, assets, options):
             written += 1
             if sink:
-                line = {"file": str(path), "text": heard.text, "units": " ".join(map(str, units)), "ended": heard.ended}
+                line = {"file": str(path), "text": transcript.text, "units": " ".join(map(str, units)), "ended": transcript.ended}
                 sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
-                print(heard.text if len(args.recordings) == 1 else f"{path}\t{heard.text}")
+                print(transcript.text if len(args.recordings) == 1 else f"{path}\t{transcript.text}")
     if args.output:
         print(f"{written} transcriptions: {args.output}")
     return 0 if written == len(args.recordings) else 2
 
 
-def _heard(args: argparse.Namespace, kit: SpeechAssets, limits: GenerationOptions) -> Iterator[tuple[Path, list[int], Transcript]]:
-    """Each recording that can be used, with its units and its transcription; of the others it is said why not. Some at a time, but all at
-    once where they are one speaker's."""
+def _transcripts(
+    args: argparse.Namespace, assets: SpeechAssets, options: GenerationOptions
+) -> Iterator[tuple[Path, list[int], Transcript]]:
+    """Each recording with its units and its transcript, in batches of `_AT_ONCE` (recordings of one speaker: all at once). Recordings that
+    cannot be used are reported on standard error and skipped."""
     from most_ray.evaluation.generate import transcribe_units
     from most_ray.speech.corpora.audio import load_audio
 
     forward, tokenizer = _open(args.model)
-    most = forward.model.config.max_position_embeddings - _PROMPT
+    max_units = forward.model.config.max_position_embeddings - _PROMPT
     size = len(args.recordings) if args.one_speaker else _AT_ONCE
     for start in range(0, len(args.recordings), size):
         waves: list[tuple[Path, Any]] = []
         for path in args.recordings[start : start + size]:
             try:
-                waves.append((path, load_audio(path, kit.extractor.sample_rate, max_seconds=args.max_seconds)))
+                waves.append((path, load_audio(path, assets.extractor.sample_rate, max_seconds=args.max_seconds)))
             except DataError as error:
                 print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
         found = []
-        for (path, _), units in zip(waves, kit.units([wave for _, wave in waves], args.one_speaker), strict=True):
-            if len(units) <= most:
+        for (path, _), units in zip(waves, assets.units([wave for _, wave in waves], args.one_speaker), strict=True):
+            if len(units) <= max_units:
                 found.append((path, units.tolist()))
             else:
-                refusal = DataError("recording", str(path), f"makes {len(units)} units, the model has room for {most}.", "Cut it.")
+                refusal = DataError("recording", str(path), f"has {len(units)} units, the model has room for {max_units}.", "Cut it.")
                 print(f"most-ray: {refusal.kind}: {refusal}", file=sys.stderr)
-        for (path, each), heard in zip(found, transcribe_units(forward, tokenizer, [each for _, each in found], limits), strict=True):
-            yield path, each, heard
+        made = transcribe_units(forward, tokenizer, [units for _, units in found], options)
+        for (path, units), transcript in zip(found, made, strict=True):
+            yield path, units, transcript
 
 
 def _synthesize(args: argparse.Namespace) -> int:
@@ -130,21 +140,21 @@ def _synthesize(args: argparse.Namespace) -> int:
     if args.text is not None and not args.text.strip():
         raise ConfigError("text", args.text, "is empty.")
     if args.text and not args.model:
-        raise ConfigError("model", None, "is needed to say a text: a model folder or a checkpoint.")
-    limits = _limits(args)
-    folder = _kit_folder(args) if args.model or args.speech else None
-    own = _records_kit(args.records) if args.records else None
+        raise ConfigError("model", None, "is needed to speak a text: a model folder or a checkpoint.")
+    options = _generation_options(args)
+    folder = _assets_folder(args) if args.model or args.speech else None
+    own = _records_assets(args.records) if args.records else None
     if folder is None and not args.vocoder:
         folder = own
     if own and folder and read_units_manifest(Path(own))["identity"] != read_units_manifest(Path(folder))["identity"]:
-        reason = f"have other units than those that {folder} makes sound."
+        reason = f"have other units than those of {folder}."
         raise DataError("records", args.records, reason, "Leave --speech and --model out, or name the records' own.")
     if not (folder or args.vocoder):
-        raise ConfigError("speech", None, "or vocoder or model is needed: something that makes units sound.")
+        raise ConfigError("speech", None, "or vocoder or model is needed, to turn units into speech.")
     known = folder or own
     vocoder = open_vocoder(args.vocoder or str(folder), read_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
-        written = _say_records(args, vocoder)
+        written = _synthesize_records(args, vocoder)
         print(f"{written} recordings: {args.output}")
         return 0
     if args.units:
@@ -154,11 +164,11 @@ def _synthesize(args: argparse.Namespace) -> int:
             raise ConfigError("units", args.units[:100], f"{error}.", "As [Hu7][Hu90][Hu481].") from error
     else:
         forward, tokenizer = _open(args.model)
-        said = synthesize_texts(forward, tokenizer, [args.text], limits)[0]
-        units = said.units
+        generated = synthesize_texts(forward, tokenizer, [args.text], options)[0]
+        units = generated.units
         if not units:
             raise DataError("text", args.text, "gave no speech: the model answered without a unit.", "It may need more training.")
-        if said.stop is None:
+        if generated.stop is None:
             print(f"most-ray: the speech was cut off after {len(units)} units", file=sys.stderr)
     waves, rate = vocoder([units])
     args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -167,57 +177,57 @@ def _synthesize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _records_kit(uri: str) -> str | None:
-    """The folder of records, where it says what their units mean."""
+def _records_assets(uri: str) -> str | None:
+    """The folder of records if it is local and describes their units."""
     return None if storage.is_remote(uri) or not (Path(uri) / UNITS_MANIFEST).exists() else uri
 
 
-def _say_records(args: argparse.Namespace, vocoder: Any) -> int:
-    """The speech of records as files. Returns their number."""
+def _synthesize_records(args: argparse.Namespace, vocoder: Any) -> int:
+    """Write the speech of records to a file each, named after the record's id. Returns their number."""
     import soundfile
 
     if args.output.exists() and not args.output.is_dir():
         raise ConfigError("output", str(args.output), "is a file; records go to a folder.")
     args.output.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
-    for record_id, units in _speech_of(args.records, args.limit):
+    for record_id, units in itertools.islice(_speech_of(args.records), args.limit):
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", record_id).lstrip(".")[:120] or "record"
         name = next(name for n in range(1, len(taken) + 3) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
         taken.add(name)
         waves, rate = vocoder([units])
         soundfile.write(args.output / f"{name}.wav", waves[0], rate)
     if not taken:
-        raise DataError("records", args.records, "hold no speech.")
+        raise DataError("records", args.records, "contain no speech.")
     return len(taken)
 
 
-def _speech_of(directory: str, limit: int | None) -> Iterator[tuple[str, list[int]]]:
+def _speech_of(directory: str) -> Iterator[tuple[str, list[int]]]:
+    """Ids and units of the records that contain speech; records that are not valid are skipped."""
     from most_ray.records.files import read_raw, record_files
     from most_ray.records.record import parse_records
 
-    count = 0
     for entry in record_files(directory):
         for _, raw in read_raw(entry.uri):
             record = parse_records([raw])[0]
             if isinstance(record, RecordError):
                 continue
             speech = record.input if record.task == "asr" else record.output
-            if isinstance(speech, str):
-                continue
-            yield record.id, speech.tolist()
-            count += 1
-            if count == limit:
-                return
+            if not isinstance(speech, str):
+                yield record.id, speech.tolist()
 
 
-def _limits(args: argparse.Namespace) -> GenerationOptions:
+def _generation_options(args: argparse.Namespace) -> GenerationOptions:
     from most_ray.evaluation.generate import GenerationOptions
 
     return GenerationOptions.of(config_of_flags(args, _KEYS))
 
 
-def _kit_folder(args: argparse.Namespace) -> str:
-    """The folder of the kit: the one that is named, else the model's own. Refused where the model was trained on other units."""
+def _assets_folder(args: argparse.Namespace) -> str:
+    """The folder of the speech assets: that of --speech, else the model's own.
+
+    Raises:
+        DataError: the model has none. UserError: the model does not exist, or was trained on other units.
+    """
     from most_ray.checkpoint.export import open_description
     from most_ray.io.run_folder import local_copy
     from most_ray.model.build import check_units
@@ -234,11 +244,12 @@ def _kit_folder(args: argparse.Namespace) -> str:
         return str(args.speech)
     found = find_assets(args.model, getattr(config, "units_identity", None))
     if found is None:
-        raise DataError("model", args.model, "has no folder speech/, which says how recordings become its units.", _NO_KIT)
+        raise DataError("model", args.model, "has no folder speech/, which describes how to convert recordings to its units.", _NO_ASSETS)
     return local_copy(found, UNITS_MANIFEST)
 
 
 def _open(uri: str) -> tuple[Forward, Any]:
+    """Load a model onto the GPU, if there is one, and its tokenizer."""
     import torch
 
     from most_ray.checkpoint.export import open_model

@@ -1,4 +1,4 @@
-"""most-ray sweep."""
+"""`most-ray sweep`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from most_ray.cli.parser import add_command
 def add(commands: Any) -> None:
     from most_ray.sweep import options
 
-    sweep = add_command(commands, "sweep", _sweep, "many runs, to find the settings that are best; the same name goes on")
-    text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which hold for all trials; flags overrule it"
+    sweep = add_command(commands, "sweep", _sweep, "find the best settings by many short runs; the same name resumes")
+    text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which apply to all trials; flags overrule it"
     sweep.epilog = (
-        "The file's `space` names settings: any of a run's keys, audio_experts (their number), expert_split (a way, as below). "
-        "Each with {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, "
-        "both ends included; short: 2..6, [a, b], a | b. Ways to split experts: contiguous, interleaved, affinity."
+        "The file's `space` lists settings: any of a run's keys, audio_experts (their number), expert_split (contiguous, interleaved or "
+        "affinity). Each has {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, "
+        "both ends included; short forms: 2..6, [a, b], a | b."
     )
     sweep.add_argument("--config", required=True, help=text)
     options.add_flags(sweep)
@@ -37,6 +37,6 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
     from most_ray.service.tune.runner import run_sweep
 
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width
     run_sweep(sweep, console)
     return 0

@@ -88,7 +88,7 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_and_detaching_does_not_stop_i
         follower.send_signal(signal.SIGINT)
         said = follower.communicate(timeout=60)[0]
     assert follower.returncode == 0, said[-3000:]
-    assert "Detached, the job goes on" in said
+    assert "Detached, the job continues" in said
     (name,) = (name for name in jobs_of(local_cluster) if name.startswith("long-"))
     assert jobs_of(local_cluster)[name] == "RUNNING"
     assert f"most-ray submit --stop {name}" in said

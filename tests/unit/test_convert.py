@@ -120,7 +120,7 @@ def test_what_is_no_asr_record_is_set_aside(tmp_path: Path, capsys: pytest.Captu
     }
     for entry, reason in zip(aside, ("no ASR record", "no field", "empty output", "outside 0..499", "JSON int", "not JSON"), strict=True):
         assert reason in entry["reason"]
-    assert "6 records were set aside" in capsys.readouterr().out
+    assert "6 records were rejected" in capsys.readouterr().out
     write_records(source, [asr(0)])
     convert(source, tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == ["converted.json", "records.jsonl.gz"]
@@ -212,8 +212,8 @@ def test_wrong_configs(
         ([], "output_dir are needed"),
         (["--input_dir", "speech"], "output_dir are needed"),
         (["--config", "none.json"], "cannot be read as JSON"),
-        (["--config", "c.json", "--input_dir", "speech"], "names the directories"),
-        (["--config", "c.json", "--file_pattern", "*.json"], "names the directories"),
+        (["--config", "c.json", "--input_dir", "speech"], "lists the directories"),
+        (["--config", "c.json", "--file_pattern", "*.json"], "lists the directories"),
         (["--input_dir", "nowhere", "--output_dir", "o"], "does not exist"),
         (["--input_dir", "speech", "--output_dir", "s3://bucket/x"], "is not a local path"),
         (["--input_dir", "speech", "--output_dir", "o", "--file_pattern", "x*"], "holds no records"),

@@ -285,7 +285,7 @@ def test_a_file_that_cannot_be_scored_is_named_with_its_line(
     ("words", "message"),
     [
         (["--rescore", "nowhere.jsonl"], "rescore = 'nowhere.jsonl': does not exist"),
-        (["--rescore", "x", "--model", "y"], "needs neither a model nor directories"),
+        (["--rescore", "x", "--model", "y"], "takes neither a model nor directories"),
         (["--asr_dirs", "x"], "model: is needed"),
         (["--model", "./nowhere", "--asr_dirs", "x"], "does not exist"),
         (["--model", "x"], "name at least one directory"),

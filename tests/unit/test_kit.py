@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
 from most_ray import config as configuration
-from most_ray.cli import main, recordings
-from most_ray.cli.recordings import choose_division, guess_layout, run_settings
+from most_ray.cli import from_audio, main
+from most_ray.cli.from_audio import choose_division, guess_layout, run_settings
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.audio import load_audio
@@ -235,7 +235,7 @@ def test_every_recording_is_trained_on_or_validated_on(rows: list[tuple[str, str
         {u.id for u in utterances if matches_all(u, [parse_condition(words)])} for words in (division.train, division.validation)
     )
     assert train and validation and not train & validation and len(train | validation) == len(utterances)
-    assert f"{len(utterances)} recordings" in division.words and f" {len(validation)} of" in division.words
+    assert f"{len(utterances)} recordings" in division.description and f" {len(validation)} of" in division.description
 
 
 def test_what_is_held_out() -> None:
@@ -279,7 +279,7 @@ def test_from_audio_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
         ran.append(list(words))
         assert words[1] == "vocoder" or main(words) == 0  # a vocoder's training is tested by itself
 
-    path = recordings.prepare(arguments(source), {"output_dir": "runs", "max_steps": 7}, run)
+    path = from_audio.prepare(arguments(source), {"output_dir": "runs", "max_steps": 7}, run)
     assert [words[1] for words in ran] == ["units", "units", "vocoder", "tts", "tts"]
     assert path == Path("runs/my_voice-data/run.yaml") and "--max_steps 7" in capsys.readouterr().out
     config = configuration.load_config(path)
@@ -299,7 +299,7 @@ def test_wrong_uses_of_from_audio(tmp_path: Path) -> None:
         pytest.fail(f"ran {words}")
 
     cases: list[tuple[argparse.Namespace, dict[str, Any], type[Exception], str]] = [
-        (arguments(source, config=tmp_path / "c.yaml"), {}, ConfigError, "and config are two ways"),
+        (arguments(source, config=tmp_path / "c.yaml"), {}, ConfigError, "and config both define"),
         (arguments(source), {"train_asr_dirs": ["x"]}, ConfigError, "train_asr_dirs = .*is what from_audio makes"),
         (arguments(source), {"val_tts_dirs": ["x"]}, ConfigError, "val_tts_dirs = .*is what from_audio makes"),
         (arguments(source), {"output_dir": "s3://bucket/runs"}, ConfigError, "is not on this machine"),
@@ -312,7 +312,7 @@ def test_wrong_uses_of_from_audio(tmp_path: Path) -> None:
     ]
     for args, flags, error, message in cases:
         with pytest.raises(error, match=message):
-            recordings.prepare(args, flags, never)
+            from_audio.prepare(args, flags, never)
 
 
 @pytest.mark.parametrize(
@@ -328,10 +328,10 @@ def test_wrong_uses_of_from_audio(tmp_path: Path) -> None:
         (["synthesize", "--text", "a"], "--output"),
         (["synthesize", "--output", "a.wav"], "one of the arguments"),
         (["synthesize", "--text", "a", "--units", "[Hu1]", "--output", "a.wav"], "not allowed with"),
-        (["synthesize", "--text", "a", "--output", "a.wav"], "is needed to say a text"),
+        (["synthesize", "--text", "a", "--output", "a.wav"], "is needed to speak a text"),
         (["synthesize", "--text", " ", "--output", "a.wav"], "is empty"),
         (["synthesize", "--text", "a", "--model", "./nowhere", "--output", "a.mp3"], "neither a .wav nor a .flac"),
-        (["synthesize", "--units", "[Hu1]", "--output", "a.wav"], "something that makes units sound"),
+        (["synthesize", "--units", "[Hu1]", "--output", "a.wav"], "to turn units into speech"),
         (["synthesize", "--units", "[Hu1]", "--speech", "kit", "--output", "a.wav", "--limit", "0"], "limit = 0"),
         (["synthesize", "--units", "[Hu1]", "--speech", "nowhere", "--output", "a.wav"], "nowhere"),
         (["synthesize", "--units", "[Hu1]", "--speech", "kit", "--output", "a.wav"], "vocoder"),

@@ -160,7 +160,7 @@ def test_every_bad_recording_is_set_aside_once_with_its_reason(shared: Path, tmp
     }
     aside = lines_of(tmp_path / "out" / "rejected.jsonl")
     reasons = {Path(entry["file"]).name: entry["reason"] for entry in aside}
-    assert len(aside) == len(reasons) == 6 and "6 entries were set aside" in capsys.readouterr().out
+    assert len(aside) == len(reasons) == 6 and "6 entries were rejected" in capsys.readouterr().out
     for name, reason in {
         "zero.wav": "is an empty file",
         "cut.flac": "is cut off or damaged",
@@ -241,7 +241,7 @@ def test_a_second_recording_of_that_name_is_set_aside(tmp_path: Path) -> None:
         (["--output", "k.pkl"], "neither a .npy nor a .safetensors"),
         (["--output", "k"], "neither a .npy nor a .safetensors"),
         (["--output", "k.npy", "--k", "x"], "k = 'x': is neither a number"),
-        (["--output", "k.npy", "--k", "501"], "k = 501: must lie in 2..500"),
+        (["--output", "k.npy", "--k", "501"], "k = 501: must be in 2..500"),
         (["--output", "s3://bucket/k.npy"], "is not a local path"),
         (["--output", "k.npy", "--kmeans", "x"], "is no known flag"),
     ],

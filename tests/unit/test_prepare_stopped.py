@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from most_ray.cli import main
-from most_ray.cli.recordings import choose_division
+from most_ray.cli.from_audio import choose_division
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.errors import CheckpointError, DataError
 from most_ray.evaluation.generate import GeneratedUnits
@@ -273,7 +273,7 @@ def test_a_text_is_spoken_into_a_file(corpus: Path, tmp_path: Path, monkeypatch:
     """What the model answers is what is heard, made by the vocoder of its kit."""
     prepare(corpus, tmp_path / "out", "--fit_kmeans", "4")
     assert main(["prepare", "vocoder", "--input", str(corpus), "--records", str(tmp_path / "out"), "--seconds", "1"]) == 0
-    monkeypatch.setattr("most_ray.cli.speech_commands._kit_folder", lambda _: str(tmp_path / "out"))
+    monkeypatch.setattr("most_ray.cli.speech_commands._assets_folder", lambda _: str(tmp_path / "out"))
     monkeypatch.setattr("most_ray.cli.speech_commands._open", lambda _: (None, None))
     monkeypatch.setattr(
         "most_ray.evaluation.generate.synthesize_texts", lambda _, __, texts, ___: [GeneratedUnits([3, 0, 2], [], 1) for _ in texts]

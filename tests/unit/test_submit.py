@@ -254,11 +254,11 @@ def test_without_any_cluster_it_is_said_how_to_start_one(monkeypatch: pytest.Mon
     [
         (["train", "--config", DIGITS, "--max_step", "5"], "Did you mean 'max_steps'"),
         (["trian"], "Did you mean 'train'"),
-        ([], "is nothing that is submitted"),
-        (["report", "x"], "is nothing that is submitted"),
+        ([], "cannot be submitted"),
+        (["report", "x"], "cannot be submitted"),
         (["train", "--config", "nothing.yaml"], "cannot be read"),
-        (["train", "--config", DIGITS, "--output_dir", "s3://key:secret@bucket/runs"], "holds credentials"),
-        (["--stop", "x", "train"], "stands alone"),
+        (["train", "--config", DIGITS, "--output_dir", "s3://key:secret@bucket/runs"], "contains credentials"),
+        (["--stop", "x", "train"], "takes no command"),
     ],
 )
 def test_wrong_uses_end_before_a_cluster_is_asked(
@@ -273,7 +273,7 @@ def test_wrong_uses_end_before_a_cluster_is_asked(
 
 def test_a_configuration_outside_of_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "--working_dir", str(tmp_path), "train", "--config", DIGITS]) == 2
-    assert "lies outside of the folder that goes along" in capsys.readouterr().err
+    assert "is outside of the folder that is sent with the job" in capsys.readouterr().err
 
 
 def test_what_is_stopped_must_be_there(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +334,7 @@ def test_interrupted_while_submitting_says_whether_there_is_a_job(
     assert submitted(dashboard) == (0 if made else 130)
     said = capsys.readouterr().out
     assert (
-        f"Detached, the job goes on. The same command follows it again. Stop it behind a checkpoint: most-ray submit --stop {name}" in said
+        f"Detached, the job continues. The same command follows it again. Stop it after a checkpoint: most-ray submit --stop {name}" in said
     ) == made
     assert ("has no job of this run under way" in said) != made
 
@@ -407,14 +407,14 @@ def test_credentials_in_a_configuration_do_not_go_along(
     (tmp_path / "a.yaml").write_text(content)
     assert main(["submit", "--working_dir", str(tmp_path), *words, "--config", str(tmp_path / "a.yaml")]) == 2
     error = capsys.readouterr().err
-    assert "holds credentials" in error
-    assert "what goes along is kept by the cluster" in error
+    assert "contains credentials" in error
+    assert "the cluster keeps what is sent with a job" in error
     assert "secret" not in error
 
 
 def identity(*words: str) -> tuple[str, str, list[str]]:
-    made = command._checked(list(words), Path(DIGITS).parents[1])
-    return made.name, made.uri, made.words
+    made = command._check_command(list(words), Path(DIGITS).parents[1])
+    return made.name, made.uri, made.command
 
 
 def test_commands_that_may_run_at_once_have_names_of_their_own() -> None:
@@ -444,7 +444,7 @@ def test_every_commands_configuration_is_named_as_the_job_will_see_it(monkeypatc
     assert identity("prepare", "store", "--config", DIGITS)[2] == ["prepare", "store", "--config", "configs/digits.yaml"]
     monkeypatch.chdir(tmp_path)
     Path("tts.json").write_text('{"dataset_name": "a", "input_dir": "a", "output_dir": "b", "file_pattern": "*"}')
-    made = command._checked(["prepare", "tts", "--config=./tts.json"], tmp_path)
-    assert made.words == ["prepare", "tts", "--config=tts.json"]
-    with pytest.raises(ConfigError, match="lies outside of the folder"):
+    made = command._check_command(["prepare", "tts", "--config=./tts.json"], tmp_path)
+    assert made.command == ["prepare", "tts", "--config=tts.json"]
+    with pytest.raises(ConfigError, match="is outside of the folder"):
         identity("prepare", "tts", "--config", "./tts.json")

@@ -1,5 +1,5 @@
-"""`most-ray train --from_audio DIR`: from one's own recordings to a run. It says what it does as the commands that do it, and does just
-that, so that each step can be taken by hand from there."""
+"""`most-ray train --from_audio DIR`: from recordings to a run, by commands of `most-ray`, each of which is printed, so that it can be
+repeated and changed by hand."""
 
 from __future__ import annotations
 
@@ -18,47 +18,59 @@ import yaml
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths, to_read
+from most_ray.cli.prepare_commands import LAYOUTS
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.records.files import PREPARED
 
-_SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # more voices than there are speakers; for what a few minutes can train
-_SMALL_HOURS = 10.0
-_TEST_SPLITS = ("test", "dev", "validation", "valid", "eval", "dev-clean", "test-clean", "dev-other", "test-other")
-_MAX_SECONDS = "60"  # of an utterance: 3,000 units, what the tiny model's positions hold
-_HELD_OUT = 10  # one speaker, or recording, in so many is kept for validation
-_MOST_SPEAKERS = 20
-_ASR_SHARE = 0.6
-_PASSES, _FEWEST_STEPS, _MOST_STEPS = 12, 300, 5000  # over the ASR records; what a small machine can do in an hour or some
+_SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # of each recording of a small corpus, which makes more voices than there are speakers
+_SMALL_HOURS = 10.0  # hours of audio; a corpus with fewer is small
+_TEST_SPLITS = ("test", "dev", "validation", "valid", "eval", "dev-clean", "test-clean", "dev-other", "test-other")  # names of splits
+_MAX_SECONDS = "60"  # of an utterance: 3,000 units, which fit into the tiny model's positions
+_HELD_OUT = 10  # one speaker or recording in ten is kept for validation
+_MOST_SPEAKERS = 20  # that are kept for validation
+_ASR_SHARE = 0.6  # of the ASR records in the mix
+_PASSES = 12  # epochs of the ASR records
+_FEWEST_STEPS, _MOST_STEPS = 300, 5000  # of a run: up to some hours on a small machine
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from recordings")
     group.add_argument(
-        "--from_audio", type=to_read(Path), metavar="DIR", help="recordings with transcripts: units, records, both tasks, a run"
+        "--from_audio",
+        type=to_read(Path),
+        metavar="DIR",
+        help="recordings with transcripts: makes units, records, and trains on both tasks",
     )
-    layouts = ["folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4"]
-    group.add_argument("--corpus", choices=layouts, help="layout of from_audio (default: what its files look like)")
-    group.add_argument("--features", help="under its units; see `most-ray prepare units --help` (default: mfcc)")
+    group.add_argument("--corpus", choices=LAYOUTS, help="layout of from_audio (default: recognised by its files)")
+    group.add_argument("--features", help="from which its units are made; see `most-ray prepare units --help` (default: mfcc)")
 
 
 @dataclass(frozen=True)
 class Division:
-    """Conditions of `--where` for training and for validation, and in words."""
+    """A division of a corpus into training and validation."""
 
-    train: str
-    validation: str
-    words: str
+    train: str  # condition for `--where`
+    validation: str  # condition for `--where`
+    description: str
 
 
 def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[Sequence[str]], None]) -> Path:
-    """Make records of the recordings, by `run`ning commands, and the run's configuration. Returns its path.
+    """Make records from the recordings, and a run's configuration.
+
+    Args:
+        args: flags of `add_flags`, and `config`.
+        flags: keys of the configuration that are given as flags.
+        run: runs a command of `most-ray`.
+
+    Returns:
+        The path of the configuration.
 
     Raises:
-        UserError: as the commands; the recordings are too few to be divided.
+        UserError: raised by a command; or the flags do not fit together, or the recordings are too few to divide.
     """
     if args.config:
-        raise ConfigError("from_audio", str(args.from_audio), "and config are two ways to say what to train on.", "Leave one of them out.")
+        raise ConfigError("from_audio", str(args.from_audio), "and config both define what to train on.", "Leave one of them out.")
     if given := next((name for name in flags if re.fullmatch("(train|val)_(asr|tts)_dirs", name)), None):
         raise ConfigError(given, flags[given], "is what from_audio makes.", "Leave one of them out.")
     if not args.from_audio.is_dir():
@@ -71,7 +83,7 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
         raise ConfigError("output_dir", storage.redact(output), "is not on this machine, where records are made.", "Name a local folder.")
     data = Path(output) / f"{name}-data"
     division, hours = _divide(args.from_audio, layout)
-    print(f"{args.from_audio}: {layout}, {division.words}\n")
+    print(f"{args.from_audio}: {layout}, {division.description}\n")
     units = ["prepare", "units", "--corpus", layout, "--input", str(args.from_audio), "--features", args.features or "mfcc"]
     units += ["--max_seconds", _MAX_SECONDS]
     train, val = str(data / "train_asr"), str(data / "val_asr")
@@ -91,7 +103,7 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
 
 
 def guess_layout(directory: Path) -> str:
-    """The layout that a folder's files speak of; `folder` where they speak of none."""
+    """The layout of a corpus, recognised by its files; "folder" where none of the published layouts fits."""
     signs = {
         "folder": ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl"),
         "an4": ("etc/*.fileids",),
@@ -107,8 +119,11 @@ def guess_layout(directory: Path) -> str:
 
 
 def _divide(directory: Path, layout: str) -> tuple[Division, float]:
-    """What to validate on: the corpus' own test split, else speakers that training does not hear, else every tenth recording; and the
-    hours of audio, from the first recordings' headers."""
+    """Divide a corpus, see `choose_division`, and estimate its hours of audio from the headers of the first 200 recordings.
+
+    Raises:
+        DataError: it holds fewer than two recordings with text, or cannot be divided.
+    """
     from most_ray.speech.corpora.audio import audio_seconds
     from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, parse_condition, read_corpus
 
@@ -134,7 +149,12 @@ def _divide(directory: Path, layout: str) -> tuple[Division, float]:
 
 
 def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], folds: Mapping[str, int]) -> Division:
-    """See `_divide`. Counts of recordings by speaker, by split and by fold, "" where it is not known.
+    """Choose what to validate on: the corpus' own test split, else some speakers, who are then unseen, else a tenth of the recordings.
+
+    Args:
+        speakers: recordings by speaker, "" where the speaker is not known.
+        splits: recordings by split.
+        folds: recordings by fold, a number from a hash of the recording.
 
     Raises:
         DataError: all recordings are in one fold.
@@ -146,25 +166,25 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
         held = sum(splits[split] for split in tests)
         return Division(f"split!={listed}", f"split={listed}", f"{count} recordings, {held} of them held out as its split {listed}")
     named = [speaker for speaker in speakers if speaker and "," not in speaker]
-    # None who speaks a third of it or more: what is left would be too little to learn from.
-    quiet = [speaker for speaker in named if speakers[speaker] < count / 3]
-    if len(named) >= 4 and quiet:
-        order = sorted(quiet, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
+    # No speaker of a third of the recordings or more: too few would be left for training.
+    rare = [speaker for speaker in named if speakers[speaker] < count / 3]
+    if len(named) >= 4 and rare:
+        order = sorted(rare, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
         held_out = sorted(order[: min(_MOST_SPEAKERS, math.ceil(len(named) / _HELD_OUT))])
         listed = ",".join(held_out)
         held = sum(speakers[speaker] for speaker in held_out)
-        words = f"{count} recordings of {len(speakers)} speakers, {held} of {len(held_out)} speakers held out"
-        return Division(f"speaker!={listed}", f"speaker={listed}", words)
-    # Of a few recordings none may be in the first fold.
+        description = f"{count} recordings of {len(speakers)} speakers, {held} of {len(held_out)} speakers held out"
+        return Division(f"speaker!={listed}", f"speaker={listed}", description)
+    # With few recordings the first fold may be empty.
     fold = next((fold for fold in sorted(folds) if fold and folds[fold] < count), None)
     if fold is None:
-        remedy = "Add recordings, or a column split that says `test` of some."
+        remedy = "Add recordings, or a column `split` that is `test` for some."
         raise DataError("from_audio", None, f"holds {count} recordings that cannot be divided.", remedy)
     return Division(f"fold!={fold}", f"fold={fold}", f"{count} recordings, {folds[fold]} of them held out")
 
 
 def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
-    """The configuration of a run on the records in `data`: the tiny preset, for as long as recordings of that number take."""
+    """The configuration of a run on the records in `data`: the tiny preset, with steps for `_PASSES` epochs of the ASR records."""
     made = json.loads((data / "train_asr" / PREPARED).read_text(encoding="utf-8"))
     batch = 64 if made["records"] >= 640 else 16
     longest = 1 << max(8, (int(made["longest"]) * 5 // 4 + 64).bit_length())
