@@ -1,4 +1,4 @@
-"""Operations that every rank calls together."""
+"""Collective operations on Python objects: every rank of a group calls them together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ import torch.distributed as dist
 
 
 def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]:
-    """What `work` gave on every rank of a group; an error of one is raised on all, so that none is left waiting."""
+    """Call `work` on every rank and gather the results; an error of one rank is raised on all, so that none is left waiting.
+
+    Args:
+        work: called without arguments; its result, or the exception that it raises, is pickled.
+        group: a process group of all ranks; None is the default one.
+
+    Returns:
+        The results in the order of ranks; without a process group, this process's alone.
+
+    Raises:
+        Exception: the one of the lowest rank where `work` raised.
+    """
     value, error = None, None
     try:
         value = work()
-    except Exception as raised:  # noqa: BLE001 - it is raised below, on every rank
+    except Exception as raised:  # noqa: BLE001 - raised below, on every rank
         error = raised
     answers: list[tuple[Any, Exception | None]] = [(value, error)]
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Runs that repeat to the bit."""
+"""Seeds, and runs that repeat bitwise identically."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import random
 import numpy as np
 import torch
 
-# cuBLAS picks between kernels by the workspaces that happen to be free unless their number and size are fixed
+# Unless the number and size (KiB) of its workspaces are fixed, cuBLAS chooses between kernels by those that happen to be free
 # (docs.pytorch.org/docs/stable/generated/torch.use_deterministic_algorithms.html).
 _CUBLAS_WORKSPACE = ":4096:8"
 
 
 def set_seeds(seed: int, rank: int = 0) -> None:
-    """Every random generator of this process, each rank's another."""
+    """Seed the generators of Python, numpy and torch with `seed + rank`: every rank draws other numbers."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
 
 
 def set_deterministic(seed: int, rank: int = 0) -> None:
-    """From here on this process repeats itself to the bit on the same machine, libraries and layout.
+    """Seed the generators and select deterministic kernels: from now on this process computes bitwise identical results whenever it is
+    repeated on the same machine with the same libraries, layout and number of CPU threads (which is left as it is).
 
-    To be called before anything has run on a GPU: cuBLAS reads its setting once. An operation that has no deterministic implementation
-    raises RuntimeError. The number of CPU threads is left alone, but decides on the last bits as well.
+    Call it before anything has run on a GPU: cuBLAS reads its setting once. An operation without a deterministic implementation raises
+    RuntimeError when it is used.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = _CUBLAS_WORKSPACE
     torch.use_deterministic_algorithms(True)
@@ -34,7 +35,7 @@ def set_deterministic(seed: int, rank: int = 0) -> None:
 
 
 def reset_deterministic() -> None:
-    """Back to the libraries' defaults; seeds stay."""
+    """Restore the libraries' defaults; seeds stay."""
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic = False

@@ -1,4 +1,4 @@
-"""What this process's device can do: the peak rate of its matrix products, and whether bfloat16 is faster on it."""
+"""Peak rates of matrix products on this process's device, and whether it multiplies bfloat16 faster than float32."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from dataclasses import dataclass
 
 import torch
 
-_MEASURING_S = 0.2  # for a device whose peak no table has
+_MEASURING_S = 0.2  # seconds that measuring the peak of a device outside the table takes
 
 
 @dataclass(frozen=True)
 class _Peak:
-    """Dense 10^12 operations a second: with float16 factors (and float32 sums), which is also that of bfloat16 unless it is `emulated`;
-    with TF32; with float32."""
+    """Peak rates of dense matrix products in 10^12 operations a second."""
 
-    half: float
-    tf32: float
-    full: float
-    emulated: bool = False
+    half: float  # with float16 factors and float32 sums; with bfloat16 too, unless that is emulated
+    tf32: float  # with TF32 factors
+    full: float  # with float32 factors
+    emulated: bool = False  # whether bfloat16 is emulated by float32
 
     def rate(self, dtype: torch.dtype | None, tf32: bool) -> float:
+        """The rate with factors of `dtype` (None: float32); `tf32`: whether TF32 may stand in for float32."""
         if dtype is None or (dtype is torch.bfloat16 and self.emulated):
             return self.tf32 if tf32 else self.full
         return self.half
 
 
-# From the makers' data sheets; where those give tensor cores' figures with sparsity, half of them. The first name that is found counts.
-# nvidia.com/en-us/data-center: /a100, /h100, /h200, /l40s, /l4, products/a10-gpu, /v100, /tesla-t4; HGX B200: a page's eighth.
+# Patterns of GPUs' names and their peaks; the first pattern that matches counts. From the makers' data sheets; where those give the
+# tensor cores' rates with sparsity, half of that.
+# nvidia.com/en-us/data-center: /a100, /h100, /h200, /l40s, /l4, products/a10-gpu, /v100, /tesla-t4; B200: an eighth of HGX B200's page.
 # GeForce: whitepapers of GA102 and AD102, appendix A. AMD: amd.com/en/products/accelerators/instinct/mi200/mi250x.html (a process sees
-# half a card, one of its two dies), .../mi300/mi300x.html.
+# one of the card's two dies), .../mi300/mi300x.html.
 _PEAKS: dict[str, _Peak] = {
     r"B200$": _Peak(2250.0, 1125.0, 75.0),
     r"H200 NVL": _Peak(835.5, 417.5, 60.0),
@@ -54,7 +55,13 @@ _PEAKS: dict[str, _Peak] = {
 
 
 def listed_peak(name: str, dtype: torch.dtype | None, tf32: bool) -> float | None:
-    """Operations a second of a GPU by its name; None where the table does not have it (nor a slice of one, MIG)."""
+    """Peak operations a second of a GPU by its name; None where the table does not have it, and for a slice of a GPU (MIG).
+
+    Args:
+        name: as `torch.cuda.get_device_name` gives it.
+        dtype: of the factors; None is float32.
+        tf32: whether torch may use TF32 for float32.
+    """
     if "MIG" in name.split():
         return None
     for pattern, peak in _PEAKS.items():
@@ -64,10 +71,13 @@ def listed_peak(name: str, dtype: torch.dtype | None, tf32: bool) -> float | Non
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float:
-    """Operations a second that this rank's device can do, in the type of the autocast (None: float32, or TF32 where torch may use it).
+    """Peak operations a second of this rank's device.
 
-    From the table, or, for other GPUs and for CPUs, measured once per process: the best of several large matrix products, on a CPU with
-    this rank's threads.
+    From the table of GPUs; for other GPUs and for CPUs measured once per process, as the best of several large matrix products (on a CPU
+    with the threads that torch uses in this process).
+
+    Args:
+        dtype: of the autocast; None is float32, or TF32 where torch may use it.
     """
     if device.type == "cuda":
         listed = listed_peak(torch.cuda.get_device_name(device), dtype, torch.get_float32_matmul_precision() != "highest")
@@ -78,13 +88,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float:
 
 @functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Takes a fifth of a second. `threads`: those that torch has."""
-    del threads  # another number, another peak
+    """Measure the peak operations a second of a device, which takes a fifth of a second.
+
+    Args:
+        dtype: of the factors.
+        threads: that torch uses; only a key of the cache, since the peak depends on it.
+    """
+    del threads
     size = 1024 if device.type == "cpu" else 4096
-    factor = torch.ones(size, size, device=device, dtype=dtype)  # not random: a run's generators stay where they are
+    factor = torch.ones(size, size, device=device, dtype=dtype)  # ones, since random numbers would change the state of the run's generators
     product = torch.empty_like(factor)
     best, started = float("inf"), time.perf_counter()
-    # At least twice: the first call makes the library ready.
+    # At least twice: the first call initializes the library.
     for _ in range(2):
         best = min(best, _seconds_of(factor, product))
     while time.perf_counter() - started < _MEASURING_S:
@@ -93,6 +108,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, threads: int) -> flo
 
 
 def _seconds_of(factor: torch.Tensor, product: torch.Tensor) -> float:
+    """Seconds that the product of `factor` (N, N) by itself takes, written to `product` (N, N)."""
     if factor.is_cuda:
         torch.cuda.synchronize(factor.device)
     started = time.perf_counter()
@@ -103,7 +119,11 @@ def _seconds_of(factor: torch.Tensor, product: torch.Tensor) -> float:
 
 
 def prefers_bf16(use_gpu: bool) -> bool:
-    """Whether this machine's GPU, or without one its CPU, multiplies bfloat16 faster than float32. GPUs elsewhere are taken to."""
+    """Whether the device multiplies bfloat16 faster than float32.
+
+    Args:
+        use_gpu: look at this machine's GPU (where it has none, the GPUs of other machines are assumed to be faster), else at its CPU.
+    """
     if use_gpu:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

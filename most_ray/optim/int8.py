@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits: torchao's. Imported only where it is asked for."""
+"""AdamW with moments in 8 bits, from torchao. Imported only where the configuration selects it: torchao is optional."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 
 class Int8AdamW(AdamW8bit):
-    """torchao's, its moments made beforehand. It compiles its update of each shape of parameter; on CPUs, where that takes minutes, the
-    same update runs uncompiled."""
+    """torchao's optimizer, for parameters whose moments exist already.
+
+    torchao compiles the update for each shape of a parameter; on CPUs, where that takes minutes, this class runs it uncompiled.
+    """
 
     def step(self, closure: Any = None) -> Any:
+        """Make one optimizer step."""
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
         with torch.compiler.set_stance("force_eager") if on_cpu else contextlib.nullcontext():
             return super().step(closure)
 
 
 def zeros(like: torch.Tensor, signed: bool, block: int) -> torch.Tensor:
-    """A moment of a plain tensor's shape and device: `codes`, uint8 in its shape, and a float32 `scale` for each `block` of them."""
+    """A moment of zeros with the shape and device of `like`, which is no DTensor.
+
+    Args:
+        signed: whether the moment has negative values.
+        block: consecutive values that share a scale.
+
+    Returns:
+        A tensor subclass with `codes`, uint8 in the shape of `like`, and `scale`, float32 (values / block,).
+    """
     return OptimState8bit.zeros(like.shape, signed, block, like.device, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""AdamW with moments in float32 or in 8 bits, and the form in which a checkpoint holds them.
+"""AdamW with moments in float32 or in 8 bits, and the form in which a checkpoint stores them.
 
-In 8 bits a moment is one byte a value and a float32 scale a block (Dettmers et al. 2021, arXiv 2110.02861). Blocks are parts of a
-parameter's rows, along which nothing is ever split over ranks: so codes and scales go to a checkpoint as they are, and come back to the
-bit on any layout.
+In 8 bits a moment has one byte per value and a float32 scale per block of values (Dettmers et al. 2021, arXiv 2110.02861). A block is part
+of one row of a parameter, and rows are never split over ranks: codes and scales are stored in a checkpoint as they are, and are restored
+bitwise identical on any layout.
 """
 
 from __future__ import annotations
@@ -20,22 +20,27 @@ from torch.distributed.tensor import DTensor
 from most_ray.config import OptimizerOptions
 from most_ray.errors import ConfigError
 
-_BLOCK = 256  # values that share a scale, as in torchao and bitsandbytes
-_SMALLEST_BLOCK = 32  # with fewer the scales weigh more than an eighth of the codes
-_FEWEST = 4096  # values of a parameter worth it: smaller ones are few, and the paper's authors leave them in float32 as well
-_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
+_BLOCK = 256  # values that share a scale at most, as in torchao and bitsandbytes
+_SMALLEST_BLOCK = 32  # values; with fewer the scales would take more than an eighth of the codes' memory
+_FEWEST_VALUES = 4096  # of a parameter with 8-bit moments: smaller ones are few, and the paper keeps them in float32 as well
+_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name in the optimizer's state: whether it has negative values
 
 
 def check_available(options: OptimizerOptions) -> None:
-    """Raises ConfigError where the library that the options need is not installed."""
+    """Check that the library that the options need is installed.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if options.optimizer_state == "int8" and importlib.util.find_spec("torchao") is None:
         raise ConfigError("optimizer_state", "int8", "needs torchao, which is not installed.", "pip install 'most_ray[int8]'")
 
 
 def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """AdamW, fused with moments in float32; they exist from the start, so that a checkpoint can be read into them.
+    """Create AdamW for the trainable parameters of a model; with moments in float32 it is the fused one.
 
-    Parameters on different meshes (dense and expert) go into different groups: one fused call takes one mesh.
+    The moments are created at once, as zeros, so that a checkpoint can be read into them. Matrices have weight decay, vectors none.
+    Parameters on different meshes (dense and expert) are in different groups, since a fused update takes one mesh.
 
     Raises:
         ConfigError: the library for 8 bits is not installed.
@@ -55,14 +60,14 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(**settings, fused=True)
     else:
         check_available(options)
-        from most_ray.optim.int8 import Int8AdamW  # only here: its library is optional, and takes seconds to import
+        from most_ray.optim.int8 import Int8AdamW  # imported here, since torchao is optional and takes seconds to import
 
         optimizer = Int8AdamW(**settings)
     int8 = options.optimizer_state == "int8"
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                # torchao's is on the CPU, where it is not waited for.
+                # torchao's is on the CPU: reading it does not wait for a GPU.
                 "step": torch.zeros((), dtype=torch.float32, device="cpu" if int8 else parameter.device),
                 **{name: _zeros(parameter, signed, int8) for name, signed in _MOMENTS.items()},
             }
@@ -70,9 +75,11 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
 
 
 def block_size(parameter: torch.Tensor) -> int | None:
-    """Values of a parameter that share a scale in 8 bits, a divisor of its rows (all that one index of the first dimension has); None
-    where it stays in float32."""
-    if parameter.dim() < 2 or parameter.numel() < _FEWEST:
+    """Number of consecutive values of a parameter that share a scale in 8 bits; None where its moments stay in float32.
+
+    It divides the size of a row, which is everything at one index of the first dimension.
+    """
+    if parameter.dim() < 2 or parameter.numel() < _FEWEST_VALUES:
         return None
     block = math.gcd(math.prod(parameter.shape[1:]), _BLOCK)
     return block if block >= _SMALLEST_BLOCK else None
@@ -81,22 +88,26 @@ def block_size(parameter: torch.Tensor) -> int | None:
 def saved_state(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, prefix: str = "", stored: Container[str] = ()
 ) -> tuple[dict[str, torch.Tensor], Callable[[], None]]:
-    """What a checkpoint holds of a parameter's state, by name behind `prefix`; the tensors share memory with it. A moment NAME in 8 bits is
-    NAME_codes, uint8 in the parameter's shape, and NAME_scale, float32 (rows, blocks of a row).
+    """The tensors of a parameter's optimizer state as a checkpoint stores them, by name.
+
+    A moment NAME in 8 bits is stored as NAME_codes, uint8 in the parameter's shape, and NAME_scale, float32 (rows, blocks of a row).
 
     Args:
-        stored: names that a checkpoint has which is to be read. A moment that it has in the other form is here a new tensor of that form.
-            From 8 bits to float32 nothing changes; back, a value moves by at most 0.72% of the largest in its block (exp_avg_sq: 0.36%).
+        prefix: of the names.
+        stored: names in a checkpoint that is to be read; empty to write one. For a moment that the checkpoint has in the other form
+            (float32 or 8 bits), new tensors of that form are returned. Converting them from 8 bits to float32 is exact; from float32 to
+            8 bits a value changes by at most 0.72% of the largest in its block (exp_avg_sq: 0.36%).
 
     Returns:
-        The tensors, and what takes over those of the other form when they have been read.
+        The tensors, which share memory with the state unless they are of the other form; and a function that converts those of the other
+        form into the state, to be called once they have been read.
 
     Raises:
-        ConfigError: the checkpoint has 8 bits, and the library for them is not installed.
+        ConfigError: the checkpoint has 8-bit moments, and the library for them is not installed.
     """
     int8 = not isinstance(optimizer, torch.optim.AdamW)
-    held: dict[str, torch.Tensor] = {}
-    others: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    others: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensor of the state, tensor to read in the checkpoint's form
     for name, value in sorted(optimizer.state.get(parameter, {}).items()):
         form = int8
         if name in _MOMENTS and block_size(parameter) is not None and prefix + (name if int8 else f"{name}_codes") in stored:
@@ -105,23 +116,24 @@ def saved_state(
             other = _zeros(parameter, _MOMENTS[name], form)
             others.append((_local(value), _local(other)))
             value = other
-        held.update({prefix + what: tensor for what, tensor in _tensors(parameter, name, value, form).items()})
+        tensors.update({prefix + what: tensor for what, tensor in _tensors(parameter, name, value, form).items()})
 
     @torch.no_grad()
-    def take_over() -> None:
+    def convert() -> None:
         for live, read in others:
             live.copy_(read)
 
-    return held, take_over
+    return tensors, convert
 
 
 def _tensors(parameter: nn.Parameter, name: str, value: torch.Tensor, int8: bool) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint stores for one entry of a parameter's state, with the parameter's layout over ranks."""
     block = block_size(parameter) if int8 and name in _MOMENTS else None
     if block is None:
         return {name: value}
     n_blocks = math.prod(parameter.shape[1:]) // block
     local: Any = _local(value)
-    if local.numel() == 0:  # a rank without rows has nothing in 8 bits
+    if local.numel() == 0:  # a rank without rows has a plain tensor
         codes, scale = local.to(torch.uint8), local.new_zeros(0, n_blocks)
     else:
         codes, scale = local.codes, local.scale.view(-1, n_blocks)
@@ -132,7 +144,7 @@ def _tensors(parameter: nn.Parameter, name: str, value: torch.Tensor, int8: bool
 
 
 def _zeros(parameter: nn.Parameter, signed: bool, int8: bool) -> torch.Tensor:
-    """A moment of a parameter, on its layout."""
+    """A moment of zeros for a parameter, with its layout over ranks."""
     block, local = block_size(parameter) if int8 else None, _local(parameter.detach())
     if block is None or local.numel() == 0:
         return torch.zeros_like(parameter.detach())
@@ -146,7 +158,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _laid_out(local: torch.Tensor, parameter: nn.Parameter, shape: Sequence[int]) -> torch.Tensor:
-    """This rank's rows as part of a whole tensor whose rows lie as the parameter's."""
+    """This rank's rows of a tensor of `shape` whose rows are laid out over the ranks as the parameter's: a DTensor where that is one."""
     if not isinstance(parameter, DTensor):
         return local
     assert all(placement.is_replicate() or placement.dim == 0 for placement in parameter.placements), "rows are whole"  # type: ignore[attr-defined]
