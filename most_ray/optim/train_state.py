@@ -21,8 +21,8 @@ class LossScale:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018). It depends on the global gradient norm, so it is equal on every rank."""
 
     scale: float = 1.0  # factor of the loss, and of all gradients
-    growth_interval: int = 2000  # steps with finite gradients in a row, after which the scale is doubled
-    good_steps: int = 0  # steps with finite gradients in a row so far
+    growth_interval: int = 2000  # the scale is doubled after this many steps with finite gradients
+    good_steps: int = 0  # steps with finite gradients since the scale was last halved
     enabled: bool = False  # whether `update` has an effect
 
     def update(self, finite: bool) -> None:
