@@ -41,7 +41,7 @@ def test_a_place_that_only_the_head_has_is_named_with_the_host(tmp_path: Path) -
         found = said(own)
         assert f"output_dir = '{own}/run': is not there on host1, unlike on the driver's machine. {MOUNT}" in found
         assert not list(own.rglob(".probe-*"))
-        read_only = f"output_dir = '{fixed}/run': cannot be written to (Read-only file system) on host1. Mend it there"
+        read_only = f"output_dir = '{fixed}/run': cannot be written to (Read-only file system) on host1. Fix it there"
         assert read_only in said(fixed)
         no_data = f"val_asr_dirs = '{data}': is empty on host1, unlike on the driver's machine. {MOUNT}"
         assert no_data in said(shared, "--val_asr_dirs", str(data))

@@ -301,7 +301,7 @@ def test_a_killed_driver(ray_cluster: str, tmp_path: Path) -> None:
     second.send_signal(signal.SIGTERM)
     _, said = second.communicate(timeout=120)
     assert second.returncode == 75, said.decode()
-    assert "The same command goes on" in said.decode()
+    assert "Run the same command again to resume" in said.decode()
     third = started()
     _, said = third.communicate(timeout=180)
     assert third.returncode == 0, said.decode()

@@ -154,7 +154,7 @@ def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict
 
 
 def test_a_run_does_not_end_before_its_newest_checkpoint(folder: Path, reference: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="behind the run's newest checkpoint"):
+    with pytest.raises(ConfigError, match="below the step of the run's newest checkpoint"):
         run(folder, "reference", max_steps=10)
 
 

@@ -25,15 +25,15 @@ from most_ray.service.cluster.address import check_address
 from most_ray.service.cluster.probe import NodeReport, Probe, remove_marker, run_probe, versions, write_marker
 from most_ray.service.preflight import checks
 from most_ray.service.preflight.checks import (
-    Answer,
     Finding,
+    NodeAnswer,
+    assess_nodes,
     check_safety,
     check_space,
     check_tracking,
-    judge,
-    places_read,
-    places_written,
+    read_uris,
     report_findings,
+    written_uris,
 )
 
 OWN = {"python": "3.11", "ray": "2.60.0", "most_ray": "abc"}
@@ -44,57 +44,58 @@ def report(host: str, **changes: object) -> NodeReport:
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def answer(found: NodeReport | None, node: str = "a", asked: float = 999.0, answered: float = 1001.0) -> Answer:
-    return Answer(node, found, asked, answered)
+def answer(found: NodeReport | None, node: str = "a", asked: float = 999.0, answered: float = 1001.0) -> NodeAnswer:
+    return NodeAnswer(node, found, asked, answered)
 
 
 def test_nodes_alike_are_nothing_to_speak_of() -> None:
-    assert judge([answer(report("a")), answer(report("b"))], OWN) == []
+    assert assess_nodes([answer(report("a")), answer(report("b"))], OWN) == []
 
 
 def test_another_version_on_a_node_is_an_error_that_names_both() -> None:
     others = [answer(report(name, versions={**OWN, "ray": "2.9.0"})) for name in ("b", "c")]
-    (finding,) = judge([answer(report("a")), *others], OWN)
+    (finding,) = assess_nodes([answer(report("a")), *others], OWN)
     assert finding.level == "error"
     assert str(finding.error()) == "ray: b, c have ray 2.9.0, the driver 2.60.0. Install the same on all nodes."
 
 
 def test_a_library_that_a_node_does_not_have_is_said() -> None:
-    (finding,) = judge([answer(report("b", versions={name: version for name, version in OWN.items() if name != "ray"}))], OWN)
+    (finding,) = assess_nodes([answer(report("b", versions={name: version for name, version in OWN.items() if name != "ray"}))], OWN)
     assert finding.text == "b has ray missing, the driver 2.60.0"
 
 
 @pytest.mark.parametrize(("clock", "seconds"), [(1000.0, None), (1005.9, None), (1006.1, 5), (994.1, None), (993.5, 6)])
 def test_only_what_lies_outside_of_question_and_answer_is_skew(clock: float, seconds: int | None) -> None:
     """A node that answers late is not one with a wrong clock."""
-    findings = judge([answer(report("a", time=clock))], OWN)
+    findings = assess_nodes([answer(report("a", time=clock))], OWN)
     assert [finding.text for finding in findings] == ([] if seconds is None else [f"is {seconds} s off the driver's"])
     assert all(finding.level == "warning" for finding in findings)
 
 
 def test_a_silent_node_is_named_and_ends_nothing_unless_all_are() -> None:
-    (finding,) = judge([answer(None, "b"), answer(report("a"))], OWN)
+    (finding,) = assess_nodes([answer(None, "b"), answer(report("a"))], OWN)
     assert (finding.level, finding.where) == ("warning", "b")
-    (finding,) = judge([answer(None, "b"), answer(None, "c")], OWN)
+    (finding,) = assess_nodes([answer(None, "b"), answer(None, "c")], OWN)
     assert finding.level == "error"
 
 
 def test_a_node_that_cannot_load_this_package_is_no_silent_one() -> None:
     missing = dataclasses.replace(answer(None, "b"), failure="ModuleNotFoundError: No module named 'most_ray'")
-    (finding,) = judge([missing, answer(report("a"))], OWN)
+    (finding,) = assess_nodes([missing, answer(report("a"))], OWN)
     assert str(finding.error()).startswith("most_ray: b cannot run this package: ModuleNotFoundError: No module named 'most_ray'. Install")
 
 
 def test_what_a_wheel_was_built_for_is_no_other_version() -> None:
     """A head without GPUs has torch+cpu, its workers torch+cu130."""
     own = {"torch": "2.13.0+cpu"}
-    assert judge([answer(report("a", versions={"torch": "2.13.0+cu130"})), answer(report("b", versions={"torch": "2.13.0"}))], own) == []
-    assert judge([answer(report("a", versions={"torch": "2.12.0+cpu"}))], own)[0].level == "error"
+    others = [answer(report(name, versions={"torch": version})) for name, version in (("a", "2.13.0+cu130"), ("b", "2.13.0"))]
+    assert assess_nodes(others, own) == []
+    assert assess_nodes([answer(report("a", versions={"torch": "2.12.0+cpu"}))], own)[0].level == "error"
 
 
 def test_few_open_files_are_warned_of() -> None:
-    assert [f.check for f in judge([answer(report("a", open_files=1024))], OWN)] == ["limits"]
-    assert judge([answer(report("a", open_files=-1))], OWN) == []  # no limit
+    assert [f.check for f in assess_nodes([answer(report("a", open_files=1024))], OWN)] == ["limits"]
+    assert assess_nodes([answer(report("a", open_files=-1))], OWN) == []  # no limit
 
 
 def test_a_place_that_only_the_driver_has_is_one_finding_for_all_nodes(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_place_that_only_the_driver_has_is_one_finding_for_all_nodes(tmp_path:
     for name in ("b", "c"):
         probe = Probe("m", (("output_dir", str(tmp_path / "not-mounted")),), (("val_asr_dirs", str(tmp_path / "no-data")),))
         reports.append(dataclasses.replace(run_probe(probe), host=name))
-    first, second = judge([answer(report("a")), *map(answer, reports)], versions() | OWN)[:2]
+    first, second = assess_nodes([answer(report("a")), *map(answer, reports)], versions() | OWN)[:2]
     said = sorted(str(finding.error()) for finding in (first, second))
     assert said[0].endswith(
         "is not there on b, c, unlike on the driver's machine. Name a folder that all nodes mount, or a URI as s3://bucket/folder."
@@ -151,8 +152,8 @@ def test_a_folder_that_cannot_be_written_to_says_why(tmp_path: Path, monkeypatch
 
 def test_what_a_run_writes_and_reads(tmp_path: Path) -> None:
     config = config_from({"output_dir": str(tmp_path), "name": "r", "train_asr_dirs": ["a"], "val_tts_dirs": ["s3://b/c"]})
-    assert places_written(config) == (("output_dir", str(tmp_path / "r")), ("output_dir", str(tmp_path / "store")))
-    assert places_read(config) == (("train_asr_dirs", str(Path("a").absolute())), ("val_tts_dirs", "s3://b/c"))
+    assert written_uris(config) == (("output_dir", str(tmp_path / "r")), ("output_dir", str(tmp_path / "store")))
+    assert read_uris(config) == (("train_asr_dirs", str(Path("a").absolute())), ("val_tts_dirs", "s3://b/c"))
 
 
 def test_room_for_the_checkpoints_that_lie_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +297,7 @@ def test_whether_a_cluster_asks_for_a_token_is_asked_of_it(gcs: tuple[Gcs, str],
     monkeypatch.setattr(checks.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(checks.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=gcs[1]))
     config = config_from({"ray_address": gcs[1]})
-    assert "asks for no token" in check_safety(config)[0].text
+    assert "requires no token" in check_safety(config)[0].text
     gcs[0].asks = True
     assert check_safety(config) == []
 

@@ -1,4 +1,4 @@
-"""What would fail on this cluster, or on this machine: every check of the preflight alone, as a table."""
+"""`most-ray doctor`: all checks of a cluster or of this machine, without a run, as a table."""
 
 from __future__ import annotations
 
@@ -23,53 +23,53 @@ from most_ray.runs.resolve import check_inputs, devices_of
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus
 from most_ray.service.cluster.probe import Probe, run_probe, versions
-from most_ray.service.preflight.checks import Answer, Finding, check_cluster, check_safety, check_space, check_tracking, judge
+from most_ray.service.preflight.checks import Finding, NodeAnswer, assess_nodes, check_cluster, check_safety, check_space, check_tracking
 
 
 def examine_run(config: RunConfig) -> list[Finding]:
-    """Every check that can be made without taking records in; of the cluster that is named, else of this machine. What fails is a finding,
-    and the checks behind it go on where they can."""
+    """Make all checks that need no ingested records, on the named cluster, else on this machine. A check that fails becomes a finding, and
+    those that do not depend on it are still made."""
     findings: list[Finding] = []
 
-    def attempt(check: str, operation: Callable[[], Sequence[Finding] | None], good: str = "") -> None:
+    def check(subject: str, operation: Callable[[], Sequence[Finding] | None], passed: str = "") -> None:
         try:
             found = list(operation() or [])
         except UserError as error:
-            found = [Finding(check, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value)]
-        findings.extend(found or [Finding(check, "ok", "driver", good)])
+            found = [Finding(subject, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value)]
+        findings.extend(found or [Finding(subject, "ok", "driver", passed)])
 
     gpus: list[int | None] = []
-    attempt("cluster", lambda: gpus.append(cluster_gpus(config)), "")
+    check("cluster", lambda: gpus.append(cluster_gpus(config)), "")
     joined = bool(gpus) and gpus[0] is not None
     if joined:
         findings[-1] = replace(findings[-1], where="cluster", text=f"{_resources()} on {len(usable_nodes())} node(s)")
     elif gpus:
         findings[-1] = replace(findings[-1], text="none is named: a run would start Ray on this machine")
-    attempt("storage", lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to")
+    check("storage", lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to")
     if any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
-        attempt("data", lambda: check_inputs(config), "all directories are there")
+        check("data", lambda: check_inputs(config), "all directories exist")
     if joined:
-        attempt("nodes", lambda: check_cluster(config), "all nodes write, read and run alike")
+        check("nodes", lambda: check_cluster(config), "all nodes can write, read and run the same versions")
     else:
-        attempt("limits", _judge_here, "open files suffice")
+        check("limits", _check_this_machine, "enough files can be opened")
     topologies: list[Topology] = []
     if gpus:
-        attempt("room", lambda: topologies.extend(_check_room(config, gpus[0], joined)), "the workers have room")
+        check("room", lambda: topologies.extend(_plan_layouts(config, gpus[0], joined)), "the workers have room")
     if topologies:
-        attempt("space", lambda: _check_space(config, topologies[-1]))
-    attempt("tracking", lambda: check_tracking(config), "Weights & Biases is not used")
+        check("space", lambda: _check_space(config, topologies[-1]))
+    check("tracking", lambda: check_tracking(config), "Weights & Biases is not used")
     if gpus:
-        attempt("safety", lambda: check_safety(config), "no other machine reaches it without a token")
+        check("safety", lambda: check_safety(config), "no other machine can reach it without a token")
     return findings
 
 
-def _judge_here() -> list[Finding]:
-    """This machine's limits."""
+def _check_this_machine() -> list[Finding]:
     report = run_probe(Probe(marker=""))
-    return judge([Answer(report.host, report, report.time, report.time)], versions())
+    return assess_nodes([NodeAnswer(report.host, report, report.time, report.time)], versions())
 
 
-def _check_room(config: RunConfig, gpus: int | None, joined: bool) -> Sequence[Topology]:
+def _plan_layouts(config: RunConfig, gpus: int | None, joined: bool) -> Sequence[Topology]:
+    """The topologies of the run, smallest first. Raises UserError where there is none, or the cluster that was joined has no room."""
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
     if joined:
         check_resources(config, fewest, most, use_gpu)
@@ -91,7 +91,7 @@ def _resources() -> str:
 
 
 def show(findings: Sequence[Finding], console: Console) -> int:
-    """A table of all findings, worst last. Returns the exit code: 2 where something will fail."""
+    """Print a table of all findings, errors last. Returns the exit code: 2 if there are errors."""
     table = Table()
     for heading in ("check", "", "where", "finding", "remedy"):
         table.add_column(heading, overflow="fold")
@@ -104,5 +104,5 @@ def show(findings: Sequence[Finding], console: Console) -> int:
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
     console.print(table)
     count = sum(finding.level == "error" for finding in findings)
-    console.print("Nothing is in the way." if not count else f"{count} of these would end a run.", highlight=False)
+    console.print("No problem was found." if not count else f"{count} of these would end a run.", highlight=False)
     return 2 if count else 0

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its summary: everything is checked, then Ray Train's workers carry it out."""
+"""A training run from its configuration to its summary: checks everything first, then trains by Ray Train's workers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import read_config
-from most_ray.model.configuration import MostConfig
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
 from most_ray.runs.job import overrides_of
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
-from most_ray.runs.resolve import Prepared, check_inputs, devices_of, prepare_run
+from most_ray.runs.resolve import check_inputs, devices_of, prepare_run
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
 from most_ray.service.cluster.stop_requests import ShutdownSignal
@@ -30,22 +29,22 @@ from most_ray.service.training.attempts import RunIncompleteError, run_attempts
 
 
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Train, export, evaluate. The same name goes on where it stopped; a complete run is left as it is. Returns the summary.
+    """Train, evaluate and export a run. A run of the same name resumes; a complete one is not changed. Returns the summary.
 
     Raises:
-        UserError: what the user can mend, a run that was asked to stop, or one that ended short of its goal.
+        UserError: the user can fix it; or the run was asked to stop, or ended before its last step.
     """
-    with ShutdownSignal().on_sigterm() as terminated:
-        return _run(config, console, terminated)
+    with ShutdownSignal().on_sigterm() as shutdown:
+        return _run(config, console, shutdown)
 
 
-def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dict[str, Any]:
+def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[str, Any]:
     gpus = cluster_gpus(config)
     if gpus is not None:
-        terminated.install()
+        shutdown.install()
         check_inputs(config)
         use_gpu, fewest, most = devices_of(config, gpus=gpus)
-        if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a run that is complete needs nothing
+        if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a complete run needs no resources
             check_resources(config, fewest, most, use_gpu)
             report_findings(check_cluster(config), console)
     prepared = prepare_run(config, ingest_runner, gpus=gpus)
@@ -59,7 +58,8 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         console.print(f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.", highlight=False, soft_wrap=True)
         return summary
     begin_run(prepared, config)
-    size = checkpoint_bytes(_model_config(prepared), job.topology, config.optimizer_state)
+    model = read_config(local_copy(job.model_path), overrides_of(job.config))
+    size = checkpoint_bytes(model, job.topology, config.optimizer_state)
     report_findings([*check_space(config, size), *check_tracking(config), *check_safety(config)], console)
     first_screen(prepared, console, validation=evaluation_plan(prepared, config.eval_inline))
     started = time.monotonic()
@@ -67,14 +67,10 @@ def _run(config: RunConfig, console: Console, terminated: ShutdownSignal) -> dic
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
         on_each = math.ceil(job.topology.world_size / max(1, len(usable_nodes())))
         validation = EvaluationJob.of(config, job.threads * on_each) if job.has_validation else None
-        terminated.install()
+        shutdown.install()
         with ProgressWatcher(folder.local / "metrics.jsonl", job.total_steps, prepared.done_steps, console):
-            run_attempts(prepared, validation, console, terminated)
+            run_attempts(prepared, validation, console, shutdown)
     if not is_complete(prepared):
         rule = "was not reached: its checkpoint or its evaluation is missing."
         raise RunIncompleteError("step", job.total_steps, rule, "Start it again.")
     return finish_run(prepared, time.monotonic() - started, write_report)
-
-
-def _model_config(prepared: Prepared) -> MostConfig:
-    return read_config(local_copy(prepared.job.model_path), overrides_of(prepared.job.config))
