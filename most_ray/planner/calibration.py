@@ -1,8 +1,8 @@
-"""What this machine's CPU reaches in training: a few real steps of the model, in this process, and gloo's collectives between its threads.
+"""Measures what this machine's CPU reaches in training: a few real steps of the model, and gloo's collectives, in this process.
 
-Steps are those of a run, of the same code on the same rows, with random weights. Large models are cut to fewer layers and rows; the rate
-that these reach is taken for all. The work of FSDP and of the token exchange beside what they send, most of it in the interpreter, is the
-difference that they make to steps of one rank.
+The steps are a run's, by the same code on the same rows, with random weights. A large model is replaced by a proxy with fewer layers and
+rows, whose rate is assumed for all of it. The work of FSDP and of the token exchange apart from communication, most of it in the
+interpreter, is measured as the difference that they make to steps on a single rank.
 """
 
 from __future__ import annotations
@@ -34,137 +34,143 @@ from most_ray.model.configuration import MostConfig
 from most_ray.model.exchange import EXCHANGE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
 from most_ray.optim.train_state import TrainState, make_state
-from most_ray.planner.cost import Collective, Kind, Speed
-from most_ray.planner.memory import Shapes
+from most_ray.planner.cost import Collective, CollectiveKind, Speed
+from most_ray.planner.memory import ModelShapes
 from most_ray.records.template import IGNORE, PADDING
 from most_ray.train.step import Precision, StepSettings, attended_pairs, run_step
 
-CALIBRATED = 5  # batches that are wanted
-clock: Callable[[], float] = time.perf_counter  # where others use the same cores, a benchmark takes processor time
+CALIBRATION_BATCHES = 5  # how many batches `calibrate` should get
+clock: Callable[[], float] = time.perf_counter  # a benchmark replaces it by processor time, when other processes use the same cores
 _CPU = torch.device("cpu")
-_MOST_PARAMETERS = 1 << 26  # of what is measured: a GiB with gradients and moments, and three of them are there at once
-_PASS_S = 1.0  # that a pass should take at most, at a share of the peak that is only guessed
-_LAST_S = 7.0  # after which no more batches are begun: with the last one some ten seconds
-_SHARE = 0.1  # of the peak that is reached, about: to choose by, and for models of which not even a part can be measured
-_UPDATED = 2e8  # parameters a second of the optimizer, about, where nothing can be measured
+_MAX_PARAMETERS = 1 << 26  # of a proxy: a GiB with gradients and moments, and three proxies are in memory at once
+_MAX_PASS_S = 1.0  # longest estimated pass of a proxy
+_TIME_LIMIT_S = 7.0  # no further batch is started after this time; with the last one it takes about ten seconds
+_ASSUMED_EFFICIENCY = 0.1  # share of the peak, used to choose a proxy, and for models of which none is small enough
+_ASSUMED_UPDATE_RATE = 2e8  # parameters/s of the optimizer, if nothing can be measured
 ParallelMode = Literal["plain", "sharded", "exchanged"]
-_MODES: tuple[ParallelMode, ...] = ("plain", "sharded", "exchanged")  # each is the one before and something more
-_MOST_RANKS = 8  # of gloo that are measured: each has sockets to all others, and this process only so many files
-_SMALL, _LARGE, _CALLS = 1 << 12, 1 << 21, 12  # bytes of a collective's whole message, and how often it is sent
+_MODES: tuple[ParallelMode, ...] = ("plain", "sharded", "exchanged")  # each adds something to the one before
+_MAX_RANKS = 8  # of gloo that are measured: each has sockets to all others, and a process may open only so many files
+_SMALL, _LARGE, _CALLS = 1 << 12, 1 << 21, 12  # bytes of a collective's two messages, and how often each is sent
 
 
 @dataclass(frozen=True)
 class CpuLinks:
-    """gloo between `ranks` processes of this machine: seconds of a call among all of them, however small, and of each byte that a rank
-    sends, by kind. Nothing is hidden: who sends keeps the same cores busy as who computes."""
+    """gloo between processes of this machine."""
 
     ranks: int
-    call: dict[Kind, float]
-    byte: dict[Kind, float]
+    call: dict[CollectiveKind, float]  # seconds of a call among all ranks, however small
+    byte: dict[CollectiveKind, float]  # seconds for each byte that a rank sends
 
     @property
-    def overlap(self) -> bool:
+    def overlaps(self) -> bool:
+        """False: sending uses the same cores as computing."""
         return False
 
     def seconds(self, collective: Collective) -> float:
-        """Calls of fewer ranks take as many rounds fewer."""
+        """Return the time of a collective's calls; with fewer ranks a call takes proportionally fewer rounds."""
         rounds = (collective.ranks - 1) / max(1, self.ranks - 1)
         return collective.calls * rounds * self.call[collective.kind] + collective.nbytes * self.byte[collective.kind]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one rank with as many threads as it has in the run. rate: operations a second in a forward and backward pass; updated: parameters
-    a second of the optimizer; sharding, sharding_update: see `Speed`. measured: False where it is assumed."""
+    """What a single rank reaches."""
 
-    rate: float
-    updated: float
-    sharding: float
-    sharding_update: float
-    exchange: float
-    threads: int
-    measured: bool = True
+    flops: float  # operations/s in a forward and backward pass
+    update_rate: float  # parameters/s of the optimizer
+    fsdp_s: float  # see `Speed`
+    fsdp_update_s: float
+    exchange_s: float
+    threads: int  # of the rank, as in the run
+    measured: bool = True  # else assumed
 
     def speed(self, workers: int) -> Speed:
-        """Of each of so many workers on this machine, whose cores they share."""
-        crowd = max(1.0, workers * self.threads / (os.cpu_count() or 1))
+        """Return the speed of each of `workers` that share this machine's cores."""
+        sharing = max(1.0, workers * self.threads / (os.cpu_count() or 1))
         return Speed(
-            half=self.rate / crowd,
-            full=self.rate / crowd,
-            moved=float("inf"),
-            updated=self.updated / crowd,
+            half_flops=self.flops / sharing,
+            full_flops=self.flops / sharing,
+            bandwidth=float("inf"),
+            update_rate=self.update_rate / sharing,
             links=measure_links(workers),
-            sharding=self.sharding * crowd,
-            sharding_update=self.sharding_update * crowd,
-            exchange=self.exchange * crowd,
+            fsdp_s=self.fsdp_s * sharing,
+            fsdp_update_s=self.fsdp_update_s * sharing,
+            exchange_s=self.exchange_s * sharing,
         )
 
 
 def calibrate(
     config: MostConfig, options: OptimizerOptions, batches: Sequence[Batch], dtype: torch.dtype | None, peak: float, threads: int
 ) -> Calibration:
-    """Measure steps of a model on a rank's batches, up to some ten seconds; the first is a warm-up, and where steps are slow not all of
-    the others are taken. They must differ as a run's do: what libraries keep for shapes that they have seen would help equal ones. dtype:
-    of the autocast, in which the device has this peak.
+    """Measure steps of a model on one rank, for about ten seconds at most.
 
-    The modes take turns on each batch, so that whatever else slows the machine slows all of them: their models, up to a GiB each, are in
-    memory together."""
-    part = _part(config, Shapes(config), batches[0], peak)
-    if part is None:
-        return Calibration(_SHARE * peak, _UPDATED, 0.0, 0.0, 0.0, threads, measured=False)
-    twin, rows = part
+    The modes alternate on each batch, so that whatever else slows the machine slows all of them; their models, up to a GiB each, are in
+    memory together.
+
+    Args:
+        batches: a rank's batches of several steps. They must differ as a run's do, since libraries cache what depends on shapes. The first
+            is a warm-up; if steps are slow, not all are used.
+        dtype: of the autocast; None for float32.
+        peak: operations/s of the device in that type.
+        threads: of the rank.
+    """
+    found = _choose_proxy(config, ModelShapes(config), batches[0], peak)
+    if found is None:
+        return Calibration(_ASSUMED_EFFICIENCY * peak, _ASSUMED_UPDATE_RATE, 0.0, 0.0, 0.0, threads, measured=False)
+    proxy, rows = found
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng(), _alone():
-            modes = [ProxyModel(twin, options, dtype, mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
-            taken = _timed(modes, [_first_rows(batch, rows) for batch in batches])
+        with torch.random.fork_rng(), _single_rank_group():
+            modes = [ProxyModel(proxy, options, dtype, mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
+            seconds = _time_batches(modes, [_first_rows(batch, rows) for batch in batches])
     finally:
         torch.set_num_threads(before)
-    passed = float(np.median(taken[1:, 0, 0]))
-    updates = taken[1:, 0, 1][taken[1:, 0, 1] > 0]  # a step whose loss or gradients are not finite makes none
-    added = [np.maximum(0.0, np.median(taken[1:, mode] - taken[1:, mode - 1], axis=0)) for mode in range(1, len(modes))]
+    pass_s = float(np.median(seconds[1:, 0, 0]))
+    updates = seconds[1:, 0, 1][seconds[1:, 0, 1] > 0]  # a step whose loss or gradients are not finite makes no update
+    added = [np.maximum(0.0, np.median(seconds[1:, mode] - seconds[1:, mode - 1], axis=0)) for mode in range(1, len(modes))]
     sharding, exchange = added or np.zeros((2, 2))
-    layers = config.num_hidden_layers / twin.num_hidden_layers  # the model may have more of them than what was measured
+    layers = config.num_hidden_layers / proxy.num_hidden_layers
     return Calibration(
-        rate=statistics.median(_operations(twin, _first_rows(batch, rows)) for batch in batches[1 : len(taken)]) / passed,
-        updated=Shapes(twin).count / float(np.median(updates)) if len(updates) else _UPDATED,
-        sharding=float(sharding[0]) * layers,
-        sharding_update=float(sharding[1]) * layers,
-        exchange=float(exchange[0]) * layers,
+        flops=statistics.median(_operations(proxy, _first_rows(batch, rows)) for batch in batches[1 : len(seconds)]) / pass_s,
+        update_rate=ModelShapes(proxy).count / float(np.median(updates)) if len(updates) else _ASSUMED_UPDATE_RATE,
+        fsdp_s=float(sharding[0]) * layers,
+        fsdp_update_s=float(sharding[1]) * layers,
+        exchange_s=float(exchange[0]) * layers,
         threads=threads,
     )
 
 
-def _timed(modes: Sequence[ProxyModel], batches: Sequence[Batch]) -> np.ndarray:
-    """Seconds (batches, modes, 2) of a pass and of an update: of the warm-up, of the next batch, and of others while there is time."""
-    started, taken = clock(), []
+def _time_batches(modes: Sequence[ProxyModel], batches: Sequence[Batch]) -> np.ndarray:
+    """Return the seconds `(batches, modes, 2)` of a pass and of an update, for the warm-up, the next batch, and more while time is left."""
+    started, seconds = clock(), []
     for index, batch in enumerate(batches):
-        if index > 1 and clock() - started > _LAST_S:
+        if index > 1 and clock() - started > _TIME_LIMIT_S:
             break
-        taken.append(_by_turns(modes, batch, index))
-    return np.array(taken)
+        seconds.append(_time_batch(modes, batch, index))
+    return np.array(seconds)
 
 
-def _by_turns(modes: Sequence[ProxyModel], batch: Batch, first: int) -> list[tuple[float, float]]:
-    """Seconds of each mode on the same batch, in the order of modes; for who comes first no shape is in any cache yet."""
+def _time_batch(modes: Sequence[ProxyModel], batch: Batch, first: int) -> list[tuple[float, float]]:
+    """Return the seconds of each mode on a batch, starting with mode `first`, for which no shape is cached yet."""
     found = {mode: mode.seconds(batch) for mode in (modes[(first + turn) % len(modes)] for turn in range(len(modes)))}
     return [found[mode] for mode in modes]
 
 
 class ProxyModel:
-    """The model, or its first layers, in training."""
+    """The model, or its first layers, in training on a single rank."""
 
     def __init__(self, config: MostConfig, options: OptimizerOptions, dtype: torch.dtype | None, mode: ParallelMode) -> None:
         model = MostForCausalLM(config)
         if mode != "plain":
             _shard(model, exchange=mode == "exchanged")
-        self._state: TrainState = make_state(model, options, CALIBRATED)
-        settings = StepSettings.of(options, _CPU)
-        self._settings = dataclasses.replace(settings, precision=Precision(dtype), max_skipped_steps=CALIBRATED + 1)  # no number ends it
+        self._state: TrainState = make_state(model, options, CALIBRATION_BATCHES)
+        # However many steps are skipped, none ends the calibration.
+        skips = CALIBRATION_BATCHES + 1
+        self._settings = dataclasses.replace(StepSettings.of(options, _CPU), precision=Precision(dtype), max_skipped_steps=skips)
 
     def seconds(self, batch: Batch) -> tuple[float, float]:
-        """Of a forward and backward pass, and of the optimizer's update."""
+        """Train on a batch. Returns the seconds of the forward and backward passes, and of the optimizer's update."""
         marks: list[float] = []
         hooks = [
             register(lambda *_: marks.append(clock()))
@@ -172,15 +178,15 @@ class ProxyModel:
         ]
         started = clock()
         run_step(self._state, batch, self._settings)
-        whole = clock() - started
+        total = clock() - started
         for hook in hooks:
             hook.remove()
-        updated = marks[-1] - marks[0] if marks else 0.0  # none where a loss was not finite
-        return whole - updated, updated
+        updated = marks[-1] - marks[0] if marks else 0.0  # no update if a loss was not finite
+        return total - updated, updated
 
 
 def _shard(model: MostForCausalLM, exchange: bool) -> None:
-    """As transformers lays DeepSeek-V2 out, over one rank, with expert parallelism or without."""
+    """Shard a model over a single rank as transformers lays DeepSeek-V2 out, with expert parallelism or without."""
     mesh = init_device_mesh("cpu", (1,))
     for module in model.modules() if exchange else ():
         if isinstance(module, MostMoe):
@@ -193,8 +199,8 @@ def _shard(model: MostForCausalLM, exchange: bool) -> None:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """A process group of this process, for as long as it lasts."""
+def _single_rank_group() -> Iterator[None]:
+    """Initialise a process group of this process alone, and destroy it at the end."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -202,60 +208,69 @@ def _alone() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _part(config: MostConfig, shapes: Shapes, batch: Batch, peak: float) -> tuple[MostConfig, int] | None:
-    """As many rows of one pass, then as many layers, as can be measured; None where not even one of each kind on one row can."""
+def _choose_proxy(config: MostConfig, shapes: ModelShapes, batch: Batch, peak: float) -> tuple[MostConfig, int] | None:
+    """Return the proxy with the most rows of one pass, then with the most layers, that is fast and small enough, and its rows; None if not
+    even one layer of each kind on one row is."""
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
     rows = batch.input_ids.shape[1]
     while rows:
-        one = _first_rows(batch, rows)
+        cut = _first_rows(batch, rows)
         for layers in range(config.num_hidden_layers, min(2, config.num_hidden_layers) - 1, -1):
-            twin = copy.deepcopy(config)
-            twin.num_hidden_layers = layers
+            proxy = copy.deepcopy(config)
+            proxy.num_hidden_layers = layers
             if layers < config.num_hidden_layers:
-                twin.first_k_dense_replace = min(1, n_dense)
-            if _operations(twin, one) <= _PASS_S * _SHARE * peak and _count(twin, shapes) <= _MOST_PARAMETERS:
-                return twin, rows
+                proxy.first_k_dense_replace = min(1, n_dense)
+            if _operations(proxy, cut) <= _MAX_PASS_S * _ASSUMED_EFFICIENCY * peak and _count(proxy, shapes) <= _MAX_PARAMETERS:
+                return proxy, rows
         rows //= 2
     return None
 
 
-def _count(twin: MostConfig, shapes: Shapes) -> int:
-    """Parameters of the first layers of a model."""
+def _count(proxy: MostConfig, shapes: ModelShapes) -> int:
+    """Return the number of a proxy's parameters.
+
+    Args:
+        shapes: of the whole model.
+    """
     units = {name: sum(unit) for name, unit in shapes.units().items()}
     dense, experts = (f"model.layers.{index}" for index in (0, shapes.config.num_hidden_layers - 1))
-    n_dense = min(twin.first_k_dense_replace, twin.num_hidden_layers)
+    n_dense = min(proxy.first_k_dense_replace, proxy.num_hidden_layers)
     ends = units["model.embed_tokens"] + units["lm_head"]
-    return ends + n_dense * units[dense] + (twin.num_hidden_layers - n_dense) * units[experts]
+    return ends + n_dense * units[dense] + (proxy.num_hidden_layers - n_dense) * units[experts]
 
 
 def _first_rows(batch: Batch, rows: int) -> Batch:
+    """Return the first rows of a batch's first forward pass."""
     names = ("input_ids", "labels", "positions", "modality", "task")
     return dataclasses.replace(batch, **{name: getattr(batch, name)[:1, :rows] for name in names})
 
 
 def _operations(config: MostConfig, batch: Batch) -> float:
+    """Return the floating-point operations of training on a batch."""
     tokens, targets = int((batch.modality != PADDING).sum()), int((batch.labels[..., 1:] != IGNORE).sum())
     return model_flops(config).of_training(tokens, attended_pairs(batch), targets)
 
 
 def measure_links(ranks: int) -> CpuLinks:
-    """gloo among so many threads of this process, over the loopback device as between processes; of many ranks a few, by which the rounds
-    of all are reckoned. A second or two."""
-    ranks = min(ranks, _MOST_RANKS)
-    seconds: dict[Kind, dict[int, float]] = {}
+    """Measure gloo between threads of this process, over the loopback device as between processes. Takes a second or two.
+
+    With many ranks only some are measured; the number of rounds of all is extrapolated from them.
+    """
+    ranks = min(ranks, _MAX_RANKS)
+    seconds: dict[CollectiveKind, dict[int, float]] = {}
     if ranks > 1:
-        together = threading.Barrier(ranks)
+        barrier = threading.Barrier(ranks)
         store = dist.HashStore()
         failures: list[BaseException] = []
 
         def rank_main(rank: int) -> None:
             try:
-                found = _time_collectives(_group(store, rank, ranks), ranks, together)
+                found = _time_collectives(_group(store, rank, ranks), ranks, barrier)
                 if rank == 0:
                     seconds.update(found)
             except BaseException as error:  # noqa: BLE001 - raised below, by the caller's thread
                 failures.append(error)
-                together.abort()
+                barrier.abort()
 
         threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(ranks)]
         for thread in threads:
@@ -271,14 +286,14 @@ def measure_links(ranks: int) -> CpuLinks:
     )
 
 
-def _sent(kind: Kind, whole: int, ranks: int) -> float:
-    """Bytes that a rank sends of a message, as `Collective.nbytes` counts them."""
-    return (2 if kind == "all-reduce" else 1) * whole * (ranks - 1) / ranks
+def _sent(kind: CollectiveKind, message: int, ranks: int) -> float:
+    """Return the bytes that a rank sends of a message, as `Collective.nbytes` counts them."""
+    return (2 if kind == "all-reduce" else 1) * message * (ranks - 1) / ranks
 
 
 def _group(store: dist.Store, rank: int, ranks: int) -> Any:
-    """One rank's end of a group beside the process's own, on an address that every machine has. torch's stubs know little of it."""
-    gloo: Any = dist.ProcessGroupGloo
+    """Return a rank's member of a group that is separate from the process's own, on the loopback address."""
+    gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack most of it
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(seconds=60)
@@ -286,13 +301,13 @@ def _group(store: dist.Store, rank: int, ranks: int) -> Any:
     return gloo(store, rank, ranks, options)
 
 
-def _time_collectives(group: Any, ranks: int, together: threading.Barrier) -> dict[Kind, dict[int, float]]:
-    """Mean seconds of each kind and size; every rank makes the same calls."""
-    found: dict[Kind, dict[int, float]] = {}
+def _time_collectives(group: Any, ranks: int, barrier: threading.Barrier) -> dict[CollectiveKind, dict[int, float]]:
+    """Return the mean seconds of a call by kind and size. Every rank makes the same calls."""
+    found: dict[CollectiveKind, dict[int, float]] = {}
     for size in (_SMALL, _LARGE):
         for kind, call in _calls(group, size // 4 // ranks, ranks).items():
             call().wait()
-            together.wait()
+            barrier.wait()
             started = clock()
             for _ in range(_CALLS):
                 call().wait()
@@ -300,12 +315,12 @@ def _time_collectives(group: Any, ranks: int, together: threading.Barrier) -> di
     return found
 
 
-def _calls(group: Any, count: int, ranks: int) -> dict[Kind, Callable[[], dist.Work]]:
-    """Of messages of `count` numbers a rank."""
-    part, whole, other = torch.zeros(count), torch.zeros(count * ranks), torch.zeros(count * ranks)
+def _calls(group: Any, count: int, ranks: int) -> dict[CollectiveKind, Callable[[], dist.Work]]:
+    """Return a call of each kind, on messages of `count` numbers for each rank."""
+    shard, full, other = torch.zeros(count), torch.zeros(count * ranks), torch.zeros(count * ranks)
     return {
-        "all-gather": lambda: group._allgather_base(whole, part),
-        "reduce-scatter": lambda: group._reduce_scatter_base(part, whole),
-        "all-reduce": lambda: group.allreduce([whole]),
-        "all-to-all": lambda: group.alltoall_base(other, whole, [], []),
+        "all-gather": lambda: group._allgather_base(full, shard),
+        "reduce-scatter": lambda: group._reduce_scatter_base(shard, full),
+        "all-reduce": lambda: group.allreduce([full]),
+        "all-to-all": lambda: group.alltoall_base(other, full, [], []),
     }

@@ -1,6 +1,6 @@
-"""Devices that a run can be reckoned with, whether this machine has them or not, and what joins them.
+"""Devices that a run can be estimated for, whether this machine has them or not, and their interconnect.
 
-Bandwidths are the makers', in one direction; the shares of them that programs reach are assumed, here, in one place.
+Bandwidths are the makers' figures in one direction. The shares of them that programs reach are assumptions, all of them here.
 """
 
 from __future__ import annotations
@@ -15,100 +15,105 @@ from most_ray.distributed.devices import listed_peak, measured_peak
 from most_ray.errors import ConfigError, nearest
 from most_ray.planner.cost import Collective, Speed
 
-NODE = 8  # GPUs of a machine
+GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True)
-class _Card:
-    """memory: what torch reports, about, in GiB. In GB a second: moved, of its memory; within, to another card of the machine, one
-    direction; between, a card's share of the machine's network."""
-
-    memory: int
-    moved: float
-    within: float
-    between: float
+class _GpuSpec:
+    memory: int  # GiB, about what torch reports
+    bandwidth: float  # of the memory, GB/s
+    intra_node: float  # to another GPU of the machine, one direction, GB/s
+    inter_node: float  # a GPU's share of the machine's network, GB/s
 
 
-# Rates of products are those of `listed_peak`. A whole name counts before the first one that begins with it. Memory and NVLink (half of the
-# sum of both directions) are from the data sheets that flops.py names; cards without it, or with bridges of two cards only, have PCIe 3.0,
-# 4.0 or 5.0 x16 (16, 32, 64). Network: 400 Gb/s a card as in NVIDIA's DGX H100 and B200 and AMD's MI300X platform, 200 in DGX A100, 100 for
-# two in DGX-1 (V100), 100 for a machine of 8 cards on PCIe.
+# Peak rates of matrix products are in `listed_peak`. A full name is matched before the first one that begins with the request. Memory and
+# NVLink (half of the sum of both directions) are from the data sheets that distributed/devices.py names; cards without it, or with bridges
+# between two cards only, have PCIe 3.0, 4.0 or 5.0 x16 (16, 32, 64). Network: 400 Gb/s a card as in NVIDIA's DGX H100 and B200 and AMD's
+# MI300X platform, 200 in DGX A100, 100 for two in DGX-1 (V100), 100 for a machine of 8 cards on PCIe.
 _GPUS = {
-    "H100 SXM": _Card(79, 3350, 450, 50),
-    "H100 PCIe": _Card(79, 2000, 64, 1.6),
-    "H100 NVL": _Card(93, 3900, 64, 1.6),
-    "H200": _Card(139, 4800, 450, 50),
-    "H200 NVL": _Card(139, 4800, 64, 1.6),
-    "B200": _Card(178, 8000, 900, 50),
-    "A100 80GB": _Card(79, 2039, 300, 25),
-    "A100 40GB": _Card(39, 1555, 300, 25),
-    "L40S": _Card(44, 864, 32, 1.6),
-    "L4": _Card(22, 300, 32, 1.6),
-    "A10": _Card(22, 600, 32, 1.6),
-    "V100 32GB": _Card(31, 900, 150, 6.25),
-    "V100 16GB": _Card(15, 900, 150, 6.25),
-    "T4": _Card(14, 320, 16, 1.6),
-    "RTX 4090": _Card(23, 1008, 32, 1.6),
-    "RTX 3090": _Card(23, 936, 32, 1.6),
-    "MI250X": _Card(63, 1638, 50, 25),
-    "MI300X": _Card(191, 5300, 448, 50),
+    "H100 SXM": _GpuSpec(79, 3350, 450, 50),
+    "H100 PCIe": _GpuSpec(79, 2000, 64, 1.6),
+    "H100 NVL": _GpuSpec(93, 3900, 64, 1.6),
+    "H200": _GpuSpec(139, 4800, 450, 50),
+    "H200 NVL": _GpuSpec(139, 4800, 64, 1.6),
+    "B200": _GpuSpec(178, 8000, 900, 50),
+    "A100 80GB": _GpuSpec(79, 2039, 300, 25),
+    "A100 40GB": _GpuSpec(39, 1555, 300, 25),
+    "L40S": _GpuSpec(44, 864, 32, 1.6),
+    "L4": _GpuSpec(22, 300, 32, 1.6),
+    "A10": _GpuSpec(22, 600, 32, 1.6),
+    "V100 32GB": _GpuSpec(31, 900, 150, 6.25),
+    "V100 16GB": _GpuSpec(15, 900, 150, 6.25),
+    "T4": _GpuSpec(14, 320, 16, 1.6),
+    "RTX 4090": _GpuSpec(23, 1008, 32, 1.6),
+    "RTX 3090": _GpuSpec(23, 936, 32, 1.6),
+    "MI250X": _GpuSpec(63, 1638, 50, 25),
+    "MI300X": _GpuSpec(191, 5300, 448, 50),
 }
-_UNKNOWN = _Card(0, 1000, 32, 1.6)  # a GPU of this machine that the table does not have
-# Assumed: products reach half of the peak at the sizes of DeepSeek-V2-Lite; streams 0.8 of a memory's bandwidth and of the links'.
-SHARE_PRODUCTS, SHARE_STREAMS = 0.5, 0.8
-_UPDATE_BYTES = (
-    32  # of a parameter: weight, gradient and two moments are read, all but the gradient written, the norm reads gradients again
-)
-_CALL_S, _FAR_CALL_S = 20e-6, 60e-6  # of a collective within a machine and beyond, however small
+_UNKNOWN_GPU = _GpuSpec(0, 1000, 32, 1.6)  # a GPU of this machine that the table lacks
+MATMUL_EFFICIENCY = 0.5  # assumed share of the peak that matrix products reach at the sizes of DeepSeek-V2-Lite
+BANDWIDTH_EFFICIENCY = 0.8  # assumed share of a memory's and of the links' bandwidth
+# Of AdamW, for each parameter: reads weight, gradient and two moments, writes all but the gradient; the norm reads gradients again.
+_UPDATE_BYTES = 32
+_INTRA_NODE_CALL_S, _INTER_NODE_CALL_S = 20e-6, 60e-6  # latency of a collective within a machine, and across machines
 
 
 @dataclass(frozen=True)
 class GpuLinks:
-    """A fast net within machines of `NODE` GPUs, a slower one between them, to which every GPU has a way of its own. Bytes a second."""
+    """A fast interconnect within machines of `GPUS_PER_NODE` GPUs, and between them a slower one with a link for each GPU; bytes/s."""
 
-    within: float
-    between: float
+    intra_node: float
+    inter_node: float
 
     @property
-    def overlap(self) -> bool:
+    def overlaps(self) -> bool:
         return True
 
     def seconds(self, collective: Collective) -> float:
-        """Rings of a collective cross between machines on as many ways as it has members in each; of an all-to-all each member's rows for
-        other machines go its own way."""
+        """Return the time of a collective's calls.
+
+        Rings cross between machines on as many links as the collective has members in each. In an all-to-all, each member's rows for other
+        machines use that member's own link.
+        """
         ranks, stride = collective.ranks, collective.stride
-        if ranks * stride <= NODE:
-            return collective.calls * _CALL_S + collective.nbytes / self.within
-        here = max(1, NODE // stride)  # members in each machine
+        if ranks * stride <= GPUS_PER_NODE:
+            return collective.calls * _INTRA_NODE_CALL_S + collective.nbytes / self.intra_node
+        members = max(1, GPUS_PER_NODE // stride)  # in each machine
         if collective.kind == "all-to-all":
-            away = (ranks - here) / (ranks - 1)
-            rate = 1 / max(away / self.between, (1 - away) / self.within)
+            remote = (ranks - members) / (ranks - 1)
+            rate = 1 / max(remote / self.inter_node, (1 - remote) / self.intra_node)
         else:
-            rate = min(self.within, here * self.between)
-        return collective.calls * _FAR_CALL_S + collective.nbytes / rate
+            rate = min(self.intra_node, members * self.inter_node)
+        return collective.calls * _INTER_NODE_CALL_S + collective.nbytes / rate
 
 
 @dataclass(frozen=True)
 class Device:
-    """half, full: peak operations a second in the type of the autocast and in float32; memory: bytes that a rank has, None where not
-    known; speed: what is taken to be reached of all that, None for a CPU, where it is measured (most_ray/planner/calibration.py)."""
+    """What a worker runs on."""
 
     name: str
     is_gpu: bool
-    half: float
-    full: float
-    memory: int | None
-    speed: Speed | None
+    half_flops: float  # peak operations/s in the type of the autocast
+    full_flops: float  # and in float32
+    memory: int | None  # bytes for each worker; None if unknown
+    speed: Speed | None  # assumed to be reached; None for a CPU, which is measured (planner/calibration.py)
 
 
-def device_of(asked: str, use_gpu: bool, dtype: torch.dtype | None, workers: int, threads: int) -> Device:
-    """The device called `asked`; where empty, this machine's GPU, an H100 SXM for a run on GPUs where this machine has none, or this
-    machine's CPU, measured with so many threads for each of the workers, who share its memory.
+def device_of(requested: str, use_gpu: bool, dtype: torch.dtype | None, workers: int, threads: int) -> Device:
+    """Return the device that a run is estimated for.
+
+    Args:
+        requested: its name or the beginning of it, or `cpu`. If empty: this machine's GPU; an H100 SXM for a run on GPUs if this machine
+            has none; or this machine's CPU.
+        use_gpu: whether the run uses GPUs.
+        dtype: of the autocast; None for float32.
+        workers: number of workers, which share a CPU's memory.
+        threads: of each worker.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: there is no such device.
     """
-    if asked.lower() == "cpu" or (not asked and not use_gpu):
+    if requested.lower() == "cpu" or (not requested and not use_gpu):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -117,39 +122,39 @@ def device_of(asked: str, use_gpu: bool, dtype: torch.dtype | None, workers: int
             torch.set_num_threads(before)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // workers
         return Device(f"this machine's CPU, {threads} thread{'s' if threads > 1 else ''}", False, half, full, memory, None)
-    if not asked and torch.cuda.is_available():
+    if not requested and torch.cuda.is_available():
         name, total = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
         peaks = [listed_peak(name, each, tf32=False) for each in (dtype, None)]
         half, full = (
             peak or measured_peak(torch.device("cuda", 0), each or torch.float32, threads)
             for peak, each in zip(peaks, (dtype, None), strict=True)
         )
-        return Device(name, True, half, full, total, _assumed(half, full, _card_of(name, total)))
-    wanted = asked or "H100 SXM"
+        return Device(name, True, half, full, total, _assumed_speed(half, full, _closest_spec(name, total)))
+    wanted = requested or "H100 SXM"
     by_name = {name.lower(): name for name in _GPUS}
-    begun = (name for lower, name in by_name.items() if lower.startswith(wanted.lower()))
-    found = by_name.get(wanted.lower()) or next(begun, None)
+    prefixed = (name for lower, name in by_name.items() if lower.startswith(wanted.lower()))
+    found = by_name.get(wanted.lower()) or next(prefixed, None)
     if found is None:
-        raise ConfigError("dry_run", asked, "is no device that is known.", nearest(asked, [*_GPUS, "cpu"]))
+        raise ConfigError("dry_run", requested, "is not a known device.", nearest(requested, [*_GPUS, "cpu"]))
     half, full = (listed_peak(found, each, tf32=False) or 0.0 for each in (dtype, None))
     assert half and full, "every device here is in the table of peaks"
-    return Device(found, True, half, full, _GPUS[found].memory << 30, _assumed(half, full, _GPUS[found]))
+    return Device(found, True, half, full, _GPUS[found].memory << 30, _assumed_speed(half, full, _GPUS[found]))
 
 
-def _card_of(name: str, memory: int) -> _Card:
-    """The listed card that a GPU with torch's name for it is most like."""
-    alike = {known: card for known, card in _GPUS.items() if re.search(rf"\b{known.split()[0]}(?!\w)", name)}
-    if not alike:
-        return _UNKNOWN
-    return alike[min(alike, key=lambda known: (any(w not in name for w in known.split()), abs((alike[known].memory << 30) - memory)))]
+def _closest_spec(name: str, memory: int) -> _GpuSpec:
+    """Return the listed GPU that is closest to one by torch's name for it and its memory in bytes."""
+    similar = {known: spec for known, spec in _GPUS.items() if re.search(rf"\b{known.split()[0]}(?!\w)", name)}
+    if not similar:
+        return _UNKNOWN_GPU
+    return similar[min(similar, key=lambda known: (any(w not in name for w in known.split()), abs((similar[known].memory << 30) - memory)))]
 
 
-def _assumed(half: float, full: float, card: _Card) -> Speed:
-    stream = SHARE_STREAMS * 1e9
+def _assumed_speed(half: float, full: float, spec: _GpuSpec) -> Speed:
+    gigabyte = BANDWIDTH_EFFICIENCY * 1e9
     return Speed(
-        half=SHARE_PRODUCTS * half,
-        full=SHARE_PRODUCTS * full,
-        moved=stream * card.moved,
-        updated=stream * card.moved / _UPDATE_BYTES,
-        links=GpuLinks(stream * card.within, stream * card.between),
+        half_flops=MATMUL_EFFICIENCY * half,
+        full_flops=MATMUL_EFFICIENCY * full,
+        bandwidth=gigabyte * spec.bandwidth,
+        update_rate=gigabyte * spec.bandwidth / _UPDATE_BYTES,
+        links=GpuLinks(gigabyte * spec.intra_node, gigabyte * spec.inter_node),
     )

@@ -1,4 +1,4 @@
-"""Published architectures: what a run costs can be said before a gigabyte of weights is here."""
+"""Configurations of published models, so that a run can be estimated without downloading the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from most_ray.io import storage
 
-# From config.json of each repository at huggingface.co. The position embedding (YaRN) has no weights and is left out.
+# From config.json in each repository on huggingface.co. The position embedding (YaRN) has no weights and is left out.
 _LITE: dict[str, Any] = {
     "vocab_size": 102400,
     "hidden_size": 2048,
@@ -46,11 +46,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 16.0,
     },
 }
-# What `init-model --from_deepseek` makes of them is called so in the shipped configurations.
+# Folders that the shipped configurations expect from `init-model --from_deepseek`.
 _FOLDERS = {"most-v2-lite": "deepseek-ai/DeepSeek-V2-Lite", "most-v2": "deepseek-ai/DeepSeek-V2"}
 
 
 def published_name(name: str) -> str | None:
-    """The published model that a hub name, or a folder's last part, stands for; None for any other. The units and markers of speech fit
-    into the vocabularies' spare rows, so both have the same sizes."""
+    """Return the published model that a hub name, or the last part of a folder's path, stands for; None if there is none.
+
+    A MoST model has the same sizes as the one it was made from: units and markers of speech use spare rows of the vocabulary.
+    """
     return name if name in PUBLISHED else _FOLDERS.get(storage.base_name(name))

@@ -10,8 +10,8 @@ from most_ray.console.progress import duration
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.planner.dry_run import DryRun
-from most_ray.planner.hardware import SHARE_PRODUCTS, SHARE_STREAMS
-from most_ray.planner.layouts import ROOM, Layout
+from most_ray.planner.hardware import BANDWIDTH_EFFICIENCY, MATMUL_EFFICIENCY
+from most_ray.planner.layouts import USABLE_MEMORY, LayoutEstimate
 
 _GIB = 1 << 30
 _RECOMPUTED: dict[Recompute, tuple[str, str]] = {
@@ -20,18 +20,18 @@ _RECOMPUTED: dict[Recompute, tuple[str, str]] = {
     "full": ("recomputed", ", recompute: full"),
 }
 _SHOWN_LAYOUTS = 4
-_WORTH = 1.05  # times as fast: less is within what such a reckoning is wrong by
+_WORTH = 1.05  # times as fast: a smaller gain is within the error of the estimate
 
 
 def dry_screen(run: DryRun, console: Console) -> None:
-    """What the run would be. Figures that rest on a sample or on a stand-in for the tokenizer are marked `about`."""
+    """Print the estimate. Figures that are based on a sample, or on a stand-in for the tokenizer, are marked `about`."""
     about = "about " if run.about_tokens else ""
     counted = "about " if run.about_records or (run.about_tokens and run.config.weight_unit == "tokens") else ""
     where = f", step {run.done_steps:,} is done" if run.done_steps else ""
     _say(console, f"Dry run of {storage.redact(run.config.run_uri)}: nothing is started, nothing is written there{where}")
     for note in run.notes:
         _say(console, f"  note        {note}")
-    layout = run.layouts[-1]
+    layout = run.layout
     rows = {
         "model": f"{run.model_name}, {run.parameters:,} parameters",
         "steps": f"{counted}{run.total_steps:,} of {run.records:,} records",
@@ -44,7 +44,7 @@ def dry_screen(run: DryRun, console: Console) -> None:
         "checkpoints": _checkpoints(run),
     }
     if run.rejected:
-        rows["set aside"] = f"{counted}{run.rejected:,} records"
+        rows["rejected"] = f"{counted}{run.rejected:,} records"
     for name, text in rows.items():
         _say(console, f"  {name:<11} {text}")
     console.print(_mix(run))
@@ -61,16 +61,19 @@ def _say(console: Console, text: str) -> None:
 
 def _times(run: DryRun) -> str:
     first = f"{duration(run.seconds_to_first_checkpoint)} to the first checkpoint (step {run.first_checkpoint:,})"
-    return f"{_seconds(run.seconds_per_step)} a step, {first}, {duration(run.seconds_to_end)} to the end"
+    return f"{_seconds(run.layout.cost.seconds)} a step, {first}, {duration(run.seconds_to_end)} to the end"
 
 
 def _checkpoints(run: DryRun) -> str:
     kept = run.config.keep_last + run.config.keep_best
-    each = f"{_size(run.checkpoint_bytes)} each, {_size(run.checkpoint_bytes_per_rank)} of it on a rank, which takes as much main memory"
-    return f"{each}; {kept} are kept, {_size(run.kept_bytes)}, and one more is there while it is written"
+    layout = run.layout
+    each = (
+        f"{_size(layout.checkpoint_bytes)} each, {_size(layout.checkpoint_bytes_per_rank)} of it on a rank, which needs as much main memory"
+    )
+    return f"{each}; {kept} are kept, {_size(run.kept_bytes)}, and one more exists while it is written"
 
 
-def _workers(layout: Layout) -> str:
+def _workers(layout: LayoutEstimate) -> str:
     topology = layout.topology
     size = f"{_layout(topology)}; {_count(layout.passes, 'forward pass', 'es')} a step of {_count(layout.rows, 'row')} each"
     return f"{topology.world_size}: {size}"
@@ -87,13 +90,15 @@ def _count(number: int, what: str, plural: str = "s") -> str:
 def _device(run: DryRun) -> str:
     device = run.device
     half = run.config.bf16 or run.config.fp16
-    peaks = f"{device.half / 1e12:,.4g} x 10^12 operations a second in half precision, " if half else ""
+    peaks = f"{device.half_flops / 1e12:,.4g} x 10^12 operations a second in half precision, " if half else ""
     if run.calibration is None:
-        reached = f"assumed: {SHARE_PRODUCTS:.0%} of that in matrix products, {SHARE_STREAMS:.0%} of memory's and links' bandwidth"
+        reached = (
+            f"assumed: {MATMUL_EFFICIENCY:.0%} of that in matrix products, {BANDWIDTH_EFFICIENCY:.0%} of memory's and links' bandwidth"
+        )
     else:
         how = "measured on" if run.calibration.measured else "too large to be measured: assumed for"
-        reached = f"{run.calibration.rate / 1e12:,.2g} {how} the model's steps"
-    return f"{device.name}, {peaks}{device.full / 1e12:,.4g} x 10^12 in float32; {reached}"
+        reached = f"{run.calibration.flops / 1e12:,.2g} {how} the model's steps"
+    return f"{device.name}, {peaks}{device.full_flops / 1e12:,.4g} x 10^12 in float32; {reached}"
 
 
 def _seconds(seconds: float) -> str:
@@ -142,14 +147,14 @@ def _memory(run: DryRun) -> Table:
 
 
 def _layouts(run: DryRun) -> Table:
-    """The best ones and the run's own."""
-    shown = [choice for index, choice in enumerate(run.choices) if index < _SHOWN_LAYOUTS or choice.topology == run.topology]
-    table = Table(title=f"Layouts of {_count(run.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
+    """Return a table of the best layouts and the run's own."""
+    shown = [choice for index, choice in enumerate(run.choices) if index < _SHOWN_LAYOUTS or choice.topology == run.layout.topology]
+    table = Table(title=f"Layouts of {_count(run.layout.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
     headings = ("replicas x shards, expert parallel", "tokens/s", "communication", "MiB sent by a worker", "GiB of a worker")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == headings[0] else "right")
     for choice in shown:
-        own = " (this run)" if choice.topology == run.topology else ""
+        own = " (this run)" if choice.topology == run.layout.topology else ""
         memory = f"{_gib(choice.memory.total(run.config.recomputed))}{'' if choice.fits else ', too much'}"
         sent = sum(choice.cost.sent.values()) / (1 << 20)
         speed = f"{run.tokens / choice.cost.seconds:,.0f}"
@@ -159,8 +164,8 @@ def _layouts(run: DryRun) -> Table:
 
 
 def _best(run: DryRun, console: Console) -> None:
-    """Name it, where the run has another one and that costs it something."""
-    best, own = run.choices[0], next(choice for choice in run.choices if choice.topology == run.topology)
+    """Print the best layout, if the run has another one that does not fit or is slower."""
+    best, own = run.choices[0], next(choice for choice in run.choices if choice.topology == run.layout.topology)
     gain = own.cost.seconds / best.cost.seconds
     if not best.fits or (own.fits and gain < _WORTH):
         return
@@ -174,20 +179,22 @@ def _gib(count: int) -> str:
 
 
 def _verdict(run: DryRun, console: Console) -> None:
-    """Whether that fits, on the layout that needs most."""
-    has = run.device.memory
-    if not has:
+    """Print whether the run fits on the layout that needs the most memory, and what to change if it does not."""
+    available = run.device.memory
+    if not available:
         return
     kind = run.config.recomputed
     layout = max(run.layouts, key=lambda one: one.memory.total(kind))
     needs = layout.memory.total(kind)
-    share = f"{needs / has:.0%} of a worker's memory on {_count(layout.topology.world_size, 'worker')}"
+    share = f"{needs / available:.0%} of a worker's memory on {_count(layout.topology.world_size, 'worker')}"
     more = "the device's context, its libraries' buffers and fragmentation come on top"
-    if needs <= ROOM * has:
+    if needs <= USABLE_MEMORY * available:
         _say(console, f"Fits: {share}; {more}.")
         return
     remedy = "lower train_batch_size or max_seq_length, or take more workers"
-    fitting = [other for other in _RECOMPUTED if layout.memory.total(other) < needs and layout.memory.total(other) <= ROOM * has]
+    fitting = [
+        other for other in _RECOMPUTED if layout.memory.total(other) < needs and layout.memory.total(other) <= USABLE_MEMORY * available
+    ]
     if fitting:
         remedy = f"set recompute: {fitting[0]}"
-    _say(console, f"{'Hardly fits' if needs <= has else 'Does not fit'}: {share}, and {more}; {remedy}.")
+    _say(console, f"{'Hardly fits' if needs <= available else 'Does not fit'}: {share}, and {more}; {remedy}.")

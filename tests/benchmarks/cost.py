@@ -119,10 +119,10 @@ def one_round(config: RunConfig, steps: int, processor: bool) -> dict[str, Any]:
     ranks = run_ranks(workers, rank_steps, job, options, str(Path(job.model_path).parent / "tiny"), steps)
     taken = [list(zip(*(rank["seconds"][step] for rank in ranks), strict=True)) for step in range(steps)]
     return {
-        "predicted_s": float(predicted.seconds_per_step),
+        "predicted_s": float(predicted.layout.cost.seconds),
         "measured_s": statistics.median(sum(cpu) / _cores(workers) if processor else max(wall) for wall, cpu in taken),
-        "communication": float(predicted.layouts[-1].cost.communication),
-        "estimate_mib": predicted.memory.total(config.recomputed) / (1 << 20),
+        "communication": float(predicted.layout.cost.communication),
+        "estimate_mib": predicted.layout.memory.total(config.recomputed) / (1 << 20),
         "measured_mib": max(rank["mib"] for rank in ranks),
     }
 

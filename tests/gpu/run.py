@@ -31,7 +31,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.metrics.flops import model_flops
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.optim.train_state import make_state
-from most_ray.planner.memory import Load, Shapes, memory_of
+from most_ray.planner.memory import ForwardPass, ModelShapes, memory_of
 from most_ray.train.step import attended_pairs, run_step
 from tests.benchmarks.peers import stock_model
 from tests.gpu.check import FLOAT32_BOUND, HALF, batch_of, within
@@ -192,9 +192,9 @@ def layers_that_fit(work: Work) -> int:
     if work.device.type == "cpu":
         return 2
     free = ROOM * torch.cuda.mem_get_info(work.device)[0]
-    load = Load(work.packs, work.length, work.packs * work.length // 2, half=True, on_gpu=True)
+    load = ForwardPass(work.packs, work.length, work.packs * work.length // 2, half=True, on_gpu=True)
     for layers in range(2, MOST_LAYERS + 1):
-        if memory_of(Shapes(work.config(layers)), Topology(1, 1, 1), load).total("none") > free:
+        if memory_of(ModelShapes(work.config(layers)), Topology(1, 1, 1), load).total("none") > free:
             return max(2, layers - 1)
     return MOST_LAYERS
 
@@ -266,7 +266,7 @@ def compared(work: Work, layers: int) -> dict[str, Any]:
             entry |= {"tokens_per_second": batch.n_tokens / seconds, "mfu": operations / seconds / peak}
     first = next(iter(found.values()))
     ratios = {name: first["tokens_per_second"] / entry["tokens_per_second"] for name, entry in found.items() if "error" not in entry}
-    count = Shapes(config).count
+    count = ModelShapes(config).count
     return {"layers": layers, "parameters": count, "rows": [work.packs, work.length], "contenders": found, "ratios": ratios}
 
 

@@ -22,18 +22,18 @@ from most_ray.distributed.topology import Topology
 from most_ray.metrics.flops import model_flops
 from most_ray.model.configuration import MostConfig
 from most_ray.planner import calibration
-from most_ray.planner.calibration import CALIBRATED, calibrate, measure_links
-from most_ray.planner.cost import Collective, Speed, Work, collectives_of, distinct_ranks, layouts_of, step_cost
-from most_ray.planner.hardware import GpuLinks, _card_of, device_of
-from most_ray.planner.layouts import LayoutEstimator, Step
-from most_ray.planner.memory import Shapes
+from most_ray.planner.calibration import CALIBRATION_BATCHES, calibrate, measure_links
+from most_ray.planner.cost import Collective, Speed, StepWork, collectives_of, distinct_ranks, layouts_of, step_cost
+from most_ray.planner.hardware import GpuLinks, _closest_spec, device_of
+from most_ray.planner.layouts import LayoutEstimator, StepRecords
+from most_ray.planner.memory import ModelShapes
 from most_ray.planner.published_sizes import PUBLISHED
 from tests.support.builders import LAYOUT, make_plan, tiny_config, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.training import make, open_plan, rows_for, steps
 
-WORK = Work(passes=2, tokens=400.0, pairs=9000.0, targets=150.0, half=True, kept=0.0, recompute="none")
-FAST = GpuLinks(within=400e9, between=40e9)
+WORK = StepWork(passes=2, tokens=400.0, pairs=9000.0, targets=150.0, half=True, kept=0.0, recompute="none")
+FAST = GpuLinks(intra_node=400e9, inter_node=40e9)
 
 
 def lite() -> MostConfig:
@@ -73,14 +73,14 @@ def spy(name: str, kind: str, seen: list[list[tuple[str, int]]]) -> None:
     setattr(dist, name, spying)
 
 
-def test_fsdp_sends_what_is_reckoned(tmp_path: Path) -> None:
+def test_fsdp_sends_what_is_estimated(tmp_path: Path) -> None:
     """Calls and bytes of gathers and scatters in one pass, but for what FSDP fills pieces up with."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     plan = make_plan(tmp_path)
     found = run_ranks(2, record_collectives, str(tmp_path / "model"), plan.spec)[0]
     for topology, seen in zip(TOPOLOGIES, found, strict=True):
-        expected = collectives_of(Shapes(model.config), Topology(*topology), dataclasses.replace(WORK, passes=1))
+        expected = collectives_of(ModelShapes(model.config), Topology(*topology), dataclasses.replace(WORK, passes=1))
         for kind in ("all-gather", "reduce-scatter"):
             mine = [collective for collective in expected if collective.kind == kind]
             assert Counter(name for name, _ in seen)[kind] == sum(collective.calls for collective in mine)
@@ -90,7 +90,7 @@ def test_fsdp_sends_what_is_reckoned(tmp_path: Path) -> None:
 
 def test_volumes_by_hand() -> None:
     """DeepSeek-V2-Lite on 2 replicas x 8 shards, expert parallel 4."""
-    shapes, topology = Shapes(lite()), Topology(2, 8, 4)
+    shapes, topology = ModelShapes(lite()), Topology(2, 8, 4)
     experts = 26 * 64 * 3 * 2048 * 1408
     dense, head = shapes.count - experts, 102_400 * 2048 + 2048
     every = collectives_of(shapes, topology, WORK)
@@ -103,7 +103,7 @@ def test_volumes_by_hand() -> None:
     assert sum(one.nbytes for one in every if one.kind == "all-reduce") == pytest.approx(4 * shapes.count / 8)
     exchange = found["all-to-all", 4, 1]
     rows = 26 * 200 * distinct_ranks(shapes, 4) * 3 / 4
-    assert exchange.nbytes == pytest.approx(rows * (4 * 4096 + 48 + 32)) and exchange.calls == 26 * 5 and not exchange.hidden
+    assert exchange.nbytes == pytest.approx(rows * (4 * 4096 + 48 + 32)) and exchange.calls == 26 * 5 and not exchange.overlappable
     again = collectives_of(shapes, topology, dataclasses.replace(WORK, recompute="full"))
     assert again[-1].nbytes == pytest.approx(rows * (6 * 4096 + 48 + 32 + 48)) and again[:-1] == every[:-1]
     assert collectives_of(shapes, topology, dataclasses.replace(WORK, recompute="selective")) == every  # experts are left alone
@@ -113,7 +113,7 @@ def test_volumes_by_hand() -> None:
 @pytest.mark.parametrize(("aware", "ep"), [(True, 2), (True, 4), (False, 4), (True, 8)])
 def test_distinct_ranks_are_those_of_random_routing(aware: bool, ep: int) -> None:
     """Every choice of a token's experts counted; without groups that is ep (1 - C(E - E/ep, k) / C(E, k))."""
-    shapes = Shapes(tiny_config(num_experts_per_tok=3, use_modality_aware_routing=aware))
+    shapes = ModelShapes(tiny_config(num_experts_per_tok=3, use_modality_aware_routing=aware))
     placement = shapes.placement(ep)
     rank_of = {expert: slot // (8 // ep) for slot, expert in enumerate(placement)}
     counts = [len({rank_of[e] for e in chosen}) for group in shapes.groups for chosen in itertools.combinations(sorted(group), 3)]
@@ -127,8 +127,8 @@ def test_distinct_ranks_are_those_of_random_routing(aware: bool, ep: int) -> Non
 
 def test_a_step_by_hand() -> None:
     """Products, what moves, the optimizer; recomputing adds a third of it, or attention's forward pass; on several ranks what is open."""
-    shapes = Shapes(lite())
-    speed = Speed(half=400e12, full=400e12, moved=2e12, updated=1e11, links=FAST)
+    shapes = ModelShapes(lite())
+    speed = Speed(half_flops=400e12, full_flops=400e12, bandwidth=2e12, update_rate=1e11, links=FAST)
     work = dataclasses.replace(WORK, tokens=16384.0, pairs=2e7, targets=4000.0, kept=1e10)
     operations = model_flops(shapes.config).of_training(work.tokens, work.pairs, work.targets)
     alone = step_cost(shapes, Topology(1, 1, 1), work, speed)
@@ -162,18 +162,18 @@ def test_links() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gib", "moved"),
+    ("name", "gib", "bandwidth"),
     [
         ("NVIDIA H100 80GB HBM3", 79, 3350),
         ("NVIDIA H100 PCIe", 79, 2000),
         ("NVIDIA A100-SXM4-40GB", 39, 1555),
         ("NVIDIA L40S", 44, 864),
         ("NVIDIA L4", 22, 300),
-        ("Unheard of", 8, 1000),
+        ("Unknown", 8, 1000),
     ],
 )
-def test_cards_are_known_by_torchs_names(name: str, gib: int, moved: float) -> None:
-    assert _card_of(name, gib << 30).moved == moved
+def test_cards_are_known_by_torchs_names(name: str, gib: int, bandwidth: float) -> None:
+    assert _closest_spec(name, gib << 30).bandwidth == bandwidth
 
 
 # Layouts
@@ -187,24 +187,24 @@ def test_all_valid_layouts() -> None:
 
 
 def test_the_busiest_rank_of_each_pass_counts() -> None:
-    step = Step(np.array([5, 7, 2, 9, 4]), np.array([1, 2, 0, 3, 4]), [[0, 2], [1], [3], [4]])
-    found = step.by_pass(world_size=2, passes=2, rows=1)
+    step = StepRecords(np.array([5, 7, 2, 9, 4]), np.array([1, 2, 0, 3, 4]), [[0, 2], [1], [3], [4]])
+    found = step.per_pass(world_size=2, passes=2, rows=1)
     assert found.tolist() == [[[7, 18, 1], [7, 28, 2]], [[9, 45, 3], [4, 10, 4]]]
-    assert step.by_pass(world_size=1, passes=1, rows=4).tolist() == [[[27, 101, 10]]]
-    assert step.by_pass(world_size=8, passes=1, rows=1)[0, 4:].sum() == 0
+    assert step.per_pass(world_size=1, passes=1, rows=4).tolist() == [[[27, 101, 10]]]
+    assert step.per_pass(world_size=8, passes=1, rows=1)[0, 4:].sum() == 0
 
 
-def reckoning(gpu: str, workers: int, config: MostConfig, tokens: int = 8192, **options: Any) -> LayoutEstimator:
+def estimator(gpu: str, workers: int, config: MostConfig, tokens: int = 8192, **options: Any) -> LayoutEstimator:
     device = device_of(gpu, True, torch.bfloat16, workers, 1)
     assert device.speed is not None
-    step = Step(np.full(2 * workers, tokens // 2), np.full(2 * workers, 100), [[k] for k in range(2 * workers)])
+    step = StepRecords(np.full(2 * workers, tokens // 2), np.full(2 * workers, 100), [[k] for k in range(2 * workers)])
     run = config_from({"bf16": True, "train_batch_size": 2, "max_seq_length": tokens // 2, **options})
-    return LayoutEstimator(run, Shapes(config), [step], workers, device.speed, on_gpu=True)
+    return LayoutEstimator(run, ModelShapes(config), [step], workers, device.speed, on_gpu=True)
 
 
 def test_the_best_layout_fits_and_is_the_fastest() -> None:
     """16 B parameters: whole on each of eight GPUs they do not fit; over all of them they do, best where experts need not be gathered."""
-    choices = reckoning("H100", 8, lite(), recompute="full").choices(79 << 30)
+    choices = estimator("H100", 8, lite(), recompute="full").choices(79 << 30)
     fitting = [choice for choice in choices if choice.fits]
     assert 0 < len(fitting) < len(choices) == 10 and choices[: len(fitting)] == tuple(fitting)
     assert [choice.cost.seconds for choice in fitting] == sorted(choice.cost.seconds for choice in fitting)
@@ -213,21 +213,21 @@ def test_the_best_layout_fits_and_is_the_fastest() -> None:
 
 def test_a_layouts_checkpoint_has_the_runs_moments() -> None:
     """In 8 bits a byte of each parameter and four for a block of 256, twice; the weight has four more."""
-    shapes, topology = Shapes(lite()), Topology(1, 8, 8)
+    shapes, topology = ModelShapes(lite()), Topology(1, 8, 8)
     for moments, each in (("float32", 4), ("int8", 1 + 4 / 256)):
-        layout = reckoning("H100", 8, lite(), optimizer_state=moments).layout(topology)
+        layout = estimator("H100", 8, lite(), optimizer_state=moments).estimate(topology)
         assert layout.checkpoint_bytes == pytest.approx((4 + 2 * each) * shapes.count, rel=1e-3)
         assert 8 * layout.checkpoint_bytes_per_rank == pytest.approx(layout.checkpoint_bytes, rel=1e-2)
 
 
 def test_slow_links_want_few_bytes() -> None:
     """Between machines with one slow way for eight cards, less is sent than within one machine."""
-    slow, fast = (reckoning(gpu, 16, lite(), recompute="full").choices(None)[0].cost for gpu in ("L40S", "H200"))
+    slow, fast = (estimator(gpu, 16, lite(), recompute="full").choices(None)[0].cost for gpu in ("L40S", "H200"))
     assert slow.communication > fast.communication and sum(slow.sent.values()) <= sum(fast.sent.values())
 
 
 def test_tokens_a_second_grow_with_workers_but_less_than_they() -> None:
-    cost = {n: reckoning("H100", n, lite(), recompute="full").choices(None)[0].cost.seconds for n in (8, 16, 64)}
+    cost = {n: estimator("H100", n, lite(), recompute="full").choices(None)[0].cost.seconds for n in (8, 16, 64)}
     assert cost[8] <= cost[16] <= cost[64] < 2 * cost[8]  # each rank's tokens stay the same
 
 
@@ -238,19 +238,24 @@ def test_a_calibration_is_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Whole steps of a small model; of one too large, its first layers and rows; of one far too large a share of the peak. No process
     group, number of threads or random state is left changed."""
     plan = make_plan(tmp_path)
-    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATED + 1)]
+    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATION_BATCHES + 1)]
     config, options = tiny_config(), config_from({})
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     whole = calibrate(config, options, batches, None, peak=1e11, threads=1)
     assert (
-        whole.measured and 1e6 < whole.rate < 1e13 and whole.updated > 0 and min(whole.sharding, whole.sharding_update, whole.exchange) >= 0
+        whole.measured
+        and 1e6 < whole.flops < 1e13
+        and whole.update_rate > 0
+        and min(whole.fsdp_s, whole.fsdp_update_s, whole.exchange_s) >= 0
     )
     assert not dist.is_initialized() and torch.get_num_threads() == threads and torch.equal(torch.random.get_rng_state(), state)
-    shapes = Shapes(config)
-    assert calibration._part(config, shapes, batches[0], 1e11) is not None
-    cut = calibration._part(config, shapes, batches[0], calibration._operations(config, calibration._first_rows(batches[0], 2)) * 9.8)
+    shapes = ModelShapes(config)
+    assert calibration._choose_proxy(config, shapes, batches[0], 1e11) is not None
+    cut = calibration._choose_proxy(
+        config, shapes, batches[0], calibration._operations(config, calibration._first_rows(batches[0], 2)) * 9.8
+    )
     assert cut is not None and cut[0].num_hidden_layers == 2 and cut[0].first_k_dense_replace == 1
-    monkeypatch.setattr(calibration, "_MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(calibration, "_MAX_PARAMETERS", 1000)
     assert calibrate(config, options, batches, None, 1e11, 1) == calibration.Calibration(1e10, 2e8, 0.0, 0.0, 0.0, 1, measured=False)
 
 
@@ -259,34 +264,34 @@ def test_where_the_library_lays_nothing_out_one_worker_is_measured_as_it_is(tmp_
     monkeypatch.setattr(calibration, "SUPPORTS_MANY_WORKERS", False)
     batches = [rank_batch(make_plan(tmp_path), step, 0, 1, 2, LAYOUT) for step in range(1, 3)]
     found = calibrate(tiny_config(), config_from({}), batches, None, peak=1e11, threads=1)
-    assert found.measured and found.rate > 0 and (found.sharding, found.sharding_update, found.exchange) == (0.0, 0.0, 0.0)
+    assert found.measured and found.flops > 0 and (found.fsdp_s, found.fsdp_update_s, found.exchange_s) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("updates", [[0.0] * 4, [0.0, 0.5, 0.0, 0.0]], ids=["none", "one"])
-def test_steps_without_an_update_tell_nothing_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: list[float]) -> None:
+def test_steps_without_an_update_say_nothing_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: list[float]) -> None:
     """Those that are not finite are skipped; where all are, the rate is assumed."""
     plan, config = make_plan(tmp_path), tiny_config()
-    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATED + 1)]
-    monkeypatch.setattr(calibration, "_by_turns", lambda ways, batch, first: [(0.1, [1.0, *updates][first])] * 3)
+    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATION_BATCHES + 1)]
+    monkeypatch.setattr(calibration, "_time_batch", lambda modes, batch, first: [(0.1, [1.0, *updates][first])] * 3)
     found = calibrate(config, config_from({}), batches, None, peak=1e11, threads=1)
-    assert found.measured and found.updated == (Shapes(config).count / 0.5 if any(updates) else 2e8)
+    assert found.measured and found.update_rate == (ModelShapes(config).count / 0.5 if any(updates) else 2e8)
 
 
 def test_a_calibration_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow steps are measured once after the warm-up, whatever number of batches there is."""
     plan, now, taken = make_plan(tmp_path), [0.0], []
-    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATED + 1)]
+    batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in range(1, CALIBRATION_BATCHES + 1)]
 
-    def slow(ways: Any, batch: Any, first: int) -> list[tuple[float, float]]:
+    def slow(modes: Any, batch: Any, first: int) -> list[tuple[float, float]]:
         taken.append(first)
         now[0] += 4.0
         return [(4.0, 0.5)] * 3
 
     monkeypatch.setattr(calibration, "clock", lambda: now[0])
-    monkeypatch.setattr(calibration, "_by_turns", slow)
+    monkeypatch.setattr(calibration, "_time_batch", slow)
     found = calibrate(tiny_config(), config_from({}), batches, None, peak=1e11, threads=1)
     operations = calibration._operations(tiny_config(), calibration._first_rows(batches[1], batches[1].input_ids.shape[1]))
-    assert taken == [0, 1] and found.measured and found.rate == pytest.approx(operations / 4.0)
+    assert taken == [0, 1] and found.measured and found.flops == pytest.approx(operations / 4.0)
 
 
 def test_of_many_ranks_of_gloo_a_few_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +308,7 @@ def test_gloo_is_measured_between_threads() -> None:
     links = measure_links(3)
     assert set(links.call) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"} and min(links.call.values()) > 0
     call = links.call["all-gather"]
-    assert links.seconds(Collective("all-gather", 2, 1, 4, 0.0, True)) == pytest.approx(2 * call) and not links.overlap
+    assert links.seconds(Collective("all-gather", 2, 1, 4, 0.0, True)) == pytest.approx(2 * call) and not links.overlaps
     assert measure_links(1).call == {}
 
 
@@ -312,20 +317,26 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "measure_links", lambda ranks: None)
     found = calibration.Calibration(1e10, 1e8, 0.1, 0.01, 0.2, threads=1)
     one, two, four = (found.speed(workers) for workers in (1, 2, 4))
-    assert one == two and (four.half, four.updated, four.sharding, four.sharding_update, four.exchange) == (5e9, 5e7, 0.2, 0.02, 0.4)
+    assert one == two and (four.half_flops, four.update_rate, four.fsdp_s, four.fsdp_update_s, four.exchange_s) == (
+        5e9,
+        5e7,
+        0.2,
+        0.02,
+        0.4,
+    )
 
 
-def test_the_twins_are_the_same_model(tmp_path: Path) -> None:
+def test_the_proxies_are_the_same_model(tmp_path: Path) -> None:
     """Sharded over one rank and with its experts behind the exchange it makes the same steps."""
     plan, options = make_plan(tmp_path), config_from({"learning_rate": 1e-2})
     batches = [rank_batch(plan, step, 0, 1, 2, LAYOUT) for step in (1, 2)]
     weights = []
-    with calibration._alone():
-        for way in ("plain", "sharded", "exchanged"):
+    with calibration._single_rank_group():
+        for mode in ("plain", "sharded", "exchanged"):
             torch.manual_seed(0)
-            twin = calibration.ProxyModel(tiny_config(), options, None, way)
+            proxy = calibration.ProxyModel(tiny_config(), options, None, mode)
             for batch in batches:
-                assert min(twin.seconds(batch)) > 0
-            weights.append([each.full_tensor() if isinstance(each, DTensor) else each for each in twin._state.model.parameters()])
+                assert min(proxy.seconds(batch)) > 0
+            weights.append([each.full_tensor() if isinstance(each, DTensor) else each for each in proxy._state.model.parameters()])
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0])

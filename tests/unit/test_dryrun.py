@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +26,10 @@ from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.packed import pack_rows
 from most_ray.optim.train_state import make_state
 from most_ray.planner import dry_run as dry_run_module
+from most_ray.planner import sampling
 from most_ray.planner.dry_run import dry_run
 from most_ray.planner.hardware import device_of
-from most_ray.planner.memory import Load, Moments, Shapes, checkpoint_bytes, checkpoint_files, memory_of
+from most_ray.planner.memory import ForwardPass, ModelShapes, Moments, checkpoint_bytes, checkpoint_sizes, memory_of
 from most_ray.planner.published_sizes import PUBLISHED, published_name
 from most_ray.records.template import IGNORE
 from most_ray.runs.resolve import make_stores, prepare_run
@@ -43,6 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name, make in (("asr", asr), ("tts", tts)):
         write_records(folder / name, [make(index, 5 + index % 3) for index in range(60)])
+        os.utime(folder / name / "records.jsonl", (1e9, 1e9))  # of files that have just changed the store keeps no digests
     tokenizer = dry_run_module.train_tokenizer(["some words"], 300)
     plain = type(tokenizer)(tokenizer_object=tokenizers_without_speech(tokenizer), bos_token="<s>", eos_token="</s>")
     plain.save_pretrained(folder / "plain")
@@ -71,11 +74,11 @@ def config_of(data: Path, **changes: Any) -> RunConfig:
 
 def test_weights_gradients_and_moments_by_hand() -> None:
     """Dense weights over all shards, experts over expert-parallel ranks and then over those that share them; replicas hold the same."""
-    shapes = Shapes(tiny_config())  # 3 layers, 2 with 8 experts of 2 * 16 x 32 and 32 x 16
+    shapes = ModelShapes(tiny_config())  # 3 layers, 2 with 8 experts of 2 * 16 x 32 and 32 x 16
     experts = 2 * 8 * (2 * 16 * 32 + 32 * 16)
     dense = shapes.count - experts
-    assert shapes.held(ALONE, 0) == shapes.count == sum(p.numel() for p in tiny_model().parameters())
-    load = Load(rows=2, length=64, supervised=50, half=False, on_gpu=True)
+    assert shapes.parameters_on(ALONE, 0) == shapes.count == sum(p.numel() for p in tiny_model().parameters())
+    load = ForwardPass(rows=2, length=64, supervised=50, half=False, on_gpu=True)
     alone = memory_of(shapes, ALONE, load)
     assert (alone.weights, alone.gradients, alone.moments) == (4 * shapes.count, 4 * shapes.count, 8 * shapes.count)
     assert alone.gathered == alone.copies == 0 and alone.logits == 50 * 832 * 8
@@ -91,26 +94,26 @@ def test_weights_gradients_and_moments_by_hand() -> None:
 
 def test_weights_in_half_precision_are_those_of_linear_layers_and_a_layers_experts() -> None:
     """What autocast casts: not embeddings, norms, routers, nor the head, which lowers a block at a time."""
-    shapes = Shapes(tiny_config())
+    shapes = ModelShapes(tiny_config())
     left = ("embed_tokens", "norm", ".gate.", ".experts.", "lm_head")
     names = {name: name.replace("shared_experts", "") for name in shapes.parameters}
     cast = sum(shapes.parameters[name].numel() for name, short in names.items() if not any(part in short for part in left))
-    memory = memory_of(shapes, ALONE, Load(1, 64, 10, half=True, on_gpu=True))
+    memory = memory_of(shapes, ALONE, ForwardPass(1, 64, 10, half=True, on_gpu=True))
     assert memory.copies == 2 * (cast + 8 * 3 * 16 * 32) and memory.logits == 10 * 832 * 12
-    assert memory_of(shapes, Topology(1, 4, 4), Load(1, 64, 10, half=True, on_gpu=True)).copies == 2 * (cast + 2 * 3 * 16 * 32)
+    assert memory_of(shapes, Topology(1, 4, 4), ForwardPass(1, 64, 10, half=True, on_gpu=True)).copies == 2 * (cast + 2 * 3 * 16 * 32)
 
 
 def test_logits_do_not_grow_with_the_vocabulary() -> None:
     """Beyond what the head computes at once."""
-    load = Load(1, 4096, 4096, half=True, on_gpu=True)
-    small, large = (memory_of(Shapes(tiny_config(vocab_size=size)), ALONE, load).logits for size in (8192, 102_400))
+    load = ForwardPass(1, 4096, 4096, half=True, on_gpu=True)
+    small, large = (memory_of(ModelShapes(tiny_config(vocab_size=size)), ALONE, load).logits for size in (8192, 102_400))
     assert large == small == 8 * (1 << 23)
 
 
 @pytest.mark.parametrize("topology", [Topology(1, 5, 1), Topology(1, 8, 4), Topology(2, 6, 2), Topology(1, 16, 8)])
 def test_ranks_hold_every_row_once(topology: Topology) -> None:
     """As torch cuts them, also where they do not divide; the first rank never holds less than another."""
-    shapes = Shapes(tiny_config(n_routed_experts=8))
+    shapes = ModelShapes(tiny_config(n_routed_experts=8))
     for name, shape in shapes.parameters.items():
         held = [shapes.rows(name, topology, rank) for rank in range(topology.fsdp)]
         assert sorted(row for rows in held for row in rows) == list(range(shape[0]))
@@ -129,8 +132,8 @@ def test_ranks_hold_every_row_once(topology: Topology) -> None:
 def test_activations_are_what_autograd_keeps(changes: dict[str, Any], half: bool) -> None:
     """Within a fiftieth, on a CPU; with selective recomputation, of what it saves too."""
     config = tiny_config(**changes)
-    load = Load(*ROWS, 0, half, on_gpu=False)
-    memory = memory_of(Shapes(config), ALONE, load)
+    load = ForwardPass(*ROWS, 0, half, on_gpu=False)
+    memory = memory_of(ModelShapes(config), ALONE, load)
     none, selective = (bytes_kept(config, half, kind) for kind in ("none", "selective"))
     assert memory.activations == pytest.approx(none, rel=0.02)
     saved = none - selective
@@ -183,7 +186,7 @@ def bytes_kept(config: MostConfig, half: bool, recompute: Literal["none", "selec
 def test_published_sizes(name: str, parameters: int) -> None:
     """The papers' 15.7 and 236 billion parameters, of which a token activates 2.4 and 21 (arXiv 2405.04434, sections 2 and B)."""
     config = MostConfig(**PUBLISHED[name])
-    assert Shapes(config).count == parameters
+    assert ModelShapes(config).count == parameters
     flops = model_flops(config)
     assert (flops.per_token + flops.per_target) / 2e9 == pytest.approx({27: 2.4, 60: 21}[config.num_hidden_layers], rel=0.03)
     assert published_name(name) == name
@@ -205,17 +208,17 @@ def test_checkpoint_bytes_are_those_of_a_checkpoint(tmp_path: Path, changes: dic
     writer.close()
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "step-000000001").iterdir()}
     found = checkpoint_bytes(model.config, ALONE, moments)
-    assert found == sizes["rank-00000.safetensors"] == checkpoint_files(Shapes(model.config), ALONE, moments)[0]
+    assert found == sizes["rank-00000.safetensors"] == checkpoint_sizes(ModelShapes(model.config), ALONE, moments)[0]
     assert found == pytest.approx(sum(sizes.values()), rel=0.02)
 
 
 @pytest.mark.parametrize("moments", ["float32", "int8"])
 def test_checkpoints_are_as_large_on_any_layout(moments: Moments) -> None:
     """But for headers: a rank of four writes a fourth; another replica next to nothing."""
-    shapes = Shapes(tiny_config(hidden_size=512, intermediate_size=2048, moe_intermediate_size=512))
-    _, alone = checkpoint_files(shapes, ALONE, moments)
+    shapes = ModelShapes(tiny_config(hidden_size=512, intermediate_size=2048, moe_intermediate_size=512))
+    _, alone = checkpoint_sizes(shapes, ALONE, moments)
     for topology in (Topology(1, 4, 1), Topology(1, 4, 2), Topology(2, 4, 4)):
-        first, total = checkpoint_files(shapes, topology, moments)
+        first, total = checkpoint_sizes(shapes, topology, moments)
         assert total == pytest.approx(alone, rel=0.01) and 4 * first == pytest.approx(total, rel=0.01)
 
 
@@ -229,17 +232,19 @@ def test_a_dry_run_is_the_run(data: Path) -> None:
     assert not (data / "runs").exists() and not run.about_records and not run.about_tokens and not run.notes
     prepared = prepare_run(config)
     mix = prepared.plan.mix(prepared.job.total_steps)
-    assert run.total_steps == prepared.job.total_steps and run.topology == prepared.job.topology
+    assert run.total_steps == prepared.job.total_steps and run.layout.topology == prepared.job.topology
     assert [(s.name, s.records, s.share) for s in run.sources] == [(name, 60, part["target"]) for name, part in mix.items()]
     steps = [prepared.plan.step(k) for k in range(1, run.total_steps + 1)]
     assert run.tokens == sum(step.n_tokens for step in steps) / len(steps)
     assert run.supervised == sum(sum(step.n_supervised) for step in steps) / len(steps)
     assert run.packs == sum(len(step.packs) for step in steps) / len(steps)
-    model_config = Shapes(MostConfig.from_pretrained(prepared.job.model_path))
-    assert (run.checkpoint_bytes_per_rank, run.checkpoint_bytes) == checkpoint_files(model_config, run.topology, "float32")
-    assert run.first_checkpoint == run.total_steps and run.kept_bytes == 2 * run.checkpoint_bytes
-    assert run.seconds_to_end == pytest.approx(run.total_steps * run.seconds_per_step) == run.seconds_to_first_checkpoint
-    assert run.topology in [choice.topology for choice in run.choices]
+    model_config = ModelShapes(MostConfig.from_pretrained(prepared.job.model_path))
+    assert (run.layout.checkpoint_bytes_per_rank, run.layout.checkpoint_bytes) == checkpoint_sizes(
+        model_config, run.layout.topology, "float32"
+    )
+    assert run.first_checkpoint == run.total_steps and run.kept_bytes == 2 * run.layout.checkpoint_bytes
+    assert run.seconds_to_end == pytest.approx(run.total_steps * run.layout.cost.seconds) == run.seconds_to_first_checkpoint
+    assert run.layout.topology in [choice.topology for choice in run.choices]
 
 
 def test_time_by_hand(data: Path) -> None:
@@ -252,7 +257,7 @@ def test_time_by_hand(data: Path) -> None:
         layout = run.layouts[0]
         kept = layout.memory.activations * run.tokens / (layout.rows * 128)
         seconds = 2 * products + 4 * kept / memory + 32 * run.parameters / memory
-        assert run.seconds_per_step == pytest.approx(seconds) and not layout.cost.sent and layout.cost.communication == 0
+        assert run.layout.cost.seconds == pytest.approx(seconds) and not layout.cost.sent and layout.cost.communication == 0
     assert half.device.memory == 79 << 30
 
 
@@ -265,7 +270,7 @@ def test_an_elastic_run_has_two_layouts(data: Path) -> None:
 def test_large_data_are_sampled(data: Path, monkeypatch: pytest.MonkeyPatch, digits: Path) -> None:
     """By the first records of each directory; token stores that are there are used as they are."""
     monkeypatch.setattr(dry_run_module, "SMALL_BYTES", 0)
-    monkeypatch.setattr(dry_run_module, "SAMPLE_RECORDS", 200)
+    monkeypatch.setattr(sampling, "SAMPLE_RECORDS", 200)
     config = config_of(data, train_asr_dirs=[str(digits / "test_speaker")], name="large", output_dir=str(data / "large"), max_steps=20)
     run = dry_run(config, "H100")
     assert run.about_records and run.about_tokens and any("about" in note for note in run.notes)
@@ -281,7 +286,7 @@ def test_large_data_are_sampled(data: Path, monkeypatch: pytest.MonkeyPatch, dig
 
 @pytest.mark.parametrize("name", ["deepseek-ai/DeepSeek-V2-Lite", "somewhere/most-v2-lite"])
 def test_a_model_that_is_not_here_has_its_published_sizes(data: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """And nobody asks the network for it."""
+    """And the network is not used for it."""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for call in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, call, lambda *_: pytest.fail("the network was asked"))
@@ -289,11 +294,11 @@ def test_a_model_that_is_not_here_has_its_published_sizes(data: Path, monkeypatc
     run = dry_run(config_of(data, model_name_or_path=name, num_workers=8, ep_size=8, use_gpu=True, bf16=True, max_steps=5))
     assert run.parameters == 15_706_484_224 and run.about_tokens and not run.about_records
     assert any("init-model --from_deepseek deepseek-ai/DeepSeek-V2-Lite" in note for note in run.notes)
-    assert run.checkpoint_bytes == pytest.approx(12 * run.parameters, rel=1e-3)
+    assert run.layout.checkpoint_bytes == pytest.approx(12 * run.parameters, rel=1e-3)
 
 
 def test_deepseek_without_speech_is_refused_by_name(data: Path, tmp_path: Path) -> None:
-    """In a run and in a dry run, with the command that mends it."""
+    """In a run and in a dry run, with the command that fixes it."""
     config = config_of(data, model_name_or_path=str(data / "plain"), output_dir=str(tmp_path))
     for attempt in (prepare_run, dry_run):
         with pytest.raises(CheckpointError, match=f"most-ray init-model --from_deepseek {data}/plain --output"):
@@ -307,14 +312,22 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a name, else its beginning; for a run on GPUs where there is none, an H100; else this machine's CPU, with nothing left changed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = [device_of(asked, True, torch.bfloat16, 8, 1) for asked in ("", "H100", "h100 sxm")]
-    assert {device.name for device in found} == {"H100 SXM"} and found[0].half == 989.4e12
-    assert found[0].full == pytest.approx(66.9e12) and device_of("V100", False, torch.bfloat16, 1, 1).half == pytest.approx(15.7e12)
+    assert {device.name for device in found} == {"H100 SXM"} and found[0].half_flops == 989.4e12
+    assert found[0].full_flops == pytest.approx(66.9e12) and device_of("V100", False, torch.bfloat16, 1, 1).half_flops == pytest.approx(
+        15.7e12
+    )
     names = {asked: device_of(asked, True, torch.bfloat16, 1, 1).name for asked in ("A10", "l4", "A100", "H200", "h100 pcie", "V100")}
     assert list(names.values()) == ["A10", "L4", "A100 80GB", "H200", "H100 PCIe", "V100 32GB"]
     threads = torch.get_num_threads()
     cpu = device_of("", False, None, 2, 1)
-    assert not cpu.is_gpu and cpu.speed is None and cpu.memory and 1e8 < cpu.full == cpu.half and torch.get_num_threads() == threads
-    with pytest.raises(ConfigError, match="dry_run = 'H1000': is no device that is known"):
+    assert (
+        not cpu.is_gpu
+        and cpu.speed is None
+        and cpu.memory
+        and 1e8 < cpu.full_flops == cpu.half_flops
+        and torch.get_num_threads() == threads
+    )
+    with pytest.raises(ConfigError, match="dry_run = 'H1000': is not a known device"):
         device_of("H1000", True, None, 1, 1)
 
 
@@ -332,12 +345,12 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--keep_best", "1", "--eval_steps", "5", "--best_metric", "wer/other"], "is measured on no validation set"),
         (["--model_name_or_path", "./nowhere"], "neither a folder nor in this machine's cache"),
         (["--model_name_or_path", "nobody/nothing"], "neither a folder nor in this machine's cache"),
-        (["--max_seq_length", "25"], "Mend the records or raise max_rejected_fraction."),
+        (["--max_seq_length", "25"], "Fix the records or raise max_rejected_fraction."),
         (["--asr_tts_mix_ratio", "1"], "gives no share to train_tts_dirs"),
         (["--epochs_of", "other"], "is no training source"),
         (["--resume_from_checkpoint", "/nowhere"], "missing or was never completed"),
         (["--output_dir", "gopher://bucket/x"], "unknown scheme"),
-        (["--dry_run", "Cray"], "is no device that is known"),
+        (["--dry_run", "Cray"], "is not a known device"),
         (["--from_audio", "nowhere"], "does not go with from_audio"),
     ],
 )
@@ -353,7 +366,7 @@ def test_mistakes_end_in_one_line(data: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_gpus_need_not_be_here(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that asks for them is reckoned with one; what does not fit says what to change."""
+    """A run that requests them is estimated for one; what does not fit says what to change."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = ["--train_asr_dirs", str(data / "asr"), "--output_dir", str(data / "runs"), "--max_seq_length", "2048"]
     words += ["--model_name_or_path", "deepseek-ai/DeepSeek-V2-Lite", "--num_workers", "4", "--ep_size", "4", "--use_gpu", "--bf16"]

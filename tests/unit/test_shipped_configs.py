@@ -74,11 +74,11 @@ def test_a_shipped_configuration_can_start(checkout: Path, name: str) -> None:
     found = {source.name: source.share for source in run.sources}
     for key, share in MIXES.get(name, {}).items():
         assert sum(value for source, value in found.items() if source.startswith(key)) == pytest.approx(share, abs=2e-9), (key, found)
-    topology = run.topology
+    topology = run.layout.topology
     assert (topology.dp_replicate, topology.fsdp, topology.ep) == GPUS.get(name, (1, 2, 2) if name == "small-cpu" else (1, 1, 1))
     if name in GPUS:
         assert run.config.use_gpu and run.config.bf16 and run.device.name == "H100 SXM" and run.parameters == 15_706_484_224
-        assert run.device.memory and run.memory.total("full") < 0.9 * run.device.memory
+        assert run.device.memory and run.layout.memory.total("full") < 0.9 * run.device.memory
     else:
         assert not run.notes and run.parameters < 2_000_000
 
