@@ -36,12 +36,8 @@ _FEWEST_STEPS, _MOST_STEPS = 300, 5000  # of a run: up to some hours on a small 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from recordings")
-    group.add_argument(
-        "--from_audio",
-        type=to_read(Path),
-        metavar="DIR",
-        help="recordings with transcripts: makes units, records, and trains on both tasks",
-    )
+    text = "recordings with transcripts: makes units and records of them, and trains on both tasks"
+    group.add_argument("--from_audio", type=to_read(Path), metavar="DIR", help=text)
     group.add_argument("--corpus", choices=LAYOUTS, help="layout of from_audio (default: recognised by its files)")
     group.add_argument("--features", help="from which its units are made; see `most-ray prepare units --help` (default: mfcc)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,7 @@ def add(commands: Any) -> None:
     _corpus_flags(units)
     units.add_argument("--output", type=to_write(Path), required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
     units.add_argument("--kmeans", type=to_read(Path), help="centroids (.npy or .safetensors) to use")
-    units.add_argument(
-        "--fit_kmeans", metavar="K", help="fit K centroids to the selected recordings instead (auto: as many as they support)"
-    )
+    units.add_argument("--fit_kmeans", metavar="K", help="fit K centroids to the recordings instead (auto: as many as they support)")
     _fit_flags(units)
     units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
     units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
@@ -44,9 +43,7 @@ def add(commands: Any) -> None:
 
     kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings")
     _corpus_flags(kmeans)
-    kmeans.add_argument(
-        "--output", type=to_write(Path), required=True, help="a .npy file, or .safetensors, which also records what it was fitted on"
-    )
+    kmeans.add_argument("--output", type=to_write(Path), required=True, help=".npy or .safetensors, which also says what it was fitted on")
     kmeans.add_argument("--k", default="auto", help="centroids, at most 500 (default: auto, as many as the recordings support)")
     _fit_flags(kmeans)
 
@@ -76,9 +73,7 @@ def add(commands: Any) -> None:
 def _corpus_flags(parser: Parser, features: bool = True) -> None:
     parser.add_argument("--corpus", choices=LAYOUTS, default="folder", help="layout of the input (default: folder)")
     parser.add_argument("--input", type=to_read(Path), required=True, help="the corpus' folder")
-    parser.add_argument(
-        "--splits", nargs="+", default=[], help="splits of a published corpus to read (default: all; Common Voice: validated)"
-    )
+    parser.add_argument("--splits", nargs="+", default=[], help="splits of a published corpus (default: all; Common Voice: validated)")
     parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)")
     parser.add_argument("--name", help="data set name, the start of each id (default: the corpus' or the input folder's)")
     parser.add_argument(
@@ -90,16 +85,10 @@ def _corpus_flags(parser: Parser, features: bool = True) -> None:
         parser.add_argument(
             "--features", default="mfcc", help="mfcc, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
         )
-        parser.add_argument(
-            "--num_actors",
-            type=int,
-            help="processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)",
-        )
-        parser.add_argument(
-            "--gpus_per_actor",
-            type=float,
-            help="GPUs of each process; 0.5 lets two share one (default: 1 for encoders where there are GPUs)",
-        )
+        text = "processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)"
+        parser.add_argument("--num_actors", type=int, help=text)
+        text = "GPUs of each process; 0.5 lets two share one (default: 1 for encoders where there are GPUs)"
+        parser.add_argument("--gpus_per_actor", type=float, help=text)
         parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else Ray is started on this machine)")
 
 
@@ -126,6 +115,10 @@ def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
         seed=args.seed,
         **more,
     )
+
+
+def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    return tracked(items, what, total, Console())
 
 
 def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
@@ -173,8 +166,7 @@ def _units(args: argparse.Namespace) -> int:
     fit = _how_many("fit_kmeans", args.fit_kmeans)
     more = {"kmeans": args.kmeans, "fit_kmeans": fit, "perturb": perturb, "keep_repeats": args.keep_repeats, "form": args.form}
     job = _job(args, output=args.output, **more)
-    console = Console()
-    counts = prepare_units(job, lambda items, what, n: tracked(items, what, n, console), _runner(args, job))
+    counts = prepare_units(job, _progress, _runner(args, job))
     unchanged = ": nothing has changed" if counts.get("unchanged") else ""
     of = f" of {counts['speakers']} speakers" if counts["speakers"] else ""
     print(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
@@ -188,8 +180,7 @@ def _kmeans(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
-    console = Console()
-    found = prepare_kmeans(job, args.output, lambda items, what, n: tracked(items, what, n, console), _runner(args, job))
+    found = prepare_kmeans(job, args.output, _progress, _runner(args, job))
     print(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
     return 0
 
@@ -201,14 +192,13 @@ def _vocoder(args: argparse.Namespace) -> int:
 
     if not args.seconds > 0:
         raise ConfigError("seconds", args.seconds, "must be above 0.")
-    console = Console()
     found = prepare_vocoder(
         CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits)),
         args.records,
         [parse_condition(text) for text in args.where],
         args.speaker_column,
         VocoderSettings(seed=args.seed, max_seconds=args.seconds),
-        lambda items, what, n: tracked(items, what, n, console),
+        _progress,
         args.max_seconds,
         args.encoder,
     )

@@ -48,15 +48,11 @@ def add(commands: Any) -> None:
     what = speak.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="text to speak")
     what.add_argument("--units", help="units to convert to speech without a model, as [Hu7][Hu90]")
-    what.add_argument(
-        "--records",
-        type=to_read(str),
-        help="directory of ASR or TTS records to convert to speech, each to a file in the folder OUTPUT",
-    )
+    text = "directory of ASR or TTS records to convert to speech, each to a file in the folder OUTPUT"
+    what.add_argument("--records", type=to_read(str), help=text)
     _model_flags(speak, optional=True)
-    speak.add_argument(
-        "--vocoder", type=to_read(str), help="a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)"
-    )
+    text = "a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)"
+    speak.add_argument("--vocoder", type=to_read(str), help=text)
     speak.add_argument("--limit", type=int, help="with records: the number of records, at most")
     speak.add_argument("--output", type=to_write(Path), required=True, help="WAV or FLAC file (with records: a folder)")
 
