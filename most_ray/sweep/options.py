@@ -126,20 +126,21 @@ def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
 
 
 def _objectives(options: SweepOptions, run: RunConfig) -> tuple[Objective, ...]:
+    """The metrics that are optimised. Raises ConfigError for one that is not measured."""
     known = known_metrics(run)
     if not options.objectives:
         return (Objective(next((name for name in known if name.startswith("wer/")), "loss")),)
     objectives = tuple(Objective.parse(text) for text in options.objectives)
     for objective in objectives:
         if objective.metric not in known:
-            raise ConfigError("objectives", objective.metric, "is measured of no trial.", nearest(objective.metric, known))
+            raise ConfigError("objectives", objective.metric, "is not measured for trials.", nearest(objective.metric, known))
     if len({objective.metric for objective in objectives}) < len(objectives):
-        raise ConfigError("objectives", options.objectives, "names a figure twice.")
+        raise ConfigError("objectives", options.objectives, "names a metric twice.")
     return objectives
 
 
 def known_metrics(run: RunConfig) -> list[str]:
-    """What `ledger.metrics_of` gives of a run's evaluations, in the order of its validation sets."""
+    """Names of the metrics that `ledger.metrics_of` finds in a run's evaluations, in the order of its validation sets."""
     named = [(task, directory) for task in TASKS for directory in run.directories("val", task)]
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])
     kinds = {"asr": ("wer", "cer"), "tts": ("cycle_wer", "unit_error_rate", "outside_wer"), "text": ()}
@@ -159,7 +160,7 @@ def _check(sweep: Sweep) -> None:
     if run.num_workers and len(set(run.num_workers)) > 1:
         raise ConfigError("num_workers", run.num_workers, "must be one number: trials share the cluster out evenly.", "Give one.")
     if run.resume_from_checkpoint and options.scheduler == "pbt":
-        rule = "goes with no population based training: there, trials go on from each other's checkpoints."
+        rule = "excludes population based training, in which trials continue from each other's checkpoints."
         raise ConfigError("resume_from_checkpoint", run.resume_from_checkpoint, rule, "Export it and name that folder: model_name_or_path.")
     if options.scheduler != "none" and run.eval_steps is None:
         raise ConfigError("eval_steps", None, f"is needed: {options.scheduler} compares trials at their evaluations.", "Give it.")
@@ -168,21 +169,21 @@ def _check(sweep: Sweep) -> None:
         raise ConfigError("trace_records", run.trace_records, rule, "Trace the winner: give it to the command that trains it.")
     trained = [objective.metric for objective in sweep.objectives if objective.metric.startswith("train/")]
     if trained and run.eval_steps and run.eval_steps % run.logging_steps:
-        rule = f"is compared every {run.eval_steps} steps, and written down every {run.logging_steps}."
+        rule = f"is compared every {run.eval_steps} steps, and logged every {run.logging_steps}."
         raise ConfigError("objectives", trained[0], rule, "Let eval_steps be a multiple of logging_steps.")
     _check_ends(sweep)
     endless = [d.name for d in sweep.space.dimensions if d.listed is None]
     if options.search == "grid" and endless:
         raise ConfigError(
-            f"space.{endless[0]}", None, "has no end of values, so it makes no grid.", "Use `grid: [...]`, or search: random."
+            f"space.{endless[0]}", None, "has infinitely many values, so it makes no grid.", "Use `grid: [...]`, or search: random."
         )
     if options.search == "tpe" and (gridded := [d.name for d in sweep.space.dimensions if d.kind == "grid"]):
-        raise ConfigError(f"space.{gridded[0]}", None, "is a grid, which tpe does not go through.", "Use `choice`.")
+        raise ConfigError(f"space.{gridded[0]}", None, "is a grid, and tpe searches none.", "Use `choice`.")
     _check_scheduler(sweep)
 
 
 def _check_ends(sweep: Sweep) -> None:
-    """Raises ConfigError where an end of a range is no value that a run takes: of such a range many trials would fail."""
+    """Raises ConfigError where an end of a range is not a valid value of its key: many trials of such a range would fail."""
     for dimension in sweep.space.dimensions:
         if dimension.values or dimension.name in ROUTING or "[" in dimension.name:
             continue
@@ -196,17 +197,18 @@ def _check_ends(sweep: Sweep) -> None:
 
 
 def _check_scheduler(sweep: Sweep) -> None:
+    """Raises ConfigError where population based training cannot be done with the other options."""
     options, run = sweep.options, sweep.run
     if options.scheduler == "pbt":
         if options.search == "tpe":
-            raise ConfigError("search", "tpe", "goes with no population based training, which makes settings anew itself.", "Use random.")
+            raise ConfigError("search", "tpe", "excludes population based training, which changes settings itself.", "Use random.")
         if not mutable(sweep.space):
             rule = "holds nothing that can change during training: learning rate, mix, weights of losses and sources, in a range."
             raise ConfigError("space", None, rule, "Add `learning_rate: {loguniform: [...]}`, or use scheduler: asha.")
         if sweep.perturb_steps % (run.eval_steps or 1):
             raise ConfigError("perturb_steps", sweep.perturb_steps, f"is no multiple of eval_steps ({run.eval_steps}).")
         if len(sweep.objectives) > 1:
-            raise ConfigError("objectives", options.objectives, "are several, and population based training follows one.", "Give one.")
+            raise ConfigError("objectives", options.objectives, "are several, and population based training optimises one.", "Give one.")
 
 
 def mutable(space: Space) -> list[str]:

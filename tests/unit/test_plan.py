@@ -94,6 +94,7 @@ def test_forward_passes_are_few_and_full(packs: int, world: int, rows: int, expe
 
 def test_a_changed_ingredient_is_named(plan: Plan, tmp_path: Path) -> None:
     ingredients = plan.ingredients
+    assert (plan.spec.weight_unit, ingredients["weight_unit"]) == ("records", "rows"), "checkpoints of all versions have the same word"
     check_cursor(plan, plan.cursor(7), ingredients)
     other = Plan(replace(plan.spec, seed=1, global_batch_size=8))
     with pytest.raises(CheckpointError, match="global_batch_size, seed"):

@@ -154,6 +154,10 @@ def test_what_a_run_writes_and_reads(tmp_path: Path) -> None:
     config = config_from({"output_dir": str(tmp_path), "name": "r", "train_asr_dirs": ["a"], "val_tts_dirs": ["s3://b/c"]})
     assert written_uris(config) == (("output_dir", str(tmp_path / "r")), ("output_dir", str(tmp_path / "store")))
     assert read_uris(config) == (("train_asr_dirs", str(Path("a").absolute())), ("val_tts_dirs", "s3://b/c"))
+    (tmp_path / "asr").mkdir()
+    names = {"model_name_or_path": "tiny", "recogniser": "openai/whisper-tiny", "vocoder": str(tmp_path / "asr")}
+    assert read_uris(config_from(names)) == (("vocoder", str(tmp_path / "asr")),)  # the others are no folders here, but names
+    assert read_uris(config_from({"resume_from_checkpoint": "c"})) == (("resume_from_checkpoint", str(Path("c").absolute())),)
 
 
 def test_room_for_the_checkpoints_that_lie_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

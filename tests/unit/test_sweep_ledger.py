@@ -65,6 +65,14 @@ def test_a_trial_is_put_together_from_its_lines() -> None:
     assert found.sweep == sweep(1)
 
 
+def test_a_trial_of_an_earlier_version_has_todays_words() -> None:
+    """A search compares its values with the space's, which is read in today's words."""
+    line = began(1, values={"weight_unit": "rows", "audio_experts": 2}, settings={"weight_unit": "rows", "name": "rows"})
+    trial = fold([line]).trials[1]
+    assert trial.values == {"weight_unit": "records", "audio_experts": 2}
+    assert trial.settings == {"weight_unit": "records", "name": "rows"}
+
+
 def test_a_metric_is_that_of_the_last_result() -> None:
     """One that had a value once and has none at the end, as a loss that is not finite, has none."""
     lines = [began(1), told(1, 4, metrics={"a": 1, "b": 2}), told(1, 8, metrics={"a": 3})]

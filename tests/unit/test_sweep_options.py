@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 
 from most_ray.config import RunConfig, config_from
 from most_ray.errors import ConfigError
-from most_ray.sweep.ledger import Objective
+from most_ray.sweep.ledger import Ledger, Objective
 from most_ray.sweep.options import Sweep, SweepOptions, add_flags, flag_values, known_metrics, load_sweep, mutable
 from most_ray.sweep.space import parse_space
 from most_ray.sweep.trials import Setting, Start, start_keys
@@ -84,11 +85,11 @@ def test_values_are_those_that_were_given_as_their_types(tmp_path: Path) -> None
         ({"spaces": {}}, "spaces: is no known flag or configuration key. Did you mean 'space'?"),
         ({"search": "randm"}, "search = 'randm': is not one of its choices. Did you mean 'random'?"),
         ({"max_trials": "many"}, "max_trials = 'many': is not a whole number."),
-        ({"objectives": ["wer/take"]}, "objectives = 'wer/take': is measured of no trial. Did you mean 'wer/takes'?"),
-        ({"objectives": ["max:los"]}, "objectives = 'los': is measured of no trial. Did you mean 'loss'?"),
-        ({"objectives": ["mx:loss"]}, "objectives = 'mx:loss': is measured of no trial. Did you mean 'loss'?"),
-        ({"objectives": ["outside_wer/takes"]}, "objectives = 'outside_wer/takes': is measured of no trial."),
-        ({"objectives": ["loss", "max:loss"]}, "objectives = ('loss', 'max:loss'): names a figure twice."),
+        ({"objectives": ["wer/take"]}, "objectives = 'wer/take': is not measured for trials. Did you mean 'wer/takes'?"),
+        ({"objectives": ["max:los"]}, "objectives = 'los': is not measured for trials. Did you mean 'loss'?"),
+        ({"objectives": ["mx:loss"]}, "objectives = 'mx:loss': is not measured for trials. Did you mean 'loss'?"),
+        ({"objectives": ["outside_wer/takes"]}, "objectives = 'outside_wer/takes': is not measured for trials."),
+        ({"objectives": ["loss", "max:loss"]}, "objectives = ('loss', 'max:loss'): names a metric twice."),
         ({"val_asr_dirs": [], "val_tts_dirs": [], "val_text_dirs": []}, "val_asr_dirs = (): names no validation set"),
         ({"max_trials": 0}, "max_trials = 0: must be at least 1."),
         ({"max_concurrent_trials": 0}, "max_concurrent_trials = 0: must be at least 1."),
@@ -98,12 +99,12 @@ def test_values_are_those_that_were_given_as_their_types(tmp_path: Path) -> None
         ({"search_seed": -1}, "search_seed = -1: must not be negative."),
         ({"reduction_factor": 1}, "reduction_factor = 1.0: must be above 1."),
         ({"num_workers": "1,2"}, "num_workers = (1, 2): must be one number"),
-        ({"scheduler": "pbt", "resume_from_checkpoint": "x"}, "resume_from_checkpoint = 'x': goes with no population based training"),
+        ({"scheduler": "pbt", "resume_from_checkpoint": "x"}, "resume_from_checkpoint = 'x': excludes population based training"),
         ({"scheduler": "asha", "eval_steps": None}, "eval_steps: is needed: asha compares trials at their evaluations."),
         ({"scheduler": "pbt", "eval_steps": None}, "eval_steps: is needed: pbt compares"),
-        ({"search": "grid"}, "space.learning_rate: has no end of values, so it makes no grid."),
-        ({"search": "tpe", "space": {"seed": {"grid": [1, 2]}}}, "space.seed: is a grid, which tpe does not go through."),
-        ({"scheduler": "pbt", "search": "tpe"}, "search = 'tpe': goes with no population based training"),
+        ({"search": "grid"}, "space.learning_rate: has infinitely many values, so it makes no grid."),
+        ({"search": "tpe", "space": {"seed": {"grid": [1, 2]}}}, "space.seed: is a grid, and tpe searches none."),
+        ({"scheduler": "pbt", "search": "tpe"}, "search = 'tpe': excludes population based training"),
         ({"scheduler": "pbt", "space": {"seed": [1, 2], "adam_beta1": {"uniform": [0.8, 0.9]}}}, "space: holds nothing that can change"),
         ({"scheduler": "pbt", "perturb_steps": 6}, "perturb_steps = 6: is no multiple of eval_steps (4)."),
         ({"scheduler": "pbt", "objectives": ["loss", "wer"]}, "objectives = ('loss', 'wer'): are several"),
@@ -254,3 +255,19 @@ def test_flags_of_the_command_line(tmp_path: Path) -> None:
 
 def test_no_key_is_the_sweeps_and_the_runs() -> None:
     assert not {f.name for f in fields(SweepOptions)} & {f.name for f in fields(RunConfig)}
+
+
+def test_a_sweep_of_an_earlier_version_is_the_same_sweep(tmp_path: Path) -> None:
+    """What the ledger has kept is compared in today's words; keys that change no trial may differ."""
+    from most_ray.service.tune.runner import _check_unchanged, _fixed
+
+    sweep = sweep_of(tmp_path)
+    fixed = _fixed(sweep)
+    assert fixed["weight_unit"] == "records" and not {"output_dir", "max_trials", "keep_last", "wandb_tags"} & {*fixed}
+    for changes, message in (({"weight_unit": "rows"}, None), ({"weight_unit": "tokens"}, "weight_unit"), ({"seed": 3}, "seed")):
+        file: Any = SimpleNamespace(ledger=Ledger(sweep={"fixed": {**fixed, **changes}}))
+        if message is None:
+            _check_unchanged(sweep, file)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                _check_unchanged(sweep, file)
