@@ -21,15 +21,15 @@ import yaml
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
 
-_SHAPES = (types.UnionType, typing.Union)  # of `X | None`; the latter where a Literal is part of it
+_UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option takes; in a list, each of its elements."""
+    """The numbers that an option may have; for a list, the numbers that its elements may have."""
 
-    rule: str  # ends the sentence of an error: "must be at least 1."
+    rule: str  # for errors: "must be at least 1."
     words: str  # for the reference: "at least 1"
     holds: Callable[[float], bool]  # whether a number is in the range
 
@@ -44,17 +44,17 @@ BELOW_1 = Range("must be in 0..1, without the 1.", "0 to 1, without the 1", lamb
 
 @dataclass(frozen=True)
 class Location:
-    """What the path or URI in an option is for. All of them can hold credentials, so all are redacted wherever they are written down."""
+    """What the path or URI in an option is used for. Any of them can hold credentials, so that it is redacted wherever it is stored."""
 
     access: Literal["read", "write"]
     words: str  # for the reference
-    names: bool = False  # a value that is no path of anything may be a name: on a hub, or of a preset
-    required: bool = False  # must exist before a run starts
-    by_workers: bool = False  # opened by processes with another working directory under the name that stands in the configuration
+    may_be_name: bool = False  # a value that is not the path of anything is a name on a hub, or of a preset
+    must_exist: bool = False  # before a run starts
+    by_workers: bool = False  # opened by training workers, whose working directory is another one
 
 
-RECORDS = Location("read", "directories or URIs that exist", required=True)
-MODEL = Location("read", "path, URI or name on a hub", names=True)
+RECORDS = Location("read", "directories or URIs that exist", must_exist=True)
+MODEL = Location("read", "path, URI or name on a hub", may_be_name=True)
 CHECKPOINT = Location("read", "path or URI", by_workers=True)
 CONFIGURATION = Location("read", "path or URI")
 FOLDER = Location("write", "path or URI")
@@ -82,14 +82,15 @@ def option(
     """A field of a section.
 
     Args:
-        default: the default, None where it depends on something else.
-        help_text: one line; where the default is None, it says at its end what holds then: "(default: the model's)".
-        range: the numbers that it takes.
-        location: the value is a path or a URI, and what for.
-        sweep: whether trials of a sweep may differ in it.
-        inert: no trial's result depends on it, so that it may differ between two starts of the same sweep.
-        length: it says how long a run is or how often it evaluates: a sweep's trials are often shorter than the run they are for.
-        old_words: choices of earlier versions that are still read, and today's words for them.
+        default: the default; None where it depends on something else.
+        help_text: one line. Where the default is None, it ends with what is used then, as "(default: the model's)".
+        range: the numbers that the option may have. Every number has a range.
+        location: what the path or URI is used for. Every path and URI has a location.
+        sweep: whether trials of a sweep may differ in the option.
+        inert: whether no trial's result depends on the option, so that it may differ between two starts of the same sweep.
+        length: whether the option says how long a run is or how often it saves and evaluates. In these, a sweep's trials often differ from
+            the run that they search settings for.
+        old_words: choices of earlier versions, which are still read, and today's words for them.
     """
     stated = {"range": range, "location": location, "sweep": sweep, "inert": inert, "length": length, "old_words": old_words or {}}
     return field(default=default, metadata={"help": help_text, **stated})
@@ -97,13 +98,13 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """One option as its declaration says; see `option` for what is not described here."""
+    """An option, from its declaration. See `option` for the fields without a comment."""
 
     name: str
-    type: type  # bool, int, float or str; of a list, its elements'
-    optional: bool  # None is a value
-    many: bool  # a list
-    choices: tuple[str, ...]  # all values of an option that has choices, else none
+    type: type  # bool, int, float or str; of a list, the type of its elements
+    optional: bool  # may be None
+    many: bool  # is a list
+    choices: tuple[str, ...]  # the values that it may have; empty where it has no choices
     default: Any
     help: str
     range: Range | None
@@ -114,10 +115,10 @@ class Option:
     old_words: Mapping[str, str]
 
     def parse(self, value: Any) -> Any:
-        """A YAML value or a flag's text as the option's type.
+        """Convert a YAML value or a flag's text to the option's type.
 
         Raises:
-            ConfigError: it is of another type, or none of the choices.
+            ConfigError: the value is of another type, or is none of the choices.
         """
         if value is None or (self.optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
             if self.optional:
@@ -135,15 +136,15 @@ class Option:
 
     def check(self, value: Any) -> None:
         """Raises ConfigError where a parsed value is outside of the option's range."""
-        if self.range and not all(map(self.range.holds, self.listed(value))):
+        if self.range and not all(map(self.range.holds, self.elements(value))):
             raise ConfigError(self.name, value, self.range.rule)
 
-    def listed(self, value: Any) -> tuple[Any, ...]:
-        """The elements of a list, or the one value; none of None."""
+    def elements(self, value: Any) -> tuple[Any, ...]:
+        """The elements of a list; of another value, the value itself; of None, nothing."""
         return () if value is None else tuple(value) if self.many else (value,)
 
     def map(self, change: Callable[[str], str], value: Any) -> Any:
-        """A value, or each element of a list, changed; None stays None."""
+        """Apply `change` to a value, or to each element of a list; None stays None."""
         return value if value is None else tuple(map(change, value)) if self.many else change(value)
 
 
@@ -154,7 +155,7 @@ def options_of(*sections: type) -> dict[str, Option]:
         hints = typing.get_type_hints(section)
         for each in dataclasses.fields(section):
             hint, optional = hints[each.name], False
-            if typing.get_origin(hint) in _SHAPES:
+            if typing.get_origin(hint) in _UNIONS:
                 hint, optional = next(arg for arg in typing.get_args(hint) if arg is not type(None)), True
             many = typing.get_origin(hint) is tuple
             choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
@@ -164,6 +165,7 @@ def options_of(*sections: type) -> dict[str, Option]:
 
 
 def _scalar(name: str, type_: type, value: Any) -> Any:
+    """Convert a value to a type. Raises ConfigError with the option's name."""
     if type_ is bool:
         truth = _TRUTH.get(str(value).lower())
         if truth is None:
@@ -188,7 +190,7 @@ def _scalar(name: str, type_: type, value: Any) -> Any:
 
 
 def parse_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Names and values as the options' types, each in its range.
+    """Convert values by name to their options' types, and check that each is in its range.
 
     Raises:
         ConfigError: an unknown key (names the nearest known one), a value of the wrong type or outside of its range.
@@ -208,7 +210,7 @@ def check_names(names: Iterable[str], known: Collection[str]) -> None:
 
 
 def current_words(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a file of an earlier version, with today's words for choices."""
+    """Values by name from a file of an earlier version, with today's words for choices."""
     return {
         name: options[name].old_words.get(value, value) if name in options and isinstance(value, str) else value
         for name, value in values.items()
@@ -236,12 +238,12 @@ def read_yaml(uri: str | Path) -> dict[str, Any]:
 
 
 def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as YAML and JSON have them: lists in place of tuples."""
+    """Values by name as YAML and JSON have them: lists instead of tuples."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def add_flag(parser: Any, option: Option, flag: str = "", help_text: str = "") -> None:
-    """The flag of an option, on a parser or a group. A flag that is not given leaves the namespace untouched.
+    """Add the flag of an option to a parser or a group. A flag that is not given leaves the namespace untouched.
 
     Args:
         flag: the flag's name where it is not the option's.
@@ -261,7 +263,7 @@ def add_flag(parser: Any, option: Option, flag: str = "", help_text: str = "") -
 
 
 def add_flags(parser: argparse.ArgumentParser, sections: Sequence[type]) -> None:
-    """One flag per option, grouped by section, with its default in --help."""
+    """Add one flag per option, grouped by section, with its default in --help."""
     for section in sections:
         group = parser.add_argument_group(str(section.__doc__).rstrip(".").lower())
         for each in options_of(section).values():

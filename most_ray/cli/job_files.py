@@ -78,7 +78,7 @@ def _resolver(location: Location, home: Path) -> Callable[[str], str]:
     def resolve(uri: str) -> str:
         if location.access == "write":
             return _below(home, uri)
-        return uri if location.names and "/" not in uri else find(home, uri)  # the name of a preset stays one
+        return uri if location.may_be_name and "/" not in uri else find(home, uri)  # the name of a preset stays one
 
     return resolve
 

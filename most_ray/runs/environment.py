@@ -1,4 +1,4 @@
-"""What a run ran on: said without anything that names a machine, a user or a path."""
+"""The environment of a run: hardware and versions, without anything that names a machine, a user or a path."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PACKAGES = ("torch", "transformers", "ray", "numpy", "pyarrow", "wandb", "most_
 
 
 def environment() -> dict[str, Any]:
-    """Python, system, processor, memory, GPUs, versions, and the commit that the code is at; ready for JSON.
+    """Python, system, processor, memory, GPUs, versions, and the commit of the code, as JSON values.
 
-    `commit` and `modified` are there where most_ray's source lies in a git checkout, `cuda` and `driver` where there is a GPU.
+    `commit` and `modified` are there where most_ray's source is in a git checkout, `cuda` and `driver` where there is a GPU.
     """
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -60,6 +60,7 @@ def _driver() -> str | None:
 
 
 def _text(path: str) -> str:
+    """A file's text; empty where it cannot be read, as on another operating system."""
     try:
         return Path(path).read_text()
     except OSError:
@@ -67,7 +68,7 @@ def _text(path: str) -> str:
 
 
 def _commit(root: Path) -> dict[str, Any]:
-    """The commit of the checkout `root`, and whether its tracked files differ from it; nothing where it is none."""
+    """The commit of the git checkout `root`, and whether its tracked files differ from it; empty where `root` is no checkout."""
     if not (root / ".git").exists():
         return {}
     try:

@@ -169,7 +169,9 @@ def check_inputs(config: RunConfig) -> None:
 def _check_directories(config: RunConfig) -> None:
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
-    for name, directories in ((o.name, o.listed(getattr(config, o.name))) for o in OPTIONS.values() if o.location and o.location.required):
+    for name, directories in (
+        (o.name, o.elements(getattr(config, o.name))) for o in OPTIONS.values() if o.location and o.location.must_exist
+    ):
         for directory in directories:
             if not storage.exists(directory):
                 remedy = "Check the path; it is taken from where the command runs."

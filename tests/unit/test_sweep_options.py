@@ -265,7 +265,7 @@ def test_a_sweep_of_an_earlier_version_is_the_same_sweep(tmp_path: Path) -> None
     fixed = _fixed(sweep)
     assert fixed["weight_unit"] == "records" and not {"output_dir", "max_trials", "keep_last", "wandb_tags"} & {*fixed}
     for changes, message in (({"weight_unit": "rows"}, None), ({"weight_unit": "tokens"}, "weight_unit"), ({"seed": 3}, "seed")):
-        file: Any = SimpleNamespace(ledger=Ledger(sweep={"fixed": {**fixed, **changes}}))
+        file: Any = SimpleNamespace(ledger=Ledger({"fixed": {**fixed, **changes}}, {}))
         if message is None:
             _check_unchanged(sweep, file)
         else:

@@ -117,9 +117,9 @@ def read_uris(config: RunConfig) -> tuple[tuple[str, str], ...]:
     found = []
     for option in OPTIONS.values():
         if option.location and option.location.access == "read":
-            for uri in option.listed(getattr(config, option.name)):
+            for uri in option.elements(getattr(config, option.name)):
                 # Otherwise a name on a hub, which each node downloads by itself.
-                if not option.location.names or (uri not in PRESETS and storage.exists(uri)):
+                if not option.location.may_be_name or (uri not in PRESETS and storage.exists(uri)):
                     found.append((option.name, storage.absolute(uri)))
     return tuple(found)
 
