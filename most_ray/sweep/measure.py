@@ -19,7 +19,7 @@ from most_ray.optim.train_state import make_state
 from most_ray.records.template import TEXT
 from most_ray.runs.job import Job, overrides_of
 from most_ray.sweep.splits import rank_experts
-from most_ray.train.recompute import apply_recompute, compile_layers
+from most_ray.train.recompute import apply_layer_options
 from most_ray.train.step import StepSettings, run_step
 
 logger = logging.getLogger(__name__)
@@ -87,9 +87,7 @@ def step_seconds(job: Job, device: torch.device) -> float | None:
     try:
         torch.set_num_threads(job.threads)
         model = load_model(local_copy(job.model_path), overrides_of(job.config)).to(device)
-        apply_recompute(model, job.config.recomputed)
-        if job.config.compile_layers:
-            compile_layers(model)
+        apply_layer_options(model, job.config)
         state = make_state(model, job.config, job.total_steps)
         settings = replace(StepSettings.of(job.config, device), max_skipped_steps=_STEPS + 2)  # no number ends the measurement
         plan, took = open_plan(job.plan), []

@@ -1,4 +1,4 @@
-"""The training loop. It takes batches and a reporter; where they come from and lead to is not its business."""
+"""The training loop. It does not know where batches come from, nor where metrics and checkpoints go."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from most_ray.train.step import StepSettings, run_step
 
 
 class Reporter(Protocol):
-    """What the loop tells the world. Called on every rank, in the same order."""
+    """Receives what happens in the loop. Called on every rank, in the same order."""
 
     def trained(self, batch: Batch) -> None:
-        """One optimizer step was made on this batch."""
+        """Note that an optimizer step was made on a batch."""
 
     def log(self, line: dict[str, Any]) -> None:
-        """A line of metrics is due."""
+        """Write a line of metrics."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How a rank trains; see config.RunConfig for those of the same names."""
+    """How a rank trains. Fields with the name of a configuration key are described in config.RunConfig."""
 
-    total_steps: int
+    total_steps: int  # of the run
     step: StepSettings
     logging_steps: int
     check_replicas_steps: int
@@ -40,12 +40,12 @@ class LoopSettings:
 
     @classmethod
     def of(cls, config: RunConfig, total_steps: int, device: torch.device) -> LoopSettings:
-        """Those of a configuration."""
+        """Return the settings of a configuration."""
         return cls(total_steps, StepSettings.of(config, device), config.logging_steps, config.check_replicas_steps, config.load_alert)
 
 
 def make_meter(state: TrainState, settings: LoopSettings) -> Meter:
-    """What collects a run's metrics on this rank."""
+    """Make what collects a run's metrics on this rank."""
     ranks = experts_of_ranks(state.model)
     return Meter(state.model_config, ranks, settings.load_alert, settings.step.device, settings.step.precision.dtype)
 
@@ -59,10 +59,17 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     meter: Meter | None = None,
 ) -> bool:
-    """Train until `settings.total_steps`, or until any rank wants to stop. Returns whether the goal was reached.
+    """Train until `settings.total_steps`, or until any rank is requested to stop.
 
-    `at_step` runs after every optimizer step (checkpoints, evaluations), is told whether it is the run's last one for now, and returns
-    the seconds for which it held up the training. `meter`: one that `make_meter` made, where a line goes on that a restart cut in two.
+    Args:
+        batches: of the steps after `state.step`.
+        at_step: called after every optimizer step, for checkpoints and evaluations, with whether training ends after it for now. Returns
+            the seconds for which it held up training.
+        should_stop: whether this rank was requested to stop after the current step.
+        meter: one that was restored from a checkpoint, so that a line which a restart interrupted is continued; by default a new one.
+
+    Returns:
+        Whether the goal was reached.
     """
     meter = meter or make_meter(state, settings)
     iterator = iter(batches)

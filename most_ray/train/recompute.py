@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from most_ray.config import RunConfig
 from most_ray.model.compat import CACHE, enable_activation_checkpointing
 
 
@@ -39,6 +40,13 @@ def _checkpointed_forward(attention: nn.Module) -> Callable[..., Any]:
         return forward(*args, **keywords)
 
     return wrapped
+
+
+def apply_layer_options(model: nn.Module, config: RunConfig) -> None:
+    """Apply a configuration's recomputation and compilation to a model."""
+    apply_recompute(model, config.recomputed)
+    if config.compile_layers:
+        compile_layers(model)
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -1,5 +1,4 @@
-"""A run on one rank, from its job to its last step, whoever has started the ranks: lay out the model, find the place to go on from,
-train, checkpoint."""
+"""A run on one rank, from its job to its last step: find the checkpoint to resume from, lay out the model, train, save."""
 
 from __future__ import annotations
 
@@ -34,35 +33,36 @@ from most_ray.train.evaluation_scheduler import EvaluationScheduler
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.loop import LoopSettings, make_meter, train
 from most_ray.train.meter import Meter
-from most_ray.train.recompute import apply_recompute, compile_layers
+from most_ray.train.recompute import apply_layer_options
 from most_ray.train.reporter import RunReporter
 
 logger = logging.getLogger(__name__)
 
 
 def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
-    """Train on this rank; the process group is up where there are several. Returns whether the goal was reached; False: stopped, behind
-    a checkpoint of the step that it had come to.
+    """Train on this rank. With several ranks the process group must be initialised.
+
+    Returns:
+        Whether the goal was reached; if not, the run was stopped after a checkpoint of its current step.
 
     Raises:
-        UserError: what a user can mend.
+        UserError: something that the user can fix.
     """
     rank, world = this_rank(), world_size()
     torch.set_num_threads(job.threads)
     (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, rank)
     folder = RunFolder(job.run_uri)
-    attempt = _take_over(folder, job.driver, rank)
-    start = _starting_point(job, folder)
-    # The stream fills while the model is built.
+    attempt = _claim_attempt(folder, job.driver, rank)
+    start = _find_start(job, folder)
     stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
-    batches = hooks.batches(stream, start.step + 1, job.total_steps)
+    batches = hooks.batches(stream, start.step + 1, job.total_steps)  # prefetched while the model is built
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
     settings = LoopSettings.of(job.config, job.total_steps, device)
     meter = make_meter(state, settings)
     accepted = _resume(start, state, plan, job.config, meter)
-    about = _about(job, state, device, accepted)
+    about = _describe_attempt(job, state, device, accepted)
     reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, hooks.trackers, about)
     evaluations = EvaluationScheduler(job, folder, rank, attempt, reporter, hooks, meter)
     checkpoints = CheckpointManager(job, plan, folder, rank, attempt, reporter, evaluations, meter)
@@ -79,8 +79,12 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     return reached
 
 
-def _about(job: Job, state: TrainState, device: torch.device, accepted: list[str]) -> dict[str, Any]:
-    """What a line of kind `start` says of an attempt."""
+def _describe_attempt(job: Job, state: TrainState, device: torch.device, accepted: list[str]) -> dict[str, Any]:
+    """Return an attempt's line of kind `start`.
+
+    Args:
+        accepted: changes since the checkpoint that were accepted.
+    """
     config = state.model_config
     every = list(range(config.n_routed_experts))
     aware = config.use_modality_aware_routing
@@ -104,6 +108,7 @@ def _about(job: Job, state: TrainState, device: torch.device, accepted: list[str
 
 
 def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Module:
+    """Load the starting model, lay it out over the ranks and apply the run's options."""
     topology, biased, distributed = job.topology, False, None
     if topology.world_size > 1:
         distributed = DistributedConfig(
@@ -114,26 +119,28 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
     model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
     model.config.template_hash = template_hash()
     model.config.units_identity = job.units_identity
-    apply_recompute(model, job.config.recomputed)
-    if job.config.compile_layers:
-        compile_layers(model)
+    apply_layer_options(model, job.config)
     if topology.world_size == 1:
         model.to(device)
     return model
 
 
 def claim_run(folder: RunFolder) -> str:
-    """Make the run this driver's; workers of an older one can neither commit a checkpoint nor begin again. Returns the driver's mark."""
-    mark = uuid.uuid4().hex
-    folder.claim(f"{mark}.0")
-    return mark
+    """Make the run this driver's, whose id is returned: workers of an older driver can then neither commit a checkpoint nor start again."""
+    driver = uuid.uuid4().hex
+    folder.claim(f"{driver}.0")
+    return driver
 
 
-def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
-    """Mark the run as this attempt's, where it is still the driver's: an older attempt that lives on can no longer commit.
+def _claim_attempt(folder: RunFolder, driver: str, rank: int) -> str:
+    """Make the run this attempt's, if it is still the driver's: an older attempt that is still running can then not commit. Collective.
+
+    Returns:
+        The attempt's id.
 
     Raises:
-        CheckpointError: a newer driver runs under the same name.
+        CheckpointError: a newer driver owns the run.
+        ConfigError: the run's folder is not shared by all ranks.
     """
     attempt = [""]
     if rank == 0 and folder.owner().startswith(f"{driver}."):
@@ -143,47 +150,47 @@ def _take_over(folder: RunFolder, driver: str, rank: int) -> str:
         dist.broadcast_object_list(attempt, src=0)
     if not attempt[0]:
         raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
-    seen = all_gather_or_raise(folder.owner)
-    if any(mark != seen[0] for mark in seen):
-        blind = [other for other, mark in enumerate(seen) if mark != seen[0]]
-        rule = f"is not shared by all nodes: ranks {blind} do not see there what rank 0 has written."
+    owners = all_gather_or_raise(folder.owner)
+    if apart := [other for other, owner in enumerate(owners) if owner != owners[0]]:
+        rule = f"is not shared by all nodes: ranks {apart} do not see there what rank 0 has written."
         raise ConfigError("output_dir", storage.redact(folder.uri), rule, "Mount the same storage on every node, or name a URI.")
     return attempt[0]
 
 
 @dataclass(frozen=True)
 class _Start:
-    """What a run goes on from: a checkpoint (None: nothing), whether only its weights are taken, the step that has been made."""
+    """What a run resumes from."""
 
-    uri: str | None
-    fresh: bool
-    step: int
+    uri: str | None  # of a checkpoint
+    weights_only: bool  # only its weights are read
+    step: int  # that was completed, 0 if the run starts from scratch
 
 
-def _starting_point(job: Job, folder: RunFolder) -> _Start:
-    """The ranks agree, once per attempt, from commit markers; weights and data follow the same number. Every rank hashes its share of
-    the files, so that a checkpoint that was damaged after its commit is passed over for an older one."""
-    own, torn = catalog.latest_valid_on_all_ranks(folder.checkpoints)
-    catalog.require_valid(own, torn)
+def _find_start(job: Job, folder: RunFolder) -> _Start:
+    """Find the run's newest valid checkpoint, or the one that the configuration names. Collective: the ranks agree on it once per attempt,
+    so that weights and data resume from the same step. Each hashes a share of the files; a checkpoint that was damaged after its commit is
+    skipped and an older one used."""
+    own, corrupt = catalog.latest_valid_on_all_ranks(folder.checkpoints)
+    catalog.require_valid(own, corrupt)
     if this_rank() == 0:
-        for damaged, reason in torn:
-            logger.warning("checkpoint %s is damaged and is passed over: %s", storage.redact(damaged), reason)
-            catalog.invalidate(damaged)  # its step will be saved anew
+        for damaged, reason in corrupt:
+            logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(damaged), reason)
+            catalog.invalidate(damaged)  # its step will be saved again
     uri = own or job.config.resume_from_checkpoint
-    fresh = own is None and job.config.ignore_optimizer_state
-    step = all_gather_or_raise(lambda: int(reader.read_state(uri)["step"]) if uri and not fresh else 0)[0]
-    return _Start(uri, fresh, step)
+    weights_only = own is None and job.config.ignore_optimizer_state
+    step = all_gather_or_raise(lambda: int(reader.read_state(uri)["step"]) if uri and not weights_only else 0)[0]
+    return _Start(uri, weights_only, step)
 
 
 def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig, meter: Meter) -> list[str]:
-    """Load what the run goes on from. Returns what has changed since and was accepted."""
+    """Load the checkpoint to resume from. Returns the changes since then that the configuration accepts."""
     accepted: list[str] = []
     if start.uri is None:
         return accepted
-    content = reader.load(start.uri, state, with_optimizer=not start.fresh)
-    if not start.fresh:
+    content = reader.load(start.uri, state, with_optimizer=not start.weights_only)
+    if not start.weights_only:
         accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
         if "meter" in content:
             meter.restore(content["meter"])
-    assert state.step == start.step, "weights and data go on from the same step"
+    assert state.step == start.step, "weights and data resume from the same step"
     return accepted

@@ -1,7 +1,7 @@
 """One optimizer step: forward passes, a loss divided by global counts, clipping over all meshes, the update.
 
-All that a rank decides by (the gradient norm, whether everything is finite, whether anybody wants to stop) comes out of one all-reduce,
-so every rank decides alike, to the bit: a clipping factor that differed in its last bit would set replicas apart.
+Everything that a rank's decisions depend on (the gradient norm, whether all values are finite, whether any rank is to stop) comes from one
+all-reduce, so it is bitwise identical on all ranks: a clipping factor that differed in its last bit would make replicas differ.
 
 Shapes: M forward passes, B rows, S positions, N supervised tokens, L layers with experts, E experts.
 """
@@ -44,31 +44,29 @@ class TrainingDivergedError(UserError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Totals over all ranks. loss_sums, token_counts: per task, in the order of records.TASKS; aux_loss: weighted, as added to the
-    loss; load: (L, 2, E) selections; grad_norm: before clipping; skipped: a loss or gradient was not finite, so weights and moments
-    are as they were (and the sums and the norm may be NaN); attended: see `attended_pairs`."""
+    """Totals of a step over all ranks."""
 
     step: int
-    loss_sums: list[float]
-    token_counts: list[int]
-    aux_loss: float
-    grad_norm: float
+    loss_sums: list[float]  # of supervised tokens by task, in the order of records.TASKS
+    token_counts: list[int]  # supervised tokens by task
+    aux_loss: float  # weighted, as added to the loss
+    grad_norm: float  # before clipping
     learning_rate: float
-    load: torch.Tensor
-    skipped: bool
-    stop: bool = False
-    attended: int = 0
+    load: torch.Tensor  # selections of each expert by text and by audio tokens, (L, 2, E)
+    skipped: bool  # a loss or gradient was not finite: weights and moments did not change; sums and norm may be NaN
+    stop: bool = False  # a rank was requested to stop
+    attended: int = 0  # see `attended_pairs`
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast type, or None for float32."""
+    """The type that forward passes compute in."""
 
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # of the autocast; None for float32
 
     @classmethod
     def of(cls, options: OptimizerOptions) -> Precision:
-        """What was asked for."""
+        """Return the precision of a configuration."""
         return cls(torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None)
 
     def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -77,7 +75,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How a rank makes its steps; see config.OptimizerOptions for those of the same names."""
+    """How a rank makes its steps. Fields with the name of a configuration key are described in config.OptimizerOptions."""
 
     precision: Precision
     device: torch.device
@@ -87,19 +85,23 @@ class StepSettings:
 
     @classmethod
     def of(cls, options: OptimizerOptions, device: torch.device) -> StepSettings:
-        """Those of a configuration."""
+        """Return the settings of a configuration."""
         return cls(Precision.of(options), device, options.max_grad_norm, options.asr_loss_weight, options.max_skipped_steps)
 
 
 def run_step(state: TrainState, batch: Batch, settings: StepSettings, stop: bool = False) -> StepResult:
-    """Train on one batch. `stop`: this rank has been asked to stop; the result says whether any has, alike on every rank.
+    """Train on one batch. Collective.
 
-    The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), ASR tokens
-    counting `asr_loss_weight` times in both, plus the balance loss divided by the step's records (or tokens). FSDP averages gradients
-    over ranks, so each rank's part is multiplied by their number: the update is the one a single worker would make.
+    The loss is the sum over supervised tokens divided by their number in the whole step (all ranks, all forward passes), where ASR tokens
+    count `asr_loss_weight` times in both, plus the balance loss divided by the step's records (or tokens). FSDP averages gradients over
+    ranks, so each rank's part is multiplied by their number: the update is the one that a single worker would make.
+
+    Args:
+        batch: this rank's.
+        stop: whether this rank was requested to stop. The result says whether any rank was, the same on every rank.
 
     Raises:
-        TrainingDivergedError: on every rank, when this is the `max_skipped_steps`-th step in a row that is not finite.
+        TrainingDivergedError: on every rank, if this is the `max_skipped_steps`-th step in a row that is not finite.
     """
     state.model.train()
     device = settings.device
@@ -108,7 +110,7 @@ def run_step(state: TrainState, batch: Batch, settings: StepSettings, stop: bool
     totals = torch.cat([sums, grad_square(state.model).to(device).view(1), counted, load.double().view(-1)])
     if world_size() > 1:
         dist.all_reduce(totals)
-    totals = totals.cpu()  # the step's one wait for the device
+    totals = totals.cpu()  # the only time in the step that the CPU waits for the device
     k = len(TASKS)
     loss_sums, aux_loss, square = totals[:k].tolist(), float(totals[2 * k]), float(totals[2 * k + 1])
     learning_rate = float(state.scheduler.get_last_lr()[0])
@@ -137,13 +139,17 @@ def run_step(state: TrainState, batch: Batch, settings: StepSettings, stop: bool
 
 
 def attended_pairs(batch: Batch) -> int:
-    """Pairs (token, token of its record up to it) in this rank's rows: what causal attention within records computes."""
+    """Return the number of pairs (token, token of its record up to it) in this rank's rows, which causal attention in records computes."""
     return int((batch.positions[batch.modality != PADDING] + 1).sum(dtype=np.int64))
 
 
 def _accumulate(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of all forward passes, multiplied by the loss scale, into the parameters. Returns this rank's float64 sums (losses per
-    task, supervised tokens per task, weighted balance loss) and its load (L, 2, E)."""
+    """Accumulate the gradients of all forward passes, multiplied by the loss scale, in the parameters.
+
+    Returns:
+        This rank's sums, float64 `(2 * tasks + 1,)`: losses and supervised tokens by task, and the weighted balance loss; and its load,
+        `(L, 2, E)`.
+    """
     model, config, ranks, device = state.model, state.model_config, world_size(), settings.device
     by_task = [settings.asr_loss_weight if task == "asr" else 1.0 for task in TASKS]
     weights = to_device(torch.tensor(by_task), device)
@@ -173,7 +179,7 @@ def _accumulate(state: TrainState, batch: Batch, settings: StepSettings) -> tupl
 
 
 def _update(state: TrainState, grad_norm: float, max_grad_norm: float) -> None:
-    """Unscale, clip, step; all finite."""
+    """Unscale and clip the gradients, which are finite, and update the weights."""
     factor = 1.0 / state.loss_scale.scale
     if max_grad_norm > 0:
         factor *= min(1.0, max_grad_norm / (grad_norm + 1e-6))
@@ -184,7 +190,7 @@ def _update(state: TrainState, grad_norm: float, max_grad_norm: float) -> None:
 
 
 def _balance(state: TrainState, load: torch.Tensor) -> None:
-    """What balances the next step, from this step's load (L, 2, E) over all ranks and forward passes."""
+    """Set the next step's balance biases and load from this step's load over all ranks, `(L, 2, E)`."""
     if state.balance_bias_rate:
         update_balance_bias(state.model, load, state.balance_bias_rate)
     if BALANCE_LOAD in state.buffers:
@@ -192,7 +198,7 @@ def _balance(state: TrainState, load: torch.Tensor) -> None:
 
 
 def _advance(state: TrainState, step: int, skipped: bool) -> None:
-    """Past a step, made or skipped: the schedule is a function of the step alone."""
+    """Count a step, whether made or skipped: the schedule depends on the step's number alone."""
     state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
     state.loss_scale.update(not skipped)
     state.optimizer.zero_grad(set_to_none=True)
@@ -201,13 +207,13 @@ def _advance(state: TrainState, step: int, skipped: bool) -> None:
 
 
 def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: float, limit: int) -> None:
-    """Warn of a skipped step, on rank 0; end the run at the `limit`-th in a row. Collective.
+    """Warn of a skipped step on rank 0, and end the run at the `limit`-th in a row. Collective.
 
-    float16 skips steps as a matter of course, while it looks for a scale; otherwise the records are named at once.
+    Records are named at once, except in float16, which normally skips steps while it searches for a scale.
     """
     at_end = state.skipped_in_row >= limit
     what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
-    records = "" if state.loss_scale.enabled and not at_end else f" Its records: {_shown(_all_record_ids(batch))}."
+    records = "" if state.loss_scale.enabled and not at_end else f" Its records: {_format_ids(_all_record_ids(batch))}."
     if this_rank() == 0:
         logger.warning("step %d skipped: %s = %s.%s", batch.step, what, value, records)
     if at_end:
@@ -220,7 +226,7 @@ def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: flo
 
 
 def _all_record_ids(batch: Batch) -> list[str]:
-    """The step's records on all ranks, sorted. Collective."""
+    """Return the step's records on all ranks, sorted. Collective."""
     ids: list[list[str]] = [batch.record_ids]
     if world_size() > 1:
         ids = [[] for _ in range(world_size())]
@@ -228,14 +234,14 @@ def _all_record_ids(batch: Batch) -> list[str]:
     return sorted(itertools.chain.from_iterable(ids))
 
 
-def _shown(ids: list[str]) -> str:
+def _format_ids(ids: list[str]) -> str:
     more = len(ids) - _SHOWN_RECORDS
     return ", ".join(ids[:_SHOWN_RECORDS]) + (f" and {more} more" if more > 0 else "")
 
 
 @torch.no_grad()
 def _local_gradients(model: nn.Module) -> dict[int, list[torch.Tensor]]:
-    """This rank's shards of all gradients, by the number of ranks that hold the same shard."""
+    """Return this rank's shards of all gradients, grouped by the number of ranks that hold the same shard."""
     found: dict[int, list[torch.Tensor]] = defaultdict(list)
     for parameter in model.parameters():
         grad, copies = parameter.grad, world_size()
@@ -250,7 +256,10 @@ def _local_gradients(model: nn.Module) -> dict[int, list[torch.Tensor]]:
 
 
 def grad_square(model: nn.Module) -> torch.Tensor:
-    """This rank's part of the squared Euclidean norm over all gradients, float64 scalar: the sum over ranks is the whole, whatever
-    meshes (dense, expert) the parameters are on; a shard that several ranks hold is shared out between them."""
+    """Return this rank's part of the squared Euclidean norm of all gradients, as a float64 scalar.
+
+    The sum over ranks is the squared norm, whatever meshes (dense, expert) the parameters are on: a shard that several ranks hold counts in
+    equal parts on each.
+    """
     parts = [torch.nn.utils.get_total_norm(grads).double() ** 2 / copies for copies, grads in _local_gradients(model).items()]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.io.run_folder import RunFolder
-from most_ray.train.session import _take_over, claim_run
+from most_ray.train.session import _claim_attempt, claim_run
 from tests.support.gloo import run_ranks
 
 
@@ -19,7 +19,7 @@ def begin(root: str, shared: bool, newer: bool) -> str:
     if newer and rank == 0:
         claim_run(folder)
     try:
-        return _take_over(folder, driver, rank)
+        return _claim_attempt(folder, driver, rank)
     except (ConfigError, CheckpointError) as error:
         return str(error)
 
