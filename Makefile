@@ -3,7 +3,7 @@ export PYTHON TORCH TORCH_INDEX
 BIN := .venv/bin
 .NOTPARALLEL:
 
-.PHONY: train test quick coverage test-newest test-oldest chaos cluster sweep bench an4 check format lock digits-data clean asked
+.PHONY: train test quick coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock digits-data clean asked
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
@@ -76,7 +76,13 @@ check: .venv/.installed-dev  ## lint, format, types, layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/prose.py
+	$(BIN)/python .ci/docs.py --check
 	$(BIN)/python -m pip check
+
+# The variable: mkdocs-material 9.7.2 and newer print at each build that MkDocs has no future.
+docs: .venv/.installed-dev  ## the documentation as a site, site/index.html: every warning is an error
+	$(BIN)/python .ci/docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: .venv/.installed-dev  ## what `check` would complain of, mended where a tool can
 	$(BIN)/ruff check --fix .
@@ -104,5 +110,5 @@ lock:  ## .ci/locks anew, from the newest releases that pyproject.toml allows; K
 	$(BIN)/python .ci/lock.py $(if $(KEEP),--keep)
 
 clean:  ## everything that was made, runs included
-	rm -rf .venv .venv-newest .venv-oldest .venv-floor runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-newest .venv-oldest .venv-floor runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

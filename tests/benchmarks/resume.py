@@ -1,7 +1,7 @@
 """Resume: time to the first batch after a start at a late step, over 20 million records known by their lengths, in fresh processes.
 
 Lengths and manifests are in the store's own format and are opened, checked and mapped as always; tokens are made from row numbers, so
-the reading of shards is not in these figures (it does not depend on the step). Files are in the page cache.
+the reading of shards is not in these figures (it does not depend on the step). Files are in the page cache. Promise 2 of docs/promises.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The stream: tokens a second into 1, 2 and 4 ranks at once, against the same batches made in one process, and a store ten times as large
-as Ray's object store streamed through it once.
+as Ray's object store streamed through it once, with the bytes that were spilled (promise 10 of docs/promises.md).
 
 With `--run DIR`, also how long the steps of that run waited for their data.
 """

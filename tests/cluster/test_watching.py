@@ -170,6 +170,7 @@ def test_the_job_page_shows_workers_and_data(watched: Watched, browser: Browser,
 
 
 def test_every_query_of_the_grafana_dashboard_finds_the_run(watched: Watched) -> None:
+    """Promise 35 of docs/promises.md: no panel is empty."""
     missing = set(QUERIES)
 
     def complete() -> bool:

@@ -116,6 +116,7 @@ def on_all_ranks(setting: Setting) -> dict[Any, list[Any]]:
 def test_gradients_and_losses_are_those_of_one_process(
     single: dict[str, Any], on_all_ranks: dict[Any, list[Any]], topology: tuple[int, int, int], name: str
 ) -> None:
+    """Promises 13 and 14 of docs/promises.md: dense, router and expert parameters apart, also where a rank gets no tokens."""
     v = VARIANTS[name]
     expected = single[v.like or name]
     found = single[name] if topology == (1, 1, 1) else on_all_ranks[topology, name][0]

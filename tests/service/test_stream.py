@@ -81,7 +81,7 @@ def test_a_stream_that_stalls_ends_naming_the_stage() -> None:
 
 
 def test_a_batch_is_made_ahead_and_no_more(plan: Plan) -> None:
-    """Prefetch is bounded: the maker stops while nobody takes."""
+    """Promise 10 of docs/promises.md: prefetch is bounded; the producer stops while nothing consumes."""
     made: list[int] = []
     ahead = threading.Semaphore(0)
 

@@ -113,6 +113,8 @@ def test_a_sound_that_is_held_is_no_loop(scene: Scene, monkeypatch: pytest.Monke
 
 
 def test_rates_by_hand() -> None:
+    """Promise 25 of docs/promises.md: rates of empty, looping and capped outputs, among all others."""
+
     def row(**values: Any) -> dict[str, Any]:
         common = {
             "row": 0,

@@ -52,6 +52,7 @@ def test_the_load_of_ranks_is_over_a_lines_steps() -> None:
 
 
 def test_a_crowded_expert_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Promise 22 of docs/promises.md: the alert on an expert whose load is far above the mean."""
     meter = Meter(tiny_config(), load_alert=3.0)
     with caplog.at_level(logging.WARNING):
         lines(meter, result(EVEN, EVEN), result(EVEN, CROWDED, 7))

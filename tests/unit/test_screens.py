@@ -39,6 +39,7 @@ def prepared(root: Path, **changes: Any) -> Any:
 
 
 def test_the_first_screen_says_what_will_be_done(tmp_path: Path) -> None:
+    """Promise 4 of docs/promises.md: where the run starts, what it has consumed of each source, and whether it continues exactly."""
     console = screen()
     first_screen(prepared(tmp_path), console, validation="at the end, beside training, sharing the 2 CPUs")
     text = shown(console)

@@ -169,6 +169,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kind", [OSError("curlCode: 7"), OSError(errno.ESTALE, "stale"), ConnectionResetError(), TimeoutError("slow")])
 def test_transient_errors_are_tried_again(kind: Exception, waits: list[float]) -> None:
+    """Promise 31 of docs/promises.md, with growing pauses."""
     operation, calls = failing(kind, kind)
     assert storage.with_retries(operation, "x") == "done"
     assert len(calls) == 3

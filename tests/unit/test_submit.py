@@ -110,6 +110,7 @@ def test_a_folder_over_the_dashboards_limit_is_refused_at_once(tmp_path: Path) -
 
 
 def test_what_a_pending_job_waits_for_is_said(tmp_path: Path) -> None:
+    """Promise 33 of docs/promises.md: the cause that is printed."""
     package = package_of(tmp_path)
     waiting = SimpleNamespace(driver_agent_http_address=None, message="Job has not started yet.")
     assert "no node" in why_pending(waiting, {"nodes": 0}, package)  # type: ignore[arg-type]

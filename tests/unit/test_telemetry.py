@@ -118,6 +118,7 @@ def counted(rows: list[dict[str, Any]]) -> Counter[tuple[str, int]]:
 
 @pytest.mark.parametrize("resume", [15, -15], ids=["lines never reached it", "lines beyond the resume reached it"])
 def test_wandb_holds_every_line_once_after_a_kill_and_a_resume(tmp_path: Path, resume: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Promise 34 of docs/promises.md."""
     run = tmp_path / "run"
     killed(run, "make_wandb", 230)
     (path,) = run.glob("wandb/offline-run-*/*.wandb")
