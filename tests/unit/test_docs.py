@@ -42,7 +42,8 @@ TRACKED = ("jobs/", "cluster/", "tests/", ".ci/", "docs/", "most_ray/")
 MADE = ("FILE", "DIR", "SWEEP/best.yaml", "data/run.yaml")  # configurations that a reader or an earlier command has made
 JOBS = {"train": "train", "tune": "sweep", "evaluate": "evaluate", "prepare": "prepare"}  # jobs/*.py and the commands that they are
 KEYS = {each.name for section in (*configuration.SECTIONS, options.SweepOptions) for each in fields(section)} | {"space"}
-OTHER_FLAGS = {"--shutdown-timeout", "--node-ip-address", "--signal", "--check", "--kills", "--saves", "--every"}  # of programs that are not ours
+# Of programs that are not ours, and of benchmarks.
+OTHER_FLAGS = {"--shutdown-timeout", "--node-ip-address", "--signal", "--check", "--kills", "--saves", "--every"}
 
 
 @pytest.fixture(scope="module")
