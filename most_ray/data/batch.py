@@ -1,6 +1,6 @@
-"""A step's packs as arrays: what one rank trains on.
+"""Batches: the packs of an optimizer step as arrays, for one rank.
 
-Shapes: M forward passes, B rows per pass, S tokens per row.
+Shapes: M forward passes, B rows per forward pass, S tokens per row.
 """
 
 from __future__ import annotations
@@ -18,46 +18,40 @@ from most_ray.records.template import IGNORE, PADDING, task_index
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Which ids are audio, and which one fills rows up."""
+    """The token ids that a batch needs to know."""
 
-    first_audio: int
+    first_audio: int  # ids first_audio..last_audio are audio: the units and their two markers
     last_audio: int
-    pad: int
-    unit_base: int
+    pad: int  # fills rows
+    unit_base: int  # unit u is token unit_base + u
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One optimizer step of one rank; every rank has the same number of forward passes.
+    """One optimizer step of one rank. M and B are equal on every rank; the counts are of the whole step over all ranks."""
 
-    input_ids, labels, positions int32 and modality, task int8, all (M, B, S). Positions restart at each record; labels are IGNORE
-    where unsupervised; task is that of the token's record (-1 in padding).
-    n_supervised (by task, in the order of records.TASKS), n_records, n_tokens, n_packs (rows that hold records): of the whole step over
-    all ranks. record_ids: of this rank.
-    """
-
-    step: int
-    input_ids: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    modality: np.ndarray
-    task: np.ndarray
-    n_supervised: list[int]
+    step: int  # counted from 1
+    input_ids: np.ndarray  # int32 (M, B, S)
+    labels: np.ndarray  # int32 (M, B, S), aligned with input_ids; IGNORE where unsupervised
+    positions: np.ndarray  # int32 (M, B, S), from 0 in each record
+    modality: np.ndarray  # int8 (M, B, S): TEXT, AUDIO or PADDING
+    task: np.ndarray  # int8 (M, B, S): index in TASKS of the task of the token's record, -1 in padding
+    n_supervised: list[int]  # supervised tokens of each task, in the order of TASKS
     n_records: int
-    n_tokens: int
-    n_packs: int
-    record_ids: list[str]
+    n_tokens: int  # before unit noise
+    n_packs: int  # rows that hold records
+    record_ids: list[str]  # of this rank, sorted
 
 
 def forward_shape(n_packs: int, world_size: int, max_rows: int) -> tuple[int, int]:
-    """(M, B): the fewest forward passes of at most `max_rows` rows each, with as few empty rows as may be; equal on every rank."""
+    """(M, B), equal on every rank: the fewest forward passes of at most `max_rows` rows each, with as few empty rows as possible."""
     per_rank = max(1, -(-n_packs // world_size))
     passes = -(-per_rank // max_rows)
     return passes, -(-per_rank // passes)
 
 
 def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int, layout: TokenLayout) -> Batch:
-    """What `rank` of `world_size` trains on in `step`. Pack p goes to rank p mod world_size."""
+    """The batch of `rank` of `world_size` in `step`: pack p belongs to rank p mod world_size. At most `max_rows` rows per forward pass."""
     step_plan = plan.step(step)
     length = plan.spec.max_seq_length
     passes, rows = forward_shape(len(step_plan.packs), world_size, max_rows)
@@ -76,8 +70,8 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
             record_id, tokens = store.record(record)
             supervised_length = len(tokens) - int(store.prompt_lengths[record])
             if plan.spec.noise.any and store.task == "asr":
-                place = (step - 1) * plan.spec.global_batch_size + index
-                tokens = apply_unit_noise(tokens, supervised_length, plan, int(step_plan.sources[index]), place, layout)
+                global_index = (step - 1) * plan.spec.global_batch_size + index
+                tokens = apply_unit_noise(tokens, supervised_length, plan, int(step_plan.sources[index]), global_index, layout)
             end = start + len(tokens)
             input_ids[row, start:end] = tokens
             supervised = end - supervised_length
@@ -104,16 +98,23 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
     )
 
 
-def apply_unit_noise(tokens: np.ndarray, supervised: int, plan: Plan, source: int, place: int, layout: TokenLayout) -> np.ndarray:
-    """An ASR record's tokens with noise on its input units; all else stays."""
+def apply_unit_noise(tokens: np.ndarray, supervised: int, plan: Plan, source: int, index: int, layout: TokenLayout) -> np.ndarray:
+    """Apply the plan's noise to the input units of an ASR record; other tokens stay.
+
+    Args:
+        tokens: of the record, int32 (tokens,).
+        supervised: number of tokens at the end that are supervised.
+        source: the record's source in the plan.
+        index: the record's global index in the run, which seeds the noise.
+    """
     prompt = tokens[: len(tokens) - supervised]
     is_unit = (prompt >= layout.unit_base) & (prompt < layout.unit_base + N_UNITS)
     first, last = np.flatnonzero(is_unit)[[0, -1]]
-    units = noisy_units(prompt[first : last + 1] - layout.unit_base, plan.spec.noise, plan.neighbours[source], plan.spec.seed, place)
+    units = noisy_units(prompt[first : last + 1] - layout.unit_base, plan.spec.noise, plan.neighbours[source], plan.spec.seed, index)
     return np.concatenate([tokens[:first], units + layout.unit_base, tokens[last + 1 :]])
 
 
 @lru_cache(maxsize=4)
 def open_plan(spec: PlanSpec) -> Plan:
-    """A plan, made once per process."""
+    """The plan of `spec`, created once per process."""
     return Plan(spec)

@@ -1,4 +1,4 @@
-"""Batches on their way to a rank: what is asked for, made one ahead, and a named error when nothing comes."""
+"""The stream of batches that a rank trains on: built one ahead, with an error that names the stage when none arrives in time."""
 
 from __future__ import annotations
 
@@ -13,50 +13,55 @@ from most_ray.errors import UserError
 
 
 class StreamStalledError(UserError):
-    """Nothing came for `data_timeout_s`."""
+    """No batch arrived for `data_timeout_s`."""
 
     kind = "data stalled"
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What one rank reads: steps first..last of the plan."""
+    """The batches of one rank."""
 
     plan: PlanSpec
     layout: TokenLayout
     rank: int
     world_size: int
-    max_rows: int
-    timeout_s: float = 0.0
+    max_rows: int  # of a forward pass
+    timeout_s: float = 0.0  # seconds without a batch after which StreamStalledError is raised; 0 waits without limit
 
 
 def local_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
-    """Batches of steps first..last, made in this process, one ahead of the training.
+    """Batches of steps first..last, built in this process, one ahead of the training.
 
     Raises:
-        DataError: a shard is damaged. StreamStalledError: the storage gave nothing for `spec.timeout_s` seconds.
+        DataError: a shard is damaged.
+        StreamStalledError: building one took more than `spec.timeout_s` seconds.
     """
     plan = open_plan(spec.plan)
     steps = range(first, last + 1)
-    made = (rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in steps)
-    return prefetch(made, spec.timeout_s, lambda: "stage read (records from the token store)")
+    batches = (rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in steps)
+    return prefetch(batches, spec.timeout_s, lambda: "stage read (records from the token store)")
 
 
 def prefetch(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:
-    """The same batches, one ahead, made on a thread of their own from now on.
+    """Iterate over `batches` on a thread of its own, which starts now and keeps one batch ahead; its errors are raised here.
+
+    Args:
+        timeout_s: seconds to wait for a batch; 0 waits without limit.
+        stage: called for the message of the error, to name what is being waited for.
 
     Raises:
-        StreamStalledError: none came for `timeout_s` seconds (0: wait for ever).
+        StreamStalledError: no batch arrived for `timeout_s` seconds.
     """
-    made: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=1)
+    ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
     def put(batch: Batch | None, error: BaseException | None) -> bool:
         while not stopped.is_set():
             try:
-                made.put((batch, error), timeout=1.0)
+                ready.put((batch, error), timeout=1.0)
                 return True
-            except queue.Full:
+            except queue.Full:  # look again whether the consumer has stopped
                 continue
         return False
 
@@ -66,18 +71,18 @@ def prefetch(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str
                 if not put(batch, None):
                     return
             put(None, None)
-        except BaseException as error:  # noqa: BLE001 - it is raised where the batches are taken
+        except BaseException as error:  # noqa: BLE001 - raised where the batches are consumed
             put(None, error)
 
     def take() -> Iterator[Batch]:
         try:
             while True:
                 try:
-                    batch, error = made.get(timeout=timeout_s or None)
+                    batch, error = ready.get(timeout=timeout_s or None)
                 except queue.Empty:
                     rule = f"passed without a batch: {stage()}."
                     raise StreamStalledError(
-                        "data_timeout_s", timeout_s, rule, "The same command goes on from the last checkpoint."
+                        "data_timeout_s", timeout_s, rule, "The same command resumes from the last checkpoint."
                     ) from None
                 if error is not None:
                     raise error

@@ -1,38 +1,30 @@
-"""The mixture: a pure function from a global index to (source, row), exact in every prefix, with seeded shuffles.
+"""The mixture of sources: a pure function from a global index to (source, row), exact in every prefix, with seeded shuffles.
 
-No state: where a run stands in its data is one number. Every decision is made in integers.
+It has no state: the position of a run in its data is one number. All decisions are made in integers, so they are equal everywhere.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache, lru_cache
-from typing import Protocol, TypeAlias
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from most_ray.config import WeightUnit
+from most_ray.data.merge_tree import Tree, merge_tree
 from most_ray.data.shuffle import CountedSource, ShuffledSource
 
-logger = logging.getLogger(__name__)
-
-MIXTURE_VERSION = 2  # a change of any order, of sources or of rows, needs a new one: runs under way must not go on in another order
-MAX_PERIOD = 1 << 18  # of a pattern of sources; weights with a longer one are merged by a tree
-_SEARCHED = 10  # sources up to which the best tree is searched for among all: that takes 3^sources steps
-_SEARCHED_IN_ORDER = 128  # and up to which it is searched for among those of neighbours in weight: sources^3 steps
+MIXTURE_VERSION = 2  # increase it with any change of the order of sources or rows: a run must not resume in another order
+MAX_PERIOD = 1 << 18  # records in a period of a pattern of sources; weights with a longer period are merged by a tree
 _CHUNK = 1 << 16  # records located at once, which bounds memory
-
-Tree: TypeAlias = "int | tuple[Tree, ...]"  # a source, or what is merged from several
 
 
 def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """The smallest integers in the ratio of the weights, exactly."""
+    """The smallest integers in exactly the ratio of `weights`."""
     common = math.lcm(*(weight.denominator for weight in weights))
     numbers = [int(weight * common) for weight in weights]
     divisor = math.gcd(*numbers)
@@ -43,13 +35,13 @@ def integer_weights(weights: Sequence[Fraction]) -> tuple[int, ...]:
 def interleave_pattern(weights: tuple[int, ...]) -> np.ndarray:
     """One period of the order of sources, int16 (sum(weights),).
 
-    R. Tijdeman, "The chairman assignment problem" (1980): among the sources whose turn may have come, the one with the earliest
-    deadline. After any n records the count of source s differs from n * share_s by at most 1 - 1/(2k - 2) < 1 for k sources.
+    The next record comes from the source with the earliest deadline among those that are due (R. Tijdeman, "The chairman assignment
+    problem", 1980). After any n records the count of source s differs from n * share_s by at most 1 - 1/(2k - 2) < 1 for k sources.
     """
     k, total = len(weights), sum(weights)
     if k == 1:
         return np.zeros(1, np.int16)
-    # All in units of 1 / (total * (2k - 2)), so that comparisons are between integers.
+    # All times are in units of 1 / (total * (2k - 2)), so that integers are compared.
     slack = total
     scale = 2 * k - 2
     counts = [0] * k
@@ -66,8 +58,8 @@ def interleave_pattern(weights: tuple[int, ...]) -> np.ndarray:
     return pattern
 
 
-class _Pattern:
-    """Sources in the order of a pattern that repeats."""
+class _PatternOrder:
+    """The order of sources given by a pattern that repeats. See `_MergedOrder` for the methods."""
 
     def __init__(self, weights: tuple[int, ...]) -> None:
         self._weights = np.array(weights, np.int64)
@@ -85,89 +77,8 @@ class _Pattern:
         return periods * len(self._pattern) + int(np.flatnonzero(self._pattern == source)[rest]) + 1
 
 
-def tree_bound(tree: Tree, weights: Sequence[int], incoming: Fraction = Fraction(0)) -> Fraction:
-    """How far a source can be from its share of a prefix, in longest records, where sources are merged by a tree.
-
-    Merged by the middles of their records, each child of a node is within half a record of its share of virtual time, and the node
-    within the sum of these. So a child with the fraction f of a node of m children is within 1/2 (1 + (m - 2) f) of its share of
-    the node, to which f times the node's own distance (`incoming`) adds.
-    """
-    if isinstance(tree, int):
-        return incoming
-    parts = [_tree_weight(child, weights) for child in tree]
-    shares = [Fraction(part, sum(parts)) for part in parts]
-    own = [(1 + (len(tree) - 2) * f) / 2 for f in shares]
-    return max(tree_bound(child, weights, e + f * incoming) for child, e, f in zip(tree, own, shares, strict=True))
-
-
-def _tree_weight(tree: Tree, weights: Sequence[int]) -> int:
-    return weights[tree] if isinstance(tree, int) else sum(_tree_weight(child, weights) for child in tree)
-
-
-@lru_cache(maxsize=16)
-def merge_tree(weights: tuple[int, ...]) -> tuple[Tree, Fraction]:
-    """In which pairs and groups sources are merged, and the bound of that: at most 1 if any tree of these shapes has it (to 10 sources)."""
-    k = len(weights)
-    if k <= _SEARCHED:
-        tree = _best_tree(weights, tuple(range(k)))
-    else:
-        by_weight = tuple(sorted(range(k), key=lambda s: (-weights[s], s)))
-        tree = _best_tree(weights, by_weight) if k <= _SEARCHED_IN_ORDER else by_weight
-    bound = tree_bound(tree, weights)
-    if bound > 1:
-        tree = min(tree, _light_first(weights), key=lambda t: tree_bound(t, weights))
-        bound = tree_bound(tree, weights)
-    if bound > 1:
-        logger.warning("shares of %d sources hold to within %.3f longest records instead of 1 (weights %s)", k, bound, weights)
-    return tree, bound
-
-
-def _best_tree(weights: tuple[int, ...], sources: tuple[int, ...]) -> Tree:
-    """The tree that tolerates the largest incoming distance with all leaves within 1.
-
-    A leaf tolerates 1, a pair the least (tolerated - 1/2) / f of its halves, a flat group the least (1 - 1/2 (1 + (m - 2) f)) / f of
-    its members. Over all ways to halve a set of sources, or if they are many, over the cuts of the order they are given in.
-    """
-
-    @cache
-    def best(members: tuple[int, ...]) -> tuple[Fraction, Tree]:
-        """(tolerated - 1/2) / weight and the tree."""
-        total, m = sum(weights[s] for s in members), len(members)
-        if m == 1:
-            return Fraction(1, 2 * total), members[0]
-        # What is tolerated / weight. Of a flat group the heaviest member decides; of two equal trees the first found is taken.
-        found: Tree = members if m > 2 else ()
-        most = (Fraction(total, max(weights[s] for s in members)) - (m - 2)) / (2 * total) if m > 2 else None
-        for one, other in _halves(members) if len(sources) <= _SEARCHED else ((members[:i], members[i:]) for i in range(1, m)):
-            value = min(best(one)[0], best(other)[0])
-            if most is None or value > most:
-                most, found = value, (best(one)[1], best(other)[1])
-        assert most is not None
-        return most - Fraction(1, 2 * total), found
-
-    return best(sources)[1]
-
-
-def _halves(members: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Each way to split members in two, once: the first one is always in the first half."""
-    rest = members[1:]
-    for part in range((1 << len(rest)) - 1):
-        chosen = [part >> i & 1 for i in range(len(rest))]
-        yield (members[0], *itertools.compress(rest, chosen)), tuple(itertools.compress(rest, [not c for c in chosen]))
-
-
-def _light_first(weights: tuple[int, ...]) -> Tree:
-    """D. Huffman's tree (1952): the two lightest are merged, again and again."""
-    heap: list[tuple[int, int, Tree]] = [(weight, s, s) for s, weight in enumerate(weights)]
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        one, other = sorted([heapq.heappop(heap), heapq.heappop(heap)], key=lambda entry: entry[1])
-        heapq.heappush(heap, (one[0] + other[0], one[1], (one[2], other[2])))
-    return heap[0][2]
-
-
 class _Source(Protocol):
-    """T(j): tokens of a source's first j records. See `ShuffledSource`."""
+    """An endless sequence of records with T(j), the tokens of its first j. See `ShuffledSource`."""
 
     size: int
 
@@ -182,32 +93,31 @@ class _Source(Protocol):
 
 @dataclass(frozen=True)
 class _Node:
-    """A tree with what merging needs. leaf: the source, or -1; scales: integers in the ratio of 1 / weight of the children."""
+    """A node of the tree by which sources are merged."""
 
-    weight: int
-    leaf: int
+    weight: int  # sum over its sources
+    leaf: int  # the source, or -1
     children: tuple[_Node, ...] = ()
-    scales: tuple[int, ...] = ()
+    scales: tuple[int, ...] = ()  # integers in the ratio of 1 / weight of the children
 
 
 @dataclass(frozen=True)
 class _Span:
-    """A stretch of a node's records. counts: records of each source before it, int64 (sources,); tokens: theirs; then source and
-    tokens of each record in it, int64 (records,)."""
+    """Consecutive records of a node."""
 
-    counts: np.ndarray
-    tokens: int
-    sources: np.ndarray
-    lengths: np.ndarray
+    counts: np.ndarray  # records of each source before the span, int64 (sources,)
+    tokens: int  # tokens of the records before the span
+    sources: np.ndarray  # source of each record of the span, int64 (records,)
+    lengths: np.ndarray  # tokens of each record of the span, int64 (records,)
 
 
-class _Merged:
-    """Sources merged by a tree, in constant time at any place.
+class _MergedOrder:
+    """The order of sources merged by a tree, in constant time at any index.
 
     A node sorts its children's records by virtual time: the doubled middle D = T(i-1) + T(i) of a child's i-th record in the child's
-    own tokens, divided by the child's weight; ties go to the child that comes first. All records up to a virtual time are a prefix of
-    the node's stream, and its doubled tokens then differ from time * weight by at most (children * longest). So what a node holds
-    between two values of D is found inside what its children hold between two slightly wider ones.
+    own tokens, divided by the child's weight; of equal times the first child's record comes first. All records up to a virtual time are a
+    prefix of the node's sequence, and the doubled tokens of that prefix differ from time * weight by at most (children * longest). So the
+    node's records between two values of D are found among its children's records between two slightly wider ones.
     """
 
     def __init__(self, weights: tuple[int, ...], tree: Tree, sources: Sequence[_Source]) -> None:
@@ -215,7 +125,8 @@ class _Merged:
         self._longest = max(source.longest for source in sources)
         self._root = self._node(tree, weights)
         speed = sum((Fraction(w * s.size, s.total) for w, s in zip(weights, sources, strict=True)), Fraction(0)) / sum(weights)
-        self._pace = int(2 / speed * (1 << 40))  # doubled tokens per record on average, in 2^-40; only where a search begins depends on it
+        # Doubled tokens per record on average, in units of 2^-40. Only where searches begin depends on it.
+        self._pace = int(2 / speed * (1 << 40))
 
     def _node(self, tree: Tree, weights: tuple[int, ...]) -> _Node:
         if isinstance(tree, int):
@@ -225,6 +136,7 @@ class _Merged:
         return _Node(sum(c.weight for c in children), -1, children, tuple(common // c.weight for c in children))
 
     def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Records of each source before index `start`, int64 (sources,), and the sources of start..stop-1, int64 (stop - start,)."""
         if self._root.leaf >= 0:
             return np.array([start]), np.zeros(stop - start, np.int64)
         middle = self._time_of(start)
@@ -238,14 +150,15 @@ class _Merged:
             margin *= 2
 
     def records_until(self, source: int, j: int) -> int:
+        """The number of records up to and with the j-th of `source`, counted from 1."""
         return self._until(self._root, source, j)[0]
 
     def _tokens(self, records: int) -> int:
-        """Doubled tokens of so many records, roughly."""
+        """Approximate doubled tokens of a number of records."""
         return records * self._pace >> 40
 
     def _time_of(self, n: int) -> int:
-        """A virtual time (doubled tokens of the root) near the n-th record: sources are asked as if they were merged in one node."""
+        """A virtual time (doubled tokens of the root) near the n-th record, computed as if all sources were merged in one node."""
         low, high = -1, -1
         time = self._tokens(n)
         for tries in range(100):
@@ -278,9 +191,9 @@ class _Merged:
 
     def _merge(self, node: _Node, low: int, high: int) -> _Span:
         """The node's records with low < virtual time * weight <= high."""
-        low = max(low, -1)  # before all records, of which none has a negative middle
+        low = max(low, -1)  # before all records: no middle is negative
         spans = [self._between(child, child.weight * low // node.weight, child.weight * high // node.weight) for child in node.children]
-        # Relative to `low`, keys mostly fit into 64 bits; if not, Python's integers hold them.
+        # Relative to `low`, keys mostly fit into 64 bits; where they do not, they are Python integers.
         base = low * node.children[0].weight * node.scales[0] // node.weight
         steps = [2 * np.cumsum(span.lengths) - span.lengths for span in spans]
         offsets = [2 * span.tokens * scale - base for span, scale in zip(spans, node.scales, strict=True)]
@@ -289,7 +202,7 @@ class _Merged:
         keys = np.concatenate(
             [d.astype(kind) * s + o for o, d, s in zip(offsets, steps, node.scales, strict=True) if len(d)] or [np.zeros(0)]
         )
-        order = np.argsort(keys, kind="stable")  # which leaves ties in the order of the children
+        order = np.argsort(keys, kind="stable")  # stable: of equal keys the first child's record comes first
         return _Span(
             np.sum([span.counts for span in spans], axis=0),
             sum(span.tokens for span in spans),
@@ -298,7 +211,8 @@ class _Merged:
         )
 
     def _until(self, node: _Node, source: int, j: int) -> tuple[int, int, int]:
-        """Records of the node up to the source's j-th, and their tokens without and with that one; no records if it is not below."""
+        """The number of records of the node up to and with the source's j-th, and their tokens without and with that one; zeros where the
+        source is not below the node."""
         if node.leaf >= 0:
             own = self._sources[source]
             return (j, own.tokens_before(j - 1), own.tokens_before(j)) if node.leaf == source else (0, 0, 0)
@@ -310,7 +224,7 @@ class _Merged:
         middle, weight = before + after, node.children[index].weight
         for i, child in enumerate(node.children):
             if i != index:
-                # Of children that come later only what lies strictly before.
+                # Of later children only the records strictly before it.
                 limit = (middle * child.weight - (i > index)) // weight
                 span = self._between(child, limit, limit)
                 records, before, after = records + int(span.counts.sum()), before + span.tokens, after + span.tokens
@@ -318,16 +232,16 @@ class _Merged:
 
 
 class Mixture:
-    """Where each global index leads.
+    """The source and row of every global index.
 
-    After every prefix each source is within `bound` longest records of its share: of the prefix's records in rows (where a record
-    counts one, whatever its length), of its tokens in tokens. The bound is at most 1 but for very skewed weights of many sources.
+    In every prefix each source is within `bound` longest records of its share: of the prefix's records where the unit is records (each
+    of length one), of its tokens where it is tokens. The bound is at most 1 except for very skewed weights of many sources.
 
     Args:
         weights: integer weights of the sources (see `integer_weights`).
-        lengths: tokens of each source's records, integers (records,) each; only their number matters where shares are of records.
+        lengths: tokens of each record, integers (records,), for each source; only their number matters where the unit is records.
         seed: of the shuffles.
-        unit: what shares are of.
+        unit: the quantity that the weights share out.
     """
 
     def __init__(self, weights: tuple[int, ...], lengths: Sequence[np.ndarray], seed: int, unit: WeightUnit) -> None:
@@ -338,12 +252,12 @@ class Mixture:
         self.sources = [ShuffledSource(part, seed, source) for source, part in enumerate(lengths)]
         reduced = tuple(weight // math.gcd(*weights) for weight in weights)
         k = len(weights)
-        self._order: _Pattern | _Merged
+        self._order: _PatternOrder | _MergedOrder
         if unit == "records" and sum(reduced) <= MAX_PERIOD:
-            self._order, bound = _Pattern(reduced), 1 - Fraction(1, 2 * k - 2) if k > 1 else Fraction(0)
+            self._order, bound = _PatternOrder(reduced), 1 - Fraction(1, 2 * k - 2) if k > 1 else Fraction(0)
         else:
             tree, bound = merge_tree(reduced)
-            self._order = _Merged(reduced, tree, self.sources if unit == "tokens" else [CountedSource(size) for size in self.sizes])
+            self._order = _MergedOrder(reduced, tree, self.sources if unit == "tokens" else [CountedSource(size) for size in self.sizes])
         self.bound = float(bound)
 
     def counts(self, n: int) -> np.ndarray:
@@ -355,7 +269,7 @@ class Mixture:
         return np.array([source.tokens_before(int(j)) for source, j in zip(self.sources, self.counts(n), strict=True)])
 
     def locate(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and rows of the global indices start..stop-1, two int64 arrays (stop - start,)."""
+        """Sources and rows of the global indices start..stop-1: two int64 arrays (stop - start,)."""
         all_sources, all_rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         for first in range(start, stop, _CHUNK):
             counts, sources = self._order.span(first, min(stop, first + _CHUNK))
@@ -368,6 +282,6 @@ class Mixture:
         return np.concatenate(all_sources), np.concatenate(all_rows)
 
     def records_for_epochs(self, epochs: float, source: int | None = None) -> int:
-        """The smallest n after which every source, or the one given, has been seen at least `epochs` times."""
+        """The smallest n such that the first n records contain every source (or only `source`) at least `epochs` times."""
         needed = {s: math.ceil(epochs * self.sizes[s]) for s in (range(len(self.sizes)) if source is None else [source])}
         return max(self._order.records_until(s, j) if j > 0 else 0 for s, j in needed.items())

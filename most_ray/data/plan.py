@@ -1,7 +1,7 @@
-"""The plan: which records each optimizer step holds and how they are packed. A pure function of lengths, weights and seed.
+"""The plan: the records of each optimizer step and their packing, a pure function of lengths, weights and seed.
 
-A step is `global_batch_size` consecutive records of the mixture, packed among themselves. So every step is known without the ones
-before it, the mix is exact after every step, and nothing depends on the number of workers.
+A step is `global_batch_size` consecutive records of the mixture, packed among themselves. So every step is computed without those before
+it, the mix is exact after every step, and nothing depends on the number of workers.
 """
 
 from __future__ import annotations
@@ -29,48 +29,46 @@ from most_ray.records.record import TASKS, units_hash
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """All that a plan is made from; small, picklable, and JSON when written down."""
+    """Everything that a plan is computed from; small, picklable, and stored as JSON."""
 
-    stores: tuple[str, ...]
-    weights: tuple[int, ...]
-    seed: int
-    global_batch_size: int
-    max_seq_length: int
+    stores: tuple[str, ...]  # URIs of the token stores, one per source
+    weights: tuple[int, ...]  # of the sources
+    seed: int  # of the shuffles and the noise
+    global_batch_size: int  # records of a step, over all ranks
+    max_seq_length: int  # tokens of a row
     weight_unit: WeightUnit
     noise: UnitNoise = NO_NOISE
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step.
+    """The records of one optimizer step, in the order of the mixture."""
 
-    sources, rows: where its records lie, int64 (records,), in mixture order.
-    packs: indices into them, one list per packed row.
-    n_supervised: supervised tokens of the whole step by task, in the order of records.TASKS; n_tokens: all its tokens (before noise).
-    """
-
-    step: int
-    sources: np.ndarray
-    rows: np.ndarray
-    packs: list[list[int]]
-    n_supervised: list[int]
-    n_tokens: int
+    step: int  # counted from 1
+    sources: np.ndarray  # source of each record, int64 (records,)
+    rows: np.ndarray  # row of each record in its source's store, int64 (records,)
+    packs: list[list[int]]  # for each packed row, the indices of its records in `sources` and `rows`
+    n_supervised: list[int]  # supervised tokens of each task, in the order of TASKS
+    n_tokens: int  # before noise
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands in its data: everything before `step` has been trained on, nothing after. `step` alone decides."""
+    """The position of a run in its data, as checkpoints store it. The records of the first `step` steps have been trained on, no others."""
 
-    fingerprint: str
-    epoch: float
+    fingerprint: str  # of the plan
+    epoch: float  # of the least seen source; informative only
     step: int
 
 
 class Plan:
-    """`step(k)` for any k, in any order, in constant time."""
+    """The plan of a run. Any step is computed in constant time, in any order.
+
+    Args:
+        stores: open stores, used in place of those that `spec` names.
+    """
 
     def __init__(self, spec: PlanSpec, stores: Sequence[TokenStore] | None = None) -> None:
-        """`stores`: in place of those that the spec names."""
         self.spec = spec
         self.stores: list[TokenStore] = [open_store(path) for path in spec.stores] if stores is None else list(stores)
         self.mixture = Mixture(spec.weights, [store.lengths for store in self.stores], spec.seed, spec.weight_unit)
@@ -79,7 +77,7 @@ class Plan:
 
     @cached_property
     def ingredients(self) -> dict[str, Any]:
-        """What the order of records follows from, by name: two runs with equal ingredients train on equal batches."""
+        """Everything that determines the batches, by name: two runs with equal ingredients train on equal batches."""
         return {
             "sources": [[store.name, store.task, store.manifest["content"]] for store in self.stores],
             "vocabulary": self.stores[0].manifest["vocabulary"],
@@ -96,6 +94,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
+        """A digest of the ingredients."""
         return _digest(self.ingredients)
 
     def step(self, k: int) -> StepPlan:
@@ -114,14 +113,14 @@ class Plan:
         return StepPlan(k, sources, rows, packs, supervised.tolist(), int(lengths.sum()))
 
     def record_ids(self, plan: StepPlan) -> list[str]:
-        """Ids of the step's records, sorted: one line of a trace."""
+        """Ids of the step's records, sorted, as a line of a trace has them."""
         return sorted(self.stores[s].record_id(int(r)) for s, r in zip(plan.sources, plan.rows, strict=True))
 
     def steps_for_epochs(self, epochs: float, of: str = "all") -> int:
-        """Steps after which every source, or the one called `of`, has been seen at least `epochs` times.
+        """The number of steps after which every source, or the one named `of`, has been seen at least `epochs` times.
 
         Raises:
-            ConfigError: no source, or more than one, is called so.
+            ConfigError: no source, or more than one, has the name `of`.
         """
         source = None
         if of != "all":
@@ -133,19 +132,19 @@ class Plan:
         return -(-self.mixture.records_for_epochs(epochs, source) // self.spec.global_batch_size)
 
     def cursor(self, step: int) -> Cursor:
-        """Epoch: passes over the least seen source."""
+        """The cursor after `step` steps."""
         counts = self.mixture.counts(step * self.spec.global_batch_size)
         epoch = min(int(count) / size for count, size in zip(counts, self.mixture.sizes, strict=True))
         return Cursor(self.fingerprint, epoch, step)
 
     def consumed(self, step: int) -> dict[str, int]:
-        """Records trained on per source after `step` steps."""
+        """The number of records of each source, by its name, in the first `step` steps."""
         counts = self.mixture.counts(step * self.spec.global_batch_size)
         return {name: int(count) for name, count in zip(self.names, counts, strict=True)}
 
     def mix(self, step: int) -> dict[str, dict[str, float]]:
-        """What `step` steps have trained on: per source its records, their tokens (before noise), and its share of the unit that weights
-        count, beside the share that was asked for."""
+        """The mix of the first `step` steps, by source: number of records, their tokens (before noise), the source's share in the unit
+        that weights count, and the share that the weights request."""
         n = step * self.spec.global_batch_size
         counts, tokens = self.mixture.counts(n), self.mixture.tokens(n)
         amounts = counts if self.spec.weight_unit == "records" else tokens
@@ -157,18 +156,23 @@ class Plan:
 
     @cached_property
     def names(self) -> list[str]:
-        """What each source is called: task and folder."""
+        """The name of each source: task and folder."""
         tasks = [store.task for store in self.stores]
         folders = distinct_names([store.manifest["source"] for store in self.stores], tasks)
         return [f"{task}/{folder}" for task, folder in zip(tasks, folders, strict=True)]
 
 
 def _digest(value: Any) -> str:
+    """A digest of a JSON value, 16 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def distinct_names(directories: Sequence[str | Path], groups: Sequence[str]) -> list[str]:
-    """Each directory's (or URI's) last name, with as many of those above it as tell it apart from the others of its group."""
+    """Names for directories (or URIs): the last part of each, with as many parts above it as distinguish it from others of its group.
+
+    Args:
+        groups: the group of each directory.
+    """
     full = [storage.absolute(directory) for directory in directories]
     parts = [[name for name in place.split("?")[0].split("/") if name] or ["root"] for place in full]
     names = []
@@ -180,10 +184,17 @@ def distinct_names(directories: Sequence[str | Path], groups: Sequence[str]) -> 
 
 
 def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any], accept_change: bool = False) -> list[str]:
-    """A run may go on only over the data it began with. Returns what changed: nothing, or, with `accept_change`, the names.
+    """Check that a run resumes with the data that it began with.
+
+    Args:
+        cursor, ingredients: of the checkpoint.
+        accept_change: return the names of changed ingredients instead of raising.
+
+    Returns:
+        The names of changed ingredients.
 
     Raises:
-        CheckpointError: names what changed.
+        CheckpointError: names the changed ingredients.
     """
     if cursor.fingerprint == plan.fingerprint:
         return []
@@ -193,14 +204,14 @@ def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any], accept
     raise CheckpointError(
         "data",
         ", ".join(changed),
-        "changed since the checkpoint was written, so the run cannot go on exactly.",
-        "Restore it, go on all the same with --accept_data_change true (at the same step of the new plan), or give the run another name "
+        "changed since the checkpoint was written, so the run cannot continue exactly.",
+        "Restore it, continue anyway with --accept_data_change true (at the same step of the new plan), or give the run another name "
         "(with resume_from_checkpoint and ignore_optimizer_state to keep the weights).",
     )
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of the ingredients that differ; of sources and vocabulary, which one and which part."""
+    """Names of the ingredients that differ; for sources which ones, for the vocabulary which parts."""
     changed = []
     for key in sorted(now.keys() | before.keys()):
         old, new = before.get(key), now.get(key)
@@ -217,16 +228,17 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int, ...]:
-    """Integer weights of the sources: the kinds share by asr_tts_mix_ratio and text_mix_ratio, sources of a kind by their weights.
+    """Integer weights of the sources. asr_tts_mix_ratio and text_mix_ratio share out between the tasks, train_{task}_weights between the
+    sources of a task (by default their sizes).
 
     Raises:
-        ConfigError: a ratio gives a share to a kind without data, or none to a kind that has data.
+        ConfigError: a ratio gives a share to a task without data, or none to a task that has data.
     """
     ratio, text = Fraction(str(config.asr_tts_mix_ratio)), Fraction(str(config.text_mix_ratio))
     present = {store.task for store in stores}
     shares = {"asr": (1 - text) * ratio, "tts": (1 - text) * (1 - ratio), "text": text}
     if "tts" not in present or "asr" not in present:
-        # One speech task alone takes the whole speech share: the ratio is between two.
+        # A single speech task has the whole share of speech: the ratio is between two.
         shares["asr"], shares["tts"] = ((1 - text), Fraction(0)) if "asr" in present else (Fraction(0), (1 - text))
         if not present & {"asr", "tts"}:
             shares = {"asr": Fraction(0), "tts": Fraction(0), "text": Fraction(1)}
@@ -234,11 +246,11 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
         if task in present and shares[task] <= 0:
             raise ConfigError(name, getattr(config, name), f"gives no share to train_{task}_dirs.", "Leave them out or change it.")
         if task not in present and shares[task] > 0:
-            raise ConfigError(name, getattr(config, name), f"asks for {task} records, but train_{task}_dirs is empty.")
+            raise ConfigError(name, getattr(config, name), f"requests {task} records, but train_{task}_dirs is empty.")
     weights: list[Fraction] = []
     for task in ("asr", "tts", "text"):
-        of_kind = [store for store in stores if store.task == task]
-        sizes = [len(store) if config.weight_unit == "records" else store.manifest["n_tokens"] for store in of_kind]
+        of_task = [store for store in stores if store.task == task]
+        sizes = [len(store) if config.weight_unit == "records" else store.manifest["n_tokens"] for store in of_task]
         given = getattr(config, f"train_{task}_weights") or sizes
         parts = [Fraction(str(weight)) for weight in given]
         weights += [shares[task] * part / sum(parts, Fraction(0)) for part in parts]
@@ -246,10 +258,14 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
 
 
 def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size: int) -> PlanSpec:
-    """The plan of a run. `stores` in the order asr, tts, text.
+    """The specification of a run's plan.
+
+    Args:
+        stores: of all sources, ordered by task: asr, tts, text.
 
     Raises:
-        ConfigError, DataError: there is nothing to train on, or the units of the sources were made differently.
+        ConfigError: there is nothing to train on, or the configuration does not fit the data.
+        DataError: the units of the sources were made differently.
     """
     if not stores:
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
@@ -266,6 +282,7 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size
 
 
 def _noise(config: RunConfig, stores: Sequence[TokenStore]) -> UnitNoise:
+    """The configured noise. Raises ConfigError where swapping units is configured and neighbours are not known."""
     noise = UnitNoise(config.unit_swap_prob, config.unit_replace_prob, config.unit_drop_prob)
     if noise.swap > 0 and any(store.task == "asr" and unit_neighbours(store) is None for store in stores):
         raise ConfigError(
@@ -278,13 +295,13 @@ def _noise(config: RunConfig, stores: Sequence[TokenStore]) -> UnitNoise:
 
 
 def unit_neighbours(store: TokenStore) -> np.ndarray | None:
-    """Near units of each unit, int64 (n_units, k), where the store's records came with them."""
+    """Near units of each unit, int64 (n_units, k), from the units manifest of the store's records; None where there is none."""
     table = (store.manifest.get("units") or {}).get("neighbours")
     return None if table is None else np.array(table, dtype=np.int64)
 
 
 def check_units(stores: Sequence[TokenStore]) -> str | None:
-    """The one identity of all units that are trained on, or None where no source tells.
+    """Check that the units of all sources were made equally. Returns their hash, or None where no source has a units manifest.
 
     Raises:
         DataError: two sources were made with different features, k-means or repeat removal.

@@ -1,6 +1,6 @@
-"""One source's endless order: its rows, reshuffled in every epoch, and the tokens before any place of it, in constant time.
+"""The endless order of one source: its rows, reshuffled in every epoch, and the number of tokens before any position, in constant time.
 
-Shuffles are hashes of (seed, source, epoch): no state, and the same order on every machine.
+Shuffles are hashes of (seed, source, epoch): they have no state and are equal on every machine.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import numpy as np
 
 from most_ray.data.hashing import mix_keys, splitmix64
 
-_BLOCK = 256  # rows that stay together on disk: reads are near-sequential
-_WINDOW = 256 * _BLOCK  # rows shuffled among each other; smaller sources are shuffled whole
-_KEPT_ROWS = 1 << 19  # whose running token sums a source keeps at hand: 4 MB
+_BLOCK = 256  # rows that stay together on disk, so that reads are near-sequential
+_WINDOW = 256 * _BLOCK  # rows shuffled among each other; sources up to this size are shuffled as a whole
+_KEPT_ROWS = 1 << 19  # rows whose running sums of tokens a source caches: 4 MB
 
 
 def shuffled_rows(positions: np.ndarray, size: int, seed: int, source: int) -> np.ndarray:
-    """Rows of a source at positions of its endless, per-epoch reshuffled sequence. Each epoch holds each row once."""
+    """The rows of a source at positions of its endless sequence, int64 as `positions`. Each epoch of `size` positions has each row once."""
     epochs, offsets = np.divmod(positions, size)
     rows = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -27,7 +27,8 @@ def shuffled_rows(positions: np.ndarray, size: int, seed: int, source: int) -> n
 
 
 def _epoch_rows(offsets: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Shuffle blocks of rows, then rows inside windows of blocks; rows behind the last whole block end the epoch, rotated."""
+    """The rows at offsets of an epoch: blocks of rows are shuffled, then rows inside windows of blocks. Rows after the last whole block
+    come last; in the end all rows are rotated by a random number, so that these differ between epochs."""
     if size <= _WINDOW:
         return _permutation(key, size)[offsets]
     whole = size // _BLOCK * _BLOCK
@@ -45,12 +46,16 @@ def _epoch_rows(offsets: np.ndarray, size: int, key: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _permutation(key: int, n: int) -> np.ndarray:
-    """A permutation of 0..n-1, the same on every machine and with every numpy: the order of hashed numbers."""
+    """A permutation of 0..n-1, int64 (n,): the order of hashed numbers, which is equal on every machine and with every numpy."""
     return np.argsort(splitmix64(np.arange(n, dtype=np.uint64) + np.uint64(key)), kind="stable")
 
 
 class CountedSource:
-    """An endless sequence of records that count one each, as `ShuffledSource` of ones. size: records in an epoch."""
+    """An endless sequence of records of one token each, with the methods of `ShuffledSource`.
+
+    Args:
+        size: records in an epoch.
+    """
 
     longest = 1
 
@@ -70,12 +75,13 @@ class CountedSource:
 class ShuffledSource:
     """The endless sequence of a source's records, and T(j), the tokens of its first j.
 
-    A window's tokens are those of its blocks, so T needs the blocks' sums (one pass over the lengths for each epoch that is visited)
-    and running sums inside one window. Windows and epochs last visited are kept: some MB, whatever the size.
+    A window's tokens are those of its blocks, so T needs the sums of blocks (the lengths are read once per epoch in use) and running
+    sums inside one window. The epochs and windows used last are cached in some MB, whatever the size of the source.
 
     Args:
         lengths: tokens of each record, integers (records,); may be a memory map.
-        seed, source: of the shuffles.
+        seed: of the shuffles.
+        source: number of the source, part of the shuffles' seed.
     """
 
     def __init__(self, lengths: np.ndarray, seed: int, source: int) -> None:
@@ -85,7 +91,7 @@ class ShuffledSource:
             self._starts = np.array([0, self.size])
         else:
             whole = self.size // _BLOCK * _BLOCK
-            # Offsets in the epoch where a window begins; rows behind the last whole block, if any, make one of their own.
+            # Offsets in the epoch where windows begin; rows after the last whole block are a window of their own.
             self._starts = np.unique([*range(0, whole, _WINDOW), whole, self.size])
         self._epoch = lru_cache(maxsize=16)(self._find_epoch)
         self._sums = lru_cache(maxsize=max(8, _KEPT_ROWS // min(self.size, _WINDOW)))(self._window_sums)
@@ -95,7 +101,7 @@ class ShuffledSource:
         """Tokens of one epoch."""
         total = int(self.lengths.sum(dtype=np.int64))
         if total <= 0:
-            raise ValueError(f"source {self.source} holds no tokens")
+            raise ValueError(f"source {self.source} has no tokens")
         return total
 
     @cached_property
@@ -104,7 +110,7 @@ class ShuffledSource:
         return int(self.lengths.max())
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Rows at positions of the endless sequence, int64 as positions."""
+        """Rows at positions of the endless sequence, int64 as `positions`."""
         return shuffled_rows(positions, self.size, self.seed, self.source)
 
     def tokens_before(self, j: int) -> int:
@@ -118,7 +124,7 @@ class ShuffledSource:
         return epoch * self.total + int(before[window]) + int(inside)
 
     def count_within(self, num: int, den: int = 1) -> int:
-        """Records i with T(i-1) + T(i) <= num / den: those whose middle lies at or before half of it. Exact."""
+        """The number of records i with T(i-1) + T(i) <= num / den, that is, with the middle at or before half of it. Exact."""
         limit = num // den  # the sums are integers
         if limit < 0:
             return 0
@@ -128,7 +134,7 @@ class ShuffledSource:
         limit -= 2 * int(before[window])
         sums = self._sums(epoch, window)
         inside = int(sums.searchsorted(limit // 2, "right")) - 1
-        # Records up to `inside` end at or before limit / 2 and the next one does not, so that one alone has to be asked for its middle.
+        # Records up to `inside` end at or before limit / 2 and the next one after it, so only the middle of that one is to be compared.
         inside += int(sums[inside]) + int(sums[inside + 1]) <= limit
         return epoch * self.size + int(self._starts[window]) + inside
 
@@ -145,7 +151,7 @@ class ShuffledSource:
         return np.concatenate(parts)
 
     def _find_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Key of an epoch's shuffles, and tokens before each of its windows and at its end, int64 (windows + 1,)."""
+        """Key of an epoch's shuffles, and tokens before each of its windows and in all, int64 (windows + 1,)."""
         key = mix_keys(self.seed, self.source, epoch)
         if self.size <= _WINDOW:
             return key, np.array([0, self.total])
@@ -156,22 +162,23 @@ class ShuffledSource:
         return key, before if len(before) == len(self._starts) else np.append(before, self.total)
 
     def _block_sums(self, rotation: int) -> np.ndarray:
-        """Tokens of the whole blocks of the rows rotated to begin at row `rotation`, int64 (size // _BLOCK,)."""
+        """Tokens of each whole block of the rows rotated to begin at row `rotation`, int64 (size // _BLOCK,)."""
         n = self.size // _BLOCK
-        ahead = min(n, (self.size - rotation) // _BLOCK)  # blocks before the one that goes over the end, if one does
+        ahead = min(n, (self.size - rotation) // _BLOCK)  # blocks before the one, if any, that wraps around the end
         sums = np.empty(n, np.int64)
         sums[:ahead] = self._sums_from(rotation, ahead)
         if ahead < n:
-            behind = (rotation + (ahead + 1) * _BLOCK) % self.size  # where the one over the end stops
-            sums[ahead] = self.lengths[behind + self.size - _BLOCK :].sum(dtype=np.int64) + self.lengths[:behind].sum(dtype=np.int64)
-            sums[ahead + 1 :] = self._sums_from(behind, n - ahead - 1)
+            stop = (rotation + (ahead + 1) * _BLOCK) % self.size  # where that block stops
+            sums[ahead] = self.lengths[stop + self.size - _BLOCK :].sum(dtype=np.int64) + self.lengths[:stop].sum(dtype=np.int64)
+            sums[ahead + 1 :] = self._sums_from(stop, n - ahead - 1)
         return sums
 
     def _sums_from(self, start: int, n: int) -> np.ndarray:
+        """Tokens of each of `n` blocks from row `start` on, int64 (n,)."""
         return self.lengths[start : start + n * _BLOCK].reshape(n, _BLOCK).sum(axis=1, dtype=np.int64)
 
     def _window_sums(self, epoch: int, window: int) -> np.ndarray:
-        """Running tokens inside a window in its shuffled order, from 0, int64 (rows of the window + 1,)."""
+        """Running sums of tokens inside a window in its shuffled order, from 0, int64 (rows of the window + 1,)."""
         offsets = np.arange(self._starts[window], self._starts[window + 1])
         rows = _epoch_rows(offsets, self.size, self._epoch(epoch)[0])
         sums = np.zeros(len(rows) + 1, np.int64)

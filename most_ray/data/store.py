@@ -1,11 +1,11 @@
-"""The token store: records of one directory as token ids, in memory-mapped Arrow shards beside a JSON manifest.
+"""The token store: the records of one directory as token ids, in memory-mapped Arrow shards with a JSON manifest.
 
-Shards belong to parts, and a part is made of one file or byte range of the directory. Parts are named by what they were made from
-(content, tokenizer, template, limits), lie in `parts/` beside the stores, and are shared by them: where one file of a directory
-changes, only its parts are made anew. Parts and stores are complete or are not there: the file that lists the others comes last.
+Shards belong to parts, and a part is built from one file or byte range of the directory. Parts are named by a digest of what they follow
+from (content, tokenizer, template, limits). They are stored in `parts/` beside the stores, which share them: where one file of a directory
+changes, only its parts are built again. Parts and stores are complete or do not exist: the file that lists the others is written last.
 
-Everything carries checksums: index files are checked when a store is opened, shards by their size then and by every record that is
-read; `verify` reads all of it.
+Everything has checksums: those of index files are checked when a store is opened, those of records when they are read; a shard's size is
+checked when it is opened; `verify` reads every byte.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from most_ray.records.files import REJECTED
 from most_ray.records.template import EncodedRecord
 
 STORE_VERSION = 2
-PART_FILES = ("index.npy", REJECTED)  # of a part, beside its shards
-SCRATCH = ".part-"  # begins the names of folders in the making
+PART_FILES = ("index.npy", REJECTED)  # files of a part in addition to its shards and part.json
+SCRATCH = ".part-"  # prefix of the names of folders whose part is not finished
 _SCHEMA = pa.schema([("id", pa.string()), ("input_ids", pa.large_list(pa.int32())), ("checksum", pa.uint64())])
-_SHARD_TOKENS = 1 << 24
-_OPEN_SHARDS = 128  # each holds a file descriptor
-_MADE_ANEW = "the next start makes it anew."
+_SHARD_TOKENS = 1 << 24  # tokens after which a shard is written
+_OPEN_SHARDS = 128  # shards kept open, each with a file descriptor
+_BUILT_AGAIN = "the next start builds it again."
 
 
 def digest(data: Any) -> str:
-    """Of bytes or a contiguous array."""
+    """The xxh3_128 digest of bytes or a contiguous array, in hexadecimal."""
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
 def file_digest(path: Path) -> str:
+    """The `digest` of a file's content."""
     state = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 20):
@@ -51,20 +52,21 @@ def file_digest(path: Path) -> str:
 
 
 def record_checksum(record_id: str, tokens: np.ndarray) -> int:
+    """The 64-bit checksum of a record's id and tokens."""
     return int(xxhash.xxh3_64_intdigest(tokens.data, seed=xxhash.xxh32_intdigest(record_id)))
 
 
 class TokenStore:
-    """Read access. Arrays are mapped, not loaded: opening costs little at any size.
+    """A token store, open for reading. Arrays are memory-mapped, so opening is quick at any size.
 
     Attributes:
-        place: folder or URI.
-        manifest: what the store was made from and holds.
+        uri: folder or URI of the store.
+        manifest: what the store was built from, its counts and its shards.
         lengths: tokens of each record, int32 (records,).
         prompt_lengths: unsupervised tokens at the start of each record, int32 (records,).
 
     Raises:
-        DataError: the store is damaged, of another version, or gone; names the file.
+        DataError: the store is missing, damaged or of another version; names the file.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -73,7 +75,7 @@ class TokenStore:
         self.manifest = read_checksummed_json(storage.join(self.uri, "manifest.json"), "token store")
         if self.manifest["version"] != STORE_VERSION:
             raise DataError(
-                "token store", self.uri, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_MADE_ANEW}"
+                "token store", self.uri, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_BUILT_AGAIN}"
             )
         self.lengths: np.ndarray = self._index("lengths.npy")
         self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")
@@ -85,16 +87,20 @@ class TokenStore:
 
     @property
     def task(self) -> str:
+        """The task of its records."""
         return str(self.manifest["task"])
 
     @property
     def name(self) -> str:
+        """The name of the directory that it was built from, without suffixes."""
         return str(self.manifest["name"])
 
     def _fetch(self, uri: str) -> Path:
+        """A local file with the content of `uri`."""
         return self._cache.fetch(uri) if self._cache else storage.local(uri)
 
     def _index(self, name: str) -> np.ndarray:
+        """An index file's array, memory-mapped, after a check of its digest."""
         uri = storage.join(self.uri, name)
         try:
             path = self._fetch(uri)
@@ -107,40 +113,44 @@ class TokenStore:
             raise DataError("token store", uri, f"cannot be read ({error}).", _remedy(uri)) from error
 
     def shard_uri(self, index: int) -> str:
+        """The URI of the shard at `index`."""
         shard = self.manifest["shards"][index]
         return storage.join(storage.parent(self.uri), "parts", shard["part"], shard["name"])
 
-    def _damaged(self, index: int, why: str) -> DataError:
+    def _corrupt(self, index: int, why: str) -> DataError:
+        """The error for a shard that cannot be used."""
         uri = self.shard_uri(index)
-        # A remote store is not looked through for missing parts at each start.
+        # Of a remote store missing parts are not looked for at each start, so the store is to be deleted too.
         copy = f", {storage.redact(self.uri)} and this node's copies ({self._cache.directory})" if self._cache else ""
-        return DataError("shard", storage.redact(uri), f"{why}.", f"Delete {storage.redact(storage.parent(uri))}{copy}; {_MADE_ANEW}")
+        return DataError("shard", storage.redact(uri), f"{why}.", f"Delete {storage.redact(storage.parent(uri))}{copy}; {_BUILT_AGAIN}")
 
     def _open_shard(self, index: int) -> pa.RecordBatch:
+        """A shard's columns, memory-mapped, after a check of its size and structure."""
         shard, uri = self.manifest["shards"][index], self.shard_uri(index)
 
-        def map_it() -> pa.MemoryMappedFile:
+        def map_shard() -> pa.MemoryMappedFile:
             return pa.memory_map(str(self._fetch(uri)))
 
         try:
             try:
-                content = storage.with_retries(map_it, uri)
+                content = storage.with_retries(map_shard, uri)
             except FileNotFoundError:
-                content = map_it()  # other files may just have pushed it out of this node's cache
+                content = map_shard()  # other files may just have evicted it from this node's cache
             if content.size() != shard["bytes"]:
-                raise self._damaged(index, f"has {content.size()} bytes instead of {shard['bytes']}")
+                raise self._corrupt(index, f"has {content.size()} bytes instead of {shard['bytes']}")
             batch = pa.ipc.open_file(content).get_batch(0)
-            batch.validate(full=True)  # offsets that lead outside end the process where they are followed
+            batch.validate(full=True)  # offsets out of range would crash the process where they are used
             return batch
         except (OSError, pa.ArrowException) as error:
-            raise self._damaged(index, f"cannot be read ({error})") from error
+            raise self._corrupt(index, f"cannot be read ({error})") from error
 
     def _locate(self, row: int) -> tuple[int, int]:
+        """The shard of a record, and its index in the shard."""
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return shard, row - int(self._starts[shard])
 
     def record(self, row: int) -> tuple[str, np.ndarray]:
-        """Id and tokens of a record, int32 (tokens,), without a copy, checked.
+        """The id and the tokens of a record, int32 (tokens,), without a copy; both are checked against the record's checksum.
 
         Raises:
             DataError: they are not what was written; names the shard.
@@ -154,19 +164,21 @@ class TokenStore:
             tokens: np.ndarray = column.values.slice(start, stop - start).to_numpy()
             good = len(tokens) == self.lengths[row] and record_checksum(record_id, tokens) == batch.column(2)[index].as_py()
         except (ValueError, IndexError, OverflowError, pa.ArrowException) as error:
-            raise self._damaged(shard, f"has broken columns at record {index} ({error})") from error
+            raise self._corrupt(shard, f"has broken columns at record {index} ({error})") from error
         if not good:
-            raise self._damaged(shard, f"is damaged: record {index} does not match its checksum")
+            raise self._corrupt(shard, f"is damaged: record {index} does not match its checksum")
         return record_id, tokens
 
     def record_id(self, row: int) -> str:
+        """The id of a record. Raises DataError as `record`."""
         return self.record(row)[0]
 
     def input_ids(self, row: int) -> np.ndarray:
+        """The tokens of a record, int32 (tokens,). Raises DataError as `record`."""
         return self.record(row)[1]
 
     def verify(self, max_bytes: int | None = None) -> bool:
-        """Check every shard's size and, where all of them have at most `max_bytes`, every byte. Returns whether bytes were checked.
+        """Check the size of every shard and, unless all together exceed `max_bytes`, every byte. Returns whether bytes were checked.
 
         Raises:
             DataError: names the shard.
@@ -180,38 +192,39 @@ class TokenStore:
                 path = self._fetch(self.shard_uri(index))
                 size = path.stat().st_size
             except OSError as error:
-                raise self._damaged(index, f"cannot be read ({error.strerror or error})") from error
+                raise self._corrupt(index, f"cannot be read ({error.strerror or error})") from error
             if size != shard["bytes"]:
-                raise self._damaged(index, f"has {size} bytes instead of {shard['bytes']}")
+                raise self._corrupt(index, f"has {size} bytes instead of {shard['bytes']}")
             if whole and file_digest(path) != shard["digest"]:
-                raise self._damaged(index, "is damaged: it does not match its checksum")
+                raise self._corrupt(index, "is damaged: it does not match its checksum")
         return whole
 
     def rejected_lines(self) -> bytes:
-        """rejected.jsonl."""
+        """The content of rejected.jsonl."""
         return storage.read_bytes(storage.join(self.uri, REJECTED))
 
 
 @lru_cache(maxsize=64)
 def open_store(uri: str) -> TokenStore:
-    """A store, opened once per process."""
+    """The store at `uri`, opened once per process."""
     return TokenStore(uri)
 
 
 def _remedy(uri: str) -> str:
-    return f"Delete {storage.redact(storage.parent(uri))}; {_MADE_ANEW}"
+    """The remedy for a damaged file of a store or part."""
+    return f"Delete {storage.redact(storage.parent(uri))}; {_BUILT_AGAIN}"
 
 
 def checksummed_json(content: Mapping[str, Any]) -> bytes:
-    """JSON that carries its own digest."""
+    """`content` as JSON with its own digest in it."""
     return json.dumps({**content, "digest": digest(json.dumps(content, sort_keys=True).encode())}, indent=1).encode()
 
 
 def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
-    """What `checksummed_json` made.
+    """Read a file that `checksummed_json` has built. `what` names it in errors.
 
     Raises:
-        DataError: it cannot be read or has changed since.
+        DataError: it cannot be read or does not match its digest.
     """
     try:
         content = json.loads(storage.read_bytes(uri))
@@ -226,7 +239,7 @@ def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
 
 
 class PartWriter:
-    """Writes one part into a temporary folder; `publish` makes it visible. Memory: one shard's tokens.
+    """Writes one part to a temporary folder in `scratch`; `publish` moves it to its URI. At most one shard's tokens are in memory.
 
     A part is shard-NNNN.arrow, index.npy (lengths and prompt lengths, int32 (2, records)), rejected.jsonl and, last, part.json.
     """
@@ -244,6 +257,7 @@ class PartWriter:
         self._counts = {"n_rejected": 0, "n_set_aside": 0}
 
     def add(self, ids: Sequence[str], encoded: Sequence[EncodedRecord]) -> None:
+        """Append records."""
         self._ids += ids
         for item in encoded:
             self._tokens.append(item.input_ids)
@@ -253,11 +267,13 @@ class PartWriter:
             self._flush()
 
     def reject(self, index: int, byte: int, reason: str, record_id: str | None = None, *, set_aside: bool = False) -> None:
+        """Note a rejected record: its index in the part, its byte in the file, the reason; `set_aside`: it does not count as bad."""
         self._counts["n_set_aside" if set_aside else "n_rejected"] += 1
         line = {"index": index, "byte": byte, "reason": reason, "id": record_id} | ({"set_aside": True} if set_aside else {})
         self._rejected.write(json.dumps(line).encode() + b"\n")
 
     def _flush(self) -> None:
+        """Write the buffered records to a shard."""
         if not self._ids:
             return
         lengths = np.array([len(tokens) for tokens in self._tokens], np.int64)
@@ -274,7 +290,7 @@ class PartWriter:
         self._ids, self._tokens, self._buffered = [], [], 0
 
     def publish(self, uri: str, n_seen: int) -> None:
-        """Give the part its place. `n_seen`: records of the input, good and bad."""
+        """Finish the part and move it to `uri`. `n_seen`: records of the input, good and bad."""
         self._flush()
         self._rejected.close()
         index = np.stack([np.concatenate([np.zeros(0, np.int32), *self._lengths]), np.array(self._prompts, np.int32)])
@@ -292,5 +308,6 @@ class PartWriter:
         storage.publish(self.folder, uri, "part.json")
 
     def abort(self) -> None:
+        """Remove the temporary folder, if it still exists."""
         self._rejected.close()
         shutil.rmtree(self.folder, ignore_errors=True)

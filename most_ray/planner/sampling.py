@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from most_ray.data.ingest import read_units_manifest
+from most_ray.data.ingest_plan import read_units_manifest
 from most_ray.data.store import TokenStore
 from most_ray.errors import RecordError
 from most_ray.io import storage

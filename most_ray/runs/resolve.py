@@ -15,7 +15,8 @@ import torch
 from most_ray.checkpoint import catalog, reader
 from most_ray.config import OPTIONS, Overlong, RunConfig
 from most_ray.data.batch import TokenLayout
-from most_ray.data.ingest import Recipe, Runner, check_rejected, content_digest, ingest_directory, run_here
+from most_ray.data.ingest import Recipe, Runner, check_rejected, ingest_directory, run_here
+from most_ray.data.ingest_plan import content_digest
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore

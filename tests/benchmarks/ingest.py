@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.data.ingest import Part, Recipe, make_part
+from most_ray.data.ingest import Part, Recipe, build_part
 from most_ray.records.batch_tokenizer import _known_words
 from most_ray.records.record import ASR_INSTRUCTION, Record, units_to_text
 from most_ray.records.template import template_texts
@@ -123,7 +123,7 @@ class Bench:
         self._number += 1
         uri = self.folder / "store" / "parts" / f"{self._number}"
         part = Part(str(file), 0, None, uri.name, str(uri), file.stat().st_size)
-        return lambda: make_part(part, recipe)
+        return lambda: build_part(part, recipe)
 
     def tokens(self) -> float:
         """Tokens of a record, and a check that all of them have come through."""

@@ -29,7 +29,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 def test_tasks_make_the_same_store_as_one_process(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("most_ray.data.ingest.RANGE", 4000)
+    monkeypatch.setattr("most_ray.data.ingest_plan.RANGE", 4000)
     records = [asr(i, units=1 + i % 50) for i in range(120)]
     folder = write_records(tmp_path / "a", [*records[:60], "bad", *records[60:]])
     write_records(tmp_path / "a", [asr(500)], "more.jsonl")
@@ -56,7 +56,7 @@ def test_records_and_stores_behind_uris(ray_cluster: str, tmp_path: Path, bucket
     records = [asr(i, units=1 + i % 50) for i in range(60)]
     folder = write_records(tmp_path / "a", records)
     storage.write_bytes(bucket % "data/a/records.jsonl", (folder / "records.jsonl").read_bytes())
-    monkeypatch.setattr("most_ray.data.ingest.RANGE", 4000)
+    monkeypatch.setattr("most_ray.data.ingest_plan.RANGE", 4000)
     local = ingest_directory(folder, RECIPE, tmp_path / "store")
     remote = ingest_directory(bucket % "data/a", RECIPE, bucket % "store", run_in_tasks)
     assert remote.uri.startswith("s3://") and same(local, remote)

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from most_ray.data.ingest import Part, Recipe, check_rejected, ingest_directory, make_part, run_here
+from most_ray.data.ingest import Part, Recipe, build_part, check_rejected, ingest_directory, run_here
 from most_ray.data.store import TokenStore
 from most_ray.errors import DataError, RecordError
 from most_ray.io.json_stream import read_lines, read_values
@@ -136,7 +136,7 @@ def test_every_record_is_in_the_store_or_rejected(tmp_path: Path, records: list[
     name = {"list": "a.json", "data": "a.json", "lines": "a.jsonl", "zipped": "a.jsonl.gz"}[form]
     (folder / name).write_bytes(gzip.compress(content.encode()) if form == "zipped" else content.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("most_ray.data.ingest.RANGE", size)
+        patch.setattr("most_ray.data.ingest_plan.RANGE", size)
         patch.setattr("most_ray.data.ingest._BATCH", 4)
         store = ingest(folder)
     kept = [int(store.record_id(row)[1:]) for row in range(len(store))]
@@ -153,7 +153,7 @@ def test_every_record_is_in_the_store_or_rejected(tmp_path: Path, records: list[
 def test_one_thread_parses_the_headers_of_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts are read at once, and numpy parses with `ast`, which in Python 3.11 fails where threads do so at the same time."""
     folder = write_records(tmp_path / "a", [asr(i) for i in range(60)])
-    monkeypatch.setattr("most_ray.data.ingest.RANGE", 700)
+    monkeypatch.setattr("most_ray.data.ingest_plan.RANGE", 700)
     parsing: list[tuple[int, str]] = []
     evaluate = ast.literal_eval
 
@@ -226,7 +226,7 @@ def test_an_unchanged_directory_is_not_read_again(tmp_path: Path, monkeypatch: p
     write_records(tmp_path / "a", [asr(0)])
     os.utime(tmp_path / "a" / "records.jsonl", (1, 1))
     uri = ingest(tmp_path / "a").uri
-    monkeypatch.setattr("most_ray.data.ingest._read_digests", lambda entry: pytest.fail("was read"))
+    monkeypatch.setattr("most_ray.data.ingest_plan._read_digests", lambda entry: pytest.fail("was read"))
     assert ingest(tmp_path / "a").uri == uri
 
 
@@ -242,13 +242,13 @@ def test_a_file_changed_within_the_resolution_of_its_time_stamp_is_seen(tmp_path
 
 def test_a_stopped_ingest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was finished stays; nothing half-written does; the result is that of an undisturbed one."""
-    monkeypatch.setattr("most_ray.data.ingest.RANGE", 2000)
+    monkeypatch.setattr("most_ray.data.ingest_plan.RANGE", 2000)
     write_records(tmp_path / "a", [asr(i, units=20) for i in range(60)])
     made: list[str] = []
 
     def stopping(parts: Sequence[Part], recipe: Recipe) -> None:
         for part in parts[:3]:
-            make_part(part, recipe)
+            build_part(part, recipe)
             made.append(part.key)
         raise KeyboardInterrupt
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from most_ray.data.mixture import MAX_PERIOD, Mixture, Tree, integer_weights, interleave_pattern, merge_tree, tree_bound
+from most_ray.data.merge_tree import Tree, merge_tree, tree_bound
+from most_ray.data.mixture import MAX_PERIOD, Mixture, integer_weights, interleave_pattern
 
 WEIGHTS = st.lists(st.integers(1, 60), min_size=1, max_size=7)
 FINE_WEIGHTS = st.lists(st.one_of(st.integers(1, 10**6), st.integers(0, 12).map(lambda e: 10**e)), min_size=1, max_size=7)

@@ -12,7 +12,7 @@ import ray.data
 from ray.data import DataContext
 
 from most_ray.config import RunConfig
-from most_ray.data.ingest import Part, Recipe, Runner, make_part, run_here
+from most_ray.data.ingest import Part, Recipe, Runner, build_part, run_here
 from most_ray.errors import DataError
 from most_ray.service.cluster.connection import start_ray
 
@@ -62,7 +62,7 @@ def dataset_of(parts: Sequence[Any]) -> ray.data.Dataset:
 def _make(row: dict[str, Any], recipe: Recipe) -> dict[str, str]:
     """Make one part; runs in a task. Returns the four parts of a DataError, empty without one: Ray would wrap an error that is raised."""
     try:
-        make_part(Part(**row), recipe)
+        build_part(Part(**row), recipe)
     except DataError as error:
         return {"field": error.field, "value": str(error.value), "rule": error.rule, "remedy": error.remedy}
     except OSError as error:
