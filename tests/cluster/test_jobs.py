@@ -50,7 +50,7 @@ def trained_steps(run: Path) -> list[int]:
 def test_a_job_by_ray_goes_on_by_most_ray_and_ends_at_once_when_it_is_complete(
     local_cluster: LocalCluster, submit: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    """Promise 36: the same name continues, whoever submits it."""
+    """Promise 36 of docs/promises.md: the same name continues, whoever submits it."""
     ray = str(Path(sys.executable).with_name("ray"))
     flags = ["--config", CONFIG, "--output_dir", str(tmp_path), "--name", "short", *SHORT]
     by_hand = [ray, "job", "submit", "--runtime-env", "jobs/runtime_env.yaml", "--working-dir", ".", "--"]

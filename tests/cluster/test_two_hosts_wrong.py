@@ -1,4 +1,4 @@
-"""Places that one host of two does not have as the other has them: found on it before a worker starts (promise 32)."""
+"""Places that one host of two does not have as the other has them: found on it before a worker starts (promise 32 of docs/promises.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Set-ups that cannot work: each ends in one sentence with its remedy, within 30 s, without a traceback. The table of cluster/README.md
-names the test of each."""
+"""Set-ups that cannot work: each ends in one sentence with its remedy, within 30 s, without a traceback. The table of
+docs/cluster/what-breaks.md names the test of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoints over ranks, on gloo, without Ray: any layout to any other, in the background, with ranks that fail (promises 16, 17, 19)."""
+"""Checkpoints over ranks, on gloo, without Ray: any layout to any other, in the background, with ranks that fail.
+
+Promises 16, 17, 19 of docs/promises.md.
+"""
 
 from __future__ import annotations
 
@@ -126,8 +129,8 @@ def saved(setting: Setting) -> dict[Topology, dict[str, Any]]:
 
 @pytest.mark.parametrize("world", LOADED)
 def test_a_checkpoint_moves_to_any_layout(setting: Setting, saved: dict[Topology, dict[str, Any]], world: int) -> None:
-    """Promises 16, 17: weights and moments to the bit, logits to 1e-6, losses of the next 5 steps to 1e-5, and what is exported from
-    the layout that it was saved at equals what is exported after it went through another."""
+    """Promises 16, 17 of docs/promises.md: weights and moments are bitwise identical, logits to 1e-6, losses of the next 5 steps to 1e-5, and
+    what is exported from the layout that it was saved at equals what is exported after it went through another."""
     found = run_ranks(world, load_all, setting, world)[0]
     assert len(found) == len(SAVED) * len(LOADED[world])
     for (source, target), other in found.items():
@@ -312,7 +315,7 @@ def memory(key: str) -> float:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_memory_in_a_save_is_one_shard_at_most(tmp_path: Path, background: bool) -> None:
-    """Promise 19: 201 MB in all, half of it on each rank."""
+    """Promise 19 of docs/promises.md: 201 MB in all, half of it on each rank."""
     for shard, first, second in run_ranks(2, peak_of, str(tmp_path), background):
         assert 95 < shard < 105
         assert first < shard + 30

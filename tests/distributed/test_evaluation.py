@@ -48,7 +48,7 @@ def scored(scene: Scene, settings: EvaluationSettings, topologies: list[tuple[in
 
 @pytest.mark.parametrize("world", sorted(LAYOUTS))
 def test_every_record_is_decoded_once_and_alike_on_any_layout(world: int, scene: Scene, tmp_path: Path) -> None:
-    """Promises 7 and 20: 7, 3 and 2 records on 2 and 4 ranks, by greedy search and beams: no hang, nothing doubled."""
+    """Promises 7 and 20 of docs/promises.md: 7, 3 and 2 records on 2 and 4 ranks, by greedy search and beams: no hang, nothing doubled."""
     for settings in (SETTINGS, replace(SETTINGS, batch_size=2, max_new_tokens=9, max_new_units=9, num_beams=3)):
         alone = evaluate(scene, settings).result
         answers = run_ranks(world, scored, scene, settings, LAYOUTS[world], str(tmp_path))

@@ -1,4 +1,4 @@
-"""float16, skipped steps, replica checks and repeatability over several ranks, on gloo, without Ray (promise 15)."""
+"""float16, skipped steps, replica checks and repeatability over several ranks, on gloo, without Ray (promise 15 of docs/promises.md)."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def said_by_the_check(state: TrainState) -> str | None:
 
 @pytest.mark.parametrize(("topology", "holders"), [((2, 1, 1), "ranks [0] and ranks [1]"), ((2, 2, 2), "ranks [1] and ranks [3]")])
 def test_one_changed_bit_is_found(setting: Setting, topology: Topology, holders: str) -> None:
-    """Promise 15. Equal replicas pass; the message names the tensor and the ranks, alike on every rank."""
+    """Promise 15 of docs/promises.md. Equal replicas pass; the message names the tensor and the ranks, alike on every rank."""
     ranks = run_ranks(world_of(topology), drift, setting, topology)
     assert all(found == ranks[0] for found in ranks)
     assert len(ranks[0]) == 7

@@ -1,4 +1,4 @@
-"""Expert and data parallelism against a single process, on gloo, without Ray (promises 12-16, 21).
+"""Expert and data parallelism against a single process, on gloo, without Ray (promises 12-16, 21 of docs/promises.md).
 
 Each group of ranks is started once for all its layouts. `-s` shows the table of the largest differences.
 """

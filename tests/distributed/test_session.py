@@ -25,7 +25,7 @@ def begin(root: str, shared: bool, newer: bool) -> str:
 
 
 def test_a_folder_that_is_not_shared_is_found_before_training(tmp_path: Path) -> None:
-    """Promise 32: every rank sees what rank 0 has written, or all of them say who does not."""
+    """Promise 32 of docs/promises.md: every rank sees what rank 0 has written, or all of them say who does not."""
     answers = run_ranks(2, begin, str(tmp_path / "own"), False, False)
     assert all("ranks [1] do not see there what rank 0 has written" in answer for answer in answers)
     answers = run_ranks(2, begin, str(tmp_path / "one"), True, False)

@@ -23,7 +23,7 @@ from tests.support.runs import run_on_ranks
 def test_from_a_folder_of_recordings_to_a_word_error_rate(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Promise 28: one's own recordings, units fitted on them, both tasks, a run, a score; the whole way in a new folder."""
+    """Promise 28 of docs/promises.md: recordings, units fitted on them, both tasks, a run, a score; the whole way in a new folder."""
     monkeypatch.chdir(tmp_path)
     source = str(shared / "data" / "fsdd")
     units = ["prepare", "units", "--corpus", "folder", "--input", source, "--features", "mfcc"]
@@ -55,7 +55,7 @@ def test_from_a_folder_of_recordings_to_a_word_error_rate(
 def test_other_units_than_the_ones_trained_on_are_refused(
     shared: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Promise 27."""
+    """Promise 27 of docs/promises.md."""
     monkeypatch.chdir(tmp_path)
     source = str(shared / "data" / "fsdd")
     main(["prepare", "units", "--input", source, "--output", "other", "--fit_kmeans", "30", "--where", "speaker=lucas", "split=test"])
@@ -81,7 +81,7 @@ def test_published_librispeech_units_train(shared: Path, tmp_path: Path, monkeyp
 def test_one_command_from_a_folder_of_recordings(
     shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Promise 28: units, both tasks, a run, speech out and in again; the commands that it shows are the ones that it took."""
+    """Promise 28 of docs/promises.md: units, both tasks, a run, speech out and in again; the commands that it shows are those it ran."""
     monkeypatch.chdir(tmp_path)
     source = Path("my recordings")
     source.mkdir()

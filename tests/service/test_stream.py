@@ -66,7 +66,7 @@ def test_blocks_stay_small_and_start_up_does_not_grow(plan: Plan, tmp_path: Path
 
 
 def test_a_stream_that_stalls_ends_naming_the_stage() -> None:
-    """Promise 9: no batch for N seconds ends in a named error; batches before it come through."""
+    """Promise 9 of docs/promises.md: no batch for N seconds ends in a named error; batches before it come through."""
     hold = threading.Event()
 
     def stalling() -> Iterator[Any]:

@@ -129,7 +129,7 @@ def test_a_complete_run_is_left_alone(folder: Path, reference: dict[str, Any], c
 
 
 def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    """Promises 18 and 23: transformers loads it; `most-ray evaluate` and the run agree; so does another batch size (promise 24)."""
+    """Promises 18, 23 and 24 of docs/promises.md: transformers loads it; `most-ray evaluate` and the run agree; so does another batch size."""
     export = folder / "reference" / "export"
     model = AutoModelForCausalLM.from_pretrained(export)
     assert type(model).__name__ == "MostForCausalLM"
@@ -172,8 +172,8 @@ def test_evaluation_during_training(folder: Path, reference: dict[str, Any]) -> 
 
 
 def test_one_number_by_every_way(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    """Promises 23 and 24: WER and all other figures of metrics.jsonl at the last step, of `most-ray evaluate` on that checkpoint by one
-    worker and by two, in batches of 1 and 8, and of the file scored again: equal to the last digit."""
+    """Promises 23 and 24 of docs/promises.md: WER and all other figures of metrics.jsonl at the last step, of `most-ray evaluate` on that
+    checkpoint by one worker and by two, in batches of 1 and 8, and of the file scored again: equal to the last digit."""
     (line,) = read_journal(folder / "reference" / "metrics.jsonl", "evaluation")
     uri = str(folder / "reference" / "checkpoints" / f"step-{STEPS:09d}")
     sets = [str(ROOT / "jobs/data/digits" / name) for name in ("test_takes", "test_speaker")]
@@ -254,7 +254,7 @@ def test_a_failing_worker_ends_the_run_with_its_error(folder: Path) -> None:
 def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Promise 8: within 60 s, though the other rank waits in a collective; `max_failures` restarts before it."""
+    """Promise 8 of docs/promises.md: within 60 s, though the other rank waits in a collective; `max_failures` restarts before it."""
     raised = tmp_path / "raised"
 
     def failing(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:

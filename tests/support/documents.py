@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 GENERATED = ("docs/configuration.md", "docs/command-line.md", "docs/metrics.md")
-_OTHERS = ("README.md", "CONTRIBUTING.md", "cluster/README.md", "jobs/data/digits/README.md", "tests/benchmarks/RESULTS.md")
+_OTHERS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md", "jobs/data/digits/README.md", "tests/benchmarks/RESULTS.md")
 _FENCE = re.compile(r"^(\s*)```(\S*)\s*$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\]|\n)*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")

@@ -1,4 +1,4 @@
-"""Promise 36's other half: which failures a run goes on after, and which rank's error is shown (promise 8)."""
+"""Promise 36's other half: which failures a run goes on after, and which rank's error is shown (promise 8 of docs/promises.md)."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_what_is_said_of_a_loss_may_hold_brackets(monkeypatch: pytest.MonkeyPatc
 
 
 def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An autoscaler hears of a run that waits for room (promise 33), again before it forgets, and that it is over."""
+    """An autoscaler hears of a run that waits for room (promise 33 of docs/promises.md), again before it forgets, and that it is over."""
     said: list[object] = []
 
     class Coordinator:

@@ -22,7 +22,7 @@ from tests.support.training import full_weights, loss_of, make, save_to, steps
 
 @pytest.mark.parametrize("options", [{}, {"fp16": True}])
 def test_what_follows_a_restore_is_what_would_have_followed(model_dir: str, plan: Plan, tmp_path: Path, options: dict[str, bool]) -> None:
-    """Bit for bit, twice in a row, over an epoch's boundary (promises 1, 37)."""
+    """Bit for bit, twice in a row, over an epoch's boundary (promises 1, 37 of docs/promises.md)."""
     dtype = torch.float16 if options else None
     straight = make(model_dir, **options)
     expected = steps(straight, plan, 9, dtype=dtype)

@@ -71,7 +71,7 @@ def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(("key", "near"), [("learnig_rate", "learning_rate"), ("train_asr_dir", "train_asr_dirs"), ("epsize", "ep_size")])
 def test_an_unknown_key_names_the_nearest_known_one(key: str, near: str) -> None:
-    """Promise 38: a typo never becomes a default."""
+    """Promise 38 of docs/promises.md: a typo never becomes a default."""
     with pytest.raises(ConfigError, match=f"{key}.*Did you mean '{near}'"):
         config_from({key: 1})
 

@@ -30,7 +30,7 @@ def generated(model: torch.nn.Module, prompt: np.ndarray, cap: int, **keywords: 
 
 
 def test_it_is_the_librarys_greedy_decoding(prompts: list[np.ndarray]) -> None:
-    """Against transformers' generate, one prompt at a time; left padding and the batch change nothing (promise 24)."""
+    """Against transformers' generate, one prompt at a time; left padding and the batch change nothing (promise 24 of docs/promises.md)."""
     model = tiny_model(3).eval()
     caps = [4 + index % 5 for index in range(len(prompts))]
     expected = [generated(model, prompt, cap) for prompt, cap in zip(prompts, caps, strict=True)]

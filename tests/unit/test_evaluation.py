@@ -1,4 +1,7 @@
-"""The one evaluation: what it counts, what it refuses, and that a file scored again gives the same numbers (promises 23 to 27)."""
+"""The one evaluation: what it counts, what it refuses, and that a file scored again gives the same numbers.
+
+Promises 23 to 27 of docs/promises.md.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ def written(evaluated: Evaluation, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_batches_and_workers_change_nothing(scene: Scene, beams: int) -> None:
-    """Promises 7 and 24: batches of 1, 3 and 8, one share or three: the same rows, figures equal to the last digit."""
+    """Promises 7 and 24 of docs/promises.md: batches of 1, 3 and 8, one share or three: the same rows, figures equal to the last digit."""
     settings = replace(SETTINGS, num_beams=beams)
     reference = evaluate(scene, settings)
     assert [row["id"] for row in reference.rows[:7]] == [f"utt_{index}" for index in range(7)]
@@ -161,7 +164,7 @@ def test_loops() -> None:
 
 
 def test_records_that_are_missing_or_doubled_are_an_error(scene: Scene) -> None:
-    """Promise 7: every record is scored exactly once, counted."""
+    """Promise 7 of docs/promises.md: every record is scored exactly once, counted."""
     model, tokenizer = load_model(scene.model), load_tokenizer(scene.model)
     sets = open_sets(model.config, tokenizer, scene.model, scene.directories, SETTINGS, scene.stores)
     first, second = (score_shard(Forward(model), tokenizer, sets, SETTINGS, rank, 2) for rank in range(2))
@@ -205,7 +208,7 @@ def test_a_loss_that_is_no_number_is_null(scene: Scene, tmp_path: Path) -> None:
 
 
 def test_another_template_or_other_units_are_refused_with_both_hashes(scene: Scene, tmp_path: Path) -> None:
-    """Promises 26 and 27."""
+    """Promises 26 and 27 of docs/promises.md."""
     model, tokenizer = load_model(scene.model), load_tokenizer(scene.model)
     known = model.config.template_hash
     model.config.template_hash = "0123456789abcdef"
@@ -306,7 +309,7 @@ def test_wrong_uses(words: list[str], message: str, tmp_path: Path, capsys: pyte
 
 
 def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluated: Evaluation) -> None:
-    """Promise 26: `transcribe` and `synthesize` ask by the same template and caps; one answer does not hang on the others."""
+    """Promise 26 of docs/promises.md: `transcribe` and `synthesize` use the same template and caps; one answer does not depend on the others."""
     rows = evaluated.rows
     forward, tokenizer = Forward(load_model(scene.model)), load_tokenizer(scene.model)
     forward.model.eval()

@@ -31,7 +31,7 @@ def test_a_restart_leaves_each_step_once(tmp_path: Path) -> None:
 
 
 def test_evaluations_of_steps_that_stay_stay(tmp_path: Path) -> None:
-    """They come when they end, behind lines of later steps; promise 34: each once, in whatever order."""
+    """They come when they end, behind lines of later steps; promise 34 of docs/promises.md: each once, in whatever order."""
     path = tmp_path / "m.jsonl"
     written(path, 0, *train(1, 4), evaluation(2), *train(5, 7), evaluation(4), evaluation(6), *train(8, 8))
     journal = Journal(path, 5)

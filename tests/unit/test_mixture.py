@@ -78,7 +78,7 @@ def leaves(tree: Tree) -> list[int]:
 @given(WEIGHTS)
 @settings(max_examples=80, deadline=None)
 def test_every_prefix_is_within_one_record_of_its_share(weights: list[int]) -> None:
-    """Promise 11: exact mixes, after every record."""
+    """Promise 11 of docs/promises.md: exact mixes, after every record."""
     reduced = integer_weights([Fraction(w) for w in weights])
     pattern = interleave_pattern(reduced)
     counts = np.cumsum(pattern[:, None] == np.arange(len(reduced)), axis=0)
@@ -91,7 +91,7 @@ def test_every_prefix_is_within_one_record_of_its_share(weights: list[int]) -> N
 @given(FINE_WEIGHTS, SIZES, SEEDS, st.integers(0, 10**10))
 @settings(max_examples=60, deadline=None)
 def test_every_prefix_of_fine_weights_is_within_one_record_of_its_share(weights: list[int], sizes: list[int], seed: int, far: int) -> None:
-    """Promise 11 for any weights, from the first record on and anywhere."""
+    """Promise 11 of docs/promises.md for any weights, from the first record on and anywhere."""
     assume(sum(integer_weights([Fraction(w) for w in weights])) > MAX_PERIOD)
     lengths = random_lengths(sizes[: len(weights)], seed)
     mixture = Mixture(tuple(weights), lengths, seed, "records")
@@ -106,7 +106,7 @@ def test_every_prefix_of_fine_weights_is_within_one_record_of_its_share(weights:
 def test_every_prefix_is_within_one_records_tokens_of_its_share_of_tokens(
     weights: list[int], sizes: list[int], seed: int, far: int
 ) -> None:
-    """Promise 11 for shares of tokens: one record's tokens are the longest record's."""
+    """Promise 11 of docs/promises.md for shares of tokens: one record's tokens are the longest record's."""
     lengths = random_lengths(sizes[: len(weights)], seed)
     mixture = Mixture(tuple(weights), lengths, seed, "tokens")
     bound = bound_of(mixture)

@@ -118,7 +118,7 @@ def test_packed_records_have_the_loss_they_have_alone(plan: Plan, attention: str
 
 
 def test_padding_changes_neither_loss_nor_load(plan: Plan) -> None:
-    """Promise 21."""
+    """Promise 21 of docs/promises.md."""
     model = tiny_model().train()
     few, many = forward_batch(model, plan, 3, rows=1), forward_batch(model, plan, 3, rows=5)
     torch.testing.assert_close(few["loss"], many["loss"], rtol=1e-6, atol=1e-5)
@@ -142,7 +142,7 @@ def test_gradient_checkpointing_changes_nothing(plan: Plan) -> None:
 
 @pytest.mark.parametrize("token", [5, IDS.unit_base + 3])
 def test_a_batch_of_one_modality_trains(token: int) -> None:
-    """Promise 12, within one process: the other group's experts get gradients of zero, not an error."""
+    """Promise 12 of docs/promises.md, within one process: the other group's experts get gradients of zero, not an error."""
     model = tiny_model().train()
     ids = torch.full((2, 6), token)
     output = model(input_ids=ids, labels=ids, use_cache=False)
@@ -187,7 +187,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_save_and_load_are_bit_exact(saved: Path, tmp_path: Path) -> None:
-    """Promise 17: nothing is lost between our layout and Hugging Face's."""
+    """Promise 17 of docs/promises.md: nothing is lost between our layout and Hugging Face's."""
     model = load_model(str(saved))
     save_model(model, load_tokenizer(saved), tmp_path)
     with safe_open(saved / "model.safetensors", "pt") as a, safe_open(tmp_path / "model.safetensors", "pt") as b:
@@ -211,7 +211,7 @@ def test_the_tiny_preset_is_about_one_million(saved: Path) -> None:
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "shape of one expert"])
 def test_a_missing_extra_or_misshapen_weight_is_an_error(saved: Path, tmp_path: Path, change: str) -> None:
-    """Promise 17: a converter that drops an expert must not go unseen."""
+    """Promise 17 of docs/promises.md: a converter that drops an expert must not go unseen."""
     tensors = load_file(saved / "model.safetensors")
     key = "model.layers.1.mlp.experts.5.down_proj.weight"
     if change == "missing":

@@ -24,7 +24,7 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def test_steps_do_not_depend_on_the_ones_before(plan: Plan) -> None:
-    """Promise 2: any step at once. In and out of order, in another process's plan: the same."""
+    """Promise 2 of docs/promises.md: any step at once. In and out of order, in another process's plan: the same."""
     forward = [plan.record_ids(plan.step(k)) for k in range(1, 40)]
     other = Plan(plan.spec)
     assert [other.record_ids(other.step(k)) for k in range(39, 0, -1)] == forward[::-1]
@@ -32,7 +32,7 @@ def test_steps_do_not_depend_on_the_ones_before(plan: Plan) -> None:
 
 
 def test_each_source_is_seen_once_per_epoch(plan: Plan) -> None:
-    """Nothing twice, nothing left out, over epoch boundaries (promise 37)."""
+    """Nothing twice, nothing left out, over epoch boundaries (promise 37 of docs/promises.md)."""
     steps = 60
     seen: dict[str, int] = {}
     for k in range(1, steps + 1):
@@ -55,7 +55,7 @@ def test_the_mix_is_exact_after_every_step(plan: Plan) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_ranks_share_a_step_out_whatever_their_number(plan: Plan, world: int) -> None:
-    """The same records in the same packs at any world size; every rank makes the same number of passes (promise 6)."""
+    """The same records in the same packs at any world size; every rank makes the same number of passes (promise 6 of docs/promises.md)."""
     for step in range(1, 12):
         batches = [rank_batch(plan, step, rank, world, 2, LAYOUT) for rank in range(world)]
         assert len({batch.input_ids.shape for batch in batches}) == 1
@@ -134,7 +134,7 @@ def test_epochs(plan: Plan) -> None:
 
 
 def test_the_mix_in_tokens(plan: Plan) -> None:
-    """Promise 11: each source within one record's tokens of its share of the tokens, after every step; told in metrics."""
+    """Promise 11 of docs/promises.md: each source within one record's tokens of its share of the tokens, after every step; metrics report it."""
     by_tokens = Plan(replace(plan.spec, weight_unit="tokens"))
     longest = max(int(store.lengths.max()) for store in plan.stores)
     for step in range(1, 60):
@@ -181,7 +181,7 @@ def test_weights_of_kinds_and_sources(tmp_path: Path) -> None:
 
 
 def test_sources_with_different_units_are_not_mixed(tmp_path: Path) -> None:
-    """Promise 27."""
+    """Promise 27 of docs/promises.md."""
     stores = []
     for name, hash_ in (("a", "1"), ("b", "2")):
         write_records(tmp_path / name, [asr(1)])

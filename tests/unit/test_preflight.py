@@ -1,4 +1,4 @@
-"""What would fail on a cluster is found before a worker starts, and said with its remedy (promise 32)."""
+"""What would fail on a cluster is found before a worker starts, and said with its remedy (promise 32 of docs/promises.md)."""
 
 from __future__ import annotations
 

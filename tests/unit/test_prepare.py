@@ -54,7 +54,7 @@ def run(corpus: Path, output: Path, runner: Runner = run_in_process, **options: 
 
 
 def test_a_folder_becomes_records(corpus: Path, tmp_path: Path) -> None:
-    """Promise 28's first half."""
+    """Promise 28 of docs/promises.md, its first half."""
     records = prepare(corpus, tmp_path / "out", *FIT, "--where", "split=train", "--perturb", "0.9,1.0")
     assert [record["id"] for record in records] == [*(f"corpus_{i}_sp0.9" for i in range(6)), *(f"corpus_{i}" for i in range(6))]
     assert records[6]["output"] == "word 0"

@@ -45,7 +45,7 @@ RECORDS = [asr(i) for i in range(4)]
 )
 @pytest.mark.parametrize("zipped", [False, True])
 def test_every_json_form_gives_the_same_records(tmp_path: Path, name: str, content: str, zipped: bool) -> None:
-    """Promise 29: JSON Lines and the other forms are accepted as they come."""
+    """Promise 29 of docs/promises.md: JSON Lines and the other forms are accepted as they come."""
     path = tmp_path / (name + ".gz" * zipped)
     if zipped:
         with gzip.open(path, "wt") as sink:

@@ -18,7 +18,7 @@ from tests.support.training import CPU, batch_of, full_weights, loss_of, make, s
 
 
 def test_accumulation_is_one_large_batch(model_dir: str, plan: Plan) -> None:
-    """Promise 5's other half: the loss is a mean over the step's tokens, not over forward passes."""
+    """Promise 5 of docs/promises.md, its other half: the loss is a mean over the step's tokens, not over forward passes."""
     runs = []
     for rows in (1, 2, 8):
         state = make(model_dir)
@@ -197,7 +197,7 @@ def test_lines_of_metrics_leave_skipped_steps_out(model_dir: str, plan: Plan) ->
 
 @pytest.mark.parametrize("routing", [True, False])
 def test_padding_changes_nothing(model_dir: str, plan: Plan, routing: bool) -> None:
-    """Promise 21: longer rows and more empty rows change neither the loss nor the balance loss nor the expert counts."""
+    """Promise 21 of docs/promises.md: longer rows and more empty rows change neither the loss, nor the balance loss, nor expert counts."""
     runs = []
     for change in (lambda batch: batch, padded):
         state = make(model_dir, use_modality_aware_routing=routing, warmup_steps=0)

@@ -212,7 +212,7 @@ def test_a_job_is_named_by_its_run_and_has_time_to_stop(dashboard: Dashboard, ca
 
 
 def test_submitting_twice_continues_and_never_doubles(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
-    """Promise 36."""
+    """Promise 36 of docs/promises.md."""
     name = job_name("digits", "runs/digits")
     dashboard.jobs = [job(name, "RUNNING")]
     assert submitted(dashboard) == 0

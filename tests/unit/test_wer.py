@@ -1,4 +1,4 @@
-"""Promise 24: rates that mean what they say, against counts by hand and jiwer's own."""
+"""Promise 24 of docs/promises.md: rates that mean what they say, against counts by hand and jiwer's own."""
 
 from __future__ import annotations
 

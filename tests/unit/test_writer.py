@@ -225,7 +225,7 @@ def test_a_kill_in_any_phase_leaves_the_last_one_the_newest(tmp_path: Path, phas
 
 
 def test_a_checkpoint_that_would_not_be_whole_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise 16: the ranks' files are counted against every tensor's size before the marker."""
+    """Promise 16 of docs/promises.md: the ranks' files are counted against every tensor's size before the marker."""
     uri = catalog.step_uri(str(tmp_path), 1)
     plan = Staging.plan
 

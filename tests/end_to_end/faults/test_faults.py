@@ -1,5 +1,5 @@
-"""Promises 1, 16, 36 and 37, short form: a worker and the driver of a run under Ray are killed at random steps, and a run inside a
-save. `make chaos` makes twenty of each."""
+"""Promises 1, 16, 36 and 37 of docs/promises.md, short form: a worker and the driver of a run under Ray are killed at random steps, and a
+run inside a save. `make chaos` makes twenty of each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_worker_and_the_driver_are_killed(tmp_path: Path, ray_cluster: str) ->
     assert report.passed and len(report.rows) == 2, (seed, report)
     scored = read_journal(tmp_path / "killed" / "metrics.jsonl", "evaluation")
     assert sorted(line["step"] for line in scored) == [8, 16], (seed, report)
-    # Promise 34: every metric of the run in W&B's own files, once per step.
+    # Promise 34 of docs/promises.md: every metric of the run in W&B's own files, once per step.
     logged = times_logged(wandb_rows(tmp_path / "killed"))
     assert logged["train/loss"] == logged["train/tokens_per_second"] == dict.fromkeys(range(1, 17), 1), (seed, report)
     assert logged["eval/asr/test_takes/wer"] == dict.fromkeys((8, 16), 1), (seed, report)
