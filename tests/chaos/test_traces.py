@@ -1,5 +1,5 @@
-"""Promises 1, 3, 5, 36 and 37 of docs/promises.md on whole runs: the same records in the same steps, whatever the number of workers, forward
-passes and kills.
+"""Promises 1, 3, 5, 36 and 37 of docs/promises.md on whole runs: the same records in the same steps, whatever the number of workers,
+forward passes and kills.
 
 Every run is the command that a user types, on spoken digits: recognition, synthesis and text, mixed in tokens, packed. Takes some
 minutes: `make chaos`.

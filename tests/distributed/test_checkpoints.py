@@ -129,8 +129,8 @@ def saved(setting: Setting) -> dict[Topology, dict[str, Any]]:
 
 @pytest.mark.parametrize("world", LOADED)
 def test_a_checkpoint_moves_to_any_layout(setting: Setting, saved: dict[Topology, dict[str, Any]], world: int) -> None:
-    """Promises 16, 17 of docs/promises.md: weights and moments are bitwise identical, logits to 1e-6, losses of the next 5 steps to 1e-5, and
-    what is exported from the layout that it was saved at equals what is exported after it went through another."""
+    """Promises 16, 17 of docs/promises.md: weights and moments are bitwise identical, logits to 1e-6, losses of the next 5 steps to 1e-5,
+    and what is exported from the layout that it was saved at equals what is exported after it went through another."""
     found = run_ranks(world, load_all, setting, world)[0]
     assert len(found) == len(SAVED) * len(LOADED[world])
     for (source, target), other in found.items():

@@ -104,7 +104,8 @@ def assert_nothing_left(folder: Path) -> None:
 
 
 def test_four_trials_on_room_for_one(fake: None, tmp_path: Path) -> None:
-    """Promise 30 of docs/promises.md: all end, one after the other, and nothing is left. Each is a run in its own folder; stores are shared."""
+    """Promise 30 of docs/promises.md: all end, one after the other, and nothing is left. Each is a run in its own folder,
+    stores are shared."""
     ledger = make(tmp_path, "four", {"learning_rate": {"grid": [0.03, 0.01, 0.02, 0.05]}}, search="grid", cpus_per_worker=4.0)
     assert ledger.sweep["concurrent"] == 1
     assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 4

@@ -129,7 +129,7 @@ def test_a_complete_run_is_left_alone(folder: Path, reference: dict[str, Any], c
 
 
 def test_the_export_gives_the_runs_word_error_rate(folder: Path, reference: dict[str, Any], tmp_path: Path) -> None:
-    """Promises 18, 23 and 24 of docs/promises.md: transformers loads it; `most-ray evaluate` and the run agree; so does another batch size."""
+    """Promises 18, 23 and 24 of docs/promises.md: transformers loads it; `most-ray evaluate`, the run and another batch size agree."""
     export = folder / "reference" / "export"
     model = AutoModelForCausalLM.from_pretrained(export)
     assert type(model).__name__ == "MostForCausalLM"

@@ -309,7 +309,7 @@ def test_wrong_uses(words: list[str], message: str, tmp_path: Path, capsys: pyte
 
 
 def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluated: Evaluation) -> None:
-    """Promise 26 of docs/promises.md: `transcribe` and `synthesize` use the same template and caps; one answer does not depend on the others."""
+    """Promise 26 of docs/promises.md: `transcribe` and `synthesize` use one template and one cap; an answer does not depend on others."""
     rows = evaluated.rows
     forward, tokenizer = Forward(load_model(scene.model)), load_tokenizer(scene.model)
     forward.model.eval()

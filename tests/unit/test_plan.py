@@ -134,7 +134,7 @@ def test_epochs(plan: Plan) -> None:
 
 
 def test_the_mix_in_tokens(plan: Plan) -> None:
-    """Promise 11 of docs/promises.md: each source within one record's tokens of its share of the tokens, after every step; metrics report it."""
+    """Promise 11 of docs/promises.md: each source within one record's tokens of its share after every step, as metrics report."""
     by_tokens = Plan(replace(plan.spec, weight_unit="tokens"))
     longest = max(int(store.lengths.max()) for store in plan.stores)
     for step in range(1, 60):
