@@ -55,7 +55,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
 @pytest.fixture
 def checkout(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(stand_ins)
-    monkeypatch.setattr(calibration, "_LAST_S", 0.0)  # as few steps as can be measured: how fast this machine is matters to no test here
+    monkeypatch.setattr(calibration, "_TIME_LIMIT_S", 0.0)  # as few steps as can be measured: no test needs the speed of this machine
     return stand_ins
 
 

@@ -232,7 +232,7 @@ def test_behind_a_uri_every_line_goes_there(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_place_that_is_taken_is_told_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
-    for name in ("pull", "mark"):
+    for name in ("pull", "claim"):
         monkeypatch.setattr(RunFolder, name, lambda *_: None)
     uri = "s3://key:hunter2@bucket/sweep"
     held = LedgerFile(RunFolder(uri))
@@ -257,8 +257,8 @@ def test_a_sweep_that_another_machine_has_taken_over(tmp_path: Path, monkeypatch
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
     for name in ("pull", "push"):
         monkeypatch.setattr(RunFolder, name, lambda *_: None)
-    monkeypatch.setattr(RunFolder, "mark", lambda folder, mark: marks.update({folder.uri: mark}))
-    monkeypatch.setattr(RunFolder, "marked", lambda folder: marks[folder.uri])
+    monkeypatch.setattr(RunFolder, "claim", lambda folder, owner: marks.update({folder.uri: owner}))
+    monkeypatch.setattr(RunFolder, "owner", lambda folder: marks[folder.uri])
     file = LedgerFile(RunFolder("s3://bucket/sweep"))
     file.write("sweep", name="mine")
     marks["s3://bucket/sweep"] = "another"
