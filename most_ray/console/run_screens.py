@@ -19,9 +19,9 @@ from most_ray.console.progress import duration
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
-from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.io.run_folder import local_copy
 from most_ray.runs.resolve import Prepared
-from most_ray.trackers.select import uses_wandb
+from most_ray.trackers.select import tracker_notes
 
 Figures = Mapping[str, Any]
 _MOST_EXPERTS = 16  # in a table with a column for each
@@ -45,7 +45,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
         "model": _model(job.config, job.model_path),
         "steps": f"{job.total_steps - done:,} to make, {tokens / max(1, job.total_steps):,.0f} tokens each on average, {tokens:,} in all",
         "evaluation": validation or "none",
-        "tracking": _tracking(job.config, prepared.folder),
+        "tracking": ", ".join([f"{uri}/metrics.jsonl", *tracker_notes(job.config)]),
     }
     for name, text in rows.items():
         _say(console, f"  {name:<11} {text}")
@@ -108,18 +108,6 @@ def _parameters(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError, struct.error):
         return None
     return total or None
-
-
-def _tracking(config: RunConfig, folder: RunFolder) -> str:
-    uris = [f"{storage.redact(folder.uri)}/metrics.jsonl"]
-    if config.tensorboard:
-        uris.append("TensorBoard files in tensorboard/")
-    if uses_wandb(config):
-        mode = {"online": "online", "offline": "offline, in wandb/"}.get(
-            config.wandb_mode or "", "online where there is a key, else offline"
-        )
-        uris.append(f"Weights & Biases, project {config.wandb_project} ({mode})")
-    return ", ".join(uris)
 
 
 def last_screen(summary: Figures, console: Console) -> None:

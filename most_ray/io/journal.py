@@ -75,9 +75,9 @@ def _has_step(line: Mapping[str, Any]) -> bool:
     return isinstance(line.get("step"), int)
 
 
-def journal_lines(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
-    """The whole lines that have a step, one at a time; with `kind`, those of this kind."""
-    return (line for line in read_lines(path) if _has_step(line) and kind in (None, line.get("kind")))
+def journal_lines(path: Path, kind: str | None = None, size: int | None = None) -> Iterator[dict[str, Any]]:
+    """The whole lines that have a step, one at a time; with `kind`, those of this kind; with `size`, those of the first so many bytes."""
+    return (line for line in read_lines(path, size) if _has_step(line) and kind in (None, line.get("kind")))
 
 
 def read_journal(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

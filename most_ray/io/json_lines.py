@@ -42,8 +42,9 @@ def parse_lines(lines: bytes | Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield value
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a local file, one at a time, without damaged ones; none where there is no file."""
+def read_lines(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a local file, one at a time, without damaged ones; none if there is no file. `size`: read so many bytes, else all."""
     if path.exists():
         with path.open("rb") as stream:
-            yield from parse_lines(stream)
+            lines = iter(stream) if size is None else iter(lambda: stream.readline(size - stream.tell()), b"")
+            yield from parse_lines(lines)

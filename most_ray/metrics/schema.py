@@ -1,246 +1,322 @@
-"""What each line of metrics.jsonl holds, as data. docs/metrics.md is generated from it by `.ci/docs.py`."""
+"""Every metric, declared once: what each key of metrics.jsonl means, and its names in W&B, TensorBoard, Prometheus and the report.
+
+A new metric is a `Key` here, and a value where it is computed (`train.meter` for lines of kind `train`). The trackers, Prometheus, the
+objectives of sweeps, the report's curves and docs/metrics.md follow from the declaration. Figures of evaluations are in `figures`.
+"""
 
 from __future__ import annotations
 
-import math
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from most_ray.metrics import page
+from most_ray.metrics.figures import FIGURES, SAMPLE
+from most_ray.metrics.keys import Curve, Each, Fixed, Gauge, Key, Many, check_keys, undeclared
 
-@dataclass(frozen=True)
-class Key:
-    """type: a Python type (an int is a float too), a list of one, or an Each, Many or Fixed; when: what must be so for the key to be
-    there, empty: it always is."""
-
-    type: Any
-    unit: str
-    meaning: str
-    when: str = ""
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """An object whose keys are known; `name` is for the documentation."""
-
-    name: str
-    keys: Mapping[str, Key]
-
-
-@dataclass(frozen=True)
-class Each:
-    """An object with a value (its type as in `Key`) for each of what `of` says."""
-
-    of: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Many:
-    """A list of objects."""
-
-    value: Fixed
-
-
-_BY_MODALITY = "modality (text, audio)"
+ALL = "(all)"  # the tag of a gauge that covers all tasks or all sets; no folder has this name
 _NUMBER = float | None
+_BY_MODALITY = "modality (text, audio)"
 
 TOPOLOGY = Fixed(
     "topology",
     {
         "dp_replicate": Key(int, "", "replicas of the model"),
-        "fsdp": Key(int, "ranks", "over which a replica is sharded"),
-        "ep": Key(int, "ranks", "that share out the experts, within `fsdp`"),
+        "fsdp": Key(int, "ranks", "that share a replica's weights"),
+        "ep": Key(int, "ranks", "within `fsdp` that share its experts"),
     },
 )
 
 START: Mapping[str, Key] = {
-    "kind": Key(Literal["start"], "", "an attempt began: the first one, or one that goes on after a stop or a failure"),
-    "step": Key(int, "steps", "made before it; it goes on from there"),
+    "kind": Key(Literal["start"], "", "an attempt begins: the run's first one, or one that resumes after a stop or a failure"),
+    "step": Key(int, "steps", "made before this attempt"),
     "time": Key(float, "s", "Unix time"),
-    "workers": Key(int, "", "ranks"),
-    "topology": Key(TOPOLOGY, "", "how they are laid out"),
+    "workers": Key(int, "ranks", "that train", gauge=Gauge("most_ray_workers", "Ranks")),
+    "topology": Key(TOPOLOGY, "", "the layout of the ranks"),
     "device": Key(str, "", '"cpu", or the GPU\'s name'),
     "threads": Key(int, "", "CPU threads of each rank"),
     "precision": Key(Literal["float32", "bfloat16", "float16"], "", "type of matrix products; sums, weights and moments are float32"),
-    "exact": Key(bool, "", "it goes on just as an uninterrupted run would: nothing that decides on the data has changed"),
+    "exact": Key(bool, "", "the attempt continues as an uninterrupted run would: nothing that determines the data has changed"),
     "changed": Key(list[str], "", "what has changed and was accepted"),
-    "global_batch_size": Key(int, "records", "of a step"),
-    "total_steps": Key(int, "steps", "the run's goal"),
-    "first_expert_layer": Key(int, "", "number of the first layer with experts; lists by layer begin with it"),
-    "experts": Key(Each(_BY_MODALITY, list[int]), "", "the experts that its tokens may use"),
+    "global_batch_size": Key(int, "records", "in a step"),
+    "total_steps": Key(int, "steps", "the run's goal", gauge=Gauge("most_ray_total_steps", "Steps that the run is to make")),
+    "first_expert_layer": Key(int, "", "index of the first layer with experts; lists by layer begin with it"),
+    "experts": Key(Each(_BY_MODALITY, list[int]), "", "the experts that tokens of the modality may use"),
     "n_experts": Key(int, "", "routed experts of a layer"),
-    "wanted_mix": Key(Each("source", float), "share", "of each source in training, as asked for"),
+    "wanted_mix": Key(Each("source", float), "share", "configured share of the source in training"),
 }
 
 MIX = Fixed(
     "share of a source",
     {
-        "records": Key(int, "records", "trained on since the run's first step"),
-        "tokens": Key(int, "tokens", "of these records, before noise"),
-        "share": Key(float, "share", "of all records, or of all tokens where `weight_unit` is tokens"),
-        "target": Key(float, "share", "that was asked for"),
+        "records": Key(int, "records", "trained on", over="run"),
+        "tokens": Key(int, "tokens", "of these records, before noise", over="run"),
+        "share": Key(
+            float,
+            "share",
+            "of all records, or of all tokens if `weight_unit` is tokens",
+            over="run",
+            tracker="mix/{source}",
+            gauge=Gauge("most_ray_mix_share", "Share of a source in what was trained on, 0 to 1", ("source",)),
+        ),
+        "target": Key(
+            float,
+            "share",
+            "configured",
+            gauge=Gauge("most_ray_mix_target", "Configured share of a source, 0 to 1", ("source",)),
+        ),
     },
 )
 
 LAYERS = Fixed(
     "layers",
     {
-        "expert_max_over_mean": Key(Each(_BY_MODALITY, list[float]), "ratio", "by layer, as above"),
-        "expert_entropy": Key(Each(_BY_MODALITY, list[float]), "0 to 1", "by layer, as above"),
-        "busiest_expert": Key(Each(_BY_MODALITY, list[int]), "expert", "the one with most selections, by layer"),
+        "expert_max_over_mean": Key(
+            Each(_BY_MODALITY, list[float]), "ratio", "by layer; see the key of this name in the line", over="ratio"
+        ),
+        "expert_entropy": Key(Each(_BY_MODALITY, list[float]), "0 to 1", "by layer; see the key of this name in the line", over="ratio"),
+        "busiest_expert": Key(Each(_BY_MODALITY, list[int]), "expert", "the expert with most selections, by layer", over="sum"),
     },
 )
 
-_TASKS = (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only"))
-_WITH_TOKENS = "a step that counts had such tokens"
+_LOSS = Gauge("most_ray_loss", "Training loss in nats per supervised token, of a task or all", ("task",))
+_WITH_TOKENS = "a step that was not skipped had such tokens"
+
+
+def _task_keys(task: str, records: str) -> dict[str, Key]:
+    loss = f"mean cross-entropy over all supervised tokens of {records} records, unweighted"
+    return {
+        f"{task}_loss": Key(
+            float,
+            "nats per token",
+            loss,
+            _WITH_TOKENS,
+            over="token mean",
+            tracker=f"train/{task}_loss",
+            gauge=_LOSS,
+            labels={"task": task},
+        ),
+        f"{task}_perplexity": Key(_NUMBER, "", f"exp({task}_loss)", _WITH_TOKENS, over="token mean", tracker=f"train/{task}_perplexity"),
+    }
+
 
 TRAIN: Mapping[str, Key] = {
-    "kind": Key(Literal["train"], "", "training since the line of this kind before (`logging_steps` steps; fewer at the run's end)"),
-    "step": Key(int, "steps", "made, with the last one of this line"),
+    "kind": Key(Literal["train"], "", "training since the previous line of this kind (`logging_steps` steps; fewer at the run's end)"),
+    "step": Key(int, "steps", "made, up to the end of this line", tracker="train/step", gauge=Gauge("most_ray_step", "Steps made")),
     "time": Key(float, "s", "Unix time"),
-    "epoch": Key(float, "passes", "over the source that has been seen least"),
+    "epoch": Key(
+        float,
+        "epochs",
+        "of the source that was seen least",
+        over="run",
+        tracker="train/epoch",
+        gauge=Gauge("most_ray_epoch", "Epochs of the source that was seen least"),
+    ),
     "loss": Key(
-        _NUMBER, "nats per token", "mean cross-entropy over all supervised tokens of all ranks, unweighted; null: every step was skipped"
+        _NUMBER,
+        "nats per token",
+        "mean cross-entropy over all supervised tokens, unweighted; null: every step was skipped",
+        over="token mean",
+        tracker="train/loss",
+        gauge=_LOSS,
+        labels={"task": ALL},
     ),
-    **{f"{task}_loss": Key(float, "nats per token", f"the same over those of {name} records", _WITH_TOKENS) for task, name in _TASKS},
-    "perplexity": Key(_NUMBER, "", "exp(loss); null where that is no number"),
-    **{f"{task}_perplexity": Key(_NUMBER, "", f"exp({task}_loss)", _WITH_TOKENS) for task, _ in _TASKS},
+    "perplexity": Key(_NUMBER, "", "exp(loss); null where that is no number", over="token mean", tracker="train/perplexity"),
+    **_task_keys("asr", "ASR"),
+    **_task_keys("tts", "TTS"),
+    **_task_keys("text", "text-only"),
     "aux_loss": Key(
-        _NUMBER, "nats", "balance loss times `aux_loss_alpha`, as added to the loss; mean over steps; null: every step was skipped"
+        _NUMBER,
+        "nats",
+        "balance loss times `aux_loss_alpha`, as added to the loss; null: every step was skipped",
+        over="mean",
+        tracker="train/aux_loss",
     ),
-    "grad_norm": Key(_NUMBER, "", "Euclidean norm of the gradient over all parameters, before clipping; of the last step not skipped"),
-    "learning_rate": Key(float, "", "of the last step"),
+    "learning_rate": Key(
+        float,
+        "",
+        "of the optimizer",
+        over="last",
+        tracker="train/learning_rate",
+        gauge=Gauge("most_ray_learning_rate", "Learning rate of the last step"),
+        curve=Curve("Loss", "fig-learning-rate", "Learning rate", "learning rate", {"tick_format": ".1~e", "from_zero": True}),
+    ),
+    "grad_norm": Key(
+        _NUMBER,
+        "",
+        "Euclidean norm of the gradient over all parameters, before clipping; of the last step that was not skipped",
+        over="last",
+        tracker="train/grad_norm",
+        gauge=Gauge("most_ray_gradient_norm", "Euclidean norm of the gradient before clipping"),
+        curve=Curve("Loss", "fig-gradient-norm", "Gradient norm", "before clipping", {"smooth": True, "log": True}),
+    ),
     "skipped_steps": Key(
-        int, "steps", "not made as a loss or gradient was not finite; they count in no loss, nor in grad_norm and supervised_tokens"
+        int,
+        "steps",
+        "without an update because a loss or gradient was not finite; they count in no loss, nor in grad_norm and supervised_tokens",
+        over="sum",
+        tracker="train/skipped_steps",
+        gauge=Gauge("most_ray_skipped_steps", "Steps not made as a loss or gradient was not finite, in the run so far", total=True),
     ),
-    "tokens": Key(int, "tokens", "of the records, prompts as well, before noise"),
-    "supervised_tokens": Key(int, "tokens", "that the loss is a mean over"),
-    "samples": Key(int, "records", "trained on"),
-    "fill": Key(float, "share", "of the packed rows' places that hold tokens"),
-    "tokens_per_second": Key(float, "tokens/s", "of all ranks, in the same time: stalls and waiting for data included"),
-    "supervised_tokens_per_second": Key(float, "tokens/s", "the same"),
-    "samples_per_second": Key(float, "records/s", "the same"),
+    "tokens": Key(int, "tokens", "of the records, prompts included, before noise", over="sum", tracker="train/tokens"),
+    "supervised_tokens": Key(int, "tokens", "that the loss is a mean over", over="sum", tracker="train/supervised_tokens"),
+    "samples": Key(int, "records", "trained on", over="sum", tracker="train/samples"),
+    "fill": Key(float, "share", "of the packed rows' positions that hold tokens", over="ratio", tracker="train/fill"),
+    "tokens_per_second": Key(
+        float,
+        "tokens/s",
+        "`tokens` over `step_time`, stalls and waiting for data included",
+        over="ratio",
+        tracker="train/tokens_per_second",
+        gauge=Gauge("most_ray_tokens_per_second", "Tokens of all ranks per second"),
+    ),
+    "supervised_tokens_per_second": Key(
+        float, "tokens/s", "`supervised_tokens` over the same time", over="ratio", tracker="train/supervised_tokens_per_second"
+    ),
+    "samples_per_second": Key(float, "records/s", "`samples` over the same time", over="ratio", tracker="train/samples_per_second"),
     "step_time": Key(
         float,
         "s",
-        "mean over steps, from the line before to this one; not while training stands still for an evaluation, nor while a run is stopped",
+        "from the previous line to this one; without the time of evaluations in between steps, and of a stopped run",
+        over="mean",
+        ranks="rank 0",
+        tracker="train/step_time",
+        gauge=Gauge("most_ray_step_seconds", "Seconds per step"),
     ),
-    "data_wait": Key(float, "s", "of step_time, waiting for the next batch; on rank 0"),
-    "save_stall": Key(float, "s", "in which checkpoints held up training since the line before, in all; on rank 0"),
+    "data_wait": Key(
+        float,
+        "s",
+        "of step_time, waiting for the next batch",
+        over="mean",
+        ranks="rank 0",
+        tracker="train/data_wait",
+        gauge=Gauge("most_ray_data_wait_seconds", "Seconds per step spent waiting for data, on rank 0"),
+    ),
+    "save_stall": Key(
+        float,
+        "s",
+        "in which checkpoints held up training",
+        over="sum",
+        ranks="rank 0",
+        tracker="train/save_stall",
+        gauge=Gauge("most_ray_save_stall_seconds", "Seconds in which checkpoints held up training, in the run so far", total=True),
+    ),
     "mfu": Key(
         float,
         "share",
         "model FLOPs utilisation: operations of the model's matrix products, forward and backward, without padding and recomputation, "
-        "over what all ranks' devices can do in the time (PaLM, arXiv 2204.02311, appendix B). Of skipped steps as well. Peak of a "
-        "device: its data sheet's, dense, in the type that is trained in; of CPUs and unknown GPUs the best of some large products, "
+        "over what the devices of all ranks can do in this time (PaLM, arXiv 2204.02311, appendix B). Skipped steps included. A device's "
+        "peak: from its data sheet, dense, in the type of the training; for CPUs and unknown GPUs the best of some large products, "
         "measured at the start with as many threads",
+        over="ratio",
+        tracker="train/mfu",
+        gauge=Gauge("most_ray_mfu", "Model FLOPs utilisation, 0 to 1"),
+        curve=Curve("Speed", "fig-mfu", "Model FLOPs utilisation", "MFU", {"smooth": True, "tick_format": ".1~%", "from_zero": True}),
     ),
     "memory_gb": Key(
         float,
         "10^9 bytes",
-        "most memory since the process began, on rank 0: of a GPU, what torch had allocated; without one, what was resident",
+        "since the process began: of a GPU, what torch had allocated; without one, what was resident",
+        over="max",
+        ranks="rank 0",
+        tracker="train/memory_gb",
+        gauge=Gauge("most_ray_memory_bytes", "Most memory since the process began, on rank 0", scale=1e9),
+        curve=Curve("Speed", "fig-memory", "Memory", "GB", {"from_zero": True}),
     ),
-    "expert_load": Key(Each(_BY_MODALITY, list[int]), "selections", "of its tokens by expert, summed over layers and steps"),
+    "expert_load": Key(
+        Each(_BY_MODALITY, list[int]),
+        "selections",
+        "of each expert by tokens of the modality, in all layers",
+        over="sum",
+        tracker="experts/load/{modality}/{expert}",
+    ),
     "expert_max_over_mean": Key(
-        Each(_BY_MODALITY, float), "ratio", "the busiest expert's selections over its modality's mean expert's, in the worst layer"
+        Each(_BY_MODALITY, float),
+        "ratio",
+        "the busiest expert's selections over the mean of the modality's experts, in the worst layer",
+        over="ratio",
+        tracker="experts/max_over_mean/{modality}",
+        gauge=Gauge("most_ray_expert_max_over_mean", "Busiest expert's load over its modality's mean, in the worst layer", ("modality",)),
     ),
     "expert_entropy": Key(
         Each(_BY_MODALITY, float),
         "0 to 1",
-        "of the selections over the modality's experts, over its maximum: 1 where all have the same, 0 where one has all; mean of layers",
+        "entropy of the selections over the modality's experts, over its maximum: 1 if all experts have the same number, 0 if one has all; "
+        "mean over layers",
+        over="ratio",
+        tracker="experts/entropy/{modality}",
     ),
-    "leaked": Key(int, "selections", "of an expert by a token of the other modality: 0, or the routing is wrong"),
-    "layers": Key(LAYERS, "", "layer by layer, from the first with experts"),
+    "leaked": Key(
+        int,
+        "selections",
+        "of an expert by a token of the other modality: 0, or the routing is wrong",
+        over="sum",
+        tracker="experts/leaked",
+        gauge=Gauge(
+            "most_ray_leaked_selections", "Selections of an expert by a token of the other modality, in the run so far", total=True
+        ),
+    ),
+    "layers": Key(LAYERS, "", "layer by layer, from the first with experts", over="sum"),
     "rank_load_max_over_mean": Key(
-        float, "ratio", "the busiest expert-parallel rank's selections over the mean rank's, in the worst layer", "`ep_size` is above 1"
+        float,
+        "ratio",
+        "the busiest expert-parallel rank's selections over the mean of the ranks, in the worst layer",
+        "`ep_size` is above 1",
+        over="ratio",
+        tracker="experts/rank_load_max_over_mean",
+        gauge=Gauge("most_ray_rank_load_max_over_mean", "Busiest expert-parallel rank's load over the mean, in the worst layer"),
     ),
-    "mix": Key(Each("source", MIX), "", "what the run has trained on so far"),
+    "mix": Key(Each("source", MIX), "", "what the run has trained on so far", over="run"),
 }
 
 EXPERTS: Mapping[str, Key] = {
-    "kind": Key(Literal["experts"], "", "where tokens went, in full; every 100 steps and at the last one"),
-    "step": Key(int, "steps", "made, with the last one of this line"),
+    "kind": Key(Literal["experts"], "", "the selections of every expert; every 100 steps and at the last step"),
+    "step": Key(int, "steps", "made, up to the end of this line", tracker="layers/step"),
     "time": Key(float, "s", "Unix time"),
-    "steps": Key(int, "steps", "that it covers: those since the line of this kind before"),
-    "load": Key(Each(_BY_MODALITY, list[list[int]]), "selections", "of its tokens by layer (from the first with experts) and expert"),
+    "steps": Key(int, "steps", "covered by this line: those since the previous line of this kind", over="sum"),
+    "load": Key(
+        Each(_BY_MODALITY, list[list[int]]),
+        "selections",
+        "by tokens of the modality, by layer (from the first with experts) and expert. Trackers get the busiest expert's selections over "
+        "the mean of the modality's experts, by layer and in the worst layer",
+        over="sum",
+        tracker="layers/{modality}/max_over_mean/{layer}",
+    ),
 }
-
-ERRORS = Fixed(
-    "error rate",
-    {
-        "rate": Key(_NUMBER, "share", "(substitutions + deletions + insertions) / reference, over all records; null: no reference"),
-        "substitutions": Key(int, "words", "or characters, or units"),
-        "deletions": Key(int, "words", "the same"),
-        "insertions": Key(int, "words", "the same"),
-        "reference": Key(int, "words", "the same, in all references"),
-        "interval": Key(list[float] | None, "share", "[low, high], 95 % confidence interval of the rate; null: no reference"),
-    },
-)
-
-_ASR, _TTS, _SPEECH, _OF_A_SET = "`task` is asr", "`task` is tts", "`task` is asr or tts", "it is of one set"
-FIGURES = Fixed(
-    "figures",
-    {
-        "task": Key(Literal["asr", "tts", "text"], "", ""),
-        "records": Key(int, "records", "evaluated"),
-        "loss": Key(_NUMBER, "nats per token", "mean cross-entropy over supervised tokens"),
-        "perplexity": Key(_NUMBER, "", "exp(loss)"),
-        "supervised_tokens": Key(int, "tokens", ""),
-        "rejected": Key(int, "records", "that could not be used", _OF_A_SET),
-        "rejected_file": Key(str, "", "where these are listed, if there are any", _OF_A_SET),
-        "words": Key(ERRORS, "", "word error rate", _ASR),
-        "characters": Key(ERRORS, "", "character error rate; counts are characters", _ASR),
-        "empty_rate": Key(_NUMBER, "share", "of the hypotheses that are empty", _ASR),
-        "confusions": Key(
-            list[list[str | int]],
-            "",
-            '[reference word, hypothesis word, count], most frequent first; "" is nothing (deletion, insertion)',
-            _ASR,
-        ),
-        "loop_rate": Key(_NUMBER, "share", "of the hypotheses that say something four times in a row, over eight tokens at least", _SPEECH),
-        "length_cap_rate": Key(_NUMBER, "share", "of the hypotheses cut off at the length cap", _SPEECH),
-        "units": Key(ERRORS, "", "unit error rate against the recording's units; counts are units", _TTS),
-        "cycle": Key(ERRORS, "", "word error rate of the text that the model recognises in its own speech", _TTS),
-        "outside": Key(ERRORS, "", "word error rate of the text that another recogniser hears", "`task` is tts and there is one"),
-        "duration_ratio": Key(_NUMBER, "ratio", "units spoken over the recording's", _TTS),
-        "end_of_audio_rate": Key(_NUMBER, "share", "of the hypotheses that end with the end of the audio", _TTS),
-        "foreign_rate": Key(_NUMBER, "share", "of the hypotheses that mix in tokens of the other modality", _SPEECH),
-    },
-)
-
-SAMPLE = Fixed(
-    "sample",
-    {
-        "set": Key(str, "", "task/set"),
-        "id": Key(str, "", "the record's"),
-        "reference": Key(str, "", ""),
-        "hypothesis": Key(str, "", ""),
-    },
-)
 
 EVALUATION: Mapping[str, Key] = {
     "kind": Key(
-        Literal["evaluation"], "", "a checkpoint was evaluated; may stand behind lines of later steps, as training goes on meanwhile"
+        Literal["evaluation"], "", "a checkpoint was evaluated; the line may follow lines of later steps, as training continues meanwhile"
     ),
-    "step": Key(int, "steps", "made when the checkpoint was written"),
+    "step": Key(
+        int,
+        "steps",
+        "made when the checkpoint was written",
+        tracker="eval/step",
+        gauge=Gauge("most_ray_evaluation_step", "Step of the newest evaluation"),
+    ),
     "time": Key(float, "s", "Unix time at which the evaluation ended"),
-    "seconds": Key(float, "s", "that it took"),
-    "wer": Key(Each("ASR set, by its folder", _NUMBER), "share", "word error rate; null: no reference words"),
-    "validation_loss": Key(Each("task/set", _NUMBER), "nats per token", "mean cross-entropy over supervised tokens"),
-    "sets": Key(Each("task/set", FIGURES), "", "all figures"),
-    "overall": Key(Each("task (asr, tts, text)", FIGURES), "", "the same over all sets of a task"),
-    "samples": Key(Many(SAMPLE), "", "a few references and hypotheses"),
+    "seconds": Key(
+        float,
+        "s",
+        "that the evaluation took",
+        tracker="eval/seconds",
+        gauge=Gauge("most_ray_evaluation_seconds", "Seconds that the newest evaluation took"),
+    ),
+    "wer": Key(Each("ASR set, by its folder", _NUMBER), "share", "word error rate; null: no reference words", tracker="eval/asr/{set}/wer"),
+    "validation_loss": Key(
+        Each("task/set", _NUMBER), "nats per token", "mean cross-entropy over supervised tokens", tracker="eval/{set}/loss"
+    ),
+    "sets": Key(Each("task/set", FIGURES), "", "all figures of the set"),
+    "overall": Key(Each("task (asr, tts, text)", FIGURES), "", "all figures over all sets of the task; trackers call the set overall/TASK"),
+    "samples": Key(Many(SAMPLE), "", "a few references and hypotheses", tracker="eval/samples"),
 }
 
 FAILURE: Mapping[str, Key] = {
-    "kind": Key(Literal["failure"], "", "something that training does not depend on did not come about; the next start tries again"),
+    "kind": Key(Literal["failure"], "", "something failed that training does not depend on; the next start tries again"),
     "step": Key(int, "steps", "that it was for"),
     "time": Key(float, "s", "Unix time"),
-    "what": Key(Literal["evaluation", "tracking"], "", ""),
-    "reason": Key(str, "", ""),
+    "what": Key(Literal["evaluation", "tracking"], "", "that failed"),
+    "reason": Key(str, "", "one line"),
 }
 
 KINDS: Mapping[str, Mapping[str, Key]] = {
@@ -253,107 +329,17 @@ KINDS: Mapping[str, Mapping[str, Key]] = {
 
 
 def check_line(line: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a line: keys that are unknown or missing, values of another type. Empty where it is as documented."""
+    """What is wrong with a line: keys that are unknown or missing, values of another type. Empty if it is as declared."""
     keys = KINDS.get(str(line.get("kind")))
-    return [f"kind: {line.get('kind')!r} is unknown"] if keys is None else _check_keys(line, keys, "")
+    return [f"kind: {line.get('kind')!r} is unknown"] if keys is None else check_keys(line, keys)
 
 
-def _check_keys(found: Mapping[str, Any], keys: Mapping[str, Key], where: str) -> list[str]:
-    complaints = [f"{where}{name}: unknown key" for name in found if name not in keys]
-    for name, key in keys.items():
-        if name in found:
-            complaints += _check_value(found[name], key.type, f"{where}{name}")
-        elif not key.when:
-            complaints.append(f"{where}{name}: missing key")
-    return complaints
-
-
-def _check_value(value: Any, kind: Any, where: str) -> list[str]:
-    """As `_check_keys`, of a value that is to be of a type."""
-    if isinstance(kind, Fixed):
-        return _check_keys(value, kind.keys, f"{where}.") if isinstance(value, dict) else [f"{where}: is no object"]
-    if isinstance(kind, Each):
-        if not isinstance(value, dict):
-            return [f"{where}: is no object"]
-        return [complaint for name, item in value.items() for complaint in _check_value(item, kind.value, f"{where}.{name}")]
-    inner = kind.value if isinstance(kind, Many) else typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
-    if inner is not None:
-        if not isinstance(value, list):
-            return [f"{where}: is no list"]
-        return [complaint for index, item in enumerate(value) for complaint in _check_value(item, inner, f"{where}[{index}]")]
-    if isinstance(kind, types.UnionType):
-        return [] if any(not _check_value(value, option, where) for option in typing.get_args(kind)) else _wrong(value, kind, where)
-    return [] if _is(value, kind) else _wrong(value, kind, where)
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind)
-
-
-def _wrong(value: Any, kind: Any, where: str) -> list[str]:
-    return [f"{where}: {value!r} is not of type {_words(kind)}"]
-
-
-_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}
-
-
-def _words(kind: Any) -> str:
-    """A type, as the documentation calls it."""
-    if isinstance(kind, Fixed):
-        return f"object, see *{kind.name}*"
-    if isinstance(kind, Each):
-        return f"for each {kind.of}: {_words(kind.value)}"
-    if isinstance(kind, Many):
-        return f"list of objects, see *{kind.value.name}*"
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is list:
-        return f"list of {_words(arguments[0])}"
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(f'"{value}"' for value in arguments)
-    return " or ".join(map(_words, arguments)) if arguments else _NAMES[kind]
-
-
-def _objects(kind: Any) -> list[Fixed]:
-    """The objects that a type refers to, itself first, each with those in it."""
-    if isinstance(kind, Fixed):
-        return [kind, *(found for key in kind.keys.values() for found in _objects(key.type))]
-    return _objects(kind.value) if isinstance(kind, (Each, Many)) else []
-
-
-def _table(keys: Mapping[str, Key]) -> list[str]:
-    rows = ["| key | type | unit | meaning |", "|---|---|---|---|"]
-    for name, key in keys.items():
-        meaning = f"{key.meaning} (only where {key.when})" if key.when else key.meaning
-        rows.append(f"| `{name}` | {_words(key.type)} | {key.unit} | {meaning.strip()} |".replace("  ", " "))
-    return rows
-
-
-_HEAD = """\
-# metrics.jsonl
-
-One JSON object a line; `kind` says which of the kinds below it is. Rank 0 writes it. However often a run is interrupted, each step has
-its line of kind `train`, `experts` or `evaluation` once, without gaps: a run that goes on cuts back what lies behind its checkpoint. A
-line that a checkpoint cuts in two goes on where it was, so that all but times and memory equals what an uninterrupted run writes.
-Each start leaves a line of kind `start`. A number that is none (not finite) is null. Sums and means are over all ranks and forward
-passes of a step unless it says otherwise, and depend neither on the number of ranks nor on how records are packed.
-
-Generated from most_ray/metrics/schema.py by `.venv/bin/python .ci/docs.py`.
-"""
+def undeclared_keys(line: Mapping[str, Any]) -> list[str]:
+    """The keys of a line, and of objects in it, that are not declared. Cheap, for every line that is written: no value is looked at."""
+    kind = str(line.get("kind"))
+    return [f"{kind}.{name}" for name in undeclared(line, KINDS[kind])] if kind in KINDS else [kind]
 
 
 def markdown() -> str:
     """The page docs/metrics.md."""
-    parts = [_HEAD]
-    objects: dict[str, Fixed] = {}
-    for kind, keys in KINDS.items():
-        rest = {name: key for name, key in keys.items() if name != "kind"}
-        parts += [f"## `{kind}`: {keys['kind'].meaning}", "", *_table(rest), ""]
-        objects |= {found.name: found for key in rest.values() for found in _objects(key.type)}
-    parts.append("## Objects\n")
-    for name, found in objects.items():
-        parts += [f"### {name[0].upper()}{name[1:]}", "", *_table(found.keys), ""]
-    return "\n".join(parts).rstrip("\n") + "\n"
+    return page.render(KINDS)

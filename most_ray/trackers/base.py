@@ -1,41 +1,48 @@
-"""Trackers: Weights & Biases and TensorBoard. Each holds every line of metrics.jsonl once per step, after any kill and resume."""
+"""What a tracker is, and how one is kept from holding up or ending a run."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from most_ray.io import storage
+from most_ray.io.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-_BACKLOG = 20_000  # lines that wait for a tracker, at most
-_CLOSING_S = 60.0  # for what a tracker has not brought to its place yet
+Line = Mapping[str, Any]  # of metrics.jsonl
+_BACKLOG = 20_000  # the most lines that wait for a tracker
+_CLOSING_S = 60.0  # seconds for a tracker to write what it was given
 
 
 class Tracker(Protocol):
-    """Where else the numbers go, on rank 0. failure: why they do no longer, once that is so."""
+    """Gets the lines of metrics.jsonl, on rank 0. A new tracker is a class like this in a module of this package, listed in `select`."""
 
-    failure: str | None
+    failure: str | None  # why the tracker has stopped; None while it works
 
-    def begin(self, step: int, metrics: Path) -> None:
-        """metrics.jsonl has been cut back to `step`; all its lines stand for what has happened."""
+    def begin(self, step: int, lines: Iterable[Line]) -> None:
+        """Start, once per start of the run.
 
-    def log(self, line: dict[str, Any]) -> None:
-        """A line, of any kind, as it is written to metrics.jsonl."""
+        Args:
+            step: the step that the run resumes from; 0: none.
+            lines: what metrics.jsonl holds at this moment, cut back to `step`. Earlier starts may have logged these lines or not: in the
+                end each must be in the tracker once, whenever a start was killed.
+        """
+
+    def log(self, line: Line) -> None:
+        """Log a new line, of any kind, as it is written to metrics.jsonl."""
 
     def checkpoint(self, step: int, uri: str) -> None:
-        """A checkpoint was committed."""
+        """Log that a checkpoint was committed."""
 
     def close(self) -> None:
-        """There will be no more."""
+        """Write everything. No other call follows."""
 
 
 class Secret:
-    """A text that is shown nowhere: not when printed, not as JSON."""
+    """A text that is not shown when it is printed, logged or dumped as JSON."""
 
     __slots__ = ("_text",)
 
@@ -50,14 +57,14 @@ class Secret:
 
 
 def one_line(error: BaseException, key: Secret | None = None) -> str:
-    """What an error says, in one line without secrets."""
+    """The first line of an error's text, without secrets."""
     text = storage.redact(str(error)).strip() or type(error).__name__
     return (text.replace(key.reveal(), "***") if key else text).splitlines()[0][:300]
 
 
 class Background:
-    """A tracker on a thread of its own: one that is slow is not waited for, one that fails is dropped, both with a warning. What it
-    misses then is in metrics.jsonl, and goes to it at the run's next start.
+    """Runs a tracker on a thread of its own. A slow tracker is not waited for, and one that raises is dropped; either is logged as a
+    warning. The lines that it misses are in metrics.jsonl, and it gets them at the run's next start.
 
     Args:
         patience: seconds that `close` waits.
@@ -71,18 +78,18 @@ class Background:
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._closed = False
 
-    def begin(self, step: int, metrics: Path) -> None:
+    def begin(self, step: int, lines: Iterable[Line]) -> None:
         self._thread.start()
-        self._put(lambda: self._tracker.begin(step, metrics))
+        self._put(lambda: self._tracker.begin(step, lines))
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         self._put(lambda: self._tracker.log(line))
 
     def checkpoint(self, step: int, uri: str) -> None:
         self._put(lambda: self._tracker.checkpoint(step, uri))
 
     def close(self) -> None:
-        """Waits until everything is written, but not for ever."""
+        """Wait until everything is written, for at most `patience` seconds."""
         if self._closed or not self._thread.is_alive():
             return
         self._closed = True
@@ -90,7 +97,7 @@ class Background:
         self._calls.put(None)
         self._thread.join(self._patience)
         if self._thread.is_alive():
-            logger.warning("%s has not taken everything within %g s and is left behind.", self._name, self._patience)
+            logger.warning("%s has not written everything within %g s; the run does not wait for it any longer", self._name, self._patience)
 
     def _put(self, call: Callable[[], None]) -> None:
         if self._dropped.is_set():
@@ -105,11 +112,21 @@ class Background:
                 continue
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            except Exception as error:  # noqa: BLE001 - whatever it is, training continues
                 self._drop(one_line(error, self._key))
 
     def _drop(self, reason: str) -> None:
         if not self._dropped.is_set():
             self._dropped.set()
             self.failure = f"{self._name} is not written to any more: {reason}"
-            logger.warning("%s is not written to any more, training goes on: %s", self._name, reason)
+            logger.warning("%s is not written to any more, training continues: %s", self._name, reason)
+
+
+def push_files(folder: RunFolder, name: str) -> None:
+    """Copy the files of a subfolder that are new or have grown to the run's URI. Does nothing if the run is on a path."""
+    if not folder.remote:
+        return
+    here = folder.local / name
+    sizes = {path.relative_to(here).as_posix(): path.stat().st_size for path in here.rglob("*") if path.is_file() and not path.is_symlink()}
+    there = {entry.name: entry.size for entry in storage.list_files(folder.at(name), ("",))} if storage.exists(folder.at(name)) else {}
+    folder.push(*(f"{name}/{part}" for part, size in sizes.items() if there.get(part, -1) < size))

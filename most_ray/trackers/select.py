@@ -1,4 +1,4 @@
-"""Which trackers a run uses, and with which key."""
+"""Which trackers a run uses. A new tracker is listed here, and has its keys in `config`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,32 @@ from most_ray.trackers.wandb import Wandb
 logger = logging.getLogger(__name__)
 
 
+def trackers_of(config: RunConfig, run_uri: str, key: Secret | None) -> list[Tracker]:
+    """The trackers of a run, for rank 0. None of them can hold up training or end it. `key`: of W&B."""
+    trackers: list[Tracker] = []
+    if uses_wandb(config):
+        trackers.append(Background("Weights & Biases", Wandb(config, run_uri, key), key))
+    if config.tensorboard:
+        trackers.append(Background("TensorBoard", TensorBoard(run_uri)))
+    return trackers
+
+
+def tracker_notes(config: RunConfig) -> list[str]:
+    """Where each tracker keeps a run, for the first screen."""
+    notes = ["TensorBoard files in tensorboard/"] if config.tensorboard else []
+    if uses_wandb(config):
+        modes = {"online": "online", "offline": "offline, in wandb/"}
+        mode = modes.get(config.wandb_mode or "", "online where there is a key, else offline")
+        notes.append(f"Weights & Biases, project {config.wandb_project} ({mode})")
+    return notes
+
+
 def uses_wandb(config: RunConfig) -> bool:
     return bool(config.wandb_project) and config.wandb_mode != "disabled"
 
 
 def wandb_key(config: RunConfig) -> Secret | None:
-    """The key of W&B as the library finds it on this machine (WANDB_API_KEY, netrc), where the run can use it."""
+    """The key of W&B as its library finds it on this machine (WANDB_API_KEY, netrc), if the run can use it."""
     if not uses_wandb(config) or config.wandb_mode == "offline":
         return None
     text = os.environ.get("WANDB_API_KEY")
@@ -31,13 +51,3 @@ def wandb_key(config: RunConfig) -> Secret | None:
         except Exception as error:  # noqa: BLE001 - the look-up is not W&B's public interface: without it, no key is found
             logger.warning("the key of W&B could not be looked up: %s", one_line(error))
     return Secret(text) if text else None
-
-
-def trackers_of(config: RunConfig, run_uri: str, key: Secret | None) -> list[Tracker]:
-    """The trackers that a run asks for, on rank 0. None can hold up training or end it."""
-    trackers: list[Tracker] = []
-    if uses_wandb(config):
-        trackers.append(Background("Weights & Biases", Wandb(config, run_uri, key), key))
-    if config.tensorboard:
-        trackers.append(Background("TensorBoard", TensorBoard(run_uri)))
-    return trackers

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from most_ray.io.journal import journal_lines
+from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
-from most_ray.metrics.rows import AXES, Key, exchange, key_of, lines_in_event_files, row_of
+from most_ray.metrics.rows import AXES, kind_of, row_of
+from most_ray.metrics.schema import EVALUATION
+from most_ray.trackers.base import Line, push_files
 
-_GROWTH = 1.25  # of TensorBoard's files before they go to the run's place again: all in all a few times their size
+_GROWTH = 1.25  # of the event file before it is copied to the run's URI again, so that all copies together are a few times its size
 
 
 def _markdown(samples: list[dict[str, Any]]) -> str:
@@ -24,54 +25,73 @@ def _markdown(samples: list[dict[str, Any]]) -> str:
 
 
 class TensorBoard:
-    """Event files in the run's folder, under the names that W&B has. A start at step k hides what older files hold beyond it; lines up to
-    it that a kill took from them are written again."""
+    """An event file in the run's folder, with the names of W&B. Each start writes all lines of metrics.jsonl to a file of its own, which
+    begins with a session start at step 0: TensorBoard then drops what it has read from older files. So no line is missing or shown twice,
+    whatever a kill took from the older files.
+    """
 
     failure: str | None = None  # it raises instead
 
     def __init__(self, run_uri: str) -> None:
         self._folder = RunFolder(run_uri)
         self._root = self._folder.local / "tensorboard"
-        self._start: Mapping[str, Any] = {}
-        self._logged: set[Key] = set()
-        self._pushed = 0
+        self._suffix = ""  # of this start's file
+        self._start: Line = {}
+        self._pushed = 0  # size of what was copied to the run's URI
+        self._is_first_push = True
         self._writer: Any = None
 
-    def begin(self, step: int, metrics: Path) -> None:
+    def begin(self, step: int, lines: Iterable[Line]) -> None:
         from tensorboardX import SummaryWriter  # heavy, and used by few runs
 
-        exchange(self._folder, "tensorboard")
+        del step  # the lines are those up to it
         self._root.mkdir(parents=True, exist_ok=True)
-        self._logged = {key for key in lines_in_event_files(self._root) if key[1] <= step}
-        # Two starts within a second would otherwise write to one file.
-        suffix = f".{time.time_ns()}"
-        self._writer = SummaryWriter(logdir=str(self._root), purge_step=step + 1, flush_secs=10, filename_suffix=suffix)
-        for line in journal_lines(metrics):
+        self._suffix = f".{time.time_ns()}"  # otherwise two starts within a second would write to one file
+        self._writer = SummaryWriter(logdir=str(self._root), purge_step=0, flush_secs=10, filename_suffix=self._suffix)
+        for line in lines:
             self.log(line)
+        self._writer.flush()
+        self._empty_older(str(self._root))
 
-    def log(self, line: dict[str, Any]) -> None:
-        kind, step = key = key_of(line)
-        if kind == "start":
-            self._start = line
-        if kind not in AXES or key in self._logged:
-            return
+    def log(self, line: Line) -> None:
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import text
 
+        kind = kind_of(line)
+        if kind == "start":
+            self._start = line
+        if kind not in AXES:
+            return
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row_of(line, self._start).items()]
         if kind == "evaluation" and line.get("samples"):
-            values += text("eval/samples", _markdown(line["samples"])).value
-        self._writer.file_writer.add_summary(Summary(value=values), step, line.get("time"))
-        self._logged.add(key)
+            values += text(EVALUATION["samples"].tracker, _markdown(line["samples"])).value
+        self._writer.file_writer.add_summary(Summary(value=values), line["step"], line.get("time"))
 
     def checkpoint(self, step: int, uri: str) -> None:
         del step, uri
         size = sum(path.stat().st_size for path in self._root.iterdir())
         if size > _GROWTH * self._pushed:
             self._pushed = size
-            exchange(self._folder, "tensorboard")
+            self._push()
 
     def close(self) -> None:
         if self._writer:
             self._writer.close()
-            exchange(self._folder, "tensorboard")
+            self._push()
+
+    def _push(self) -> None:
+        push_files(self._folder, "tensorboard")
+        if self._folder.remote and self._is_first_push:
+            self._is_first_push = False
+            self._empty_older(self._folder.at("tensorboard"))
+
+    def _empty_older(self, folder: str) -> None:
+        """Empty the files of earlier starts, and delete those that are empty already: a running TensorBoard goes to the next file when the
+        one that it reads is empty, but not when it is gone."""
+        for entry in storage.list_files(folder, ("",)):
+            if entry.name.endswith(self._suffix):
+                continue
+            if entry.size:
+                storage.write_bytes(entry.uri, b"")
+            else:
+                storage.remove(entry.uri)

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.io import storage
-from most_ray.io.journal import journal_lines
+from most_ray.io.json_lines import read_lines
 from most_ray.io.run_folder import RunFolder
-from most_ray.metrics.rows import AXES, Key, exchange, key_of, row_of, rows_in_wandb_files
-from most_ray.trackers.base import Secret
+from most_ray.metrics.rows import AXES, GROUPS, kind_of, row_of
+from most_ray.metrics.schema import EVALUATION
+from most_ray.trackers.base import Line, Secret, push_files
 
 logger = logging.getLogger(__name__)
+_ROWS_PER_STEP = 100  # row numbers for each step of training: its own row, the experts', and evaluations that end meanwhile
+_EVALUATIONS = "wandb/evaluations.jsonl"  # in the run's folder: the row number of each evaluation
 
 
 class Wandb:
-    """The run in W&B. Its id follows the run's folder, so that a resume goes on in the same run; a line is known by its kind and step,
-    each kind over a step axis of its own, for evaluations arrive late.
+    """The run in W&B. Its id follows from the run's folder, so that a later start of the run continues it.
 
-    What W&B holds already is read from its local files, offline all of them, online up to the step that the server has come to; lines
-    that are missing are taken from metrics.jsonl, and those that come once more are passed over: they are computed alike.
+    W&B takes rows in ascending order of their number, which it calls the step, and drops others. The number of a row of training follows
+    from its step in training, so a start can go through all lines of metrics.jsonl again:
+
+    - Online, W&B says which number comes next; rows below it have arrived. Only evaluations end at any time: their row numbers are kept in
+      a file of ours beside W&B's, from which a start knows those that have arrived.
+    - Offline, nothing says what a killed start has written. So each start writes all lines to a file of its own, and deletes the files of
+      earlier starts. `wandb sync` of such a file replaces the run in W&B.
     """
 
     failure: str | None = None  # it raises instead
@@ -34,41 +44,44 @@ class Wandb:
         self._config, self._key, self._folder = config, key, RunFolder(run_uri)
         identity = hashlib.blake2b(run_uri.encode(), digest_size=6).hexdigest()
         self.id = f"{re.sub(r'[^A-Za-z0-9_.-]', '-', config.name)[:80]}-{identity}"
-        self._mode = config.wandb_mode or ("online" if key else "offline")
-        self._start: Mapping[str, Any] = {}
-        self._logged: set[Key] = set()
-        self._marks: dict[str, int] = {}  # by kind, the step up to which the server has the lines
-        self._next = 0
+        self._online = (config.wandb_mode or ("online" if key else "offline")) == "online"
+        self._start: Line = {}
+        self._next = 0  # the lowest row number that W&B takes
+        self._evaluated: set[int] = set()  # steps of the evaluations that W&B has
+        self._marks: dict[str, int] = {}  # by kind, the step up to which W&B has the lines, where row numbers do not say it
         self._run: Any = None
 
-    def begin(self, step: int, metrics: Path) -> None:
-        del step  # metrics.jsonl has been cut back to it
-        if self._mode == "offline":
-            if self._config.wandb_mode is None:
-                logger.info("no key of W&B was found: the run is kept in %s/wandb, from where `wandb sync` uploads it", self._folder.local)
-            exchange(self._folder, "wandb")
+    def begin(self, step: int, lines: Iterable[Line]) -> None:
+        del step  # the lines are those up to it
+        if not self._online and self._config.wandb_mode is None:
+            logger.info("no key of W&B was found: the run is kept in %s/wandb, from where `wandb sync` uploads it", self._folder.local)
         root = self._folder.local / "wandb"
         root.mkdir(parents=True, exist_ok=True)
-        rows = rows_in_wandb_files(root, self.id)
         self._run = self._init(root)
         for axis in AXES.values():
             self._run.define_metric(axis)
-        for group, kind in {"train": "train", "mix": "train", "experts": "train", "layers": "experts", "eval": "evaluation"}.items():
+        for group, kind in GROUPS.items():
             self._run.define_metric(f"{group}/*", step_metric=AXES[kind])
-        self._take_stock(rows)
-        for line in journal_lines(metrics):
+        if self._online:
+            self._find_arrived()
+        self._rewrite_evaluations()
+        for line in lines:
             self.log(line)
+        self._delete_older(root)
+        if not self._online:
+            for uri in catalog.committed(self._folder.checkpoints):
+                self.checkpoint(catalog.step_of(uri), uri)
 
     def _init(self, root: Path) -> Any:
         import wandb  # heavy, and used by few runs
 
-        config, online = self._config, self._mode == "online"
-        os.environ.setdefault("WANDB_DATA_DIR", str(root / "data"))  # tables wait there until they are uploaded
+        config, online = self._config, self._online
+        os.environ.setdefault("WANDB_DATA_DIR", str(root / "data"))  # tables are kept there until they are uploaded
         settings = wandb.Settings(
             api_key=self._key.reveal() if self._key and online else None,  # by settings: a login would write it to ~/.netrc
             console="off",
             silent=True,
-            x_disable_meta=True,  # it would hold the worker's command line
+            x_disable_meta=True,  # it would contain the worker's command line
         )
         return wandb.init(
             project=config.wandb_project,
@@ -76,40 +89,68 @@ class Wandb:
             group=config.wandb_group,
             id=self.id,
             resume="allow" if online else None,
-            mode=self._mode,
+            mode="online" if online else "offline",
             tags=list(config.wandb_tags) or None,
             dir=str(self._folder.local),
             config={key: value for key, value in vars(config.redacted()).items() if not key.startswith("wandb")},
             settings=settings,
         )
 
-    def _take_stock(self, rows: Mapping[int, Key | None]) -> None:
-        """Which lines W&B has, and the number of its next row."""
-        self._next = max(rows, default=-1) + 1
-        if self._mode == "online":
-            known = self._next
-            self._next = self._run.step  # behind the last one that has reached the server
-            if known < self._next:  # another machine has written those: a mark is all that the server tells
-                summary = self._run.summary
-                self._marks = {kind: int(summary[axis]) for kind, axis in AXES.items() if isinstance(summary.get(axis), int | float)}
-        self._logged = {key for row, key in rows.items() if key and row < self._next}
+    def _find_arrived(self) -> None:
+        """Find out which lines W&B has of earlier starts."""
+        self._next = self._run.step
+        summary = self._run.summary
+        marks = {kind: int(summary[axis]) for kind, axis in AXES.items() if isinstance(summary.get(axis), int | float)}
+        self._folder.pull(_EVALUATIONS)
+        path = self._folder.local / _EVALUATIONS
+        self._evaluated = {entry["step"] for entry in read_lines(path) if entry["row"] < self._next}
+        if self._next < _ROWS_PER_STEP * marks.get("train", 0):  # version 0.1 has numbered the rows one after the other
+            self._marks = marks
+        elif self._next and not path.exists():
+            self._marks = {kind: step for kind, step in marks.items() if kind == "evaluation"}
 
-    def log(self, line: dict[str, Any]) -> None:
-        kind, step = key = key_of(line)
+    def _rewrite_evaluations(self) -> None:
+        """Keep only what has arrived: numbers that were given to lost rows are given again."""
+        text = "".join(json.dumps({"row": -1, "step": step}) + "\n" for step in sorted(self._evaluated))
+        storage.write_bytes(self._folder.local / _EVALUATIONS, text.encode())
+        self._folder.push(_EVALUATIONS)
+
+    def log(self, line: Line) -> None:
+        kind = kind_of(line)
         if kind == "start":
             self._start = line
             self._run.config.update({"start": {k: v for k, v in line.items() if k != "kind"}}, allow_val_change=True)
-        if kind not in AXES or key in self._logged or step <= self._marks.get(kind, -1):
+        if kind not in AXES or (number := self._number(kind, line["step"])) is None:
             return
-        row: dict[str, Any] = {**row_of(line, self._start), AXES[kind]: step}
+        row: dict[str, Any] = {**row_of(line, self._start), AXES[kind]: line["step"]}
         if kind == "evaluation" and line.get("samples"):
-            row["eval/samples"] = _table(step, line["samples"])
-        self._run.log(row, step=self._next, commit=True)
-        self._next += 1
-        self._logged.add(key)
+            row[EVALUATION["samples"].tracker] = _table(line["step"], line["samples"])
+        self._run.log(row, step=number, commit=True)
+        self._next = number + 1
+
+    def _number(self, kind: str, step: int) -> int | None:
+        """The row number of a line; None if W&B has the line."""
+        arrived = step <= self._marks.get(kind, -1)
+        if kind != "evaluation":
+            number = _ROWS_PER_STEP * step + (kind == "experts")
+            return None if arrived or number < self._next else number
+        if step in self._evaluated:
+            return None
+        self._evaluated.add(step)
+        # Before the row is sent: a row that was sent and is not noted here would be sent again by the next start.
+        with (self._folder.local / _EVALUATIONS).open("a") as stream:
+            stream.write(json.dumps({"row": -1 if arrived else self._next, "step": step}) + "\n")
+        self._folder.push(_EVALUATIONS)
+        return None if arrived else self._next
+
+    def _delete_older(self, root: Path) -> None:
+        """Delete the offline files of earlier starts: synchronised after this one, they would replace it by less."""
+        for folder in root.glob(f"offline-run-*-{self.id}"):
+            if folder != Path(self._run.dir).parent:
+                shutil.rmtree(folder, ignore_errors=True)  # W&B's process of a killed start may still write there
 
     def checkpoint(self, step: int, uri: str) -> None:
-        """An artifact that names the checkpoint's place; nothing is uploaded."""
+        """Log an artifact that names the checkpoint's URI; nothing is uploaded."""
         import wandb
         from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
 
@@ -118,22 +159,32 @@ class Wandb:
         if not storage.is_remote(uri):
             path = storage.local(uri).absolute()
             if not path.exists():
-                return  # it was not kept
+                return  # it was deleted meanwhile
             artifact.add_reference(path.as_uri(), checksum=False)
-        else:  # `add_reference` would want the store's own client and credentials
+        else:  # `add_reference` would need the store's own client and credentials
             artifact.manifest.add_entry(ArtifactManifestEntry(path="checkpoint", ref=shown, digest=shown))
         self._run.log_artifact(artifact, aliases=[f"step-{step}"])
 
     def close(self) -> None:
-        """Everything is flushed, and W&B's own process ends."""
+        """Write everything and end W&B's own process."""
         if self._run is None:
             return
         import wandb
 
+        own = Path(self._run.dir).parent
         self._run.finish()
         wandb.teardown()
-        if self._mode == "offline":
-            exchange(self._folder, "wandb")
+        if not self._online:
+            self._push(own)
+
+    def _push(self, own: Path) -> None:
+        """Copy this start's offline files to the run's URI, and delete those of earlier starts there."""
+        push_files(self._folder, f"wandb/{own.name}")
+        if self._folder.remote:
+            names = {entry.name.split("/")[0] for entry in storage.list_files(self._folder.at("wandb"), ("",))}
+            for name in names:
+                if re.fullmatch(rf"offline-run-.*-{re.escape(self.id)}", name) and name != own.name:
+                    storage.remove(self._folder.at("wandb", name))
 
 
 def _table(step: int, samples: list[dict[str, Any]]) -> Any:

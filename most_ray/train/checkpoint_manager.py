@@ -100,7 +100,7 @@ class CheckpointManager:
             score = retention.score_of(line, config.best_metric)
             if score is not None:
                 scores[step] = score
-        pending = self._reporter.held | self._evaluations.pending()
+        pending = self._reporter.unpushed | self._evaluations.pending()
         catalog.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
     def finish(self, reached: bool, should_stop: Callable[[], bool]) -> None:

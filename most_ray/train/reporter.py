@@ -1,4 +1,4 @@
-"""What a run writes down while it lives: metrics.jsonl and the trace; by rank 0."""
+"""What rank 0 records of a run: metrics.jsonl, the trace, and the trackers' copies of the metrics."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.distributed.ranks import world_size
 from most_ray.errors import DataError
-from most_ray.io.journal import Journal
+from most_ray.io.journal import Journal, journal_lines
 from most_ray.io.run_folder import RunFolder
+from most_ray.metrics.schema import undeclared_keys
 from most_ray.trackers.base import Tracker
 
 logger = logging.getLogger(__name__)
 
 
 class RunReporter:
-    """Rank 0 writes metrics.jsonl and the trace, and hands the lines to the trackers.
+    """Rank 0 writes metrics.jsonl and the trace, and passes the lines to the trackers. On other ranks it writes nothing.
 
     Args:
-        about: what a line of kind `start` says of this attempt (see docs/metrics.md).
+        resume_step: the step that the run resumes from; later lines are cut off both files.
+        about: the keys of the line of kind `start` (see docs/metrics.md).
 
-    held: steps whose evaluations are not on storage yet, so that their checkpoints must stay.
+    Attributes:
+        evaluations: the newest line of kind `evaluation` of each step.
+        unpushed: steps whose evaluations are not at the run's URI yet, so that their checkpoints must stay.
     """
 
     def __init__(
@@ -45,10 +49,11 @@ class RunReporter:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
         self._tracing = trace_records is not None
         self._metrics = self._trace = None
-        self.held: set[int] = set()
-        self._told: set[str] = set()
+        self.unpushed: set[int] = set()
+        self._reported: set[str] = set()  # failures of trackers that have a line
+        self._undeclared: set[str] = set()  # keys that were reported
         self._last = resume_step
-        self._pushing = threading.Lock()  # a save's thread pushes too: what was read first must not be written last
+        self._pushing = threading.Lock()  # saves push from their thread: two pushes at once could leave the older content
         self.evaluations: dict[int, dict[str, Any]] = {}
         if rank == 0:
             folder.pull("metrics.jsonl")
@@ -60,12 +65,14 @@ class RunReporter:
             epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
             exact = "yes" if about["exact"] else f"no, changed since: {', '.join(about['changed'])}"
             logger.info("starting after step %d, epoch %.3f, records %s, exact: %s", resume_step, epoch, consumed, exact)
+            size = path.stat().st_size  # later lines come to the trackers one by one
             for tracker in trackers:
-                tracker.begin(resume_step, path)
+                tracker.begin(resume_step, journal_lines(path, size=size))
             mix = {name: figures["target"] for name, figures in plan.mix(resume_step).items()}
             self._write({"kind": "start", "step": resume_step, **about, "wanted_mix": mix})
 
     def trained(self, batch: Batch) -> None:
+        """Write a step's records to the trace. Collective if the run is traced."""
         if not self._tracing:
             return
         ids = [batch.record_ids]
@@ -76,57 +83,67 @@ class RunReporter:
             self._trace.write({"step": batch.step, "records": sorted(itertools.chain.from_iterable(ids))})
 
     def log(self, line: dict[str, Any]) -> None:
-        """A line that the meter has made."""
+        """Write a line of the meter."""
         if line["kind"] == "train" and self._metrics:
             line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
         self._write(line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """A line of kind `evaluation`, or `failure` of one."""
+        """Write a line of kind `evaluation`, or of kind `failure` if the evaluation failed."""
         self._write(line)
         if line["kind"] == "evaluation":
             self.evaluations[line["step"]] = line
-            self.held.add(line["step"])
+            self.unpushed.add(line["step"])
         try:
             self.push()
-        except DataError as error:  # storage may come back: the next save, which needs it too, pushes again
+        except DataError as error:  # the next save pushes again
             logger.warning("the evaluation of step %d is not on storage yet: %s", line["step"], error)
 
     def checkpoint(self, step: int, uri: str) -> None:
+        """Pass a committed checkpoint to the trackers."""
         for tracker in self._trackers:
             tracker.checkpoint(step, uri)
 
     def _write(self, line: dict[str, Any]) -> None:
-        if self._metrics:
-            line = {"kind": line["kind"], "step": line["step"], "time": round(time.time(), 3), **line}
-            self._last = line["step"]
-            self._metrics.write(line)
-            for tracker in self._trackers:
-                tracker.log(line)
-            self._tell_failures(line["step"])
+        if not self._metrics:
+            return
+        line = {"kind": line["kind"], "step": line["step"], "time": round(time.time(), 3), **line}
+        self._last = line["step"]
+        self._check(line)
+        self._metrics.write(line)
+        for tracker in self._trackers:
+            tracker.log(line)
+        self._report_trackers(line["step"])
 
-    def _tell_failures(self, step: int) -> None:
-        """A line, once, of each tracker that has failed."""
+    def _check(self, line: dict[str, Any]) -> None:
+        """Log keys that `metrics.schema` does not declare, each once. The line is written all the same: it is no reason to end a run."""
+        for key in undeclared_keys(line):
+            if key not in self._undeclared:
+                self._undeclared.add(key)
+                logger.error("metrics.jsonl gets a key that is not declared in most_ray/metrics/schema.py: %s", key)
+
+    def _report_trackers(self, step: int) -> None:
+        """Write a line of kind `failure` for each tracker that has failed, once."""
         assert self._metrics is not None
         for tracker in self._trackers:
-            if tracker.failure and tracker.failure not in self._told:
-                self._told.add(tracker.failure)
+            if tracker.failure and tracker.failure not in self._reported:
+                self._reported.add(tracker.failure)
                 line = {"kind": "failure", "step": step, "time": round(time.time(), 3), "what": "tracking", "reason": tracker.failure}
                 self._metrics.write(line)
 
     def push(self) -> None:
-        """Bring what was written so far to the run's place; by rank 0, before a checkpoint counts."""
+        """Copy metrics.jsonl to the run's URI. On rank 0, before a checkpoint is committed."""
         with self._pushing:
-            held = set(self.held)
+            pushed = set(self.unpushed)
             self._folder.push("metrics.jsonl")
-            self.held -= held
+            self.unpushed -= pushed
 
     def close(self, push: bool) -> None:
-        """`push`: bring the last lines to the run's place. Not after a failure: the run may be another attempt's by now."""
+        """Close files and trackers. `push`: copy the last lines to the run's URI; not after a failure: another attempt may own the run."""
         for tracker in self._trackers if self._rank == 0 else ():
             tracker.close()
         if self._metrics:
-            self._tell_failures(self._last)
+            self._report_trackers(self._last)
         for journal in (self._metrics, self._trace):
             if journal:
                 journal.close()

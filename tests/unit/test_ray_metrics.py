@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 
 from most_ray.config import config_from
-from most_ray.io.journal import Journal
-from most_ray.metrics.schema import check_line
+from most_ray.io.journal import Journal, journal_lines
+from most_ray.metrics.schema import ALL, check_line
 from most_ray.service.cluster import prometheus
-from most_ray.service.cluster.prometheus import ALL, METRICS, RayMetrics
+from most_ray.service.cluster.prometheus import METRICS, RayMetrics
 from most_ray.service.training import worker
-from most_ray.trackers.base import Background
+from most_ray.trackers.base import Background, Line
 from most_ray.trackers.select import trackers_of
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -37,7 +38,7 @@ def series(monkeypatch: pytest.MonkeyPatch) -> Series:
             assert isinstance(value, float) and set(tags) == self.keys and all(isinstance(tag, str) for tag in tags.values())
             exported[self.name, frozenset(tags.items())] = value
 
-    monkeypatch.setattr(prometheus, "Gauge", Gauge)
+    monkeypatch.setattr(prometheus, "RayGauge", Gauge)
     return exported
 
 
@@ -78,10 +79,15 @@ def evaluation(step: int, rate: float | None) -> dict[str, Any]:
     return {"kind": "evaluation", "step": step, "time": 2000.0, "seconds": 7.0, "sets": sets, "overall": overall}
 
 
+def past(metrics: Path) -> Iterable[Line]:
+    """The lines up to now, whenever they are read."""
+    return journal_lines(metrics, size=metrics.stat().st_size)
+
+
 def started(metrics: Path, step: int = 0, at: float = 900.0) -> tuple[RayMetrics, Journal]:
     """A start behind `step`, as the reporter makes it: the journal is cut back, the trackers begin, the line of kind start is written."""
     journal, tracker = Journal(metrics, step), RayMetrics(config_from({"name": "r"}))
-    tracker.begin(step, metrics)
+    tracker.begin(step, past(metrics))
     write(journal, tracker, {"kind": "start", "step": step, "time": at, **START})
     return tracker, journal
 
@@ -154,9 +160,10 @@ def test_lines_that_were_written_before_a_slow_tracker_began_count_once(series: 
     journal, tracker = Journal(metrics, step), RayMetrics(config_from({"name": "r"}))
     lines = [{"kind": "start", "step": step, "time": 1400.0, **START}, *(train(step + k, skipped_steps=1) for k in (1, 2))]
     failed = {"kind": "failure", "step": step + 1, "time": 1401.0, "what": "tracking", "reason": "disk"}
+    before = past(metrics)
     for line in (*lines[:2], failed, *lines[2:]):
         journal.write(line)
-    tracker.begin(step, metrics)
+    tracker.begin(step, before)
     for line in (*lines, train(step + 3, skipped_steps=1)):
         tracker.log(line)
     assert of(series, "starts") == (2 if step else 1) and of(series, "skipped_steps") == step + 3
@@ -203,7 +210,7 @@ def test_figures_are_set_anew_while_the_run_lives_and_no_more_behind_its_end(
 
 
 def test_the_runs_name_is_shown_without_what_may_be_a_secret(series: Series, tmp_path: Path) -> None:
-    RayMetrics(config_from({"name": "r?key=word"})).begin(0, tmp_path / "metrics.jsonl")
+    RayMetrics(config_from({"name": "r?key=word"})).begin(0, [])
     assert {dict(tags)["run"] for _, tags in series} == {"r?***"}
 
 
@@ -228,9 +235,9 @@ def test_a_failure_of_rays_metrics_ends_no_run(monkeypatch: pytest.MonkeyPatch, 
     def refuse(*_: Any) -> None:
         raise RuntimeError("no exporter")
 
-    monkeypatch.setattr(prometheus, "Gauge", refuse)
+    monkeypatch.setattr(prometheus, "RayGauge", refuse)
     tracker = Background("Ray's metrics", RayMetrics(config_from({"name": "r"})))
-    tracker.begin(0, tmp_path / "metrics.jsonl")
+    tracker.begin(0, [])
     tracker.log(train(1))
     tracker.close()
     assert tracker.failure and "no exporter" in tracker.failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from most_ray.errors import DataError
 from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.schema import check_line
+from most_ray.trackers.base import Line
 from most_ray.train.reporter import RunReporter
 
 ABOUT = {"exact": True, "changed": []}
@@ -44,10 +46,10 @@ def test_an_evaluation_is_pushed_and_until_then_its_checkpoint_is_held(plan: Pla
     reporter = reporter_of(plan, folder)
     folder.broken = True
     reporter.evaluation(dict(LINE))  # storage does not answer: training goes on
-    assert reporter.held == {3} and folder.pushes == [] and reporter.evaluations[3]["wer"] == {}
+    assert reporter.unpushed == {3} and folder.pushes == [] and reporter.evaluations[3]["wer"] == {}
     folder.broken = False
     reporter.push()  # the next save's
-    assert reporter.held == set() and folder.pushes == [2]
+    assert reporter.unpushed == set() and folder.pushes == [2]
     reporter.close(push=False)
     assert evaluated_steps(folder) == {3}
 
@@ -77,8 +79,8 @@ def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Pa
     class Ear:
         failure: str | None = None
 
-        def begin(self, step: int, metrics: Path) -> None:
-            heard.append(("begin", step, metrics.name))
+        def begin(self, step: int, lines: Iterable[Line]) -> None:
+            heard.append(("begin", step, list(lines)))
 
         def log(self, line: dict[str, Any]) -> None:
             heard.append((line["kind"], line["step"]))
@@ -95,7 +97,7 @@ def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Pa
     reporter.checkpoint(1, "there")
     ear.failure = "the ear is deaf"
     reporter.close(push=False)
-    assert heard == [("begin", 0, "metrics.jsonl"), ("start", 0), ("train", 1), ("checkpoint", 1, "there"), "close"]
+    assert heard == [("begin", 0, []), ("start", 0), ("train", 1), ("checkpoint", 1, "there"), "close"]
     line = read_journal(tmp_path / "metrics.jsonl", "train")[0]
     assert {"time", "epoch", "mix"} <= set(line)
     (told,) = read_journal(tmp_path / "metrics.jsonl", "failure")  # nobody reads a worker's log

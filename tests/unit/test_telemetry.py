@@ -7,26 +7,29 @@ import logging
 import pickle
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from most_ray.config import config_from
-from most_ray.io.journal import Journal, read_journal
+from most_ray.io import storage
+from most_ray.io.journal import Journal, journal_lines
 from most_ray.io.run_folder import RunFolder
-from most_ray.metrics.rows import AXES, event_records, key_of, lines_in_event_files, row_of
-from most_ray.trackers.base import Background, Secret
+from most_ray.metrics.rows import row_of
+from most_ray.trackers.base import Background, Line, Secret
 from most_ray.trackers.select import trackers_of, wandb_key
 from most_ray.trackers.tensorboard import TensorBoard
 from most_ray.trackers.wandb import Wandb
 from tests.conftest import ROOT
-from tests.support.tracking import wandb_rows
+from tests.support.tracking import WandbServer, shown_by_tensorboard, wandb_rows
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 START = {"kind": "start", "step": 0, "workers": 2, "first_expert_layer": 1, "experts": {"text": [0, 1], "audio": [2, 3]}}
@@ -71,8 +74,11 @@ def lines(first: int, last: int) -> Iterator[dict[str, Any]]:
 def drive(tracker: Any, metrics: Path, first: int, last: int, pause_at: int | None = None) -> None:
     """A start of a run: the journal is cut back, and lines go to it and then to the tracker."""
     journal = Journal(metrics, first - 1)
-    tracker.begin(first - 1, metrics)
+    tracker.begin(first - 1, journal_lines(metrics, size=metrics.stat().st_size))
+    known = {line["step"] for line in journal.evaluations}
     for line in lines(first, last):
+        if line["kind"] == "evaluation" and line["step"] in known:
+            continue  # a run makes no evaluation twice
         journal.write(line)
         tracker.log(line)
         if line["step"] == pause_at:
@@ -131,7 +137,8 @@ def test_wandb_holds_every_line_once_after_a_kill_and_a_resume(tmp_path: Path, r
     drive(make_wandb(run), run / "metrics.jsonl", 251, 320)
     rows = wandb_rows(run)
     check_once(counted(rows), 320)
-    assert [row["_step"] for row in rows] == list(range(len(rows))), "synchronised one after the other, the files go on in one run"
+    numbers = [row["_step"] for row in rows]
+    assert numbers == sorted(set(numbers)) and len(list(run.glob("wandb/offline-run-*"))) == 1, "one file, which replaces the run in W&B"
     row = next(row for row in rows if row.get("train/step") == 7)
     assert row["experts/load/text/0"] == 3 and row["mix/asr/a"] == 0.5 and "train/asr_loss" not in row
     assert not any("tokens" in name or "busiest" in name for name in row)
@@ -141,18 +148,65 @@ def test_wandb_holds_every_line_once_after_a_kill_and_a_resume(tmp_path: Path, r
     assert not psutil.wait_procs(own, timeout=30)[1], "nor does a process of its own stay"
 
 
-def test_online_a_line_counts_as_logged_where_it_has_reached_the_server(tmp_path: Path) -> None:
-    tracker = make_wandb(tmp_path / "run")
-    tracker._mode = "online"
-    rows = {0: ("train", 1), 1: ("train", 2), 2: None, 3: ("evaluation", 1), 4: ("train", 3)}
-    tracker._run = SimpleNamespace(step=4, summary={})
-    tracker._take_stock(rows)
-    assert tracker._logged == {("train", 1), ("train", 2), ("evaluation", 1)} and tracker._next == 4 and not tracker._marks
-    elsewhere = make_wandb(tmp_path / "elsewhere")  # its local files lie on another machine
-    elsewhere._mode = "online"
-    elsewhere._run = SimpleNamespace(step=50, summary={"train/step": 45, "eval/step": 40, "train/loss": 1.0})
-    elsewhere._take_stock({})
-    assert not elsewhere._logged and elsewhere._next == 50 and elsewhere._marks == {"train": 45, "evaluation": 40}
+def online(run: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    """A tracker of a start that resumes the run on a server."""
+    config = config_from({"output_dir": str(run.parent), "name": run.name, "wandb_project": "p", "wandb_mode": "online"})
+    tracker = Wandb(config, str(run), Secret(KEY))
+    monkeypatch.setattr(tracker, "_init", lambda root: server.begin(root / "run"))
+    monkeypatch.setattr(tracker, "close", lambda: None)
+    return tracker
+
+
+def held_by(server: WandbServer) -> Counter[tuple[str, int]]:
+    return counted([row for _, row in server.rows])
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_online_every_row_arrives_once_wherever_starts_are_killed(data: st.DataObject) -> None:
+    """Each start sends what the server may lack; some of that arrives before the start is killed. The next resumes from a checkpoint."""
+    server = WandbServer()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        run = Path(folder) / "run"
+        (run / "wandb").mkdir(parents=True)
+        first = 1
+        for _ in range(data.draw(st.integers(0, 4))):
+            last = min(300, first + data.draw(st.integers(0, 150)))
+            drive(online(run, server, patch), run / "metrics.jsonl", first, last)
+            server.arrive(data.draw(st.integers(0, 200)))
+            first = max(1, last + 1 - data.draw(st.integers(0, 120)))
+        drive(online(run, server, patch), run / "metrics.jsonl", first, 320)
+        server.arrive()
+    check_once(held_by(server), 320)
+
+
+def test_online_a_run_of_version_0_1_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has numbered its rows one after the other; what W&B has of them follows from the newest steps that it knows."""
+    run, server = tmp_path / "run", WandbServer()
+    drive(online(run, server, monkeypatch), run / "metrics.jsonl", 1, 230)
+    server.arrive()
+    server.rows = [(number, row) for number, (_, row) in enumerate(server.rows)]
+    (run / "wandb" / "evaluations.jsonl").unlink()
+    assert held_by(server)["eval/asr/val/wer", 200] == 1
+    for first, last in ((221, 240), (231, 320)):
+        drive(online(run, server, monkeypatch), run / "metrics.jsonl", first, last)
+        server.arrive()
+    check_once(held_by(server), 320)
+
+
+def test_online_another_machine_needs_only_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, uri = WandbServer(), f"memory://{tmp_path.name}/run"
+    for machine, first, last in (("one", 1, 120), ("two", 101, 220), ("one", 201, 320)):
+        monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / machine))
+        folder = RunFolder(uri)
+        folder.pull("metrics.jsonl")
+        tracker = Wandb(config_from({"name": "run", "wandb_project": "p", "wandb_mode": "online"}), uri, Secret(KEY))
+        monkeypatch.setattr(tracker, "_init", lambda root: server.begin(root / "run"))
+        monkeypatch.setattr(tracker, "close", lambda: None)
+        drive(tracker, folder.local / "metrics.jsonl", first, last)
+        server.arrive()
+        folder.push("metrics.jsonl")
+    check_once(held_by(server), 320)
 
 
 def test_the_trials_of_a_sweep_are_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,20 +217,6 @@ def test_the_trials_of_a_sweep_are_a_group(tmp_path: Path, monkeypatch: pytest.M
     config = config_from({"name": "001", "wandb_project": "p", "wandb_mode": "offline", "wandb_group": "splits"})
     Wandb(config, str(tmp_path), None)._init(tmp_path)
     assert (given["name"], given["group"]) == ("001", "splits")
-
-
-def shown_by_tensorboard(run: Path) -> Counter[tuple[str, int]]:
-    """Tags and steps that TensorBoard would show: a start at a step hides what came before it, from there on."""
-    from tensorboardX.proto import event_pb2
-
-    shown: list[tuple[str, int]] = []
-    for path in sorted(run.glob("tensorboard/events.*")):
-        for data in event_records(path.read_bytes()):
-            event = event_pb2.Event.FromString(data)
-            if event.session_log.status == event_pb2.SessionLog.START:
-                shown = [(tag, step) for tag, step in shown if step < event.step]
-            shown += [(value.tag, event.step) for value in event.summary.value]
-    return Counter(shown)
 
 
 @pytest.mark.parametrize("resume", [15, -15], ids=["lines never reached it", "lines beyond the resume reached it"])
@@ -193,9 +233,8 @@ def test_tensorboard_shows_every_line_once_after_a_kill_and_a_resume(tmp_path: P
     probes = ("train/loss", "layers/text/worst_max_over_mean", "eval/asr/val/wer")
     check_once(Counter({key: count for key, count in shown.items() if key[0] in probes}), 320)
     assert set(shown.values()) == {1} and shown["eval/samples/text_summary", 200] == 1
-    assert lines_in_event_files(run / "tensorboard") == {
-        key_of(line) for line in read_journal(run / "metrics.jsonl") if key_of(line)[0] in AXES
-    }
+    sizes = [path.stat().st_size for path in sorted(run.glob("tensorboard/events.*"))]
+    assert len(sizes) == 2 and sizes[0] == 0, "the newest file holds all; the one before is empty"
 
 
 def test_behind_a_uri_another_machine_goes_on_with_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +247,8 @@ def test_behind_a_uri_another_machine_goes_on_with_the_same_files(tmp_path: Path
         drive(TensorBoard(uri), folders[-1].local / "metrics.jsonl", first, last)
         folders[-1].push("metrics.jsonl")
     assert folders[0].local == folders[2].local != folders[1].local
+    there = [entry for entry in storage.list_files(f"{uri}/tensorboard", ("",)) if entry.size]
+    assert [Path(entry.name).name for entry in there] == [max(path.name for path in folders[2].local.glob("tensorboard/*"))]
     shown = shown_by_tensorboard(folders[2].local)
     assert set(shown.values()) == {1} and {step for tag, step in shown if tag == "train/loss"} == set(range(1, 321))
 
@@ -233,7 +274,7 @@ class Fake:
     def __init__(self, at_first_line: Callable[[], None]) -> None:
         self.at_first_line, self.logged, self.closed = at_first_line, 0, False
 
-    def begin(self, step: int, metrics: Path) -> None:
+    def begin(self, step: int, lines: Iterable[Line]) -> None:
         pass
 
     def log(self, line: dict[str, Any]) -> None:
@@ -253,7 +294,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(caplog: pytest.LogCapt
 
     fake = Fake(fail)
     tracker = Background("Fake", fake, Secret(KEY))
-    tracker.begin(0, Path("none"))
+    tracker.begin(0, [])
     for step in range(3):
         tracker.log(train(step + 1))
         tracker.checkpoint(step + 1, "somewhere")
@@ -261,17 +302,17 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(caplog: pytest.LogCapt
     tracker.close()
     assert fake.logged == 1 and fake.closed
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "training goes on: no network for *** at https://***@host" in caplog.text and KEY not in caplog.text
+    assert "training continues: no network for *** at https://***@host" in caplog.text and KEY not in caplog.text
 
 
 def test_a_tracker_that_hangs_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     release = threading.Event()
     tracker = Background("Fake", Fake(lambda: release.wait(60) and None), patience=0.01)
-    tracker.begin(0, Path("none"))
+    tracker.begin(0, [])
     for step in range(50):
         tracker.log(train(step + 1))
     tracker.close()
-    assert "is left behind" in caplog.text
+    assert "does not wait for it any longer" in caplog.text
     release.set()
 
 
@@ -318,7 +359,7 @@ def test_checkpoints_are_named_to_wandb_not_uploaded(tmp_path: Path) -> None:
     uri.mkdir(parents=True)
     (uri / "rank-0.safetensors").write_bytes(b"weights" * 100)
     tracker = make_wandb(run)
-    tracker.begin(0, run / "metrics.jsonl")
+    tracker.begin(0, [])
     tracker.checkpoint(100, str(uri))
     tracker.checkpoint(200, "s3://user:word@bucket/run/step-000000200?region=x")
     tracker.checkpoint(300, str(run / "pruned meanwhile"))
