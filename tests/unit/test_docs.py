@@ -87,6 +87,17 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_measured_figures_are_those_of_the_results(page: str) -> None:
+    """Of the tables that name a command in their last column."""
+    results = (ROOT / "tests" / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    rows = [
+        line.split("|") for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if re.search(r"\| (`python -m|the same)", line)
+    ]
+    figures = {figure for row in rows if len(row) == 6 for figure in re.findall(r"\d[\d.]*\d", f"{row[2]} {row[3]}")}
+    assert len(figures) >= 10 and not {figure for figure in figures if figure not in results}
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = re.findall(r"[\w/-]+\.md", yaml.safe_dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
     assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
@@ -355,6 +366,18 @@ def test_commands_flags_and_keys_in_sentences_exist(page: Path) -> None:
 def _all_flags(found: Parser) -> set[str]:
     below = [choice for action in found._actions if isinstance(action.choices, dict) for choice in action.choices.values()]
     return set(found.flag_names()).union(*map(_all_flags, below))
+
+
+def test_messages_of_wrong_set_ups_are_those_of_the_code() -> None:
+    """Clause by clause, as the values between them differ."""
+    files = [*(ROOT / "most_ray").rglob("*.py"), *(ROOT / "cluster" / "local").glob("*.sh")]
+    source = " ".join(" ".join(path.read_text(encoding="utf-8").split()) for path in files).replace('" f"', "").replace('" "', "")
+    table = (ROOT / "docs" / "cluster" / "what-breaks.md").read_text(encoding="utf-8").split("| set-up |")[1]
+    messages = re.findall(r"`([^`]*)`", " ".join(line.split("|")[2] for line in table.splitlines()[2:] if line.startswith("|")))
+    clauses = [part.strip() for text in messages for part in re.split(r"[.:,'\[\]()]|\d+|\b(?:on )?HOST\b|\bGPU\b|\bRAY_PORT\b", text)]
+    of_the_system = ("No space left on device", "Read-only file system")
+    said = [clause for clause in clauses if len(clause) >= 12 and not clause.endswith("=") and clause not in of_the_system]
+    assert len(said) > 20 and not [clause for clause in said if clause not in source]
 
 
 # What is not a command
