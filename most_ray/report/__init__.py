@@ -1,4 +1,4 @@
-"""One self-contained page about one run, several side by side, or a sweep."""
+"""Reports: one self-contained HTML page about a run, about several runs side by side, or about a sweep."""
 
 from most_ray.report.page import write_report
 

@@ -1,4 +1,7 @@
-"""A run's folder, read: whatever is there, of a run that has ended or still goes on. Nothing here fails on what is missing or torn."""
+"""Reads a run's folder: the run may have ended, be running, or have been written by an older version.
+
+Missing and incomplete files, lines and values are left out; only a folder without metrics.jsonl is an error.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,17 @@ from most_ray.options import current_words
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
 from most_ray.report.differences import words_of
 
-_SPOKEN = 5  # utterances to be heard
+_SPOKEN = 5  # utterances with players
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Errors per reference word, character or unit; `low` and `high` bound its 95% interval (None: unknown)."""
+    """An error rate."""
 
-    value: float
-    low: float | None = None
+    value: float  # errors per reference word, character or unit
+    low: float | None = None  # of the 95% interval; None: unknown
     high: float | None = None
-    reference: int | None = None
+    reference: int | None = None  # words, characters or units of the reference
     substitutions: int | None = None
     deletions: int | None = None
     insertions: int | None = None
@@ -39,7 +42,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A record's reference and what the model made of it, both as words after the normaliser."""
+    """A record's reference and its transcription, both as words after normalisation."""
 
     id: str
     reference: tuple[str, ...]
@@ -52,26 +55,26 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class SpeechSample:
-    """A text that the model said: what it hears in its own speech, and units of that and of the recording (empty: it holds none)."""
+    """An utterance that the model synthesised."""
 
     id: str
     text: str
-    recognised: str
-    model: tuple[int, ...]
-    reference: tuple[int, ...]
+    recognised: str  # the model's own transcription of its speech
+    model: tuple[int, ...]  # units that the model generated
+    reference: tuple[int, ...]  # units of the recording
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by "task/set" of one step; `rates` holds WERs that came without figures."""
+    """The results of one step, by "task/set"."""
 
     step: int
-    sets: dict[str, dict[str, Any]]
+    sets: dict[str, dict[str, Any]]  # all values of each set
     losses: dict[str, float]
-    rates: dict[str, float]
+    rates: dict[str, float]  # WERs of lines that hold nothing else of a set
 
     def rate(self, name: str, what: str) -> Rate | None:
-        """`what`: words, characters, units, cycle or outside."""
+        """An error rate of a set; `what` is words, characters, units, cycle or outside."""
         rate = rate_of(self.sets.get(name, {}), what)
         if rate is None and what == "words" and name in self.rates:
             return Rate(self.rates[name])
@@ -85,22 +88,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RunData:
-    """What one run wrote down. Lines are as in metrics.jsonl, in the order of their steps; `starts` in that of the file.
-
-    `kit` is the place of its speech/ where `speech` is not empty and a vocoder is there, else None.
-    """
+    """The content of one run's folder; lines are those of metrics.jsonl, in the order of their steps."""
 
     name: str
-    starts: list[dict[str, Any]]
+    starts: list[dict[str, Any]]  # lines of starts and restarts, in the order of the file
     train: list[dict[str, Any]]
     experts: list[dict[str, Any]]
     evaluations: list[Evaluation]
-    summary: dict[str, Any]
+    summary: dict[str, Any]  # content of summary.json, as are the next two of their files
     config: dict[str, Any]
     environment: dict[str, Any]
-    hypotheses: dict[str, list[Hypothesis]]
-    speech: list[SpeechSample]
-    kit: str | None
+    hypotheses: dict[str, list[Hypothesis]]  # of the last evaluation, by "task/set"
+    speech: list[SpeechSample]  # of the last evaluation
+    kit: str | None  # URI of the folder speech/; None where it has no vocoder or `speech` is empty
 
     @property
     def step(self) -> int:
@@ -108,7 +108,7 @@ class RunData:
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps it shall have; None where nothing says it."""
+        """The step at which the run ends; None where it is unknown."""
         wanted = number(self.starts[-1].get("total_steps")) if self.starts else number(self.config.get("max_steps"))
         return None if wanted is None else int(wanted)
 
@@ -118,7 +118,7 @@ class RunData:
 
     @property
     def restarts(self) -> list[dict[str, Any]]:
-        """Its starts but the first."""
+        """All starts but the first."""
         return self.starts[1:]
 
     @property
@@ -131,7 +131,7 @@ class RunData:
         return [float(line["step"]) for line in self.train]
 
     def column(self, key: str) -> list[float | None]:
-        """One quantity of the train lines; None where a line has none."""
+        """A value of each train line; None where a line lacks it."""
         return [number(line.get(key)) for line in self.train]
 
     def has(self, key: str) -> bool:
@@ -139,13 +139,12 @@ class RunData:
 
 
 def collect(uris: Sequence[str]) -> list[RunData]:
-    """The runs at these places (paths or URIs), named by their folders.
+    """Read the runs at these paths or URIs; they are named after their folders.
 
-    The files are read where they lie rather than through a run folder's working copy: on the machine of a live run that copy is what
-    the run itself writes to.
+    Files are read directly rather than through a run folder's working copy, which, on the machine of a live run, the run itself writes.
 
     Raises:
-        DataError: no place is given, or one holds no metrics.jsonl.
+        DataError: no path or URI is given, or one has no metrics.jsonl.
     """
     if not uris:
         raise DataError("run", None, "names no run.", "Give the folder of a run, as runs/NAME.")
@@ -188,8 +187,7 @@ def _read(uri: str, name: str) -> RunData:
 
 
 def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:
-    """Hypotheses by "task/set", in the order of the file. Compared is what the normaliser left; of speech, the text and what the model
-    heard in it."""
+    """Hypotheses by "task/set", in the order of the file, normalised; of synthesised speech, the text and the model's transcription."""
     found: dict[str, list[Hypothesis]] = {}
     for line in filter(_is_hypothesis, lines):
         keys = ("text", "recognised") if "recognised" in line else ("reference", "hypothesis")
@@ -200,7 +198,7 @@ def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothes
 
 
 def parse_speech(lines: Sequence[dict[str, Any]]) -> list[SpeechSample]:
-    """The first five synthesised utterances whose units are known, a text once; the sets take turns, in the order of their names."""
+    """The first five synthesised utterances whose units are known, each with another text, alternating between sets sorted by name."""
     by_set: dict[str, list[SpeechSample]] = {}
     for line in filter(_is_hypothesis, lines):
         model, reference = (_units(line.get(side)) for side in ("hypothesis", "reference"))
@@ -220,13 +218,13 @@ def _is_hypothesis(line: dict[str, Any]) -> bool:
 
 
 def _units(value: Any) -> tuple[int, ...] | None:
-    """Units of speech; None where a word is no number that could be one."""
+    """Units of speech; None where a word cannot be a unit's number."""
     words = words_of(value)
     return tuple(map(int, words)) if all(re.fullmatch("[0-9]{1,9}", word) for word in words) else None
 
 
 def rate_of(figures: dict[str, Any], what: str) -> Rate | None:
-    """One rate of a set's figures; also in the form that had `errors` and no intervals."""
+    """An error rate among a set's values; older versions wrote it as `errors`, without an interval."""
     errors = mapping(figures.get(what, figures.get("errors") if what == "words" else None))
     value = number(errors.get("rate", errors.get("wer")))
     if value is None:
@@ -239,7 +237,7 @@ def rate_of(figures: dict[str, Any], what: str) -> Rate | None:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else; what a sum of many could not hold counts as none."""
+    """The value where it is a finite number whose sums stay finite, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e200 else None  # false for NaN
@@ -274,7 +272,7 @@ def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -
 
 
 def _hypothesis_lines(uri: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of the last evaluation: its own file's, or those of the file of the run's end, or what its line holds."""
+    """The last evaluation's hypotheses: from its file, else from the file of the run's end, else from the evaluation itself."""
     names = [f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl"] if "step" in evaluation else []
     for name in (*names, "hypotheses.jsonl"):
         if found := list(filter(_is_hypothesis, parse_lines(_bytes(uri, name)))):
@@ -283,7 +281,7 @@ def _hypothesis_lines(uri: str, evaluation: dict[str, Any]) -> list[dict[str, An
 
 
 def _samples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Hypotheses that stand in an evaluation itself: the few samples of a line, or all of them in the older form."""
+    """Hypotheses inside an evaluation: a few samples, or all of them as older versions wrote them."""
     inner = [
         {**mapping(entry), "set": name}
         for name, figures in mapping(evaluation.get("sets")).items()
@@ -311,7 +309,7 @@ def _bytes(uri: str, name: str) -> bytes:
 def _mapping(uri: str, name: str) -> dict[str, Any]:
     try:
         value = json.loads(_bytes(uri, name))
-    except ValueError:
+    except ValueError:  # missing, or cut off while it was written: the page says what is absent
         return {}
     return mapping(value)
 
@@ -319,6 +317,6 @@ def _mapping(uri: str, name: str) -> dict[str, Any]:
 def _config(uri: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(_bytes(uri, "config.yaml"))
-    except yaml.YAMLError:
+    except yaml.YAMLError:  # as above
         return {}
     return current_words(OPTIONS, {str(key): entry for key, entry in mapping(value).items()})

@@ -1,70 +1,89 @@
-"""Curves over steps, and how all figures look: one panel for one run, one panel per quantity for several."""
+"""Curves over steps, and the look of all figures.
+
+A figure is plotly.js's JSON: traces (the curves) and a layout. Of one run, curves share a panel; of several runs, each quantity has a
+panel with a curve for each run.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import plotly.graph_objects as go
+from most_ray.report.collect import RunData
 
-MOST_POINTS = 2000
+MOST_POINTS = 2000  # of a curve; longer ones are thinned
 TASK_COLOURS = {"total": "#7b848f", "asr": "#3a7fc4", "tts": "#d9812b", "text": "#3f9c6d"}
 TASK_NAMES = {"total": "total", "asr": "ASR", "tts": "TTS", "text": "text"}
+# Error rates by their names in evaluations.
+RATE_NAMES = {"words": "WER", "characters": "CER", "units": "unit error rate", "cycle": "cycle WER", "outside": "outside WER"}
 MODALITY_COLOURS = {"text": "#3f9c6d", "audio": "#9063b8"}
 RUN_COLOURS = ("#15929b", "#cf4a60", "#7f62c7", "#b58a1a", "#4f86d6", "#6d8a3a", "#b8578f", "#8a7560")
-_SHADES = {  # sets and sources of one task, side by side
+_SHADES = {  # of the sets and sources of one task
     "asr": ("#3a7fc4", "#6cb0e8", "#5a63c9", "#2fa3b5"),
     "tts": ("#d9812b", "#e3ad5c", "#b8552f", "#c2a028"),
     "text": ("#3f9c6d", "#83c29b", "#7d9a2f", "#3b9a94"),
 }
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
-_INK, _GRID = "#3d444d", "#e3e6ea"  # the page's style puts its own, light or dark, in their place
+_INK, _GRID = "#3d444d", "#e3e6ea"  # report.css replaces them by those of the light or dark page
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
-Points = Sequence[float | None]
+Points = Sequence[float | None]  # None: no value at this step
+Bounds = tuple[float | None, float | None]  # of an interval
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. With several runs `panel` tells which of the figure's panels it is in."""
+    """One curve."""
 
-    panel: str
-    name: str
+    panel: str  # name of the panel that it is in
+    name: str  # in the legend
     colour: str
-    x: Points
+    x: Points  # steps
     y: Points
-    bounds: Sequence[tuple[float | None, float | None]] = ()  # of an interval, for each point
+    bounds: Sequence[Bounds] = ()  # of the interval of each point
     style: Literal["line", "faint", "points", "marked", "restarts"] = "line"
-    symbol: int = 0
-    texts: Sequence[str] = ()  # what hovering says of each point
+    symbol: int = 0  # which of _SYMBOLS marks the points
+    texts: Sequence[str] = ()  # shown when hovering over each point
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the page: `spec` is plotly's JSON, `keys` are colours and what they stand for, `log` offers a logarithmic axis."""
+    """A figure of the page."""
 
-    id: str
+    id: str  # of its HTML element
     title: str
-    spec: dict[str, Any]
-    notes: Sequence[str] = ()
-    keys: Sequence[tuple[str, str]] = ()
-    wide: bool = False
-    log: bool = False
+    spec: dict[str, Any]  # plotly.js's JSON: {"data": traces, "layout": ...}
+    notes: Sequence[str] = ()  # sentences below the figure
+    keys: Sequence[tuple[str, str]] = ()  # colours and their meaning, after the notes
+    wide: bool = False  # as wide as the page rather than half as wide
+    log: bool = False  # has a button for a logarithmic axis
+
+
+def side_by_side(figures: Sequence[Figure]) -> list[Figure]:
+    """Figures for a grid of two columns: a figure that would be alone in its row takes both."""
+    found: list[Figure] = []
+    alone = True  # nothing to the left
+    for index, figure in enumerate(figures):
+        wide = figure.wide or (alone and all(following.wide for following in figures[index + 1 : index + 2]))
+        alone = wide or not alone
+        found.append(dataclasses.replace(figure, wide=wide))
+    return found
 
 
 @dataclass
 class Curves:
-    """Series that are being gathered for a figure, and whether any had to be thinned."""
+    """Collects the series of a figure."""
 
     series: list[Series] = field(default_factory=list)
-    thinned: bool = False
-    window: int = 0
+    thinned: bool = False  # whether any series was thinned
+    window: int = 0  # points of the longest running mean
 
     def add(self, panel: str, name: str, colour: str, x: Points, y: Points, smooth: bool = False) -> None:
-        """A curve of many points; with `smooth`, faint behind its own running mean where it has more than 100."""
+        """Add a curve, unless it has no values; with `smooth`, one of more than 100 points is drawn faint, with its running mean."""
         if all(value is None for value in y):
             return
         self.thinned = self.thinned or len(x) > MOST_POINTS
@@ -76,14 +95,25 @@ class Curves:
             y = running_mean(y, window)
         self.series.append(Series(panel, name, colour, x, y))
 
+    def add_runs(
+        self, runs: Sequence[RunData], values: Callable[[RunData], Points], title: str = "", colour: str = "", smooth: bool = False
+    ) -> None:
+        """Add a curve of one quantity for each run; of a single run it is named `title` (default: the run's name) and has this colour."""
+        for index, run in enumerate(runs):
+            if len(runs) > 1:
+                self.add(title, run.name, run_colour(index, len(runs)), run.steps, values(run), smooth)
+            else:
+                self.add("", title or run.name, colour or run_colour(0, 1), run.steps, values(run), smooth)
+
     def notes(self) -> list[str]:
+        """What readers must know of smoothing and thinning."""
         smooth = f"Faint: as measured; strong: mean of {self.window} neighbouring points." if self.window else ""
         thinned = f"Curves of more than {MOST_POINTS} points are thinned: each point is the mean of its neighbours." if self.thinned else ""
         return [note for note in (smooth, thinned) if note]
 
 
 def thin(values: Points, most: int = MOST_POINTS) -> list[float | None]:
-    """At most `most` values, each the mean of those of a bucket that are not None."""
+    """At most `most` values: means of neighbouring values, None where all of them are."""
     if len(values) <= most:
         return list(values)
     size = math.ceil(len(values) / most)
@@ -91,7 +121,7 @@ def thin(values: Points, most: int = MOST_POINTS) -> list[float | None]:
 
 
 def running_mean(values: Points, window: int) -> list[float | None]:
-    """The mean around each value, over fewer at the ends; None where the value itself is."""
+    """The mean of `window` values around each one, of fewer at the ends; None stays None."""
     half = window // 2
     return [None if value is None else _mean(values[max(0, i - half) : i + half + 1]) for i, value in enumerate(values)]
 
@@ -102,28 +132,28 @@ def _mean(values: Points) -> float | None:
 
 
 def shade(task: str, index: int) -> str:
-    """A colour for the index-th set or source of a task."""
+    """The colour of the index-th set or source of a task."""
     shades = _SHADES.get(task, _SHADES["text"])
     return shades[index % len(shades)]
 
 
 def run_colour(index: int, runs: int) -> str:
-    """The colour of a run among several; of a single one, a neutral one."""
+    """The colour of the index-th of several runs; a single run has a neutral colour."""
     return RUN_COLOURS[index % len(RUN_COLOURS)] if runs > 1 else "#5a84b5"
 
 
 def label(text: str) -> str:
-    """Text for plotly, which reads some HTML in names and labels."""
+    """Text escaped for plotly.js, which interprets some HTML in names and labels."""
     return html.escape(text, quote=False)
 
 
 def rounded(value: float | None) -> float | None:
-    """Six significant digits: what a figure can show, and a file half as large."""
+    """Six significant digits, which halve the size of the page; None for values that are not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
 def draw(series: Sequence[Series], y_title: str, tick_format: str = "", from_zero: bool = False, height: int = 300) -> dict[str, Any]:
-    """Plotly's JSON of curves over steps, each panel with its own axes and its name above."""
+    """plotly.js's JSON of curves over steps, in one panel or in a grid of two columns, each with its axes and its name above."""
     panels = list(dict.fromkeys(each.panel for each in series))
     reach = 1.02 * max((value for each in series for value in each.x if value is not None), default=1.0) or 1.0
     columns = min(2, len(panels))
@@ -134,22 +164,22 @@ def draw(series: Sequence[Series], y_title: str, tick_format: str = "", from_zer
         shown = each.name not in named and each.style != "faint"
         named |= {each.name} if shown else set()
         traces.append(_trace(each, number, shown))
-    shape = base_layout(height if rows == 1 else rows * 240 + 50)
-    shape["hovermode"] = "x unified"
-    if len(panels) > 1:  # their names stand between the legend and themselves
-        shape["margin"]["t"] += 18
-        shape["legend"]["y"] = 1 + 24 / (shape["height"] - 94)
+    layout = base_layout(height if rows == 1 else rows * 240 + 50)
+    layout["hovermode"] = "x unified"
+    if len(panels) > 1:  # room for their names below the legend
+        layout["margin"]["t"] += 18
+        layout["legend"]["y"] = 1 + 24 / (layout["height"] - 94)
     for number, panel in enumerate(panels, 1):
         left, bottom = (number - 1) % columns, rows - 1 - (number - 1) // columns
         xs, ys = _domain(left, columns, 0.12), _domain(bottom, rows, 0.42 / rows)
         suffix = "" if number == 1 else str(number)
         y_axis = axis(ys, f"x{suffix}", y_title if left == 0 else "") | {"tickformat": tick_format, "automargin": True}
-        shape[f"yaxis{suffix}"] = y_axis | ({"rangemode": "tozero"} if from_zero else {})
+        layout[f"yaxis{suffix}"] = y_axis | ({"rangemode": "tozero"} if from_zero else {})
         x_title = "step" if number + columns > len(panels) else ""
-        shape[f"xaxis{suffix}"] = axis(xs, f"y{suffix}", x_title) | {"showgrid": False, "range": [0, reach]}
+        layout[f"xaxis{suffix}"] = axis(xs, f"y{suffix}", x_title) | {"showgrid": False, "range": [0, reach]}
         if len(panels) > 1:
-            shape["annotations"] = [*shape.get("annotations", ()), panel_title(panel, xs[0], ys[1])]
-    return as_json(traces, shape)
+            layout["annotations"] = [*layout.get("annotations", ()), panel_title(panel, xs[0], ys[1])]
+    return {"data": traces, "layout": layout}
 
 
 def _trace(series: Series, number: int, shown: bool) -> dict[str, Any]:
@@ -172,13 +202,20 @@ def _trace(series: Series, number: int, shown: bool) -> dict[str, Any]:
     if series.style == "restarts":
         trace |= {"line": {"color": series.colour, "width": 1.2, "dash": "dot"}, "hoverinfo": "text"}
         trace |= {"hovertext": [label(text) for text in series.texts], "connectgaps": False}
-    pairs = list(zip(series.bounds, series.y, strict=True)) if series.bounds else []
-    if any(bound[0] is not None for bound, _ in pairs):
-        reach = [(0.0, 0.0) if y is None or low is None or high is None else (high - y, y - low) for (low, high), y in pairs]
-        above, below = ([rounded(max(0.0, pair[side])) for pair in reach] for side in (0, 1))
-        trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
-        trace["error_y"]["color"] = series.colour
-    return trace
+    return trace | error_bars(series.y, series.bounds, series.colour) if series.bounds else trace
+
+
+def error_bars(y: Points, bounds: Sequence[Bounds], colour: str, thickness: float = 1.2, width: float = 3) -> dict[str, Any]:
+    """The part of a trace that draws intervals; empty where none is known. `width` is that of the bars' ends in pixels."""
+    if all(low is None for low, _ in bounds):
+        return {}
+    sizes = [
+        (0.0, 0.0) if value is None or low is None or high is None else (high - value, value - low)
+        for value, (low, high) in zip(y, bounds, strict=True)
+    ]
+    above, below = ([rounded(max(0.0, size[side])) for size in sizes] for side in (0, 1))
+    bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    return {"error_y": {**bars, "thickness": thickness, "width": width, "color": colour}}
 
 
 def _domain(index: int, count: int, gap: float) -> list[float]:
@@ -187,10 +224,9 @@ def _domain(index: int, count: int, gap: float) -> list[float]:
 
 
 def base_layout(height: int) -> dict[str, Any]:
-    """What all figures share."""
+    """The layout that all figures share."""
     clear = "rgba(0,0,0,0)"
     return {
-        "template": {},
         "height": height,
         "margin": {"l": 62, "r": 14, "t": 34, "b": 42},
         "paper_bgcolor": clear,
@@ -203,7 +239,7 @@ def base_layout(height: int) -> dict[str, Any]:
 
 
 def axis(domain: Sequence[float], anchor: str, title: str) -> dict[str, Any]:
-    """An axis that takes part of the figure."""
+    """An axis over a part of the figure (0 to 1); `anchor` names the axis that it crosses."""
     line = {"gridcolor": _GRID, "linecolor": _INK, "tickcolor": _INK, "showline": True, "ticks": "outside", "ticklen": 4, "zeroline": False}
     return {"domain": list(domain), "anchor": anchor, "title": {"text": label(title), "standoff": 8, "font": {"size": 12}}, **line}
 
@@ -212,9 +248,3 @@ def panel_title(text: str, x: float, y: float) -> dict[str, Any]:
     """A panel's name above its upper left corner."""
     where = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
     return {"text": f"<b>{label(text)}</b>", "showarrow": False, "font": {"size": 12}, **where}
-
-
-def as_json(traces: Sequence[dict[str, Any]], shape: dict[str, Any]) -> dict[str, Any]:
-    """Traces and layout, checked by plotly: a misspelt property raises."""
-    checked: dict[str, Any] = go.Figure(data=list(traces), layout=shape).to_plotly_json()
-    return {"data": checked["data"], "layout": checked["layout"]}

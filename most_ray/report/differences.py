@@ -1,4 +1,4 @@
-"""Words of a reference and of a hypothesis, aligned."""
+"""Alignment of a reference's words with a transcription's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Literal
 import jiwer
 
 Kind = Literal["equal", "substitute", "delete", "insert"]
-_UNITS = re.compile(r"\s*(?:\[Hu\d+\]\s*)+")
+_UNITS = re.compile(r"\s*(?:\[Hu\d+\]\s*)+")  # a text of speech units alone
 _BLANK = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of words: the same on both sides, replaced, missing in the hypothesis or added in it."""
+    """Successive words that are equal on both sides, or substituted, deleted or inserted in the hypothesis."""
 
     kind: Kind
     reference: tuple[str, ...]
@@ -24,7 +24,7 @@ class Piece:
 
 
 def words_of(value: Any) -> tuple[str, ...]:
-    """The words of a text, or the units of speech as `[Hu7][Hu90]` or as numbers."""
+    """The words of a text, or the numbers of speech units, which are given as `[Hu7][Hu90]` or as a list."""
     if isinstance(value, (list, tuple)):
         return tuple(str(item) for item in value)
     text = "" if value is None else str(value)
@@ -34,11 +34,11 @@ def words_of(value: Any) -> tuple[str, ...]:
 
 
 def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Piece]:
-    """The pieces of the shortest edit, in reading order; jiwer's alignment, which is what WER counts."""
+    """The pieces of the shortest edit in reading order: jiwer's alignment, whose errors WER counts."""
     if not reference and not hypothesis:
         return []
     both = [" ".join(_BLANK.sub("_", word) or "_" for word in words) for words in (reference, hypothesis)]
-    plain = jiwer.Compose([jiwer.ReduceToListOfListOfWords()])  # no normaliser of its own: words stay where they are
+    plain = jiwer.Compose([jiwer.ReduceToListOfListOfWords()])  # without jiwer's default normalisation
     output = jiwer.process_words(both[0], both[1], reference_transform=plain, hypothesis_transform=plain)
     return [
         Piece(

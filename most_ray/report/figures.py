@@ -1,4 +1,7 @@
-"""The figures of one run or several. Each function gives a Figure, or None where no run has what it shows."""
+"""The figures of a report about runs. Each function gives a Figure, or None where no run has the data.
+
+A new figure is a function here, listed in `figures` under the part of the page that shows it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import Any
 from most_ray.records.record import TASKS
 from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import (
+    RATE_NAMES,
     TASK_COLOURS,
     TASK_NAMES,
     Curves,
     Figure,
     Series,
-    as_json,
     axis,
     base_layout,
     draw,
@@ -21,78 +24,108 @@ from most_ray.report.curves import (
     rounded,
     run_colour,
     shade,
+    side_by_side,
 )
 from most_ray.report.expert_figures import expert_balance, expert_load
 
 Runs = Sequence[RunData]
+Maker = Callable[[Runs], Figure | None]
+_GREY = "#7b848f"
 
 
 def figures(runs: Runs) -> dict[str, list[Figure]]:
-    """By the page's parts, those that there is something to show in."""
-    parts: dict[str, Sequence[Callable[[Runs], Figure | None]]] = {
-        "Loss": (losses, learning_rate, gradient_norm),
+    """The figures of each part of the page, in the page's order."""
+    parts: dict[str, Sequence[Maker]] = {
+        "Training": (
+            losses,
+            _line("learning_rate", "fig-learning-rate", "Learning rate", "learning rate", tick_format=".1~e", from_zero=True),
+            _line("grad_norm", "fig-gradient-norm", "Gradient norm", "before clipping", smooth=True, log=True),
+        ),
         "Evaluation": (word_errors, character_errors, speech_errors),
-        "Speed": (throughput, step_time, utilisation, memory),
+        "Speed": (
+            throughput,
+            step_time,
+            _line("mfu", "fig-mfu", "Model FLOPs utilisation", "MFU", smooth=True, tick_format=".1~%", from_zero=True),
+            _line("memory_gb", "fig-memory", "Memory", "GB", from_zero=True),
+        ),
         "Data": (mix,),
         "Experts": (expert_load, expert_balance),
     }
-    made = {part: [figure for make in makers if (figure := make(runs))] for part, makers in parts.items()}
-    return {part: found for part, found in made.items() if found}
+    return {part: side_by_side([figure for make in makers if (figure := make(runs))]) for part, makers in parts.items()}
+
+
+def _line(key: str, name: str, title: str, y_title: str, smooth: bool = False, log: bool = False, **options: Any) -> Maker:
+    """A figure of one value of the train lines, a curve for each run; `options` are those of `draw`."""
+
+    def make(runs: Runs) -> Figure | None:
+        curves = Curves()
+        curves.add_runs(runs, lambda run: run.column(key), smooth=smooth)
+        if not curves.series:
+            return None
+        spec = draw(curves.series, y_title, **options)
+        spec["layout"]["showlegend"] = len(runs) > 1
+        return Figure(name, title, spec, curves.notes(), log=log)
+
+    return make
 
 
 def losses(runs: Runs) -> Figure | None:
-    """Cross-entropy per supervised token, by task; validation as points."""
-    curves, several, points = Curves(), len(runs) > 1, False
+    """Cross-entropy per supervised token, by task; validation sets as points."""
+    curves, several, validated = Curves(), len(runs) > 1, False
     for task, key in [("total", "loss"), *((task, f"{task}_loss") for task in TASKS)]:
+        panel = TASK_NAMES[task] if several else ""
         for index, run in enumerate(runs):
             colour = run_colour(index, len(runs)) if several else TASK_COLOURS[task]
-            curves.add(
-                TASK_NAMES[task] if several else "", run.name if several else TASK_NAMES[task], colour, run.steps, run.column(key), True
-            )
-            for place, name in enumerate(_sets(run, task)):
-                shown = f"{run.name if several else TASK_NAMES[task]}, {_bare(name)}"
-                judged = [evaluation for evaluation in run.evaluations if name in evaluation.losses]
-                if not judged:
-                    continue
-                x, y = [float(each.step) for each in judged], [each.losses[name] for each in judged]
-                panel = TASK_NAMES[task] if several else ""
-                curves.series.append(Series(panel, shown, colour if several else shade(task, place), x, y, style="points", symbol=place))
-                points = True
+            run_or_task = run.name if several else TASK_NAMES[task]
+            curves.add(panel, run_or_task, colour, run.steps, run.column(key), smooth=True)
+            for order, name in enumerate(_sets(run, task)):
+                points = [(float(each.step), each.losses[name]) for each in run.evaluations if name in each.losses]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    point_colour = colour if several else shade(task, order)
+                    set_name = f"{run_or_task}, {_without_task(name)}"
+                    curves.series.append(Series(panel, set_name, point_colour, x, y, style="points", symbol=order))
+                    validated = True
     if not curves.series:
         return None
     notes = ["Cross-entropy per supervised token, in nats, before weighting.", *curves.notes()]
-    notes += ["Points: validation sets."] if points else []
+    notes += ["Points: validation sets."] if validated else []
     return Figure("fig-loss", "Loss", draw(curves.series, "nats per token", height=420), notes, wide=True, log=True)
 
 
+def _sets(run: RunData, task: str) -> list[str]:
+    """The evaluated sets of a task, as "task/set"."""
+    return sorted({name for evaluation in run.evaluations for name in evaluation.names(task)})
+
+
+def _without_task(name: str) -> str:
+    return name.split("/", 1)[-1]
+
+
 def word_errors(runs: Runs) -> Figure | None:
-    return _rates(runs, "fig-wer", "Word error rate", "words", "WER")
+    """Word error rate of each ASR set, with intervals."""
+    return _rates(runs, "fig-wer", "Word error rate", "words")
 
 
 def character_errors(runs: Runs) -> Figure | None:
-    return _rates(runs, "fig-cer", "Character error rate", "characters", "CER")
+    """Character error rate of each ASR set, with intervals."""
+    return _rates(runs, "fig-cer", "Character error rate", "characters")
+
+
+def _rates(runs: Runs, name: str, title: str, what: str) -> Figure | None:
+    series = _rate_series(runs, "asr", what)
+    return Figure(name, title, draw(series, RATE_NAMES[what], ".1~%", True), _interval_note(series)) if series else None
 
 
 def speech_errors(runs: Runs) -> Figure | None:
-    """Of synthesised speech: its units, and what is recognised in it."""
-    series = []
-    for what, title in (("units", "unit error rate"), ("cycle", "cycle WER"), ("outside", "outside WER")):
-        series += _rate_series(runs, "tts", what, title)
-    if not series:
-        return None
+    """Error rates of synthesised speech: of its units, and of what is recognised in it."""
+    series = [each for what in ("units", "cycle", "outside") for each in _rate_series(runs, "tts", what, RATE_NAMES[what])]
     notes = [
-        "Unit error rate: against the reference's units. Cycle WER: what the model itself hears in its speech. "
-        "Outside WER: what another recogniser hears.",
+        "Unit error rate: against the reference's units. Cycle WER: the model's own transcription of its speech. "
+        "Outside WER: the transcription of another recogniser.",
         *_interval_note(series),
     ]
-    return Figure("fig-tts", "Synthesised speech", draw(series, "error rate", ".1~%", True), notes)
-
-
-def _rates(runs: Runs, name: str, title: str, what: str, y_title: str) -> Figure | None:
-    series = _rate_series(runs, "asr", what)
-    if not series:
-        return None
-    return Figure(name, title, draw(series, y_title, ".1~%", True), _interval_note(series))
+    return Figure("fig-tts", "Synthesised speech", draw(series, "error rate", ".1~%", True), notes) if series else None
 
 
 def _interval_note(series: Sequence[Series]) -> list[str]:
@@ -101,88 +134,47 @@ def _interval_note(series: Sequence[Series]) -> list[str]:
 
 
 def _rate_series(runs: Runs, task: str, what: str, title: str = "") -> list[Series]:
-    """One curve per set; the panel is the quantity's (`title`), and the set's where several runs are compared."""
+    """A curve for each set of each run. Panels are named by `title`, and by the set where several runs are compared."""
     series, several = [], len(runs) > 1
-    many_sets = len({name for run in runs for name in _sets(run, task)}) > 1
     names = sorted({name for run in runs for name in _sets(run, task)})
-    for place, name in enumerate(names):
+    for order, name in enumerate(names):
         for index, run in enumerate(runs):
-            found = [(float(e.step), rate) for e in run.evaluations if (rate := e.rate(name, what))]
+            found = [(float(each.step), rate) for each in run.evaluations if (rate := each.rate(name, what))]
             if not found:
                 continue
-            colour = run_colour(index, len(runs)) if several else shade(task, place)
-            panel = ", ".join(part for part in (title, _bare(name) if several and (many_sets or not title) else "") if part)
+            set_name = _without_task(name)
+            panel = ", ".join(part for part in (title, set_name if several and (len(names) > 1 or not title) else "") if part)
+            curve, colour, symbol = (run.name, run_colour(index, len(runs)), index) if several else (set_name, shade(task, order), order)
             x, y = [step for step, _ in found], [rate.value for _, rate in found]
             bounds = [(rate.low, rate.high) for _, rate in found]
-            symbol = index if several else place
-            series.append(Series(panel, run.name if several else _bare(name), colour, x, y, bounds, "marked", symbol))
+            series.append(Series(panel, curve, colour, x, y, bounds, "marked", symbol))
     return series
 
 
-def _sets(run: RunData, task: str) -> list[str]:
-    return sorted({name for evaluation in run.evaluations for name in evaluation.names(task)})
-
-
-def _bare(name: str) -> str:
-    return name.split("/", 1)[-1]
-
-
-def _simple(runs: Runs, key: str, name: str, title: str, y_title: str, **options: Any) -> Figure | None:
-    """One quantity of the train lines, a curve for each run."""
-    curves, smooth, log = Curves(), options.pop("smooth", False), options.pop("log", False)
-    for index, run in enumerate(runs):
-        curves.add("", run.name, run_colour(index, len(runs)), run.steps, run.column(key), smooth)
-    if not curves.series:
-        return None
-    spec = draw(curves.series, y_title, **options)
-    spec["layout"]["showlegend"] = len(runs) > 1
-    return Figure(name, title, spec, curves.notes(), log=log)
-
-
-def learning_rate(runs: Runs) -> Figure | None:
-    return _simple(runs, "learning_rate", "fig-learning-rate", "Learning rate", "learning rate", tick_format=".1~e", from_zero=True)
-
-
-def gradient_norm(runs: Runs) -> Figure | None:
-    return _simple(runs, "grad_norm", "fig-gradient-norm", "Gradient norm", "before clipping", smooth=True, log=True)
-
-
-def utilisation(runs: Runs) -> Figure | None:
-    return _simple(runs, "mfu", "fig-mfu", "Model FLOPs utilisation", "MFU", smooth=True, tick_format=".1~%", from_zero=True)
-
-
-def memory(runs: Runs) -> Figure | None:
-    return _simple(runs, "memory_gb", "fig-memory", "Memory", "GB", from_zero=True)
-
-
 def throughput(runs: Runs) -> Figure | None:
-    """Tokens per second over all workers, restarts as dotted lines."""
-    curves = Curves()
-    top = max((value for run in runs for value in run.column("tokens_per_second") if value is not None), default=0.0)
-    for index, run in enumerate(runs):
-        colour = run_colour(index, len(runs))
-        name = run.name if len(runs) > 1 else "tokens per second"
-        curves.add("", name, colour, run.steps, run.column("tokens_per_second"), True)
+    """Tokens per second over all workers; restarts as dotted lines."""
+    curves, several = Curves(), len(runs) > 1
+    curves.add_runs(runs, lambda run: run.column("tokens_per_second"), "tokens per second", smooth=True)
     if not curves.series:
         return None
-    restarts = 0
+    top = max((value for run in runs for value in run.column("tokens_per_second") if value is not None), default=0.0)
+    restarted = False
     for index, run in enumerate(runs):
         found = [(step, start) for start in run.restarts if (step := number(start.get("step"))) is not None]
-        if not found:
-            continue
-        restarts += len(found)
-        x = [value for step, _ in found for value in (step, step, None)]
-        texts = [text for step, start in found for text in (*[restart_text(step, start)] * 2, "")]
-        name = f"restart of {run.name}" if len(runs) > 1 else "restart"
-        colour = run_colour(index, len(runs)) if len(runs) > 1 else "#c0453a"
-        curves.series.append(Series("", name, colour, x, [0.0, top, None] * len(found), style="restarts", texts=texts))
+        if found:
+            restarted = True
+            x = [value for step, _ in found for value in (step, step, None)]
+            texts = [text for step, start in found for text in (*[restart_text(step, start)] * 2, "")]
+            name, colour = (f"restart of {run.name}", run_colour(index, len(runs))) if several else ("restart", "#c0453a")
+            y = [0.0, top, None] * len(found)
+            curves.series.append(Series(curves.series[0].panel, name, colour, x, y, style="restarts", texts=texts))
     spec = draw(curves.series, "tokens/s", "~s", True)
-    spec["layout"]["showlegend"] = len(runs) > 1 or restarts > 0
+    spec["layout"]["showlegend"] = several or restarted
     return Figure("fig-throughput", "Throughput", spec, ["Over all workers.", *curves.notes()])
 
 
 def restart_text(step: float, start: dict[str, Any]) -> str:
-    """What hovering over a restart says."""
+    """The text shown when hovering over a restart."""
     parts = [f"restart after step {step:g}"]
     parts += [f"{start['workers']} workers"] if start.get("workers") is not None else []
     parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
@@ -194,54 +186,52 @@ def restart_text(step: float, start: dict[str, Any]) -> str:
 
 
 def step_time(runs: Runs) -> Figure | None:
-    """Where a step's time goes: all of it, and the part in which data was waited for."""
-    curves, several = Curves(), len(runs) > 1
-    for key, title, own in (("step_time", "whole step", "#5a84b5"), ("data_wait", "waiting for data", "#c98a2b")):
-        for index, run in enumerate(runs):
-            colour = run_colour(index, len(runs)) if several else own
-            curves.add(title if several else "", run.name if several else title, colour, run.steps, run.column(key), True)
+    """The time of a step, and the part of it spent waiting for data."""
+    curves = Curves()
+    for key, title, colour in (("step_time", "whole step", "#5a84b5"), ("data_wait", "waiting for data", "#c98a2b")):
+        curves.add_runs(runs, lambda run, key=key: run.column(key), title, colour, smooth=True)  # type: ignore[misc]
     if not curves.series:
         return None
     return Figure("fig-step-time", "Time of a step", draw(curves.series, "seconds", from_zero=True), curves.notes(), log=True)
 
 
 def mix(runs: Runs) -> Figure | None:
-    """Share of each source in what was trained on, beside the share that was wanted."""
-    shares = [mix_of(run) for run in runs]
-    names = sorted(
-        {name for share in shares for name in share}, key=lambda name: ((*TASKS, name.split("/", 1)[0]).index(name.split("/", 1)[0]), name)
-    )
+    """Each source's share of the training data, next to its target."""
+    shares, several = [mix_of(run) for run in runs], len(runs) > 1
+    by_task: dict[str, list[str]] = {}
+    for name in sorted({name for share in shares for name in share}):
+        by_task.setdefault(name.split("/", 1)[0], []).append(name)
+    tasks = sorted(by_task, key=lambda task: TASKS.index(task) if task in TASKS else len(TASKS))
+    colours = {name: shade(task, index) for task in tasks for index, name in enumerate(by_task[task])}
+    names = list(colours)
     if not names:
         return None
     traces: list[dict[str, Any]] = []
+    labels, hover = [label(name) for name in names], "%{y}: %{x:.2%}<extra>%{fullData.name}</extra>"
+    targets: list[list[float | None]] = []
     for index, (run, share) in enumerate(zip(runs, shares, strict=True)):
-        several = len(runs) > 1
-        places = {name: [other for other in names if other.split("/")[0] == name.split("/")[0]].index(name) for name in names}
-        colours = [run_colour(index, len(runs)) if several else shade(name.split("/", 1)[0], places[name]) for name in names]
-        group = {"orientation": "h", "name": label(run.name if several else "trained on"), "showlegend": several}
-        x = [rounded(share.get(name, (None, None))[0]) for name in names]
-        own = {
-            "y": [label(name) for name in names],
-            "offsetgroup": str(index),
-            "hovertemplate": "%{y}: %{x:.2%}<extra>%{fullData.name}</extra>",
-        }
-        text = ["" if value is None else f"{value:.1%}" for value in x]
-        drawn = {"text": text, "textposition": "inside", "insidetextanchor": "start", "insidetextfont": {"color": "#ffffff"}}
-        traces.append({"type": "bar", **group, **own, **drawn, "x": x, "marker": {"color": colours}})
-        wanted = [rounded(share.get(name, (None, None))[1]) for name in names]
-        if any(value is not None for value in wanted) and (index == 0 or wanted != traces[-2].get("x")):
-            mark = {"symbol": "line-ns-open", "size": 22, "color": "#7b848f", "line": {"width": 2.5}}
-            name = f"wanted, {run.name}" if several and index else "wanted"
-            wish = {"type": "scatter", "mode": "markers", "name": label(name), "showlegend": True, "x": wanted, "marker": mark}
-            traces.append({**wish, "y": own["y"], "hovertemplate": own["hovertemplate"]})
-    shape = base_layout(100 + len(names) * (26 + 14 * len(runs))) | {"bargap": 0.3, "barmode": "group", "hovermode": "closest"}
-    shape["xaxis"] = axis([0, 1], "y", "share of what was trained on") | {"tickformat": ".0%", "rangemode": "tozero"}
-    shape["yaxis"] = axis([0, 1], "x", "") | {"automargin": True, "autorange": "reversed", "showgrid": False, "ticks": ""}
-    return Figure("fig-mix", "Mix of sources", as_json(traces, shape), ["Up to the last line, counted in what the weights count."])
+        x, target = ([rounded(share.get(name, (None, None))[side]) for name in names] for side in (0, 1))
+        colour = [run_colour(index, len(runs)) if several else colours[name] for name in names]
+        name = label(run.name if several else "trained on")
+        bars = {"type": "bar", "orientation": "h", "name": name, "showlegend": several, "x": x, "y": labels, "offsetgroup": str(index)}
+        text = {"text": ["" if value is None else f"{value:.1%}" for value in x], "insidetextfont": {"color": "#ffffff"}}
+        text |= {"textposition": "inside", "insidetextanchor": "start"}
+        traces.append({**bars, **text, "hovertemplate": hover, "marker": {"color": colour}})
+        if any(value is not None for value in target) and target not in targets[-1:]:
+            name = label(f"target, {run.name}" if several and index else "target")
+            marker = {"symbol": "line-ns-open", "size": 22, "color": _GREY, "line": {"width": 2.5}}
+            marks = {"type": "scatter", "mode": "markers", "name": name, "showlegend": True, "x": target, "y": labels}
+            traces.append({**marks, "hovertemplate": hover, "marker": marker})
+        targets.append(target)
+    layout = base_layout(100 + len(names) * (26 + 14 * len(runs))) | {"bargap": 0.3, "barmode": "group", "hovermode": "closest"}
+    layout["xaxis"] = axis([0, 1], "y", "share of the training data") | {"tickformat": ".0%", "rangemode": "tozero"}
+    layout["yaxis"] = axis([0, 1], "x", "") | {"automargin": True, "autorange": "reversed", "showgrid": False, "ticks": ""}
+    notes = ["Up to the last line, counted like the mixing weights: in records or tokens."]
+    return Figure("fig-mix", "Mix of sources", {"data": traces, "layout": layout}, notes)
 
 
 def mix_of(run: RunData) -> dict[str, tuple[float | None, float | None]]:
-    """Per source the share of what was trained on and the wanted one; of lines that hold bare counts of records, their shares."""
+    """Each source's share of the training data, and its target. Lines that hold plain counts of records give the shares of these."""
     last: dict[str, Any] = next((line["mix"] for line in reversed(run.train) if isinstance(line.get("mix"), dict)), {})
     wanted: dict[str, Any] = next((start["wanted_mix"] for start in reversed(run.starts) if isinstance(start.get("wanted_mix"), dict)), {})
     counts = {name: value for name, entry in last.items() if (value := number(entry)) is not None}

@@ -1,81 +1,101 @@
-"""The page's tables. Everything that comes from a run goes through `text`: hypotheses are a model's output, names are a user's."""
+"""The tables of a report about runs, as plain data; templates/run.html places them on the page."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from most_ray.config import RunConfig
+from most_ray.report.cells import Cell, Content, Difference, Row, duration, percent
 from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, mapping, number
-from most_ray.report.curves import run_colour
+from most_ray.report.curves import RATE_NAMES, run_colour
 from most_ray.report.differences import align
 
 Runs = Sequence[RunData]
-_SAMPLES = 20  # of each set
-_WORDS = 80  # of a sample
-_CONFUSIONS = 30
-_MISSING = '<span class="none">–</span>'
+_SAMPLES = 20  # records shown of each set
+_WORDS = 80  # words shown of a record
+_CONFUSIONS = 30  # confused pairs of words shown of each set
+_TASKS = {"asr": "Recognition", "tts": "Synthesis", "text": "Text"}  # in the page's order
+# The columns of a task's last evaluation: keys of `RATE_NAMES`, then other values of a set and their titles.
+_RATES = {"asr": ("words", "characters"), "tts": ("units", "cycle", "outside"), "text": ()}
+_OTHERS = {
+    "asr": {"empty_rate": "empty", "loop_rate": "looping", "length_cap_rate": "length cap"},
+    "tts": {
+        "duration_ratio": "duration ratio",
+        "loop_rate": "looping",
+        "end_of_audio_rate": "ended by marker",
+        "length_cap_rate": "length cap",
+        "foreign_rate": "foreign tokens",
+    },
+    "text": {"perplexity": "perplexity"},
+}
+_RATIOS = ("duration_ratio", "perplexity")  # columns that are not in percent
+_PARTS = {  # attributes of RunData, and what is missing on the page where they are empty
+    "train": "steps",
+    "evaluations": "evaluations",
+    "hypotheses": "transcriptions",
+    "starts": "starts and restarts",
+    "experts": "experts by layer",
+    "config": "the configuration",
+    "environment": "the environment",
+}
 
 
-def text(value: Any) -> str:
-    """A value as text of the page, harmless wherever it stands."""
-    return html.escape(str(value), quote=True)
+@dataclass(frozen=True)
+class Table:
+    """A table with a title."""
+
+    title: str
+    head: Row
+    rows: Sequence[Row]
+    about: str = ""  # small print beside the title
+    marked: bool = False  # its rows stand out
+    open: bool = True  # of a foldable table: unfolded at first
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], classes: str = "") -> str:
-    """A table of cells that are markup already."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join("<tr>" + f'<th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>\n" for row in rows)
-    header = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-    return f'<div class="scroll"><table class="{classes}">{header}<tbody>\n{body}</tbody></table></div>'
+def content(runs: Runs) -> dict[str, Any]:
+    """Everything of templates/run.html but figures and speech, by the names that the template uses."""
+    several = len(runs) > 1
+    return {
+        "names": run_names(runs),
+        "states": [("complete" if run.complete else "going", (f"{run.name}: " if several else "") + state(run)) for run in runs],
+        "tiles": [] if several else highlights(runs[0]),
+        "summary": summary(runs),
+        "absent": absent(runs),
+        "evaluations": [table for task in _TASKS if (table := last_evaluations(runs, task))],
+        "confusions": confusions(runs),
+        "samples": samples(runs),
+        "configuration": configuration(runs),
+        "environment": environment_rows(runs),
+    }
 
 
-def pairs(rows: Iterable[Sequence[str]], classes: str = "") -> str:
-    """Names and values, in as many columns as there is room for; of cells that are markup already."""
-    body = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>\n" for name, value in rows)
-    return f'<dl class="pairs {classes}">\n{body}</dl>'
-
-
-def _by_run(runs: Runs, rows: Sequence[Sequence[str]], classes: str) -> str:
-    """Rows of a name and a value for each run."""
-    if len(runs) == 1:
-        return pairs(rows, classes)
-    return table(["", *run_names(runs)], rows, classes)
-
-
-def run_names(runs: Runs) -> list[str]:
+def run_names(runs: Runs) -> list[Cell]:
     """The runs' names, each with its colour where there are several."""
-    keys = [f'<span class="key" style="background:{run_colour(index, len(runs))}"></span>' for index in range(len(runs))]
-    return [f"{key if len(runs) > 1 else ''}{text(run.name)}" for key, run in zip(keys, runs, strict=True)]
+    return [Cell(run.name, colour=run_colour(index, len(runs)) if len(runs) > 1 else "") for index, run in enumerate(runs)]
 
 
-def percent(value: float | None) -> str:
-    return _MISSING if value is None else f"{value:.2%}" if value < 0.1 else f"{value:.1%}"
+def rate(found: Rate, small: str = "") -> Cell:
+    """A rate with its interval."""
+    bounds = ", ".join(_bounds(found))
+    return Cell(percent(found.value), "strong", f"[{bounds}]" if bounds else "", small)
 
 
-def rate(found: Rate | None, short: bool = False) -> str:
-    """A rate with its interval, and with what it was counted from."""
-    if found is None:
-        return _MISSING
-    bounds = (
-        "" if found.low is None or found.high is None else f' <span class="interval">[{percent(found.low)}, {percent(found.high)}]</span>'
-    )
+def _bounds(found: Rate) -> list[str]:
+    """The ends of a rate's interval; empty where they are unknown."""
+    return [] if found.low is None or found.high is None else [percent(found.low), percent(found.high)]
+
+
+def _counted(found: Rate) -> Content:
+    """A rate with its interval; below it substitutions, deletions, insertions and the length of the reference, where they are known."""
     parts = (("S", found.substitutions), ("D", found.deletions), ("I", found.insertions), ("of", found.reference))
     counts = ", ".join(f"{key} {value:,}" for key, value in parts if value is not None)
-    return f"<b>{percent(found.value)}</b>{bounds}" + (f'<br><span class="counts">{counts}</span>' if counts and not short else "")
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return _MISSING
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+    return [rate(found), Cell(small=counts)] if counts else rate(found)
 
 
 def state(run: RunData) -> str:
@@ -85,147 +105,141 @@ def state(run: RunData) -> str:
     return f"running, up to step {run.step:,}" if run.train else "no step yet"
 
 
-def summary(runs: Runs) -> str:
-    """What matters most, a run a column."""
-    rows: list[tuple[str, list[str]]] = []
-
-    def add(name: str, make: Callable[[RunData], str]) -> None:
-        cells = [make(run) for run in runs]
-        if any(cell != _MISSING for cell in cells):
-            rows.append((name, cells))
-
-    add("State", lambda run: text(state(run)))
-    add("Steps", lambda run: f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else ""))
-    add("Epochs", lambda run: _last(run, "epoch", "{:.2f}"))
-    for task, what, title in (
-        ("asr", "words", "WER"),
-        ("asr", "characters", "CER"),
-        ("tts", "units", "unit error rate"),
-        ("tts", "cycle", "cycle WER"),
-    ):
-        for name in sorted({name for run in runs if run.last_evaluation for name in run.last_evaluation.names(task)}):
-            add(f"{title}, {text(name.split('/', 1)[1])}", lambda run, name=name, what=what: _last_rate(run, name, what))  # type: ignore[misc]
-    add("Loss, last line", lambda run: _last(run, "loss", "{:.4f}"))
-    add("Tokens trained on", lambda run: _known(_sum(run, "tokens"), "{:,.0f}"))
-    add("Tokens per second", lambda run: _known(_speed(run), "{:,.0f}"))
-    add("Training time", lambda run: duration(_seconds(run)))
-    add("From first start to last line", _wall_clock)
-    add("Restarts", lambda run: f"{len(run.restarts)}" if run.starts else _MISSING)
-    add("Skipped steps", lambda run: _known(_sum(run, "skipped_steps"), "{:,.0f}"))
-    add("Selections across modalities", lambda run: _known(_sum(run, "leaked"), "{:,.0f}"))
-    add("MFU, mean", lambda run: percent(_mean(run, "mfu")))
-    add("Memory, most", lambda run: _known(max((v for v in run.column("memory_gb") if v is not None), default=None), "{:.1f} GB"))
-    add("Ran on", _machine)
-    return _by_run(runs, [(name, *cells) for name, cells in rows], "summary")
+def summary(runs: Runs) -> list[Row]:
+    """The most important values, a column for each run."""
+    makers: list[tuple[str, Callable[[RunData], Content]]] = [
+        ("State", state),
+        ("Steps", lambda run: f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
+        ("Epochs", lambda run: _last(run, "epoch", "{:.2f}")),
+        *(
+            (f"{RATE_NAMES[what]}, {_set_name(name)}", partial(_last_rate, name=name, what=what))
+            for task, what in (("asr", "words"), ("asr", "characters"), ("tts", "units"), ("tts", "cycle"))
+            for name in sorted({name for run in runs if run.last_evaluation for name in run.last_evaluation.names(task)})
+        ),
+        ("Loss, last line", lambda run: _last(run, "loss", "{:.4f}")),
+        ("Tokens trained on", lambda run: _known(_sum(run, "tokens"), "{:,.0f}")),
+        ("Tokens per second", lambda run: _known(_speed(run), "{:,.0f}")),
+        ("Training time", lambda run: duration(_seconds(run))),
+        ("From first start to last line", _wall_clock),
+        ("Restarts", lambda run: f"{len(run.restarts)}" if run.starts else None),
+        ("Skipped steps", lambda run: _known(_sum(run, "skipped_steps"), "{:,.0f}")),
+        ("Selections across modalities", lambda run: _known(_sum(run, "leaked"), "{:,.0f}")),
+        ("MFU, mean", lambda run: percent(math.fsum(known) / len(known)) if (known := _column(run, "mfu")) else None),
+        ("Memory, maximum", lambda run: _known(max(_column(run, "memory_gb"), default=None), "{:.1f} GB")),
+        ("Ran on", _machine),
+    ]
+    rows = [(name, *(make(run) for run in runs)) for name, make in makers]
+    return [row for row in rows if any(cell is not None for cell in row[1:])]
 
 
-def _known(value: float | None, form: str) -> str:
-    return _MISSING if value is None else form.format(value)
+def absent(runs: Runs) -> list[str]:
+    """Sentences that name what each run did not record."""
+    lines = []
+    for run in runs:
+        if missing := ", ".join(name for part, name in _PARTS.items() if not getattr(run, part)):
+            lines.append(f"Not recorded{f' by {run.name}' if len(runs) > 1 else ''}: {missing}.")
+    return lines
 
 
-def _last(run: RunData, key: str, form: str) -> str:
-    return _known(next((value for value in reversed(run.column(key)) if value is not None), None), form)
+def _set_name(name: str) -> str:
+    """A set's name without its task."""
+    return name.split("/", 1)[1]
 
 
-def _last_rate(run: RunData, name: str, what: str) -> str:
-    found = [(e.step, value) for e in run.evaluations if (value := e.rate(name, what))]
-    if not found:
-        return _MISSING
-    step, value = found[-1]
-    return rate(value, short=True) + ("" if step == run.step else f' <span class="counts">at step {step:,}</span>')
+def _known(value: float | None, form: str) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def _column(run: RunData, key: str) -> list[float]:
+    return [value for value in run.column(key) if value is not None]
+
+
+def _last(run: RunData, key: str, form: str) -> str | None:
+    return _known(next(reversed(_column(run, key)), None), form)
+
+
+def _last_rate(run: RunData, name: str, what: str) -> Content:
+    """The newest rate of a set, with its step where that is not the run's last."""
+    for evaluation in reversed(run.evaluations):
+        if found := evaluation.rate(name, what):
+            return rate(found, "" if evaluation.step == run.step else f"at step {evaluation.step:,}")
+    return None
 
 
 def _sum(run: RunData, key: str) -> float | None:
-    known = [value for value in run.column(key) if value is not None]
-    return math.fsum(known) if known else None
-
-
-def _mean(run: RunData, key: str) -> float | None:
-    known = [value for value in run.column(key) if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    return math.fsum(known) if (known := _column(run, key)) else None
 
 
 def _seconds(run: RunData) -> float | None:
-    """Of training itself: what was lost between attempts does not count."""
+    """Time spent in training itself, without what was lost between attempts."""
     pairs = zip(run.column("tokens"), run.column("tokens_per_second"), strict=True)
     known = [tokens / speed for tokens, speed in pairs if tokens is not None and speed]
     return math.fsum(known) if known else None
 
 
 def _speed(run: RunData) -> float | None:
+    """Tokens per second of training."""
     tokens, seconds = _sum(run, "tokens"), _seconds(run)
     return tokens / seconds if tokens is not None and seconds else None
 
 
-def _wall_clock(run: RunData) -> str:
+def _wall_clock(run: RunData) -> str | None:
+    """From the first start to the last line, interruptions included."""
     first = number(run.starts[0].get("time")) if run.starts else None
     last = number(run.train[-1].get("time")) if run.train else None
-    return _MISSING if first is None or last is None or last < first else duration(last - first)
+    return None if first is None or last is None or last < first else duration(last - first)
 
 
-def _machine(run: RunData) -> str:
+def _machine(run: RunData) -> str | None:
+    """Workers, device and sizes of the parallel dimensions of a run's last start."""
     start = run.starts[-1] if run.starts else {}
     workers = number(start.get("workers"))
     parts = [f"{workers:g} worker{'s' if workers != 1 else ''}"] if workers is not None else []
     parts += [str(start["device"])] if start.get("device") else []
     parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
-    return text(", ".join(parts)) if parts else _MISSING
+    return ", ".join(parts) or None
 
 
-_COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
-    "asr": (("WER", "words"), ("CER", "characters"), ("empty", "empty_rate"), ("looping", "loop_rate"), ("length cap", "length_cap_rate")),
-    "tts": (
-        ("unit error rate", "units"),
-        ("cycle WER", "cycle"),
-        ("outside WER", "outside"),
-        ("duration ratio", "duration_ratio"),
-        ("looping", "loop_rate"),
-        ("ended by marker", "end_of_audio_rate"),
-        ("length cap", "length_cap_rate"),
-        ("foreign tokens", "foreign_rate"),
-    ),
-    "text": (("perplexity", "perplexity"),),
-}
-_PLAIN = ("duration_ratio", "perplexity")  # no rates
-
-
-def last_figures(runs: Runs, task: str) -> str:
-    """All figures of a task's sets at each run's last evaluation; empty where there are none."""
-    lines: list[tuple[str, Evaluation, str]] = []
-    for run, shown in zip(runs, run_names(runs), strict=True):
-        last = run.last_evaluation
-        lines += [(name, last, shown) for name in last.names(task)] if last else []
+def last_evaluations(runs: Runs, task: str) -> Table | None:
+    """All values of a task's sets at each run's last evaluation; None where there are no sets."""
+    lines = [
+        (name, last, shown)
+        for run, shown in zip(runs, run_names(runs), strict=True)
+        if (last := run.last_evaluation)
+        for name in last.names(task)
+    ]
     lines.sort(key=lambda line: line[0])
-    columns = [column for column in _COLUMNS[task] if any(_figure(last, name, column[1]) != _MISSING for name, last, _ in lines)]
-    rows = []
-    for name, last, shown in lines:
-        own = [_figure(last, name, key) for _, key in columns]
-        fixed = [shown] if len(runs) > 1 else []
-        records = number(last.sets.get(name, {}).get("records"))
-        rows.append(
-            [
-                text(name.split("/", 1)[1]),
-                *fixed,
-                f"{last.step:,}",
-                _known(records, "{:,.0f}"),
-                _known(last.losses.get(name), "{:.4f}"),
-                *own,
-            ]
+    titles = {**{what: RATE_NAMES[what] for what in _RATES[task]}, **_OTHERS[task]}
+    columns = [key for key in titles if any(_value(last, name, key) is not None for name, last, _ in lines)]
+    several = [shown for _, _, shown in lines] if len(runs) > 1 else []
+    rows: list[Row] = [
+        (
+            _set_name(name),
+            *([shown] if several else []),
+            f"{last.step:,}",
+            _known(number(last.sets.get(name, {}).get("records")), "{:,.0f}"),
+            _known(last.losses.get(name), "{:.4f}"),
+            *(_value(last, name, key) for key in columns),
         )
-    head = ["set", *(["run"] if len(runs) > 1 else []), "step", "records", "loss", *(title for title, _ in columns)]
-    return table(head, rows, "figures") if rows else ""
+        for name, last, shown in lines
+    ]
+    head = ("set", *(["run"] if several else []), "step", "records", "loss", *(titles[key] for key in columns))
+    return Table(f"{_TASKS[task]}, last evaluation", head, rows) if rows else None
 
 
-def _figure(evaluation: Evaluation, name: str, key: str) -> str:
-    if key.endswith("_rate") or key in _PLAIN:
-        value = number(evaluation.sets.get(name, {}).get(key))
-        return _known(value, "{:.3f}") if key in _PLAIN else percent(value)
-    return rate(evaluation.rate(name, key))
+def _value(evaluation: Evaluation, name: str, key: str) -> Content:
+    """A value of a set: an error rate with its interval and counts, or a number."""
+    if key in RATE_NAMES:
+        found = evaluation.rate(name, key)
+        return _counted(found) if found else None
+    value = number(evaluation.sets.get(name, {}).get(key))
+    return _known(value, "{:.3f}") if key in _RATIOS or value is None else percent(value)
 
 
-def confusion_tables(runs: Runs) -> list[str]:
+def confusions(runs: Runs) -> list[Table]:
     """The most frequent confusions of each ASR set of each run at its last evaluation."""
-    made = []
+    tables = []
+    nothing = Cell("nothing", "none")
     for run in runs:
         for name, figures in sorted(run.last_evaluation.sets.items()) if run.last_evaluation else ():
             found = [
@@ -233,114 +247,89 @@ def confusion_tables(runs: Runs) -> list[str]:
                 for entry in entries(figures.get("confusions"))
                 if isinstance(entry, (list, tuple)) and len(entry) == 3 and number(entry[2])
             ]
-            if not found:
-                continue
-            most = max(entry[2] for entry in found)
-            nothing = '<i class="none">nothing</i>'
-            rows = [
-                (
-                    text(said) or nothing,
-                    text(heard) or nothing,
-                    f'{count:,}<span class="bar" style="width:{4 * count / most:.2f}em"></span>',
-                )
-                for said, heard, count in found[:_CONFUSIONS]
+            most = max((entry[2] for entry in found), default=0)
+            rows: list[Row] = [
+                (str(said) or nothing, str(recognised) or nothing, Cell(f"{count:,}", bar=4 * count / most))
+                for said, recognised, count in found[:_CONFUSIONS]
             ]
-            title = name.split("/", 1)[1] + (f", {run.name}" if len(runs) > 1 else "")
-            made.append(f"<div><h4>{text(title)}</h4>{table(('reference', 'heard as', 'times'), rows, 'confusions')}</div>")
-    return made
+            if rows:
+                title = _set_name(name) + (f", {run.name}" if len(runs) > 1 else "")
+                tables.append(Table(title, ("reference", "recognised as", "times"), rows))
+    return tables
 
 
-def samples(runs: Runs) -> list[str]:
-    """Transcriptions of each set with their differences, a run a column; records that some run got wrong come first."""
-    made = []
+def samples(runs: Runs) -> list[Table]:
+    """Transcriptions of each set with their differences, a column for each run; records that some run got wrong come first."""
+    tables = []
+    several = len(runs) > 1
     for name in sorted({name for run in runs for name in run.hypotheses}):
         by_run = [{entry.id: entry for entry in run.hypotheses.get(name, ())} for run in runs]
-        together: dict[str, bool] = {}
-        for said in by_run:
-            for key, entry in said.items():
-                together[key] = together.get(key, False) or entry.wrong
-        wrong, right = ([key for key, is_wrong in together.items() if is_wrong is kind] for kind in (True, False))
+        is_wrong: dict[str, bool] = {}
+        for entry in (entry for transcriptions in by_run for entry in transcriptions.values()):
+            is_wrong[entry.id] = is_wrong.get(entry.id, False) or entry.wrong
+        wrong, right = ([key for key, value in is_wrong.items() if value is kind] for kind in (True, False))
         chosen = _spread(wrong, _SAMPLES)
         chosen += _spread(right, _SAMPLES - len(chosen))
-        rows = [(text(key), *(difference(said[key]) if key in said else _MISSING for said in by_run)) for key in chosen]
-        shown = f"{len(chosen)} of {len(together):,} records, {len(wrong):,} of which are wrong" + (" in some run" if len(runs) > 1 else "")
-        head = ("record", *run_names(runs)) if len(runs) > 1 else ()
-        made.append(f"<div><h4>{text(name)} <small>{shown}</small></h4>{table(head, rows, 'samples')}</div>")
-    return made
+        rows = [(key, *(difference(found[key]) if key in found else None for found in by_run)) for key in chosen]
+        about = f"{len(chosen)} of {len(is_wrong):,} records, {len(wrong):,} of which are wrong" + (" in some run" if several else "")
+        tables.append(Table(name, ("record", *run_names(runs)) if several else (), rows, about))
+    return tables
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
-    """`count` of the items from all over them, in their order."""
+    """At most `count` of the items, evenly spaced, in their order."""
     count = max(0, count)
     return list(items) if len(items) <= count else [items[index * len(items) // count] for index in range(count)]
 
 
-def difference(entry: Hypothesis) -> str:
-    """A hypothesis with its reference's words in place where the two differ."""
-    reference, hypothesis = entry.reference, entry.hypothesis
-    cut = len(reference) > _WORDS or len(hypothesis) > _WORDS
-    parts = []
-    for piece in align(reference[:_WORDS], hypothesis[:_WORDS]):
-        said, heard = text(" ".join(piece.reference)), text(" ".join(piece.hypothesis))
-        marked = {
-            "equal": said,
-            "substitute": f'<span class="sub"><del>{said}</del> <ins>{heard}</ins></span>',
-            "delete": f'<del class="gone">{said}</del>',
-            "insert": f'<ins class="added">{heard}</ins>',
-        }
-        parts.append(marked[piece.kind])
-    return (" ".join(parts) or '<i class="none">both empty</i>') + (" …" if cut else "")
+def difference(entry: Hypothesis) -> Difference:
+    """A transcription aligned with its reference, cut where one of them is long."""
+    pieces = align(entry.reference[:_WORDS], entry.hypothesis[:_WORDS])
+    return Difference(pieces, max(len(entry.reference), len(entry.hypothesis)) > _WORDS)
 
 
-def configuration(runs: Runs) -> str:
-    """Settings; first those that differ between the runs, or, of one run, from the defaults."""
-    keys = sorted({key for run in runs for key in run.config})
-    if not keys:
-        return ""
+def configuration(runs: Runs) -> list[Table]:
+    """Settings that differ between the runs (of a single run: from the defaults), and the rest."""
     several = len(runs) > 1
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    order = {name: index for index, name in enumerate(defaults)}
+    keys = sorted({key for run in runs for key in run.config}, key=lambda key: (order.get(key, len(order)), key))
 
     def differs(key: str) -> bool:
         values = [_plain(run.config.get(key)) for run in runs]
         return values != values[:1] * len(values) if several else key not in defaults or values[0] != _plain(defaults[key])
 
-    order = {field.name: index for index, field in enumerate(dataclasses.fields(RunConfig))}
-    keys.sort(key=lambda key: (order.get(key, len(order)), key))
     first = [key for key in keys if differs(key)]
-    rest = [key for key in keys if key not in first]
-    parts = []
-    for chosen, title, own in (
-        (first, "differ between the runs" if several else "differ from the defaults", "marked"),
-        (rest, "are the same" if several else "are the defaults", ""),
-    ):
-        if chosen:
-            rows = [(text(key), *(text(_plain(run.config[key])) if key in run.config else _MISSING for run in runs)) for key in chosen]
-            opened = "" if chosen is rest and first else " open"
-            parts.append(f"<details{opened}><summary>{len(chosen)} that {title}</summary>{_by_run(runs, rows, f'keys {own}')}</details>")
-    return "".join(parts)
+    titles = ("differ between the runs", "are the same") if several else ("differ from the defaults", "are the defaults")
+    tables = []
+    for chosen, title in zip((first, [key for key in keys if key not in first]), titles, strict=True):
+        rows = [(key, *(_plain(run.config[key]) if key in run.config else None for run in runs)) for key in chosen]
+        if rows:
+            tables.append(Table(f"{len(rows)} that {title}", (), rows, marked=chosen is first, open=chosen is first or not first))
+    return tables
 
 
-def surroundings(runs: Runs) -> str:
-    """What the runs ran on; lines that differ are marked."""
+def environment_rows(runs: Runs) -> list[Row]:
+    """The machine and software of the runs; names of values that differ are marked."""
     flat = [dict(_flatten(run.environment)) for run in runs]
-    keys = list(dict.fromkeys(key for each in flat for key in each))
-    rows = []
-    for key in keys:
+    rows: list[Row] = []
+    for key in dict.fromkeys(key for each in flat for key in each):
         values = [each.get(key) for each in flat]
-        name = f'<span class="mark">{text(key)}</span>' if values != values[:1] * len(values) else text(key)
-        rows.append((name, *(_MISSING if value is None else text(value) for value in values)))
-    return _by_run(runs, rows, "keys") if rows else ""
+        rows.append((Cell(key, "mark") if values != values[:1] * len(values) else key, *values))
+    return rows
 
 
 def _plain(value: Any) -> str:
+    """A value of a YAML or JSON file as text."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_plain, value)) or "none"
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _flatten(values: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    """Nested mappings as one, whose names join those of all levels by spaces."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{key} ")
@@ -349,21 +338,21 @@ def _flatten(values: dict[str, Any], above: str = "") -> Iterable[tuple[str, str
 
 
 def highlights(run: RunData) -> list[tuple[str, str, str]]:
-    """(what, value, more) of a single run, as markup: last error rates, speed and time."""
+    """Tiles of a single run (name, value, more): last error rates, speed and time."""
     found = []
     last = run.last_evaluation
-    for task, what, title in (("asr", "words", "WER"), ("tts", "cycle", "cycle WER")):
+    for task, what in (("asr", "words"), ("tts", "cycle")):
         for name in last.names(task) if last else ():
             if last and (value := last.rate(name, what)):
-                known = value.low is not None and value.high is not None
-                bounds = f"95%: {percent(value.low)} to {percent(value.high)}" if known else "interval not known"
-                found.append((f"{title}, {text(name.split('/', 1)[1])}", percent(value.value), bounds))
+                bounds = " to ".join(_bounds(value))
+                about = f"95%: {bounds}" if bounds else "interval not known"
+                found.append((f"{RATE_NAMES[what]}, {_set_name(name)}", percent(value.value), about))
     found = found[:4]
     if (speed := _speed(run)) is not None:
         found.append(("tokens per second", f"{speed:,.0f}", f"{_known(_sum(run, 'tokens'), '{:,.0f}')} tokens"))
-    if (seconds := _seconds(run)) is not None:
+    if seconds := duration(_seconds(run)):
         restarts = f"{len(run.restarts)} restart{'s' if len(run.restarts) != 1 else ''}" if run.starts else ""
-        found.append(("training time", duration(seconds), restarts))
+        found.append(("training time", seconds, restarts))
     if run.train:
         found.append(("steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else ""))
     return found

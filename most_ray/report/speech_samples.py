@@ -1,4 +1,4 @@
-"""The page's players: what a model says, and the recordings' own units, through the run's vocoder."""
+"""Players of synthesised speech, the model's and the recordings' own units, through the run's vocoder."""
 
 from __future__ import annotations
 
@@ -15,82 +15,52 @@ import soundfile
 from most_ray.errors import UserError
 from most_ray.io import storage
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
+from most_ray.report.cells import Cell, Content, Player, Row
 from most_ray.report.collect import RunData, SpeechSample
-from most_ray.report.run_tables import run_names, table, text
+from most_ray.report.run_tables import run_names
 
 _LONGEST = 10.0  # seconds of a player
-_LEGEND = (
-    '<p class="note">Both sides are units through the same vocoder, so what differs between them is the model\'s part; '
-    "“heard” is what the model recognises in its own speech.</p>"
-)
-_NO_VOCODER = (
-    "Its speech cannot be heard: the run's folder holds no speech/vocoder.safetensors. <code>most-ray prepare vocoder</code> makes one: "
-    "for the training records (runs that start from them carry it), or for this run, with <code>--records</code> naming its folder speech/."
-)
+Wave = tuple[np.ndarray, int]  # float samples, and Hz
 
 
 @dataclass(frozen=True)
-class _Player:
-    """An audio element's content, and how many seconds of how many it holds."""
+class Voice:
+    """Samples of one run's speech: a row for each, or why they cannot be played."""
 
-    uri: str
-    held: float
-    whole: float
+    run: Cell
+    has_vocoder: bool
+    rows: Sequence[Row] = ()
+    reason: str = ""
 
 
-def speech(runs: Sequence[RunData]) -> str:
-    """Players of the runs' samples of speech, as markup: a card where some run has a vocoder, else a note for each run that spoke
-    without one, and nothing where no run spoke.
+def voices(runs: Sequence[RunData]) -> list[Voice]:
+    """The voice of each run that synthesised speech.
 
-    A run adds ten players of at most 10 s, 16-bit mono at the vocoder's rate, to the page: 4.3 MB at most at 16 kHz. A vocoder that
-    cannot be used is a note, too.
+    A run adds at most ten players of 10 s, 16-bit mono at the vocoder's rate, to the page: at most 4.3 MB at 16 kHz.
     """
-    if not any(run.kit for run in runs):
-        lacking = [name for name, run in zip(run_names(runs), runs, strict=True) if run.speech]
-        return "".join(f'<p class="note">{f"{name}: " if len(runs) > 1 else ""}{_NO_VOCODER}</p>' for name in lacking)
-    blocks = [
-        f"<div>{f'<h4>{name}</h4>' if len(runs) > 1 else ''}{_block(run, f', {run.name}' if len(runs) > 1 else '')}</div>"
-        for name, run in zip(run_names(runs), runs, strict=True)
-        if run.speech
-    ]
-    inner = f'<div class="{"halves" if len(runs) > 1 else ""}">{"".join(blocks)}</div>'
-    return f'<div class="card" id="speech"><h3>Speech, last evaluation</h3>{_LEGEND}{inner}</div>'
+    suffixes = [f", {run.name}" if len(runs) > 1 else "" for run in runs]
+    return [_voice(run, name, suffix) for run, name, suffix in zip(runs, run_names(runs), suffixes, strict=True) if run.speech]
 
 
-def _block(run: RunData, suffix: str) -> str:
-    """A run's utterances, or why they cannot be heard; `suffix` ends the players' labels."""
+def _voice(run: RunData, name: Cell, suffix: str) -> Voice:
+    """`suffix` ends the players' labels."""
     if run.kit is None:
-        return f'<p class="note">{_NO_VOCODER}</p>'
+        return Voice(name, False)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            players = _players(run.kit, Path(folder), [units for sample in run.speech for units in (sample.model, sample.reference)])
+            waves = _synthesise(run.kit, Path(folder), [units for sample in run.speech for units in (sample.model, sample.reference)])
         except UserError as error:
-            reason = str(error).replace(folder, "speech")  # the page names no machine's folders, and is the same each time
-            return f'<p class="note">Its speech cannot be heard: {text(reason)}</p>'
-    rows = [_row(sample, said, recorded, suffix) for sample, said, recorded in zip(run.speech, players[::2], players[1::2], strict=True)]
-    return table(("text", "model", "recording's units"), rows, "speech")
+            # The page names no folder of this machine, and is the same each time.
+            return Voice(name, True, reason=str(error).replace(folder, "speech"))
+    return Voice(name, True, [_row(*parts, suffix) for parts in zip(run.speech, waves[::2], waves[1::2], strict=True)])
 
 
-def _row(sample: SpeechSample, said: _Player | None, recorded: _Player | None, suffix: str) -> tuple[str, str, str]:
-    title = f'{text(sample.text)}<br><span class="counts">{text(sample.id)}</span>'
-    heard = f"heard: {text(sample.recognised)}" if sample.recognised.strip() else "heard: nothing"
-    label = f"speech of {sample.id}"
-    return title, f"{_audio(said, f'{label}, model{suffix}')}<br>{heard}", _audio(recorded, f"{label}, recording's units{suffix}")
-
-
-def _audio(player: _Player | None, label: str) -> str:
-    if player is None:
-        return '<i class="none">no units</i>'
-    seconds = f"{player.whole:.2f} s" if player.held == player.whole else f"the first {player.held:.0f} s of {player.whole:.1f} s"
-    audio = f'<audio controls preload="metadata" aria-label="{text(label)}" src="{player.uri}"></audio>'
-    return f'{audio}<br><span class="counts">{seconds}</span>'
-
-
-def _players(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> list[_Player | None]:
-    """A player of each utterance, None of one without units. `folder` is empty: the kit's files are brought there from their place.
+def _synthesise(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> list[Wave | None]:
+    """The sound of each utterance, None where it has no units. `folder` is empty; the vocoder's files are copied there.
 
     Raises:
-        DataError: the kit has no manifest, or the vocoder does not know a unit. CheckpointError: the vocoder is damaged, or of other units.
+        DataError: the vocoder has no manifest, or does not know a unit.
+        CheckpointError: the vocoder is damaged, or was trained for other units.
     """
     from most_ray.speech.units.assets import read_units_manifest  # seconds to import, and most pages have nothing to play
     from most_ray.speech.vocoder.unit_vocoder import open_vocoder
@@ -100,10 +70,26 @@ def _players(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> lis
             storage.write_bytes(folder / name, storage.read_bytes(storage.join(kit, name)))
     identity = read_units_manifest(folder)["identity"]
     waves, rate = open_vocoder(str(folder / VOCODER), identity)(utterances)
-    return [_player(wave, rate) if units else None for units, wave in zip(utterances, waves, strict=True)]
+    return [(wave, rate) if units else None for units, wave in zip(utterances, waves, strict=True)]
 
 
-def _player(wave: np.ndarray, rate: int) -> _Player:
-    held, file = wave[: round(_LONGEST * rate)], io.BytesIO()
-    soundfile.write(file, held, rate, format="WAV", subtype="PCM_16")
-    return _Player(f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}", len(held) / rate, len(wave) / rate)
+def _row(sample: SpeechSample, model: Wave | None, recording: Wave | None, suffix: str) -> Row:
+    recognised = sample.recognised if sample.recognised.strip() else "nothing"
+    label = f"speech of {sample.id}"
+    return (
+        [sample.text, Cell(small=sample.id)],
+        [*_player(model, f"{label}, model{suffix}"), f"recognised: {recognised}"],
+        _player(recording, f"{label}, recording's units{suffix}"),
+    )
+
+
+def _player(sound: Wave | None, label: str) -> list[Content]:
+    """A player and how long it is."""
+    if sound is None:
+        return [Cell("no units", "none")]
+    wave, rate = sound
+    played, file = wave[: round(_LONGEST * rate)], io.BytesIO()
+    soundfile.write(file, played, rate, format="WAV", subtype="PCM_16")
+    seconds = len(wave) / rate
+    about = f"{seconds:.2f} s" if len(played) == len(wave) else f"the first {_LONGEST:.0f} s of {seconds:.1f} s"
+    return [Player(f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}", label), Cell(small=about)]

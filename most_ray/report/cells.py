@@ -1,0 +1,57 @@
+"""Cells of the report's tables as plain data; templates/macros.html draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from most_ray.report.differences import Piece
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Text of a table cell, with what is drawn around it."""
+
+    text: str = ""
+    look: Literal["", "strong", "code", "mark", "none"] = ""  # "none": a placeholder
+    interval: str = ""  # confidence interval, after the text
+    small: str = ""  # small print, at the end
+    colour: str = ""  # of a square before the text
+    bar: float = 0.0  # length of a bar after the text, in em
+    kind = "cell"  # which macro draws it
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A transcription aligned with its reference; `cut`: only the beginning is shown."""
+
+    pieces: Sequence[Piece]
+    cut: bool
+    kind = "difference"
+
+
+@dataclass(frozen=True)
+class Player:
+    """An audio player."""
+
+    uri: str  # data: URI with the whole sound
+    label: str  # for screen readers
+    kind = "player"
+
+
+Content = str | Cell | Difference | Player | Sequence["Content"] | None  # a sequence: one below the other; None: unknown, a dash
+Row = Sequence[Content]  # the first cell names the row
+
+
+def percent(value: float) -> str:
+    """A rate in percent, with more digits below 10%."""
+    return f"{value:.2%}" if value < 0.1 else f"{value:.1%}"
+
+
+def duration(seconds: float | None) -> str | None:
+    """Seconds in the unit that suits them; None stays None."""
+    if seconds is None or seconds < 90:
+        return None if seconds is None else f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

@@ -1,0 +1,35 @@
+"use strict";
+(function () {
+  const options = {
+    responsive: true, displaylogo: false, showTips: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    showSendToCloud: false, plotlyServerURL: "",  // a button of plotly's own would carry a figure to its makers in a new window
+    toImageButtonOptions: {format: "svg"}  // any other goes by way of an image that the page's policy does not let in
+  };
+  const plots = Array.from(document.querySelectorAll(".plot"));
+  const drawn = plots.map(function (plot) {
+    const spec = JSON.parse(document.getElementById("data-" + plot.dataset.figure).textContent);
+    return Plotly.newPlot(plot, spec.data, spec.layout, options);
+  });
+  Promise.all(drawn).then(function () { document.documentElement.dataset.drawn = plots.length; });
+  document.querySelectorAll("button[data-log]").forEach(function (button) {
+    button.addEventListener("click", function () {
+      const plot = document.querySelector('.plot[data-figure="' + button.dataset.log + '"]');
+      const log = button.getAttribute("aria-pressed") !== "true";
+      button.setAttribute("aria-pressed", log);
+      const change = {};
+      Object.keys(plot.layout).filter(function (key) { return key.startsWith("yaxis"); }).forEach(function (key) {
+        change[key + ".type"] = log ? "log" : "linear";
+        change[key + ".autorange"] = true;
+      });
+      Plotly.relayout(plot, change);
+    });
+  });
+  const widths = new Map();
+  window.addEventListener("beforeprint", function () {
+    document.querySelectorAll("details").forEach(function (each) { each.open = true; });
+    plots.forEach(function (plot) { Plotly.relayout(plot, {width: 660, autosize: false}); });
+  });
+  window.addEventListener("afterprint", function () {
+    plots.forEach(function (plot) { Plotly.relayout(plot, {width: null, autosize: true}); });
+  });
+})();
