@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ def _trace(series: Series, number: int, shown: bool) -> dict[str, Any]:
         "name": label(series.name),
         "legendgroup": label(series.name),
         "showlegend": shown,
-        "x": [rounded(value) for value in series.x],
+        **_steps(series.x),
         "y": [rounded(value) for value in series.y],
         "xaxis": f"x{suffix}",
         "yaxis": f"y{suffix}",
@@ -203,6 +204,15 @@ def _trace(series: Series, number: int, shown: bool) -> dict[str, Any]:
         trace |= {"line": {"color": series.colour, "width": 1.2, "dash": "dot"}, "hoverinfo": "text"}
         trace |= {"hovertext": [label(text) for text in series.texts], "connectgaps": False}
     return trace | error_bars(series.y, series.bounds, series.colour) if series.bounds else trace
+
+
+def _steps(x: Points) -> dict[str, Any]:
+    """The steps of a curve; evenly spaced ones as the first and the distance, which makes a page of long curves a quarter smaller."""
+    known = [value for value in x if value is not None]
+    distances = {after - before for before, after in itertools.pairwise(known)}
+    if len(known) == len(x) > 2 and len(distances) == 1:
+        return {"x0": known[0], "dx": distances.pop()}
+    return {"x": [rounded(value) for value in x]}
 
 
 def error_bars(y: Points, bounds: Sequence[Bounds], colour: str, thickness: float = 1.2, width: float = 3) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from most_ray.errors import DataError
 from most_ray.io import storage
@@ -68,9 +67,9 @@ def _environment() -> Environment:
     return found
 
 
-def _static(name: str) -> Markup:
-    """A file of static/, as it is."""
-    return Markup((resources.files("most_ray.report") / "static" / name).read_text(encoding="utf-8"))
+def _static(name: str) -> str:
+    """The text of a file in static/."""
+    return (resources.files("most_ray.report") / "static" / name).read_text(encoding="utf-8")
 
 
 def _sha256(text: str) -> str:

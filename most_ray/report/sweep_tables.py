@@ -41,14 +41,16 @@ class Sweep:
     best: list[Trial]  # trials with a value of the first objective, the best first
     best_yaml: str | None  # the winner's configuration; None: none yet
     affinity: dict[str, Any]  # content of affinity.json
-    ended: bool
+    ended: bool  # whether the folder has a summary.json
 
     @property
     def trials(self) -> list[Trial]:
+        """All trials, by number."""
         return list(self.ledger.trials.values())
 
     @property
     def max_trials(self) -> int | None:
+        """How many trials the sweep has in the end; None where it is unknown."""
         wanted = number(self.ledger.sweep.get("max_trials"))
         return None if wanted is None else int(wanted)
 
@@ -66,8 +68,8 @@ def read_sweep(uri: str) -> Sweep:
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
     best = ranked(ledger.trials.values(), objectives[0]) if objectives else []
     name = str(ledger.sweep.get("name") or storage.base_name(storage.absolute(uri)))
-    config, affinity = _content(uri, BEST), _content(uri, "affinity.json")
-    ended = _content(uri, "summary.json") is not None
+    config, affinity = _read(uri, BEST), _read(uri, "affinity.json")
+    ended = _read(uri, "summary.json") is not None
     best_yaml = None if config is None else config.decode(errors="replace")
     return Sweep(uri, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, _object(affinity), ended)
 
@@ -78,7 +80,8 @@ def _finite(result: Result) -> Result:
     return dataclasses.replace(result, metrics=numbers(result.metrics), intervals=bounds)
 
 
-def _content(uri: str, name: str) -> bytes | None:
+def _read(uri: str, name: str) -> bytes | None:
+    """A file's content; None where there is no such file."""
     try:
         return storage.read_bytes(storage.join(uri, name))
     except FileNotFoundError:
@@ -86,9 +89,10 @@ def _content(uri: str, name: str) -> bytes | None:
 
 
 def _object(content: bytes | None) -> dict[str, Any]:
+    """A JSON object; empty where the content is missing or is not one."""
     try:
         return mapping(json.loads(content or b""))
-    except ValueError:  # missing or incomplete: its figure is left out
+    except ValueError:  # the figure that shows it is left out
         return {}
 
 
@@ -96,7 +100,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
     """Everything of templates/sweep.html, by the names that the template uses."""
     objective = sweep.objectives[0] if sweep.objectives else None
     several = len(sweep.objectives) > 1
-    beaten_by_none = pareto(sweep.trials, sweep.objectives) if several else []
+    on_front = pareto(sweep.trials, sweep.objectives) if several else []
     alive = [trial for trial in sweep.trials if trial.state != "failed"]
     ends = _ends(sweep)
     load = expert_load(list(ends.values()))
@@ -117,9 +121,9 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "split_keys": sweep_figures.split_keys(sweep.best, sweep.dimensions),
         "continued": any(len(trial.runs) > 1 for trial in sweep.trials),
         "effects": [_effect(effect, objective) for effect in effects(sweep.ledger, objective)] if objective else [],
-        "pareto": [(f"{trial.number}", *_cells(sweep, trial), *_settings(sweep, trial)) for trial in beaten_by_none],
+        "pareto": [(f"{trial.number}", *_cells(sweep, trial), *_settings(sweep, trial)) for trial in on_front],
         "pareto_head": ("trial", *map(str, sweep.objectives), *names),
-        "front": sweep_figures.front(alive, beaten_by_none, sweep.objectives) if several else None,
+        "front": sweep_figures.front(alive, on_front, sweep.objectives) if several else None,
         "ends": [f"{run.name}, place {rank + 1} of {len(sweep.best)}" for rank, run in ends.items()] if load else [],
         "experts": [load, sweep_figures.text_share(sweep.affinity)],
         "failures": sweep.ledger.in_state("failed"),
@@ -164,6 +168,7 @@ def steps_trained(trials: Iterable[Trial]) -> int:
 
 
 def _winner(sweep: Sweep) -> dict[str, Any] | None:
+    """The winner's results and settings, commands that train with them, and best.yaml; None where there is none yet."""
     if sweep.best_yaml is None or not sweep.best:
         return None
     # best.yaml is of the trial that had won when the sweep last ended; a sweep that was resumed may have a better one by now.
@@ -215,6 +220,7 @@ def _runs(trial: Trial) -> Content:
 
 
 def _settings(sweep: Sweep, trial: Trial) -> list[Content]:
+    """The trial's value of each dimension."""
     return [level_name(trial.values[each.name]) if each.name in trial.values else None for each in sweep.dimensions]
 
 

@@ -11,6 +11,7 @@ from playwright.sync_api import Browser
 from most_ray.report import write_report
 from tests.support.pages import Opened
 from tests.support.report_data import write_kit, write_run
+from tests.support.report_html import Elements
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,8 @@ def test_all_is_drawn_without_a_complaint_or_a_request(
 ) -> None:
     assert opened[name].said == []
     assert [url for url in opened[name].requests if not url.startswith("data:")] == [reports[name].as_uri()]
+    used = [trace["type"] for spec in Elements(reports[name].read_text()).figures.values() for trace in spec["data"]]
+    assert set(used) <= opened[name].traces() <= {"scatter", "bar", "heatmap"}
     figures = opened[name].page.locator("section.figure")
     assert figures.count() == 13
     for index in range(figures.count()):

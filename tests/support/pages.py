@@ -39,6 +39,10 @@ class Opened:
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-drawn]")
 
+    def traces(self) -> set[str]:
+        """The types of traces that the page's plotly.js draws."""
+        return set(self.page.evaluate("Object.keys(Plotly.PlotSchema.get().traces)"))
+
     def until(self, condition: str) -> None:
         """Wait for a condition in JavaScript. (Playwright's own wait evaluates text in the page, which its policy forbids.)"""
         self.page.evaluate(

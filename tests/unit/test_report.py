@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +17,11 @@ from most_ray.report import write_report
 from most_ray.report.collect import RunData, collect
 from most_ray.report.differences import Piece, align, words_of
 from most_ray.report.figures import figures, mix_of, throughput, word_errors
-from most_ray.report.page import embed, page
+from most_ray.report.page import page
 from most_ray.report.run_tables import difference, samples
 from most_ray.runs.environment import environment
 from tests.support.report_data import EXPERTS, LAYERS, write_run
-
-EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)>&<b>'
-
-
-class Elements(HTMLParser):
-    """The page's elements with their attributes, and the text of its data blocks."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.blocks: list[str] = []
-        self._inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        self._inside = tag == "script"
-        if self._inside:
-            self.blocks.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.blocks[-1] += data
+from tests.support.report_html import EVIL, Elements
 
 
 @pytest.fixture(scope="module")
@@ -158,20 +133,23 @@ def test_what_a_model_or_a_user_wrote_never_becomes_markup(tmp_path: Path) -> No
     made = page(collect([str(folder)]))
     elements = Elements(made)
     assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in elements.found)
-    assert "alert" not in "".join(block for block in elements.blocks if block.startswith("\n"))
-    assert [tag for tag, _ in elements.found].count("script") == len(
-        [t for t, a in elements.found if a.get("type") == "application/json"]
-    ) + 2
+    assert len(elements.blocks) == len(elements.figures) + 2 and elements.figures
+    assert not [block for block in elements.blocks[-2:] if 'alert("1")' in block]
     assert "<img" not in made.split("<script>/**")[0]
-    specs = [json.loads(block) for block in elements.blocks if block.startswith("{")]
-    names = [trace["name"] for spec in specs for trace in spec["data"] if "name" in trace]
+    assert made.count("{{ 7 * 7 }}{% raw %}{# ") > 5  # no template either
+    names = [trace["name"] for spec in elements.figures.values() for trace in spec["data"] if "name" in trace]
     assert not any("<img" in name for name in names)  # plotly reads markup in names, too
 
 
-def test_embedded_json_cannot_end_its_element() -> None:
-    value = {"a": "</script><!--<script>&\u2028"}
-    assert not set("<>&\u2028") & set(embed(value))
-    assert json.loads(embed(value)) == value
+def test_embedded_json_cannot_end_its_element(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20)
+    odd = "</script><!--<script>&\u2028"
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text.replace("text/train_text", json.dumps(f"text/{odd}")[1:-1]))
+    made = page(collect([str(folder)]))
+    (block,) = re.findall('<script type="application/json" id="data-fig-mix">(.*?)</script>', made, re.DOTALL)
+    assert not set("<>&\u2028") & set(block)
+    assert f"text/{html.escape(odd)}" in json.loads(block)["data"][0]["y"]
 
 
 def test_a_run_with_nothing_but_a_first_line_is_shown(tmp_path: Path) -> None:
@@ -182,7 +160,7 @@ def test_a_run_with_nothing_but_a_first_line_is_shown(tmp_path: Path) -> None:
     text = (tmp_path / "report.html").read_text()
     assert "no step yet" in text
     missing = "steps, evaluations, transcriptions, experts by layer, the configuration, the environment"
-    assert f"Not written down: {missing}." in text
+    assert f"Not recorded: {missing}." in text
 
 
 def test_what_does_not_fit_the_format_is_left_out(tmp_path: Path) -> None:
@@ -270,7 +248,7 @@ def test_the_same_folder_names_and_the_same_run_twice_stay_apart(tmp_path: Path)
 
 
 def test_samples_show_what_is_wrong_first(runs: list[RunData]) -> None:
-    shown = [re.findall(r'<th scope="row">(\w+)</th>', text) for text in samples(runs[:1])]
+    shown = [[row[0] for row in table.rows] for table in samples(runs[:1])]
     assert [len(keys) for keys in shown] == [20, 20, 20]
     entries = {entry.id: entry for found in runs[0].hypotheses.values() for entry in found}
     for keys in shown:
@@ -295,16 +273,14 @@ def test_words_of_texts_and_of_speech() -> None:
     assert words_of(None) == ()
 
 
-def test_a_long_hypothesis_is_cut() -> None:
-    entry = next(iter(parse([{"set": "asr/a", "id": "1", "reference": "a " * 500, "hypothesis": "a " * 500}])))
-    assert difference(entry).endswith(" …")
-    assert len(difference(entry)) < 400
-
-
-def parse(lines: list[dict[str, Any]]) -> list[Any]:
-    from most_ray.report.collect import parse_hypotheses
-
-    return [entry for found in parse_hypotheses(lines).values() for entry in found]
+def test_a_long_hypothesis_is_cut(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=20)
+    (folder / "hypotheses.jsonl").write_text(json.dumps({"set": "asr/a", "id": "1", "reference": "a " * 500, "hypothesis": "a " * 500}))
+    (shown,) = re.findall('<th scope="row">1</th><td>(.*?)</td>', page(collect([str(folder)])))
+    assert shown.endswith(" …")
+    assert len(shown) < 400
+    (entry,) = collect([str(folder)])[0].hypotheses["asr/a"]
+    assert difference(entry).cut
 
 
 def test_the_environment_names_no_machine_and_loads_no_ray() -> None:

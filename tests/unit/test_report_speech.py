@@ -22,7 +22,7 @@ from most_ray.report.page import page
 from most_ray.speech.vocoder.unit_vocoder import open_vocoder
 from tests.support.report_data import SENTENCES, write_kit, write_run
 
-EVIL = '</td><script>alert("1")</script><img src=x onerror=alert(2)>&"'
+EVIL = '</td><script>alert("1")</script><img src=x onerror=alert(2)>&"{{ 7 * 7 }}'
 
 
 def spoken(folder: Path, lines: list[dict[str, Any]] | None = None, kit: bool = True) -> Path:
@@ -84,7 +84,7 @@ def test_five_utterances_are_played_from_both_sides(tmp_path: Path) -> None:
     assert found == rate and np.abs(wave / 32768 - wanted).max() < 1e-4 and wave.any()
     shown = card(made)
     assert shown.count("0.04 s") == 5 and shown.count("0.06 s") == 5  # two units, and three, of 20 ms
-    assert all(sample.text in shown and f"heard: {sample.recognised}" in shown for sample in data.speech)
+    assert all(sample.text in shown and f"recognised: {sample.recognised}" in shown for sample in data.speech)
 
 
 def test_the_policy_lets_in_what_the_page_holds_and_nothing_else(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_players_end_after_ten_seconds_and_say_so(tmp_path: Path) -> None:
 def test_speech_without_a_unit_has_no_player(tmp_path: Path) -> None:
     made = page(collect([str(spoken(tmp_path / "run", [line("mute", "a", "", "1 2", recognised="")]))]))
     assert list(Players(made).found) == ["speech of mute, recording's units"]
-    assert "no units" in card(made) and "heard: nothing" in card(made)
+    assert "no units" in card(made) and "recognised: nothing" in card(made)
 
 
 def test_without_a_vocoder_a_note_says_how_to_get_one(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_what_cannot_be_played_is_a_note_with_the_reason(tmp_path: Path, damage:
     run = spoken(tmp_path / "run")
     damage(run / "speech")
     made = page(collect([str(run)]))
-    assert re.search(f"Its speech cannot be heard: .*{reason}", card(made))
+    assert re.search(f"Its speech cannot be played: .*{reason}", card(made))
     assert "<audio" not in made and 'id="samples"' in made and tempfile.gettempdir() not in card(made)
 
 

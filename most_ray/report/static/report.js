@@ -2,8 +2,8 @@
 (function () {
   const options = {
     responsive: true, displaylogo: false, showTips: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-    showSendToCloud: false, plotlyServerURL: "",  // a button of plotly's own would carry a figure to its makers in a new window
-    toImageButtonOptions: {format: "svg"}  // any other goes by way of an image that the page's policy does not let in
+    showSendToCloud: false, plotlyServerURL: "",  // no button that uploads a figure to plotly's cloud
+    toImageButtonOptions: {format: "svg"}  // other formats are drawn by an image whose URL the page's policy forbids
   };
   const plots = Array.from(document.querySelectorAll(".plot"));
   const drawn = plots.map(function (plot) {
@@ -24,7 +24,6 @@
       Plotly.relayout(plot, change);
     });
   });
-  const widths = new Map();
   window.addEventListener("beforeprint", function () {
     document.querySelectorAll("details").forEach(function (each) { each.open = true; });
     plots.forEach(function (plot) { Plotly.relayout(plot, {width: 660, autosize: false}); });
