@@ -76,7 +76,8 @@ def complaints(path: Path) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     names = argv or subprocess.run(["git", "ls-files", "--", *WHERE], capture_output=True, text=True, check=True).stdout.split()
-    found = [each for name in names if name.endswith(SUFFIXES) and not name.endswith(VENDORED) and Path(name).exists() for each in complaints(Path(name))]
+    own = [Path(name) for name in names if name.endswith(SUFFIXES) and not name.endswith(VENDORED)]
+    found = [each for path in own if path.exists() for each in complaints(path)]
     print("\n".join(found) if found else f"prose: {len(names)} files, no word of the list")
     return 1 if found else 0
 

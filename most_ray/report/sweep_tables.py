@@ -45,7 +45,7 @@ class Sweep:
 
     @property
     def trials(self) -> list[Trial]:
-        """All trials, by number."""
+        """All trials, in the order of the ledger."""
         return list(self.ledger.trials.values())
 
     @property
