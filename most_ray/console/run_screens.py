@@ -20,6 +20,7 @@ from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
+from most_ray.metrics.figures import TITLES
 from most_ray.runs.resolve import Prepared
 from most_ray.trackers.select import tracker_notes
 
@@ -129,13 +130,13 @@ def last_screen(summary: Figures, console: Console) -> None:
 
 def _recognition(sets: Mapping[str, Figures]) -> Table | None:
     columns: dict[str, Callable[[Figures], str]] = {
-        "WER": lambda figures: _percent(_words(figures).get("rate")),
+        TITLES["words"]: lambda figures: _percent(_words(figures).get("rate")),
         "95 % interval": lambda figures: _interval(_words(figures)),
-        "CER": lambda figures: _percent((figures.get("characters") or {}).get("rate")),
+        TITLES["characters"]: lambda figures: _percent((figures.get("characters") or {}).get("rate")),
         "errors": lambda figures: _number(_words(figures).get("wrong")),
         "words": lambda figures: _number(_words(figures).get("reference")),
-        "records": lambda figures: _number(figures.get("records")),
-        "loss": lambda figures: _number(figures.get("loss"), ".4f"),
+        TITLES["records"]: lambda figures: _number(figures.get("records")),
+        TITLES["loss"]: lambda figures: _number(figures.get("loss"), ".4f"),
     }
     return _table("Word error rate", columns, sets, "asr")
 
@@ -145,24 +146,24 @@ def _synthesis(sets: Mapping[str, Figures]) -> Table | None:
         return lambda figures: _percent((figures.get(part) or {}).get("rate"))
 
     columns: dict[str, Callable[[Figures], str]] = {
-        "unit error rate": rate("units"),
-        "cycle WER": rate("cycle"),
+        TITLES["units"]: rate("units"),
+        TITLES["cycle"]: rate("cycle"),
         "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
-        "outside WER": rate("outside"),
-        "duration ratio": lambda figures: _number(figures.get("duration_ratio"), ".2f"),
-        "records": lambda figures: _number(figures.get("records")),
-        "loss": lambda figures: _number(figures.get("loss"), ".4f"),
+        TITLES["outside"]: rate("outside"),
+        TITLES["duration_ratio"]: lambda figures: _number(figures.get("duration_ratio"), ".2f"),
+        TITLES["records"]: lambda figures: _number(figures.get("records")),
+        TITLES["loss"]: lambda figures: _number(figures.get("loss"), ".4f"),
     }
     if not any(figures.get("outside") for figures in sets.values()):
-        del columns["outside WER"]
+        del columns[TITLES["outside"]]
     return _table("Speech synthesis", columns, sets, "tts")
 
 
 def _text(sets: Mapping[str, Figures]) -> Table | None:
     columns: dict[str, Callable[[Figures], str]] = {
-        "perplexity": lambda figures: _number(figures.get("perplexity"), ",.2f"),
-        "records": lambda figures: _number(figures.get("records")),
-        "loss": lambda figures: _number(figures.get("loss"), ".4f"),
+        TITLES["perplexity"]: lambda figures: _number(figures.get("perplexity"), ",.2f"),
+        TITLES["records"]: lambda figures: _number(figures.get("records")),
+        TITLES["loss"]: lambda figures: _number(figures.get("loss"), ".4f"),
     }
     return _table("Text", columns, sets, "text")
 

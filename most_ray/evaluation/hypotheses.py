@@ -23,6 +23,7 @@ from most_ray.errors import DataError, nearest
 from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, normaliser, word_counts
 from most_ray.io import storage
 from most_ray.io.json_lines import decode
+from most_ray.metrics.figures import RATES, TITLES
 from most_ray.records.record import TASKS
 
 FORMAT = 1
@@ -167,8 +168,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     """The figures in words, a line a set."""
     lines = []
     for name, section in result["sets"].items():
-        rates = (("words", "WER"), ("characters", "CER"), ("cycle", "cycle WER"), ("outside", "outside WER"), ("units", "unit error rate"))
-        shown = [f"{title} {_percent(section[key])}" for key, title in rates if key in section]
+        shown = [f"{TITLES[key]} {_percent(section[key])}" for key in RATES if key in section]
         if section["loss"] is not None:
             shown.append(f"loss {section['loss']:.4f}")
         if section["perplexity"] is not None:

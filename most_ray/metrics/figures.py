@@ -29,8 +29,8 @@ def _share(meaning: str, tasks: tuple[str, ...], name: str, title: str) -> Key:
     return Key(_NUMBER, "share", meaning, tasks=tasks, tracker=f"eval/{{set}}/{name}", title=title)
 
 
-def _rate(meaning: str, tasks: tuple[str, ...], short: str, title: str, when: str = "", gauge: Gauge | None = None) -> Key:
-    return Key(ERRORS, "", meaning, when, tasks=tasks, short=short, tracker=f"eval/{{set}}/{short}", title=title, gauge=gauge)
+def _rate(meaning: str, tasks: tuple[str, ...], name: str, title: str, when: str = "", gauge: Gauge | None = None) -> Key:
+    return Key(ERRORS, "", meaning, when, tasks=tasks, objective=name, tracker=f"eval/{{set}}/{name}", title=title, gauge=gauge)
 
 
 FIGURES = Fixed(
@@ -44,6 +44,7 @@ FIGURES = Fixed(
             "mean cross-entropy over supervised tokens",
             tracker="eval/{set}/loss",
             gauge=Gauge("most_ray_validation_loss", "Validation loss in nats per supervised token, of a set or all", ("task", "set")),
+            objective="loss",
             title="loss",
         ),
         "perplexity": Key(
@@ -52,6 +53,7 @@ FIGURES = Fixed(
             "exp(loss)",
             tracker="eval/{set}/perplexity",
             gauge=Gauge("most_ray_validation_perplexity", "exp of the validation loss, of a set or all", ("task", "set")),
+            objective="perplexity",
             title="perplexity",
         ),
         "supervised_tokens": Key(int, "tokens", "that the loss is a mean over", tracker="eval/{set}/supervised_tokens"),
@@ -83,7 +85,6 @@ FIGURES = Fixed(
             "cycle WER",
             gauge=Gauge("most_ray_cycle_wer", "Word error rate of the model's own speech as it recognises it, of a set or all", ("set",)),
         ),
-        "units": _rate("unit error rate against the recording's units; counts are units", _TTS, "unit_error_rate", "unit error rate"),
         "outside": _rate(
             "word error rate of the text that another recogniser finds in the model's speech",
             _TTS,
@@ -91,12 +92,14 @@ FIGURES = Fixed(
             "outside WER",
             "`task` is tts and a recogniser is configured",
         ),
+        "units": _rate("unit error rate against the recording's units; counts are units", _TTS, "unit_error_rate", "unit error rate"),
         "duration_ratio": Key(
             _NUMBER,
             "ratio",
             "units of the model's speech over units of the recordings",
             tasks=_TTS,
             tracker="eval/{set}/duration_ratio",
+            objective="duration_ratio",
             title="duration ratio",
         ),
         "end_of_audio_rate": _share(
@@ -106,8 +109,10 @@ FIGURES = Fixed(
     },
 )
 
-# The error rates of an evaluation, by key: their names as objectives of sweeps and in trackers.
-RATES: Mapping[str, str] = {name: key.short for name, key in FIGURES.keys.items() if key.type is ERRORS}
+TITLES: Mapping[str, str] = {name: key.title for name, key in FIGURES.keys.items() if key.title}
+# Names as objectives of a sweep, by key: of error rates (NAME/SET), and of other figures (NAME/TASK/SET).
+RATES: Mapping[str, str] = {name: key.objective for name, key in FIGURES.keys.items() if key.type is ERRORS}
+OBJECTIVES: Mapping[str, str] = {name: key.objective for name, key in FIGURES.keys.items() if key.objective and name not in RATES}
 
 SAMPLE = Fixed(
     "sample",

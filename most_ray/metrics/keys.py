@@ -48,7 +48,7 @@ class Key:
     gauge: Gauge | None = None
     labels: Mapping[str, str] = field(default_factory=dict)  # values of the gauge's tags that do not depend on the line
     tasks: tuple[str, ...] = ()  # figures of an evaluation: the tasks that have it; empty: all
-    short: str = ""  # error rates: the name as an objective of a sweep and in trackers
+    objective: str = ""  # figures of an evaluation: the name as an objective of a sweep; empty: none
     title: str = ""  # heading in tables of the report and on screens
     curve: Curve | None = None
 

@@ -27,12 +27,11 @@ from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines, read_lines
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
+from most_ray.metrics.figures import OBJECTIVES, RATES
 from most_ray.options import current_words
 
 TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"
 State = Literal["open", "finished", "stopped", "failed"]
-_RATES = {"words": "wer", "characters": "cer", "units": "unit_error_rate", "cycle": "cycle_wer", "outside": "outside_wer"}
-_PLAIN = ("loss", "perplexity", "duration_ratio")
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,10 @@ def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = 
     unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET, duration_ratio/TASK/SET; wer and loss, the mean over the sets; train/KEY."""
     found: dict[str, Any] = {}
     for name, figures in evaluation.get("sets", {}).items():
-        for part, called in _RATES.items():
+        for part, called in RATES.items():
             if errors := figures.get(part):  # sets of two tasks may be called alike: one has no say about the other's figures
                 found[f"{called}/{_bare(name)}"] = errors.get("rate")
-        found |= {f"{key}/{name}": figures.get(key) for key in _PLAIN}
+        found |= {f"{called}/{name}": figures.get(key) for key, called in OBJECTIVES.items()}
     for mean in ("wer", "loss"):
         of_sets = [value for name, value in found.items() if name.startswith(f"{mean}/") and value is not None]
         found[mean] = sum(of_sets) / len(of_sets) if of_sets else None
@@ -206,7 +205,7 @@ def intervals_of(evaluation: Mapping[str, Any]) -> dict[str, tuple[float, float]
     """The 95% intervals of those figures that have one."""
     found = {}
     for name, figures in evaluation.get("sets", {}).items():
-        for part, called in _RATES.items():
+        for part, called in RATES.items():
             if bounds := (figures.get(part) or {}).get("interval"):
                 found[f"{called}/{_bare(name)}"] = (bounds[0], bounds[1])
     return found

@@ -14,6 +14,7 @@ from most_ray import config as configuration
 from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, nearest
+from most_ray.metrics.figures import FIGURES, OBJECTIVES, RATES
 from most_ray.metrics.schema import TRAIN
 from most_ray.options import (
     ABOVE_0,
@@ -143,11 +144,11 @@ def known_metrics(run: RunConfig) -> list[str]:
     """Names of the metrics that `ledger.metrics_of` finds in a run's evaluations, in the order of its validation sets."""
     named = [(task, directory) for task in TASKS for directory in run.directories("val", task)]
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])
-    kinds = {"asr": ("wer", "cer"), "tts": ("cycle_wer", "unit_error_rate", "outside_wer"), "text": ()}
-    found = [f"{kind}/{name}" for (task, _), name in zip(named, names, strict=True) for kind in kinds[task]]
-    found = [name for name in found if run.recogniser or not name.startswith("outside_wer/")]
-    found += [f"{kind}/{task}/{name}" for (task, _), name in zip(named, names, strict=True) for kind in ("loss", "perplexity")]
-    found += [f"duration_ratio/{task}/{name}" for (task, _), name in zip(named, names, strict=True) if task == "tts"]
+    sets = [(task, name) for (task, _), name in zip(named, names, strict=True)]
+    tasks = {key: FIGURES.keys[key].tasks or TASKS for key in (*RATES, *OBJECTIVES)}
+    rates = {key: called for key, called in RATES.items() if run.recogniser or key != "outside"}
+    found = [f"{called}/{name}" for task, name in sets for key, called in rates.items() if task in tasks[key]]
+    found += [f"{called}/{task}/{name}" for task, name in sets for key, called in OBJECTIVES.items() if task in tasks[key]]
     numbers = [name for name, key in TRAIN.items() if key.type in (int, float, float | None) and name not in ("step", "time")]
     return [*found, "loss", *(["wer"] if run.val_asr_dirs else []), *(f"train/{name}" for name in numbers)]
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from most_ray.console.progress import duration
 from most_ray.io import storage
+from most_ray.metrics.figures import RATES
 from most_ray.runs.job import Job
 from most_ray.sweep.ledger import Ledger, Objective, Trial, pareto, ranked
 from most_ray.sweep.measure import Affinity
@@ -17,7 +18,6 @@ from most_ray.sweep.options import Sweep
 from most_ray.sweep.trials import Estimate
 
 _MOST_EXPERTS = 16
-_RATES = ("wer", "cer", "cycle_wer", "outside_wer", "unit_error_rate")
 
 
 def start_screen(
@@ -85,7 +85,7 @@ def figure(trial: Trial, metric: str) -> str:
     """A trial's last value, with its 95% interval where it has one."""
     for result in reversed(trial.results):
         if metric in result.metrics:
-            rate = metric.split("/")[0] in _RATES
+            rate = metric.split("/")[0] in RATES.values()
             text = f"{result.metrics[metric]:.2%}" if rate else f"{result.metrics[metric]:.4g}"
             bounds = result.intervals.get(metric)
             return text + (f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds and rate else "")

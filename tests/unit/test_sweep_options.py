@@ -164,7 +164,7 @@ def test_what_can_be_an_objective(tmp_path: Path) -> None:
     """All figures of the evaluations, in the order of the sets, and the numbers of training."""
     found = known_metrics(sweep_of(tmp_path).run)
     of_sets = "wer/takes cer/takes cycle_wer/takes unit_error_rate/takes loss/asr/takes perplexity/asr/takes loss/tts/takes"
-    of_sets += " perplexity/tts/takes loss/text/books perplexity/text/books duration_ratio/tts/takes loss wer"
+    of_sets += " perplexity/tts/takes duration_ratio/tts/takes loss/text/books perplexity/text/books loss wer"
     assert [name for name in found if not name.startswith("train/")] == of_sets.split()
     trained = {name for name in found if name.startswith("train/")}
     assert {"train/loss", "train/grad_norm", "train/epoch", "train/tokens", "train/samples"} <= trained
