@@ -84,7 +84,7 @@ docs: .venv/.installed-dev  ## the documentation as a site, site/index.html: eve
 	$(BIN)/python .ci/docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-format: .venv/.installed-dev  ## what `check` would complain of, mended where a tool can
+format: .venv/.installed-dev  ## what `check` would complain of, fixed where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -105,7 +105,7 @@ asked:
 	@rm -rf .venv-floor && $(BIN)/python -m pip install -qq --no-user --no-deps --require-hashes --target .venv-floor --requirement .ci/locks/floor.txt
 	@touch $@
 
-lock:  ## .ci/locks anew, from the newest releases that pyproject.toml allows; KEEP=1: only what must change
+lock:  ## .ci/locks again, from the newest releases that pyproject.toml allows; KEEP=1: only what must change
 	@test -x $(BIN)/uv || sh .ci/venv.sh dev
 	$(BIN)/python .ci/lock.py $(if $(KEEP),--keep)
 

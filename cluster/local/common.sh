@@ -4,7 +4,7 @@
 STATE=${MOST_RAY_CLUSTER_DIR:-${HOME:?names no folder}/.most_ray/cluster}
 case $STATE in /*) ;; *) STATE=$PWD/$STATE ;; esac
 
-# Every process: its pid, its parent's, and its start in clock ticks since boot, by which a pid that is used anew is told apart.
+# Every process: its pid, its parent's, and its start in clock ticks since boot, which distinguishes a pid that is used again.
 processes() {
     # A process may end between the listing and the reading.
     cat /proc/[0-9]*/stat 2>/dev/null | awk '
@@ -16,7 +16,7 @@ identity() {
     processes | awk -v pid="$1" '$1 == pid { print $1, $3 }'
 }
 
-# Whether the process that a pid file tells of lives still.
+# Whether the process of a pid file is still alive.
 alive() {
     [ -s "$1" ] && [ "$(identity "$(cut -d ' ' -f 1 "$1")")" = "$(cat "$1")" ]
 }

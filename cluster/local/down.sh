@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stops what up.sh has started, and only that. Runs that are under way go on from their last checkpoint when they are started again.
+# Stops what up.sh has started, and only that. Runs that are under way resume from their last checkpoint when they are started again.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh

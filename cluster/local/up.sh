@@ -10,7 +10,7 @@
 #   NUM_CPUS              logical CPUs (all cores and two)
 #   MOST_RAY_HOME         where jobs write what they give a relative name, as runs/ (this checkout)
 #   RAY_TMPDIR            Ray's sockets and logs (ray in the state's folder)
-#   MOST_RAY_HOME         where jobs' relative folders lie (this checkout)
+#   MOST_RAY_HOME         where jobs' relative folders are (this checkout)
 set -eu
 umask 077
 here=$(cd "$(dirname "$0")" && pwd)
@@ -110,7 +110,7 @@ await() {
     until "$@" >/dev/null 2>&1; do
         if [ "$tenths" -le 0 ] || ! alive "$STATE/$name.pid"; then
             tail -n 5 "$STATE/$name.log" >&2 || true
-            fail "$what did not come up; $STATE/$name.log tells why." 1
+            fail "$what did not come up; the reason is in $STATE/$name.log." 1
         fi
         tenths=$((tenths - 1))
         sleep 0.1
@@ -141,7 +141,7 @@ trap 'exit 143' TERM
 
 unset RAY_AUTH_TOKEN RAY_ADDRESS RAY_API_SERVER_ADDRESS OMP_NUM_THREADS
 PATH=$(cd "$(dirname "$ray")" && pwd):$PATH # what a job calls python is the one that has Ray
-MOST_RAY_HOME=${MOST_RAY_HOME:-$(cd "$here/../.." && pwd)} # where jobs' relative folders lie
+MOST_RAY_HOME=${MOST_RAY_HOME:-$(cd "$here/../.." && pwd)} # where jobs' relative folders are
 export PATH MOST_RAY_HOME RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 # Without it Ray takes 127.0.0.1 for the machine's outer address and listens on all of them; nothing else in it depends on this on Linux.
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
@@ -196,7 +196,7 @@ ENV
 {
     echo "For this shell, or: . '$STATE/env'"
     sed 's/^/    /' "$STATE/env"
-    echo "Dashboard    http://127.0.0.1:$DASHBOARD_PORT  it asks for the token: cat '$token'"
+    echo "Dashboard    http://127.0.0.1:$DASHBOARD_PORT  it requires the token: cat '$token'"
     [ "$PROMETHEUS_PORT" = off ] || echo "Prometheus   http://127.0.0.1:$PROMETHEUS_PORT"
     [ "$GRAFANA_PORT" = off ] || echo "Grafana      http://127.0.0.1:$GRAFANA_PORT  user admin, password: cat '$STATE/grafana_password'"
     echo "Ray          127.0.0.1:$RAY_PORT, $NUM_CPUS CPUs; most-ray train --ray_address 127.0.0.1:$RAY_PORT"
