@@ -18,10 +18,10 @@ import yaml
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths, to_read
-from most_ray.cli.prepare_commands import LAYOUTS
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.records.files import PREPARED
+from most_ray.speech.corpora.corpus import LAYOUTS, guess_layout
 
 _SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # of each recording of a small corpus, which makes more voices than there are speakers
 _SMALL_HOURS = 10.0  # hours of audio; a corpus with fewer is small
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from recordings")
     text = "recordings with transcripts: makes units and records of them, and trains on both tasks"
     group.add_argument("--from_audio", type=to_read(Path), metavar="DIR", help=text)
-    group.add_argument("--corpus", choices=LAYOUTS, help="layout of from_audio (default: recognised by its files)")
+    group.add_argument("--corpus", choices=list(LAYOUTS), help="layout of from_audio (default: recognised by its files)")
     group.add_argument("--features", help="from which its units are made; see `most-ray prepare units --help` (default: mfcc)")
 
 
@@ -96,22 +96,6 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
     given_flags = [word for key, value in flags.items() for word in (f"--{key}", *_words(value))]
     print(f"most-ray {shlex.join(['train', '--config', str(path), *given_flags])}\n\n{path}:\n{path.read_text()}")
     return path
-
-
-def guess_layout(directory: Path) -> str:
-    """The layout of a corpus, recognised by its files; "folder" where none of the published layouts fits."""
-    signs = {
-        "folder": ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl"),
-        "an4": ("etc/*.fileids",),
-        "common_voice": ("validated.tsv",),
-        "librispeech": ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt"),
-        "libriheavy": ("libriheavy_cuts_*.jsonl.gz", "libriheavy_cuts_*.jsonl"),
-        "voxpopuli": ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv"),
-    }
-    for layout, patterns in signs.items():
-        if any(next(directory.glob(pattern), None) for pattern in patterns):
-            return layout
-    return "folder"
 
 
 def _divide(directory: Path, layout: str) -> tuple[Division, float]:

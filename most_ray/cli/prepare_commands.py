@@ -16,13 +16,13 @@ from most_ray.cli.job_files import to_read, to_write
 from most_ray.cli.parser import Parser, add_command, check_local, check_output, config_of, tracked
 from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
+from most_ray.speech.corpora.corpus import LAYOUTS
 
 if TYPE_CHECKING:
     from most_ray.speech.units.corpus_parts import Runner
     from most_ray.speech.units.prepare import ChooseRunner, UnitsJob
 
 
-LAYOUTS = ("folder", "librispeech", "libriheavy", "common_voice", "voxpopuli", "an4")  # of corpora
 
 
 def add(commands: Any) -> None:
@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
 
 
 def _corpus_flags(parser: Parser, features: bool = True) -> None:
-    parser.add_argument("--corpus", choices=LAYOUTS, default="folder", help="layout of the input (default: folder)")
+    parser.add_argument("--corpus", choices=list(LAYOUTS), default="folder", help="layout of the input (default: folder)")
     parser.add_argument("--input", type=to_read(Path), required=True, help="the corpus' folder")
     parser.add_argument("--splits", nargs="+", default=[], help="splits of a published corpus (default: all; Common Voice: validated)")
     parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from most_ray.errors import ConfigError, DataError
 from most_ray.speech.corpora.corpus import (
-    READERS,
+    LAYOUTS,
     CorpusOptions,
     Utterance,
     check_conditions,
@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
 # What is asked for
 
 
-@pytest.mark.parametrize("layout", [layout for layout in READERS if layout != "folder"])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "folder"])
 def test_folders_of_something_else(tmp_path: Path, layout: str) -> None:
     """Each says what it looked for and what to give; a split that is not there is named, too."""
     put(tmp_path / "x/readme.md")

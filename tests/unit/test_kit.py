@@ -17,11 +17,11 @@ from rapidfuzz.distance import Levenshtein
 
 from most_ray import config as configuration
 from most_ray.cli import from_audio, main
-from most_ray.cli.from_audio import choose_division, guess_layout, run_settings
+from most_ray.cli.from_audio import choose_division, run_settings
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.audio import load_audio
-from most_ray.speech.corpora.corpus import Utterance, matches_all, parse_condition
+from most_ray.speech.corpora.corpus import Utterance, guess_layout, matches_all, parse_condition
 from most_ray.speech.units.assets import copy_assets, find_assets, open_assets, read_units_manifest
 from most_ray.speech.units.features import MfccSettings
 from tests.support.audio import contents, prepare, records_of, refused, table, tones

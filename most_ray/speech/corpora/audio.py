@@ -1,4 +1,4 @@
-"""Recordings in: any format libsndfile reads, mixed down to one channel, resampled, optionally played faster or slower."""
+"""Reads recordings: any format of libsndfile, mixed down to one channel, resampled, optionally played faster or slower."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import soxr
 
 from most_ray.errors import DataError
 
-MAX_SECONDS = 120.0  # of an utterance: what is longer is a recording that nobody has cut
+MAX_SECONDS = 120.0  # of an utterance: a longer one is likely a recording that was not cut into utterances
 _SLACK = 0.05  # seconds by which a part may end after its recording: tables round
-_WHOLE = ("FLAC",)  # formats whose header says how many samples there are, to the last one
-_PAGE = 10  # seconds, more than an Ogg page: libsndfile misses a place in the last page of Vorbis by the samples that its end cuts off
-_UNKNOWN = 1 << 50  # samples: what libsndfile says of a FLAC that was written to a pipe is beyond
-# What libsndfile notes of a file that ends too soon: the chunk of samples of a WAV, AIFF, AU or W64 (4 GB stand for "not known"), an
-# Ogg stream's last page. Of an MP3 it cannot be told.
+_EXACT = ("FLAC",)  # formats whose header gives the exact number of samples
+_PAGE = 10  # seconds, more than an Ogg page: libsndfile misses a position in the last page of Vorbis by the samples that its end cuts off
+_UNKNOWN = 1 << 50  # samples: what libsndfile reports for a FLAC that was written to a pipe is larger
+# What libsndfile notes about a file that ends too soon: for WAV, AIFF, AU and W64 the size of the chunk of samples (4 GB stand for "not
+# known"), for Ogg the stream's last page. For an MP3 it notes nothing.
 _CUT_CHUNK = re.compile(r"^ *(?:data|SSND|Data Size|riff) *: (\d{1,9}) \(should be (\d+)\)", re.MULTILINE)
 _CUT_OGG = re.compile(r"Last page lacks an end-of-stream bit|Junk after the last page|without an End-Of-Stream flag")
 
@@ -30,13 +30,18 @@ def load_audio(
     duration: float | None = None,
     max_seconds: float = MAX_SECONDS,
 ) -> np.ndarray:
-    """Read a recording, or `duration` seconds of it from `start`, as float32 samples in [-1, 1], shape (samples,), at `sample_rate` Hz.
+    """Read a recording, or a part of it, as float32 samples in [-1, 1], shape (samples,).
 
-    `speed` plays it that many times as fast by resampling, so that pitch and formants move with the tempo (Ko et al.,
-    "Audio augmentation for speech recognition", 2015). What is longer than `max_seconds` is refused before it is decoded.
+    Args:
+        sample_rate: of the result, in Hz.
+        speed: how many times as fast to play it, by resampling, so that pitch and formants move with the tempo (Ko et al., "Audio
+            augmentation for speech recognition", 2015).
+        start: seconds into the recording at which the part begins.
+        duration: seconds of the part; None: up to the end.
+        max_seconds: a longer part is refused before it is decoded.
 
     Raises:
-        DataError: the file is missing, is no audio, is cut off, too long, silent, or holds no samples; its `rule` is the reason.
+        DataError: the file is missing, not audio, cut off, too long, silent, or without samples; its `rule` is the reason.
     """
     if not path.is_file():
         raise DataError("recording", str(path), "is not there.")
@@ -61,7 +66,7 @@ def load_audio(
 
 
 def audio_seconds(path: Path, duration: float | None = None) -> float | None:
-    """How long a recording is, or the part of it that is so long, by its header; None where it cannot be told."""
+    """The seconds of a recording by its header, or `duration` if it is given; None where the header cannot be read."""
     if duration is not None:
         return duration
     try:
@@ -76,7 +81,7 @@ def _read(source: soundfile.SoundFile, path: Path, start: float, duration: float
     first = round(start * rate)
     count = total - first if duration is None else round(duration * rate)
     if total > _UNKNOWN and duration is None:
-        raise DataError("recording", str(path), "does not say how long it is, as a FLAC that was written to a pipe.", "Write it anew.")
+        raise DataError("recording", str(path), "does not say how long it is, as a FLAC that was written to a pipe.", "Write it again.")
     if not 0 <= first <= total or count < 0 or first + count > total + round(_SLACK * rate):
         part = f"from {start:g} s" if duration is None else f"{start:g} to {start + duration:g} s"
         raise DataError("recording", str(path), f"is {total / rate:.2f} s long and has no part {part}.")
@@ -88,9 +93,9 @@ def _read(source: soundfile.SoundFile, path: Path, start: float, duration: float
         source.seek(first - ahead)
     try:
         samples: np.ndarray = source.read(ahead + count, dtype="float32", always_2d=True)[ahead:]
-        short = len(samples) < count and source.format in _WHOLE
+        short = len(samples) < count and source.format in _EXACT
     except soundfile.SoundFileError:
-        short, samples = True, _readable(path, first)
+        short, samples = True, _read_until_damage(path, first)
     if notes := source.extra_info:
         chunk = _CUT_CHUNK.search(notes)
         short = short or bool(_CUT_OGG.search(notes)) or (chunk is not None and int(chunk[1]) > int(chunk[2]))
@@ -99,8 +104,8 @@ def _read(source: soundfile.SoundFile, path: Path, start: float, duration: float
     return samples
 
 
-def _readable(path: Path, first: int) -> np.ndarray:
-    """What can be decoded of a damaged recording."""
+def _read_until_damage(path: Path, first: int) -> np.ndarray:
+    """The samples from `first` on that can be decoded, float32 (samples, channels)."""
     blocks = []
     with soundfile.SoundFile(path) as source:
         try:
@@ -108,5 +113,5 @@ def _readable(path: Path, first: int) -> np.ndarray:
             while len(block := source.read(source.samplerate // 10, dtype="float32", always_2d=True)):
                 blocks.append(block)
         except soundfile.SoundFileError:
-            pass  # this is the place that was looked for
+            pass  # the damage, up to which the samples were to be read
     return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)

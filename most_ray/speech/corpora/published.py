@@ -1,189 +1,130 @@
-"""How published corpora lie on disk: each reader streams what a layout says of its utterances, unchecked. `corpora` checks it."""
+"""Readers of published corpora: each streams what a corpus' files say of its utterances; `corpus.read_corpus` checks them.
+
+To add a corpus, write a reader here and name it in PUBLISHED.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from most_ray.errors import ConfigError, DataError, RecordError, nearest
-from most_ray.speech.corpora.tables import Unusable, json_objects, lines_of, listing, quoted, seconds, tabbed, with_header, within
+from most_ray.errors import RecordError
+from most_ray.speech.corpora.entries import NOT_THERE, CorpusOptions, Entries, Entry, Unusable
+from most_ray.speech.corpora.tables import (
+    csv_cells,
+    dict_rows,
+    entries_of,
+    json_rows,
+    list_folder,
+    parse_seconds,
+    path_below,
+    text_lines,
+    tsv_cells,
+)
 
-NOT_THERE = "names a recording that is not there"
-OUTSIDE = "names a recording outside the folder"
-_CUTS = "libriheavy_cuts_"
-_LIBRILIGHT = ("", "download/", "download/librilight/")  # what may be missing of the start of LibriHeavy's paths
-_VOXPOPULI = ("train", "dev", "test")
+_CUTS = "libriheavy_cuts_"  # start of the names of LibriHeavy's files
+_LIBRILIGHT = ("", "download/", "download/librilight/")  # what may be missing at the start of LibriHeavy's paths
+_VOXPOPULI = ("train", "dev", "test")  # splits
 _AN4_SUFFIXES = (".wav", ".sph", ".ogg", ".flac")
-_AN4_LINE = re.compile(r"(?:<s>)?(.*?)(?:</s>)?\s*\(([^()\s]+)\)")
-
-
-@dataclass(frozen=True)
-class CorpusOptions:
-    """A corpus to read.
-
-    Attributes:
-        layout: one of corpora.READERS.
-        directory: where the corpus lies (LibriHeavy: or one file of cuts).
-        name: the data set's name, the start of each id; default: the layout's name, for a folder the folder's.
-        casing: which of LibriHeavy's texts, the book's or the upper-case one without punctuation.
-        splits: only these; none: all (Common Voice: validated).
-    """
-
-    layout: str
-    directory: Path
-    name: str | None = None
-    casing: Literal["cased", "upper"] = "cased"
-    splits: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a layout says of one utterance; `id` without the data set's name, times in seconds."""
-
-    file: Path
-    index: int
-    id: str
-    path: Path
-    text: str
-    columns: Mapping[str, Any]
-    start: float = 0.0
-    duration: float | None = None
-
-
-Entries = Iterator[Entry | Unusable]
-
-
-def _chosen(options: CorpusOptions, known: Sequence[str]) -> list[str]:
-    """The splits asked for, all where none is named.
-
-    Raises:
-        ConfigError: one of them is not there.
-    """
-    for split in options.splits:
-        if split not in known:
-            raise ConfigError("splits", split, f"is not in {options.directory}.", nearest(split, known))
-    return [split for split in known if not options.splits or split in options.splits]
-
-
-def _nothing(options: CorpusOptions, what: str, remedy: str) -> DataError:
-    return DataError("input", str(options.directory), f"holds no {what}.", remedy)
+_AN4_LINE = re.compile(r"(?:<s>)?(.*?)(?:</s>)?\s*\(([^()\s]+)\)")  # text, utterance
 
 
 def read_librispeech(options: CorpusOptions) -> Entries:
-    """`[LibriSpeech/][SPLIT/]SPEAKER/CHAPTER/` with `*.flac` and `S-C.trans.txt`; sex from SPEAKERS.TXT where it is there.
+    """`[LibriSpeech/][SPLIT/]SPEAKER/CHAPTER/` with `*.flac` and `S-C.trans.txt`; the sex comes from SPEAKERS.TXT where it exists.
 
     Columns: speaker, chapter, split, sex.
     """
     root = options.directory / "LibriSpeech"
     root = Path(os.path.abspath(root if root.is_dir() else options.directory))
-    below = listing(root)[0]
+    below = list_folder(root)[0]
     if any(map(str.isdecimal, below)):  # a speaker: the folder is one split
         splits, root = {root.name: root}, root.parent
     else:
-        splits = {name: root / name for name in below if any(map(str.isdecimal, listing(root / name)[0]))}
+        splits = {name: root / name for name in below if any(map(str.isdecimal, list_folder(root / name)[0]))}
     if not splits:
-        raise _nothing(options, "LibriSpeech", "Give the folder of the splits, or one split: SPLIT/SPEAKER/CHAPTER/*.flac.")
+        raise options.not_found("LibriSpeech", "Give the folder of the splits, or one split: SPLIT/SPEAKER/CHAPTER/*.flac.")
     table = root / "SPEAKERS.TXT"
-    cells = ([cell.strip() for cell in line.split("|")] for _, line in (lines_of(table) if table.is_file() else ()) if line[:1] != ";")
+    cells = ([cell.strip() for cell in line.split("|")] for _, line in (text_lines(table) if table.is_file() else ()) if line[:1] != ";")
     sexes = {row[0]: row[1] for row in cells if len(row) > 1}
-    for split in _chosen(options, list(splits)):
-        for speaker in listing(splits[split])[0]:
+    for split in options.choose_splits(list(splits)):
+        for speaker in list_folder(splits[split])[0]:
             sex = {"sex": sexes[speaker]} if speaker in sexes else {}
-            for chapter in listing(splits[split] / speaker)[0]:
+            for chapter in list_folder(splits[split] / speaker)[0]:
                 columns = {"speaker": speaker, "chapter": chapter, "split": split, **sex}
                 yield from _chapter(splits[split] / speaker / chapter, f"{split}_", columns)
 
 
 def _chapter(folder: Path, prefix: str, columns: Mapping[str, Any]) -> Entries:
-    files = listing(folder)[1]
-    silent = {name.removesuffix(".flac"): name for name in files if name.endswith(".flac")}  # recordings that no line names
-    known = set(silent)
+    files = list_folder(folder)[1]
+    without_text = {name.removesuffix(".flac"): name for name in files if name.endswith(".flac")}
+    known = set(without_text)
     for transcript in (folder / name for name in files if name.endswith(".trans.txt")):
-        for number, line in lines_of(transcript):
+        for number, line in text_lines(transcript):
             name, _, text = line.partition(" ")
-            silent.pop(name, None)
+            without_text.pop(name, None)
             if name in known:
                 yield Entry(transcript, number, prefix + name, folder / f"{name}.flac", text, columns)
             elif line.strip():
                 yield Unusable(str(transcript), number, "has text but no recording", prefix + name)
-    for name, file in silent.items():
+    for name, file in without_text.items():
         yield Entry(folder / file, 0, prefix + name, folder / file, "", columns)
 
 
 def read_libriheavy(options: CorpusOptions) -> Entries:
-    """Lhotse cuts, `libriheavy_cuts_SUBSET.jsonl[.gz]` in a folder or one such file; the texts are the supervisions'.
+    """Lhotse cuts: `libriheavy_cuts_SUBSET.jsonl[.gz]` in a folder, or one such file; the texts are those of the supervisions.
 
     A relative recording is looked for in the folder of the cuts and in the one above it, each time as the cut names it, without
     `download/` and without `download/librilight/`. Columns: speaker, split, language, recording_id.
     """
     source = options.directory
-    names = [source.name] if source.is_file() else [name for name in listing(source)[1] if name.startswith(_CUTS)]
+    names = [source.name] if source.is_file() else [name for name in list_folder(source)[1] if name.startswith(_CUTS)]
     names = [name for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
     root = source.parent if source.is_file() else source
     if not names:
-        raise _nothing(options, f"{_CUTS}*.jsonl.gz", "Give the folder of the cuts or one file of them.")
+        raise options.not_found(f"{_CUTS}*.jsonl.gz", "Give the folder of the cuts or one file of them.")
     splits = {name: name.removesuffix(".gz").removesuffix(".jsonl").removeprefix(_CUTS) for name in names}
-    chosen = _chosen(options, sorted(set(splits.values())))
+    chosen = options.choose_splits(sorted(set(splits.values())))
+    find = functools.lru_cache(maxsize=1)(functools.partial(_librilight, root))  # the cuts of a recording follow one another
     for name in (name for name in names if splits[name] in chosen):
-        last: tuple[object, Path | None] = (None, None)  # the cuts of a recording follow one another
-        for item in json_objects(root / name):
-            if isinstance(item, Unusable):
-                yield item
-                continue
-            number, cut = item
-            try:
-                recorded = _recorded(cut)
-                last = last if last[0] == recorded else (recorded, _librilight(root, recorded))
-                yield from _supervised(root / name, number, cut, last[1], splits[name], options.casing)
-            except RecordError as error:
-                yield Unusable(str(root / name), number, str(error), cut["id"] if isinstance(cut.get("id"), str) else None)
+        convert = functools.partial(_cut_entries, root / name, find, splits[name], options.casing)
+        yield from entries_of(root / name, json_rows(root / name), convert, _cut_id)
 
 
-def _recorded(cut: Mapping[str, Any]) -> str:
-    """The recording's path as the cut names it.
-
-    Raises:
-        RecordError: it is no cut of a file.
-    """
-    recording = cut.get("recording")
-    sources = recording.get("sources") if isinstance(recording, dict) else None
-    source = sources[0] if isinstance(sources, list) and sources else None
-    if cut.get("type", "MonoCut") != "MonoCut" or not isinstance(cut.get("id"), str) or not isinstance(source, dict):
-        raise RecordError("is no MonoCut with an id and a recording")
-    if source.get("type") != "file" or not isinstance(source.get("source"), str):
-        raise RecordError(f"has a recording of type {source.get('type')!r}, not a file")
-    return str(source["source"])
+def _cut_id(cut: Mapping[str, Any]) -> str | None:
+    return cut["id"] if isinstance(cut.get("id"), str) else None
 
 
 def _librilight(root: Path, recorded: str) -> Path | None:
-    """Where a recording lies; None where it is nowhere.
+    """Where a recording is stored; None where it is not found.
 
     Raises:
-        RecordError: it climbs out of the folder.
+        RecordError: its path leads out of the folder.
     """
     if os.path.isabs(recorded):
         return Path(recorded)
     names = [recorded.removeprefix(start) for start in _LIBRILIGHT if recorded.startswith(start)]
-    paths = [within(base, name) for base in (root, Path(os.path.abspath(root)).parent) for name in names]
-    if None in paths:
-        raise RecordError(OUTSIDE)
-    return next((path for path in paths if path and os.path.isfile(path)), None)
+    paths = [path_below(base, name) for base in (root, Path(os.path.abspath(root)).parent) for name in names]
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
-def _supervised(file: Path, number: int, cut: Mapping[str, Any], path: Path | None, split: str, casing: str) -> Iterator[Entry]:
-    """An entry for each supervision: one cut may hold several utterances, which are not one sentence."""
+def _cut_entries(
+    file: Path, find: Callable[[str], Path | None], split: str, casing: str, number: int, cut: Mapping[str, Any]
+) -> Iterator[Entry]:
+    """Yield an entry for each supervision: one cut may hold several utterances, which are not one sentence."""
+    path = find(_recorded(cut))
     if path is None:
         raise RecordError(NOT_THERE)
     supervisions = cut.get("supervisions")
     if not isinstance(supervisions, list) or not supervisions or not all(isinstance(s, dict) for s in supervisions):
         raise RecordError("has no text")
-    begin, length = seconds(cut.get("start")), seconds(cut.get("duration"), 1e-9)
-    spans = [(seconds(s.get("start", 0), -math.inf), seconds(s.get("duration", length), 1e-9)) for s in supervisions]
+    begin, length = parse_seconds(cut.get("start")), parse_seconds(cut.get("duration"), 1e-9)
+    spans = [(parse_seconds(s.get("start", 0), -math.inf), parse_seconds(s.get("duration", length), 1e-9)) for s in supervisions]
     for index, (supervision, (offset, lasts)) in enumerate(zip(supervisions, spans, strict=True)):
         if begin is None or length is None or offset is None or lasts is None:
             raise RecordError("has a start or a duration that is no number of seconds")
@@ -198,8 +139,24 @@ def _supervised(file: Path, number: int, cut: Mapping[str, Any], path: Path | No
         yield Entry(file, number, name, path, _text_of(supervision, casing), columns, round(begin + inside, 6), round(left, 6))
 
 
+def _recorded(cut: Mapping[str, Any]) -> str:
+    """The recording's path as the cut names it.
+
+    Raises:
+        RecordError: it is not a cut of a file.
+    """
+    recording = cut.get("recording")
+    sources = recording.get("sources") if isinstance(recording, dict) else None
+    source = sources[0] if isinstance(sources, list) and sources else None
+    if cut.get("type", "MonoCut") != "MonoCut" or not isinstance(cut.get("id"), str) or not isinstance(source, dict):
+        raise RecordError("is no MonoCut with an id and a recording")
+    if source.get("type") != "file" or not isinstance(source.get("source"), str):
+        raise RecordError(f"has a recording of type {source.get('type')!r}, not a file")
+    return str(source["source"])
+
+
 def _text_of(supervision: Mapping[str, Any], casing: str) -> str:
-    """Of the published texts the book's (cased) or the recogniser's (upper); of extracted manifests the only one, if it fits."""
+    """Of the two published texts the book's (cased) or the recogniser's (upper); of an extracted manifest its only one, if it fits."""
     custom = supervision.get("custom")
     texts = custom.get("texts") if isinstance(custom, dict) else None
     if isinstance(texts, list) and len(texts) > 1:
@@ -214,35 +171,30 @@ def _text_of(supervision: Mapping[str, Any], casing: str) -> str:
 def read_common_voice(options: CorpusOptions) -> Entries:
     """`SPLIT.tsv` (validated, unless splits are named) beside `clips/`.
 
-    Older releases quote a sentence that holds quotes as CSV does, newer ones leave all quotes alone; a quote in a row of the newer
-    ones must not swallow the rows behind it. Columns: speaker, split, up_votes, down_votes, age, gender, accent, locale.
+    Older releases quote a sentence that contains quotes as CSV does, newer ones leave all quotes alone; a quote in a row of the newer
+    ones must not swallow the rows that follow. Columns: speaker, split, up_votes, down_votes, age, gender, accent, locale.
     """
-    known = [name.removesuffix(".tsv") for name in listing(options.directory)[1] if name.endswith(".tsv")]
+    known = [name.removesuffix(".tsv") for name in list_folder(options.directory)[1] if name.endswith(".tsv")]
     if not options.splits and "validated" not in known:
-        raise _nothing(options, "validated.tsv", "Give the folder of one language, with validated.tsv and clips, or name its splits.")
-    clips = options.directory / "clips"
-    for split in _chosen(options, known) if options.splits else ["validated"]:
+        raise options.not_found("validated.tsv", "Give the folder of one language, with validated.tsv and clips, or name its splits.")
+    for split in options.choose_splits(known) if options.splits else ["validated"]:
         table = options.directory / f"{split}.tsv"
-        for item in with_header(table, tabbed(table), ("path",), ("sentence",), ("client_id",)):
-            if isinstance(item, Unusable):
-                yield item
-                continue
-            number, row = item
-            clip = row.get("path", "")
-            if not clip:
-                yield Unusable(str(table), number, "names no recording")
-                continue
-            path = within(clips, clip if PurePosixPath(clip).suffix else f"{clip}.mp3")  # the first releases give no suffix
-            if path is None:
-                yield Unusable(str(table), number, OUTSIDE)
-                continue
-            columns: dict[str, Any] = {"speaker": row.get("client_id", ""), "split": split}
-            columns |= {key: int(row[key]) for key in ("up_votes", "down_votes") if row.get(key, "").isdecimal()}
-            columns |= {key.removesuffix("s"): row[key] for key in ("age", "gender", "accent", "accents", "locale") if key in row}
-            yield Entry(table, number, path.stem, path, _unquoted(row.get("sentence", "")), columns)
+        rows = dict_rows(table, tsv_cells(table), ("path",), ("sentence",), ("client_id",))
+        yield from entries_of(table, rows, functools.partial(_clip, table, options.directory / "clips", split))
 
 
-def _unquoted(cell: str) -> str:
+def _clip(table: Path, clips: Path, split: str, number: int, row: Mapping[str, str]) -> Iterator[Entry]:
+    clip = row.get("path", "")
+    if not clip:
+        raise RecordError("names no recording")
+    path = path_below(clips, clip if PurePosixPath(clip).suffix else f"{clip}.mp3")  # the first releases give no suffix
+    columns: dict[str, Any] = {"speaker": row.get("client_id", ""), "split": split}
+    columns |= {key: int(row[key]) for key in ("up_votes", "down_votes") if row.get(key, "").isdecimal()}
+    columns |= {key.removesuffix("s"): row[key] for key in ("age", "gender", "accent", "accents", "locale") if key in row}
+    yield Entry(table, number, path.stem, path, _unquote(row.get("sentence", "")), columns)
+
+
+def _unquote(cell: str) -> str:
     """A cell without CSV's quotes, where it has them: around doubled quotes or around nothing."""
     inner = cell[1:-1]
     if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', "") or (inner and '""' not in inner):
@@ -251,88 +203,95 @@ def _unquoted(cell: str) -> str:
 
 
 def read_voxpopuli(options: CorpusOptions) -> Entries:
-    """`[transcribed_data/]LANG/YEAR/ID.ogg` with `asr_SPLIT.tsv`, or with the annotations `asr_LANG.tsv[.gz]` where those are not there.
+    """`[transcribed_data/]LANG/YEAR/ID.ogg` with `asr_SPLIT.tsv`, or else with the annotations `asr_LANG.tsv[.gz]`.
 
-    The text is the normalised one, or where there is none the original. The speaker "None" is many people: it is left out. Columns:
-    speaker, split, gender, language, accent, is_gold_transcript.
+    The text is the normalised one, or where there is none the original. The speaker "None" stands for many people and is left out.
+    Columns: speaker, split, gender, language, accent, is_gold_transcript.
     """
     root = options.directory / "transcribed_data"
     root = Path(os.path.abspath(root if root.is_dir() else options.directory))
-    languages = [root] if _manifests(root) else [root / name for name in listing(root)[0] if _manifests(root / name)]
+    languages = [root] if _manifests(root) else [root / name for name in list_folder(root)[0] if _manifests(root / name)]
     if not languages:
-        raise _nothing(options, "asr_SPLIT.tsv", "Give the folder that holds transcribed_data, or one language of it.")
-    splits = _chosen(options, _VOXPOPULI)
+        raise options.not_found("asr_SPLIT.tsv", "Give the folder that holds transcribed_data, or one language of it.")
+    splits = options.choose_splits(_VOXPOPULI)
+    others = {f"asr_{split}.tsv" for split in _VOXPOPULI if split not in splits}
     for folder in languages:
-        others = {f"asr_{split}.tsv" for split in _VOXPOPULI if split not in splits}
-        for name in (name for name in _manifests(folder) if name not in others):
-            yield from _voxpopuli(folder, folder / name, splits)
+        for table in (folder / name for name in _manifests(folder) if name not in others):
+            # Manifests are cells joined by tabs, where quotes mean nothing; annotations are CSV with "|".
+            piped = table.suffix == ".gz" or "|" in next(text_lines(table), (0, ""))[1]
+            needed = (("id", "id_"), ("normalized_text", "normed_text"), ("split",))
+            rows = dict_rows(table, csv_cells(table, "|") if piped else tsv_cells(table), *needed)
+            yield from entries_of(table, rows, functools.partial(_event, table, splits))
 
 
 def _manifests(folder: Path) -> list[str]:
-    files = set(listing(folder)[1])
+    files = set(list_folder(folder)[1])
     splits = [name for name in (f"asr_{split}.tsv" for split in _VOXPOPULI) if name in files]
     return splits or [name for name in (f"asr_{folder.name}.tsv", f"asr_{folder.name}.tsv.gz") if name in files][:1]
 
 
-def _voxpopuli(folder: Path, table: Path, splits: Sequence[str]) -> Entries:
-    """Manifests are cells joined by tabs, where quotes mean nothing; annotations are CSV with `|`."""
-    piped = table.suffix == ".gz" or "|" in next(lines_of(table), (0, ""))[1]
-    needed = (("id", "id_"), ("normalized_text", "normed_text"), ("split",))
-    for item in with_header(table, quoted(table, "|") if piped else tabbed(table), *needed):
-        if isinstance(item, Unusable):
-            yield item
-            continue
-        number, row = item
-        name = f"{row.get('session_id', '')}-{row['id_']}" if "id_" in row else row.get("id", "")
-        split = row.get("split")
-        if split is None or not name:
-            yield Unusable(str(table), number, "names no recording or no split")
-        elif split in splits:  # annotations hold splits of which no recording is published
-            path = within(folder, f"{name[:4]}/{name}.ogg")
-            if path is None:
-                yield Unusable(str(table), number, OUTSIDE)
-                continue
-            text = row.get("normalized_text", row.get("normed_text", "")).strip()
-            columns: dict[str, Any] = {"split": split, "language": folder.name.removesuffix("_accented")}
-            cells = {"speaker": row.get("speaker_id")} | {key: row.get(key) for key in ("gender", "accent", "is_gold_transcript")}
-            columns |= {key: cell for key, cell in cells.items() if cell not in (None, "", "None")}
-            yield Entry(table, number, name, path, text or row.get("raw_text", row.get("original_text", "")), columns)
+def _event(table: Path, splits: Sequence[str], number: int, row: Mapping[str, str]) -> Iterator[Entry]:
+    """Yield the row's entry if it is of one of `splits`: annotations have splits of which no recording is published."""
+    name = f"{row.get('session_id', '')}-{row['id_']}" if "id_" in row else row.get("id", "")
+    split = row.get("split")
+    if split is None or not name:
+        raise RecordError("names no recording or no split")
+    if split in splits:
+        path = path_below(table.parent, f"{name[:4]}/{name}.ogg")
+        text = row.get("normalized_text", row.get("normed_text", "")).strip()
+        columns: dict[str, Any] = {"split": split, "language": table.parent.name.removesuffix("_accented")}
+        cells = {"speaker": row.get("speaker_id")} | {key: row.get(key) for key in ("gender", "accent", "is_gold_transcript")}
+        columns |= {key: cell for key, cell in cells.items() if cell not in (None, "", "None")}
+        yield Entry(table, number, name, path, text or row.get("raw_text", row.get("original_text", "")), columns)
 
 
 def read_an4(options: CorpusOptions) -> Entries:
     """`etc/an4_SPLIT.fileids` and `.transcription` ("<s> TEXT </s> (UTTERANCE)", in the test split without the marks) with `wav/`.
 
-    One split's transcription (a thousand lines) is held in memory. Columns: speaker, split.
+    One split's transcription (a thousand lines) is kept in memory. Columns: speaker, split.
     """
     etc = options.directory / "etc"
-    lists = (
-        {name.removesuffix(".fileids").rpartition("_")[2]: name for name in listing(etc)[1] if name.endswith(".fileids")}
-        if etc.is_dir()
-        else {}
-    )
-    if not lists:
-        raise _nothing(options, "etc/*.fileids", "Give the folder that holds etc and wav.")
-    for split in _chosen(options, list(lists)):
-        fileids = etc / lists[split]
-        transcript = fileids.with_suffix(".transcription")
+    lists = [name for name in list_folder(etc)[1] if name.endswith(".fileids")] if etc.is_dir() else []
+    by_split = {name.removesuffix(".fileids").rpartition("_")[2]: etc / name for name in lists}
+    if not by_split:
+        raise options.not_found("etc/*.fileids", "Give the folder that holds etc and wav.")
+    for split in options.choose_splits(list(by_split)):
+        transcript = by_split[split].with_suffix(".transcription")
         texts: dict[str, tuple[int, str]] = {}
-        for number, line in lines_of(transcript):
+        for number, line in text_lines(transcript):
             match = _AN4_LINE.fullmatch(line.strip())
             if match and match[2] not in texts:
                 texts[match[2]] = (number, match[1])
             elif line.strip():
                 yield Unusable(str(transcript), number, "gives a text a second time" if match else "is not of the form TEXT (UTTERANCE)")
-        for number, line in lines_of(fileids):
-            name = PurePosixPath(line.strip())
-            if not name.name:
-                continue
-            path = within(options.directory / "wav", str(name))
-            if path is None:
-                yield Unusable(str(fileids), number, OUTSIDE)
-                continue
-            recordings = (path.with_name(path.name + suffix) for suffix in _AN4_SUFFIXES)
-            _, text = texts.pop(name.name, (0, ""))
-            columns = {"speaker": name.parent.name, "split": split}
-            yield Entry(fileids, number, name.name, next((p for p in recordings if os.path.isfile(p)), path), text, columns)
+        convert = functools.partial(_an4_entry, by_split[split], options.directory / "wav", split, texts)
+        yield from entries_of(by_split[split], text_lines(by_split[split]), convert)
         for utterance, (number, _) in texts.items():
             yield Unusable(str(transcript), number, "has text but no recording", utterance)
+
+
+def _an4_entry(file: Path, wav: Path, split: str, texts: dict[str, tuple[int, str]], number: int, line: str) -> Iterator[Entry]:
+    """Yield the entry of a line of fileids; its text is removed from `texts`, (line, text) by utterance."""
+    name = PurePosixPath(line.strip())
+    if name.name:
+        path = path_below(wav, str(name))
+        found = (each for suffix in _AN4_SUFFIXES if os.path.isfile(each := path.with_name(path.name + suffix)))
+        _, text = texts.pop(name.name, (0, ""))
+        yield Entry(file, number, name.name, next(found, path), text, {"speaker": name.parent.name, "split": split})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of corpus is stored on disk."""
+
+    read: Callable[[CorpusOptions], Entries]
+    signs: tuple[str, ...]  # glob patterns: a folder in which one of them finds a file is taken for a corpus of this layout
+
+
+PUBLISHED = {
+    "librispeech": Layout(read_librispeech, ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt")),
+    "libriheavy": Layout(read_libriheavy, (f"{_CUTS}*.jsonl.gz", f"{_CUTS}*.jsonl")),
+    "common_voice": Layout(read_common_voice, ("validated.tsv",)),
+    "voxpopuli": Layout(read_voxpopuli, ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv")),
+    "an4": Layout(read_an4, ("etc/*.fileids",)),
+}

@@ -1,39 +1,26 @@
-"""Folders, tables and lines that corpora are made of, streamed. What is broken in them comes as `Unusable`, and reading goes on."""
+"""Streams tables, JSON Lines and text lines of a corpus, and lists its folders. Broken rows come as `Unusable`; reading continues."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, TypeVar, cast
 
 from most_ray.errors import DataError, RecordError, nearest
 from most_ray.io.json_stream import open_compressed, read_lines
+from most_ray.speech.corpora.entries import OUTSIDE, Entries, Entry, Unusable
+
+Row = TypeVar("Row")
 
 
-@dataclass(frozen=True)
-class Unusable:
-    """An entry that is no utterance.
-
-    Attributes:
-        file: where it stands: a table, a transcript or a recording.
-        index: line in that file from 1 (of JSON Lines: blank lines aside), 0 where the file itself is meant.
-        reason: goes on after "the entry".
-        id: what its utterance would have been called, where that is known.
-    """
-
-    file: str
-    index: int
-    reason: str
-    id: str | None = None
-
-
-def folders(root: Path) -> Iterator[tuple[Path, list[str]] | Unusable]:
-    """Every folder from `root` downwards with its sorted file names; hidden ones are left out, links are followed but not in circles."""
+def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]] | Unusable]:
+    """Yield every folder from `root` downwards with its sorted file names. Hidden ones are left out; links are followed, but not in
+    circles."""
     stack: list[tuple[Path, tuple[str, ...]]] = [(root, ())]
     while stack:
         folder, above = stack.pop()
@@ -41,7 +28,7 @@ def folders(root: Path) -> Iterator[tuple[Path, list[str]] | Unusable]:
         if real in above:
             continue
         try:
-            below, files = listing(folder)
+            below, files = list_folder(folder)
         except DataError as error:
             yield Unusable(str(folder), 0, error.rule.rstrip("."))
             continue
@@ -49,8 +36,8 @@ def folders(root: Path) -> Iterator[tuple[Path, list[str]] | Unusable]:
         stack += [(folder / name, (*above, real)) for name in reversed(below)]
 
 
-def listing(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the folders and of the files in `folder`, hidden ones left out.
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Sorted names of the folders and of the files in `folder`, without hidden ones.
 
     Raises:
         DataError: it cannot be listed.
@@ -67,33 +54,52 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(below), sorted(files)
 
 
-def within(folder: Path, relative: str) -> Path | None:
-    """The path of a name that a corpus gives, None where it climbs out of `folder`."""
+def path_below(folder: Path, relative: str) -> Path:
+    """The path of a name that a corpus gives, relative to `folder`.
+
+    Raises:
+        RecordError: the name leads out of the folder.
+    """
     normal = os.path.normpath(relative)
-    return None if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir else folder / normal
+    if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+        raise RecordError(OUTSIDE)
+    return folder / normal
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """`(line from 1, text)`; bytes that are not UTF-8 become lone surrogates, so that only their entry is lost.
+def check_utf8(path: Path) -> None:
+    """Read a whole table before its first row is used, so that no hour's work is lost to its last row.
+
+    Raises:
+        DataError: it is not UTF-8, or cannot be read.
+    """
+    done = 0
+    with _readable(path), path.open("rb") as stream:
+        for line in stream:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(path.name, str(path), f"is not UTF-8 at byte {done + error.start}.", "Save it as UTF-8.") from error
+            done += len(line)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield `(line number from 1, text)`. Bytes that are not UTF-8 become lone surrogates, so that only their entry is lost.
 
     Raises:
         DataError: the file cannot be read.
     """
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line.rstrip("\r\n")
-    except OSError as error:
-        raise DataError(path.name, str(path), f"cannot be read ({error.strerror or error}).", "Check its permissions.") from error
+    with _readable(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            yield number, line.rstrip("\r\n")
 
 
-def tabbed(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """`(line, cells)` where quotes mean nothing. The csv module would stop at a carriage return inside a cell."""
-    return ((number, line.split("\t")) for number, line in lines_of(path) if line)
+def tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield `(line number, cells)` of a table whose quotes mean nothing. (The csv module would stop at a carriage return in a cell.)"""
+    return ((number, line.split("\t")) for number, line in text_lines(path) if line)
 
 
-def quoted(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """`(line at which the row ends, cells)` of a table with CSV's quoting; `.gz` is decompressed.
+def csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield `(number of a row's last line, cells)` of a table with CSV's quoting; `.gz` is decompressed.
 
     Raises:
         DataError: the file cannot be read, or its quotes do not match.
@@ -105,22 +111,20 @@ def quoted(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             try:
                 yield from ((reader.line_num, cells) for cells in reader if cells)
             except csv.Error as error:
-                uri = f"{path}:{reader.line_num}"
-                raise DataError(path.name, uri, f"is not CSV ({error}).", "Look for a quote that is not closed.") from error
+                line = f"{path}:{reader.line_num}"
+                raise DataError(path.name, line, f"is not CSV ({error}).", "Look for a quote that is not closed.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(path.name, str(path), f"cannot be read ({error}).", "Check its permissions, and whether it is whole.") from error
 
 
-def with_header(
-    path: Path, rows: Iterable[tuple[int, list[str]]], *needed: Sequence[str]
-) -> Iterator[tuple[int, dict[str, str]] | Unusable]:
-    """Rows by column. Missing cells at a row's end are left out.
+def dict_rows(path: Path, rows: Iterable[tuple[int, list[str]]], *needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]] | Unusable]:
+    """Yield `(number, cells by column)` of a table whose first row is the header. Cells missing at a row's end are left out.
 
     Args:
         needed: columns that must be there, each with its other spellings.
 
     Raises:
-        DataError: one of them is not.
+        DataError: a needed column is missing.
     """
     rows = iter(rows)
     _, header = next(rows, (0, []))
@@ -134,27 +138,43 @@ def with_header(
             yield number, dict(zip(header, cells, strict=False))
 
 
-def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Unusable]:
-    """`(number from 1, object)` of JSON Lines, gzipped where the name ends so.
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Unusable]:
+    """Yield `(number from 1, object)` of JSON Lines, gzipped where the name ends in .gz.
 
     Raises:
         DataError: the file cannot be read.
     """
-    try:
-        with path.open("rb") as stream:
-            content = open_compressed(stream) if path.suffix == ".gz" else stream
-            for number, (_, value) in enumerate(read_lines(content), start=1):
-                if isinstance(value, dict):
-                    yield number, value
-                else:
-                    reason = str(value) if isinstance(value, RecordError) else f"is a JSON {type(value).__name__}, not an object"
-                    yield Unusable(str(path), number, reason)
-    except OSError as error:
-        raise DataError(path.name, str(path), f"cannot be read ({error.strerror or error}).", "Check its permissions.") from error
+    with _readable(path), path.open("rb") as stream:
+        content = open_compressed(stream) if path.suffix == ".gz" else stream
+        for number, (_, value) in enumerate(read_lines(content), start=1):
+            if isinstance(value, dict):
+                yield number, value
+            else:
+                reason = str(value) if isinstance(value, RecordError) else f"is a JSON {type(value).__name__}, not an object"
+                yield Unusable(str(path), number, reason)
 
 
-def seconds(value: object, least: float = 0.0) -> float | None:
-    """A number of seconds >= `least` and below four months, from a number or its text; None where it is none."""
+def entries_of(
+    path: Path,
+    rows: Iterable[tuple[int, Row] | Unusable],
+    convert: Callable[[int, Row], Iterable[Entry]],
+    id_of: Callable[[Row], str | None] = lambda _: None,
+) -> Entries:
+    """Convert the rows of the table `path` to entries; where `convert(number, row)` raises RecordError, its message is the reason of an
+    `Unusable`, and `id_of(row)` its id."""
+    for item in rows:
+        if isinstance(item, Unusable):
+            yield item
+            continue
+        number, row = item
+        try:
+            yield from convert(number, row)
+        except RecordError as error:
+            yield Unusable(str(path), number, str(error), id_of(row))
+
+
+def parse_seconds(value: object, least: float = 0.0) -> float | None:
+    """A number of seconds of at least `least` and below four months, from a number or its text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -162,3 +182,11 @@ def seconds(value: object, least: float = 0.0) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if least <= number < 1e7 else None  # false for NaN
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(path.name, str(path), f"cannot be read ({error.strerror or error}).", "Check its permissions.") from error
