@@ -1,4 +1,4 @@
-"""Text to token ids in batches, each word tokenised once where that cannot change an id."""
+"""Tokenises texts in batches; where that cannot change an id, each distinct word is tokenised once and its ids are cached."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from most_ray.errors import CheckpointError
 
 
 class BatchTokenizer:
-    """Text to ids in batches. Marker spellings inside a user's text stay text. Picklable, so that ingest tasks can carry it.
+    """Tokenises texts. Marker spellings inside a text stay text. Picklable, so that it can be sent to ingest tasks.
 
-    Tokenizers cut a text before they look for tokens, and most never join what a single space divides. Where this one's parts are
-    known not to (`divides_at_spaces`), and probes agree, the ids of words are kept: most words come again and again, and a text is put
-    together several times as fast as it is tokenised.
+    Tokenizers split a text before they look for tokens, and most never make a token across a single space. Where this one's parts are
+    known not to (`splits_at_spaces`), and sample texts confirm it, the ids of words are cached: most words recur, and joining cached
+    ids is several times as fast as tokenising.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -34,24 +34,29 @@ class BatchTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._digest = hashlib.blake2b(self._tokenizer.to_str().encode(), digest_size=16).digest()
-        self._known = _known_words(self._digest)
-        self._many_new = True  # of the last texts, so likely of the next: then all are searched for new words before any is put together
-        if self._known.divisible is None:
-            self._known.divisible = divides_at_spaces(self._tokenizer) and self._agrees(_PROBES)
-        self._by_words = self._known.divisible
+        self._cache = _word_cache(self._digest)
+        self._many_new = True  # words in the last texts, so likely in the next ones: then new words are tokenised first
+        if self._cache.usable is None:
+            self._cache.usable = splits_at_spaces(self._tokenizer) and self._agrees(_PROBES)
+        self._by_words = self._cache.usable
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_known"}
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._known = _known_words(self._digest)
+        self._cache = _word_cache(self._digest)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text.
+
+        Raises:
+            CheckpointError: the ids of words do not add up to those of a whole text, against all that is known of the tokenizer.
+        """
         if not self._by_words:
             return self._whole(texts)
         sample = texts[:: max(1, len(texts) // _SAMPLES)]
-        if not self._agrees(sample):  # what was made so far may be wrong too: no part of a store may be
+        if not self._agrees(sample):  # an error, not a fallback: ids returned before may be wrong too, and no part of a store may be
             raise CheckpointError("tokenizer", None, "gives other ids for whole texts than for their words, which it was thought not to.")
         return self._words(texts)
 
@@ -62,40 +67,43 @@ class BatchTokenizer:
         return self._words(texts) == self._whole(texts)
 
     def _words(self, texts: Sequence[str]) -> list[list[int]]:
-        first, later = self._known.first, self._known.later
+        first, later = self._cache.first, self._cache.later
         if len(later) > _CACHED_WORDS:
             first.clear()
             later.clear()
         known = later.__getitem__
         ids: list[list[int]] = []
-        rest: list[tuple[int, list[str] | None]] = []  # texts with words that are new, or that cannot be divided
-        all_words = [_divide(text) for text in texts]
+        rest: list[tuple[int, list[str] | None]] = []  # texts with new words, or that cannot be split into words
+        all_words = [_split_words(text) for text in texts]
         size = len(later)
         if self._many_new:
-            self._learn_from([words for words in all_words if words])
-        for place, words in enumerate(all_words):
+            self._add_words([words for words in all_words if words])
+        for index, words in enumerate(all_words):
             try:
                 ids.append([] if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))])
             except KeyError:
                 ids.append([])
-                rest.append((place, words))
+                rest.append((index, words))
             else:
                 if words is None:
-                    rest.append((place, None))
-        self._learn_from([words for _, words in rest if words])
+                    rest.append((index, None))
+        self._add_words([words for _, words in rest if words])
         self._many_new = len(later) - size > len(texts) // 4
-        whole = iter(self._whole([texts[place] for place, words in rest if words is None]))
-        for place, words in rest:
-            ids[place] = next(whole) if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))]
+        whole = iter(self._whole([texts[index] for index, words in rest if words is None]))
+        for index, words in rest:
+            ids[index] = next(whole) if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))]
         return ids
 
-    def _learn_from(self, divided: Sequence[list[str]]) -> None:
-        self._learn(self._known.first, {words[0] for words in divided}, "")
-        self._learn(self._known.later, set(chain.from_iterable(words[1:] for words in divided)), " ")
+    def _add_words(self, split_texts: Sequence[list[str]]) -> None:
+        self._tokenise_new(self._cache.first, {words[0] for words in split_texts}, "")
+        self._tokenise_new(self._cache.later, set(chain.from_iterable(words[1:] for words in split_texts)), " ")
 
-    def _learn(self, known: dict[str, list[int]], words: set[str], before: str) -> None:
-        """Tokenise words that are new, many as one text: a call for each would cost several times as much. Not those that end in a
-        space, which may make a token with the next."""
+    def _tokenise_new(self, known: dict[str, list[int]], words: set[str], before: str) -> None:
+        """Add the words that `known` lacks, each tokenised with `before` in front of it.
+
+        Many are tokenised as one text, since a call for each would cost several times as much; words that end in white space are
+        tokenised alone, since their last token may depend on what follows.
+        """
         new = sorted(words - known.keys())
         alone = [word for word in new if not before or word[-1].isspace()]
         known |= zip(alone, self._whole([before + word for word in alone]), strict=True)
@@ -111,25 +119,26 @@ class BatchTokenizer:
 
 
 @dataclass
-class _Known:
-    """The ids of words that a text begins with, of words that stand behind a space, and whether texts may be put together from them (None:
-    not tried yet)."""
+class _WordCache:
+    """Token ids of words."""
 
-    first: dict[str, list[int]] = field(default_factory=dict)
-    later: dict[str, list[int]] = field(default_factory=dict)
-    divisible: bool | None = None
+    first: dict[str, list[int]] = field(default_factory=dict)  # of words at the start of a text
+    later: dict[str, list[int]] = field(default_factory=dict)  # of words after a space
+    usable: bool | None = None  # whether the ids of a text are those of its words; None: not tried yet
 
 
 @lru_cache(maxsize=4)
-def _known_words(digest: bytes) -> _Known:
-    """What this process knows of a tokenizer: the tasks that it runs one after the other share it."""
+def _word_cache(digest: bytes) -> _WordCache:
+    """The cache of the tokenizer with this digest, which all ingest tasks that run in this process share."""
     del digest
-    return _Known()
+    return _WordCache()
 
 
-def _divide(text: str) -> list[str] | None:
-    """The words between single spaces; None where the text is not plain enough to be sure of them. Other white space stays inside a
-    word, and so does a space at the very end."""
+def _split_words(text: str) -> list[str] | None:
+    """The words between single spaces; None for a text that is not plain enough to be sure of them.
+
+    Other white space stays inside a word, and so does a space at the very end.
+    """
     if not text.isascii() or "  " in text or not text or text[0] == " ":
         return None
     words = text.split(" ")
@@ -143,7 +152,7 @@ def _divide(text: str) -> list[str] | None:
 
 
 def _probes(n: int = 400) -> list[str]:
-    """Texts of every printable character beside every other across a space, and of words of every kind; always the same."""
+    """Texts to try a tokenizer on: each printable character next to each other across a space, and words of every kind. Always equal."""
     kinds = (string.ascii_lowercase, string.ascii_uppercase, string.ascii_letters, string.digits, string.punctuation, string.printable[:94])
     draw = random.Random(0)
     words = ["".join(draw.choices(draw.choice(kinds), k=draw.randint(1, 8))) for _ in range(8 * n)]
@@ -156,36 +165,39 @@ def _probes(n: int = 400) -> list[str]:
 
 _PROBES = _probes()
 _SAMPLES = 2  # texts of each batch that are tokenised both ways
-_CACHED_WORDS = 1 << 19
+_CACHED_WORDS = 1 << 19  # a fuller cache is emptied
 _TOGETHER = 256  # new words that are tokenised as one text
 
 
-_LOCAL_NORMALISERS = ("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "BertNormalizer")  # of ASCII, each character by itself
-_CUTTERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts")
+_LOCAL_NORMALISERS = ("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "BertNormalizer")  # change each ASCII character by itself
+_SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts")
 
 
-def divides_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer is of parts that cannot join what a single space divides, nor change it for what stands beyond the space.
-    Where in doubt: no."""
+def splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether all parts of a tokenizer are known to split at single spaces, and to treat a word the same whatever is beyond the space.
+
+    False where in doubt.
+    """
     content = json.loads(tokenizer.to_str())
-    cutters = list(_parts_of(content.get("pre_tokenizer"), "pretokenizers"))
+    splitters = list(_parts_of(content.get("pre_tokenizer"), "pretokenizers"))
     normalisers = list(_parts_of(content.get("normalizer"), "normalizers"))
     return (
         all(part["type"] in _LOCAL_NORMALISERS for part in normalisers)
-        and bool(cutters)
-        and all(part["type"] in _CUTTERS and _names_no_space(part) for part in cutters)
-        and not any(_reaches_out(token) for token in content.get("added_tokens", []))
-        and all(_cut_at_spaces(tokenizer, text) for text in _PROBES)
+        and bool(splitters)
+        and all(part["type"] in _SPLITTERS and _keeps_spaces_apart(part) for part in splitters)
+        and not any(_spans_words(token) for token in content.get("added_tokens", []))
+        and all(_is_split_at_spaces(tokenizer, text) for text in _PROBES)
     )
 
 
-def _cut_at_spaces(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the text is cut before each of its single spaces."""
+def _is_split_at_spaces(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether the pre-tokenizer splits the text before each of its single spaces."""
     cuts = set(chain.from_iterable(span for _, span in tokenizer.pre_tokenizer.pre_tokenize_str(text)))
-    return all(place in cuts for place in range(1, len(text) - 1) if text[place] == " " and not text[place + 1].isspace())
+    return all(i in cuts for i in range(1, len(text) - 1) if text[i] == " " and not text[i + 1].isspace())
 
 
 def _parts_of(part: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]]:
+    """The parts of a normaliser or pre-tokenizer; those of a sequence are listed under `name`."""
     if part and part["type"] == "Sequence":
         for inner in part[name]:
             yield from _parts_of(inner, name)
@@ -193,9 +205,12 @@ def _parts_of(part: dict[str, Any] | None, name: str) -> Iterator[dict[str, Any]
         yield part
 
 
-def _names_no_space(part: dict[str, Any]) -> bool:
-    """Of a pre-tokenizer. A regular expression may name a space only as something optional in front, and white space only by itself;
-    whether its classes join words is seen from probes of every character beside every other."""
+def _keeps_spaces_apart(part: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer names no space that could be inside a piece.
+
+    A regular expression may have a space only as something optional in front, and white space only by itself; whether its character
+    classes join words is seen from the probes of each character next to each other.
+    """
     if part["type"] != "Split":
         return not part.get("add_prefix_space", False)
     pattern = part["pattern"].get("Regex")
@@ -207,8 +222,8 @@ def _names_no_space(part: dict[str, Any]) -> bool:
     return " " not in plain and "\\s" not in plain and "(?<" not in plain
 
 
-def _reaches_out(token: dict[str, Any]) -> bool:
-    """Of an added token: special ones are not looked for in a user's text."""
+def _spans_words(token: dict[str, Any]) -> bool:
+    """Whether an added token could match more than one word. (Special tokens are not looked for in a user's text.)"""
     if token["special"]:
         return False
     return " " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]

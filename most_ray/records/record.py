@@ -1,7 +1,7 @@
-"""Records: the unit of training and evaluation data, in every JSON form that users have, streamed.
+"""Records, the units of training and evaluation data, checked and parsed from decoded JSON.
 
-`{"id", "instruction", "input", "output", "metadata"}`; speech is written as `[Hu7][Hu90]...`. The task follows from where the
-speech is: in the input (ASR), in the output (TTS), in neither (text).
+A record is `{"id", "instruction", "input", "output", "metadata"}`; speech is written as `[Hu7][Hu90]...`. The task follows from where
+the speech is: in the input (ASR), in the output (TTS), in neither (text).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from most_ray.errors import RecordError
 
 Task = Literal["asr", "tts", "text"]
 TASKS: tuple[Task, ...] = ("asr", "tts", "text")
-N_UNITS = 500
+N_UNITS = 500  # speech units in the vocabulary
 TTS_INSTRUCTION = "Convert the following text into speech."
 ASR_INSTRUCTION = "Transcribe the following speech into text."
 
@@ -32,12 +32,12 @@ _REQUIRED = ("id", "instruction", "input", "output")
 
 @dataclass(frozen=True)
 class Record:
-    """One example. `input` and `output` are text, or unit ids as an int32 array of shape (units,)."""
+    """One example."""
 
     id: str
     instruction: str
-    input: str | np.ndarray
-    output: str | np.ndarray
+    input: str | np.ndarray  # text, or unit ids, int32 (units,)
+    output: str | np.ndarray  # text, or unit ids, int32 (units,); at most one of the two is speech
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,15 +48,15 @@ class Record:
 
 
 def units_to_text(units: Iterable[int]) -> str:
-    """Unit ids as `[Hu7][Hu90]...`."""
+    """Write unit ids as `[Hu7][Hu90]...`."""
     return "".join(f"[Hu{unit}]" for unit in units)
 
 
 def parse_units(text: str) -> np.ndarray:
-    """`[Hu7][Hu90]...` as int32 unit ids, shape (units,).
+    """Parse `[Hu7][Hu90]...` to unit ids, int32 (units,).
 
     Raises:
-        RecordError: something else stands between the units, or a unit lies outside 0..499.
+        RecordError: there is other text between the units, or a unit is outside 0..499.
     """
     if not _UNITS_ONLY.fullmatch(text):
         raise RecordError("mixes speech units with other text")
@@ -68,30 +68,35 @@ def parse_units(text: str) -> np.ndarray:
 
 
 def _unit_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What recognises a unit by the eight bytes that end with its "]", (4096,) each, by the low nibbles of the three bytes before that:
-    the unit, int32; the bytes of "[HuN]" in the place where they stand, and which of the eight they are, uint64; how many, int64.
+    """Tables that recognise a unit by the eight bytes that end with its "]".
 
-    The nibbles of "Hu7", "u12" and "123" never meet: "u" and "H" have 5 and 8, and no unit begins with 5 or 8 hundred.
+    Each has shape (4096,) and is indexed by the low nibbles of the three bytes before the "]". No two units share an index: the nibbles
+    of "u" and "H" are 5 and 8, and no unit begins with 5 or 8 hundred ("Hu7", "u12" and "123" are the three cases).
+
+    Returns:
+        The unit, int32; the length of "[HuN]", int64; its bytes, right-aligned in a little-endian uint64; a mask of these bytes, uint64.
     """
     unit_of, size = np.zeros(4096, np.int32), np.ones(4096, np.int64)
-    spelled, mask = np.full(4096, 1, np.uint64), np.zeros(4096, np.uint64)  # where there is no unit, 0 == 1 refuses it
+    spelled, mask = np.full(4096, 1, np.uint64), np.zeros(4096, np.uint64)  # where there is no unit, 0 == 1 rejects the bytes
     for unit in range(N_UNITS):
         text = f"[Hu{unit}]".encode()
-        place = (text[-4] & 15) << 8 | (text[-3] & 15) << 4 | (text[-2] & 15)
-        unit_of[place], size[place] = unit, len(text)
-        spelled[place] = int.from_bytes(text.rjust(8, b"\0"), "little")
-        mask[place] = int.from_bytes((b"\xff" * len(text)).rjust(8, b"\0"), "little")
+        index = (text[-4] & 15) << 8 | (text[-3] & 15) << 4 | (text[-2] & 15)
+        unit_of[index], size[index] = unit, len(text)
+        spelled[index] = int.from_bytes(text.rjust(8, b"\0"), "little")
+        mask[index] = int.from_bytes((b"\xff" * len(text)).rjust(8, b"\0"), "little")
     return unit_of, size, spelled, mask
 
 
 _UNIT_OF, _SIZE, _SPELLED, _MASK = _unit_tables()
-_GATHER = np.uint64(1 | 1 << 12 | 1 << 24)  # times three nibbles a byte apart: the three side by side, from bit 16 on
-_AT_ONCE = 1 << 16  # characters: what a cache holds with all that is made of them
+_GATHER = np.uint64(1 | 1 << 12 | 1 << 24)  # multiplied with three nibbles a byte apart, it puts them side by side from bit 16 on
+_AT_ONCE = 1 << 16  # characters parsed together: they and all arrays computed from them fit into a CPU's cache
 
 
 def parse_units_batch(texts: Sequence[str]) -> list[np.ndarray | RecordError]:
-    """`[Hu7][Hu90]...` of many records as int32 unit ids, (units,) each: `parse_units`, thirty times as fast where units stand in a row
-    without spaces or leading zeros; the others go through `parse_units` one by one."""
+    """Parse the `[Hu7][Hu90]...` of many records: for each text the result of `parse_units`, or the error that it raises.
+
+    Thirty times as fast as `parse_units` for texts without spaces and leading zeros; other texts go through it one by one.
+    """
     results: list[np.ndarray | RecordError] = []
     start = size = 0
     for index, text in enumerate(texts):
@@ -103,15 +108,13 @@ def parse_units_batch(texts: Sequence[str]) -> list[np.ndarray | RecordError]:
 
 
 def _parse_chunk(texts: Sequence[str]) -> list[np.ndarray | RecordError]:
-    """All at once where all are plain, else each by itself."""
-    units = _parse_plain(texts)
-    if units is not None:
+    if (units := _parse_plain(texts)) is not None:
         return list(units)
     return [u[0] if (u := _parse_plain([text])) else _parse_slowly(text) for text in texts]
 
 
 def _parse_plain(texts: Sequence[str]) -> list[np.ndarray] | None:
-    """The units where the texts are nothing but whole units: each one's bytes are right, and their sizes make up the texts'."""
+    """The units of texts that consist of whole units alone (each one's bytes match, and their lengths add up to the texts'); else None."""
     joined = "".join(texts)
     if not joined.isascii() or not all(texts):
         return None
@@ -119,15 +122,15 @@ def _parse_plain(texts: Sequence[str]) -> list[np.ndarray] | None:
     closing = np.frombuffer(padded, np.uint8)[7:] == ord("]")
     eight = np.ndarray((len(joined),), "<u8", padded, 0, (1,))[closing]  # up to each bracket
     nibbles = (eight >> np.uint64(32)) & np.uint64(0x0F0F0F)
-    place = ((nibbles * _GATHER >> np.uint64(16)) & np.uint64(0xFFF)).view(np.int64)
-    if not len(place) or not ((eight & _MASK.take(place)) == _SPELLED.take(place)).all():
+    index = ((nibbles * _GATHER >> np.uint64(16)) & np.uint64(0xFFF)).view(np.int64)
+    if not len(index) or not ((eight & _MASK.take(index)) == _SPELLED.take(index)).all():
         return None
-    reached = _SIZE.take(place).cumsum()
+    reached = _SIZE.take(index).cumsum()
     ends = np.cumsum([len(text) for text in texts])
     last = reached.searchsorted(ends)
     if reached[-1] != ends[-1] or (reached.take(last) != ends).any():
         return None
-    units = _UNIT_OF.take(place)
+    units = _UNIT_OF.take(index)
     return [units[a:b] for a, b in pairwise([0, *(last + 1).tolist()])]
 
 
@@ -139,11 +142,11 @@ def _parse_slowly(text: str) -> np.ndarray | RecordError:
 
 
 def parse_record(raw: object) -> Record:
-    """Check one decoded JSON value and make a Record of it.
+    """Check one decoded JSON value and convert it to a Record.
 
     Raises:
-        RecordError: a field is missing or of the wrong type, the output is empty, a unit is out of range, or speech stands on
-            both sides.
+        RecordError: a field is missing or of the wrong type, the output is empty, a unit is out of range, or there is speech on both
+            sides.
     """
     record = parse_records([raw])[0]
     if isinstance(record, RecordError):
@@ -152,17 +155,21 @@ def parse_record(raw: object) -> Record:
 
 
 def parse_records(raws: Sequence[object]) -> list[Record | RecordError]:
-    """Check decoded JSON values; in each one's place a Record, or the reason why it is none. The units of all are parsed at once."""
+    """Check decoded JSON values and convert each to a Record, or to the error that says why it is not one.
+
+    The units of all of them are parsed together.
+    """
     checked = [_check_fields(raw) for raw in raws]
     sides = [(i, side) for i, c in enumerate(checked) if not isinstance(c, RecordError) for side in ("input", "output") if "[Hu" in c[side]]
     units = dict(zip(sides, parse_units_batch([checked[i][side] for i, side in sides]), strict=True))  # type: ignore[index]
     return [
-        c if isinstance(c, RecordError) else _finish(c, units.get((i, "input")), units.get((i, "output"))) for i, c in enumerate(checked)
+        c if isinstance(c, RecordError) else _with_units(c, units.get((i, "input")), units.get((i, "output")))
+        for i, c in enumerate(checked)
     ]
 
 
 def _check_fields(raw: object) -> dict[str, Any] | RecordError:
-    """The raw record where every field is there and of its type."""
+    """The raw record if it has every field, of the right type; else what is wrong with it."""
     if isinstance(raw, RecordError):
         return raw
     if not isinstance(raw, dict):
@@ -183,17 +190,19 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
     return raw
 
 
-def _finish(raw: dict[str, Any], heard: np.ndarray | RecordError | None, spoken: np.ndarray | RecordError | None) -> Record | RecordError:
-    """A record with its units in place of their text."""
-    for name, units in (("input", heard), ("output", spoken)):
+def _with_units(
+    raw: dict[str, Any], input_units: np.ndarray | RecordError | None, output_units: np.ndarray | RecordError | None
+) -> Record | RecordError:
+    """The Record of a raw one; units, where a side has any, replace its text."""
+    for name, units in (("input", input_units), ("output", output_units)):
         if isinstance(units, RecordError):
             return RecordError(f"field {name!r} {units}")
-    if heard is not None and spoken is not None:
+    if input_units is not None and output_units is not None:
         return RecordError("has speech in both input and output")
-    if spoken is not None and not raw["input"].strip():
+    if output_units is not None and not raw["input"].strip():
         return RecordError("has speech to produce but an empty input")
     record_id = raw["id"] if isinstance(raw["id"], str) else json.dumps(raw["id"])
-    sides = (raw["input"] if heard is None else heard, raw["output"] if spoken is None else spoken)
+    sides = (raw["input"] if input_units is None else input_units, raw["output"] if output_units is None else output_units)
     return Record(record_id, raw["instruction"], *sides, raw.get("metadata") or {})  # type: ignore[arg-type]
 
 
@@ -208,7 +217,12 @@ def _encodable(text: str) -> bool:
 
 
 def asr_to_tts(raw: Mapping[str, Any], dataset: str, timestamp: dt.datetime) -> dict[str, Any]:
-    """An ASR record (JSON object) as the TTS record of the same utterance: sides swapped, `tts_` before the id, metadata kept."""
+    """Convert an ASR record (JSON object) to the TTS record of the same utterance: sides swapped, `tts_` before the id, metadata kept.
+
+    Args:
+        dataset: name of the data set, for the metadata.
+        timestamp: time of the conversion, for the metadata.
+    """
     return {
         "id": f"tts_{raw['id']}",
         "instruction": TTS_INSTRUCTION,
@@ -225,6 +239,6 @@ def asr_to_tts(raw: Mapping[str, Any], dataset: str, timestamp: dt.datetime) -> 
 
 
 def units_hash(manifest: Mapping[str, Any]) -> str:
-    """Digest of what makes units mean the same: the `identity` part of a units manifest."""
+    """Hash of a units manifest's `identity`: records whose hashes are equal have units of the same meaning."""
     identity = json.dumps(manifest.get("identity", manifest), sort_keys=True)
     return hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()

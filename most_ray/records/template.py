@@ -1,10 +1,10 @@
-"""The one prompt template: record -> token ids and labels, for ingest, training, validation and decoding alike.
+"""The prompt template: records to token ids and labels, the same one for ingest, training, validation and decoding.
 
     <bos> "User: {instruction}\\n{input}\\n\\nAssistant: " {output} <end>
 
-Speech is its unit tokens; on the input side it stands between the audio markers. A spoken output begins with the begin-of-audio
-marker as part of the prompt and ends with the end-of-audio marker; a text output ends with the end-of-sentence marker. The
-supervised tokens are the output and that end marker.
+Speech is written as its unit tokens; on the input side it is enclosed in the audio markers. A spoken output begins with the
+begin-of-audio marker, which is part of the prompt, and ends with the end-of-audio marker; a text output ends with the end-of-sentence
+marker. The supervised tokens are the output and its end marker.
 """
 
 from __future__ import annotations
@@ -34,51 +34,54 @@ _PIECES = {
 
 
 def template_hash() -> str:
-    """Identifies the template; stored with token stores and checkpoints, where a mismatch is refused."""
+    """Hash of the template; token stores and checkpoints keep it, and one with another hash is refused."""
     return hashlib.blake2b(json.dumps(_PIECES, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the tokenizer's special tokens. Unit u is token `unit_base + u`."""
+    """Ids of the tokenizer's special tokens."""
 
     bos: int
     eos: int
     pad: int
     begin_audio: int
     end_audio: int
-    unit_base: int
+    unit_base: int  # of unit 0; unit u is token unit_base + u
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the template needs of a tokenizer: special ids, and text to ids in batches without adding or parsing any marker."""
+    """What the template needs of a tokenizer."""
 
     ids: TokenIds
-    encode: Callable[[Sequence[str]], list[list[int]]]
+    encode: Callable[[Sequence[str]], list[list[int]]]  # texts to ids; adds no marker, and marker spellings in a text stay text
     tokenizer_hash: str
 
     def fingerprint(self) -> dict[str, str]:
+        """Everything that the tokens of a record depend on, apart from the record."""
         return {"tokenizer": self.tokenizer_hash, "template": template_hash(), "ids": json.dumps(asdict(self.ids))}
 
 
 class EncodedRecord(NamedTuple):
-    """One record as tokens: `input_ids` int32 (tokens,); the first `prompt_length` of them are not supervised."""
+    """One record as tokens."""
 
-    input_ids: np.ndarray
-    prompt_length: int
+    input_ids: np.ndarray  # int32 (tokens,)
+    prompt_length: int  # tokens at the start that are not supervised
     task: Task
 
     def labels(self) -> np.ndarray:
-        """Labels aligned with input_ids (the model shifts), int32 (tokens,)."""
+        """Labels, int32 (tokens,), aligned with input_ids: the model shifts them."""
         labels = self.input_ids.copy()
         labels[: self.prompt_length] = IGNORE
         return labels
 
 
 def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[EncodedRecord]:
-    """Encode records, the distinct text pieces of all of them in one tokenizer call; units become ids by addition alone. The arrays
-    are views of one."""
+    """Encode records: the distinct text pieces of all of them in one tokenizer call, units by addition.
+
+    The returned arrays are views of one array.
+    """
     spelled = [template_texts(record) for record in records]
     distinct = list(dict.fromkeys(text for pieces in spelled for text in pieces))
     tokens = _arrays(distinct, vocabulary.encode(distinct))
@@ -106,14 +109,14 @@ def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[En
 
 
 def _arrays(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Ids as int32 arrays by their text, made in one go."""
+    """Ids by text, each int32 (tokens,), views of one array."""
     flat = np.fromiter(chain.from_iterable(ids), np.int32)
     ends = list(accumulate(map(len, ids), initial=0))
     return {text: flat[a:b] for text, (a, b) in zip(texts, pairwise(ends), strict=True)}
 
 
 def template_texts(record: Record) -> list[str]:
-    """The text pieces of a record as the template spells them, the output last where it is text: also what a tokenizer is trained on."""
+    """The text pieces of a record as the template spells them, the output last if it is text; a tokenizer is trained on these."""
     before = _PIECES["before_input"].format(instruction=record.instruction)
     if isinstance(record.input, str):
         texts = [before + record.input + _PIECES["after_input"]]
@@ -123,18 +126,17 @@ def template_texts(record: Record) -> list[str]:
 
 
 def split_prompt(text: str) -> tuple[str, str]:
-    """(instruction, input) of a prompt that holds only text, or of the part before the speech: what `template_texts` has spelled. An
-    instruction is taken to be one line."""
+    """Split a prompt of text alone, as `template_texts` spells it, into instruction and input. The instruction is taken to be one line."""
     body = text.removeprefix("User: ").removesuffix(_PIECES["after_input"])
     instruction, _, rest = body.partition("\n")
     return instruction, rest
 
 
 def units_of(token_ids: Sequence[int], ids: TokenIds) -> list[int]:
-    """The speech units among token ids."""
+    """The speech units among token ids, in their order."""
     return [token - ids.unit_base for token in token_ids if 0 <= token - ids.unit_base < N_UNITS]
 
 
 def task_index(task: Task) -> int:
-    """Stable number of a task, as stored in token stores and batches."""
+    """The number of a task in batches."""
     return TASKS.index(task)

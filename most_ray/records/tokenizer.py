@@ -1,4 +1,4 @@
-"""Tokenizers that hold text, speech units and audio markers: a small one of our own, or DeepSeek's with the units added."""
+"""Tokenizers of text, speech units and audio markers: a small one trained here, or a pretrained one with the units added."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AUDIO_TOKENS = (*(f"[Hu{unit}]" for unit in range(N_UNITS)), BEGIN_AUDIO, END_AU
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` text tokens (any text can be spelled), then 500 units and the audio markers."""
+    """Train a byte-level BPE of at most `vocab_size` text tokens, which encodes any text; the units and the audio markers follow."""
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def add_audio_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Append the units and markers that are not there yet, as special tokens behind the text vocabulary."""
+    """Append the units and audio markers that the tokenizer lacks, as special tokens after its vocabulary. Returns the tokenizer."""
     known = tokenizer.get_vocab()
     missing = [AddedToken(token, special=True, normalized=False) for token in AUDIO_TOKENS if token not in known]
     tokenizer.add_tokens(missing, special_tokens=True)
@@ -45,19 +45,16 @@ def add_audio_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
-    """Where the special tokens and units stand.
+    """The ids of the special tokens and of the units.
 
     Raises:
-        CheckpointError: a marker or a unit is missing, or the units are not in one run.
+        CheckpointError: a marker or a unit is missing, or the units' ids are not consecutive.
     """
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in AUDIO_TOKENS if token not in vocabulary]
     if missing:
         raise CheckpointError(
-            "tokenizer",
-            missing[0],
-            f"is not in the vocabulary ({len(missing)} audio tokens are missing).",
-            "Use init-model first.",
+            "tokenizer", missing[0], f"is not in the vocabulary ({len(missing)} audio tokens are missing).", "Use init-model first."
         )
     base = vocabulary["[Hu0]"]
     if any(vocabulary[f"[Hu{unit}]"] != base + unit for unit in range(N_UNITS)):
@@ -69,17 +66,17 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
-    """What the template and ingest need of a tokenizer."""
+    """What the template and ingest need of a tokenizer, ready to be sent to other processes."""
     content = tokenizer.backend_tokenizer.to_str().encode()
     digest = hashlib.blake2b(content, digest_size=8).hexdigest()
     return Vocabulary(token_ids(tokenizer), BatchTokenizer(tokenizer), digest)
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model directory.
+    """Load the tokenizer of a model directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it has none that can be loaded.
     """
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""`most-ray prepare tts`: ASR records to TTS records, one directory or many."""
+"""`most-ray prepare tts`: converts directories of ASR records to TTS records."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ _FORM = "An entry is {dataset_name, input_dir, output_dir, file_pattern}; the la
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `prepare tts` is asked for. Without a name, the data set is called as its directory."""
+    """One directory to convert."""
 
-    input_dir: Path
-    output_dir: Path
-    dataset_name: str | None = None
-    file_pattern: str = "*"
+    input_dir: Path  # of ASR records
+    output_dir: Path  # for the TTS records
+    dataset_name: str | None = None  # for the records' metadata; None: the name of input_dir
+    file_pattern: str = "*"  # shell pattern of the files to convert
 
 
 def read_conversions(path: Path) -> list[Conversion]:
-    """The conversions of a configuration file in the original's form: a JSON list of {"dataset_name", "input_dir", "output_dir",
-    "file_pattern"}, or one such object. Paths are taken from where the command runs.
+    """Read a JSON list of {"dataset_name", "input_dir", "output_dir", "file_pattern"}, or one such object, the original MoST's form.
+
+    Relative paths are relative to the folder that the command runs in.
 
     Raises:
-        ConfigError: it cannot be read, or has another form.
+        ConfigError: the file cannot be read, or has another form.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -50,9 +51,9 @@ def read_conversions(path: Path) -> list[Conversion]:
             raise ConfigError("config", str(path), f"entry {index} is a JSON {type(entry).__name__}.", _FORM)
         for key, given in entry.items():
             if key not in Conversion.__dataclass_fields__:
-                raise ConfigError(key, given, f"is no key of entry {index}.", nearest(key, Conversion.__dataclass_fields__))
+                raise ConfigError(key, given, f"is not a key of entry {index}.", nearest(key, Conversion.__dataclass_fields__))
             if not isinstance(given, str):
-                raise ConfigError(key, given, f"of entry {index} is no string.")
+                raise ConfigError(key, given, f"of entry {index} is not a string.")
         if missing := [key for key in ("input_dir", "output_dir") if not entry.get(key)]:
             raise ConfigError(missing[0], None, f"is missing in entry {index} of {path}.", _FORM)
         given = {key: entry[key] for key in ("dataset_name", "file_pattern") if entry.get(key)}
@@ -64,48 +65,52 @@ def read_conversions(path: Path) -> list[Conversion]:
 
 
 def prepare_tts(conversion: Conversion) -> dict[str, int]:
-    """TTS records of a directory's ASR records, a file for each file, with the units manifest and what else goes with the units beside
-    them. Memory does not grow with the files. Records that are no good ASR records go to rejected.jsonl.
+    """Convert a directory's ASR records to TTS records, file by file, and copy the units manifest and the other ASSET_FILES.
 
-    Running it again gives the same files: the conversion's time stamp is the source file's.
+    Memory does not grow with the files. Records that are not valid ASR records go to rejected.jsonl. Running it again gives the same
+    files: the conversion's time stamp is the source file's.
+
+    Returns:
+        Counts: records, rejected, files.
 
     Raises:
-        DataError: no record files, or none with an ASR record.
+        ConfigError: the output directory is the input directory or inside it.
+        DataError: there are no record files, or no ASR record in them.
     """
     output = conversion.output_dir
-    _check_apart(conversion)
+    _check_separate(conversion)
     entries = record_files(conversion.input_dir, conversion.file_pattern)
     targets = _targets(entries, output)
     output.mkdir(parents=True, exist_ok=True)
     name = conversion.dataset_name or conversion.input_dir.absolute().name
     counts = {"records": 0, "rejected": 0, "files": 0}
-    aside = output / ".rejected.jsonl.tmp"
-    with aside.open("w", encoding="utf-8") as rejected:
+    rejected_path = output / ".rejected.jsonl.tmp"
+    with rejected_path.open("w", encoding="utf-8") as rejected:
         for target, entry in targets.items():
             path = storage.local(entry.uri)
             target.parent.mkdir(parents=True, exist_ok=True)
             counts["records"] += _write(_unfinished(target), _converted(path, name, rejected, counts))
             counts["files"] += 1
-    if counts["records"] == 0:  # what an earlier command has made stays
+    if counts["records"] == 0:  # what an earlier command wrote stays
         for target in targets:
             _unfinished(target).unlink()
-        aside.replace(output / REJECTED)
+        rejected_path.replace(output / REJECTED)
         reason = f"holds no ASR record; {counts['rejected']} others are in {output / 'rejected.jsonl'}."
         raise DataError("input_dir", str(conversion.input_dir), reason)
     (output / UNFINISHED).touch()
-    for old in _made_before(output) - {target.relative_to(output).as_posix() for target in targets}:
+    for old in _converted_before(output) - {target.relative_to(output).as_posix() for target in targets}:
         (output / old).unlink(missing_ok=True)
     for target in targets:
         _unfinished(target).replace(target)
-    aside.replace(output / REJECTED)
+    rejected_path.replace(output / REJECTED)
     if not counts["rejected"]:
         (output / REJECTED).unlink()
     root = conversion.input_dir if conversion.input_dir.is_dir() else conversion.input_dir.parent
-    for beside in ASSET_FILES:
-        if (root / beside).exists():
-            shutil.copyfile(root / beside, output / beside)
+    for asset in ASSET_FILES:
+        if (root / asset).exists():
+            shutil.copyfile(root / asset, output / asset)
         else:
-            (output / beside).unlink(missing_ok=True)
+            (output / asset).unlink(missing_ok=True)
     names = sorted(target.relative_to(output).as_posix() for target in targets)
     (output / CONVERTED).write_text(json.dumps({"files": names}) + "\n", encoding="utf-8")
     (output / UNFINISHED).unlink()
@@ -113,10 +118,10 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
 
 
 def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, storage.Entry]:
-    """Where each file's records go.
+    """The source files by the file that their records are written to.
 
     Raises:
-        DataError: two go to one place.
+        DataError: two source files have the same target.
     """
     targets: dict[Path, storage.Entry] = {}
     for entry in entries:
@@ -130,8 +135,8 @@ def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, stora
     return targets
 
 
-def _made_before(output: Path) -> set[str]:
-    """Names of the files that an earlier conversion has written here."""
+def _converted_before(output: Path) -> set[str]:
+    """Names of the files that an earlier conversion wrote to this folder; none if it kept no valid list of them."""
     try:
         names = json.loads((output / CONVERTED).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,22 +144,22 @@ def _made_before(output: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and name.endswith(".jsonl.gz") and not {"..", "/"} & set(Path(name).parts)}
 
 
-def _check_apart(conversion: Conversion) -> None:
-    """Nothing of the input may be overwritten, and what is written must not be input the next time.
+def _check_separate(conversion: Conversion) -> None:
+    """Check that no input is overwritten, and that the output is not read as input the next time.
 
     Raises:
-        ConfigError: the output is the input's folder, or lies in it.
+        ConfigError: the output directory is the input directory or inside it.
     """
     source, output = (Path(os.path.realpath(uri)) for uri in (conversion.input_dir, conversion.output_dir))
     shown = str(conversion.output_dir)
     if output in (source, source.parent if source.is_file() else source):
         raise ConfigError("output_dir", shown, "is the input_dir: its records would be overwritten.", "Name another folder.")
     if source in output.parents:
-        raise ConfigError("output_dir", shown, "lies in the input_dir: its records would be read as input.", "Name another folder.")
+        raise ConfigError("output_dir", shown, "is inside the input_dir: its records would be read as input.", "Name another folder.")
 
 
 def _converted(path: Path, name: str, rejected: TextIO, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """The file's records as TTS records; others are told to `rejected` and counted."""
+    """Yield the file's ASR records as TTS records; others are written to `rejected` and counted."""
     stamp = dt.datetime.fromtimestamp(int(path.stat().st_mtime), tz=dt.UTC)
     for index, raw in read_raw(path):
         try:
@@ -171,7 +176,7 @@ def _converted(path: Path, name: str, rejected: TextIO, counts: dict[str, int]) 
 
 
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> int:
-    """JSON Lines, gzipped; the same records always give the same bytes. Returns their number."""
+    """Write gzipped JSON Lines; equal records always give equal bytes. Returns their number."""
     count = 0
     with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as sink:
         for record in records:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from most_ray.data.ingest import Part, Recipe, build_part
-from most_ray.records.batch_tokenizer import _known_words
+from most_ray.records.batch_tokenizer import _word_cache
 from most_ray.records.record import ASR_INSTRUCTION, Record, units_to_text
 from most_ray.records.template import template_texts
 from most_ray.records.tokenizer import train_tokenizer, vocabulary_of
@@ -104,12 +104,12 @@ class Bench:
 
     def ours(self, file: Path) -> Callable[[], None]:
         """Ours, in a process that knows no word yet."""
-        _known_words.cache_clear()
+        _word_cache.cache_clear()
         return self._part(file, Recipe("asr", vocabulary_of(self.tokenizer), 2048, "reject"))
 
     def later(self) -> Callable[[], None]:
         """The lines as the part behind another one that the same process has made: their common words are known."""
-        _known_words.cache_clear()
+        _word_cache.cache_clear()
         recipe = Recipe("asr", vocabulary_of(self.tokenizer), 2048, "reject")
         self._part(self.earlier, recipe)()
         return self._part(self.lines, recipe)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from most_ray.records.batch_tokenizer import BatchTokenizer, _known_words
+from most_ray.records.batch_tokenizer import BatchTokenizer, _word_cache
 from most_ray.records.tokenizer import BOS, EOS, PAD, add_audio_tokens, train_tokenizer
 
 SENTENCES = [
@@ -128,9 +128,9 @@ def test_an_encoder_travels_without_its_words() -> None:
     expected = encoder(SENTENCES)
     sent = pickle.dumps(encoder)
     again = pickle.loads(sent)
-    assert again._known is encoder._known and again(SENTENCES) == expected
-    _known_words.cache_clear()
-    assert not pickle.loads(sent)._known.later and pickle.loads(sent)(SENTENCES) == expected
+    assert again._cache is encoder._cache and again(SENTENCES) == expected
+    _word_cache.cache_clear()
+    assert not pickle.loads(sent)._cache.later and pickle.loads(sent)(SENTENCES) == expected
 
 
 def test_decoding_gives_the_text_back() -> None:

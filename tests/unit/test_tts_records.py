@@ -159,7 +159,7 @@ def test_the_input_is_never_written_to(source: Path, tmp_path: Path, monkeypatch
         (source, source / "tts"),
         (tmp_path / "link", source / "deep" / "tts"),
     ):
-        with pytest.raises(ConfigError, match=r"(is|lies in) the input_dir") as refused_it:
+        with pytest.raises(ConfigError, match=r"is (inside )?the input_dir") as refused_it:
             prepare_tts(Conversion(given, output))
         assert refused_it.value.field == "output_dir" and refused_it.value.value == str(output)
         assert contents(source) == before and sorted(os.listdir(source)) == ["records.jsonl"]
@@ -189,7 +189,7 @@ def test_a_config_converts_many(tmp_path: Path) -> None:
         ([7], "entry 0 is a JSON int"),
         ({"input_dirs": "a", "output_dir": "b"}, "Did you mean 'input_dir'"),
         ([{"input_dir": "a", "output_dir": "b"}, {"input_dir": "a", "output_dir": "c", "datasetname": "n"}], "Did you mean 'dataset_name'"),
-        ({"input_dir": 3, "output_dir": "b"}, "is no string"),
+        ({"input_dir": 3, "output_dir": "b"}, "is not a string"),
         ({"output_dir": "b"}, "input_dir: is missing in entry 0"),
         ([{"input_dir": "a", "output_dir": "b"}, {"input_dir": "a"}], "output_dir: is missing in entry 1"),
         ({"input_dir": "", "output_dir": "b"}, "input_dir: is missing"),
