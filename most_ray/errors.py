@@ -61,6 +61,11 @@ class TopologyError(UserError):
     kind = "topology error"
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library's error on one line, cut to 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: the most similar known name, or all known names where none is similar."""
     choices = sorted(known)

@@ -108,7 +108,7 @@ def _transcripts(
             except DataError as error:
                 print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
         found = []
-        for (path, _), units in zip(waves, assets.units([wave for _, wave in waves], args.one_speaker), strict=True):
+        for (path, _), units in zip(waves, assets.encode([wave for _, wave in waves], args.one_speaker), strict=True):
             if len(units) <= max_units:
                 found.append((path, units.tolist()))
             else:

@@ -33,9 +33,10 @@ from most_ray.speech.corpora.audio import audio_seconds, load_audio
 from most_ray.speech.corpora.corpus import CorpusOptions
 from most_ray.speech.units import corpus_parts as parts_module
 from most_ray.speech.units.clustering import assign, remove_repeats
-from most_ray.speech.units.corpus_parts import EncodeUnits, Part, json_digest, read_chunk, run_in_process, scan_corpus, summary_path
+from most_ray.speech.units.corpus_parts import Part, json_digest, read_chunk, run_in_process, scan_corpus
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
+from most_ray.speech.units.stages import EncodeUnits, summary_path
 from tests.benchmarks.common import SHARED, show, write
 
 UNITS = 500

@@ -17,11 +17,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Wav2Vec2FeatureExtractor
 
+from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.speech.units import encoder as encoder_module
 from most_ray.speech.units.encoder import EncoderExtractor
 from most_ray.speech.units.extractors import open_extractor
-from most_ray.speech.units.features import EncoderSettings, Extractor, one_thread, parse_features
+from most_ray.speech.units.features import EncoderSettings, Extractor, parse_features
 
 LAYERS = 3
 SMALL: dict[str, Any] = {
@@ -123,7 +124,7 @@ def plain(folder: Path, name: str, wave: np.ndarray) -> list[np.ndarray]:
     )
     inputs = processor(wave, sampling_rate=16000, return_tensors="pt")
     part = model.get_encoder() if model.config.is_encoder_decoder else model
-    with torch.no_grad(), one_thread():  # as the extractor does it: with several, the last bits would depend on their number
+    with torch.no_grad(), torch_threads(1):  # as the extractor does it: with several, the last bits would depend on their number
         return [states[0].numpy() for states in part(**inputs, output_hidden_states=True).hidden_states]
 
 
@@ -196,7 +197,7 @@ def test_windows_join_without_gaps(folders: dict[str, Path], name: str, request:
 
 
 def test_a_layer_that_is_not_there_is_named(folders: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match=f"features = 4: .* has not: it has {LAYERS}. Choose 0 .* to {LAYERS}"):
+    with pytest.raises(ConfigError, match=f"features = 4: is not a layer of .*, which has {LAYERS}. Choose 0 .* to {LAYERS}"):
         opened(folders, "hubert", LAYERS + 1)
 
 

@@ -17,7 +17,7 @@ from most_ray.cli import main
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
-from most_ray.speech.units import corpus_parts
+from most_ray.speech.units import corpus_parts, stages
 from most_ray.speech.units import prepare as preparing
 from most_ray.speech.units.clustering import load_kmeans, save_kmeans
 from most_ray.speech.units.corpus_parts import Runner, run_in_process
@@ -111,7 +111,7 @@ def test_other_recordings_get_the_same_units(corpus: Path, tmp_path: Path) -> No
 class Loudness:
     """Features that are not normalised per speaker, as an encoder's: two numbers every 20 ms."""
 
-    sample_rate, rate_hz, width, per_speaker = 16000, 50.0, 2, False
+    sample_rate, rate_hz, width, per_speaker, source = 16000, 50.0, 2, False, None
     identity: ClassVar = {"features": "loudness", "settings": {}, "normalisation": "none"}
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
@@ -121,7 +121,7 @@ class Loudness:
 
 def test_features_that_need_no_speakers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is measured; where the centroids are known the recordings are heard once, and only the selected ones."""
-    for module in (corpus_parts, preparing):
+    for module in (stages, preparing):
         monkeypatch.setattr(module, "open_extractor", lambda *_: Loudness())
     (corpus / "2.flac").write_bytes(b"no audio")
     counts = run(corpus, tmp_path / "o")
@@ -349,7 +349,7 @@ def test_kmeans_of_something_else_is_refused(corpus: Path, tmp_path: Path, capsy
         ([*FIT, "--perturb", "nan"], "between 0.5 and 2"),
         ([*FIT, "--fit_frames", "0"], "must be at least 1"),
         ([*FIT, "--fit_frames", "11"], "more units than there are frames"),
-        ([*FIT, "--seed", "-1"], "must lie in 0..4294967295"),
+        ([*FIT, "--seed", "-1"], "must be in 0..4294967295"),
         ([*FIT, "--max_seconds", "0"], "must be above 0"),
         ([*FIT, "--max_seconds", "nan"], "must be above 0"),
         ([*FIT, "--max_seconds", "0.1"], "holds no usable recording"),

@@ -28,7 +28,7 @@ from most_ray.speech.units.clustering import (
     save_kmeans,
 )
 from most_ray.speech.units.features import EncoderSettings, MfccSettings, parse_features
-from most_ray.speech.units.mfcc import loud_part, mfcc
+from most_ray.speech.units.mfcc import loud_range, mfcc
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, tone
 
 SPEECH = "LibriSpeech/train-clean-5/3526/176653/3526-176653-0012.flac"  # 8.82 s
@@ -207,7 +207,7 @@ def test_features_of_short_silent_and_loud() -> None:
 
 
 def test_ends_are_trimmed_and_the_middle_is_not(speech: np.ndarray) -> None:
-    assert loud_part(np.array([0, 0, 10, 1, 10, 9, 0, 0], dtype=float), 5.0) == (2, 6)
+    assert loud_range(np.array([0, 0, 10, 1, 10, 9, 0, 0], dtype=float), 5.0) == (2, 6)
     quiet = np.zeros(16000, np.float32)
     alone, padded = mfcc(speech, MfccSettings()), mfcc(np.concatenate([quiet, speech, quiet]), MfccSettings())
     assert abs(len(alone.values) - len(padded.values)) <= 1 and padded.first == pytest.approx(alone.first + 50, abs=1)
@@ -235,10 +235,10 @@ def test_statistics_of_parts_add_up() -> None:
         and np.allclose(parts.mean, frames.mean(0), atol=1e-5)
         and np.allclose(parts.deviation, frames.std(0), atol=1e-4)
     )
-    normal = parts.apply(frames)
+    normal = parts.normalise(frames)
     assert np.abs(normal.mean(0)).max() < 1e-5 and np.abs(normal.std(0) - 1).max() < 1e-4
     constant = SpeakerStatistics.from_frames(np.full((5, 4), 7.0, np.float32))
-    assert np.isfinite(constant.apply(np.full((1, 4), 8.0, np.float32))).all()
+    assert np.isfinite(constant.normalise(np.full((1, 4), 8.0, np.float32))).all()
 
 
 def test_a_short_recording_leans_on_the_corpus() -> None:

@@ -63,9 +63,9 @@ def test_recordings_of_one_speaker_give_the_records_units(shared: Path, tmp_path
     records = [record for record in records if record["metadata"]["speaker"] == "mkem"]
     waves = [load_audio(source / f"wav/an4_clstk/mkem/{record['id'].removeprefix('an4_')}.ogg", 16000) for record in records]
     kit = open_assets(tmp_path / "o")
-    together = kit.units(waves, one_speaker=True)
+    together = kit.encode(waves, one_speaker=True)
     assert len(records) == 12 and agreement(records, together) >= 0.99
-    assert agreement(records, kit.units(waves)) >= 0.95
+    assert agreement(records, kit.encode(waves)) >= 0.95
     assert all((units[1:] != units[:-1]).all() and units.max() < 100 for units in together)
 
 
@@ -73,26 +73,26 @@ def test_a_recording_by_itself_does_not_hang_on_the_others(made: Path) -> None:
     """Unless all are said to be of one speaker."""
     waves = [load_audio(made.parent / "corpus" / f"{i}.flac", 16000) for i in range(4)]
     kit = open_assets(made)
-    alone = [kit.units([wave])[0].tolist() for wave in waves]
-    assert [units.tolist() for units in kit.units(waves)] == alone
-    assert [units.tolist() for units in kit.units([waves[0]], one_speaker=True)] == alone[:1]
-    assert [units.tolist() for units in kit.units(waves, one_speaker=True)] != alone
+    alone = [kit.encode([wave])[0].tolist() for wave in waves]
+    assert [units.tolist() for units in kit.encode(waves)] == alone
+    assert [units.tolist() for units in kit.encode([waves[0]], one_speaker=True)] == alone[:1]
+    assert [units.tolist() for units in kit.encode(waves, one_speaker=True)] != alone
 
 
 def test_what_is_too_short_has_no_units(made: Path) -> None:
     """Nor does it disturb what stands beside it."""
     kit, wave = open_assets(made), load_audio(made.parent / "corpus" / "0.flac", 16000)
     for one_speaker in (False, True):
-        units = kit.units([np.zeros(10, np.float32), wave], one_speaker)
-        assert len(units[0]) == 0 and units[1].tolist() == kit.units([wave])[0].tolist()
-    assert kit.units([]) == [] and kit.units([], one_speaker=True) == []
-    assert [len(u) for u in kit.units([np.zeros(0, np.float32)], one_speaker=True)] == [0]
+        units = kit.encode([np.zeros(10, np.float32), wave], one_speaker)
+        assert len(units[0]) == 0 and units[1].tolist() == kit.encode([wave])[0].tolist()
+    assert kit.encode([]) == [] and kit.encode([], one_speaker=True) == []
+    assert [len(u) for u in kit.encode([np.zeros(0, np.float32)], one_speaker=True)] == [0]
 
 
 def test_repeats_stay_where_the_records_have_them(made: Path, tmp_path: Path) -> None:
     prepare(made.parent / "corpus", tmp_path / "kept", "--kmeans", str(made / "kmeans.npy"), "--keep_repeats")
     wave = load_audio(made.parent / "corpus" / "7.flac", 16000)
-    kept, removed = (open_assets(folder).units([wave])[0] for folder in (tmp_path / "kept", made))
+    kept, removed = (open_assets(folder).encode([wave])[0] for folder in (tmp_path / "kept", made))
     assert len(kept) > len(removed) and (removed[1:] != removed[:-1]).all()
 
 

@@ -14,7 +14,7 @@ from most_ray.errors import ConfigError
 from most_ray.service.cluster.connection import start_ray
 from most_ray.service.tasks.ingest_tasks import dataset_of
 from most_ray.speech.units.corpus_parts import Part, PartTask, PartWorker, Runner
-from most_ray.speech.units.features import FeatureSettings, MfccSettings
+from most_ray.speech.units.features import FeatureSettings
 
 
 def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_actor: float | None, address: str | None) -> Runner:
@@ -33,7 +33,7 @@ def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_acto
     def run(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
         start_ray(config_from({"ray_address": address}), 1, num_actors or os.cpu_count() or 1, False)
         found = ray.cluster_resources()
-        default = 0.0 if isinstance(features, MfccSettings) else float(found.get("GPU", 0.0) > 0)
+        default = float(features.uses_gpu and found.get("GPU", 0.0) > 0)
         gpus = default if gpus_per_actor is None else gpus_per_actor
         if gpus > found.get("GPU", 0.0):
             raise ConfigError("gpus_per_actor", gpus, f"is more than the {found.get('GPU', 0.0):g} GPUs of the cluster.")
@@ -59,7 +59,7 @@ def run_in_actors(work: PartTask, parts: Sequence[Part], actors: int, gpus: floa
         UserError: as in one process.
     """
     # An actor's arguments are attributes of its class: constructor arguments would be in the object store, where they can be lost.
-    worker = type("Worker", (PartWorker,), {"work": work, "device": "cuda" if gpus else "cpu"})
+    worker = type("Worker", (PartWorker,), {"task": work, "device": "cuda" if gpus else "cpu"})
     pool = ActorPoolStrategy(size=min(actors, len(parts)))
     for row in dataset_of(parts).map(worker, compute=pool, num_cpus=1, num_gpus=gpus or None).iter_rows():
         if error := row.pop("error"):

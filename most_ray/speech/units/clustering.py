@@ -1,4 +1,4 @@
-"""Frames to units: normalisation per speaker, k-means, and the manifest that says what the units mean."""
+"""From frames to units: normalisation per speaker, k-means, and the units manifest, which says what the units mean."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from most_ray.errors import DataError
 from most_ray.records.record import N_UNITS
 
 MANIFEST_VERSION = 1
-FIT_FRAMES = 200_000
-_MEAN_WEIGHT = 50.0  # frames of the corpus' mean that a short recording's own is mixed with: one second
-_PICKLED = (".joblib", ".pkl", ".pickle", ".bin", ".pt")
+FIT_FRAMES = 200_000  # to fit k-means to, by default
+_PRIOR_FRAMES = 50.0  # weight of the corpus' statistics where a single speaker's are adapted to them, in frames: one second
+_PICKLED = (".joblib", ".pkl", ".pickle", ".bin", ".pt")  # suffixes
 Algorithm = Literal["minibatch", "lloyd"]
 
 
 @dataclass(frozen=True)
 class SpeakerStatistics:
-    """What is known of a speaker's frames: their number, sum and sum of squares, float64 (features,). Sums of parts add up."""
+    """Sums over a speaker's frames; the statistics of parts add up with `+`."""
 
-    count: int
-    total: np.ndarray
-    squares: np.ndarray
+    count: int  # of frames
+    total: np.ndarray  # float64 (features,)
+    squares: np.ndarray  # float64 (features,): sum of squares
 
     @classmethod
     def from_frames(cls, frames: np.ndarray) -> SpeakerStatistics:
+        """Statistics of float32 (frames, features)."""
         wide = frames.astype(np.float64)
         return cls(len(wide), wide.sum(axis=0), (wide**2).sum(axis=0))
 
@@ -46,29 +47,31 @@ class SpeakerStatistics:
 
     @property
     def deviation(self) -> np.ndarray:
+        """Standard deviation (features,), at least 1e-5."""
         return np.maximum(np.sqrt(np.maximum(self.squares / self.count - self.mean**2, 0.0)), 1e-5)
 
-    def apply(self, features: np.ndarray) -> np.ndarray:
-        """(frames, features) with zero mean and unit variance over the speaker's frames."""
-        return ((features - self.mean) / self.deviation).astype(np.float32)
+    def normalise(self, frames: np.ndarray) -> np.ndarray:
+        """Scale (frames, features) to zero mean and unit variance over the speaker's frames; float32."""
+        return ((frames - self.mean) / self.deviation).astype(np.float32)
 
     def map_adapt(self, mean: np.ndarray, deviation: np.ndarray) -> SpeakerStatistics:
-        """These, mixed with a second's worth of a corpus' speakers: of a single short recording little can be known (maximum a
-        posteriori adaptation, Gauvain & Lee 1994)."""
-        squares = _MEAN_WEIGHT * (deviation**2 + mean**2)
-        return self + SpeakerStatistics(int(_MEAN_WEIGHT), _MEAN_WEIGHT * mean, squares)
+        """Add a second's worth of frames with the mean and deviation (features,) of a corpus' speakers, since a single short recording
+        gives poor statistics (maximum a posteriori adaptation, Gauvain & Lee 1994)."""
+        squares = _PRIOR_FRAMES * (deviation**2 + mean**2)
+        return self + SpeakerStatistics(int(_PRIOR_FRAMES), _PRIOR_FRAMES * mean, squares)
 
 
 def fit_kmeans(frames: np.ndarray, k: int, seed: int, algorithm: Algorithm = "minibatch") -> np.ndarray:
-    """Centroids, float32 (k, features), of these frames: mini-batch k-means (Sculley 2010), or Lloyd's on all of them.
+    """Fit centroids, float32 (k, features), to frames (frames, features): by mini-batch k-means (Sculley 2010), or by Lloyd's algorithm
+    on all of them.
 
-    One thread: with several, the order of additions and with it the last bits of the centroids would differ from run to run.
+    Runs in one thread: with several, the order of additions and so the last bits of the centroids would differ from run to run.
 
     Raises:
-        DataError: fewer frames than centroids.
+        DataError: there are fewer frames than centroids.
     """
     if len(frames) < k:
-        raise DataError("fit_kmeans", k, f"asks for more units than there are frames ({len(frames)}).")
+        raise DataError("fit_kmeans", k, f"is more units than there are frames ({len(frames)}).")
     from sklearn.cluster import KMeans, MiniBatchKMeans  # takes seconds to import, and most processes fit nothing
 
     if algorithm == "lloyd":
@@ -89,12 +92,12 @@ def fit_kmeans(frames: np.ndarray, k: int, seed: int, algorithm: Algorithm = "mi
 
 
 def default_unit_count(n_frames: int) -> int:
-    """How many units so many frames can tell apart: a hundred frames each, at most what the vocabulary holds."""
+    """How many units to fit to so many frames by default: one for a hundred frames, within 2 and the size of the vocabulary."""
     return min(N_UNITS, max(2, n_frames // 100))
 
 
 def save_kmeans(path: Path, centroids: np.ndarray, features: Mapping[str, Any]) -> None:
-    """Centroids as .npy, or as .safetensors together with what they were fitted on; in place in one move."""
+    """Write centroids as .npy, or as .safetensors together with the identity of the features that they were fitted on. Atomic."""
     temporary = path.with_name(f".{path.name}.tmp.{path.suffix[1:]}")
     if path.suffix == ".safetensors":
         save_file({"centroids": centroids}, temporary, {"features": json.dumps(features, sort_keys=True)})
@@ -105,11 +108,16 @@ def save_kmeans(path: Path, centroids: np.ndarray, features: Mapping[str, Any]) 
 
 
 def load_kmeans(path: Path, features: Mapping[str, Any] | None = None) -> np.ndarray:
-    """Centroids, float32 (k, features), from .npy or .safetensors. Pickled objects, joblib's among them, are refused: opening one can
-    run any code.
+    """Read centroids, float32 (k, features), from .npy or .safetensors.
+
+    Pickled objects, joblib's among them, are refused: opening one can run any code.
+
+    Args:
+        features: identity of the features that the centroids must have been fitted on, if the file says so.
 
     Raises:
-        DataError: missing, pickled, not such an array, more centroids than there are units, or fitted on other features than these.
+        DataError: the file is missing, pickled or not such an array, it has more centroids than there are units, or it was fitted on
+            other features.
     """
     if path.suffix in _PICKLED:
         remedy = "Where you trust it: numpy.save('kmeans.npy', joblib.load(FILE).cluster_centers_)."
@@ -128,32 +136,37 @@ def load_kmeans(path: Path, features: Mapping[str, Any] | None = None) -> np.nda
         raise DataError("kmeans", str(path), f"cannot be read as an array ({error}).", "Name a .npy or .safetensors file.") from error
     if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or not np.issubdtype(centroids.dtype, np.floating):
         raise DataError("kmeans", str(path), "holds no table of centroids.")
-    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite, and is refused
         found = centroids.astype(np.float32)
     if not 1 <= len(found) <= N_UNITS or not np.isfinite(found).all():
         raise DataError("kmeans", str(path), f"is {centroids.dtype} {centroids.shape}, not 1..{N_UNITS} finite centroids.")
     if features is not None and known is not None and known != json.dumps(features, sort_keys=True):
-        raise DataError("kmeans", str(path), f"was fitted on other features: {known[:300]}.", "Name the same --features, or fit anew.")
+        raise DataError("kmeans", str(path), f"was fitted on other features: {known[:300]}.", "Name the same --features, or fit again.")
     return found
 
 
 def kmeans_hash(centroids: np.ndarray) -> str:
+    """Hash of the centroids' shape and float32 values."""
     return hashlib.blake2b(np.ascontiguousarray(centroids, "<f4").tobytes() + str(centroids.shape).encode(), digest_size=16).hexdigest()
 
 
 def assign(frames: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """Nearest centroid of each frame, int64 (frames,). Distances in float64, so that all machines agree."""
+    """The nearest centroid, int64 (frames,), of each frame (frames, features). Computed in float64, so that all machines agree.
+
+    Args:
+        centroids: (k, features).
+    """
     x, c = frames.astype(np.float64), centroids.astype(np.float64)
     return ((c**2).sum(axis=1) - 2.0 * x @ c.T).argmin(axis=1)
 
 
 def remove_repeats(units: np.ndarray) -> np.ndarray:
-    """Runs of one unit as one."""
+    """Reduce each run of equal units, (units,), to one."""
     return units[np.concatenate([[True], units[1:] != units[:-1]])] if len(units) else units
 
 
 def nearest_units(centroids: np.ndarray, count: int = 8) -> list[list[int]]:
-    """The nearest other units of each unit, nearest first: what `unit_swap_prob` chooses from."""
+    """For each unit the `count` nearest other units, nearest first: `unit_swap_prob` swaps a unit for one of these."""
     c = centroids.astype(np.float64)
     distances = (c**2).sum(axis=1)[None, :] - 2.0 * c @ c.T
     np.fill_diagonal(distances, np.inf)
@@ -161,15 +174,17 @@ def nearest_units(centroids: np.ndarray, count: int = 8) -> list[list[int]]:
 
 
 def build_manifest(
-    features: Mapping[str, Any], rate_hz: float, centroids: np.ndarray, repeats_removed: bool, place: str | None
+    features: Mapping[str, Any], rate_hz: float, centroids: np.ndarray, repeats_removed: bool, source: str | None
 ) -> dict[str, Any]:
-    """What the units mean. Records with equal `identity` may be trained on together; anything else is refused.
+    """The content of units.json, which says what the units mean. Only records with equal `identity` may be trained on together.
 
     Args:
         features: an Extractor's identity.
-        place: the encoder as it was named, for people; the identity has a hash of its weights.
+        rate_hz: units per second before repeats are removed.
+        centroids: (k, features).
+        source: folder or hub name of the encoder, for people; the identity has a hash of its weights.
     """
-    named = {"encoder": place} if place else {}
+    named = {"encoder": source} if source else {}
     return {
         "neighbours": nearest_units(centroids),
         "version": MANIFEST_VERSION,

@@ -1,7 +1,7 @@
-"""Frames from a layer of a speech encoder of transformers: HuBERT, WavLM, wav2vec 2.0 and what is built like them, w2v-BERT, Whisper's.
+"""Frames from a layer of a speech encoder in transformers: HuBERT, WavLM, wav2vec 2.0 and similar models, w2v-BERT, Whisper's encoder.
 
-Recordings go through the encoder one by one: in a batch, even of equal lengths, the last bits of what comes out change with the company
-(matrix products are blocked by size), and with them a unit now and then; on a CPU a batch is no faster either.
+Recordings go through the encoder one by one: in a batch, even of equal lengths, the last bits of a result depend on the other recordings
+(matrix products are blocked by size), and with them a unit now and then; on a CPU a batch is not faster either.
 """
 
 from __future__ import annotations
@@ -23,39 +23,38 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
 from transformers.utils import cached_file
 
-from most_ray.errors import CheckpointError, ConfigError
-from most_ray.speech.units.features import EncoderSettings, Frames, one_thread
+from most_ray.distributed.determinism import torch_threads
+from most_ray.errors import CheckpointError, ConfigError, one_line
+from most_ray.speech.units.features import EncoderSettings, Frames
 
 _WINDOW = 30  # seconds: longer recordings go through in windows, so that memory does not grow with them
-_CONTEXT = 2  # seconds dropped at an end that another window overlaps: over the 1.3 s to either side that positional convolutions see
+_CONTEXT = 2  # seconds dropped at an end that another window overlaps: more than the 1.3 s to either side of positional convolutions
 _PROBE = 6  # seconds by which two probes differ: whole frames at any usual rate, 12.5 Hz and Moonshine's 41.67 Hz among them
-_TRAINING_ONLY = "masked_spec_embed"  # stands in for masked frames, which only training has
+_TRAINING_ONLY = "masked_spec_embed"  # a weight that replaces masked frames, which only training has
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, ImportError, SafetensorError, UnpicklingError, StrictDataclassError)
 
 
 class EncoderExtractor:
-    """Layer `settings.layer` of an encoder, in float32, as an Extractor: exactly transformers' `hidden_states[layer]` of a recording alone.
+    """Extracts layer `settings.layer` of an encoder, in float32: exactly transformers' `hidden_states[layer]` of a recording alone.
 
-    0 is what enters the first layer; layers above are neither kept nor computed. A recording of over 30 s is cut into windows of 30 s
-    that overlap by 4 s, of which each gives up the outer half; there are as many frames as there would be in one piece. The input is
-    normalised, where the model wants that, over the whole recording if it is samples, over each window if it is a spectrogram. The
-    last bits, as with any such computation, depend on the machine, the device and the number of threads.
+    Layer 0 is what enters the first layer; layers above the requested one are neither kept nor computed. A recording longer than 30 s is
+    cut into windows of 30 s that overlap by 4 s, of which each window drops the outer half, so there are as many frames as in one piece.
+    If the model's feature extractor normalises the input, it does so over the whole recording for samples, over each window for
+    spectrograms. The last bits, as with any such computation, depend on the machine, the device and the number of threads.
 
-    Whisper's encoder takes 30 s, however short the recording; of its frames those that the recording fills are kept.
-
-    Attributes:
-        place: where the encoder was opened from; not part of `identity`, which tells encoders by their weights.
+    Whisper's encoder always takes 30 s; of its frames those that the recording fills are kept.
     """
 
     per_speaker = False
 
     def __init__(self, settings: EncoderSettings, device: str = "cpu") -> None:
-        """
+        """Load the encoder's weights to the torch device `device`.
+
         Raises:
-            ConfigError: the encoder is of another kind than `settings.kind`, has no such layer, or none at all that takes speech.
+            ConfigError: the encoder is of another kind than `settings.kind`, is not a speech encoder, or does not have that layer.
             CheckpointError: it cannot be found or read, or weights are missing or of another shape.
         """
-        self.source = settings.source
+        self.source: str | None = settings.source
         with _quiet_transformers():
             config = _open_config(settings)
             self._frontend = _open_frontend(settings.source, config)
@@ -67,11 +66,11 @@ class EncoderExtractor:
         _cut(blocks, [])
         self._encoder.to(self._device)
         self._all_layers = False
-        self._hop, self._shortest, self.width = self._measure(config)
+        self._hop, self._shortest, self.width = self._probe(config)
         self.rate_hz = self.sample_rate / self._hop
         _cut(blocks, layers[: settings.layer])
         if settings.layer == len(layers):
-            # What the library calls the last hidden state is the model's own matter: Whisper's has gone through the final norm.
+            # The last hidden state is not always the last layer's output: Whisper's has gone through the final norm.
             self._all_layers = True
             del blocks[-1]
         self._encoder.to(self._device)
@@ -92,14 +91,14 @@ class EncoderExtractor:
         }
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
-        """One Frames for each of the recordings, float32 (samples,) at `sample_rate`, values float32 (frames, width).
+        """Features of each recording, given as float32 (samples,) at `sample_rate`; values are float32 (frames, width).
 
-        A recording that is shorter than what one frame is computed from (25 ms for HuBERT and the like) gives none.
+        A recording that is shorter than what one frame is computed from (25 ms for HuBERT and similar models) gives no frames.
         """
-        with one_thread():
-            return [Frames(self._whole(wave)) for wave in waves]
+        with torch_threads(1):  # see determinism: the result must not depend on the number of threads
+            return [Frames(self._frames(wave)) for wave in waves]
 
-    def _whole(self, wave: np.ndarray) -> np.ndarray:
+    def _frames(self, wave: np.ndarray) -> np.ndarray:
         if len(wave) < self._shortest:
             return np.zeros((0, self.width), np.float32)
         if self._waveform:
@@ -115,16 +114,16 @@ class EncoderExtractor:
         return np.concatenate(parts)
 
     def _forward(self, window: np.ndarray) -> np.ndarray:
-        """Hidden states of one window, float32 (frames, width). Samples are taken as they are, spectrograms made here."""
+        """Hidden states of one window, float32 (frames, width), from normalised samples; spectrograms are computed here."""
         if self._waveform:
-            # A copy: where an array begins in memory may decide on the last bits.
+            # A copy: the last bits may depend on an array's alignment in memory.
             inputs: dict[str, torch.Tensor] = {"input_values": torch.tensor(window)[None].to(self._device)}
         else:
             with np.errstate(invalid="ignore"):
-                made = self._frontend(window, sampling_rate=self.sample_rate, return_tensors="pt")
+                features = self._frontend(window, sampling_rate=self.sample_rate, return_tensors="pt")
             # Silence, where its spectrogram is divided by its own deviation, is 0 / 0.
-            made["input_features"] = torch.nan_to_num(made["input_features"])
-            inputs = {name: made[name].to(self._device) for name in ("input_features", "attention_mask") if name in made}
+            features["input_features"] = torch.nan_to_num(features["input_features"])
+            inputs = {name: features[name].to(self._device) for name in ("input_features", "attention_mask") if name in features}
         # TensorFloat-32, cuDNN's default, would keep 10 bits of the convolutions.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             try:
@@ -133,23 +132,24 @@ class EncoderExtractor:
                 hidden = reached.hidden_states[0]
         mask = inputs.get("attention_mask")
         if mask is not None and mask.shape[1] == len(hidden):
-            hidden = hidden[: int(mask.sum())]  # w2v-BERT pads to whole frames, and what is padded is no frame of the recording
+            hidden = hidden[: int(mask.sum())]  # w2v-BERT pads to whole frames; padding is not part of the recording
         if length := self._fixed_length:
             hidden = hidden[: min(len(window), length) * len(hidden) // length]
         return hidden.cpu().numpy()
 
     @property
     def _fixed_length(self) -> int:
-        """Samples to which the encoder's input is always padded; 0 if it takes any length."""
+        """The number of samples that the encoder's input is always padded to; 0 if it takes any length."""
         return 0 if self._waveform else int(getattr(self._frontend, "n_samples", 0))
 
-    def _measure(self, config: Any) -> tuple[int, int, int]:
-        """Samples from one frame to the next, those that the first frame is made from, and the width: from what comes out of two probes."""
+    def _probe(self, config: Any) -> tuple[int, int, int]:
+        """Run the encoder on two lengths of silence to find the samples from one frame to the next, the samples that the first frame is
+        computed from, and the width."""
         short, long = self.sample_rate, (1 + _PROBE) * self.sample_rate
         try:
             (n_short, width), (n_long, _) = (self._forward(np.zeros(length, np.float32)).shape for length in (short, long))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError("features", self.source, f"cannot be run on samples of speech ({_line(error)}).") from error
+            raise ConfigError("features", self.source, f"cannot be run on samples of speech ({one_line(error)}).") from error
         frames = n_long - n_short
         if frames <= 0 or (long - short) % frames:
             raise ConfigError("features", self.source, f"gives {frames} frames in {_PROBE} s, no whole number of samples each.")
@@ -160,24 +160,25 @@ class EncoderExtractor:
         reach, jump = 1, 1
         for kernel, stride in zip(kernels, strides, strict=True):
             reach, jump = reach + (kernel - 1) * jump, jump * stride
-        return hop, reach + hop - jump, width  # SEW's frames are means over several
+        return hop, reach + hop - jump, width  # hop > jump for SEW, whose frames are means over several
 
 
-class _Reached(Exception):  # noqa: N818 - no error
-    """What enters a layer that is not there."""
+class _Reached(Exception):  # noqa: N818 - not an error
+    """Carries the input of the first layer that is not needed out of the forward pass."""
 
     def __init__(self, hidden_states: torch.Tensor) -> None:
         self.hidden_states = hidden_states
 
 
 class _Stop(nn.Module):
-    """Ends a forward pass in place of the first layer that is not needed: what would follow, a final norm for one, is not computed."""
+    """Ends a forward pass in place of the first layer that is not needed, so that what follows (a final norm, say) is not computed."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> NoReturn:
         raise _Reached(hidden_states)
 
 
 def _cut(blocks: nn.ModuleList, layers: list[nn.Module]) -> None:
+    """Replace the encoder's layers by `layers` and an end of the forward pass."""
     del blocks[:]
     blocks.extend([*layers, _Stop()])
 
@@ -187,31 +188,35 @@ def _open_config(settings: EncoderSettings) -> Any:
         config = AutoConfig.from_pretrained(settings.source, trust_remote_code=False)
     except _UNREADABLE as error:
         remedy = "Name a folder with config.json and weights, or a model on the hub (with HF_HUB_OFFLINE=1, one already downloaded)."
-        raise CheckpointError("features", settings.source, f"holds no encoder that can be opened ({_line(error)}).", remedy) from error
+        raise CheckpointError("features", settings.source, f"holds no encoder that can be opened ({one_line(error)}).", remedy) from error
     if settings.kind not in (config.model_type, "auto"):
         rule = f"is not what {settings.source} holds: its model_type is {config.model_type!r}."
         raise ConfigError("features", settings.kind, rule, f"Write {config.model_type}:{settings.source}:{settings.layer}.")
     return config
 
 
-def _open_frontend(place: str, config: Any) -> Any:
-    """The library's feature extractor. Without preprocessor_config.json, the one that wav2vec 2.0 and its like were trained with."""
+def _open_frontend(source: str, config: Any) -> Any:
+    """The library's feature extractor; without preprocessor_config.json, the one that wav2vec 2.0 and similar models were trained with."""
     try:
         try:
-            return AutoFeatureExtractor.from_pretrained(place, trust_remote_code=False)
+            return AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError):
-            absent = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None
+            absent = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None
             if not absent or not getattr(config, "conv_kernel", None):
                 raise
             norm = getattr(config, "feat_extract_norm", "layer")  # data2vec has no other
             return Wav2Vec2FeatureExtractor(sampling_rate=16000, do_normalize=norm == "layer")
     except _UNREADABLE as error:
         remedy = "Put the encoder's own preprocessor_config.json beside its weights."
-        raise CheckpointError("features", place, f"has no usable preprocessor_config.json ({_line(error)}).", remedy) from error
+        raise CheckpointError("features", source, f"has no usable preprocessor_config.json ({one_line(error)}).", remedy) from error
 
 
 def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.ModuleList]:
-    """The encoder in float32, set to inference, and its list of layers, of which those up to the one asked for have all their weights."""
+    """Load the encoder in float32, in evaluation mode, and find its list of layers.
+
+    Raises:
+        ConfigError, CheckpointError: see EncoderExtractor; only weights up to the requested layer must be there.
+    """
     try:
         # safetensors where there are any. Some encoders, facebook/hubert-base-ls960 for one, are published as pytorch_model.bin alone:
         # weights_only reads tensors from it and refuses, rather than runs, anything else.
@@ -225,14 +230,14 @@ def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.Modul
             ignore_mismatched_sizes=True,
         )
     except _UNREADABLE as error:
-        raise CheckpointError("features", settings.source, f"has no weights that can be loaded ({_line(error)}).") from error
+        raise CheckpointError("features", settings.source, f"has no weights that can be loaded ({one_line(error)}).") from error
     encoder = model.get_encoder() if config.is_encoder_decoder else model
     blocks = _layers_of(encoder)
     if blocks is None or encoder.main_input_name not in ("input_values", "input_features"):
         raise ConfigError("features", settings.source, f"is a model of type {config.model_type!r}, not a speech encoder with layers.")
     if settings.layer > len(blocks):
         remedy = f"Choose 0 (what enters the first) to {len(blocks)}."
-        raise ConfigError("features", settings.layer, f"is a layer that {settings.source} has not: it has {len(blocks)}.", remedy)
+        raise ConfigError("features", settings.layer, f"is not a layer of {settings.source}, which has {len(blocks)}.", remedy)
     names = {module: name for name, module in model.named_modules()}
     inside, outside = (f"{names[m]}." if names[m] else "" for m in (encoder, blocks))
     above = tuple(f"{outside}{index}." for index in range(settings.layer, len(blocks)))
@@ -241,12 +246,12 @@ def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.Modul
         keys = {key if isinstance(key, str) else key[0] for key in info[f"{what}_keys"]}
         if bad := sorted(name for name in keys & used if not name.startswith(above)):
             rule = f"has {len(bad)} {what} weights up to layer {settings.layer}, the first {bad[0]}."
-            raise CheckpointError("features", settings.source, rule, "Fetch the encoder anew, with the config.json that belongs to it.")
+            raise CheckpointError("features", settings.source, rule, "Download the encoder again, with the config.json that belongs to it.")
     return encoder.eval().requires_grad_(False), blocks
 
 
 def _layers_of(encoder: Any) -> nn.ModuleList | None:
-    """The layers whose outputs are transformers' hidden states."""
+    """The encoder's list of layers whose outputs are transformers' hidden states; None if there is no such list."""
     recorded = (getattr(encoder, "_can_record_outputs", None) or {}).get("hidden_states", ())
     targets = [getattr(each, "target_class", each) for each in (recorded if isinstance(recorded, (list, tuple)) else [recorded])]
     classes = tuple(each for each in targets if isinstance(each, type))
@@ -255,7 +260,7 @@ def _layers_of(encoder: Any) -> nn.ModuleList | None:
 
 
 def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of names, shapes and bytes in order of names, wherever they were loaded from and whatever dtype and format they were stored in."""
+    """Hash of names, shapes and values in order of names, whatever dtype and file format they were stored in."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         if name != _TRAINING_ONLY:
@@ -267,8 +272,8 @@ def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without progress bars and advice, and without what the library otherwise does when it loads pytorch_model.bin from the hub: ask
-    a service, from a thread, to convert the model there."""
+    """Keep the library from showing progress bars and advice, and from what it otherwise does when it loads pytorch_model.bin from the hub:
+    asking a service, from a thread, to convert the model there."""
     verbosity, conversion = transformers.logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -282,7 +287,3 @@ def _quiet_transformers() -> Iterator[None]:
             del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
         else:
             os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""Mel-frequency cepstral coefficients with their differences, by Kaldi's code."""
+"""Mel-frequency cepstral coefficients with their differences, computed by kaldi-native-fbank."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from most_ray.speech.units.features import Frames, MfccSettings
 
-_BLOCK = 1 << 20  # samples handed to Kaldi at once: its own copies stay small, however long a recording
+_BLOCK = 1 << 20  # samples passed to Kaldi at once: its copies stay small, however long the recording
 
 
 class MfccExtractor:
-    """MFCC as an Extractor, normalised per speaker."""
+    """MFCC, to be normalised per speaker."""
 
     per_speaker = True
+    source: str | None = None
 
     def __init__(self, settings: MfccSettings) -> None:
         self._settings = settings
@@ -35,10 +36,13 @@ class MfccExtractor:
 
 
 def mfcc(samples: np.ndarray, settings: MfccSettings) -> Frames:
-    """Features of one recording, values float32 (frames, num_ceps * (delta_order + 1)).
+    """Compute the features of one recording, values float32 (frames, num_ceps * (delta_order + 1)).
 
-    A recording shorter than one frame gives none. The first coefficient is the mel-weighted one (no raw energy), and there is no
-    dither: the same samples always give the same features.
+    A recording shorter than one frame gives no frames. The first coefficient is the mel-weighted one (no raw energy). There is no dither:
+    equal samples always give equal features.
+
+    Args:
+        samples: float32 (samples,) at the settings' sample rate.
     """
     options = knf.MfccOptions()
     options.frame_opts.samp_freq = settings.sample_rate
@@ -52,7 +56,7 @@ def mfcc(samples: np.ndarray, settings: MfccSettings) -> Frames:
     options.num_ceps = settings.num_ceps
     options.use_energy = False
     extractor = knf.OnlineMfcc(options)
-    # Kaldi's scale is 16-bit integers; the scale only shifts the first coefficient, but keeps energy floors meaningful.
+    # Kaldi expects the range of 16-bit integers: the scale only shifts the first coefficient, but the energy floor depends on it.
     for start in range(0, len(samples), _BLOCK):
         extractor.accept_waveform(settings.sample_rate, samples[start : start + _BLOCK] * 32768.0)
     extractor.input_finished()
@@ -62,16 +66,17 @@ def mfcc(samples: np.ndarray, settings: MfccSettings) -> Frames:
     static = np.stack([extractor.get_frame(i) for i in range(extractor.num_frames_ready)]).astype(np.float32)
     start, end = 0, len(static)
     if settings.trim is not None:
-        start, end = loud_part(static[:, 0] / np.sqrt(settings.num_mels), settings.trim)
+        start, end = loud_range(static[:, 0] / np.sqrt(settings.num_mels), settings.trim)
         static = static[start:end]
     if settings.delta_order:
         options_delta = knf.DeltaOptions(order=settings.delta_order, window=2)
         static = np.asarray(knf.compute_deltas(options_delta, static), dtype=np.float32)
-    # In frames that are kept: the one at `first` begins within one kept frame of where the values begin.
+    # `first` counts kept frames, so it is exact to within one of them.
     return Frames(static[settings.keep_every // 2 :: settings.keep_every], start // settings.keep_every)
 
 
-def loud_part(energy: np.ndarray, depth: float) -> tuple[int, int]:
-    """The range of frames from the first to the last whose log energy (frames,) is within `depth` of its 95th percentile."""
+def loud_range(energy: np.ndarray, depth: float) -> tuple[int, int]:
+    """Start and stop of the range from the first to the last frame whose log energy, (frames,), is within `depth` of its 95th
+    percentile."""
     loud = np.flatnonzero(energy > np.percentile(energy, 95) - depth)
     return (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, len(energy))

@@ -1,4 +1,4 @@
-"""What `prepare units` has made, put in place in its output folder: whole, and never beside another command's."""
+"""Moves what `prepare units` has made to its output folder: completely, and never mixed with another command's files."""
 
 from __future__ import annotations
 
@@ -15,44 +15,49 @@ from safetensors import SafetensorError, safe_open
 from most_ray.errors import DataError
 from most_ray.records.files import KMEANS, PREPARED, REJECTED, UNFINISHED, UNITS_MANIFEST, VOCODER
 from most_ray.speech.units.clustering import save_kmeans
-from most_ray.speech.units.corpus_parts import EncodeUnits, Scan, summary_path
+from most_ray.speech.units.corpus_parts import Scan
+from most_ray.speech.units.stages import EncodeUnits, summary_path
 
-SHARD_BYTES = 64 << 20
-_OWN = re.compile(r"records(-\d{5})?\.(jsonl\.gz|jsonl|json)|units\.json|kmeans\.npy")  # what a command like this one has made
+SHARD_BYTES = 64 << 20  # of a file of records, about
+_REPLACED = re.compile(r"records(-\d{5})?\.(jsonl\.gz|jsonl|json)|units\.json|kmeans\.npy")  # files of an earlier command like this one
 
 
 def find_prepared(output: Path, key: str) -> dict[str, Any] | None:
-    """What an earlier command has made, where it is what this one would make and is still there."""
+    """The counts of an earlier command, if its `key` is the same and its files still exist."""
     try:
         done = json.loads((output / PREPARED).read_text(encoding="utf-8"))
         whole = all((output / name).stat().st_size == size for name, size in done["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return None  # no such command, or a damaged list of its files: the work is done again
     return {name: value for name, value in done.items() if name != "key"} if done.get("key") == key and whole else None
 
 
 def publish_records(
-    corpus: Path, output: Path, scan: Scan, work: EncodeUnits, manifest: Mapping[str, Any], centroids: np.ndarray
+    corpus: Path, output: Path, scan: Scan, task: EncodeUnits, manifest: Mapping[str, Any], centroids: np.ndarray
 ) -> dict[str, Any]:
-    """Put the parts together in the output folder, in place of what was there. While that is going on the folder says so, and readers
-    refuse it: records must never stand beside another command's manifest. Returns records, rejected, hours, and sizes of files.
+    """Join the parts and move them to the output folder, replacing an earlier command's files. Meanwhile the folder is marked as
+    unfinished, so that readers refuse it: records must never be used with another command's manifest.
+
+    Returns:
+        Counts (records, rejected, hours, longest) and the sizes of the files.
 
     Raises:
-        DataError: there is no record; what was there before is left.
+        DataError: there is no record; the earlier command's files are kept.
     """
-    targets = [work.target(part) for part in scan.parts]
-    abouts = [json.loads(summary_path(target).read_text(encoding="utf-8")) for target in targets]
-    records = sum(about["records"] for about in abouts)
-    rejected = _write_rejected(output, scan, abouts)
+    targets = [task.target(part) for part in scan.parts]
+    summaries = [json.loads(summary_path(target).read_text(encoding="utf-8")) for target in targets]
+    records = sum(summary["records"] for summary in summaries)
+    rejected = _write_rejected(output, scan, summaries)
     if not records:
         with (output / REJECTED).open(encoding="utf-8") as lines:
             reason = f"holds no usable recording; the first one {json.loads(lines.readline())['reason']}."
         raise DataError("input", str(corpus), reason, f"See {output / REJECTED}.")
-    shards = _write_shards(work.scratch, work.form, [target for target, about in zip(targets, abouts, strict=True) if about["records"]])
+    parts = [target for target, summary in zip(targets, summaries, strict=True) if summary["records"]]
+    shards = _write_shards(task.scratch, task.form, parts)
     (output / UNFINISHED).touch()
     (output / PREPARED).unlink(missing_ok=True)
     for old in output.iterdir():
-        if _OWN.fullmatch(old.name):
+        if _REPLACED.fullmatch(old.name):
             old.unlink()
     written = [shard.replace(output / shard.name) for shard in shards]
     if _vocoder_units(output / VOCODER) not in (None, manifest["identity"]):
@@ -60,26 +65,26 @@ def publish_records(
     save_kmeans(output / KMEANS, centroids, {})
     (output / UNITS_MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     files = {path.name: path.stat().st_size for path in (*written, output / KMEANS, output / UNITS_MANIFEST)}
-    seconds = sum(about["seconds"] for about in abouts)
-    longest = max(about["longest"] for about in abouts)
-    return {"records": records, "rejected": rejected, "hours": seconds / 3600.0, "longest": longest, "files": files}
+    hours = sum(summary["seconds"] for summary in summaries) / 3600.0
+    longest = max(summary["longest"] for summary in summaries)
+    return {"records": records, "rejected": rejected, "hours": hours, "longest": longest, "files": files}
 
 
-def mark_prepared(output: Path, made: Mapping[str, Any]) -> None:
-    """From now on the folder may be read. Write down what was made and with which `key`: last, for what stands there is not done again."""
+def mark_prepared(output: Path, result: Mapping[str, Any]) -> None:
+    """Allow the folder to be read, and write down the result and its `key`: last, because a command that finds its key does nothing."""
     (output / UNFINISHED).unlink()
-    (output / PREPARED).write_text(json.dumps(made) + "\n", encoding="utf-8")
+    (output / PREPARED).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-def _write_rejected(output: Path, scan: Scan, abouts: Iterable[Mapping[str, Any]]) -> int:
-    """rejected.jsonl: entries of the corpus that are no utterances, then utterances that gave no record. Returns their number."""
+def _write_rejected(output: Path, scan: Scan, summaries: Iterable[Mapping[str, Any]]) -> int:
+    """Write rejected.jsonl: entries of the corpus that are not utterances, then utterances that gave no record. Returns their number."""
     temporary, count = output / f".{REJECTED}.tmp", 0
     with temporary.open("w", encoding="utf-8") as sink, scan.unusable.open(encoding="utf-8") as unusable:
         for line in unusable:
             sink.write(line)
             count += 1
-        for about in abouts:
-            for entry in sorted(about["rejected"], key=lambda entry: entry["index"]):
+        for summary in summaries:
+            for entry in sorted(summary["rejected"], key=lambda entry: entry["index"]):
                 sink.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 count += 1
     if count:
@@ -91,16 +96,16 @@ def _write_rejected(output: Path, scan: Scan, abouts: Iterable[Mapping[str, Any]
 
 
 def _vocoder_units(path: Path) -> Any:
-    """The identity of the units that a vocoder speaks; None where there is no vocoder that tells."""
+    """The identity of the units that a vocoder was fitted to; None if there is no vocoder that names them."""
     try:
         with safe_open(path, framework="numpy") as tensors:
             return json.loads((tensors.metadata() or {})["vocoder"])["units"]
     except (OSError, SafetensorError, ValueError, KeyError):
-        return None
+        return None  # a file that is not ours is left alone
 
 
 def _write_shards(scratch: str, form: str, parts: Sequence[Path]) -> list[Path]:
-    """Parts' bytes one after the other (gzip members make one gzip file), in files of some 64 MiB, in the folder `scratch`."""
+    """Write the parts' bytes one after the other (gzip members make one gzip file) to files of some 64 MiB in the folder `scratch`."""
     shards: list[list[Path]] = [[]]
     size = 0
     for part in parts:
@@ -124,7 +129,7 @@ def _write_shards(scratch: str, form: str, parts: Sequence[Path]) -> list[Path]:
 
 
 def _as_list(parts: Iterable[Path]) -> Iterator[bytes]:
-    """Lines of JSON as one JSON list."""
+    """Yield the lines of JSON Lines files as the lines of one JSON list."""
     before = b"[\n"
     for part in parts:
         with part.open("rb") as lines:

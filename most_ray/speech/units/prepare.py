@@ -1,4 +1,4 @@
-"""`most-ray prepare units` and `prepare kmeans`: a corpus to ASR records, the units manifest, and centroids."""
+"""`most-ray prepare units` and `prepare kmeans`: from a corpus to ASR records, the units manifest, and centroids."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import contextlib
 import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.errors import ConfigError, DataError, nearest
+from most_ray.errors import ConfigError, DataError
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.audio import MAX_SECONDS
-from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, dataset_name
+from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, check_speaker_column, dataset_name
 from most_ray.speech.units.clustering import (
     FIT_FRAMES,
     Algorithm,
@@ -29,124 +29,95 @@ from most_ray.speech.units.clustering import (
     load_kmeans,
     save_kmeans,
 )
-from most_ray.speech.units.corpus_parts import (
-    VERSION,
-    CollectStatistics,
-    EncodeUnits,
-    PartTask,
-    Runner,
-    Scan,
-    json_digest,
-    run_in_process,
-    scan_corpus,
-)
+from most_ray.speech.units.corpus_parts import VERSION, PartTask, Progress, Runner, Scan, json_digest, run_in_process, scan_corpus
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import Extractor, FeatureSettings, MfccSettings
 from most_ray.speech.units.output import find_prepared, mark_prepared, publish_records
+from most_ray.speech.units.stages import CollectStatistics, EncodeUnits, lowest, write_codebook
 
-_ROWS = 10_000  # frames at once
-_FEWEST_OF_A_PART = 256  # frames that a part keeps for k-means
-Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+_ROWS = 10_000  # frames that are computed on together
+_FEWEST_OF_A_PART = 256  # frames that a part may keep for k-means, however many parts there are
 ChooseRunner = Callable[[int], Runner]  # bytes of audio -> who makes the parts
 
 
 @dataclass(frozen=True)
 class UnitsJob:
-    """What `prepare units` is asked for. One of `kmeans`, `fit_kmeans` is given; 0 units to fit: as many as the frames can tell apart."""
+    """A corpus to convert to units. Exactly one of `kmeans` and `fit_kmeans` is given."""
 
     corpus: CorpusOptions
-    output: Path
+    output: Path  # folder of the records
     features: FeatureSettings = field(default_factory=MfccSettings)
-    kmeans: Path | None = None
-    fit_kmeans: int | None = None
-    algorithm: Algorithm = "minibatch"
-    fit_frames: int = FIT_FRAMES
-    where: Sequence[Condition] = ()
-    perturb: Sequence[float] = (1.0,)
+    kmeans: Path | None = None  # file of the centroids to use
+    fit_kmeans: int | None = None  # number of centroids to fit; 0: as many as the frames are enough for
+    algorithm: Algorithm = "minibatch"  # of k-means
+    fit_frames: int = FIT_FRAMES  # frames to fit k-means to, at most
+    where: Sequence[Condition] = ()  # the utterances to convert
+    perturb: Sequence[float] = (1.0,)  # speeds at which each recording is used
     speaker_column: str = "speaker"
-    keep_repeats: bool = False
-    max_seconds: float = MAX_SECONDS
-    form: Literal["jsonl.gz", "jsonl", "json"] = "jsonl.gz"
-    seed: int = 0
+    keep_repeats: bool = False  # keep runs of equal units
+    max_seconds: float = MAX_SECONDS  # longer utterances are rejected
+    form: Literal["jsonl.gz", "jsonl", "json"] = "jsonl.gz"  # of the records
+    seed: int = 0  # of k-means and of the sample of frames
 
 
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """What the first pass over a corpus found: speakers' statistics, and frames to fit k-means to, float32 (frames, features)."""
+    """What the first stage found."""
 
     speakers: dict[str, SpeakerStatistics]
-    sample: np.ndarray
-    frames: int
-    reason: str = ""  # why the first recording that gave no frames did not
+    sample: np.ndarray  # frames to fit k-means to, normalised, float32 (frames, features)
+    frames: int  # of all chosen utterances
+    reason: str = ""  # why the first recording that gave no frames gave none
 
 
-def here(_bytes: int) -> Runner:
-    return run_in_process
+def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lambda _: run_in_process) -> dict[str, Any]:
+    """Write records (records.jsonl.gz, or numbered files of some 64 MiB), `units.json` and `kmeans.npy` to the output folder, and
+    entries and recordings that cannot be used to `rejected.jsonl`, with a reason each.
 
+    If the features are normalised, a speaker's statistics are taken over all the recordings of the corpus, before `where` selects; a
+    perturbed copy counts as another speaker. k-means, if it is fitted, sees the selected recordings only. A command that was stopped
+    continues where it was; one that was finished, and whose corpus has not changed, is not repeated.
 
-def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = here) -> dict[str, Any]:
-    """Write records (records.jsonl.gz, or numbered files of some 64 MiB), `units.json` and `kmeans.npy` to the output folder; recordings
-    and entries that cannot be used go to `rejected.jsonl`, with a reason each.
-
-    Where features are normalised, a speaker's statistics are taken over all the recordings of the corpus, before `where` selects; a
-    perturbed copy is another speaker. k-means, where it is fitted, hears the selected recordings only. A command that was stopped goes
-    on where it was; one that was finished, and whose corpus has not changed, is not repeated.
+    Args:
+        progress: wraps the parts to show how far the work is.
+        runner: chooses who makes the parts; by default this process.
 
     Returns:
-        Counts: records, rejected, speakers, hours, units; unchanged, where nothing had to be done.
+        Counts: records, rejected, speakers, hours, units; `unchanged` if nothing had to be done.
 
     Raises:
         ConfigError, DataError: a wrong option, or a corpus that cannot be read.
     """
     _check(job)
-    extractor = open_extractor(job.features, "cpu")  # to describe it: whoever makes the parts opens their own
+    extractor = open_extractor(job.features, "cpu")  # only to describe the features: who makes the parts opens its own
     centroids = _known_centroids(job, extractor)
-    with _alone(job.output.absolute() / ".work") as scratch:
-        return _prepare_units(job, extractor, centroids, scratch, progress, runner)
-
-
-def _prepare_units(
-    job: UnitsJob, extractor: Extractor, centroids: np.ndarray | None, scratch: Path, progress: Progress, runner: ChooseRunner
-) -> dict[str, Any]:
-    scan = _scan(job, scratch)
-    name, features_key = dataset_name(job.corpus), json_digest(extractor.identity)
-    key = _job_key(job, scan, features_key, centroids)
-    if done := find_prepared(job.output, key):
+    with _locked_folder(job.output.absolute() / ".work") as scratch:
+        scan = _scan(job, scratch)
+        features_key = json_digest(extractor.identity)
+        key = _job_key(job, scan, features_key, centroids)
+        if done := find_prepared(job.output, key):
+            shutil.rmtree(scratch, ignore_errors=True)
+            return {**done, "unchanged": True}
+        stages = _Stages(job, scan, scratch, runner(scan.bytes), progress)
+        statistics = stages.collect(extractor, features_key, fit=centroids is None)
+        if centroids is None:
+            centroids = _fit(job, statistics)
+        task = stages.encode(features_key, centroids, statistics.speakers)
+        manifest = build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, extractor.source)
+        if statistics.speakers:
+            manifest["reference"] = _reference(statistics.speakers)
+        written = publish_records(job.corpus.directory, job.output, scan, task, manifest, centroids)
+        result = {**written, "speakers": len(statistics.speakers), "units": len(centroids)}
+        mark_prepared(job.output, {"key": key, **result})
         shutil.rmtree(scratch, ignore_errors=True)
-        return {**done, "unchanged": True}
-    run = _Run(job, scan, scratch, runner(scan.bytes), progress)
-    measured = run.measure(extractor, features_key, fit=centroids is None)
-    if centroids is None:
-        centroids = fit_kmeans(measured.sample, job.fit_kmeans or default_unit_count(len(measured.sample)), job.seed, job.algorithm)
-    codebook = _write_codebook(scratch / "codebook.npz", centroids, measured.speakers)
-    work = EncodeUnits(
-        job.features,
-        features_key,
-        job.speaker_column,
-        job.max_seconds,
-        str(codebook),
-        json_digest(kmeans_hash(centroids), _statistics_key(measured.speakers)),
-        job.keep_repeats,
-        name,
-        job.form,
-        str(scratch),
-    )
-    run.do(work, "units")
-    manifest = build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, getattr(extractor, "source", None))
-    if measured.speakers:
-        manifest["reference"] = _reference(measured.speakers)
-    result = {
-        **publish_records(job.corpus.directory, job.output, scan, work, manifest, centroids),
-        "speakers": len(measured.speakers),
-        "units": len(centroids),
-    }
-    mark_prepared(job.output, {"key": key, **result})
-    shutil.rmtree(scratch, ignore_errors=True)
     return result
 
 
-def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: ChooseRunner = here) -> dict[str, Any]:
+def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: ChooseRunner = lambda _: run_in_process) -> dict[str, Any]:
     """Fit centroids to the selected recordings and write them to `output` (.npy, or .safetensors that says what it was fitted on).
+
+    Args:
+        progress, runner: as for `prepare_units`.
 
     Returns:
         Counts: units, frames (of which at most `fit_frames` were used), inertia (mean squared distance to the nearest centroid).
@@ -157,29 +128,29 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Choo
     if output.suffix not in (".npy", ".safetensors"):
         raise ConfigError("output", str(output), "is neither a .npy nor a .safetensors file.")
     _check(job)
-    extractor = open_extractor(job.features, "cpu")  # to describe it: whoever makes the parts opens their own
+    extractor = open_extractor(job.features, "cpu")  # only to describe the features: who makes the parts opens its own
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _alone(output.absolute().with_name(f".{output.name}.work")) as scratch:
+    with _locked_folder(output.absolute().with_name(f".{output.name}.work")) as scratch:
         scan = _scan(job, scratch)
-        run = _Run(job, scan, scratch, runner(scan.bytes), progress)
-        measured = run.measure(extractor, json_digest(extractor.identity), fit=True)
-        centroids = fit_kmeans(measured.sample, job.fit_kmeans or default_unit_count(len(measured.sample)), job.seed, job.algorithm)
+        stages = _Stages(job, scan, scratch, runner(scan.bytes), progress)
+        statistics = stages.collect(extractor, json_digest(extractor.identity), fit=True)
+        centroids = _fit(job, statistics)
         save_kmeans(output, centroids, extractor.identity)
         shutil.rmtree(scratch, ignore_errors=True)
-    return {"units": len(centroids), "frames": measured.frames, "inertia": _inertia(measured.sample, centroids)}
+    return {"units": len(centroids), "frames": statistics.frames, "inertia": _inertia(statistics.sample, centroids)}
 
 
 def _check(job: UnitsJob) -> None:
     if (job.kmeans is None) == (job.fit_kmeans is None):
         raise ConfigError("kmeans", job.kmeans and str(job.kmeans), "or fit_kmeans, exactly one of them, says which units to use.")
     if job.fit_kmeans and not 2 <= job.fit_kmeans <= N_UNITS:
-        raise ConfigError("fit_kmeans", job.fit_kmeans, f"must lie in 2..{N_UNITS}.")
+        raise ConfigError("fit_kmeans", job.fit_kmeans, f"must be in 2..{N_UNITS}.")
     if not job.perturb or any(not 0.5 <= speed <= 2.0 for speed in job.perturb) or len(set(job.perturb)) != len(job.perturb):
         raise ConfigError("perturb", list(job.perturb), "must hold different speeds between 0.5 and 2.")
     if job.fit_frames < 1:
         raise ConfigError("fit_frames", job.fit_frames, "must be at least 1.")
     if not 0 <= job.seed < 1 << 32:
-        raise ConfigError("seed", job.seed, "must lie in 0..4294967295.")
+        raise ConfigError("seed", job.seed, "must be in 0..4294967295.")
     if not job.max_seconds > 0:
         raise ConfigError("max_seconds", job.max_seconds, "must be above 0.")
 
@@ -195,11 +166,11 @@ def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
 
 
 @contextlib.contextmanager
-def _alone(scratch: Path) -> Iterator[Path]:
-    """The folder for what is on its way, for one command at a time. A command that was wrong leaves nothing behind.
+def _locked_folder(scratch: Path) -> Iterator[Path]:
+    """A folder for intermediate files, for one command at a time. A command with wrong options leaves no new folder.
 
     Raises:
-        DataError: another command is at work there.
+        DataError: another command is working there.
     """
     new = [folder for folder in (scratch, scratch.parent) if not folder.exists()]
     scratch.mkdir(parents=True, exist_ok=True)
@@ -227,12 +198,12 @@ def _scan(job: UnitsJob, scratch: Path) -> Scan:
     if not scan.chosen:
         shown = [f"{c.column}{'!' * c.negated}={','.join(c.values)}" for c in job.where]
         raise ConfigError("where", shown, "leaves no recording.")
-    if job.speaker_column != "speaker" and job.speaker_column not in scan.columns:
-        raise ConfigError("speaker_column", job.speaker_column, "is no column of the corpus.", nearest(job.speaker_column, scan.columns))
+    check_speaker_column(job.speaker_column, scan.columns)
     return scan
 
 
 def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray | None) -> str:
+    """Hash of everything that the records depend on."""
     return json_digest(
         [(part.key, part.speed) for part in scan.parts],
         scan.unusable_key,
@@ -243,9 +214,14 @@ def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray
     )
 
 
+def _fit(job: UnitsJob, statistics: CorpusStatistics) -> np.ndarray:
+    count = job.fit_kmeans or default_unit_count(len(statistics.sample))
+    return fit_kmeans(statistics.sample, count, job.seed, job.algorithm)
+
+
 @dataclass(frozen=True)
-class _Run:
-    """A job on its way."""
+class _Stages:
+    """The two stages of a job."""
 
     job: UnitsJob
     scan: Scan
@@ -253,36 +229,54 @@ class _Run:
     runner: Runner
     progress: Progress
 
-    def do(self, work: PartTask, what: str) -> None:
-        """Make the parts that are not there."""
-        todo = [part for part in self.scan.parts if not work.target(part).exists()]
-        for _ in self.progress(self.runner(work, todo) if todo else (), what, len(todo)):
-            pass
-
-    def measure(self, extractor: Extractor, features_key: str, fit: bool) -> CorpusStatistics:
-        """The first pass, where one is needed: to know the speakers, or to fit k-means."""
+    def collect(self, extractor: Extractor, features_key: str, fit: bool) -> CorpusStatistics:
+        """The first stage, if one is needed: for the speakers' statistics, or for a sample to `fit` k-means to."""
+        job = self.job
         if not fit and not extractor.per_speaker:
             return CorpusStatistics({}, np.zeros((0, extractor.width), np.float32), 0)
         # Each part keeps four times its even share, so that the sample over all of them is as good as an even one.
-        share = max(_FEWEST_OF_A_PART, -(-4 * self.job.fit_frames // len(self.scan.parts))) if fit else 0
-        job = self.job
-        work = CollectStatistics(job.features, features_key, job.speaker_column, job.max_seconds, share, job.seed, str(self.scratch))
-        self.do(work, "features")
-        measured = self._merge(work, extractor.width)
-        if fit and not measured.frames:
-            reason = f"holds no usable recording; the first one {measured.reason}."
-            raise DataError("input", str(job.corpus.directory), reason)
-        return measured
+        share = max(_FEWEST_OF_A_PART, -(-4 * job.fit_frames // len(self.scan.parts))) if fit else 0
+        task = CollectStatistics(job.features, features_key, job.speaker_column, job.max_seconds, share, job.seed, str(self.scratch))
+        self._make_parts(task, "features")
+        found = self._merge(task, extractor.width)
+        if fit and not found.frames:
+            raise DataError("input", str(job.corpus.directory), f"holds no usable recording; the first one {found.reason}.")
+        return found
 
-    def _merge(self, work: CollectStatistics, width: int) -> CorpusStatistics:
+    def encode(self, features_key: str, centroids: np.ndarray, speakers: Mapping[str, SpeakerStatistics]) -> EncodeUnits:
+        """The second stage. Returns its task, which names the parts' files."""
+        job = self.job
+        sums = [(name, speakers[name].count, speakers[name].total.tolist(), speakers[name].squares.tolist()) for name in sorted(speakers)]
+        task = EncodeUnits(
+            features=job.features,
+            features_key=features_key,
+            speaker_column=job.speaker_column,
+            max_seconds=job.max_seconds,
+            codebook=str(write_codebook(self.scratch / "codebook.npz", centroids, speakers)),
+            codebook_key=json_digest(kmeans_hash(centroids), json_digest(sums)),
+            keep_repeats=job.keep_repeats,
+            name=dataset_name(job.corpus),
+            form=job.form,
+            scratch=str(self.scratch),
+        )
+        self._make_parts(task, "units")
+        return task
+
+    def _make_parts(self, task: PartTask, what: str) -> None:
+        """Make the parts that do not exist yet."""
+        todo = [part for part in self.scan.parts if not task.target(part).exists()]
+        for _ in self.progress(self.runner(task, todo) if todo else (), what, len(todo)):
+            pass
+
+    def _merge(self, task: CollectStatistics, width: int) -> CorpusStatistics:
         speakers: dict[str, SpeakerStatistics] = {}
         drawn: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = [(np.zeros((0, width), np.float32), np.zeros(0, np.str_), np.zeros(0))]
         frames, waiting, reason = 0, 0, ""
         for part in self.scan.parts:
-            with np.load(work.target(part), allow_pickle=False) as found:
+            with np.load(task.target(part), allow_pickle=False) as found:
                 for name, count, total, squares in zip(*(found[key] for key in ("speakers", "counts", "totals", "squares")), strict=True):
-                    known, new = speakers.get(str(name)), SpeakerStatistics(int(count), total, squares)
-                    speakers[str(name)] = known + new if known else new
+                    new = SpeakerStatistics(int(count), total, squares)
+                    speakers[str(name)] = speakers[str(name)] + new if str(name) in speakers else new
                 frames, reason = frames + int(found["frames"]), reason or str(found["reason"])
                 drawn.append((found["sample"], found["owners"], found["priorities"]))
                 waiting += len(found["sample"])
@@ -298,38 +292,19 @@ class _Run:
         return CorpusStatistics(speakers, sample, frames, reason)
 
     def _lowest(self, drawn: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The frames, owners and priorities of those with the lowest, `fit_frames` of them at most, in their order."""
+        """The (frames, owners, priorities) of the `fit_frames` frames with the lowest priorities, in their order."""
         sample, owners, priorities = (np.concatenate(each) for each in zip(*drawn, strict=True))
-        keep = np.sort(np.argsort(priorities, kind="stable")[: self.job.fit_frames])
+        keep = lowest(priorities, self.job.fit_frames)
         return sample[keep], owners[keep] if len(owners) else owners, priorities[keep]
 
 
-def _write_codebook(path: Path, centroids: np.ndarray, speakers: Mapping[str, SpeakerStatistics]) -> Path:
-    """What the second pass needs of the first. Returns its path."""
-    names = sorted(speakers)
-    arrays = {
-        "centroids": centroids,
-        "speakers": np.array(names, dtype=np.str_),
-        "means": np.array([speakers[name].mean for name in names]).reshape(len(names), centroids.shape[1]),
-        "deviations": np.array([speakers[name].deviation for name in names]).reshape(len(names), centroids.shape[1]),
-    }
-    with path.open("wb") as sink:
-        np.savez(sink, **arrays)  # type: ignore[arg-type]
-    return path
-
-
-def _statistics_key(speakers: Mapping[str, SpeakerStatistics]) -> str:
-    return json_digest(
-        [(name, speakers[name].count, speakers[name].total.tolist(), speakers[name].squares.tolist()) for name in sorted(speakers)]
-    )
-
-
 def _reference(speakers: Mapping[str, SpeakerStatistics]) -> dict[str, list[float]]:
-    """Mean and deviation of a speaker's frames, averaged over the speakers: what is expected of one whom nobody has heard."""
+    """Mean and deviation of a speaker's frames, averaged over the speakers: the expectation for an unseen speaker."""
     means, deviations = (np.mean([getattr(each, what) for each in speakers.values()], axis=0) for what in ("mean", "deviation"))
     return {"mean": np.round(means, 6).tolist(), "deviation": np.round(deviations, 6).tolist()}
 
 
 def _inertia(sample: np.ndarray, centroids: np.ndarray) -> float:
+    """Mean squared distance of the frames (frames, features) to their nearest centroid."""
     chosen = np.concatenate([assign(sample[start : start + _ROWS], centroids) for start in range(0, len(sample), _ROWS)])
     return float(((sample - centroids[chosen]) ** 2).sum(axis=1, dtype=np.float64).mean())

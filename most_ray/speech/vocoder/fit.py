@@ -127,5 +127,5 @@ def _examples(heard: Sequence[tuple[np.ndarray, str, Any]], kit: SpeechAssets) -
             frames_of[speaker].append(frames.values)
         known = {speaker: SpeakerStatistics.from_frames(np.concatenate(frames)) for speaker, frames in frames_of.items()}
     for wave, speaker, frames in heard:
-        values = known[speaker].apply(frames.values) if known else frames.values
+        values = known[speaker].normalise(frames.values) if known else frames.values
         yield Example(assign(values, kit.centroids), wave, frames.first, speaker)

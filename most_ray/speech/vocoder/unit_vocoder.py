@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
 
+from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, DataError
 from most_ray.io import storage
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
-from most_ray.speech.units.features import one_thread
 
 _VERSION = 1
 _RATE = 16000  # Hz
@@ -116,7 +116,7 @@ class UnitVocoder:
         Raises:
             DataError: a unit that the vocoder does not know.
         """
-        with one_thread():
+        with torch_threads(1):
             return [self._speak(_checked(units, self.n_units)) for units in utterances], _RATE
 
     def _speak(self, units: np.ndarray) -> np.ndarray:
@@ -201,7 +201,7 @@ def fit_vocoder(
     parts = max(1, round(100 / rate_hz))  # mel frames of about 10 ms for each unit
     about: dict[str, Any] = {"version": _VERSION, "n_units": n_units, "rate_hz": rate_hz, "repeats_removed": repeats_removed}
     about |= {"units": units, "made_of": made_of, "settings": asdict(settings), "parts": parts, "hop": round(_RATE / rate_hz / parts)}
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         heard = _hear(examples, about)
         voices = {speaker: _statistics([mel for _, mel, other in heard if other == speaker]) for speaker in {entry[2] for entry in heard}}
