@@ -187,8 +187,8 @@ def _kmeans(args: argparse.Namespace) -> int:
 
 def _vocoder(args: argparse.Namespace) -> int:
     from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
-    from most_ray.speech.vocoder.fit import prepare_vocoder
-    from most_ray.speech.vocoder.unit_vocoder import VocoderSettings
+    from most_ray.speech.vocoder.fit import VocoderSettings
+    from most_ray.speech.vocoder.prepare_vocoder import prepare_vocoder
 
     if not args.seconds > 0:
         raise ConfigError("seconds", args.seconds, "must be above 0.")

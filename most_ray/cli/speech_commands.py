@@ -125,7 +125,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     from most_ray.evaluation.generate import synthesize_texts
     from most_ray.records.record import parse_units
     from most_ray.speech.units.assets import read_units_manifest
-    from most_ray.speech.vocoder.unit_vocoder import open_vocoder
+    from most_ray.speech.vocoder.vocoders import open_vocoder
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError("limit", args.limit, "must be at least 1.")

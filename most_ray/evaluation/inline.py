@@ -24,7 +24,7 @@ from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import load_tokenizer
 from most_ray.speech.units.assets import find_assets, read_units_manifest
-from most_ray.speech.vocoder.unit_vocoder import open_vocoder
+from most_ray.speech.vocoder.vocoders import open_vocoder
 
 
 @dataclass(frozen=True)

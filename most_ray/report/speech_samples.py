@@ -63,7 +63,7 @@ def _synthesise(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> 
         CheckpointError: the vocoder is damaged, or was trained for other units.
     """
     from most_ray.speech.units.assets import read_units_manifest  # seconds to import, and most pages have nothing to play
-    from most_ray.speech.vocoder.unit_vocoder import open_vocoder
+    from most_ray.speech.vocoder.vocoders import open_vocoder
 
     for name in (UNITS_MANIFEST, VOCODER):
         if storage.exists(storage.join(kit, name)):

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
-from most_ray.speech.vocoder.unit_vocoder import Example, UnitVocoder, VocoderSettings, fit_vocoder
+from most_ray.speech.vocoder.fit import Example, VocoderSettings, fit_vocoder
+from most_ray.speech.vocoder.unit_vocoder import UnitVocoder
 
 LAYERS, EXPERTS = 6, 8
 GROUPS = {"text": [0, 1, 2, 3], "audio": [4, 5, 6, 7]}

@@ -19,7 +19,7 @@ import soundfile
 from most_ray.io import storage
 from most_ray.report.collect import collect, parse_speech
 from most_ray.report.page import page
-from most_ray.speech.vocoder.unit_vocoder import open_vocoder
+from most_ray.speech.vocoder.vocoders import open_vocoder
 from tests.support.report_data import SENTENCES, write_kit, write_run
 
 EVIL = '</td><script>alert("1")</script><img src=x onerror=alert(2)>&"{{ 7 * 7 }}'

@@ -22,7 +22,9 @@ from most_ray.speech.units.clustering import assign, load_kmeans
 from most_ray.speech.units.features import MfccSettings
 from most_ray.speech.units.mfcc import mfcc
 from most_ray.speech.vocoder.code_hifigan import CodeHifiGan
-from most_ray.speech.vocoder.unit_vocoder import Example, UnitVocoder, VocoderSettings, fit_vocoder, open_vocoder
+from most_ray.speech.vocoder.fit import Example, VocoderSettings, fit_vocoder
+from most_ray.speech.vocoder.unit_vocoder import UnitVocoder
+from most_ray.speech.vocoder.vocoders import open_vocoder
 
 RATE = 16000
 PITCHES = (300, 700, 1300, 2200, 3400, 5000)  # Hz, one for each unit

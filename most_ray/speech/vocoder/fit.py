@@ -1,131 +1,161 @@
-"""`most-ray prepare vocoder`: a vocoder for a folder of records, learned from the recordings that they came from."""
+"""Fits a UnitVocoder to recordings and their units."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
-from most_ray.records.files import VOCODER
-from most_ray.speech.corpora.audio import MAX_SECONDS, load_audio
-from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Utterance, check_conditions, matches_all, read_corpus
-from most_ray.speech.units.assets import SpeechAssets, open_assets
-from most_ray.speech.units.clustering import SpeakerStatistics, assign
-from most_ray.speech.units.corpus_parts import json_digest
-from most_ray.speech.vocoder.unit_vocoder import Example, UnitVocoder, VocoderSettings, fit_vocoder
+from most_ray.distributed.determinism import torch_threads
+from most_ray.errors import DataError
+from most_ray.speech.vocoder.spectrogram import MELS, RATE, log_mel
+from most_ray.speech.vocoder.unit_vocoder import MAX_RATE_HZ, VERSION, ContextNet, UnitVocoder, build_nets, check_units, run_lengths
 
-_RATE = 16000  # Hz, of what a vocoder hears
-_MOST = 20_000  # recordings to draw from
-_OF_EACH = 12
-_FEWEST_STEPS = 60
+_MAX_GAIN = 1.5  # by which the predicted spectra's deviation is raised at most
 
 
-def prepare_vocoder(
-    corpus: CorpusOptions,
-    records: Path,
-    conditions: Sequence[Condition],
-    speaker_column: str,
-    settings: VocoderSettings,
-    progress: Callable[[Iterable[Any], str, int], Iterable[Any]],
-    max_seconds: float = MAX_SECONDS,
-    encoder: str | None = None,
-) -> dict[str, Any]:
-    """Write vocoder.safetensors to the folder `records` of `prepare units`, whose units it will speak. Which recordings it hears, of a
-    large corpus, is drawn by speaker and seed: a dozen of each speaker's, for one alone does not tell what the speaker sounds like. Those
-    that cannot be read are passed over.
+@dataclass(frozen=True)
+class Example:
+    """One recording to fit a vocoder to."""
 
-    Returns:
-        recordings and seconds that were heard, and the speaker whose voice it has; unchanged, where it was there already.
+    units: np.ndarray  # int (frames,), with repeats
+    wave: np.ndarray  # float32 (samples,) at 16 kHz
+    first: int  # frames by which the units begin after the recording does
+    speaker: str
+
+
+@dataclass(frozen=True)
+class VocoderSettings:
+    """How a vocoder is fitted. Its file keeps these."""
+
+    seed: int = 0
+    steps: int = 600
+    batch: int = 24  # windows of a step
+    window: int = 96  # units
+    learning_rate: float = 4e-3
+    width: int = 96  # channels of each layer
+    griffin_lim_iterations: int = 60
+    max_seconds: float = 1800.0  # of audio; later examples are not used
+
+
+def fit_vocoder(
+    examples: Iterable[Example],
+    n_units: int,
+    rate_hz: float,
+    units: dict[str, Any],
+    repeats_removed: bool,
+    settings: VocoderSettings = VocoderSettings(),
+    made_of: str = "",
+) -> UnitVocoder:
+    """Fit a vocoder; its voice is that of the speaker with the most frames.
+
+    Each speaker's log mel spectra are normalised before they are learned, else all voices would be averaged. Equal examples and seeds give
+    equal bytes on one machine.
+
+    Args:
+        n_units: the units are 0..n_units-1.
+        rate_hz: units per second, before repeats are removed.
+        units: identity of the units manifest.
+        repeats_removed: the vocoder will get units without repeats, so durations are learned too.
+        made_of: hash of the examples' source, to be kept in the file.
 
     Raises:
-        DataError: the folder has no units, or the corpus no recording that can be used.
+        DataError: the examples have no unit, or one that is not in 0..n_units-1, or the rate is outside (0, 200] Hz.
     """
-    kit = open_assets(records, encoder)
-    if kit.extractor.sample_rate != _RATE:
-        raise DataError("features", kit.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {_RATE} Hz.")
-    drawn = _draw(corpus, conditions, speaker_column, settings.seed)
-    stamps = ((each.id, each.start, each.duration, each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in drawn)
-    made_of = json_digest(list(stamps), asdict(settings), speaker_column, max_seconds)
-    known = _known(records / VOCODER)
-    if known and known.made_of == made_of and known.units == kit.manifest["identity"]:
-        return {"voice": known.voice, "unchanged": True}
-    heard = list(progress(_hear(drawn, kit, speaker_column, settings.max_seconds, max_seconds), "recordings", len(drawn)))
-    if not heard:
-        raise DataError("input", str(corpus.directory), "holds no recording that can be used.", "See rejected.jsonl of the records.")
-    seconds = sum(len(wave) for wave, _, _ in heard) / _RATE
-    # Little speech is learned by heart in fewer steps.
-    settings = replace(settings, steps=min(settings.steps, max(_FEWEST_STEPS, round(seconds))))
-    examples = _examples(heard, kit)
-    identity = kit.manifest["identity"]
-    vocoder = fit_vocoder(examples, identity["n_units"], identity["rate_hz"], identity, identity["repeats_removed"], settings, made_of)
-    vocoder.save(records / VOCODER)
-    return {"recordings": len(heard), "seconds": seconds, "voice": vocoder.voice}
+    if not 0 < rate_hz <= MAX_RATE_HZ:
+        raise DataError("rate_hz", rate_hz, f"must be in (0, {MAX_RATE_HZ:g}].")
+    parts = max(1, round(100 / rate_hz))  # mel frames of about 10 ms for each unit
+    about: dict[str, Any] = {"version": VERSION, "n_units": n_units, "rate_hz": rate_hz, "repeats_removed": repeats_removed}
+    about |= {"units": units, "made_of": made_of, "settings": asdict(settings), "parts": parts, "hop": round(RATE / rate_hz / parts)}
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        data = _spectra(examples, about)
+        voices = {speaker: _statistics([mel for _, mel, other in data if other == speaker]) for speaker in {entry[2] for entry in data}}
+        lengths: dict[str, int] = defaultdict(int)
+        for ids, _, speaker in data:
+            lengths[speaker] += len(ids)
+        about["voice"] = max(sorted(lengths), key=lengths.__getitem__)
+        normalised = [((mel - voices[speaker][0]) / voices[speaker][1]).reshape(len(ids), -1) for ids, mel, speaker in data]
+        sequences = [ids for ids, _, _ in data]
+        mel, duration = build_nets(about)
+        _fit(mel, sequences, normalised, settings)
+        if duration is not None:
+            runs = [run_lengths(ids) for ids in sequences]
+            logs = [torch.from_numpy(np.log(counts)).float()[:, None] for _, counts in runs]
+            _fit(duration, [ids for ids, _ in runs], logs, settings)
+            predicted = sum(float(duration.predict(ids).double().exp().sum()) for ids, _ in runs)
+            about["duration_scale"] = sum(len(ids) for ids in sequences) / predicted  # exp() of a mean of logarithms is too short
+        own = torch.cat([mel.predict(ids).reshape(-1, MELS) for ids in sequences])
+    return UnitVocoder(about, mel, duration, _match_voice(own, voices[about["voice"]]))
 
 
-def _known(path: Path) -> UnitVocoder | None:
-    """An earlier command's vocoder, where it is there and can be read."""
-    try:
-        return UnitVocoder.load(path)
-    except CheckpointError:
-        return None  # it is made anew
+def _spectra(examples: Iterable[Example], about: Mapping[str, Any]) -> list[tuple[np.ndarray, torch.Tensor, str]]:
+    """Of each example the units (frames,), the log mel spectra (frames * parts, mels) at their times, and the speaker."""
+    data: list[tuple[np.ndarray, torch.Tensor, str]] = []
+    seconds, parts, hop = 0.0, about["parts"], about["hop"]
+    for example in examples:
+        ids = check_units(example.units, about["n_units"])
+        if len(ids) and len(example.wave):
+            spectra = log_mel(torch.from_numpy(example.wave).float(), hop)
+            # By time, not by count: if the hop is not a whole number of samples, frames would drift away from units.
+            times = (example.first + (np.arange(len(ids) * parts) + 0.5) / parts) / about["rate_hz"]
+            frames = np.clip(np.round(times * RATE / hop).astype(np.int64), 0, len(spectra) - 1)
+            data.append((ids, spectra[torch.from_numpy(frames)], example.speaker))
+            seconds += len(example.wave) / RATE
+        if seconds >= about["settings"]["max_seconds"]:
+            break
+    if not data:
+        raise DataError("examples", None, "hold no units to learn from.")
+    return data
 
 
-def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, seed: int) -> list[Utterance]:
-    """Utterances in a random order of speakers, a dozen of each and then the others; the same for the same corpus and seed."""
-    columns: set[str] = set()
-
-    def keyed() -> Iterator[tuple[str, str, Utterance]]:
-        for entry in read_corpus(corpus):
-            if isinstance(entry, Utterance):
-                columns.update(entry.columns)
-                if matches_all(entry, conditions):
-                    yield json_digest(seed, str(entry.columns.get(column, ""))), json_digest(seed, entry.id), entry
-
-    lowest = heapq.nsmallest(_MOST, keyed(), key=lambda each: (each[0], each[1], each[2].id))
-    check_conditions(conditions, columns)
-    if column != "speaker" and column not in columns:
-        raise ConfigError("speaker_column", column, "is no column of the corpus.", nearest(column, columns))
-    first: list[Utterance] = []
-    others: list[Utterance] = []
-    for _, group in itertools.groupby(lowest, key=lambda each: each[0]):
-        for number, (_, _, utterance) in enumerate(group):
-            (first if number < _OF_EACH else others).append(utterance)
-    return first + others
+def _statistics(mels: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean and deviation of a speaker's log mel spectra (frames, mels), float32 (2, mels); the floor keeps empty bands from being
+    amplified."""
+    frames = torch.cat(list(mels))
+    return torch.stack([frames.mean(dim=0), frames.std(dim=0, correction=0).clamp(min=0.3)])
 
 
-def _hear(
-    utterances: Sequence[Utterance], kit: SpeechAssets, column: str, total_seconds: float, max_seconds: float
-) -> Iterator[tuple[np.ndarray, str, Any]]:
-    """Samples, speaker and frames of each, until there is enough speech."""
-    seconds = 0.0
-    for utterance in utterances:
-        if seconds >= total_seconds:
-            return
-        try:
-            wave = load_audio(utterance.path, _RATE, 1.0, utterance.start, utterance.duration, max_seconds)
-        except DataError:
-            continue  # `prepare units` has said why
-        frames = kit.extractor([wave])[0]
-        if len(frames.values):
-            seconds += len(wave) / _RATE
-            yield wave, str(utterance.columns.get(column, "")), frames
+def _match_voice(predicted: torch.Tensor, voice: torch.Tensor) -> torch.Tensor:
+    """Offset and scale (2, mels) that give predictions (frames, mels) the mean and deviation of a voice, (2, mels) as `_statistics`:
+    averages vary less than speech does (global variance, Toda & Tokuda 2007)."""
+    gain = 1.0 / predicted.std(dim=0, correction=0).clamp(min=1.0 / _MAX_GAIN)
+    mean, deviation = voice
+    return torch.stack([mean - predicted.mean(dim=0) * gain * deviation, gain * deviation])
 
 
-def _examples(heard: Sequence[tuple[np.ndarray, str, Any]], kit: SpeechAssets) -> Iterator[Example]:
-    """Each recording with its units, normalised as its speaker's where the features are."""
-    known: dict[str, SpeakerStatistics] = {}
-    if kit.extractor.per_speaker:
-        frames_of: dict[str, list[np.ndarray]] = defaultdict(list)
-        for _, speaker, frames in heard:
-            frames_of[speaker].append(frames.values)
-        known = {speaker: SpeakerStatistics.from_frames(np.concatenate(frames)) for speaker, frames in frames_of.items()}
-    for wave, speaker, frames in heard:
-        values = known[speaker].normalise(frames.values) if known else frames.values
-        yield Example(assign(values, kit.centroids), wave, frames.first, speaker)
+def _fit(net: ContextNet, sequences: Sequence[np.ndarray], targets: Sequence[torch.Tensor], settings: VocoderSettings) -> None:
+    """Minimise the absolute error on windows of all utterances in a row, with padding of a context's length between them.
+
+    Args:
+        sequences: units (frames,) of each utterance.
+        targets: (frames, outputs) of each utterance.
+    """
+    gap = torch.full((net.context,), net.padding)
+    ids = torch.cat([gap, *(part for sequence in sequences for part in (torch.from_numpy(sequence), gap))])
+    counts = (ids != net.padding).float()
+    wanted = torch.zeros(len(ids), targets[0].shape[1])
+    wanted[ids != net.padding] = torch.cat(list(targets))
+    window = min(settings.window, len(ids) - 2 * net.context)
+    optimizer = torch.optim.Adam(net.parameters(), settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, settings.steps, pct_start=0.1)
+    net.train()
+    for _ in range(settings.steps):
+        starts = torch.randint(0, len(ids) - window - 2 * net.context + 1, (settings.batch, 1))
+        inner = starts + net.context + torch.arange(window)
+        errors = (net(ids[starts + torch.arange(window + 2 * net.context)]) - wanted[inner]).abs().mean(dim=-1)
+        loss = (errors * counts[inner]).sum() / counts[inner].sum().clamp(min=1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        seen = torch.bincount(ids, minlength=net.padding + 1)[:-1] > 0
+        net.embedding.weight[:-1][~seen] = net.embedding.weight[:-1][seen].mean(dim=0)  # an unseen unit sounds like the average one
+        for parameter in net.parameters():
+            parameter.copy_(parameter.half())  # as `save` keeps it
+    net.eval()
