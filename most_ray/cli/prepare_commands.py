@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from most_ray.speech.units.prepare import ChooseRunner, UnitsJob
 
 
-
-
 def add(commands: Any) -> None:
     prepare = commands.add_parser("prepare", help="make records", description="Make records.").add_subparsers(
         dest="what", metavar="WHAT", required=True, parser_class=Parser
