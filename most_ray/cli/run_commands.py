@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     init.add_argument("--preset", help="name of a new model's size (tiny)")
     init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
     init.add_argument("--records", type=to_read(Path), nargs="+", default=[], help="directories of records whose text the tokenizer learns")
-    init.add_argument("--output", type=to_write(Path), required=True, help="where the model goes")
+    init.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
 
     train = add_command(commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes")
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 
     export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout")
     export.add_argument("--checkpoint", type=to_read(str), required=True, help="a step-... folder of a run's checkpoints/")
-    export.add_argument("--output", type=to_write(Path), required=True, help="where the model goes")
+    export.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
 
 
 def _init_model(args: argparse.Namespace) -> int:

@@ -81,7 +81,7 @@ def requires_token(target: str) -> bool:
     try:
         with grpc.insecure_channel(target) as channel:
             gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S)
-    except grpc.RpcError:  # refused; that the head is there is known
+    except grpc.RpcError:  # the head, which was reached before, refuses the call
         return True
     return False
 
