@@ -32,13 +32,13 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     """What is about to run where, on what, and from which step. `validation`: when and where it is evaluated, or None where it is not."""
     job, plan, uri = prepared.job, prepared.plan, storage.redact(prepared.folder.uri)
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
-    _say(console, f"Run {uri}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
+    print_line(console, f"Run {uri}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
     if prepared.n_rejected:
-        _say(console, f"{prepared.n_rejected} records were set aside: {uri}/rejected.jsonl")
+        print_line(console, f"{prepared.n_rejected} records were set aside: {uri}/rejected.jsonl")
     done = prepared.done_steps
     exact = f"exact: no, changed since: {', '.join(prepared.accepted)}" if prepared.accepted else "exact: yes"
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
-    _say(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
+    print_line(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
     mix = plan.mix(job.total_steps)
     tokens = sum(part["tokens"] for part in mix.values())
     rows = {
@@ -49,7 +49,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
         "tracking": ", ".join([f"{uri}/metrics.jsonl", *tracker_notes(job.config)]),
     }
     for name, text in rows.items():
-        _say(console, f"  {name:<11} {text}")
+        print_line(console, f"  {name:<11} {text}")
     table = Table(title=f"Mix (shares of {job.plan.weight_unit})")
     for heading in ("source", "records", "tokens", "share", "passes in this run"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
@@ -73,7 +73,8 @@ def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
     return f"{when}, beside training{tasks}, {where}"
 
 
-def _say(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
+    """Print text as it is: without markup or highlighting, and without breaking lines."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -119,13 +120,13 @@ def last_screen(summary: Figures, console: Console) -> None:
         if table is not None:
             console.print(table)
     if summary.get("routing"):
-        _say(console, f"Selections across the modality border: {summary['routing']['leaked']}")
+        print_line(console, f"Selections across the modality border: {summary['routing']['leaked']}")
     if summary.get("training_seconds") is not None:
         speed = f", {summary['tokens_per_second']:,} tokens/s" if summary.get("tokens_per_second") is not None else ""
-        _say(console, f"Time:       {duration(summary['training_seconds'])}{speed}")
+        print_line(console, f"Time:       {duration(summary['training_seconds'])}{speed}")
     for name in ("checkpoint", "export", "report"):
         if summary.get(name):
-            _say(console, f"{name.capitalize() + ':':<11} {summary[name]}")
+            print_line(console, f"{name.capitalize() + ':':<11} {summary[name]}")
 
 
 def _recognition(sets: Mapping[str, Figures]) -> Table | None:

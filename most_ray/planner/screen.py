@@ -7,6 +7,7 @@ from rich.table import Table
 
 from most_ray.config import Recompute
 from most_ray.console.progress import duration
+from most_ray.console.run_screens import print_line
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.planner.dry_run import DryRun
@@ -28,9 +29,9 @@ def dry_screen(run: DryRun, console: Console) -> None:
     about = "about " if run.about_tokens else ""
     counted = "about " if run.about_records or (run.about_tokens and run.config.weight_unit == "tokens") else ""
     where = f", step {run.done_steps:,} is done" if run.done_steps else ""
-    _say(console, f"Dry run of {storage.redact(run.config.run_uri)}: nothing is started, nothing is written there{where}")
+    print_line(console, f"Dry run of {storage.redact(run.config.run_uri)}: nothing is started, nothing is written there{where}")
     for note in run.notes:
-        _say(console, f"  note        {note}")
+        print_line(console, f"  note        {note}")
     layout = run.layout
     rows = {
         "model": f"{run.model_name}, {run.parameters:,} parameters",
@@ -46,17 +47,13 @@ def dry_screen(run: DryRun, console: Console) -> None:
     if run.rejected:
         rows["rejected"] = f"{counted}{run.rejected:,} records"
     for name, text in rows.items():
-        _say(console, f"  {name:<11} {text}")
+        print_line(console, f"  {name:<11} {text}")
     console.print(_mix(run))
     console.print(_memory(run))
     if len(run.choices) > 1:
         console.print(_layouts(run))
         _best(run, console)
     _verdict(run, console)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _times(run: DryRun) -> str:
@@ -171,7 +168,7 @@ def _best(run: DryRun, console: Console) -> None:
         return
     sizes = f"dp_replicate_size: {best.topology.dp_replicate}, ep_size: {best.topology.ep}"
     why = f"about {gain:.2g} times as fast as this run's" if own.fits else "which fits, as this run's does not"
-    _say(console, f"Best layout: {sizes}, {why}.")
+    print_line(console, f"Best layout: {sizes}, {why}.")
 
 
 def _gib(count: int) -> str:
@@ -189,7 +186,7 @@ def _verdict(run: DryRun, console: Console) -> None:
     share = f"{needs / available:.0%} of a worker's memory on {_count(layout.topology.world_size, 'worker')}"
     more = "the device's context, its libraries' buffers and fragmentation come on top"
     if needs <= USABLE_MEMORY * available:
-        _say(console, f"Fits: {share}; {more}.")
+        print_line(console, f"Fits: {share}; {more}.")
         return
     remedy = "lower train_batch_size or max_seq_length, or take more workers"
     fitting = [
@@ -197,4 +194,4 @@ def _verdict(run: DryRun, console: Console) -> None:
     ]
     if fitting:
         remedy = f"set recompute: {fitting[0]}"
-    _say(console, f"{'Hardly fits' if needs <= available else 'Does not fit'}: {share}, and {more}; {remedy}.")
+    print_line(console, f"{'Hardly fits' if needs <= available else 'Does not fit'}: {share}, and {more}; {remedy}.")

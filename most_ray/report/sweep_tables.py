@@ -21,7 +21,7 @@ from most_ray.report.curves import RUN_COLOURS
 from most_ray.report.expert_figures import expert_load
 from most_ray.report.sweep_figures import IN_COLOUR, interval, is_rate, last, shown
 from most_ray.sweep.effects import Effect, dimensions_of, effects, level_name
-from most_ray.sweep.ledger import BEST, Ledger, Objective, Result, Trial, commands_of, folder_of, pareto, ranked, read_ledger
+from most_ray.sweep.ledger import BEST, Ledger, Objective, Result, Trial, commands_of, pareto, ranked, read_ledger, trial_uri
 from most_ray.sweep.space import Dimension
 
 _STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "open": "open"}
@@ -185,7 +185,7 @@ def _winner(sweep: Sweep) -> dict[str, Any] | None:
 def _folder(sweep: Sweep, trial: Trial) -> str | None:
     """The folder of a trial's last run; None where no folder in trials/ could have its name."""
     try:
-        return folder_of(sweep.uri, trial.runs[-1])
+        return trial_uri(sweep.uri, trial.runs[-1])
     except DataError:
         return None
 
@@ -268,7 +268,7 @@ def _ends(sweep: Sweep) -> dict[int, RunData]:
 def _read_run(sweep: Sweep, trial: Trial) -> RunData | None:
     """A trial's last run; None where it has no folder or no metrics."""
     try:
-        (run,) = collect([folder_of(sweep.uri, trial.runs[-1])])
+        (run,) = collect([trial_uri(sweep.uri, trial.runs[-1])])
     except DataError:  # other trials' runs are shown
         return None
     return dataclasses.replace(run, name=f"trial {trial.number}")

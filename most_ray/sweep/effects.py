@@ -1,6 +1,6 @@
-"""What a sweep's dimensions make of an objective: its means by level, and how sure they are. Pure.
+"""The effect of a sweep's dimensions on an objective: its mean at each level, with confidence intervals. Pure functions.
 
-A level's mean is over its trials, whose other dimensions differ, so that its interval holds what those and chance do.
+A level's mean is over its trials, whose other dimensions differ; its interval therefore covers their effects and chance.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 from scipy.special import stdtrit
 
-from most_ray.sweep.ledger import Ledger, Objective, Trial, at_step
+from most_ray.sweep.ledger import Ledger, Objective, Trial, metric_at
 from most_ray.sweep.space import Dimension, Kind
 
 Interval = tuple[float, float]
@@ -22,46 +22,40 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Level:
-    """Trials of one value of a dimension; of a continuous one, of a half of the values that were tried.
-
-    Attributes:
-        mean: of the objective over the trials.
-        interval: of the mean, 95%, by Student's t; None with fewer than two trials.
-    """
+    """The trials with one value of a dimension or, of a continuous one, with the lower or upper half of the values that were tried."""
 
     label: str
     trials: int
-    mean: float
-    interval: Interval | None
+    mean: float  # of the objective
+    interval: Interval | None  # 95% interval of the mean by Student's t; None with fewer than two trials
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest mean of a dimension's levels minus the smallest; its 95% interval is Welch's, None where either has fewer than two
-    trials."""
+    """The largest mean of a dimension's levels minus the smallest."""
 
     largest: Level
     smallest: Level
     value: float
-    interval: Interval | None
+    interval: Interval | None  # 95%, by Welch's t-test; None if either level has fewer than two trials
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A dimension's levels, all at `step`, in the order of its values; `difference` is None with fewer than two levels."""
+    """The effect of one dimension."""
 
     dimension: str
-    step: int
-    levels: list[Level]
-    difference: Difference | None
+    step: int  # that all trials are compared at
+    levels: list[Level]  # in the order of the dimension's values
+    difference: Difference | None  # None with fewer than two levels
 
 
 def effects(ledger: Ledger, objective: Objective) -> list[Effect]:
-    """One for each dimension, in the ledger's order, at the last step that all trials with a value of the objective have one of: trials
-    that were stopped early are compared with what the others had then.
+    """Return the effect of each dimension, in the ledger's order.
 
-    None at all where there is no such step, or where a trial went on from another one (population based training): its results are not
-    those of its values.
+    Trials are compared at the last step at which all that have values of the objective have one, so that trials that were stopped early are
+    compared with the others' results at that step. The list is empty if there is no such step, or if a trial continued from another one
+    (population based training), since its results then do not depend on its values alone.
     """
     trials = ledger.trials.values()
     steps = [found for trial in trials if (found := _steps(trial, objective.metric))]
@@ -74,14 +68,14 @@ def effects(ledger: Ledger, objective: Objective) -> list[Effect]:
 
 
 def dimensions_of(ledger: Ledger) -> list[Dimension]:
-    """The sweep's dimensions, in the order of its file, without what is described incompletely."""
+    """Return the sweep's dimensions in the order of its file, without any that the ledger describes incompletely."""
     found = []
     given = ledger.sweep.get("dimensions")
     for entry in given if isinstance(given, list) else ():
         try:
             values, kind = tuple(entry.get("values", ())), entry["kind"]
             dimension = Dimension(str(entry["name"]), kind, values, float(entry.get("low", 0)), float(entry.get("high", 0)))
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):  # incomplete: the ledger's file was edited or cut
             continue
         listed = kind in ("choice", "grid")
         if kind in get_args(Kind) and (values if listed else math.isfinite(dimension.low) and math.isfinite(dimension.high)):
@@ -90,7 +84,7 @@ def dimensions_of(ledger: Ledger) -> list[Dimension]:
 
 
 def level_name(value: Any) -> str:
-    """A dimension's value as text, fractions with four significant digits."""
+    """Format a dimension's value, fractions with four significant digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
@@ -105,7 +99,7 @@ def _steps(trial: Trial, metric: str) -> set[int]:
 
 
 def _value(trial: Trial, metric: str, step: int) -> float | None:
-    value = at_step(trial, metric, step)
+    value = metric_at(trial, metric, step)
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -118,14 +112,14 @@ def _effect(dimension: Dimension, step: int, trials: Sequence[tuple[Mapping[str,
     ends = [pick(range(len(levels)), key=lambda index: levels[index].mean) for pick in (max, min)]
     difference = None
     if len(levels) > 1:
-        largest, smallest = ends if ends[0] != ends[1] else (0, 1)  # all means are the same
+        largest, smallest = ends if ends[0] != ends[1] else (0, 1)  # all means are equal
         bounds = _welch(groups[largest][1], groups[smallest][1])
         difference = Difference(levels[largest], levels[smallest], levels[largest].mean - levels[smallest].mean, bounds)
     return Effect(dimension.name, step, levels, difference)
 
 
 def _groups(dimension: Dimension, known: Sequence[tuple[Any, float]]) -> list[tuple[str, list[float]]]:
-    """By value: the listed ones first, in their order."""
+    """Group results by value, the dimension's listed values first, in their order."""
     found: dict[str, tuple[str, list[float]]] = {}
     for value, results in (*((value, []) for value in dimension.listed or ()), *((value, [result]) for value, result in known)):
         found.setdefault(json.dumps(value, sort_keys=True), (level_name(value), []))[1].extend(results)
@@ -133,7 +127,7 @@ def _groups(dimension: Dimension, known: Sequence[tuple[Any, float]]) -> list[tu
 
 
 def _halves(known: Sequence[tuple[Any, float]]) -> list[tuple[str, list[float]]]:
-    """At the median, which counts to the lower half."""
+    """Split results at the median of the values, which belongs to the lower half."""
     tried = [(float(value), result) for value, result in known if isinstance(value, int | float) and math.isfinite(value)]
     median = float(np.median([value for value, _ in tried])) if tried else 0.0
     halves = [[pair for pair in tried if (pair[0] > median) is upper] for upper in (False, True)]
@@ -149,19 +143,19 @@ def _interval(values: Sequence[float]) -> Interval | None:
     if len(values) < 2:
         return None
     error = math.sqrt(np.var(values, ddof=1) / len(values))
-    return _around(float(np.mean(values)), error, len(values) - 1)
+    return _interval_around(float(np.mean(values)), error, len(values) - 1)
 
 
 def _welch(a: Sequence[float], b: Sequence[float]) -> Interval | None:
-    """Of mean(a) - mean(b), without the assumption that both spread alike."""
+    """Return the interval of mean(a) - mean(b) without assuming equal variances."""
     if min(len(a), len(b)) < 2:
         return None
     squares = [float(np.var(values, ddof=1)) / len(values) for values in (a, b)]
     below = sum(square**2 / (len(values) - 1) for square, values in zip(squares, (a, b), strict=True))
-    freedom = sum(squares) ** 2 / below if below else 1.0  # without any spread the interval is a point
-    return _around(float(np.mean(a) - np.mean(b)), math.sqrt(sum(squares)), freedom)
+    freedom = sum(squares) ** 2 / below if below else 1.0  # without variance the interval is a point
+    return _interval_around(float(np.mean(a) - np.mean(b)), math.sqrt(sum(squares)), freedom)
 
 
-def _around(mean: float, error: float, freedom: float) -> Interval:
+def _interval_around(mean: float, error: float, freedom: float) -> Interval:
     reach = float(stdtrit(freedom, 0.975)) * error
     return mean - reach, mean + reach

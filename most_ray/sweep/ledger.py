@@ -1,13 +1,13 @@
-"""A sweep's ledger, trials.jsonl: what was proposed, what came of it. It alone says where a sweep stands; whoever goes on reads it.
+"""A sweep's ledger, trials.jsonl: all trials and their results. It is the only record of a sweep's state, which a restart reads.
 
 Lines are JSON, each with `kind` and `time`; a later line about a trial adds to the earlier ones:
 
-- `sweep`: a start. name, objectives, dimensions (name, kind, values or low and high), search, scheduler, max_trials, max_steps,
-  concurrent; full: how long the base's run is, where it is not as long as the trials.
-- `trial`: a trial and the run that carries it out. trial (from 1), run (its folder in trials/), values (by dimension), settings (what of
-  the base configuration its run changes); parent: {trial, run, step} of the checkpoint that it goes on from, or null. A further line with
-  another run: population based training has replaced the trial by a changed copy of its parent. invalid: why it cannot be trained at all.
-- `result`: trial, run, step, metrics (see `metrics_of`), intervals (95%, of those that have one).
+- `sweep`: a start of the sweep. name, objectives, dimensions (name, kind, values or low and high), search, scheduler, max_trials,
+  max_steps, concurrent; full: the length of the base's run, if it differs from that of the trials.
+- `trial`: a trial and its run. trial (from 1), run (its folder in trials/), values (by dimension), settings (keys of the configuration that
+  the run changes); parent: {trial, run, step} of the checkpoint that it continues from, or null; invalid: why it cannot be trained. A
+  further line with another run: population based training has replaced the trial by a changed copy of its parent.
+- `result`: trial, run, step, metrics (see `metrics_of`), intervals (95%, of those metrics that have one).
 - `end`: trial, step, state (`finished`: all its steps; `stopped`: by the scheduler; `failed`), reason.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import shlex
 import time
 import uuid
@@ -30,59 +31,61 @@ from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
 from most_ray.metrics.figures import OBJECTIVES, RATES
 from most_ray.options import current_words
 
-TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"
+logger = logging.getLogger(__name__)
+TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"  # in the sweep's folder: runs, checkpoints for other trials, the best configuration
 State = Literal["open", "finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trial's figures at one step of its run."""
+    """A trial's metrics at one step of its run."""
 
     run: str
     step: int
     metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
+    intervals: dict[str, tuple[float, float]]  # 95%, of the metrics that have one
 
 
 @dataclass
 class Trial:
-    """What the ledger says of one trial. `runs`: folders in trials/, the last is the one that counts; `settings` and `values` are its."""
+    """One trial."""
 
-    number: int
-    runs: list[str] = field(default_factory=list)
-    values: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    parents: list[dict[str, Any] | None] = field(default_factory=list)
+    number: int  # from 1
+    runs: list[str] = field(default_factory=list)  # folders in trials/; the last is the current one
+    values: dict[str, Any] = field(default_factory=dict)  # of the current run, by dimension
+    settings: dict[str, Any] = field(default_factory=dict)  # of the current run, by configuration key
+    parents: list[dict[str, Any] | None] = field(default_factory=list)  # of each run: the checkpoint that it continues from
     results: list[Result] = field(default_factory=list)
     state: State = "open"
-    reason: str | None = None
-    began: float = 0.0
+    reason: str | None = None  # of a failure
+    began: float = 0.0  # UNIX time in seconds
     ended: float | None = None
 
     @property
     def step(self) -> int:
-        """That of its last result, 0 without one."""
+        """The step of its last result, 0 without one."""
         return self.results[-1].step if self.results else 0
 
     def metric(self, name: str) -> float | None:
-        """Its value at the last result; None where it has none there, as of a loss that is not finite: an earlier one would flatter."""
+        """Return a metric's value in the last result; None if it has none there, as if it is not finite, whatever earlier results have."""
         return self.results[-1].metrics.get(name) if self.results else None
 
 
 @dataclass
 class Ledger:
-    """A ledger's lines, put together. `sweep`: the newest line of that kind; trials by number, ascending."""
+    """The state of a sweep."""
 
-    sweep: dict[str, Any]
-    trials: dict[int, Trial]
-    spent_s: float = 0.0  # from each start to its last line, all starts together
+    sweep: dict[str, Any]  # the newest line of kind `sweep`
+    trials: dict[int, Trial]  # by number, ascending
+    spent_s: float = 0.0  # from each start to its last line, summed over starts
 
     def in_state(self, *states: State) -> list[Trial]:
+        """Return the trials in any of these states."""
         return [trial for trial in self.trials.values() if trial.state in states]
 
 
-def fold(lines: Iterable[Mapping[str, Any]]) -> Ledger:
-    """The ledger that lines make; what is incomplete is passed over."""
+def replay(lines: Iterable[Mapping[str, Any]]) -> Ledger:
+    """Return the state that the lines of a ledger lead to. Incomplete lines are skipped."""
     ledger = Ledger({}, {})
     began = last = 0.0
     for line in lines:
@@ -93,16 +96,17 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> Ledger:
                 began = last = now
                 ledger.sweep = dict(line)
             else:
-                _fold_trial(ledger, line, now)
+                _apply(ledger, line, now)
                 last = max(last, now)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            logger.warning("an incomplete line of %s is skipped (%r): %s", LEDGER, error, line)
     ledger.spent_s += last - began
     ledger.trials = dict(sorted(ledger.trials.items()))
     return ledger
 
 
-def _fold_trial(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
+def _apply(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
+    """Add a line about a trial to a ledger."""
     number = int(line["trial"])
     if line["kind"] == "trial":
         run, values, settings = str(line["run"]), dict(line["values"]), dict(line["settings"])
@@ -125,11 +129,13 @@ def _fold_trial(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
 
 
 class LedgerFile:
-    """The file, for the one process that writes it. A last line that a kill has torn is cut off; behind a URI every line goes there, as
-    long as no other machine has taken the sweep over.
+    """The ledger's file, for the only process that writes it. An incomplete last line, left by a kill, is cut off.
+
+    Attributes:
+        ledger: the current state.
 
     Raises:
-        ConfigError: another process has it.
+        ConfigError: another process on this machine writes it.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -140,19 +146,24 @@ class LedgerFile:
         except OSError:
             uri = storage.redact(folder.uri)
             raise ConfigError("name", uri, "is being swept by another process.", "Wait for it, or choose another name.") from None
-        self._mark = uuid.uuid4().hex
+        self._driver = uuid.uuid4().hex
         if folder.remote:
-            folder.claim(self._mark)
+            folder.claim(self._driver)
         folder.pull(LEDGER)
         path = folder.local / LEDGER
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        self.ledger = fold(parse_lines(whole))
+        self.ledger = replay(parse_lines(whole))
         self._stream = path.open("ab")
         self._stream.truncate(len(whole))
 
     def write(self, kind: str, **content: Any) -> None:
-        if self._folder.remote and self._folder.owner() != self._mark:
+        """Append a line; of a sweep at a URI, upload the file.
+
+        Raises:
+            ConfigError: another machine owns the sweep now.
+        """
+        if self._folder.remote and self._folder.owner() != self._driver:
             rule = "has been taken over by a newer start of the same sweep."
             raise ConfigError("name", storage.redact(self._folder.uri), rule, "One driver at a time.")
         line = {"kind": kind, "time": round(time.time(), 3), **content}
@@ -162,14 +173,14 @@ class LedgerFile:
         if kind == "sweep":
             self.ledger.sweep = line
         else:
-            _fold_trial(self.ledger, line, line["time"])
+            _apply(self.ledger, line, line["time"])
 
     def reread(self) -> Ledger:
-        """The ledger as the file has it, with the time that has been spent."""
-        return fold(read_lines(self._folder.local / LEDGER))
+        """Return the file's state, with the time spent up to now."""
+        return replay(read_lines(self._folder.local / LEDGER))
 
     def close(self) -> None:
-        """A sweep that was refused leaves no ledger: its folder may yet be a run's."""
+        """Close the file, and remove an empty one: a sweep that was refused leaves no ledger, so that its folder can still be a run's."""
         self._stream.close()
         path = self._folder.local / LEDGER
         if not path.stat().st_size:
@@ -178,21 +189,29 @@ class LedgerFile:
 
 
 def read_ledger(uri: str) -> Ledger | None:
-    """The ledger of the sweep at a place (path or URI); None where there is none."""
+    """Return the state of the sweep in a folder; None if it has no ledger."""
     try:
-        return fold(parse_lines(storage.read_bytes(storage.join(uri, LEDGER))))
+        return replay(parse_lines(storage.read_bytes(storage.join(uri, LEDGER))))
     except FileNotFoundError:
         return None
 
 
 def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """A line of kind `evaluation`, and the `train` line of its step, as figures by name: wer/SET, cer/SET, cycle_wer/SET, outside_wer/SET,
-    unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET, duration_ratio/TASK/SET; wer and loss, the mean over the sets; train/KEY."""
+    """Return the metrics of an evaluation by name.
+
+    Args:
+        evaluation: line of kind `evaluation`.
+        train: line of kind `train` of the same step.
+
+    Returns:
+        wer/SET, cer/SET, cycle_wer/SET, outside_wer/SET, unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET, duration_ratio/TASK/SET;
+        wer and loss, the means over the sets; train/KEY.
+    """
     found: dict[str, Any] = {}
     for name, figures in evaluation.get("sets", {}).items():
         for part, called in RATES.items():
-            if errors := figures.get(part):  # sets of two tasks may be called alike: one has no say about the other's figures
-                found[f"{called}/{_bare(name)}"] = errors.get("rate")
+            if errors := figures.get(part):  # sets of two tasks may share a name: one without this part leaves the other's value
+                found[f"{called}/{_set_name(name)}"] = errors.get("rate")
         found |= {f"{called}/{name}": figures.get(key) for key, called in OBJECTIVES.items()}
     for mean in ("wer", "loss"):
         of_sets = [value for name, value in found.items() if name.startswith(f"{mean}/") and value is not None]
@@ -202,73 +221,82 @@ def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = 
 
 
 def intervals_of(evaluation: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The 95% intervals of those figures that have one."""
+    """Return the 95% intervals of those metrics of an evaluation that have one."""
     found = {}
     for name, figures in evaluation.get("sets", {}).items():
         for part, called in RATES.items():
             if bounds := (figures.get(part) or {}).get("interval"):
-                found[f"{called}/{_bare(name)}"] = (bounds[0], bounds[1])
+                found[f"{called}/{_set_name(name)}"] = (bounds[0], bounds[1])
     return found
 
 
-def _bare(name: str) -> str:
+def _set_name(name: str) -> str:
+    """Return a set's name without its task."""
     return name.split("/", 1)[-1]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A figure of `metrics_of` to be made small, or large: written NAME or max:NAME."""
+    """A metric of `metrics_of` to minimise, written NAME, or to maximise, written max:NAME."""
 
     metric: str
-    largest: bool = False
+    largest: bool = False  # maximise it
 
     @classmethod
     def parse(cls, text: str) -> Objective:
+        """Read an objective as it is written in a configuration."""
         direction, colon, name = text.partition(":")
-        # Any other word before a colon is part of a set's name, or a slip that must not turn the search round.
+        # Any other word before a colon is part of a set's name, or a typing error that must not reverse the search.
         return cls(name.strip(), direction.strip() == "max") if colon and direction.strip() in ("min", "max") else cls(text.strip())
 
     def __str__(self) -> str:
         return f"max:{self.metric}" if self.largest else self.metric
 
     def key(self, value: float) -> float:
-        """The smaller the better."""
+        """Return a value to sort by: smaller is better."""
         return -value if self.largest else value
 
 
 def ranked(trials: Iterable[Trial], objective: Objective) -> list[Trial]:
-    """Those that have a value, the best first: those that made all their steps before those that were stopped, each by the last value."""
+    """Return the trials that have a value of the objective, best first by the last one; finished trials come before others."""
     valued = [trial for trial in trials if trial.state != "failed" and trial.metric(objective.metric) is not None]
     return sorted(valued, key=lambda trial: (trial.state != "finished", objective.key(trial.metric(objective.metric) or 0.0), trial.number))
 
 
 def pareto(trials: Iterable[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """Finished trials to which no other is better in one objective and at least as good in all the others, by the first objective."""
+    """Return the Pareto front of the finished trials, sorted by the first objective: those that no other one dominates, being better in one
+    objective and at least as good in all others."""
     points = {}
     for trial in trials:
         values = [trial.metric(objective.metric) for objective in objectives]
         if trial.state == "finished" and None not in values:
             points[trial.number] = (trial, [o.key(v) for o, v in zip(objectives, values, strict=True) if v is not None])
 
-    def beaten(own: list[float]) -> bool:
+    def dominated(own: list[float]) -> bool:
         return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for _, other in points.values())
 
-    return [trial for trial, own in sorted(points.values(), key=lambda point: (point[1], point[0].number)) if not beaten(own)]
+    return [trial for trial, own in sorted(points.values(), key=lambda point: (point[1], point[0].number)) if not dominated(own)]
 
 
-def at_step(trial: Trial, metric: str, step: int) -> float | None:
-    """A metric at a step of the trial, in whichever run."""
+def metric_at(trial: Trial, metric: str, step: int) -> float | None:
+    """Return a trial's metric at a step, in any of its runs."""
     return next((result.metrics.get(metric) for result in reversed(trial.results) if result.step == step), None)
 
 
-def folder_of(sweep_uri: str, run: str) -> str:
-    """A trial's run."""
+def trial_uri(sweep_uri: str, run: str) -> str:
+    """Return the folder of a trial's run."""
     return storage.join(sweep_uri, TRIALS, run)
 
 
 def commands_of(ledger: Ledger, sweep_uri: str, run: str) -> dict[str, str]:
-    """What trains the winner, whose run is `run`: `again`, to the trial's own numbers; `in full`, where the base's run is of another length
-    than the trials."""
+    """Return the commands that train the best trial.
+
+    Args:
+        run: of that trial.
+
+    Returns:
+        `again`: a run with the same results as the trial; `in full`: one as long as the base's, if that differs from the trials.
+    """
     again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_uri, BEST))]
     full = ledger.sweep.get("full") or {}
     if not isinstance(full, dict) or not full:
@@ -279,5 +307,5 @@ def commands_of(ledger: Ledger, sweep_uri: str, run: str) -> dict[str, str]:
 
 
 def kept_uri(sweep_uri: str, run: str, step: int) -> str:
-    """A checkpoint that other trials go on from, when the run itself has long forgotten it."""
+    """Return where a checkpoint that other trials continue from is kept, after the run itself has deleted it."""
     return step_uri(storage.join(sweep_uri, KEPT, run), step)

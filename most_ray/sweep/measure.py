@@ -1,4 +1,4 @@
-"""What is measured of the starting model before a sweep begins: which experts carry text, and how long a step takes."""
+"""Measurements of the starting model before a sweep: which experts text is routed to, and how long a step takes."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ from most_ray.train.recompute import apply_layer_options
 from most_ray.train.step import StepSettings, run_step
 
 logger = logging.getLogger(__name__)
-TEXT_TOKENS = 50_000  # that affinity is measured on; shares of a percent do not move with more
+TEXT_TOKENS = 50_000  # that affinity is measured on; more do not change the shares by a percent
 _ROWS = 16  # in a forward pass
-_STEPS = 3  # that are timed, behind one that warms up
+_STEPS = 3  # that are timed, after a warm-up
 
 
 @dataclass(frozen=True)
 class Affinity:
-    """order: experts by the text that they carry in the starting model; share: of a layer's selections, by expert, mean over
-    layers; tokens: text tokens it was measured on."""
+    """What text a starting model routes to each expert."""
 
-    order: list[int]
-    share: list[float]
-    tokens: int
+    order: list[int]  # experts, the one with the most text first
+    share: list[float]  # of a layer's selections by expert, mean over layers
+    tokens: int  # of text that were measured
 
 
 def measure_affinity(job: Job, device: torch.device) -> Affinity:
-    """Run text through the starting model, routed without regard to modality, and count what each expert gets.
+    """Run text through the starting model, routed without regard to modality, and count the tokens of each expert.
 
-    The text is that of the run's first records, in the run's mix: instructions, transcripts, prompts of speech, without the speech.
+    The text is that of the run's first records in the run's mix: instructions, transcripts and prompts, without the speech.
     """
     overrides = RoutingOverrides(use_modality_aware_routing=False, num_experts_per_tok=job.config.num_experts_per_tok)
     model = load_model(local_copy(job.model_path), overrides).to(device)
@@ -51,7 +50,7 @@ def measure_affinity(job: Job, device: torch.device) -> Affinity:
 
 
 def texts_of(plan: Plan, job: Job) -> Iterator[np.ndarray]:
-    """Text tokens (tokens,) of the plan's records in their order, TEXT_TOKENS or a few more of them in all."""
+    """Yield the text tokens `(tokens,)` of each of the plan's records, until they are TEXT_TOKENS or a few more."""
     count = 0
     for step in range(1, job.total_steps + 1):
         made = plan.step(step)
@@ -66,7 +65,7 @@ def texts_of(plan: Plan, job: Job) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def text_load(model: MostForCausalLM, texts: Iterator[np.ndarray], device: torch.device) -> tuple[np.ndarray, int]:
-    """(L, E) selections of all texts' tokens, and the number of tokens."""
+    """Return the experts' selections by the tokens of all texts, `(layers, experts)`, and the number of tokens."""
     total, tokens, waiting = np.zeros(()), 0, list(texts)
     for start in range(0, len(waiting), _ROWS):
         rows = waiting[start : start + _ROWS]
@@ -82,7 +81,8 @@ def text_load(model: MostForCausalLM, texts: Iterator[np.ndarray], device: torch
 
 
 def step_seconds(job: Job, device: torch.device) -> float | None:
-    """Seconds of an optimizer step on one worker's share of the records, exchange between workers aside. None: it does not fit here."""
+    """Return the seconds of an optimizer step on one worker's share of the records, without communication; None if the model does not fit
+    on this device."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(job.threads)
@@ -90,15 +90,15 @@ def step_seconds(job: Job, device: torch.device) -> float | None:
         apply_layer_options(model, job.config)
         state = make_state(model, job.config, job.total_steps)
         settings = replace(StepSettings.of(job.config, device), max_skipped_steps=_STEPS + 2)  # no number ends the measurement
-        plan, took = open_plan(job.plan), []
+        plan, seconds = open_plan(job.plan), []
         for step in range(1, min(job.total_steps, _STEPS + 1) + 1):
             batch = rank_batch(plan, step, 0, job.topology.world_size, job.config.train_batch_size, job.layout)
             began = time.perf_counter()
             run_step(state, batch, settings)
-            took.append(time.perf_counter() - began)
-        return min(took)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's allocator on CPUs
-        logger.info("a step could not be timed: %s", error)
+        logger.warning("a step could not be timed, so the sweep's duration is unknown: %s", error)
         return None
     finally:
         torch.set_num_threads(threads)

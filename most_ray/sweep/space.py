@@ -1,6 +1,6 @@
-"""The space of a sweep: which settings are tried, and what the k-th trial is. Pure.
+"""The search space of a sweep, and the values of the k-th trial. Pure functions.
 
-Random and grid proposals are functions of (space, seed, k) alone: however often a sweep is stopped, its k-th trial stays what it was.
+Random and grid proposals depend on (space, seed, k) alone, so a sweep's k-th trial is the same after any number of restarts.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from most_ray.sweep.splits import SPLITS
 
 Kind = Literal["choice", "grid", "uniform", "loguniform", "randint"]
 Values = dict[str, Any]
-ROUTING = ("audio_experts", "expert_split")
+ROUTING = ("audio_experts", "expert_split")  # keys of a space that are not keys of the configuration, but set those of the next line
 _SETTLED_BY_ROUTING = ("text_expert_indices", "audio_expert_indices", "use_modality_aware_routing")
 _RANGE = re.compile(r"\s*(-?[0-9]+)\s*\.\.\s*(-?[0-9]+)\s*")
-_MOST_VALUES = 10_000  # of a range of whole numbers that is listed
+_MAX_VALUES = 10_000  # of a range of integers
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting. values: of `choice` and `grid`; low and high: of the others, both of them possible."""
+    """One setting that is varied."""
 
-    name: str
+    name: str  # a key, or an element of a list as KEY[INDEX]
     kind: Kind
-    values: tuple[Any, ...] = ()
-    low: float = 0.0
+    values: tuple[Any, ...] = ()  # of `choice` and `grid`
+    low: float = 0.0  # of the other kinds; both ends are included
     high: float = 0.0
 
     @property
     def listed(self) -> tuple[Any, ...] | None:
-        """All its values; None where there is no end of them."""
+        """All its values; None if it is continuous."""
         if self.values:
             return self.values
         return tuple(range(int(self.low), int(self.high) + 1)) if self.kind == "randint" else None
@@ -48,19 +48,19 @@ class Dimension:
     def continuous(self) -> bool:
         return self.kind in ("uniform", "loguniform")
 
-    def at(self, share: float) -> Any:
-        """The value behind `share`, in 0..1, of the distribution."""
+    def quantile(self, share: float) -> Any:
+        """Return the value below which `share`, in 0..1, of the distribution is."""
         if self.kind == "uniform":
             return self.low + share * (self.high - self.low)
         if self.kind == "loguniform":
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
-            return min(self.high, max(self.low, value))  # rounding can lead out of the range by a last digit
+            return min(self.high, max(self.low, value))  # rounding can exceed the range
         known = self.listed
         assert known is not None
         return known[min(len(known) - 1, int(share * len(known)))]
 
     def described(self) -> dict[str, Any]:
-        """As the ledger has it."""
+        """Return what the ledger holds of it."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -70,47 +70,47 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """dimensions, in the order of the file; lists: configuration keys that are lists some of whose elements are dimensions (None there)."""
+    """All settings that are varied."""
 
-    dimensions: tuple[Dimension, ...]
-    lists: Mapping[str, tuple[Any, ...]]
+    dimensions: tuple[Dimension, ...]  # in the order of the file
+    lists: Mapping[str, tuple[Any, ...]]  # keys that hold lists, some of whose elements are dimensions: None in their place
 
     @property
     def names(self) -> list[str]:
         return [dimension.name for dimension in self.dimensions]
 
     def _gridded(self, search: str) -> list[Dimension]:
-        """The dimensions of the grid: all of them where the search is `grid`, else those that say so."""
+        """Return the dimensions of the grid: all of them if the search is `grid`, else those of that kind."""
         return [d for d in self.dimensions if search == "grid" or d.kind == "grid"]
 
     def grid_size(self, search: str) -> int:
-        """Points of the grid, 1 where it has no dimension."""
+        """Return the number of points of the grid, 1 if it has no dimension."""
         return math.prod(len(d.listed or ()) for d in self._gridded(search))
 
     def grid_point(self, search: str, k: int) -> Values:
-        """The k-th of them, the last dimension changing fastest."""
+        """Return the k-th point of the grid; the last dimension changes fastest."""
         point: Values = {}
         for dimension in reversed(self._gridded(search)):
             values = dimension.listed or ()
-            k, place = divmod(k, len(values))
-            point[dimension.name] = values[place]
+            k, index = divmod(k, len(values))
+            point[dimension.name] = values[index]
         return point
 
     def proposal(self, search: str, seed: int, k: int) -> Values | None:
-        """The values of trial k, from 0; None behind the end of a grid. Not of `tpe`, whose proposals depend on results.
+        """Return the values of trial k, from 0; None after the end of a grid. Not for `tpe`, whose proposals depend on results.
 
-        A random search goes round the grid's points in turn and draws all other dimensions anew for each trial.
+        A random search cycles through the grid's points, and draws all other dimensions for each trial.
         """
         size = self.grid_size(search)
         if search == "grid" and k >= size:
             return None
         shares = np.random.Generator(np.random.PCG64([seed, k])).random(len(self.dimensions))
-        drawn = {d.name: d.at(float(share)) for d, share in zip(self.dimensions, shares, strict=True) if search != "grid"}
+        drawn = {d.name: d.quantile(float(share)) for d, share in zip(self.dimensions, shares, strict=True) if search != "grid"}
         made = {**drawn, **self.grid_point(search, k % size)}
         return {name: made[name] for name in self.names}
 
     def settings(self, values: Values) -> Values:
-        """Values by dimension as keys of the run's configuration and of ROUTING."""
+        """Return values by key of the configuration or of ROUTING instead of by dimension."""
         made: Values = {}
         for name, value in values.items():
             if "[" not in name:
@@ -121,10 +121,12 @@ class Space:
 
 
 def parse_space(raw: Any) -> Space:
-    """A space as it stands in a sweep's YAML.
+    """Parse the space of a sweep's YAML file.
 
-    By key: `{choice: [...]}`, `{grid: [...]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or `{randint: [low, high]}`, both ends
-    included; short: `2..6`, `[a, b]`, `a | b`, or one value. For a key that holds a list, also a list with these in it, one for an element.
+    Args:
+        raw: by key, `{choice: [...]}`, `{grid: [...]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or `{randint: [low, high]}`,
+            both ends included; or the short forms `2..6`, `[a, b]`, `a | b`, or a single value. For a key that holds a list, also a list
+            with any of these as elements.
 
     Raises:
         ConfigError: names the key and the rule.
@@ -149,7 +151,7 @@ def parse_space(raw: Any) -> Space:
             dimensions.append(_dimension(key, spec, key))
     named = set(raw)
     if named & set(ROUTING) and (twice := sorted(named & set(_SETTLED_BY_ROUTING))):
-        raise ConfigError("space", twice, f"says what {sorted(named & set(ROUTING))} say too.", "Leave one of them out.")
+        raise ConfigError("space", twice, f"is set by {sorted(named & set(ROUTING))} too.", "Leave one of them out.")
     return Space(tuple(dimensions), lists)
 
 
@@ -166,7 +168,7 @@ def _check_key(key: str) -> None:
         rule = "belongs to the sweep as a whole, not to a trial."
         raise ConfigError(f"space.{key}", None, rule, "Give it beside `space`, as one value.")
     if key not in known and key not in ROUTING:
-        raise ConfigError(f"space.{key}", None, "is no configuration key.", nearest(key, [*known, *ROUTING]))
+        raise ConfigError(f"space.{key}", None, "is not a configuration key.", nearest(key, [*known, *ROUTING]))
 
 
 def _is_list(key: str) -> bool:
@@ -181,7 +183,7 @@ def _dimension(name: str, spec: Any, key: str) -> Dimension:
         kind, given = next(iter(spec.items()))
         if kind in ("choice", "grid"):
             if not isinstance(given, list) or not given:
-                raise ConfigError(f"space.{name}", given, "is no list of values.")
+                raise ConfigError(f"space.{name}", given, "is not a list of values.")
             return Dimension(name, kind, _distinct(name, [_value(key, value) for value in given]))
         if isinstance(given, str) and (match := _RANGE.fullmatch(given)):
             given = [int(match[1]), int(match[2])]
@@ -192,7 +194,7 @@ def _dimension(name: str, spec: Any, key: str) -> Dimension:
         spec = [part.strip() for part in spec.split("|")]
     given = spec if isinstance(spec, list) else [spec]
     if not given:
-        raise ConfigError(f"space.{name}", spec, "is no list of values.")
+        raise ConfigError(f"space.{name}", spec, "is not a list of values.")
     return Dimension(name, "choice", _distinct(name, [_value(key, value) for value in given]))
 
 
@@ -202,7 +204,7 @@ def _range(name: str, kind: Kind, given: Any, key: str) -> Dimension:
     for end in ends:
         try:
             numbers.append(float(end) if not isinstance(end, bool) else math.nan)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError):  # reported below
             numbers.append(math.nan)
     if len(numbers) != 2 or not all(map(math.isfinite, numbers)):
         raise ConfigError(f"space.{name}", given, "is not two numbers, the lowest and the highest.")
@@ -211,25 +213,25 @@ def _range(name: str, kind: Kind, given: Any, key: str) -> Dimension:
         raise ConfigError(f"space.{name}", given, "must ascend" + (" from above 0." if kind == "loguniform" else "."))
     if kind == "randint":
         if not (low.is_integer() and high.is_integer()):
-            raise ConfigError(f"space.{name}", given, "are no whole numbers.")
-        if high - low >= _MOST_VALUES:
-            raise ConfigError(f"space.{name}", given, f"holds more than {_MOST_VALUES} values.", "Use uniform or loguniform.")
+            raise ConfigError(f"space.{name}", given, "are not integers.")
+        if high - low >= _MAX_VALUES:
+            raise ConfigError(f"space.{name}", given, f"holds more than {_MAX_VALUES} values.", "Use uniform or loguniform.")
     elif key in ROUTING or OPTIONS[key].type is not float:
-        raise ConfigError(f"space.{name}", given, f"cannot be {kind}: {key} is no fraction.", "Use randint or choice.")
+        raise ConfigError(f"space.{name}", given, f"cannot be {kind}: {key} is not a fraction.", "Use randint or choice.")
     for end in numbers if kind != "randint" else (int(low), int(high)):
         _value(key, end)
     return Dimension(name, kind, low=low, high=high)
 
 
 def _value(key: str, value: Any) -> Any:
-    """A value as the key's type; of a list's key where an element stands alone, as the element's."""
+    """Convert a value to its key's type; a single value of a key that holds a list, to the type of an element."""
     if key == "expert_split":
         if value not in SPLITS:
-            raise ConfigError(f"space.{key}", value, "is no way to split experts.", nearest(str(value), SPLITS))
+            raise ConfigError(f"space.{key}", value, "is not a way to split experts.", nearest(str(value), SPLITS))
         return value
     if key == "audio_experts":
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"space.{key}", value, "is no number of experts, from 1 on.")
+            raise ConfigError(f"space.{key}", value, "must be a number of experts, at least 1.")
         return value
     try:
         found = OPTIONS[key].parse(value)

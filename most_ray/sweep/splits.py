@@ -1,4 +1,4 @@
-"""Which of the routed experts serve audio, where their number is given."""
+"""Which routed experts serve audio, given their number."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SPLITS: tuple[str, ...] = get_args(Split)
 
 
 def split_experts(split: str, n_experts: int, n_audio: int, most_text_first: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-    """(text_expert_indices, audio_expert_indices), each ascending.
-
-    contiguous: the last ones are audio's. interleaved: they lie evenly among the others. affinity: those that carry the least text.
+    """Return text_expert_indices and audio_expert_indices, each ascending.
 
     Args:
-        most_text_first: all experts by the text that they carry in the starting model, for `affinity` (see `rank_experts`).
+        split: which experts serve audio. `contiguous`: the last ones; `interleaved`: evenly spaced ones; `affinity`: those that the least
+            text is routed to.
+        most_text_first: for `affinity`, all experts by the text that the starting model routes to them (see `rank_experts`).
 
     Raises:
         ConfigError: a group would be empty.
     """
     if not 1 <= n_audio < n_experts:
-        raise ConfigError("audio_experts", n_audio, f"must lie in 1..{n_experts - 1}: text needs experts too.")
+        raise ConfigError("audio_experts", n_audio, f"must be in 1..{n_experts - 1}: text needs experts too.")
     if split == "contiguous":
         audio = list(range(n_experts - n_audio, n_experts))
     elif split == "interleaved":
@@ -37,11 +37,14 @@ def split_experts(split: str, n_experts: int, n_audio: int, most_text_first: Seq
 
 
 def rank_experts(load: np.ndarray) -> tuple[list[int], list[float]]:
-    """Experts by the text that they carry, most first, of equal ones the lower index first; and each expert's share, by index.
+    """Rank experts by the text that is routed to them.
 
     Args:
-        load: (L, E) selections of text tokens, routed without regard to modality. Every layer counts alike: an expert's share is the mean
-            over layers, for a split holds in all of them.
+        load: selections of each expert by text tokens that were routed without regard to modality, `(layers, experts)`.
+
+    Returns:
+        The experts, the one with the most text first, among equals the lower index; and the share of each expert by index. It is the mean
+        over layers of its share in a layer, since a split is the same in all of them.
     """
     totals = load.sum(axis=1, keepdims=True)
     share = (load / np.maximum(totals, 1)).mean(axis=0)

@@ -1,4 +1,4 @@
-"""From a trial's values to its run: settings over the sweep's own, what makes them invalid, and what all trials will cost. Pure."""
+"""From the values of a trial to its run's configuration, whether it can be trained, and the cost of all trials. Pure functions."""
 
 from __future__ import annotations
 
@@ -25,80 +25,77 @@ from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
 from most_ray.sweep.splits import split_experts
 
-_MOST_STARTS = 64
-_TRIED = 2_000  # proposals that are looked at for a valid one, where results will decide on them
+_MAX_STARTS = 64  # starting models of a sweep
+_TPE_PROPOSALS = 2_000  # random ones that are checked in place of TPE's, which depend on results
+TRIAL_OVERHEAD_S = 30.0  # of a trial apart from its steps: processes, model, last evaluation, export, report; measured on two cores
 
 
 @dataclass(frozen=True)
-class Start:
-    """A starting model's configuration, and its experts by the text that they carry (None where no trial asks for that)."""
+class StartModel:
+    """A model that trials start from."""
 
-    model: MostConfig
-    most_text_first: Sequence[int] | None = None
+    config: MostConfig
+    most_text_first: Sequence[int] | None = None  # experts by the text routed to them; None if no trial uses affinity
 
 
 def start_key(sweep: Sweep, values: Values) -> str:
-    """What of a trial's values makes its starting model, JSON of an object: its folder or preset; of a preset, also its weights' seed."""
+    """Return those of a trial's values that determine its starting model, as JSON: its folder or preset, and for a preset the seed."""
     named = values.get("model_name_or_path", sweep.run.model_name_or_path)
     names = ("model_name_or_path", "seed") if named in PRESETS else ("model_name_or_path",)
     return json.dumps({name: values[name] for name in names if name in values})
 
 
 def start_keys(sweep: Sweep) -> list[str]:
-    """Those of all trials that there can be.
+    """Return the keys of all starting models that trials can have.
 
     Raises:
-        ConfigError: the space makes more starting models than affinity could be measured on.
+        ConfigError: there are too many, or affinity cannot be measured on them.
     """
     by_affinity = any(d.name == "expert_split" and "affinity" in d.values for d in sweep.space.dimensions)
     moved = sorted(name for name in sweep.space.names if name.startswith("train_") and name.split("[")[0].endswith("_dirs"))
     if by_affinity and moved and sweep.run.model_name_or_path in PRESETS:
-        rule = "makes a preset's tokenizer another for each trial, so that affinity would be measured on none of their models."
+        rule = "gives a preset another tokenizer for each trial, so that affinity would be measured on none of their models."
         raise ConfigError(f"space.{moved[0]}", None, rule, "Make a starting model by `most-ray init-model`, and name that.")
     dimensions = [d for d in sweep.space.dimensions if d.name in ("model_name_or_path", "seed")]
-    if (many := math.prod(len(d.listed or ()) for d in dimensions)) > _MOST_STARTS and sweep.run.model_name_or_path in PRESETS:
-        rule = f"makes {many} starting models, each of which is prepared before the first trial; at most {_MOST_STARTS} are."
+    if (many := math.prod(len(d.listed or ()) for d in dimensions)) > _MAX_STARTS and sweep.run.model_name_or_path in PRESETS:
+        rule = f"makes {many} starting models, each of which is prepared before the first trial; at most {_MAX_STARTS} are."
         raise ConfigError(f"space.{dimensions[-1].name}", None, rule, "Name fewer values, or a model's folder: model_name_or_path.")
     points = itertools.product(*(d.listed or () for d in dimensions))
     return list(dict.fromkeys(start_key(sweep, dict(zip((d.name for d in dimensions), point, strict=True))) for point in points))
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all trials of a sweep stand on.
-
-    starts: starting models by `start_key`; shared: what of the run was settled for all trials (devices, workers, threads), so that none
-    depends on where it is started.
-    """
+class TrialBase:
+    """What the trials of a sweep have in common."""
 
     sweep: Sweep
-    starts: Mapping[str, Start]
-    shared: Mapping[str, Any]
+    starts: Mapping[str, StartModel]  # by `start_key`
+    shared: Mapping[str, Any]  # settings chosen for all trials (devices, workers, threads), so that none depends on where it is started
 
     def settings_of(self, values: Values) -> dict[str, Any]:
-        """What a trial's run changes in the sweep's: keys of the configuration.
+        """Return the configuration keys that a trial's run changes in the sweep's.
 
         Raises:
-            UserError: the trial cannot be; names what of it.
+            UserError: the trial cannot be trained; names the value at fault.
         """
         settings = self.sweep.space.settings(values)
         start = self.starts[start_key(self.sweep, values)]
         split, n_audio = settings.pop("expert_split", None), settings.pop("audio_experts", None)
         if split is not None or n_audio is not None:
-            n_audio = self._audio_experts(start.model) if n_audio is None else n_audio
-            text, audio = split_experts(split or "contiguous", start.model.n_routed_experts, n_audio, start.most_text_first)
+            n_audio = self._default_audio_experts(start.config) if n_audio is None else n_audio
+            text, audio = split_experts(split or "contiguous", start.config.n_routed_experts, n_audio, start.most_text_first)
             settings |= {"use_modality_aware_routing": True, "text_expert_indices": text, "audio_expert_indices": audio}
         settings |= self.shared
-        _check(self.config(settings, "check"), start.model)
+        _check_trainable(self.config(settings, "check"), start.config)
         return settings
 
-    def _audio_experts(self, model: MostConfig) -> int:
-        """How many there are where no trial says it: as in the model that is started from, else half of them."""
+    def _default_audio_experts(self, model: MostConfig) -> int:
+        """Return the number of audio experts if no trial sets it: that of the starting model, or half of the experts."""
         given = self.sweep.run.audio_expert_indices or model.audio_expert_indices
         return len(given) if given else model.n_routed_experts // 2
 
     def config(self, settings: Mapping[str, Any], run: str) -> RunConfig:
-        """The configuration of a trial's run, which lies in the sweep's folder beside the others; all of them share token stores."""
+        """Return the configuration of a trial's run, whose folder is in the sweep's; all runs share token stores."""
         base = self.sweep.run
         uri = {
             "name": run,
@@ -109,23 +106,27 @@ class Setting:
         return config_from({**self.sweep.values, **settings, **uri})
 
     def best_yaml(self, trial: Trial, why: str) -> str:
-        """The winner as a configuration of its own: a run of the same steps that makes the same numbers."""
+        """Return the best trial's configuration as YAML: a run of the same steps with the same results.
+
+        Args:
+            why: comment in the first line.
+        """
         base = self.sweep.run.redacted()
         kept = {name: value for name, value in vars(base).items() if name in self.sweep.values and name not in ("name", "output_dir")}
         whole = {"name": f"{base.name}-best-{trial.runs[-1]}", "output_dir": base.output_dir, **kept, **trial.settings}
         parent = trial.parents[-1] if trial.parents else None
         if parent:
-            redacted_place = storage.redact(self.sweep.run.run_uri)
-            whole |= {"resume_from_checkpoint": kept_uri(redacted_place, parent["run"], parent["step"]), "accept_data_change": True}
+            kept_checkpoint = kept_uri(storage.redact(self.sweep.run.run_uri), parent["run"], parent["step"])
+            whole |= {"resume_from_checkpoint": kept_checkpoint, "accept_data_change": True}
         return f"# {why}\n{yaml.safe_dump(to_plain(whole), sort_keys=False, allow_unicode=True)}"
 
 
-def _check(config: RunConfig, model: MostConfig) -> None:
-    """Whether a run of `config` can start from a model. Raises UserError."""
+def _check_trainable(config: RunConfig, model: MostConfig) -> None:
+    """Raise UserError unless a run can start from a model."""
     aware = model.use_modality_aware_routing if config.use_modality_aware_routing is None else config.use_modality_aware_routing
     every = set(range(model.n_routed_experts))
     text, audio = config.text_expert_indices, config.audio_expert_indices
-    if text is None and audio is not None:  # one group named: the other is what is left, as for any run
+    if text is None and audio is not None:  # the other group is what remains, as for any run
         text = tuple(sorted(every - set(audio)))
     elif audio is None and text is not None:
         audio = tuple(sorted(every - set(text)))
@@ -143,11 +144,11 @@ def _check(config: RunConfig, model: MostConfig) -> None:
     plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)
 
 
-def starting_config(sweep: Sweep, key: str) -> MostConfig:
-    """The configuration of a starting model, before its tokenizer is made.
+def start_config(sweep: Sweep, key: str) -> MostConfig:
+    """Return the configuration of a starting model, before its tokenizer is made.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such model.
     """
     name = json.loads(key).get("model_name_or_path", sweep.run.model_name_or_path)
     if name in PRESETS:
@@ -156,64 +157,68 @@ def starting_config(sweep: Sweep, key: str) -> MostConfig:
 
 
 def proposals(sweep: Sweep) -> Iterator[Values]:
-    """Values that trials get by random and grid; of tpe random ones out of the same space."""
-    for k in range(_TRIED if sweep.options.search == "tpe" else sweep.max_trials):
+    """Yield the values of the trials of a random or grid search; for TPE, random values of the same space."""
+    for k in range(_TPE_PROPOSALS if sweep.options.search == "tpe" else sweep.max_trials):
         values = sweep.space.proposal(sweep.options.search, sweep.options.search_seed, k)
         if values is None:
             return
         yield values
 
 
-def first_valid(setting: Setting) -> dict[str, Any]:
-    """Settings of the first proposal that can be trained.
+def first_valid(base: TrialBase) -> dict[str, Any]:
+    """Return the settings of the first proposal that can be trained.
 
     Raises:
-        ConfigError: none can; says why, by the commonest reason.
+        ConfigError: none can; names the most frequent reason.
     """
     reasons: dict[str, int] = {}
-    for values in proposals(setting.sweep):
+    for values in proposals(base.sweep):
         try:
-            return setting.settings_of(values)
+            return base.settings_of(values)
         except UserError as error:
             reasons[str(error)] = reasons.get(str(error), 0) + 1
-    commonest = max(reasons, key=lambda reason: reasons[reason])
-    rule = f"holds no trial that can be trained: {sum(reasons.values())} were looked at, most of them fail so: {commonest}"
-    raise ConfigError("space", setting.sweep.space.names, rule)
+    most_frequent = max(reasons, key=lambda reason: reasons[reason])
+    rule = f"holds no trial that can be trained: {sum(reasons.values())} were checked, and most of them fail with: {most_frequent}"
+    raise ConfigError("space", base.sweep.space.names, rule)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a sweep will cost: steps of all trials where the scheduler stops as many as it may (fewest) and none (most), and the hours of
-    both, where a step's time is known."""
+    """The cost of a sweep."""
 
-    fewest_steps: int
-    most_steps: int
-    fewest_hours: float | None
+    fewest_steps: int  # of all trials, if the scheduler stops as many as it can
+    most_steps: int  # if it stops none
+    fewest_hours: float | None  # None if a step's time is unknown
     most_hours: float | None
 
 
-START_S = 30.0  # of a trial, besides its steps: processes, the model, the last evaluation, export and report; measured on two cores
-
-
 def estimate(sweep: Sweep, total_steps: int, left: int, concurrent: int, step_s: float | None) -> Estimate:
-    """Of `left` trials with `concurrent` at a time."""
+    """Estimate the cost of the remaining trials.
+
+    Args:
+        left: number of remaining trials.
+        concurrent: trials at a time.
+        step_s: seconds of a step; None if unknown.
+    """
     most = fewest = left * total_steps
     if sweep.options.scheduler == "asha":
         fewest = sum(_fewest_at_rungs(left, sweep.grace_steps, total_steps, sweep.options.reduction_factor))
     if step_s is None:
         return Estimate(fewest, most, None, None)
-    low, high = ((steps * step_s + left * START_S) / concurrent / 3600 for steps in (fewest, most))
+    low, high = ((steps * step_s + left * TRIAL_OVERHEAD_S) / concurrent / 3600 for steps in (fewest, most))
     return Estimate(fewest, most, low, high)
 
 
 def _fewest_at_rungs(trials: int, grace: int, total: int, factor: float) -> list[int]:
-    """Steps made up to each rung where at each but one of `factor` trials is stopped, the best never: each trial makes the first rung's."""
-    made, rung, before, going = [], float(min(grace, total)), 0.0, float(trials)
-    while trials and before < total:
-        made.append(round(going * (min(rung, total) - before)))
-        before, rung, going = rung, rung * factor, max(1.0, going / factor)
+    """Return the steps of all trials up to each of ASHA's rungs if at each only one in `factor` trials continues, and at least one. Every
+    trial reaches the first rung."""
+    made, rung, previous, running = [], float(min(grace, total)), 0.0, float(trials)
+    while trials and previous < total:
+        made.append(round(running * (min(rung, total) - previous)))
+        previous, rung, running = rung, rung * factor, max(1.0, running / factor)
     return made
 
 
 def run_name(trial: int, generation: int = 0) -> str:
+    """Return the name of a trial's run; population based training replaces it by one of the next generation."""
     return f"{trial:03d}" + (f"-{generation}" if generation else "")

@@ -150,14 +150,14 @@ def test_trials_that_fail_are_told_and_the_others_go_on(fake: None, tmp_path: Pa
     split = make(tmp_path, "splits", {"audio_experts": {"grid": [8, 4, 7]}}, search="grid", num_experts_per_tok=2, learning_rate=0.01)
     states = {trial.values["audio_experts"]: trial.state for trial in split.trials.values()}
     assert states == {8: "failed", 4: "finished", 7: "failed"}
-    assert "must lie in 1..7" in str(split.trials[1].reason) and "num_experts_per_tok" in str(split.trials[3].reason)
+    assert "must be in 1..7" in str(split.trials[1].reason) and "num_experts_per_tok" in str(split.trials[3].reason)
     assert starts(tmp_path, "splits") == {"002": 1}
     with pytest.raises(RunIncompleteError, match="all 2 of them"):
         make(tmp_path, "none", {"learning_rate": {"grid": [0.666, 0.999]}}, search="grid")
 
 
 def test_a_space_without_a_valid_trial_is_refused(fake: None, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"space.*holds no trial that can be trained: 2 were looked at.*1\.\.7"):
+    with pytest.raises(ConfigError, match=r"space.*holds no trial that can be trained: 2 were checked.*1\.\.7"):
         make(tmp_path, "impossible", {"audio_experts": {"grid": [8, 9]}}, search="grid")
     assert not (tmp_path / "impossible" / "trials").exists()
 

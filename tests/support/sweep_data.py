@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from most_ray.sweep.ledger import Objective, fold, ranked
+from most_ray.sweep.ledger import Objective, ranked, replay
 from tests.support.report_data import write_run
 
 EXPERTS = 8
@@ -52,7 +52,7 @@ def write_sweep(
     order = sorted(range(EXPERTS), key=lambda expert: -share[expert])
     (folder / "affinity.json").write_text(json.dumps({"order": order, "share": share, "tokens": 4096}))
     if not live:
-        best = ranked(fold(lines).trials.values(), Objective.parse(objectives[0]))[0]
+        best = ranked(replay(lines).trials.values(), Objective.parse(objectives[0]))[0]
         settings = "".join(f"{name}: {value}\n" for name, value in best.settings.items())
         (folder / "best.yaml").write_text(f"# Trial {best.number} of the sweep {folder.name}\nname: {folder.name}-best\n{settings}")
         (folder / "summary.json").write_text(json.dumps({"name": folder.name}))

@@ -17,7 +17,7 @@ from most_ray.errors import ConfigError
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.schema import check_line
 from most_ray.sweep import ledger
-from most_ray.sweep.ledger import LedgerFile, Objective, Result, Trial, at_step, fold, intervals_of, metrics_of, pareto, ranked
+from most_ray.sweep.ledger import LedgerFile, Objective, Result, Trial, intervals_of, metric_at, metrics_of, pareto, ranked, replay
 
 WER = Objective("wer/takes")
 
@@ -53,7 +53,7 @@ def trial_of(number: int, state: Any = "finished", **metrics: float) -> Trial:
 
 def test_a_trial_is_put_together_from_its_lines() -> None:
     lines = [sweep(1), began(2, 2), told(2, 4, 0.5), told(2, 8, 0.25), ended(2, "stopped", 9.5, "asha")]
-    found = fold([*lines, began(1, 3)])
+    found = replay([*lines, began(1, 3)])
     assert list(found.trials) == [1, 2]
     first, second = found.trials.values()
     assert (first.state, first.step, first.metric("wer/takes"), first.ended, first.began) == ("open", 0, None, None, 3)
@@ -68,7 +68,7 @@ def test_a_trial_is_put_together_from_its_lines() -> None:
 def test_a_trial_of_an_earlier_version_has_todays_words() -> None:
     """A search compares its values with the space's, which is read in today's words."""
     line = began(1, values={"weight_unit": "rows", "audio_experts": 2}, settings={"weight_unit": "rows", "name": "rows"})
-    trial = fold([line]).trials[1]
+    trial = replay([line]).trials[1]
     assert trial.values == {"weight_unit": "records", "audio_experts": 2}
     assert trial.settings == {"weight_unit": "records", "name": "rows"}
 
@@ -76,7 +76,7 @@ def test_a_trial_of_an_earlier_version_has_todays_words() -> None:
 def test_a_metric_is_that_of_the_last_result() -> None:
     """One that had a value once and has none at the end, as a loss that is not finite, has none."""
     lines = [began(1), told(1, 4, metrics={"a": 1, "b": 2}), told(1, 8, metrics={"a": 3})]
-    trial = fold(lines).trials[1]
+    trial = replay(lines).trials[1]
     assert (trial.metric("a"), trial.metric("b")) == (3, None)
 
 
@@ -95,19 +95,19 @@ def test_later_lines_add_to_earlier_ones() -> None:
         sweep(max_trials=4),
         began(2, 7, "002-1"),
     ]
-    found = fold(lines)
+    found = replay(lines)
     trial = found.trials[2]
     assert (trial.runs, trial.parents) == (["002", "002-1"], [None, parent])
     assert (trial.values, trial.settings, trial.began) == ({"a": 2}, {"b": 2}, 1)
     assert [(result.run, result.step) for result in trial.results] == [("002", 4), ("002-1", 8)]
     assert found.sweep["max_trials"] == 4
-    assert fold(lines[:6]).trials[2].values == {"a": 9}
+    assert replay(lines[:6]).trials[2].values == {"a": 9}
 
 
 def test_a_result_counts_once() -> None:
     """What a restart tells again is the first; another run's result of the same step is one of its own."""
     lines = [began(1), told(1, 4, 0.5), told(1, 4, 0.7), told(1, 8, 0.3), told(1, 4, 0.9, run="001-1")]
-    assert [(r.run, r.step, r.metrics["wer/takes"]) for r in fold(lines).trials[1].results] == [
+    assert [(r.run, r.step, r.metrics["wer/takes"]) for r in replay(lines).trials[1].results] == [
         ("001", 4, 0.5),
         ("001", 8, 0.3),
         ("001-1", 4, 0.9),
@@ -116,7 +116,7 @@ def test_a_result_counts_once() -> None:
 
 @pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
 def test_an_end(state: str) -> None:
-    found = fold([began(1), ended(1, state, 7, "why")])
+    found = replay([began(1), ended(1, state, 7, "why")])
     assert (found.trials[1].state, found.trials[1].reason, found.trials[1].ended) == (state, "why", 7)
 
 
@@ -139,16 +139,16 @@ def test_what_is_incomplete_is_passed_over() -> None:
         *({key: value for key, value in began(5).items() if key != name} for name in ("run", "values", "settings", "trial", "kind")),
         *({key: value for key, value in ended(1, "failed").items() if key != name} for name in ("state", "trial", "kind")),
     ]
-    found = fold([*whole, *broken])
+    found = replay([*whole, *broken])
     assert list(found.trials) == [1]
     assert [result.step for result in found.trials[1].results] == [4]
     assert (found.trials[1].state, found.sweep) == ("finished", sweep())
-    assert fold([]).trials == {} and fold([]).sweep == {}
+    assert replay([]).trials == {} and replay([]).sweep == {}
 
 
 def test_lines_without_parent_intervals_reason_or_time() -> None:
     short = [{"kind": "trial", "trial": 1, "run": "1", "values": {}, "settings": {}}, {"kind": "end", "trial": 1, "state": "failed"}]
-    found = fold([short[0], {"kind": "result", "trial": 1, "run": "1", "step": 2, "metrics": {"a": 1}}, short[1]])
+    found = replay([short[0], {"kind": "result", "trial": 1, "run": "1", "step": 2, "metrics": {"a": 1}}, short[1]])
     trial = found.trials[1]
     assert (trial.parents, trial.reason, trial.results[0].intervals, trial.began) == ([None], None, {}, 0.0)
 
@@ -157,10 +157,10 @@ def test_time_spent_is_that_of_all_starts() -> None:
     """From each start to its last line; what lies between two starts is nobody's."""
     first = [sweep(100), began(1, 101), told(1, 4, time=160)]
     second = [sweep(1000), told(1, 8, time=1007), ended(1, time=1003)]
-    assert fold(first).spent_s == 60
-    assert fold([*first, *second]).spent_s == 67
-    assert fold([*first, *second, sweep(5000)]).spent_s == 67
-    assert fold([sweep(100)]).spent_s == 0
+    assert replay(first).spent_s == 60
+    assert replay([*first, *second]).spent_s == 67
+    assert replay([*first, *second, sweep(5000)]).spent_s == 67
+    assert replay([sweep(100)]).spent_s == 0
 
 
 # The file
@@ -252,16 +252,16 @@ def test_a_sweep_that_was_refused_leaves_no_ledger(tmp_path: Path) -> None:
 
 
 def test_a_sweep_that_another_machine_has_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a URI locks do not reach: the mark at the place says whose it is, and who has lost it writes nothing more."""
-    marks: dict[str, str] = {}
+    """Locks do not work across machines: the sweep names its owner, and a driver that has lost it writes nothing more."""
+    owners: dict[str, str] = {}
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
     for name in ("pull", "push"):
         monkeypatch.setattr(RunFolder, name, lambda *_: None)
-    monkeypatch.setattr(RunFolder, "claim", lambda folder, owner: marks.update({folder.uri: owner}))
-    monkeypatch.setattr(RunFolder, "owner", lambda folder: marks[folder.uri])
+    monkeypatch.setattr(RunFolder, "claim", lambda folder, owner: owners.update({folder.uri: owner}))
+    monkeypatch.setattr(RunFolder, "owner", lambda folder: owners[folder.uri])
     file = LedgerFile(RunFolder("s3://bucket/sweep"))
     file.write("sweep", name="mine")
-    marks["s3://bucket/sweep"] = "another"
+    owners["s3://bucket/sweep"] = "another"
     with pytest.raises(ConfigError, match="taken over by a newer start"):
         file.write("sweep", name="mine")
     file.close()
@@ -414,10 +414,10 @@ def test_a_metric_at_a_step() -> None:
     """The newest run's where several made the step."""
     results = [Result("001", step, {"a": float(step)}, {}) for step in (2, 4)] + [Result("001-1", 4, {"a": 9.0}, {})]
     trial = Trial(1, ["001", "001-1"], results=results)
-    assert [at_step(trial, "a", step) for step in (2, 3, 4)] == [2.0, None, 9.0]
-    assert at_step(trial, "b", 2) is None
+    assert [metric_at(trial, "a", step) for step in (2, 3, 4)] == [2.0, None, 9.0]
+    assert metric_at(trial, "b", 2) is None
 
 
 def test_places_in_a_sweeps_folder() -> None:
-    assert ledger.folder_of("/x", "001-1") == "/x/trials/001-1"
+    assert ledger.trial_uri("/x", "001-1") == "/x/trials/001-1"
     assert ledger.kept_uri("s3://b/x?region=r", "001", 60) == "s3://b/x/kept/001/step-000000060?region=r"

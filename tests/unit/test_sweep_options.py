@@ -17,7 +17,7 @@ from most_ray.errors import ConfigError
 from most_ray.sweep.ledger import Ledger, Objective
 from most_ray.sweep.options import Sweep, SweepOptions, add_flags, flag_values, known_metrics, load_sweep, mutable
 from most_ray.sweep.space import parse_space
-from most_ray.sweep.trials import Setting, Start, start_keys
+from most_ray.sweep.trials import StartModel, TrialBase, start_keys
 from tests.support.builders import tiny_config
 
 
@@ -44,8 +44,8 @@ def sweep_of(folder: Path, space: Any = None, flags: Mapping[str, Any] | None = 
     return load_sweep(write(folder / "sweep.yaml", **content), flags or {})
 
 
-def setting_of(sweep: Sweep, order: Sequence[int] | None = None, shared: Mapping[str, Any] | None = None, **model: Any) -> Setting:
-    return Setting(sweep, {key: Start(tiny_config(**model), order) for key in start_keys(sweep)}, shared or {})
+def setting_of(sweep: Sweep, order: Sequence[int] | None = None, shared: Mapping[str, Any] | None = None, **model: Any) -> TrialBase:
+    return TrialBase(sweep, {key: StartModel(tiny_config(**model), order) for key in start_keys(sweep)}, shared or {})
 
 
 # Options

@@ -25,7 +25,7 @@ from most_ray.service.tune.schedulers import Asha, Fifo, Pbt, Recorder, fill_obj
 from most_ray.service.tune.search import Proposals
 from most_ray.sweep.ledger import LedgerFile, kept_uri
 from most_ray.sweep.options import Sweep
-from most_ray.sweep.trials import Setting
+from most_ray.sweep.trials import TrialBase
 from tests.unit.test_sweep_options import setting_of, sweep_of
 from tests.unit.test_sweep_search import TOTAL, Told, add, lines_of, reopened, result_of
 
@@ -263,7 +263,7 @@ PBT_SPACE = {
 }
 
 
-def pbt_of(folder: Path, file: LedgerFile, **changes: Any) -> tuple[Pbt, Setting]:
+def pbt_of(folder: Path, file: LedgerFile, **changes: Any) -> tuple[Pbt, TrialBase]:
     sweep = sweep_of(folder, PBT_SPACE, scheduler="pbt", **changes)
     setting = setting_of(sweep, shared={"max_steps": TOTAL})
     return Pbt(Recorder(file, Told(), TOTAL), setting, TOTAL, file, str(folder)), setting

@@ -115,7 +115,7 @@ def test_what_cannot_be_trained_is_written_down_and_the_next_is_tried(tmp_path: 
     found = {trial.number: (trial.state, trial.values["audio_experts"], trial.settings) for trial in file.ledger.trials.values()}
     failed = {1: 8, 3: 7, 4: 9}
     assert {number: found[number] for number in failed} == {number: ("failed", value, {}) for number, value in failed.items()}
-    assert file.ledger.trials[1].reason == "audio_experts = 8: must lie in 1..7: text needs experts too."
+    assert file.ledger.trials[1].reason == "audio_experts = 8: must be in 1..7: text needs experts too."
     assert told == [(1, "failed", 0), (3, "failed", 0), (4, "failed", 0)]
     # One line for each: none that a kill could leave open without settings.
     assert [(line["kind"], line["trial"], "invalid" in line) for line in lines_of(file)] == [

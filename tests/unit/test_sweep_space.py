@@ -93,10 +93,10 @@ def test_a_list_with_ranges_in_it() -> None:
 
 
 WRONG = [
-    ("learning_rat: [0.1]", "space.learning_rat: is no configuration key. Did you mean 'learning_rate'?"),
-    ("audio_expert: 2..3", "space.audio_expert: is no configuration key. Did you mean 'audio_experts'?"),
-    ("5: [1]", "space.5: is no configuration key."),
-    ("max_step: [1]", "space.max_step: is no configuration key."),
+    ("learning_rat: [0.1]", "space.learning_rat: is not a configuration key. Did you mean 'learning_rate'?"),
+    ("audio_expert: 2..3", "space.audio_expert: is not a configuration key. Did you mean 'audio_experts'?"),
+    ("5: [1]", "space.5: is not a configuration key."),
+    ("max_step: [1]", "space.max_step: is not a configuration key."),
     *(
         (f"{key}: [1]", f"space.{key}: belongs to the sweep as a whole, not to a trial.")
         for key in ("name", "max_steps", "eval_steps", "save_steps", "num_workers", "val_asr_dirs", "output_dir", "epochs", "normaliser")
@@ -104,26 +104,26 @@ WRONG = [
     ("learning_rate: {}", "space.learning_rate = {}: is not one of choice, grid, uniform, loguniform, randint."),
     ("learning_rate: {normal: [0, 1]}", "space.learning_rate = {'normal': [0, 1]}: is not one of"),
     ("learning_rate: {uniform: [0, 1], grid: [1]}", "space.learning_rate = {'uniform': [0, 1], 'grid': [1]}: is not one of"),
-    ("learning_rate: {choice: 0.1}", "space.learning_rate = 0.1: is no list of values."),
-    ("learning_rate: {grid: []}", "space.learning_rate = []: is no list of values."),
+    ("learning_rate: {choice: 0.1}", "space.learning_rate = 0.1: is not a list of values."),
+    ("learning_rate: {grid: []}", "space.learning_rate = []: is not a list of values."),
     ("learning_rate: {choice: [0.1, '1e-1']}", "space.learning_rate = [0.1, 0.1]: names a value twice."),
     ("learning_rate: [fast]", "space.learning_rate = 'fast': is not a number."),
     ("learning_rate: 0.1..0.5", "space.learning_rate = '0.1..0.5': is not a number."),
     ("seed: [1.5]", "space.seed = 1.5: is not a whole number."),
     ("seed: null", "space.seed: needs a value."),
     ("lr_scheduler: linear | cosin", "space.lr_scheduler = 'cosin': is not one of its choices. Did you mean 'cosine'?"),
-    ("expert_split: odd", "space.expert_split = 'odd': is no way to split experts."),
-    ("expert_split: affinit", "space.expert_split = 'affinit': is no way to split experts. Did you mean 'affinity'?"),
-    ("expert_split: 1..2", "space.expert_split = 1: is no way to split experts."),
-    ("audio_experts: [0, 2]", "space.audio_experts = 0: is no number of experts, from 1 on."),
-    ("audio_experts: [true]", "space.audio_experts = True: is no number of experts"),
-    ("audio_experts: [2.0]", "space.audio_experts = 2.0: is no number of experts"),
-    ("audio_experts: 0..3", "space.audio_experts = 0: is no number of experts"),
+    ("expert_split: odd", "space.expert_split = 'odd': is not a way to split experts."),
+    ("expert_split: affinit", "space.expert_split = 'affinit': is not a way to split experts. Did you mean 'affinity'?"),
+    ("expert_split: 1..2", "space.expert_split = 1: is not a way to split experts."),
+    ("audio_experts: [0, 2]", "space.audio_experts = 0: must be a number of experts, at least 1."),
+    ("audio_experts: [true]", "space.audio_experts = True: must be a number of experts"),
+    ("audio_experts: [2.0]", "space.audio_experts = 2.0: must be a number of experts"),
+    ("audio_experts: 0..3", "space.audio_experts = 0: must be a number of experts"),
     (
         "audio_experts: {uniform: [1, 3]}",
-        "space.audio_experts = [1, 3]: cannot be uniform: audio_experts is no fraction. Use randint or choice.",
+        "space.audio_experts = [1, 3]: cannot be uniform: audio_experts is not a fraction. Use randint or choice.",
     ),
-    ("seed: {loguniform: [1, 3]}", "space.seed = [1, 3]: cannot be loguniform: seed is no fraction."),
+    ("seed: {loguniform: [1, 3]}", "space.seed = [1, 3]: cannot be loguniform: seed is not a fraction."),
     ("lr_scheduler: 1..2", "space.lr_scheduler = 1: is not one of its choices."),
     ("learning_rate: {uniform: [0.5, 0.1]}", "space.learning_rate = [0.5, 0.1]: must ascend."),
     ("learning_rate: {loguniform: [0, 0.1]}", "space.learning_rate = [0, 0.1]: must ascend from above 0."),
@@ -134,8 +134,8 @@ WRONG = [
     ("learning_rate: {uniform: [a, 1]}", "space.learning_rate = ['a', 1]: is not two numbers"),
     ("learning_rate: {uniform: [null, 1]}", "space.learning_rate = [None, 1]: is not two numbers"),
     ("learning_rate: {uniform: [false, true]}", "space.learning_rate = [False, True]: is not two numbers"),
-    ("seed: {randint: [0.5, 2]}", "space.seed = [0.5, 2]: are no whole numbers."),
-    ("seed: {randint: [0, 2.5]}", "space.seed = [0, 2.5]: are no whole numbers."),
+    ("seed: {randint: [0.5, 2]}", "space.seed = [0.5, 2]: are not integers."),
+    ("seed: {randint: [0, 2.5]}", "space.seed = [0, 2.5]: are not integers."),
     ("seed: 0..10000", "space.seed = [0, 10000]: holds more than 10000 values. Use uniform or loguniform."),
     (
         "train_asr_weights: [1.0, 2.0]",
@@ -169,7 +169,7 @@ def test_no_space_at_all(raw: Any) -> None:
 )
 def test_what_a_split_settles_is_no_dimension_beside_it(routing: str, other: str) -> None:
     """A value that the split overrules would stand in the ledger without having been tried."""
-    with pytest.raises(ConfigError, match=rf"space = \['{other.split(':')[0]}'\]: says what .* Leave one"):
+    with pytest.raises(ConfigError, match=rf"space = \['{other.split(':')[0]}'\]: is set by .* too\. Leave one"):
         space_of(f"{routing}\n{other}")
     assert space_of(other).names
 
@@ -209,15 +209,15 @@ def test_a_value_lies_in_its_range(low: float, high: float, share: float, kind: 
     """Also where rounding would lead out of it; from the lowest at 0 upwards."""
     low, high = sorted((low, high))
     dimension = Dimension("learning_rate", kind, low=low, high=high)
-    assert low <= dimension.at(share) <= high
-    assert dimension.at(0.0) == pytest.approx(low) and dimension.at(1.0) == pytest.approx(high)
+    assert low <= dimension.quantile(share) <= high
+    assert dimension.quantile(0.0) == pytest.approx(low) and dimension.quantile(1.0) == pytest.approx(high)
 
 
 def test_the_middle_of_each_distribution() -> None:
-    assert only("learning_rate: {uniform: [1, 3]}").at(0.25) == 1.5
-    assert only("learning_rate: {loguniform: [0.01, 1]}").at(0.5) == pytest.approx(0.1)
-    assert [only("audio_experts: 2..4").at(share) for share in (0, 0.33, 0.34, 0.66, 0.67, 0.999, 1.0)] == [2, 2, 3, 3, 4, 4, 4]
-    assert [only("seed: [9, 5]").at(share) for share in (0, 0.49, 0.5, 1.0)] == [9, 9, 5, 5]
+    assert only("learning_rate: {uniform: [1, 3]}").quantile(0.25) == 1.5
+    assert only("learning_rate: {loguniform: [0.01, 1]}").quantile(0.5) == pytest.approx(0.1)
+    assert [only("audio_experts: 2..4").quantile(share) for share in (0, 0.33, 0.34, 0.66, 0.67, 0.999, 1.0)] == [2, 2, 3, 3, 4, 4, 4]
+    assert [only("seed: [9, 5]").quantile(share) for share in (0, 0.49, 0.5, 1.0)] == [9, 9, 5, 5]
 
 
 MIXED = """
@@ -327,7 +327,7 @@ def test_splits_of_eight_by_hand() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("n_audio", [-1, 0, 8, 9])
 def test_no_group_may_be_empty(split: str, n_audio: int) -> None:
-    with pytest.raises(ConfigError, match=rf"audio_experts = {n_audio}: must lie in 1\.\.7: text needs experts too"):
+    with pytest.raises(ConfigError, match=rf"audio_experts = {n_audio}: must be in 1\.\.7: text needs experts too"):
         split_experts(split, 8, n_audio, range(8))
 
 

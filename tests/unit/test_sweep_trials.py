@@ -13,7 +13,7 @@ from most_ray.config import load_config
 from most_ray.errors import ConfigError, UserError
 from most_ray.sweep import trials
 from most_ray.sweep.ledger import Trial
-from most_ray.sweep.trials import Setting, Start, estimate, first_valid, proposals, run_name, start_key, start_keys
+from most_ray.sweep.trials import StartModel, TrialBase, estimate, first_valid, proposals, run_name, start_key, start_keys
 from tests.support.builders import tiny_config
 from tests.unit.test_sweep_options import setting_of, sweep_of
 
@@ -70,7 +70,7 @@ def test_settings_without_a_split_are_the_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "changes", "model", "said"),
     [
-        ({"audio_experts": 8}, {}, {}, r"audio_experts = 8: must lie in 1\.\.7"),
+        ({"audio_experts": 8}, {}, {}, r"audio_experts = 8: must be in 1\.\.7"),
         ({"audio_experts": 7}, {}, {}, "num_experts_per_tok = 2: is more than the 1 experts of text_expert_indices"),
         ({"num_experts_per_tok": 5}, {}, {}, "num_experts_per_tok = 5: is more than the 4 experts of text_expert_indices"),
         ({"num_experts_per_tok": 9}, {"use_modality_aware_routing": False}, {}, r"num_experts_per_tok = 9: must lie in 1\.\.8"),
@@ -126,8 +126,8 @@ def test_a_space_without_a_valid_trial_says_the_commonest_reason(tmp_path: Path)
     with pytest.raises(ConfigError) as caught:
         first_valid(setting_of(sweep_of(tmp_path, {"audio_experts": [8, 7], **grid}, search="grid")))
     assert str(caught.value) == (
-        "space = ['audio_experts', 'seed', 'num_experts_per_tok']: holds no trial that can be trained: 8 were looked at, most of them "
-        "fail so: audio_experts = 8: must lie in 1..7: text needs experts too."
+        "space = ['audio_experts', 'seed', 'num_experts_per_tok']: holds no trial that can be trained: 8 were checked, and most of them "
+        "fail with: audio_experts = 8: must be in 1..7: text needs experts too."
     )
     found = first_valid(setting_of(sweep_of(tmp_path, {"audio_experts": [8, 7, 2], **grid}, search="grid")))
     assert (len(found["audio_expert_indices"]), found["seed"]) == (2, 1)
@@ -135,11 +135,11 @@ def test_a_space_without_a_valid_trial_says_the_commonest_reason(tmp_path: Path)
 
 def test_only_some_proposals_of_a_space_without_end_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that will be trials; of tpe, whose own are not known yet, many random ones."""
-    monkeypatch.setattr(trials, "_TRIED", 5)
+    monkeypatch.setattr(trials, "_TPE_PROPOSALS", 5)
     wrong = {"num_experts_per_tok": "98..99"}
-    with pytest.raises(ConfigError, match=r"3 were looked at.*num_experts_per_tok = 9\d"):
+    with pytest.raises(ConfigError, match=r"3 were checked.*num_experts_per_tok = 9\d"):
         first_valid(setting_of(sweep_of(tmp_path, wrong, max_trials=3)))
-    with pytest.raises(ConfigError, match="5 were looked at"):
+    with pytest.raises(ConfigError, match="5 were checked"):
         first_valid(setting_of(sweep_of(tmp_path, wrong, max_trials=7, search="tpe")))
     random = sweep_of(tmp_path, max_trials=3, search_seed=4)
     wanted = [random.space.proposal("random", 4, k) for k in range(5)]
@@ -202,7 +202,7 @@ def test_starting_models_of_a_space(tmp_path: Path) -> None:
     ]
     assert start_key(sweep, {"seed": 2, "model_name_or_path": "/m", "expert_split": "affinity"}) == keys[2]
     orders = [ORDER, ORDER[::-1], list(range(8))]
-    setting = Setting(sweep, {key: Start(tiny_config(), order) for key, order in zip(keys, orders, strict=True)}, {})
+    setting = TrialBase(sweep, {key: StartModel(tiny_config(), order) for key, order in zip(keys, orders, strict=True)}, {})
     values = {"model_name_or_path": "tiny", "seed": 2, "expert_split": "affinity"}
     assert setting.settings_of(values)["audio_expert_indices"] == sorted(ORDER[:4])
     assert setting.settings_of({**values, "model_name_or_path": "/m"})["audio_expert_indices"] == [4, 5, 6, 7]
@@ -215,7 +215,7 @@ def test_affinity_of_models_that_trials_would_make(tmp_path: Path) -> None:
     """A preset's tokenizer is made of a trial's records: other directories for each trial make other models than the one measured."""
     split = {"expert_split": ["affinity"]}
     for moved in ({"train_asr_dirs": {"choice": ["a", "b"]}}, {"train_tts_dirs": [{"choice": ["a", "b"]}, "c"]}):
-        with pytest.raises(ConfigError, match=rf"^space\.{next(iter(moved))}.*: makes a preset's tokenizer another"):
+        with pytest.raises(ConfigError, match=rf"^space\.{next(iter(moved))}.*: gives a preset another tokenizer"):
             start_keys(sweep_of(tmp_path, {**split, **moved}))
         assert start_keys(sweep_of(tmp_path, {**split, **moved}, model_name_or_path="/m")) == ["{}"]
         assert start_keys(sweep_of(tmp_path, moved)) == ["{}"]

@@ -43,7 +43,7 @@ from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, ke
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import SWEEP_OPTIONS, Sweep
 from most_ray.sweep.screens import last_screen, start_screen, trial_line
-from most_ray.sweep.trials import Setting, Start, estimate, first_valid, start_keys, starting_config
+from most_ray.sweep.trials import StartModel, TrialBase, estimate, first_valid, start_config, start_keys
 from most_ray.trackers.select import wandb_key
 
 AFFINITY = "affinity.json"  # in the sweep's folder: what was measured of the starting models
@@ -78,9 +78,9 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
     if cluster_gpus(sweep.run) is not None:
         shutdown.install(interrupt=True)
         report_findings(check_cluster(sweep.run), console)
-    models = {key: starting_config(sweep, key) for key in start_keys(sweep)}
+    models = {key: start_config(sweep, key) for key in start_keys(sweep)}
     # Before anything is ingested or started, so before the experts' affinity to text is known: any order serves this check.
-    first_valid(Setting(sweep, {key: Start(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
+    first_valid(TrialBase(sweep, {key: StartModel(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
     starts = {key: _prepare(sweep, key) for key in models}
     prepared = next(iter(starts.values()))
     job = prepared.job
@@ -90,7 +90,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
         jobs = {key: replace(each.job, threads=resources.threads) for key, each in starts.items()}
         affinities, step_s = _measure_starts(folder, jobs, resources.use_gpu, sweep)
         orders = {key: affinities[key].order if key in affinities else None for key in models}
-        setting = Setting(sweep, {key: Start(model, orders[key]) for key, model in models.items()}, resources.shared)
+        setting = TrialBase(sweep, {key: StartModel(model, orders[key]) for key, model in models.items()}, resources.shared)
         cost = estimate(sweep, job.total_steps, left, resources.concurrent, step_s)
         storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
         file.write("sweep", **_description(sweep, job, resources, file))
@@ -212,7 +212,7 @@ class TimeBudgetStopper(NotPickled, Stopper):
 
 
 def _search(
-    setting: Setting, job: Job, folder: RunFolder, file: LedgerFile, concurrent: int, console: Console, shutdown: ShutdownSignal
+    setting: TrialBase, job: Job, folder: RunFolder, file: LedgerFile, concurrent: int, console: Console, shutdown: ShutdownSignal
 ) -> bool:
     """Run the trials until all have ended. Returns whether the time was up before that."""
     sweep, options = setting.sweep, setting.sweep.options
@@ -267,7 +267,7 @@ def _search(
     return stopper.out_of_time and bool(file.ledger.in_state("open"))
 
 
-def _common(setting: Setting, folder: RunFolder) -> dict[str, Any]:
+def _common(setting: TrialBase, folder: RunFolder) -> dict[str, Any]:
     """What all trials' actors are given (see `TrialActor`), as plain values: an actor starts without torch."""
     config = setting.config({}, "trial")
     values = {**setting.sweep.values, **{name: getattr(config, name) for name in ("output_dir", "store_dir", "wandb_group")}}
@@ -325,7 +325,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
     if best:
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
-        storage.write_bytes(folder.at(BEST), Setting(sweep, {}, {}).best_yaml(best, why).encode())
+        storage.write_bytes(folder.at(BEST), TrialBase(sweep, {}, {}).best_yaml(best, why).encode())
         commands = commands_of(ledger, folder.uri, best.runs[-1])
     _remove_kept(folder, file)
     summary = {

@@ -18,7 +18,7 @@ from most_ray.service.tune.search import NotPickled, OnTrialUpdate
 from most_ray.sweep.ledger import LedgerFile, Trial, kept_uri
 from most_ray.sweep.options import Sweep, mutable
 from most_ray.sweep.space import Values
-from most_ray.sweep.trials import Setting, run_name
+from most_ray.sweep.trials import TrialBase, run_name
 
 _WORST = 1e30  # of an objective without a value; finite, because schedulers take means
 _PERTURBATIONS = 20  # tries to perturb a trial's values into ones that can be trained
@@ -170,7 +170,7 @@ class Pbt(_Recording, PopulationBasedTraining):
     """
 
     def __init__(
-        self, recorder: Recorder, setting: Setting, total_steps: int, ledger: LedgerFile, sweep_uri: str, synchronous: bool = False
+        self, recorder: Recorder, setting: TrialBase, total_steps: int, ledger: LedgerFile, sweep_uri: str, synchronous: bool = False
     ) -> None:
         sweep = setting.sweep
         self._dimensions = {d.name: d for d in sweep.space.dimensions if d.name in mutable(sweep.space)}
@@ -199,7 +199,7 @@ class Pbt(_Recording, PopulationBasedTraining):
         perturbed = dict(values)
         for name, dimension in self._dimensions.items():
             if self._random.random() < 0.25:
-                perturbed[name] = dimension.at(self._random.random())
+                perturbed[name] = dimension.quantile(self._random.random())
             else:
                 perturbed[name] = min(dimension.high, max(dimension.low, values[name] * self._random.choice((0.8, 1.2))))
         return perturbed

@@ -19,7 +19,7 @@ from most_ray.errors import UserError
 from most_ray.sweep.ledger import LedgerFile, Trial
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Dimension, Space, Values
-from most_ray.sweep.trials import Setting, run_name
+from most_ray.sweep.trials import TrialBase, run_name
 
 OnTrialUpdate = Callable[[Trial], None]  # called with a trial that has a new result or has ended
 _STARTUP_TRIALS = 10  # trials that Optuna's TPE draws at random, where there are many; of few, a quarter
@@ -44,7 +44,7 @@ class Proposals(NotPickled, Searcher):
         on_update: called with each trial that cannot be trained.
     """
 
-    def __init__(self, setting: Setting, ledger: LedgerFile, on_update: OnTrialUpdate) -> None:
+    def __init__(self, setting: TrialBase, ledger: LedgerFile, on_update: OnTrialUpdate) -> None:
         super().__init__(metric="objective_0", mode="min")
         self._setting, self._file, self._on_update = setting, ledger, on_update
         self._open = collections.deque(ledger.ledger.in_state("open"))
