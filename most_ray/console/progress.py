@@ -1,4 +1,4 @@
-"""The progress of a run on the driver's screen, or in a job's log."""
+"""The progress of a run on the screen, or in a job's log."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from most_ray.io.journal import Follower
 
 _HALF_LIFE = 20.0  # steps after which a step's time counts half
-_EVERY_SHARE, _EVERY_S = 0.05, 60.0  # of the steps, seconds: between two plain lines at most
-_POLL_S = 0.5
+_EVERY_SHARE, _EVERY_S = 0.05, 60.0  # share of the steps, and seconds, after which the next plain line is due
+_POLL_S = 0.5  # seconds between two looks at metrics.jsonl
 
 
 class Pace:
-    """Seconds per step, the newer ones counting more; the first line behind each start is slow (kernels, caches) and counts only until
-    there is another."""
+    """The time of a step: a moving average in which newer steps count more. The first line after each start is slow (kernels, caches) and
+    counts only until there is another one.
+
+    Attributes:
+        step_time: seconds; None before the first line.
+    """
 
     def __init__(self) -> None:
         self.step_time: float | None = None
         self._warm, self._lines, self._at = False, 0, 0
 
     def start(self) -> None:
+        """The run starts or resumes."""
         self._lines = 0
 
     def add(self, step: int, step_time: float) -> None:
+        """Add a line of training: its step, and its seconds per step."""
         self._lines += 1
         steps, self._at = max(1, step - self._at), step
         if self._lines == 1 and self._warm:
@@ -41,24 +47,28 @@ class Pace:
             self.step_time, self._warm = step_time, self._lines > 1
 
     def left(self, steps: int) -> str:
-        """Time for so many steps, in words."""
+        """The time for so many steps, as `12 min left`; empty if it is not known yet."""
         return "" if self.step_time is None else f"{duration(self.step_time * steps)} left"
 
 
 def duration(seconds: float) -> str:
-    """As `40 s`, `12 min` or `3 h 05 min`."""
+    """A time as text: `40 s`, `12 min` or `3 h 05 min`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-class Narrator:
-    """What the lines of metrics.jsonl come to on a screen.
+class ProgressText:
+    """The text of a run's progress, from its lines of metrics.jsonl.
 
     Args:
-        live: a line there is drawn anew, so that plain lines are for evaluations alone.
+        live: the screen has a progress bar with `figures`, so that only evaluations and failures are printed.
         now: seconds of any steady clock.
+
+    Attributes:
+        step: the newest step.
+        figures: loss, speed, time left and newest error rates.
     """
 
     def __init__(self, total_steps: int, first_step: int, live: bool, now: float) -> None:
@@ -67,8 +77,8 @@ class Narrator:
         self._pace, self._newest = Pace(), (-1, "")
         self._shown_step, self._shown_at = first_step, now
 
-    def tell(self, line: Mapping[str, Any], now: float) -> str | None:
-        """Take a line in; what is to be printed of it."""
+    def update(self, line: Mapping[str, Any], now: float) -> str | None:
+        """Add a line. Returns the text to print for it, None if there is none."""
         kind = line.get("kind", "train")
         if kind == "start":
             self._pace.start()
@@ -99,7 +109,7 @@ class Narrator:
 
 
 def error_rates(line: Mapping[str, Any]) -> list[tuple[str, float, tuple[float, float] | None]]:
-    """(set, word error rate, its 95 % interval) of an evaluation's line, without sets that have no words."""
+    """(set, word error rate, its 95 % interval) of an evaluation's line, without sets that have no reference words."""
     rates = []
     for name, rate in (line.get("wer") or {}).items():
         words = (line.get("sets") or {}).get(f"asr/{name}", {}).get("words") or {}
@@ -110,7 +120,7 @@ def error_rates(line: Mapping[str, Any]) -> list[tuple[str, float, tuple[float, 
 
 
 def evaluated(line: Mapping[str, Any]) -> str:
-    """As `evaluation of step 200: WER test_takes 2.00% [0.5, 4.0]`; losses where no set has words."""
+    """An evaluation as text: `evaluation of step 200: WER test_takes 2.00% [0.5, 4.0]`; with losses if no set has reference words."""
     shown = [f"{name} {rate:.2%}" + (f" [{100 * i[0]:.1f}, {100 * i[1]:.1f}]" if i else "") for name, rate, i in error_rates(line)]
     losses = [f"{name} {loss:.4f}" for name, loss in (line.get("validation_loss") or {}).items() if loss is not None]
     what = "WER " + ", ".join(shown) if shown else "loss " + ", ".join(losses) if losses else "no figures"
@@ -118,15 +128,14 @@ def evaluated(line: Mapping[str, Any]) -> str:
 
 
 class ProgressWatcher:
-    """Follows metrics.jsonl on a thread of its own and shows what becomes of the run: one line that is kept up to date on a terminal, plain
-    lines at intervals elsewhere."""
+    """Follows metrics.jsonl on a thread of its own and shows the run's progress: a bar on a terminal, elsewhere lines at intervals."""
 
     def __init__(
         self, metrics: Path, total_steps: int, first_step: int, console: Console, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._total, self._console, self._clock = total_steps, console, clock
         self._lines = Follower(str(metrics), only_new=True)  # what is there was shown by an earlier start
-        self._narrator = Narrator(total_steps, first_step, console.is_terminal, clock())
+        self._text = ProgressText(total_steps, first_step, console.is_terminal, clock())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -145,16 +154,16 @@ class ProgressWatcher:
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
         )
-        narrator = self._narrator
+        progress_text = self._text
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
-            bar = progress.add_task("train", total=self._total, completed=narrator.step, figures=narrator.figures)
+            bar = progress.add_task("train", total=self._total, completed=progress_text.step, figures=progress_text.figures)
             while True:
                 stopping = self._stop.is_set()
                 for line in self._lines.new_lines():
-                    text = narrator.tell(line, self._clock())
+                    text = progress_text.update(line, self._clock())
                     if text:
                         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-                progress.update(bar, completed=narrator.step, figures=narrator.figures)
+                progress.update(bar, completed=progress_text.step, figures=progress_text.figures)
                 if stopping:
                     return
                 self._stop.wait(_POLL_S)

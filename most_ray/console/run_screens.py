@@ -1,4 +1,4 @@
-"""The screens of a run: what will be done, and what came of it."""
+"""The screens of a run: its plan at the start, its results at the end."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from most_ray.runs.resolve import Prepared
 from most_ray.trackers.select import tracker_notes
 
 Figures = Mapping[str, Any]
-_MOST_EXPERTS = 16  # in a table with a column for each
+_MOST_EXPERTS = 16  # the most experts that have a column each
 
 
 def first_screen(prepared: Prepared, console: Console, *, validation: str | None) -> None:
-    """What is about to run where, on what, and from which step. `validation`: when and where it is evaluated, or None where it is not."""
+    """Print the plan of a run: where it runs, its model and data, and the step that it starts from. `validation`: see `evaluation_plan`."""
     job, plan, uri = prepared.job, prepared.plan, storage.redact(prepared.folder.uri)
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
     print_line(console, f"Run {uri}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
     if prepared.n_rejected:
-        print_line(console, f"{prepared.n_rejected} records were set aside: {uri}/rejected.jsonl")
+        print_line(console, f"{prepared.n_rejected} records were rejected: {uri}/rejected.jsonl")
     done = prepared.done_steps
     exact = f"exact: no, changed since: {', '.join(prepared.accepted)}" if prepared.accepted else "exact: yes"
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
@@ -60,7 +60,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
 
 
 def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
-    """When and where a run is evaluated, for the first screen; None where it has no validation sets. `inline`: by the training workers."""
+    """When and where a run is evaluated, as text; None if it has no validation sets. `inline`: by the training workers."""
     config = prepared.job.config
     if not prepared.job.has_validation:
         return None
@@ -79,7 +79,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def where(topologies: Sequence[Topology], threads: int, use_gpu: bool) -> str:
-    """As `2 workers: 1 replica x 2 shards, expert parallel 2; CPU, 1 thread each`; the layout is that of the most workers."""
+    """Workers and layout as text: `2 workers: 1 replica x 2 shards, expert parallel 2; CPU, 1 thread each`. `topologies`: by workers."""
     fewest, most = topologies[0].world_size, topologies[-1]
     workers = _count(most.world_size, "worker") if fewest == most.world_size else f"{fewest} to {most.world_size} workers, at most"
     layout = f": {_count(most.dp_replicate, 'replica')} x {_count(most.fsdp, 'shard')}, expert parallel {most.ep}"
@@ -99,7 +99,10 @@ def _model(config: RunConfig, model_path: str) -> str:
 
 
 def _parameters(folder: Path) -> int | None:
-    """Values in a folder's safetensors files (https://huggingface.co/docs/safetensors), by their headers alone; None without any."""
+    """The number of values in a folder's safetensors files, read from their headers; None if there are none.
+
+    Source: the file format, https://huggingface.co/docs/safetensors.
+    """
     total = 0
     try:
         for path in folder.glob("*.safetensors"):
@@ -113,7 +116,7 @@ def _parameters(folder: Path) -> int | None:
 
 
 def last_screen(summary: Figures, console: Console) -> None:
-    """Error rates, losses, sample transcriptions, expert load, and where things lie."""
+    """Print error rates, losses, sample transcriptions, expert load, and the URIs of what the run has written."""
     sets: Mapping[str, Figures] = summary.get("sets", {})
     tables = (_recognition(sets), _synthesis(sets), _text(sets), _samples(summary.get("samples", [])), _routing(summary.get("routing")))
     for table in tables:
@@ -170,7 +173,7 @@ def _text(sets: Mapping[str, Figures]) -> Table | None:
 
 
 def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], sets: Mapping[str, Figures], task: str) -> Table | None:
-    """A row for each set of a task; None without any."""
+    """A table with a row for each set of a task; None if there are none."""
     rows = {name: figures for name, figures in sets.items() if figures.get("task", name.split("/")[0]) == task}
     if not rows:
         return None
@@ -184,7 +187,7 @@ def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], sets: Ma
 
 
 def _words(figures: Figures) -> Figures:
-    """Word errors of a set, of older summaries as well."""
+    """The word errors of a set; summaries of earlier versions are read too."""
     if "words" in figures:
         words = dict(figures["words"])
     else:
@@ -215,7 +218,7 @@ def _samples(samples: list[dict[str, Any]]) -> Table | None:
     for heading in ("record", "reference", "hypothesis"):
         table.add_column(heading)
     for sample in spread(samples, 5):
-        # As Text: what a model says may hold what would be markup, as [Hu7].
+        # As Text: the output of a model may contain what rich takes for markup, as [Hu7].
         table.add_row(*map(Text, (f"{sample['set']} {sample['id']}", sample["reference"], sample["hypothesis"])))
     return table
 
@@ -238,7 +241,7 @@ def _routing(routing: Figures | None) -> Table | None:
 
 
 def spread(samples: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` of the samples, taken in turn from each set."""
+    """`count` of the samples, alternating between the sets."""
     by_set: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         by_set.setdefault(sample["set"], []).append(sample)
@@ -247,9 +250,9 @@ def spread(samples: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]
 
 
 def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console) -> None:
-    """What was taken in, and where it lies."""
+    """Print the contents and URIs of token stores. `seconds`: that ingesting took."""
     table = Table(title="Token stores")
-    for heading in ("source", "task", "records", "bad", "set aside", "tokens", "MB"):
+    for heading in ("source", "task", "records", "bad", "too long", "tokens", "MB"):
         table.add_column(heading, justify="left" if heading in ("source", "task") else "right")
     for store in stores:
         m = store.manifest

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl: token-weighted means over the steps since the line before. What each key means is in schema.py."""
+"""Lines of metrics.jsonl about training, computed over the steps since the previous line. `metrics.schema` declares their keys."""
 
 from __future__ import annotations
 
@@ -23,33 +23,30 @@ from most_ray.records.record import TASKS
 from most_ray.train.step import StepResult
 
 logger = logging.getLogger(__name__)
-EXPERTS_STEPS = 100  # between lines of kind `experts`
+EXPERTS_STEPS = 100  # steps between lines of kind `experts`
 _LINES_BETWEEN_ALERTS = 100
-_ALERT_SELECTIONS = 16  # fewer per expert, on average, and chance alone makes the largest some times the mean
-_MAX_EXPONENT = 700.0  # exp of more is no float
+_ALERT_SELECTIONS = 16  # mean selections per expert below which chance alone makes the largest several times the mean
+_MAX_EXPONENT = 700.0  # exp of a larger number is no float
 
 
 @dataclass
 class _Sums:
-    """Over the steps since the line before; losses and counts by task, in the order of records.TASKS, like `aux` without skipped steps.
+    """Sums over the steps since the previous line. The names are part of checkpoints."""
 
-    norm, rate: the last step's; targets: supervised tokens, those of skipped steps too; attended: see StepResult.
-    """
-
-    losses: list[float] = field(default_factory=lambda: [0.0] * len(TASKS))
-    counts: list[int] = field(default_factory=lambda: [0] * len(TASKS))
-    aux: float = 0.0
-    norm: float = 0.0
-    rate: float = 0.0
-    wait: float = 0.0
-    stall: float = 0.0
+    losses: list[float] = field(default_factory=lambda: [0.0] * len(TASKS))  # by task, in the order of TASKS; without skipped steps
+    counts: list[int] = field(default_factory=lambda: [0] * len(TASKS))  # supervised tokens by task; without skipped steps
+    aux: float = 0.0  # balance loss; without skipped steps
+    norm: float = 0.0  # of the gradient, of the last step that was not skipped
+    rate: float = 0.0  # learning rate of the last step
+    wait: float = 0.0  # seconds of waiting for data
+    stall: float = 0.0  # seconds in which checkpoints held up training
     steps: int = 0
-    skipped: int = 0
+    skipped: int = 0  # steps
     tokens: int = 0
-    samples: int = 0
-    capacity: int = 0
-    targets: int = 0
-    attended: int = 0
+    samples: int = 0  # records
+    capacity: int = 0  # tokens that the packed rows have room for
+    targets: int = 0  # supervised tokens, with those of skipped steps
+    attended: int = 0  # see StepResult
 
     @property
     def made(self) -> int:
@@ -57,11 +54,11 @@ class _Sums:
 
 
 class Meter:
-    """Collects steps and makes lines of them. All but times and memory follows from sums over all ranks, so is the same on each.
+    """Computes lines of metrics from steps. All values but times and memory follow from sums over all ranks, so each rank has the same.
 
     Args:
-        ranks: the experts that each expert-parallel rank holds (`placement.experts_of_ranks`), or None.
-        load_alert: rank 0 warns when an expert has so many times the mean load of its modality's experts in a line (0: never).
+        ranks: the experts of each expert-parallel rank (`placement.experts_of_ranks`); None: there is one rank.
+        load_alert: rank 0 logs a warning if an expert has more than so many times the mean load of its modality's experts (0: never).
         device, dtype: where and in which type (None: float32) matrix products are computed, for their peak rate.
     """
 
@@ -88,14 +85,20 @@ class Meter:
         self._started = time.perf_counter()
 
     def begin(self) -> None:
-        """Time runs from here on."""
-        peak_flops(self._device, self._dtype)  # where it must be measured, now
+        """Start the clock of the first line."""
+        peak_flops(self._device, self._dtype)  # measured now if it has to be
         self._started = time.perf_counter()
 
     def add(self, result: StepResult, n_tokens: int, capacity: int, data_wait: float, n_records: int = 0) -> None:
-        """`capacity`: tokens that the step's rows have room for; `data_wait`: seconds; `n_records`: of the step, like `n_tokens`."""
+        """Add a step.
+
+        Args:
+            n_tokens, n_records: of the step's batch on all ranks.
+            capacity: tokens that the step's rows have room for.
+            data_wait: seconds of waiting for the batch.
+        """
         sums = self._sums
-        if not result.skipped:  # what is not finite would hide the line's other steps
+        if not result.skipped:  # a sum with a value that is not finite would hide the line's other steps
             for index in range(len(TASKS)):
                 sums.losses[index] += result.loss_sums[index]
                 sums.counts[index] += result.token_counts[index]
@@ -115,15 +118,15 @@ class Meter:
         self._steps_since_experts += 1
 
     def stalled(self, seconds: float) -> None:
-        """Checkpoints held up the training for so long. Counts for the line that follows: they are made behind the one due."""
+        """Add seconds in which checkpoints held up training. They count for the next line, as checkpoints follow a line that is due."""
         self._sums.stall += seconds
 
     def paused(self, seconds: float) -> None:
-        """Training stood still for so long, for an evaluation: no part of a line's time."""
+        """Leave seconds in which training stood still for an evaluation out of the line's time."""
         self._started += seconds
 
     def line(self) -> dict[str, Any]:
-        """The line of kind `train`, and a new start."""
+        """Return the line of kind `train` and start the next one."""
         line = {"kind": "train", "step": self._step, **self._quality(), **self._speed()}
         if self._load is not None and len(self._load):
             line |= load_summary(self._load, self._config)
@@ -135,7 +138,7 @@ class Meter:
         return line
 
     def experts_line(self) -> dict[str, Any]:
-        """The line of kind `experts`, and a new start. At least one step was added since the one before."""
+        """Return the line of kind `experts` and start the next one. At least one step was added since the previous one."""
         assert self._load_since_experts is not None
         groups = expert_groups(self._load_since_experts, self._config)
         load = {modality: selections.tolist() for modality, (selections, _) in groups.items()}
@@ -144,7 +147,7 @@ class Meter:
         return line
 
     def state(self) -> dict[str, Any]:
-        """What has come together since the lines before, for JSON: a restart goes on with it."""
+        """What was summed since the previous lines, as JSON values: part of checkpoints, so that a restart continues the lines."""
         return {
             "sums": asdict(self._sums),
             "seconds": self._seconds(),
@@ -154,7 +157,7 @@ class Meter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from another meter's `state`."""
+        """Continue from another meter's `state`."""
         self._sums = _Sums(**state["sums"])
         self._seconds_before, self._started = state["seconds"], time.perf_counter()
         self._load, self._load_since_experts = _unpacked(state["load"]), _unpacked(state["load_since_experts"])
@@ -164,7 +167,7 @@ class Meter:
         return max(self._seconds_before + time.perf_counter() - self._started, 1e-9)
 
     def _quality(self) -> dict[str, Any]:
-        """Losses and perplexities, what the optimizer did."""
+        """Losses, perplexities, and values of the optimizer."""
         sums = self._sums
         means = {"": sum(sums.losses) / max(1, sum(sums.counts)) if sums.made else None}
         means |= {f"{task}_": loss / count for task, loss, count in zip(TASKS, sums.losses, sums.counts, strict=True) if count}
@@ -178,7 +181,7 @@ class Meter:
         }
 
     def _speed(self) -> dict[str, Any]:
-        """Amounts, times, rates and memory."""
+        """Amounts, times, rates, and memory."""
         sums, seconds, supervised = self._sums, self._seconds(), sum(self._sums.counts)
         peak = peak_flops(self._device, self._dtype) * world_size()
         flops = self._flops.of_training(self._trained_tokens(), sums.attended, sums.targets)
@@ -198,13 +201,13 @@ class Meter:
         }
 
     def _trained_tokens(self) -> int:
-        """Those that went through the model: with units dropped as noise, fewer than the plan's. Each has its top-k experts in a layer."""
+        """Tokens that went through the model: fewer than planned if noise dropped units. Each selects top-k experts in a layer."""
         if self._load is None or not len(self._load):
             return self._sums.tokens
         return int(self._load.sum()) // (len(self._load) * self._config.num_experts_per_tok)
 
     def _alert(self, line: dict[str, Any]) -> None:
-        """Warn of experts that are crowded, of each modality once in a while."""
+        """Log a warning about overloaded experts, for each modality once in so many lines."""
         if not self._alert_above or this_rank() != 0:
             return
         layers = line["layers"]
@@ -226,19 +229,19 @@ class Meter:
             )
 
     def _mean_load(self, modality: str) -> float:
-        """Selections of an expert of the modality in one layer, on average."""
+        """Mean selections of an expert of the modality in one layer."""
         assert self._load is not None
         selections, experts = expert_groups(self._load, self._config)[modality]
         return float(selections[0, experts].double().mean())
 
 
 def perplexity(loss: float | None) -> float | None:
-    """exp(loss); None where there is no loss, or no number so large."""
+    """exp(loss); None if there is no loss, or if the result is no float."""
     return None if loss is None or loss > _MAX_EXPONENT else math.exp(loss)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that torch has allocated there, else the most that this process has had resident, either since it began."""
+    """The most bytes since this process began: of a GPU, what torch had allocated; otherwise, what was resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -246,7 +249,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _packed(load: torch.Tensor | None) -> dict[str, Any] | None:
-    """For JSON, its numbers in one string: a checkpoint's state.json has a line for each item of a list."""
+    """A load as JSON values, its numbers in one string: state.json of a checkpoint has a line for each item of a list."""
     return None if load is None else {"shape": list(load.shape), "values": " ".join(map(str, load.flatten().tolist()))}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from most_ray.console.progress import Narrator, Pace, ProgressWatcher, duration, evaluated
+from most_ray.console.progress import Pace, ProgressText, ProgressWatcher, duration, evaluated
 
 
 def train(step: int, step_time: float = 2.0, **more: Any) -> dict[str, Any]:
@@ -20,31 +20,31 @@ def evaluation(step: int, rate: float = 0.02) -> dict[str, Any]:
     return {"kind": "evaluation", "step": step, "wer": {"takes": rate, "speaker": 0.098, "none": None}, "sets": words}
 
 
-def told(narrator: Narrator, lines: list[dict[str, Any]], now: float = 0.0) -> list[str]:
-    return [text for line in lines if (text := narrator.tell(line, now))]
+def told(text_of: ProgressText, lines: list[dict[str, Any]], now: float = 0.0) -> list[str]:
+    return [text for line in lines if (text := text_of.update(line, now))]
 
 
 def test_plain_lines_come_every_twentieth_of_the_steps_and_every_minute() -> None:
-    narrator = Narrator(total_steps=1000, first_step=100, live=False, now=0.0)
-    assert [text.split()[1] for text in told(narrator, [train(step) for step in range(101, 260)])] == ["150/1000", "200/1000", "250/1000"]
-    assert told(narrator, [train(260)], now=59.9) == []
-    assert told(narrator, [train(261)], now=60.0) == ["step 261/1000  loss 1.5000  1,234 tokens/s  25 min left"]
-    assert told(narrator, [train(262)], now=119.0) == []
-    assert len(told(narrator, [train(1000)], now=119.0)) == 1, "the last step is always told"
+    progress = ProgressText(total_steps=1000, first_step=100, live=False, now=0.0)
+    assert [text.split()[1] for text in told(progress, [train(step) for step in range(101, 260)])] == ["150/1000", "200/1000", "250/1000"]
+    assert told(progress, [train(260)], now=59.9) == []
+    assert told(progress, [train(261)], now=60.0) == ["step 261/1000  loss 1.5000  1,234 tokens/s  25 min left"]
+    assert told(progress, [train(262)], now=119.0) == []
+    assert len(told(progress, [train(1000)], now=119.0)) == 1, "the last step is always told"
 
 
 def test_lines_of_other_kinds_are_no_steps_and_old_ones_are() -> None:
-    narrator = Narrator(10, 0, live=False, now=0.0)
+    progress = ProgressText(10, 0, live=False, now=0.0)
     others = [{"kind": "start", "step": 0}, {"kind": "experts", "step": 9, "load": {}}, {"kind": "something new", "step": 9}]
-    assert told(narrator, others) == [] and narrator.step == 0
-    assert told(narrator, [{"step": 3, "loss": None, "tokens_per_second": 5.0}]) == ["step 3/10  loss skipped  5 tokens/s"]
+    assert told(progress, others) == [] and progress.step == 0
+    assert told(progress, [{"step": 3, "loss": None, "tokens_per_second": 5.0}]) == ["step 3/10  loss skipped  5 tokens/s"]
 
 
 def test_an_evaluation_is_told_when_it_comes_and_the_newest_stays_in_sight() -> None:
-    narrator = Narrator(1000, 0, live=True, now=0.0)
-    assert told(narrator, [evaluation(200)]) == ["evaluation of step 200: WER takes 2.00% [0.5, 4.0], speaker 9.80%"]
-    assert told(narrator, [evaluation(100, rate=0.5), train(210)]) != []
-    assert narrator.figures.endswith("WER takes 2.0%, speaker 9.8% at step 200")
+    progress = ProgressText(1000, 0, live=True, now=0.0)
+    assert told(progress, [evaluation(200)]) == ["evaluation of step 200: WER takes 2.00% [0.5, 4.0], speaker 9.80%"]
+    assert told(progress, [evaluation(100, rate=0.5), train(210)]) != []
+    assert progress.figures.endswith("WER takes 2.0%, speaker 9.8% at step 200")
     losses = {"kind": "evaluation", "step": 5, "wer": {}, "validation_loss": {"text/books": 2.5, "tts/empty": None}}
     assert evaluated(losses) == "evaluation of step 5: loss text/books 2.5000"
     assert evaluated({"kind": "evaluation", "step": 5}) == "evaluation of step 5: no figures"
@@ -52,7 +52,7 @@ def test_an_evaluation_is_told_when_it_comes_and_the_newest_stays_in_sight() -> 
 
 def test_a_failed_evaluation_is_told() -> None:
     failure = {"kind": "failure", "step": 200, "what": "evaluation", "reason": "the records are gone"}
-    assert told(Narrator(1000, 0, live=False, now=0.0), [failure]) == ["evaluation of step 200 failed: the records are gone"]
+    assert told(ProgressText(1000, 0, live=False, now=0.0), [failure]) == ["evaluation of step 200 failed: the records are gone"]
 
 
 def test_the_time_left_follows_recent_steps() -> None:

@@ -57,7 +57,7 @@ def test_the_first_screen_of_a_resumed_run_says_where_and_whether_exactly(tmp_pa
     first_screen(prepared(tmp_path, done_steps=10, accepted=["packer"], n_rejected=3), console, validation=None)
     text = shown(console)
     assert "Resuming after step 10, epoch 1.412" in text and "exact: no, changed since: packer" in text
-    assert "3 records were set aside" in text and "30 to make" in text and "evaluation  none" in text
+    assert "3 records were rejected" in text and "30 to make" in text and "evaluation  none" in text
 
 
 @pytest.mark.parametrize(
