@@ -27,7 +27,7 @@ class Gauge:
 class Curve:
     """A figure of the report: the key's values over steps, a curve for each run."""
 
-    part: Literal["Loss", "Speed"]  # the part of the page
+    part: Literal["Training", "Speed"]  # the part of the page
     id: str  # of the figure in the page
     title: str
     axis: str  # title of the y axis

@@ -138,7 +138,7 @@ TRAIN: Mapping[str, Key] = {
         over="last",
         tracker="train/learning_rate",
         gauge=Gauge("most_ray_learning_rate", "Learning rate of the last step"),
-        curve=Curve("Loss", "fig-learning-rate", "Learning rate", "learning rate", {"tick_format": ".1~e", "from_zero": True}),
+        curve=Curve("Training", "fig-learning-rate", "Learning rate", "learning rate", {"tick_format": ".1~e", "from_zero": True}),
     ),
     "grad_norm": Key(
         _NUMBER,
@@ -147,7 +147,7 @@ TRAIN: Mapping[str, Key] = {
         over="last",
         tracker="train/grad_norm",
         gauge=Gauge("most_ray_gradient_norm", "Euclidean norm of the gradient before clipping"),
-        curve=Curve("Loss", "fig-gradient-norm", "Gradient norm", "before clipping", {"smooth": True, "log": True}),
+        curve=Curve("Training", "fig-gradient-norm", "Gradient norm", "before clipping", {"smooth": True, "log": True}),
     ),
     "skipped_steps": Key(
         int,

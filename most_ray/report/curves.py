@@ -19,8 +19,6 @@ from most_ray.report.collect import RunData
 MOST_POINTS = 2000  # of a curve; longer ones are thinned
 TASK_COLOURS = {"total": "#7b848f", "asr": "#3a7fc4", "tts": "#d9812b", "text": "#3f9c6d"}
 TASK_NAMES = {"total": "total", "asr": "ASR", "tts": "TTS", "text": "text"}
-# Error rates by their names in evaluations.
-RATE_NAMES = {"words": "WER", "characters": "CER", "units": "unit error rate", "cycle": "cycle WER", "outside": "outside WER"}
 MODALITY_COLOURS = {"text": "#3f9c6d", "audio": "#9063b8"}
 RUN_COLOURS = ("#15929b", "#cf4a60", "#7f62c7", "#b58a1a", "#4f86d6", "#6d8a3a", "#b8578f", "#8a7560")
 _SHADES = {  # of the sets and sources of one task

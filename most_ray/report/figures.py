@@ -1,17 +1,21 @@
 """The figures of a report about runs. Each function gives a Figure, or None where no run has the data.
 
-A new figure is a function here, listed in `figures` under the part of the page that shows it.
+A new figure is a function here, listed in `figures` under the part of the page that shows it. One that only draws a value of the train
+lines is declared with that value, in metrics.schema.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from most_ray.metrics.figures import TITLES
+from most_ray.metrics.keys import Curve
+from most_ray.metrics.schema import TRAIN
 from most_ray.records.record import TASKS
 from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import (
-    RATE_NAMES,
     TASK_COLOURS,
     TASK_NAMES,
     Curves,
@@ -36,37 +40,33 @@ _GREY = "#7b848f"
 def figures(runs: Runs) -> dict[str, list[Figure]]:
     """The figures of each part of the page, in the page's order."""
     parts: dict[str, Sequence[Maker]] = {
-        "Training": (
-            losses,
-            _line("learning_rate", "fig-learning-rate", "Learning rate", "learning rate", tick_format=".1~e", from_zero=True),
-            _line("grad_norm", "fig-gradient-norm", "Gradient norm", "before clipping", smooth=True, log=True),
-        ),
+        "Training": (losses, *_declared("Training")),
         "Evaluation": (word_errors, character_errors, speech_errors),
-        "Speed": (
-            throughput,
-            step_time,
-            _line("mfu", "fig-mfu", "Model FLOPs utilisation", "MFU", smooth=True, tick_format=".1~%", from_zero=True),
-            _line("memory_gb", "fig-memory", "Memory", "GB", from_zero=True),
-        ),
+        "Speed": (throughput, step_time, *_declared("Speed")),
         "Data": (mix,),
         "Experts": (expert_load, expert_balance),
     }
     return {part: side_by_side([figure for make in makers if (figure := make(runs))]) for part, makers in parts.items()}
 
 
-def _line(key: str, name: str, title: str, y_title: str, smooth: bool = False, log: bool = False, **options: Any) -> Maker:
-    """A figure of one value of the train lines, a curve for each run; `options` are those of `draw`."""
+def _declared(part: str) -> list[Maker]:
+    """The figures that metrics.schema declares for a part."""
+    return [partial(curve, key=name, about=key.curve) for name, key in TRAIN.items() if key.curve and key.curve.part == part]
 
-    def make(runs: Runs) -> Figure | None:
-        curves = Curves()
-        curves.add_runs(runs, lambda run: run.column(key), smooth=smooth)
-        if not curves.series:
-            return None
-        spec = draw(curves.series, y_title, **options)
-        spec["layout"]["showlegend"] = len(runs) > 1
-        return Figure(name, title, spec, curves.notes(), log=log)
 
-    return make
+def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
+    """A value of the train lines over steps, a curve for each run.
+
+    The declaration's options are those of `draw`, and `smooth`: with a running mean, `log`: with a button for a logarithmic axis.
+    """
+    curves, options = Curves(), dict(about.options)
+    smooth, log = options.pop("smooth", False), options.pop("log", False)
+    curves.add_runs(runs, lambda run: run.column(key), smooth=smooth)
+    if not curves.series:
+        return None
+    spec = draw(curves.series, about.axis, **options)
+    spec["layout"]["showlegend"] = len(runs) > 1
+    return Figure(about.id, about.title, spec, curves.notes(), log=log)
 
 
 def losses(runs: Runs) -> Figure | None:
@@ -114,12 +114,12 @@ def character_errors(runs: Runs) -> Figure | None:
 
 def _rates(runs: Runs, name: str, title: str, what: str) -> Figure | None:
     series = _rate_series(runs, "asr", what)
-    return Figure(name, title, draw(series, RATE_NAMES[what], ".1~%", True), _interval_note(series)) if series else None
+    return Figure(name, title, draw(series, TITLES[what], ".1~%", True), _interval_note(series)) if series else None
 
 
 def speech_errors(runs: Runs) -> Figure | None:
     """Error rates of synthesised speech: of its units, and of what is recognised in it."""
-    series = [each for what in ("units", "cycle", "outside") for each in _rate_series(runs, "tts", what, RATE_NAMES[what])]
+    series = [each for what in ("units", "cycle", "outside") for each in _rate_series(runs, "tts", what, TITLES[what])]
     notes = [
         "Unit error rate: against the reference's units. Cycle WER: the model's own transcription of its speech. "
         "Outside WER: the transcription of another recogniser.",

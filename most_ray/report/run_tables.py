@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any
 
 from most_ray.config import RunConfig
+from most_ray.metrics.figures import FIGURES, RATES, TITLES
 from most_ray.report.cells import Cell, Content, Difference, Row, duration, percent
 from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, mapping, number
-from most_ray.report.curves import RATE_NAMES, run_colour
+from most_ray.report.curves import run_colour
 from most_ray.report.differences import align
 
 Runs = Sequence[RunData]
@@ -21,20 +22,12 @@ _SAMPLES = 20  # records shown of each set
 _WORDS = 80  # words shown of a record
 _CONFUSIONS = 30  # confused pairs of words shown of each set
 _TASKS = {"asr": "Recognition", "tts": "Synthesis", "text": "Text"}  # in the page's order
-# The columns of a task's last evaluation: keys of `RATE_NAMES`, then other values of a set and their titles.
-_RATES = {"asr": ("words", "characters"), "tts": ("units", "cycle", "outside"), "text": ()}
-_OTHERS = {
-    "asr": {"empty_rate": "empty", "loop_rate": "looping", "length_cap_rate": "length cap"},
-    "tts": {
-        "duration_ratio": "duration ratio",
-        "loop_rate": "looping",
-        "end_of_audio_rate": "ended by marker",
-        "length_cap_rate": "length cap",
-        "foreign_rate": "foreign tokens",
-    },
-    "text": {"perplexity": "perplexity"},
+# Figures of an evaluation, by task: the columns of the tables of the last evaluation.
+_COLUMNS = {
+    "asr": ("words", "characters", "empty_rate", "loop_rate", "length_cap_rate"),
+    "tts": ("units", "cycle", "outside", "duration_ratio", "loop_rate", "end_of_audio_rate", "length_cap_rate", "foreign_rate"),
+    "text": ("perplexity",),
 }
-_RATIOS = ("duration_ratio", "perplexity")  # columns that are not in percent
 _PARTS = {  # attributes of RunData, and what is missing on the page where they are empty
     "train": "steps",
     "evaluations": "evaluations",
@@ -112,7 +105,7 @@ def summary(runs: Runs) -> list[Row]:
         ("Steps", lambda run: f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
         ("Epochs", lambda run: _last(run, "epoch", "{:.2f}")),
         *(
-            (f"{RATE_NAMES[what]}, {_set_name(name)}", partial(_last_rate, name=name, what=what))
+            (f"{TITLES[what]}, {_set_name(name)}", partial(_last_rate, name=name, what=what))
             for task, what in (("asr", "words"), ("asr", "characters"), ("tts", "units"), ("tts", "cycle"))
             for name in sorted({name for run in runs if run.last_evaluation for name in run.last_evaluation.names(task)})
         ),
@@ -209,8 +202,7 @@ def last_evaluations(runs: Runs, task: str) -> Table | None:
         for name in last.names(task)
     ]
     lines.sort(key=lambda line: line[0])
-    titles = {**{what: RATE_NAMES[what] for what in _RATES[task]}, **_OTHERS[task]}
-    columns = [key for key in titles if any(_value(last, name, key) is not None for name, last, _ in lines)]
+    columns = [key for key in _COLUMNS[task] if any(_value(last, name, key) is not None for name, last, _ in lines)]
     several = [shown for _, _, shown in lines] if len(runs) > 1 else []
     rows: list[Row] = [
         (
@@ -223,17 +215,17 @@ def last_evaluations(runs: Runs, task: str) -> Table | None:
         )
         for name, last, shown in lines
     ]
-    head = ("set", *(["run"] if several else []), "step", "records", "loss", *(titles[key] for key in columns))
+    head = ("set", *(["run"] if several else []), "step", "records", "loss", *(TITLES[key] for key in columns))
     return Table(f"{_TASKS[task]}, last evaluation", head, rows) if rows else None
 
 
 def _value(evaluation: Evaluation, name: str, key: str) -> Content:
     """A value of a set: an error rate with its interval and counts, or a number."""
-    if key in RATE_NAMES:
+    if key in RATES:
         found = evaluation.rate(name, key)
         return _counted(found) if found else None
     value = number(evaluation.sets.get(name, {}).get(key))
-    return _known(value, "{:.3f}") if key in _RATIOS or value is None else percent(value)
+    return _known(value, "{:.3f}") if value is None or FIGURES.keys[key].unit != "share" else percent(value)
 
 
 def confusions(runs: Runs) -> list[Table]:
@@ -346,7 +338,7 @@ def highlights(run: RunData) -> list[tuple[str, str, str]]:
             if last and (value := last.rate(name, what)):
                 bounds = " to ".join(_bounds(value))
                 about = f"95%: {bounds}" if bounds else "interval not known"
-                found.append((f"{RATE_NAMES[what]}, {_set_name(name)}", percent(value.value), about))
+                found.append((f"{TITLES[what]}, {_set_name(name)}", percent(value.value), about))
     found = found[:4]
     if (speed := _speed(run)) is not None:
         found.append(("tokens per second", f"{speed:,.0f}", f"{_known(_sum(run, 'tokens'), '{:,.0f}')} tokens"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from most_ray.metrics.figures import RATES
 from most_ray.report.collect import entries, mapping, number
 from most_ray.report.curves import MODALITY_COLOURS, RUN_COLOURS, Figure, axis, base_layout, error_bars, label, rounded
 from most_ray.sweep.effects import level_name
@@ -22,7 +23,6 @@ _PLAIN, _GREY = "#5a84b5", "#8d959e"
 _BY_RANK = ("#15929b", "#6ba3a8", "#9aa2ab", "#c98791", "#cf4a60")  # fifths of the trials, the best first
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross")
 _COLOURED_BY = "expert_split"  # the setting whose values have colours in the small figures
-_RATES = ("wer", "cer", "unit_error_rate", "cycle_wer", "outside_wer")  # metrics shown in percent
 _LONGEST = 16  # characters of a tick label: as many as fit between two axes
 _MOST_TICKS = 12  # of an axis of categories
 
@@ -48,7 +48,7 @@ def last(trial: Trial, metric: str) -> Result | None:
 
 def is_rate(metric: str) -> bool:
     """Whether a metric is an error rate, which is shown in percent."""
-    return metric.split("/", 1)[0] in _RATES
+    return metric.split("/", 1)[0] in RATES.values()
 
 
 def shown(metric: str, value: float) -> str:
