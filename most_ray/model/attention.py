@@ -1,6 +1,12 @@
-"""Multi-head latent attention over records that lie one behind the other, without a mask.
+"""Multi-head latent attention, and a fast path for packed records that needs no mask.
 
-Shapes: T tokens, H heads, Q width of queries and keys, W width of values, G records.
+Shapes:
+    T  tokens, those of all records one after another
+    H  heads
+    D  hidden size
+    Q  width of a head's queries and keys
+    W  width of a head's values
+    P  tokens in groups of records (see `RecordLayout`)
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from most_ray.model.packed import RecordLayout
 
 
 class MostAttention(DeepseekV2Attention):
-    """The library's attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and the same over records."""
+    """The library's multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), also for packed records."""
 
     def forward(
         self,
@@ -28,8 +34,18 @@ class MostAttention(DeepseekV2Attention):
         records: RecordLayout | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With `records`: hidden states (1, T or more, D), no mask, no cache; what is behind the T-th token attends to nothing. A cache
-        is among the other arguments, by the name that the library has for it."""
+        """The library's forward, or causal attention within each record where `records` is given.
+
+        Args:
+            hidden_states: with `records` (1, T or more, D); tokens after the T-th attend to nothing.
+            attention_mask: None with `records`.
+            position_embeddings: complex numbers, with `records` (1, as many tokens, width of rotary embeddings / 2).
+            records: the layout of packed records. There is no cache then.
+            kwargs: the library's other arguments, a cache among them.
+
+        Returns:
+            The output in the shape of hidden_states; the library's attention weights, with `records` None.
+        """
         if records is None:
             return super().forward(hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs)
         assert position_embeddings is not None
@@ -50,7 +66,7 @@ class MostAttention(DeepseekV2Attention):
 
 
 def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of neighbouring pairs: (T, H, P) by complex numbers (T, 1, P/2), in float32."""
+    """Rotary position embedding of neighbouring pairs of values: x (T, H, width) by complex numbers (T, 1, width / 2), in float32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
 
@@ -58,44 +74,56 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: RecordLayout, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Causal attention within each record: queries and keys (T, H, Q), values (T, H, W) -> (T, H, W)."""
+    """Causal attention within each record.
+
+    Args:
+        query, key: (T, H, Q).
+        value: (T, H, W).
+        scale: factor of the scores.
+        dropout: probability that a weight is dropped.
+
+    Returns:
+        (T, H, W).
+    """
     if not records.groups:
-        return value + 0 * (query.sum() + key.sum())  # of no tokens: but no weight goes without its gradient of zeros
-    # Flash kernels want values as wide as keys; others keep all scores, or mask them.
+        return value + 0 * (query.sum() + key.sum())  # without tokens, but every parameter gets a gradient of zeros
+    # Flash kernels need values as wide as keys; the other kernels store all scores, or mask them.
     width, wide = value.shape[-1], max(query.shape[-1], value.shape[-1])
     query, key, value = (F.pad(each, (0, wide - each.shape[-1])) for each in (query, key, value))
     if not dropout and _has_kernel(query):
         return varlen_attention(query, key, value, records, scale)[..., :width]
     sizes = [count * length for count, length in records.groups]
     parts = [_Gather.apply(each, records.gather, records.restore).split(sizes) for each in (query, key, value)]
-    found = []
+    outputs = []
     for (count, length), *each in zip(records.groups, *parts, strict=True):
         q, k, v = (rows.float().unflatten(0, (count, length)).transpose(1, 2) for rows in each)
-        with torch.autocast(query.device.type, enabled=False):  # its kernel for CPUs takes ten times as long for bfloat16's gradients
+        with torch.autocast(query.device.type, enabled=False):  # the CPU kernel's backward takes ten times as long in bfloat16
             output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout)
-        found.append(output.transpose(1, 2).flatten(0, 1).to(value.dtype))
-    return _Restore.apply(torch.cat(found), records.restore)[..., :width]
+        outputs.append(output.transpose(1, 2).flatten(0, 1).to(value.dtype))
+    return _Restore.apply(torch.cat(outputs), records.restore)[..., :width]
 
 
 def _has_kernel(query: torch.Tensor) -> bool:
-    """Whether torch's kernel for records of any length takes these: half precision on GPUs from Ampere on, heads of up to 256."""
+    """Whether torch's kernel for sequences of different lengths supports query (T, H, Q): half precision on GPUs from Ampere on, heads of
+    up to 256 values."""
     if not (query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)) or query.shape[-1] % 8 or query.shape[-1] > 256:
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: RecordLayout, scale: float) -> torch.Tensor:
-    """The same by torch's kernel for GPUs, of half precision and with values as wide as keys."""
-    factor = scale * math.sqrt(query.shape[-1])  # the kernel's own scale is 1 / sqrt(Q)
+    """`packed_attention` by torch's kernel for GPUs, in half precision: query, key and value (T, H, Q) -> (T, H, Q)."""
+    factor = scale * math.sqrt(query.shape[-1])  # the kernel's scale is 1 / sqrt(Q)
     query = query if math.isclose(factor, 1.0) else query * factor
     starts, longest = records.starts, records.longest
     attended = varlen.varlen_attn(query, key, value, starts, starts, longest, longest, window_size=(-1, 0))
-    assert isinstance(attended, torch.Tensor), "the normalisers were not asked for"
+    assert isinstance(attended, torch.Tensor), "normalizers were not requested"
     return attended
 
 
 class _Gather(torch.autograd.Function):
-    """Tokens into groups of records. What fills a record up has no gradient: each token's comes from its own place alone."""
+    """(T, H, Q) -> (P, H, Q): tokens in groups of records. Copies that only fill a record up have no gradient: a token's is the one at its
+    `restore` index."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, gather: torch.Tensor, restore: torch.Tensor) -> torch.Tensor:
@@ -108,7 +136,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Restore(torch.autograd.Function):
-    """The way back."""
+    """(P, H, Q) -> (T, H, Q): tokens out of groups of records."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, restore: torch.Tensor) -> torch.Tensor:

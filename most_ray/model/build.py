@@ -1,4 +1,4 @@
-"""Models in and out: presets, DeepSeek-V2 and MoST folders, export in Hugging Face layout."""
+"""Creates models from presets, loads folders of MoST and DeepSeek-V2, and saves models in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from most_ray.model.routing import BALANCE_BIAS
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
 
+# Fields of MostConfig by preset; `text_vocab_size` is that of the tokenizer without audio tokens.
 PRESETS: dict[str, dict[str, Any]] = {
-    # About 1 M parameters: spoken digits in minutes on two cores.
+    # About 1 M parameters: learns spoken digits in minutes on two cores.
     "tiny": {
         "text_vocab_size": 512,
         "hidden_size": 128,
@@ -52,7 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class RoutingOverrides:
-    """What a run changes in the model it starts from; None leaves the model's own value."""
+    """Fields of MostConfig that a run changes in the model it starts from; None keeps the model's value."""
 
     use_modality_aware_routing: bool | None = None
     text_expert_indices: tuple[int, ...] | None = None
@@ -63,13 +64,13 @@ class RoutingOverrides:
     use_balance_bias: bool | None = None
 
     def values(self) -> dict[str, Any]:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        """The changed fields, as MostConfig takes them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items() if value is not None}
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the library's progress bars and advice."""
+    """Suppress the library's progress bars and warnings."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -81,10 +82,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def init_model(preset: str, texts: Iterable[str], output: Path, seed: int = 0) -> MostForCausalLM:
-    """A new model of a preset's size with a tokenizer trained on `texts`, saved to `output`.
+    """Create a model of a preset's size with random weights and a tokenizer trained on `texts`, and save both to `output`.
 
     Raises:
-        ConfigError: no such preset.
+        ConfigError: the preset is not known.
     """
     if preset not in PRESETS:
         raise ConfigError("preset", preset, "is not known.", nearest(preset, PRESETS))
@@ -107,9 +108,10 @@ def init_model(preset: str, texts: Iterable[str], output: Path, seed: int = 0) -
 
 
 def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None = None) -> MostForCausalLM:
-    """A MoST folder from DeepSeek-V2(-Lite) in Hugging Face layout: the units and markers join its vocabulary, its experts the groups.
+    """Convert DeepSeek-V2(-Lite), a folder or hub name in Hugging Face layout, to a MoST folder `output`.
 
-    New embedding rows, where the vocabulary had no room left, start as the mean of the old ones.
+    Units and markers are added to the vocabulary, and the experts are assigned to groups. Where the embedding has too few rows, new ones
+    are added, which start as the mean of the others.
     """
     with quiet_transformers():
         tokenizer = add_audio_tokens(load_tokenizer(source))
@@ -122,15 +124,20 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
 
 
 def read_config(path: str, overrides: RoutingOverrides | None = None, **changes: Any) -> MostConfig:
-    """The configuration of a model folder (ours, the original's, or DeepSeek-V2's) or hub name, as MoST's.
+    """The configuration of a model folder or hub name (MoST, the original MoST or DeepSeek-V2), as MostConfig.
+
+    Args:
+        overrides: the run's changes; where they name one group of experts, the other is the remaining ones.
+        changes: further fields to change.
 
     Raises:
-        CheckpointError: there is none, or it is of another kind. ConfigError: the overrides do not fit it.
+        CheckpointError: there is no configuration, or it is of another model type.
+        ConfigError: the overrides do not fit it.
     """
     try:
         values, _ = transformers.PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError("model_name_or_path", path, f"holds no model configuration ({_line(error)}).") from error
+        raise CheckpointError("model_name_or_path", path, f"holds no model configuration ({_one_line(error)}).") from error
     if not values:
         raise CheckpointError("model_name_or_path", path, "holds no config.json.")
     kind = values.get("model_type")
@@ -141,7 +148,7 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
         values.pop(key, None)
     merged = {**values, **changes, **(overrides.values() if overrides else {})}
     if merged.get("use_modality_aware_routing") and overrides and (overrides.text_expert_indices or overrides.audio_expert_indices):
-        # One group named: the other is what is left.
+        # Where one group is named, the other is the remaining experts.
         experts = set(range(merged.get("n_routed_experts", 64)))
         if overrides.text_expert_indices is None:
             merged["text_expert_indices"] = sorted(experts - set(overrides.audio_expert_indices or ()))
@@ -150,7 +157,7 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
     try:
         return MostConfig(**merged)
     except StrictDataclassError as error:
-        raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({_line(error)}).") from error
+        raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({_one_line(error)}).") from error
 
 
 def load_model(
@@ -159,11 +166,17 @@ def load_model(
     distributed: DistributedConfig | None = None,
     **changes: Any,
 ) -> MostForCausalLM:
-    """Weights in float32, laid out over ranks where `distributed` says so (experts as most_ray/model/placement.py plans). Every tensor
-    must be there, and no other; balance biases, where the folder is of a model without them, are zeros.
+    """Load a model with weights in float32. Its folder must have every tensor and no other; only balance biases may be missing, and are
+    zeros then.
+
+    Args:
+        path: folder or hub name.
+        overrides, changes: as in `read_config`.
+        distributed: how the model is laid out over ranks; experts are placed as most_ray/model/placement.py plans.
 
     Raises:
-        CheckpointError: a weight is missing, left over or of another shape.
+        CheckpointError: a weight is missing, unexpected or of another shape.
+        ConfigError: the overrides do not fit the model.
     """
     config = read_config(path, overrides, **changes)
     keywords: dict[str, Any] = {"distributed_config": distributed} if distributed else {}
@@ -179,7 +192,7 @@ def load_model(
                 **keywords,
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({_line(error)}).") from error
+            raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({_one_line(error)}).") from error
     biases = {name for name, _ in model.named_buffers() if name.endswith(BALANCE_BIAS)}
     if biases <= set(info["missing_keys"]):
         info["missing_keys"] = set(info["missing_keys"]) - biases
@@ -193,7 +206,8 @@ def load_model(
 
 
 def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    """Hugging Face layout (per-expert keys, as DeepSeek-V2's), loadable by `AutoModelForCausalLM` after `import most_ray`."""
+    """Save a model and its tokenizer in Hugging Face layout (with keys per expert, as DeepSeek-V2); `AutoModelForCausalLM` loads it after
+    `import most_ray`."""
     model.config.template_hash = template_hash()
     model.generation_config.eos_token_id = sorted({model.config.eos_token_id, token_ids(tokenizer).end_audio})
     model.generation_config.pad_token_id = token_ids(tokenizer).pad
@@ -203,26 +217,29 @@ def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, outpu
 
 
 def check_template(config: MostConfig, path: str) -> None:
-    """Refuse a model that was trained with another prompt template.
+    """Check that a model was not trained with another prompt template. `path` is only shown.
 
     Raises:
-        CheckpointError: names both hashes.
+        CheckpointError: it was; names both hashes.
     """
     stored = getattr(config, "template_hash", None)
     if stored is not None and stored != template_hash():
         raise CheckpointError(
             "template",
             stored,
-            f"is what {storage.redact(path)} was trained with; this version's is {template_hash()!r}.",
-            "To train it on in the new one all the same: --accept_data_change true.",
+            f"is the one that {storage.redact(path)} was trained with; this version's is {template_hash()!r}.",
+            "To continue training with the new one anyway: --accept_data_change true.",
         )
 
 
 def check_units(config: MostConfig, units: str | None, path: str) -> None:
-    """Refuse records whose units were made differently from those a model was trained on.
+    """Check that the units of records were not made differently from those that a model was trained on. `path` is only shown.
+
+    Args:
+        units: hash of the records' units manifest (see `records.record.units_hash`); None where it is not known.
 
     Raises:
-        CheckpointError: names both identities.
+        CheckpointError: they were; names both hashes.
     """
     stored = getattr(config, "units_identity", None)
     if stored is not None and units is not None and stored != units:
@@ -230,14 +247,15 @@ def check_units(config: MostConfig, units: str | None, path: str) -> None:
             "units",
             units,
             f"of the records differ from those that {storage.redact(path)} was trained on ({stored!r}).",
-            "Prepare them with its k-means, or train it on all the same: --accept_data_change true.",
+            "Prepare them with its k-means, or continue training anyway: --accept_data_change true.",
         )
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
+    """The message of an error in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def config_json(config: MostConfig) -> str:
-    """The configuration as it stands in a model folder's config.json."""
+    """The content of config.json in a model folder."""
     return json.dumps(json.loads(config.to_json_string()), indent=2)

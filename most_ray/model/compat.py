@@ -1,10 +1,10 @@
-"""What transformers calls differently in the releases that pyproject.toml allows, found in the library itself rather than by its version.
+"""Differences between the releases of transformers that pyproject.toml allows, detected in the library itself, not by its version.
 
-The key-value cache is `past_key_values` up to 5.23; from 5.24 on it is `cache`, and the old name, deprecated, goes with 5.40. Modules and
-callers of this package say `cache`; CACHE is for calls into the library and for what it hands back.
+The key-value cache is called `past_key_values` up to 5.23 and `cache` from 5.24 on; the old name is deprecated and removed in 5.40. Modules
+and callers of this package say `cache`; CACHE is for calls of the library and for its results.
 
-From 5.23 on a model is laid out over replicas, and experts get their tokens in a way of one's own (`most_ray.model.exchange`); with 5.22 it
-is trained by one worker. In 5.23 gradient checkpointing became activation checkpointing; the old name, deprecated, goes with 6.
+From 5.23 on a model can be laid out over replicas and a custom exchange of tokens can be registered (`most_ray.model.exchange`); with 5.22
+only one worker can train. In 5.23 gradient checkpointing became activation checkpointing; the old name is deprecated and removed in 6.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 
 from most_ray.errors import ConfigError
 
+# The library's name of the key-value cache.
 CACHE: Literal["cache", "past_key_values"] = (
     "cache" if "cache" in inspect.signature(DeepseekV2Attention.forward).parameters else "past_key_values"
 )
 
-SUPPORTS_MANY_WORKERS = "ep_implementation" in inspect.signature(DistributedConfig).parameters  # whether a model can have several workers
+SUPPORTS_MANY_WORKERS = (
+    "ep_implementation" in inspect.signature(DistributedConfig).parameters
+)  # whether a model can be trained by several workers
 
 
 def resolve_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache, by whichever name a caller gave it: `generate` of a release uses that release's, users what their code was written for.
+    """The cache by whichever name it was passed: `generate` uses the name of its release, users that of the release they wrote for.
 
-    Raises ValueError where two different ones are given.
+    Raises:
+        ValueError: two different caches were passed.
     """
     if cache is None:
         return past_key_values
@@ -41,13 +45,13 @@ def resolve_cache(cache: Any, past_key_values: Any) -> Any:
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """Let the backward pass compute each layer of a transformers model again from its input."""
+    """Recompute each layer of a transformers model from its input in the backward pass, instead of saving its activations."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
 
 
 def check_workers(most: int) -> None:
-    """The library can lay a model out over so many workers.
+    """Check that the library can train with `most` workers.
 
     Raises:
         ConfigError: it is too old for more than one.

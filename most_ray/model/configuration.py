@@ -1,4 +1,4 @@
-"""The configuration of MoST: DeepSeek-V2 plus token ranges, expert groups and auxiliary losses."""
+"""The configuration of MoST: DeepSeek-V2's with ranges of audio tokens, groups of experts and balance losses."""
 
 from __future__ import annotations
 
@@ -10,36 +10,29 @@ from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2
 
 from most_ray.errors import ConfigError
 
-FIRST_AUDIO_TOKEN = 100002  # text is 0..100001 in the original vocabulary
-LAST_AUDIO_TOKEN = 100503  # 500 units and the two audio markers
+FIRST_AUDIO_TOKEN = 100002  # of the original vocabulary, in which 0..100001 are text
+LAST_AUDIO_TOKEN = 100503  # of the original vocabulary: 500 units and two audio markers
 
 
 @strict
 class MostConfig(DeepseekV2Config):
     """DeepSeek-V2 with a modality-aware router.
 
-    Args:
-        use_modality_aware_routing: restrict each token to the experts of its modality; off, the model is plain DeepSeek-V2.
-        text_expert_indices, audio_expert_indices: the routed experts of each group. Default: the first and the second half.
-        first_audio_token, last_audio_token: ids in this closed range are audio, all others text.
-        aux_loss_alpha: weight of the load-balancing loss (0 turns it off).
-        seq_aux: balance within each record (sequence-wise, DeepSeek-V2 eq. 12-16) instead of over the batch.
-        use_balance_bias: routers have a bias per expert, `e_score_correction_bias`, that counts in the choice of experts but not in
-            their weights (arXiv 2408.15664, DeepSeek-V3).
-
     Raises:
-        ConfigError: a group is empty, an expert is in both or in none, top-k does not fit into a group.
+        ConfigError: a group is empty, an expert is in both or in none, or top-k does not fit into a group.
     """
 
     model_type = "most"
 
-    use_modality_aware_routing: bool = True
-    text_expert_indices: list[int] | None = None
-    audio_expert_indices: list[int] | None = None
-    first_audio_token: int = FIRST_AUDIO_TOKEN
+    use_modality_aware_routing: bool = True  # tokens use the experts of their modality only; False is plain DeepSeek-V2
+    text_expert_indices: list[int] | None = None  # routed experts for text; default of both groups: the first and the second half
+    audio_expert_indices: list[int] | None = None  # routed experts for audio
+    first_audio_token: int = FIRST_AUDIO_TOKEN  # ids first_audio_token..last_audio_token are audio, all others text
     last_audio_token: int = LAST_AUDIO_TOKEN
-    aux_loss_alpha: float = 0.001
-    seq_aux: bool = True
+    aux_loss_alpha: float = 0.001  # weight of the balance loss; 0 turns it off
+    seq_aux: bool = True  # balance within each record (sequence-wise, DeepSeek-V2 eq. 12-16) instead of over the batch
+    # Routers have a bias per expert, `e_score_correction_bias`, that counts in the choice of experts but not in their weights (arXiv
+    # 2408.15664, DeepSeek-V3).
     use_balance_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -47,7 +40,7 @@ class MostConfig(DeepseekV2Config):
             half = self.n_routed_experts // 2
             self.text_expert_indices = list(range(half))
             self.audio_expert_indices = list(range(half, self.n_routed_experts))
-        # Not left to the library's own validation hook, which would wrap the error and hide what the user can mend.
+        # Not in the library's validation hook, which would wrap the error and hide what the user can fix.
         check_experts(
             n_routed_experts=self.n_routed_experts,
             top_k=self.num_experts_per_tok,
@@ -62,7 +55,7 @@ class MostConfig(DeepseekV2Config):
 
 @strict
 class OriginalMostConfig(MostConfig):
-    """The same under the original's `model_type`, so that its checkpoint folders load as they are."""
+    """MostConfig with the `model_type` of the original MoST, so that its checkpoint folders load as they are."""
 
     model_type = "MoST"
 
@@ -77,13 +70,20 @@ def check_experts(
     n_group: int | None = None,
     topk_group: int | None = None,
 ) -> None:
-    """Rules between the expert groups and top-k.
+    """Check the groups of experts and top-k against each other.
+
+    Args:
+        n_routed_experts: experts of a layer.
+        top_k: experts per token.
+        modality_aware: whether the groups are used.
+        text, audio: the experts of each group.
+        n_group, topk_group: of DeepSeek-V2's group-limited routing, where it is used.
 
     Raises:
-        ConfigError: names the field, what it holds, the rule and the remedy.
+        ConfigError: names the field, its value, the rule and the remedy.
     """
     if top_k is None or not 1 <= top_k <= n_routed_experts:
-        raise ConfigError("num_experts_per_tok", top_k, f"must lie in 1..{n_routed_experts} (n_routed_experts).")
+        raise ConfigError("num_experts_per_tok", top_k, f"must be in 1..{n_routed_experts} (n_routed_experts).")
     if not modality_aware:
         return
     groups = {"text_expert_indices": list(text or ()), "audio_expert_indices": list(audio or ())}

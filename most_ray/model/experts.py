@@ -1,13 +1,20 @@
-"""Routed experts as one function, registered with transformers as `most_ray`.
+"""Expert kernels: the feed-forward networks of the routed experts as one function, registered with transformers by name.
 
-Pairs of a token and one of its experts are sorted by expert; each expert multiplies its rows in one piece, in the autocast's type. The
-backward pass is written out: it keeps the tokens and the inner products alone, and gathers the rest anew.
+The kernel of this module sorts the pairs of a token and one of its experts by expert; each expert multiplies its rows in one product, in
+the type of the autocast. The backward pass is written out: it saves only the tokens and the inner products, and gathers the rest again.
 
-Shapes: T tokens, D hidden, I inner, E experts on this rank, K experts per token, P rows of pairs.
+Shapes:
+    T  tokens
+    D  hidden size
+    I  inner size of an expert
+    E  experts on this rank
+    K  experts per token
+    P  rows, one for each pair of a token and an expert of this rank, in some cases more that only fill up
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,30 +24,34 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from most_ray.model.kernels import compute_dtype, round_up
 
-EXPERTS = "most_ray"
-
 
 def experts_forward(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """(T, D), experts (T, K) and their weights (T, K) -> the weighted sum of their outputs (T, D), in the type of hidden_states.
+    """The weighted sum of the outputs of each token's experts.
 
-    Experts numbered E and above are other ranks': they add nothing and cost nothing.
+    Args:
+        module: the experts: gate_up_proj (E, 2 I, D) and down_proj (E, D, I).
+        hidden_states: (T, D).
+        top_k_index: int64 (T, K), the experts of each token. Those numbered E and above are on other ranks: they add nothing.
+        top_k_weights: (T, K), the routing weights.
+
+    Returns:
+        (T, D), in the type of hidden_states.
     """
     x = hidden_states.to(compute_dtype(hidden_states))
     return _Experts.apply(x, top_k_index, top_k_weights.float(), module.gate_up_proj, module.down_proj).to(hidden_states.dtype)
 
 
 class _Pairs(NamedTuple):
-    """Pairs of a token and an expert of this rank, by expert. token: (P,) each row's, T where a row only fills up; pair: (P,) its place
-    among all T * K, T * K where it fills up; place: (T, K) the row of each pair, P of those that are elsewhere; ends: (E,) int32, where
-    each expert's rows end, on the host as well unless the device is a GPU."""
+    """The rows of pairs of a token and an expert of this rank, sorted by expert."""
 
-    token: torch.Tensor
-    pair: torch.Tensor
-    place: torch.Tensor
-    ends: torch.Tensor
+    token: torch.Tensor  # (P,), the token of each row; T where a row only fills up
+    pair: torch.Tensor  # (P,), the index of each row's pair among all T * K; T * K where a row only fills up
+    row: torch.Tensor  # (T, K), the row of each pair; P where its expert is on another rank
+    ends: torch.Tensor  # int32 (E,), where the rows of each expert end
 
 
 def _sort(index: torch.Tensor, n_experts: int, dtype: torch.dtype) -> _Pairs:
+    """The pairs of `index` (T, K); each expert's rows are filled up to a number that `round_up` gives for products of `dtype`."""
     n_tokens, k = index.shape
     flat = index.reshape(-1)
     experts, order = flat.sort(stable=True)
@@ -55,12 +66,18 @@ def _sort(index: torch.Tensor, n_experts: int, dtype: torch.dtype) -> _Pairs:
     order = order[:held]
     rows = torch.arange(held) + shift[experts[:held]]
     pair = torch.full((n_rows,), n_tokens * k).index_copy_(0, rows, order)
-    place = torch.full((n_tokens * k,), n_rows).index_copy_(0, order, rows)
-    return _Pairs(pair // k, pair, place.view(n_tokens, k), ends.int())
+    row = torch.full((n_tokens * k,), n_rows).index_copy_(0, order, rows)
+    return _Pairs(pair // k, pair, row.view(n_tokens, k), ends.int())
 
 
 def _sort_on_device(experts: torch.Tensor, order: torch.Tensor, shape: torch.Size, n_experts: int) -> _Pairs:
-    """Without waiting for the device: pairs that are elsewhere stay, behind the last end, where nothing is computed."""
+    """The pairs without waiting for the device: those of experts on other ranks stay after the last end, where nothing is computed.
+
+    Args:
+        experts: (T * K,), the experts of all pairs, sorted.
+        order: (T * K,), the indices of the pairs in that order.
+        shape: (T, K).
+    """
     n_tokens, k = shape
     numbers = torch.arange(n_experts, device=experts.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
@@ -69,8 +86,8 @@ def _sort_on_device(experts: torch.Tensor, order: torch.Tensor, shape: torch.Siz
 
 
 class _Experts(torch.autograd.Function):
-    """Sum over k of w_k down_k(silu(gate_k x) * up_k x). Routing weights multiply what goes into the last product, so that their gradient
-    needs none of its results."""
+    """Sum over k of w_k down_k(silu(gate_k x) * up_k x). The routing weights w multiply the input of the last product, so that their
+    gradient needs no result of it."""
 
     @staticmethod
     def forward(
@@ -82,7 +99,7 @@ class _Experts(torch.autograd.Function):
         weight = _with_zero(weights.reshape(-1, 1)).index_select(0, pairs.pair).to(x.dtype)
         rows = _products(F.silu(gate).mul_(up).mul_(weight), down.transpose(1, 2), pairs.ends)
         ctx.save_for_backward(x, weights, gate_up, down, inner, *pairs)
-        return _sum_by_token(rows, pairs.place)
+        return _sum_by_token(rows, pairs.row)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -95,7 +112,7 @@ class _Experts(torch.autograd.Function):
         grad_rows = _with_zero(grad.to(x.dtype)).index_select(0, pairs.token)
         grad_active = _products(grad_rows, down, pairs.ends)
         weights_grad = (grad_active * active).sum(-1, dtype=torch.float32)
-        weights_grad = F.pad(weights_grad, (0, 1)).index_select(0, pairs.place.view(-1)).view_as(weights)
+        weights_grad = F.pad(weights_grad, (0, 1)).index_select(0, pairs.row.view(-1)).view_as(weights)
         down_grad = _weight_gradient(grad_rows, active.mul_(weight), pairs.ends, down)
         grad_active.mul_(weight)
         grad_inner = torch.empty_like(inner)
@@ -103,22 +120,22 @@ class _Experts(torch.autograd.Function):
         torch.mul(grad_active, silu, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad_active.mul_(up), gate, grad_input=grad_gate)
         gate_up_grad = _weight_gradient(grad_inner, _with_zero(x).index_select(0, pairs.token), pairs.ends, gate_up)
-        x_grad = _sum_by_token(_products(grad_inner, gate_up, pairs.ends), pairs.place)
+        x_grad = _sum_by_token(_products(grad_inner, gate_up, pairs.ends), pairs.row)
         return x_grad, None, weights_grad, gate_up_grad, down_grad
 
 
 def _with_zero(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (T, D) and one of zeros."""
+    """(T, D) -> (T + 1, D), the last row zeros."""
     return F.pad(rows, (0, 0, 0, 1))
 
 
-def _sum_by_token(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Rows (P, D) summed over each token's experts, (T, D); in a fixed order, unlike additions by index."""
-    return _with_zero(rows).index_select(0, place.view(-1)).view(*place.shape, rows.shape[1]).sum(1)
+def _sum_by_token(rows: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Sum `rows` (P, D) over the pairs of each token, whose rows are `row` (T, K): (T, D). In a fixed order, unlike additions by index."""
+    return _with_zero(rows).index_select(0, row.view(-1)).view(*row.shape, rows.shape[1]).sum(1)
 
 
 def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows (P, A) of each expert times its matrix (E, A, B), in the type of the rows: (P, B)."""
+    """Multiply the rows (P, A) of each expert by its matrix of (E, A, B), in the type of the rows: (P, B)."""
     if _on_gpu(rows):
         return _grouped(rows, matrices.to(rows.dtype), ends) if len(rows) else rows.new_zeros(0, matrices.shape[2])
     output = rows.new_empty(len(rows), matrices.shape[2])
@@ -131,20 +148,21 @@ def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) ->
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
+    """A function, so that tests can take the paths of GPUs on a CPU."""
     return tensor.is_cuda
 
 
 def _grouped(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """torch's grouped product, whose fast kernels are for bfloat16 from Hopper on."""
+    """torch's grouped product; its fast kernels are for bfloat16 on GPUs from Hopper on."""
     return F.grouped_mm(left, right, offs=ends)
 
 
 def _weight_gradient(grads: torch.Tensor, inputs: torch.Tensor, ends: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Of each expert's matrix, (E, B, A), from gradients (P, B) of its products and their inputs (P, A)."""
+    """The gradient of each expert's matrix, (E, B, A), from the gradients (P, B) of its products and their inputs (P, A)."""
     if _on_gpu(grads):
         if not len(grads):
             return torch.zeros_like(like)
-        # Of experts without rows kernels may write nothing (pytorch issue 172439).
+        # For experts without rows some kernels write nothing (pytorch issue 172439).
         empty = ends.diff(prepend=ends.new_zeros(1)) == 0
         return _grouped(grads.t(), inputs, ends).masked_fill_(empty.view(-1, 1, 1), 0).to(like.dtype)
     found = torch.empty_like(like)
@@ -155,4 +173,8 @@ def _weight_gradient(grads: torch.Tensor, inputs: torch.Tensor, ends: torch.Tens
     return found
 
 
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+# Every kernel by the name that `experts_implementation` has for it. The tests of kernels run for each.
+EXPERT_KERNELS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {"most_ray": experts_forward}
+DEFAULT_KERNEL = "most_ray"  # of a model that is loaded without `experts_implementation`, so of training
+for _name, _kernel in EXPERT_KERNELS.items():
+    ALL_EXPERTS_FUNCTIONS.register(_name, _kernel)

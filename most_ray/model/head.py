@@ -1,6 +1,9 @@
-"""The language-model head and its loss without logits of the whole vocabulary.
+"""The language-model head, and its cross-entropy without logits of the whole vocabulary in memory.
 
-Shapes: N supervised tokens, D hidden, V vocabulary.
+Shapes:
+    N  supervised tokens
+    D  hidden size
+    V  vocabulary
 """
 
 from __future__ import annotations
@@ -14,12 +17,11 @@ from torch import nn
 
 from most_ray.model.kernels import compute_dtype, round_up
 
-_MOST_LOGITS = 1 << 23  # that are there at once
+_MAX_LOGITS = 1 << 23  # in memory at once, unless there are more than 8192 tokens
 
 
 class MostHead(nn.Linear):
-    """The head; with targets it gives their losses instead of logits. Called as a module either way, for that is when FSDP puts its
-    weights together."""
+    """A linear layer that computes logits, or with targets their losses; both by calls of the module, when FSDP gathers its weight."""
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> MostHead:
@@ -29,20 +31,29 @@ class MostHead(nn.Linear):
         return head
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """(..., D) -> logits (..., V); or (N, D) and targets (N,) -> cross-entropy of each target, (N,) float32."""
+        """Logits or losses.
+
+        Args:
+            hidden: (..., D); with targets (N, D).
+            targets: token ids, (N,).
+
+        Returns:
+            Logits (..., V); with targets the cross-entropy of each, float32 (N,).
+        """
         if targets is None:
             return super().forward(hidden)
         count, dtype = len(targets), compute_dtype(hidden)
         filling = round_up(count, dtype) - count
         hidden = F.pad(hidden.to(dtype), (0, 0, 0, filling))
-        return _TokenLosses.apply(hidden, self.weight, F.pad(targets, (0, filling)))[:count].clone()  # FSDP warns of views
+        return _TokenLosses.apply(hidden, self.weight, F.pad(targets, (0, filling)))[:count].clone()  # since FSDP warns about views
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Block by block of the vocabulary, so that memory does not grow with it; the backward pass computes the blocks anew. Products in the
-    type of `hidden`, all else in float32. Each row of the weights' gradient is written once.
+    """Cross-entropy of hidden (N, D) @ weight (V, D)^T for targets (N,), block by block of the vocabulary, so that memory does not grow
+    with it. The backward pass computes the blocks again and writes each row of the weight's gradient once. Products are in the type of
+    `hidden`, everything else in float32.
 
-    torch.nn.functional.linear_cross_entropy (torch 2.13) has the same purpose; tests/benchmarks/RESULTS.md has both side by side.
+    torch.nn.functional.linear_cross_entropy (torch 2.13) has the same purpose; tests/benchmarks/RESULTS.md compares both.
     """
 
     @staticmethod
@@ -69,12 +80,12 @@ class _TokenLosses(torch.autograd.Function):
         for start, end in _blocks(len(hidden), len(weight)):
             rows = weight[start:end].to(hidden.dtype)
             logits = (hidden @ rows.t() if kept is None else kept).float()
-            # softmax - one-hot, times what each loss counts.
+            # (softmax - one-hot) times the gradient of each loss.
             share = logits.sub_(normaliser.unsqueeze(-1)).exp_() if kept is None else (logits - normaliser.unsqueeze(-1)).exp_()
             share.mul_(by)
             inside = (targets >= start) & (targets < end)
-            places = (targets - start).clamp(0, end - start - 1).unsqueeze(-1)
-            share.scatter_add_(1, places, -(grad * inside).unsqueeze(-1))
+            columns = (targets - start).clamp(0, end - start - 1).unsqueeze(-1)
+            share.scatter_add_(1, columns, -(grad * inside).unsqueeze(-1))
             lowered = share.to(hidden.dtype)
             weight_grad[start:end] = lowered.t() @ hidden
             hidden_grad += lowered @ rows
@@ -82,19 +93,19 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def logits_block(n_tokens: int, vocabulary: int) -> int:
-    """Rows of the vocabulary whose logits are there at once."""
-    return min(vocabulary, max(1024, _MOST_LOGITS // max(1, n_tokens)))
+    """Rows of the vocabulary whose logits are in memory at once."""
+    return min(vocabulary, max(1024, _MAX_LOGITS // max(1, n_tokens)))
 
 
 def _blocks(n_tokens: int, vocabulary: int) -> Iterator[tuple[int, int]]:
-    """Ranges of the vocabulary for so many tokens."""
+    """Yield the ranges of the vocabulary that are computed at once."""
     size = logits_block(n_tokens, vocabulary)
     for start in range(0, vocabulary, size):
         yield start, min(start + size, vocabulary)
 
 
 def _at_targets(logits: torch.Tensor, targets: torch.Tensor, start: int) -> torch.Tensor:
-    """The logits (N, block) of those targets that lie in this block, 0 for others: (N,)."""
+    """The logit of each target that is in this block of logits (N, block), which begins at `start`; 0 for other targets: (N,)."""
     inside = (targets >= start) & (targets < start + logits.shape[1])
-    places = (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(-1)
-    return logits.gather(1, places).squeeze(-1).where(inside, 0.0)
+    columns = (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(-1)
+    return logits.gather(1, columns).squeeze(-1).where(inside, 0.0)

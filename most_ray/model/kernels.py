@@ -1,6 +1,8 @@
-"""Element-wise parts of the network, each with its backward pass written out: fewer passes over memory, and less kept, than autograd's.
+"""Element-wise operations with their backward passes written out, which read memory less often and save less than autograd's, and the
+library's modules with them.
 
-Shapes: T tokens, D width.
+Shapes:
+    D  size of the last dimension
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP, DeepseekV2RMSNorm
 
 
 class RmsNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, reckoned in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
@@ -36,14 +39,14 @@ class RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
-    """The RMS norm of (..., D) in `dtype`."""
+    """The RMS norm of x (..., D) with weight (D,), in `dtype`: (..., D)."""
     if x.is_cuda:
-        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)  # torch's has a fused kernel there
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(dtype)  # torch has a fused kernel for GPUs
     return RmsNorm.apply(x, weight, eps, dtype)
 
 
 class SwiGlu(torch.autograd.Function):
-    """silu(gate) * up (Shazeer, arXiv 2002.05202); keeps nothing but its inputs."""
+    """silu(gate) * up, both (..., D) (Shazeer, arXiv 2002.05202); only the inputs are saved."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -57,15 +60,39 @@ class SwiGlu(torch.autograd.Function):
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type of matrix products here: the autocast's, else that of x."""
+    """The type of matrix products on the device of x: the autocast's where it is enabled, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def round_up(count: int, dtype: torch.dtype = torch.bfloat16) -> int:
-    """A number of rows, to one of sixteen in each power of two (of 16 or more) for products in half precision: oneDNN makes its kernels
-    for these anew for each shape, which takes ten times as long as a product, and keeps a thousand of them."""
+    """Round a number of rows up for products in half precision, to one of sixteen numbers between powers of two, and to multiples of 16.
+
+    oneDNN compiles a kernel for each shape, which takes ten times as long as a product, and caches a thousand of them. For float32 the
+    number stays.
+    """
     if dtype is torch.float32:
         return count
     unit = max(16, 1 << max(0, count.bit_length() - 5))
     return -(-count // unit) * unit
+
+
+class MostNorm(DeepseekV2RMSNorm):
+    """RMS norm of (..., D), with the result in the type of matrix products."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, compute_dtype(hidden_states))
+
+
+class MostUncastNorm(DeepseekV2RMSNorm):
+    """RMS norm of (..., D), with the result in the type of the input: a router's input is not cast to the autocast's type."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
+
+
+class MostMlp(DeepseekV2MLP):
+    """The library's gated MLP of (..., D), with a faster activation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))

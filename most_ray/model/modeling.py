@@ -1,6 +1,14 @@
 """MostForCausalLM: transformers' DeepSeek-V2 with the modality-aware router, balance losses and a loss per supervised token.
 
-Shapes: B packs, S positions, D hidden, E experts, L layers with experts, N supervised tokens, V vocabulary.
+Shapes:
+    B  rows
+    S  positions of a row
+    T  tokens that are not padding
+    D  hidden size
+    E  routed experts
+    L  layers with experts
+    N  supervised tokens
+    V  vocabulary
 """
 
 from __future__ import annotations
@@ -20,11 +28,9 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import (
     DeepseekV2DecoderLayer,
     DeepseekV2ForCausalLM,
-    DeepseekV2MLP,
     DeepseekV2Model,
     DeepseekV2Moe,
     DeepseekV2PreTrainedModel,
-    DeepseekV2RMSNorm,
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -33,9 +39,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from most_ray.model.attention import MostAttention
 from most_ray.model.compat import CACHE, resolve_cache
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
-from most_ray.model.experts import EXPERTS
+from most_ray.model.experts import DEFAULT_KERNEL
 from most_ray.model.head import MostHead
-from most_ray.model.kernels import SwiGlu, compute_dtype, rms_norm
+from most_ray.model.kernels import MostMlp, MostNorm, MostUncastNorm, compute_dtype
 from most_ray.model.packed import PackedRows, RecordLayout
 from most_ray.model.routing import MostRouter, RouterStats, Routing, balance_loss, expert_load, make_routing, modality_of, record_routing
 from most_ray.records.template import IGNORE, PADDING
@@ -43,50 +49,29 @@ from most_ray.records.template import IGNORE, PADDING
 
 @dataclass
 class MostModelOutput(MoeModelOutputWithPast):
-    """aux_loss: scalar, summed over layers as RouterStats.aux_loss; expert_load: (L, 2, E)."""
+    """The library's output of the decoder stack, with statistics of the routing."""
 
-    aux_loss: torch.Tensor | None = None
-    expert_load: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None  # scalar, the sum of RouterStats.aux_loss over layers
+    expert_load: torch.Tensor | None = None  # int64 (L, 2, E), RouterStats.load of each layer
 
 
 @dataclass
 class MostCausalLMOutput(MoeCausalLMOutputWithPast):
-    """`loss` is the mean over supervised tokens plus the weighted balance loss, of which `aux_loss` is the latter part alone.
+    """The library's output, with statistics of the routing. `loss` is the mean over supervised tokens plus `aux_loss`, the weighted balance
+    loss. With `token_losses_only` or `packed` there are token losses, but no loss and no logits."""
 
-    With `token_losses_only` or `packed`: token_losses (N,) float32 and aux_sum (unweighted sums), no loss and no logits.
-    """
-
-    aux_sum: torch.Tensor | None = None
-    token_losses: torch.Tensor | None = None
-    expert_load: torch.Tensor | None = None
-
-
-class MostNorm(DeepseekV2RMSNorm):
-    """RMS norm (..., D), its result in the type of the matrix products that take it."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, compute_dtype(hidden_states))
-
-
-class MostUncastNorm(DeepseekV2RMSNorm):
-    """The same in the type of its input: what a router takes is not lowered."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, hidden_states.dtype)
-
-
-class MostMlp(DeepseekV2MLP):
-    """The library's gated MLP."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+    aux_sum: torch.Tensor | None = None  # scalar, the balance loss of `MostModelOutput`, without weight or division
+    token_losses: torch.Tensor | None = None  # float32 (N,)
+    expert_load: torch.Tensor | None = None  # int64 (L, 2, E)
 
 
 class MostMoe(DeepseekV2Moe):
-    """Shared experts for every token, routed experts by modality. Padding is not routed: it costs nothing and counts nowhere.
+    """Shared experts for every token, routed experts by modality. Padding is not routed: it takes no time and is not counted.
 
-    placement: the expert in each slot (row) of the fused expert tensors, or None where slots are experts; ep_size: ranks that share
-    them out (most_ray/model/placement.py).
+    Attributes:
+        placement: the expert in each slot (row) of the fused expert tensors (see `placement`); None where slots are experts.
+        ep_size: number of ranks that the slots are distributed over.
+        expert_slots: the slot of each expert, (E,); None where slots are experts.
     """
 
     expert_slots: torch.Tensor | None
@@ -100,30 +85,30 @@ class MostMoe(DeepseekV2Moe):
         self.register_buffer("expert_slots", None, persistent=False)
 
     def place(self, placement: tuple[int, ...]) -> None:
-        """Take the rows of the expert tensors to be in this order."""
+        """Declare that the rows of the expert tensors are in this order."""
         self.placement = placement
-        # The inverse permutation, (E,): expert -> slot.
         self.expert_slots = torch.tensor(placement, device=self.experts.down_proj.device).argsort()
 
     def forward(self, hidden_states: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, RouterStats]:
+        """The sum of routed and shared experts for hidden states (B, S, D), in their shape, and statistics of the routing."""
         flat = hidden_states.view(-1, hidden_states.shape[-1])
         n_real = len(routing.modality)
-        # index_select, whose backward adds rows; plain indexing's scatters elements and takes a tenth of a small step.
+        # By index_select, whose backward adds rows; that of indexing scatters elements and would take a tenth of a small step.
         tokens = flat[:n_real] if routing.tokens is None else flat.index_select(0, routing.tokens)
         _, weights, indices, probabilities = self.gate(tokens, routing.allowed)
         slots = indices if self.expert_slots is None else self.expert_slots[indices]
-        lowered = flat.to(compute_dtype(flat))  # once for all that take it
+        lowered = flat.to(compute_dtype(flat))  # cast once for all experts
         arguments = lowered[:n_real] if routing.tokens is None else lowered.index_select(0, routing.tokens), slots, weights
-        # Where it pays, counts travel to other ranks' experts while the statistics are made, tokens while the shared experts are busy.
+        # Where it is faster, counts are exchanged while the statistics are computed, and rows while the shared experts are.
         exchange = getattr(self.experts, "exchange", None)
-        outgoing = exchange.start_dispatch(*arguments) if exchange and exchange.overlaps else None
+        pending = exchange.start_dispatch(*arguments) if exchange and exchange.overlaps else None
         if self.training and self.config.aux_loss_alpha > 0:
             aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux)
         else:
             aux_loss = probabilities.new_zeros(())
         stats = RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
-        if outgoing:
-            arguments = outgoing.send_rows()
+        if pending:
+            arguments = pending.send_rows()
         shared = self.shared_experts(lowered)
         routed = self.experts(*arguments)
         if routing.tokens is None:
@@ -134,7 +119,7 @@ class MostMoe(DeepseekV2Moe):
 
 
 class MostDecoderLayer(DeepseekV2DecoderLayer):
-    """The library's layer, with the routing handed to its experts and their statistics handed back."""
+    """The library's decoder layer, which takes the routing and returns its statistics."""
 
     mlp: nn.Module
 
@@ -153,7 +138,8 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
         routing: Routing,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, RouterStats | None]:
-        """(B, S, D) -> the same, and what the routing did (None in layers without experts); the other arguments are the attention's."""
+        """Hidden states (B, S, D) of the next layer, and statistics of the routing (None in layers without experts). `kwargs` are those of
+        the attention."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
@@ -164,10 +150,12 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
 
 
 class MostPreTrainedModel(DeepseekV2PreTrainedModel):
+    """The library's base class, with MoST's configuration, modules and default expert kernel."""
+
     config: MostConfig
     config_class = MostConfig
     _no_split_modules: ClassVar = ["MostDecoderLayer"]
-    # The library looks for its decorator in this file's source; the experts that carry it are imported from DeepSeek-V2.
+    # The library looks for its decorator in this file's source, but the decorated experts are imported from DeepSeek-V2.
     _can_set_experts_implementation_cached_value = True
     _can_record_outputs: ClassVar = {
         "hidden_states": OutputRecorder(MostDecoderLayer, index=0),
@@ -176,7 +164,7 @@ class MostPreTrainedModel(DeepseekV2PreTrainedModel):
     }
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(EXPERTS if requested_experts is None else requested_experts)
+        return super().get_correct_experts_implementation(DEFAULT_KERNEL if requested_experts is None else requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,17 +198,17 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
-        """`modality` (B, S): TEXT, AUDIO or PADDING per token; from the ids (and a 2-d attention mask) where it is not given.
-        `previous_load` (L, E): selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
-        `records`: where they lie, for tokens (1, T) of records one behind the other without padding; no mask, no cache.
-        `past_key_values`: the older name of `cache`."""
+        """The library's forward of the decoder stack, with further arguments.
+
+        Args:
+            modality: (B, S), TEXT, AUDIO or PADDING; by default it follows from input_ids and a two-dimensional attention mask.
+            previous_load: (L, E), selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
+            records: the layout of packed records, for tokens (1, T or more) without a mask or a cache.
+            past_key_values: the older name of `cache`.
+        """
         cache = resolve_cache(cache, past_key_values)
         if modality is None:
-            if input_ids is None:
-                raise ValueError("pass modality with inputs_embeds: it follows from token ids only")
-            modality = modality_of(input_ids, self.config)
-            if attention_mask is not None and attention_mask.dim() == 2:
-                modality = modality.masked_fill(attention_mask[:, -modality.shape[1] :] == 0, PADDING)
+            modality = self._modality(input_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
@@ -269,6 +257,15 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
             **{CACHE: cache},
         )
 
+    def _modality(self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The modality (B, S) of token ids (B, S); PADDING where a two-dimensional attention mask is 0."""
+        if input_ids is None:
+            raise ValueError("pass modality with inputs_embeds: it follows only from token ids")
+        modality = modality_of(input_ids, self.config)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            modality = modality.masked_fill(attention_mask[:, -modality.shape[1] :] == 0, PADDING)
+        return modality
+
 
 class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
     """MoST with its language-model head."""
@@ -282,7 +279,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         self.lm_head = MostHead.from_linear(self.lm_head)  # after post_init, which would initialize a new module's weight again
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        # The library would write rows where they lie; a checkpoint and its export write them in the experts' order.
+        # The library would write rows in slot order; checkpoints and their export write them in the experts' order.
         assert all(getattr(layer.mlp, "placement", None) is None for layer in self.model.layers), "expert rows are in slot order"
         super().save_pretrained(*args, **kwargs)
 
@@ -303,11 +300,14 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostCausalLMOutput:
-        """Next-token prediction; `labels` (B, S) are aligned with input_ids and shifted here, IGNORE where unsupervised.
+        """Next-token prediction: the library's forward with further arguments, and those of `MostModel.forward`.
 
-        `token_losses_only` runs the head on supervised positions alone and returns their losses one by one, in row order: what
-        a trainer needs that divides by the global number of tokens. `packed`, in the place of all other inputs, gives the same faster.
-        `past_key_values`: the older name of `cache`.
+        Args:
+            labels: (B, S), aligned with input_ids and shifted here; IGNORE where unsupervised.
+            token_losses_only: run the head on supervised positions only and return the loss of each, in the order of rows, as a trainer
+                needs that divides by the global number of tokens.
+            packed: rows without padding, in place of all other inputs; returns what `token_losses_only` returns, faster.
+            past_key_values: the older name of `cache`.
         """
         if packed is not None:
             outputs = self.model(
@@ -318,8 +318,7 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
                 use_cache=False,
                 **kwargs,
             )
-            losses = self.lm_head(outputs.last_hidden_state[0].index_select(0, packed.supervised), packed.targets)
-            return MostCausalLMOutput(aux_sum=outputs.aux_loss, token_losses=losses, expert_load=outputs.expert_load)
+            return self._token_losses(outputs, outputs.last_hidden_state[0], packed.supervised, packed.targets)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -334,18 +333,11 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
         if labels is not None and token_losses_only:
             targets = labels[:, 1:]
             supervised = (targets != IGNORE).flatten().nonzero().squeeze(-1)
-            losses = self.lm_head(hidden_states[:, :-1].flatten(0, 1).index_select(0, supervised), targets.flatten()[supervised])
-            return MostCausalLMOutput(aux_sum=outputs.aux_loss, token_losses=losses, expert_load=outputs.expert_load)
+            return self._token_losses(outputs, hidden_states[:, :-1].flatten(0, 1), supervised, targets.flatten()[supervised])
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = aux_loss = None
         if labels is not None:
-            targets = labels[:, 1:].reshape(-1)
-            loss = F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, ignore_index=IGNORE)
-            # aux_loss is a sum over rows (sequence-wise) or tokens (batch-wise): the mean is what the original adds.
-            units = hidden_states.shape[0] if self.config.seq_aux else hidden_states.shape[:2].numel()
-            assert outputs.aux_loss is not None
-            aux_loss = self.config.aux_loss_alpha * outputs.aux_loss / units
-            loss = loss + aux_loss
+            loss, aux_loss = self._mean_loss(outputs, logits, labels)
         return MostCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
@@ -358,16 +350,33 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
+    def _token_losses(
+        self, outputs: MostModelOutput, hidden: torch.Tensor, supervised: torch.Tensor, targets: torch.Tensor
+    ) -> MostCausalLMOutput:
+        """The losses of targets (N,), predicted at the indices `supervised` (N,) of hidden states (tokens, D)."""
+        losses = self.lm_head(hidden.index_select(0, supervised), targets)
+        return MostCausalLMOutput(aux_sum=outputs.aux_loss, token_losses=losses, expert_load=outputs.expert_load)
+
+    def _mean_loss(self, outputs: MostModelOutput, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean loss of labels (B, S) under logits (B, S, V) with the weighted balance loss, and the latter, both scalars."""
+        targets = labels[:, 1:].reshape(-1)
+        loss = F.cross_entropy(logits[:, :-1].reshape(len(targets), -1).float(), targets, ignore_index=IGNORE)
+        # The original MoST adds the mean of the balance loss, here a sum over rows (sequence-wise) or tokens (batch-wise).
+        n_summed = labels.shape[0] if self.config.seq_aux else labels.numel()
+        assert outputs.aux_loss is not None
+        aux_loss = self.config.aux_loss_alpha * outputs.aux_loss / n_summed
+        return loss + aux_loss, aux_loss
+
 
 class OriginalMostForCausalLM(MostForCausalLM):
-    """The same class for folders whose config says `"model_type": "MoST"`."""
+    """MoST for folders whose config.json has `"model_type": "MoST"`."""
 
     config_class = OriginalMostConfig
     config: OriginalMostConfig
 
 
 def register_auto_classes() -> None:
-    """Make transformers' auto classes and weight conversion (per-expert keys <-> fused experts) know MoST."""
+    """Register MoST with transformers' auto classes and its conversion of weights (keys per expert to and from fused experts)."""
     for config_class, model_class in ((MostConfig, MostForCausalLM), (OriginalMostConfig, OriginalMostForCausalLM)):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
@@ -375,5 +384,5 @@ def register_auto_classes() -> None:
         register_checkpoint_conversion_mapping(config_class.model_type, mapping, overwrite=True)
 
 
-# At import, so that whoever has the classes, by whatever way, has them registered (see most_ray/__init__.py).
+# At import, so that the classes are registered wherever they are imported from (see most_ray/registration.py).
 register_auto_classes()

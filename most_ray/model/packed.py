@@ -1,9 +1,16 @@
-"""Packed rows without their padding: what a forward pass of training is given.
+"""Packed rows without their padding: the input of a forward pass of training.
 
-Records of all rows lie one behind the other, so that nothing is computed for padding, and attention runs over records, not over rows: no
-mask of S x S. All of it is made on the host, from arrays, so that the device is never waited for.
+The records of all rows follow one another in one sequence, so that nothing is computed for padding. Attention runs over records, not over
+rows, and needs no mask of S x S. Everything is computed on the host, from arrays, so that the device is never waited for.
 
-Shapes: B rows, S positions, T tokens that are not padding, G records, N supervised tokens.
+Shapes:
+    B  rows
+    S  positions of a row
+    T  tokens that are not padding
+    R  T and a few tokens more, so that the number recurs
+    G  records
+    N  supervised tokens
+    P  tokens in groups of records, each record filled up to the longest of its group
 """
 
 from __future__ import annotations
@@ -16,48 +23,42 @@ import torch
 from most_ray.model.kernels import round_up
 from most_ray.records.template import IGNORE, PADDING
 
-_ALIKE = 0.8  # a record shares a group with one that is longer where it is at least so much of its length
+_MIN_FILL = 0.8  # length of the shortest record of a group at least, over that of the longest
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where the records lie among the T tokens.
+    """Where the records are among the tokens, and how they are grouped by length."""
 
-    starts: (G + 1,) int32, their first tokens, and T. longest: in tokens. segments: (T,) the record of each token.
-    groups: (records, length) of groups of records of about one length, each record filled up to its group's longest; gather: (P,) the
-    tokens in that order (any token where a record is filled up: causal attention sees nothing behind a record's end). restore: (T,) each
-    token's place in it.
-    """
-
-    starts: torch.Tensor
-    longest: int
-    segments: torch.Tensor
-    groups: tuple[tuple[int, int], ...]
-    gather: torch.Tensor
-    restore: torch.Tensor
+    starts: torch.Tensor  # int32 (G + 1,), the first token of each record, and T
+    longest: int  # tokens of the longest record
+    segments: torch.Tensor  # (T,), the record of each token
+    groups: tuple[tuple[int, int], ...]  # number of records and length of the longest, for each group of records of similar length
+    gather: torch.Tensor  # (P,), tokens in the order of groups; any token fills records up, as causal attention ignores what comes later
+    restore: torch.Tensor  # (T,), the index of each token in `gather`
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def to(self, device: torch.device) -> RecordLayout:
+        """A copy on a device, which the host does not wait for."""
         starts, segments, gather, restore = (to_device(each, device) for each in (self.starts, self.segments, self.gather, self.restore))
         return replace(self, starts=starts, segments=segments, gather=gather, restore=restore)
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One forward pass of a rank. input_ids, positions, modality: (1, R), R >= T: a few tokens that fill up to a number of tokens which
-    recurs, of modality PADDING, stand at the end. supervised: (N,) the tokens from which another is predicted, in
-    row order; targets: (N,) those."""
+    """The rows of one forward pass of a rank, without padding."""
 
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    modality: torch.Tensor
+    input_ids: torch.Tensor  # (1, R)
+    positions: torch.Tensor  # (1, R), from 0 in each record
+    modality: torch.Tensor  # (1, R): TEXT or AUDIO; PADDING for the tokens after the T-th
     records: RecordLayout
-    supervised: torch.Tensor
-    targets: torch.Tensor
+    supervised: torch.Tensor  # (N,), the tokens whose next one is supervised, in the order of rows
+    targets: torch.Tensor  # (N,), the ids of those next tokens
 
     def to(self, device: torch.device) -> PackedRows:
+        """A copy on a device, which the host does not wait for."""
         ids, positions, modality = (to_device(each, device) for each in (self.input_ids, self.positions, self.modality))
         return PackedRows(
             ids, positions, modality, self.records.to(device), to_device(self.supervised, device), to_device(self.targets, device)
@@ -65,22 +66,26 @@ class PackedRows:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy there that the host does not wait for."""
+    """A copy of a tensor on a device, which the host does not wait for."""
     if device.type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)  # else the host would wait for all that the device has to do
+    return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for all queued work
 
 
 def pack_rows(input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, modality: np.ndarray) -> PackedRows:
-    """Of rows (B, S) as `Batch` has them: positions restart at each record, labels are aligned with input_ids and IGNORE where
-    unsupervised."""
+    """Pack the rows of one forward pass.
+
+    Args:
+        input_ids, labels, positions, modality: integers (B, S), as in `Batch`: positions restart at each record; labels are aligned with
+            input_ids and are IGNORE where unsupervised.
+    """
     kept = modality.reshape(-1) != PADDING
-    place = np.cumsum(kept) - 1  # of a position of the rows among the tokens
+    token = np.cumsum(kept) - 1  # (B * S,), the token at each position
     row_starts = np.zeros_like(positions)
     row_starts[:, 0] = 1
     first = ((positions == 0) | (row_starts == 1)).reshape(-1)[kept]
     lengths = np.diff(np.append(np.flatnonzero(first), len(first)))
-    supervised = np.flatnonzero(np.pad(labels[:, 1:] != IGNORE, ((0, 0), (0, 1))).reshape(-1))  # the next one's label counts
+    supervised = np.flatnonzero(np.pad(labels[:, 1:] != IGNORE, ((0, 0), (0, 1))).reshape(-1))  # those whose next label counts
 
     n_tokens = int(kept.sum())
     filling = (0, round_up(n_tokens) - n_tokens)
@@ -93,13 +98,13 @@ def pack_rows(input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, 
         positions=flat(positions),
         modality=flat(modality, PADDING),
         records=lay_out_records(lengths),
-        supervised=torch.from_numpy(place[supervised].astype(np.int64)),
+        supervised=torch.from_numpy(token[supervised].astype(np.int64)),
         targets=torch.from_numpy(labels.reshape(-1)[supervised + 1].astype(np.int64)),
     )
 
 
 def lay_out_records(lengths: np.ndarray) -> RecordLayout:
-    """Of records of so many tokens each (G,), one behind the other."""
+    """The layout of records that follow one another; lengths: their numbers of tokens, integers (G,)."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     order = np.argsort(-lengths, kind="stable")
     gather: list[np.ndarray] = []
@@ -108,7 +113,7 @@ def lay_out_records(lengths: np.ndarray) -> RecordLayout:
     offset = done = 0
     while done < len(order):
         longest = int(lengths[order[done]])
-        count = int(np.searchsorted(-lengths[order[done:]], -_ALIKE * longest, side="right"))
+        count = int(np.searchsorted(-lengths[order[done:]], -_MIN_FILL * longest, side="right"))
         members = order[done : done + count]
         within = np.arange(longest)
         filled = np.minimum(starts[members, None] + within, starts[-1] - 1)

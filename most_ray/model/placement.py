@@ -1,11 +1,14 @@
-"""Which expert-parallel rank holds which expert.
+"""The placement of experts on expert-parallel ranks.
 
-transformers gives each expert-parallel rank a contiguous range of the rows of the fused expert tensors. With the groups in contiguous
-ranges too, some ranks hold only text experts and idle while speech is trained on. So rows are kept in slot order: slot s holds expert
-`placement[s]`, and every rank's slots have their share of both groups. Slots are known to this module, to `MostMoe` and to those who
-write rows to disk (`row_order`); the router, its losses and the metrics speak of experts.
+transformers gives each expert-parallel rank a contiguous range of the rows of the fused expert tensors. If the groups of text and audio
+experts were contiguous ranges too, some ranks would have text experts only, and would idle while speech is trained on. So rows are kept in
+slot order: slot s has expert `placement[s]`, and every rank's slots have their share of both groups. Only this module, `MostMoe` and the
+code that writes rows to disk (by `row_order`) use slots; the router, its losses and the metrics use the numbers of experts.
 
-Shapes: E experts, R expert-parallel ranks, L layers with experts.
+Shapes:
+    E  routed experts
+    R  expert-parallel ranks
+    L  layers with experts
 """
 
 from __future__ import annotations
@@ -20,26 +23,33 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostMoe
 
-_FUSED = ("gate_up_proj", "down_proj")
+_FUSED = ("gate_up_proj", "down_proj")  # parameters of an experts module, whose rows are experts
 
 
 def plan_placement(text: Sequence[int], audio: Sequence[int], n_experts: int, ep_size: int) -> tuple[int, ...]:
-    """Slot -> expert, (E,); rank r holds slots r*E/R to (r+1)*E/R.
+    """The expert in each slot, (E,). Rank r has the slots r * E/R to (r + 1) * E/R - 1.
 
-    Experts are dealt to the ranks one by one, those of text first: every rank gets E/R of them, and of each group its share to
-    within one, whatever the indices. The identity with one rank, or without groups (both empty).
+    Experts are dealt to the ranks one by one, those of text first: every rank gets E/R of them, and of each group its share to within
+    one, whatever their numbers. With one rank, or without groups (both empty), it is the identity.
+
+    Args:
+        text, audio: the experts of the two groups.
+        n_experts: E.
+        ep_size: R.
     """
     dealt = [*text, *audio]
     if ep_size == 1 or not dealt:
         return tuple(range(n_experts))
-    assert n_experts % ep_size == 0, "the topology was checked"
-    assert sorted(dealt) == list(range(n_experts)), "the groups were checked"
+    assert n_experts % ep_size == 0, "checked by plan_topology"
+    assert sorted(dealt) == list(range(n_experts)), "checked by check_experts"
     return tuple(expert for rank in range(ep_size) for expert in dealt[rank::ep_size])
 
 
 def place_experts(model: nn.Module, ep_size: int) -> None:
-    """Put the expert rows of a model that is laid out over ranks, in plain order so far, into slot order. Collective; each rank holds
-    at most one layer's one tensor in full at a time."""
+    """Move the expert rows of a model that is laid out over ranks from the experts' order to slot order.
+
+    Collective. Each rank has at most one tensor of one layer in full at a time.
+    """
     config: MostConfig = model.config  # type: ignore[assignment]
     aware = config.use_modality_aware_routing
     text, audio = (config.text_expert_indices or [], config.audio_expert_indices or []) if aware else ([], [])
@@ -54,9 +64,12 @@ def place_experts(model: nn.Module, ep_size: int) -> None:
 
 
 def row_order(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """For a parameter whose first dimension is kept in slot order: the logical index of each slot. None where the order is plain.
+    """The expert in each row of a parameter (E,), where its rows are in slot order; None for other parameters.
 
-    Optimizer moments have their parameter's order. `name` is as in `model.named_parameters()`.
+    Optimizer moments have the order of their parameter.
+
+    Args:
+        name: as in `model.named_parameters()`.
     """
     layer_name, _, last = name.rpartition(".experts.")
     if last not in _FUSED or not layer_name:
@@ -66,7 +79,7 @@ def row_order(model: nn.Module, name: str) -> tuple[int, ...] | None:
 
 
 def experts_of_ranks(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
-    """The experts that each expert-parallel rank holds, (R, E/R); None without expert parallelism."""
+    """The experts of each expert-parallel rank, (R, E/R); None without expert parallelism."""
     layer = next(_expert_layers(model), None)
     if layer is None or layer.ep_size == 1:
         return None
@@ -76,28 +89,33 @@ def experts_of_ranks(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
 
 
 def rank_load_ratio(load: torch.Tensor, ranks: Sequence[Sequence[int]]) -> float:
-    """Busiest expert-parallel rank's selections over the mean rank's, in the layer where that is largest; `load`: (L, 2, E) selections.
+    """Selections of the busiest expert-parallel rank over those of the mean rank, in the layer where that ratio is largest.
 
-    Groups of expert-parallel ranks beside each other count as one: it is the figure of the mean batch.
+    The same rank of several expert-parallel groups counts as one, so this is the ratio of the mean batch.
+
+    Args:
+        load: (L, 2, E), selections by layer, modality and expert.
+        ranks: the experts of each rank, as `experts_of_ranks` returns them.
     """
     per_rank = torch.stack([load.sum(1)[:, list(experts)].sum(1) for experts in ranks], dim=1).double()
     return float((per_rank.amax(1) / per_rank.mean(1).clamp(min=1e-9)).max()) if load.sum() > 0 else 1.0
 
 
 def _expert_layers(model: nn.Module) -> Any:
+    """Iterate over the modules of experts of all layers."""
     return (module for module in model.modules() if isinstance(module, MostMoe))
 
 
 @torch.no_grad()
 def _permute_rows(parameter: torch.Tensor, order: Sequence[int]) -> None:
-    """Row order[s] of the parameter to row s, wherever these live."""
+    """Move row order[s] of a parameter to row s, whichever ranks they are on."""
     index = torch.tensor(order, device=parameter.device)
     if not isinstance(parameter, DTensor):
         parameter.copy_(parameter[index])
         return
-    # FSDP's split first, then that over expert-parallel ranks, the mesh's last dimension: the reverse of how they were made.
+    # Undo FSDP's split first, then that over expert-parallel ranks, the mesh's last dimension: the reverse of how they were applied.
     owned = parameter.redistribute(placements=[*[Replicate()] * (parameter.device_mesh.ndim - 1), parameter.placements[-1]])
     rows = owned.full_tensor()[index]
-    # Every rank has all rows: src_data_rank None slices them where they are.
+    # Every rank has all rows, so each takes its own ones (src_data_rank None).
     laid_out = distribute_tensor(rows, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.to_local().copy_(laid_out.to_local())

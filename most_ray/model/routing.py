@@ -1,7 +1,15 @@
 """The modality-aware router and its load-balancing losses.
 
-Shapes: B packs, S positions, T tokens that are not padding, D hidden, E routed experts, K experts per token, G segments (records),
-L layers with experts.
+Shapes:
+    B  rows
+    S  positions of a row
+    T  tokens that are not padding
+    D  hidden size
+    E  routed experts
+    K  experts per token
+    G  records
+    L  layers with experts
+    2  modalities, TEXT and AUDIO
 """
 
 from __future__ import annotations
@@ -18,44 +26,41 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from most_ray.model.configuration import MostConfig
 from most_ray.records.template import AUDIO, PADDING, TEXT
 
-BALANCE_BIAS = "e_score_correction_bias"  # DeepSeek-V3's name
+BALANCE_BIAS = "e_score_correction_bias"  # name of the routers' buffer, as in DeepSeek-V3
 
 
 class Routing(NamedTuple):
-    """What every layer's router must know of the batch; made once per forward pass and handed down as an argument.
+    """What the routers of all layers need to know about the batch; computed once per forward pass."""
 
-    tokens: indices (T,) of the tokens that are not padding in the flattened (B*S,) batch, or None where they are its first T.
-    modality: (T,) TEXT or AUDIO.
-    allowed: (T, E) bool, the experts that each token may use; None where any will do.
-    segments: (T,) index of the record that each token belongs to.
-    n_segments: G.
-    previous_load: (E,) selections per expert in the layer that this is handed to, over all of the optimizer step before: what the
-        batch-wise balance loss takes frequencies from. None: from this call.
-    """
-
-    tokens: torch.Tensor | None
-    modality: torch.Tensor
-    allowed: torch.Tensor | None
-    segments: torch.Tensor
-    n_segments: int
+    tokens: torch.Tensor | None  # (T,), indices in the flattened (B * S,) batch of the tokens that are not padding; None: the first T
+    modality: torch.Tensor  # (T,), TEXT or AUDIO
+    allowed: torch.Tensor | None  # bool (T, E), the experts that each token may use; None: all of them
+    segments: torch.Tensor  # (T,), the record of each token
+    n_segments: int  # G
+    # (E,), selections of each expert of the layer in the whole optimizer step before, which the batch-wise balance loss takes frequencies
+    # from. None: it takes them from this call.
     previous_load: torch.Tensor | None = None
 
 
 class RouterStats(NamedTuple):
-    """What one layer's routing did. aux_loss: scalar with gradient, summed over records (sequence-wise) or over tokens
-    (batch-wise), without its weight; load: (2, E) int64, tokens of each modality that each expert got."""
+    """Statistics of the routing of one layer."""
 
-    aux_loss: torch.Tensor
-    load: torch.Tensor
+    aux_loss: torch.Tensor  # scalar with gradient: the balance loss without its weight, see `balance_loss`
+    load: torch.Tensor  # int64 (2, E), selections of each expert by tokens of each modality
 
 
 def modality_of(input_ids: torch.Tensor, config: MostConfig) -> torch.Tensor:
-    """TEXT or AUDIO for each token id, same shape as input_ids."""
+    """TEXT or AUDIO for each token id, int64 in the shape of input_ids."""
     return ((input_ids >= config.first_audio_token) & (input_ids <= config.last_audio_token)).long()
 
 
 def make_routing(modality: torch.Tensor, position_ids: torch.Tensor | None, config: MostConfig) -> Routing:
-    """Routing of a batch from its marks (B, S) and, for packed rows, its positions (B, S), which restart at each record."""
+    """The routing of a batch.
+
+    Args:
+        modality: (B, S), TEXT, AUDIO or PADDING.
+        position_ids: for packed rows (B, S), from 0 in each record; None: each row is a record.
+    """
     batch, length = modality.shape
     flat = modality.reshape(-1)
     if position_ids is None:
@@ -75,7 +80,7 @@ def make_routing(modality: torch.Tensor, position_ids: torch.Tensor | None, conf
 
 
 def record_routing(modality: torch.Tensor, segments: torch.Tensor, n_segments: int, config: MostConfig) -> Routing:
-    """Routing of tokens (T,), none of them padding, of records that are known."""
+    """The routing of tokens without padding: modality (T,), segments (T,), the record of each token."""
     allowed = None
     if config.use_modality_aware_routing:
         groups = tuple(config.text_expert_indices or ()), tuple(config.audio_expert_indices or ())
@@ -85,7 +90,7 @@ def record_routing(modality: torch.Tensor, segments: torch.Tensor, n_segments: i
 
 @functools.lru_cache(maxsize=8)
 def _allowed(text: tuple[int, ...], audio: tuple[int, ...], n_experts: int, device: torch.device) -> torch.Tensor:
-    """The experts that each modality may use, (2, E) bool; kept, for a GPU would be waited for each time it is made."""
+    """The experts that each modality may use, bool (2, E). Cached, since creating it waits for a GPU."""
     table = torch.zeros(2, n_experts, dtype=torch.bool)
     table[TEXT, list(text)] = True
     table[AUDIO, list(audio)] = True
@@ -93,30 +98,38 @@ def _allowed(text: tuple[int, ...], audio: tuple[int, ...], n_experts: int, devi
 
 
 class MostRouter(DeepseekV2TopkRouter):
-    """DeepSeek-V2's router over the experts that each token's modality allows, with DeepSeek-V3's bias where the model has one."""
+    """DeepSeek-V2's router over the experts that are allowed for each token, with DeepSeek-V3's balance bias where the model has one."""
 
     e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.norm_topk_prob = bool(config.norm_topk_prob)
-        # float32 whatever the default type: its steps are small.
+        # Always float32, whatever the default type: its steps are small.
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.use_balance_bias else None
         self.register_buffer(BALANCE_BIAS, bias)
 
     def forward(
         self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(T, D) -> logits (T, E), weights (T, K), expert indices (T, K), probabilities (T, E) with 0 at experts that are not allowed;
-        the floats are float32 whatever the autocast."""
+        """Choose the experts of each token.
+
+        Args:
+            hidden_states: (T, D).
+            allowed: bool (T, E); None: all experts are allowed.
+
+        Returns:
+            Logits (T, E), weights (T, K), expert indices (T, K), and probabilities (T, E), 0 where an expert is not allowed. Floats are
+            float32 whatever the autocast.
+        """
         with torch.autocast(hidden_states.device.type, enabled=False):
             logits = F.linear(hidden_states.float(), self.weight.float())
-        # Over all experts, then masked, as in the original: the other group's share is lost, not handed round.
+        # Softmax over all experts, then masked, as in the original MoST: the other group's share is lost, not redistributed.
         probabilities = logits.softmax(dim=-1, dtype=torch.float32)
         choice = probabilities if self.e_score_correction_bias is None else probabilities + self.e_score_correction_bias
         if allowed is not None:
             probabilities = probabilities.masked_fill(~allowed, 0.0)
-            # Below every score, so that not even one that underflowed loses its place to the other group's experts.
+            # Below every score, so that experts of the other group are not chosen even where scores underflow to 0.
             choice = choice.masked_fill(~allowed, -torch.inf)
         if self.topk_method == "group_limited_greedy":
             grouped = choice.view(choice.shape[0], self.num_group, -1)
@@ -131,12 +144,16 @@ class MostRouter(DeepseekV2TopkRouter):
 
 
 def balance_loss(indices: torch.Tensor, probabilities: torch.Tensor, routing: Routing, sequence_wise: bool) -> torch.Tensor:
-    """Load-balancing loss without its weight, scalar: sum over records (sequence-wise), or T times the batch's (batch-wise).
+    """The balance loss without its weight, a scalar: the sum over records (sequence-wise), or T times that of the batch (batch-wise).
 
-    f_e: share of the selections that went to expert e, times E; P_e: mean probability of e; loss: sum_e f_e P_e (DeepSeek-V2,
-    arXiv 2405.04434, eq. 12-14). Sequence-wise f and P are taken over each record, so the sum depends neither on how records
-    are packed nor on how packs are spread over ranks. Batch-wise they are taken over the tokens of this call; with
-    `routing.previous_load`, f is that of the step before (none yet: 0), so that the loss is a sum over tokens and depends on neither.
+    With f_e the share of selections of expert e times E and P_e the mean probability of e, the loss is sum_e f_e P_e (DeepSeek-V2, arXiv
+    2405.04434, eq. 12-14). Sequence-wise, f and P are taken over each record, so that the sum depends neither on how records are packed
+    nor on how packs are distributed over ranks. Batch-wise, they are taken over the tokens of this call; with `routing.previous_load`, f
+    is that of the step before (in the first step 0), so that the loss is a sum over tokens and depends on neither.
+
+    Args:
+        indices: (T, K), the experts of each token.
+        probabilities: (T, E).
     """
     n_tokens, n_experts = probabilities.shape
     if n_tokens == 0:
@@ -158,16 +175,16 @@ def balance_loss(indices: torch.Tensor, probabilities: torch.Tensor, routing: Ro
 
 
 def expert_load(indices: torch.Tensor, modality: torch.Tensor, n_experts: int) -> torch.Tensor:
-    """Selections per modality and expert, (2, E) int64."""
+    """Count the selections of each expert by modality: indices (T, K), modality (T,) -> int64 (2, E)."""
     slots = (modality.unsqueeze(-1) * n_experts + indices).view(-1)
-    # Not bincount, which waits for a GPU.
+    # Not by bincount, which waits for a GPU.
     return (
         torch.zeros(2 * n_experts, dtype=torch.long, device=slots.device).scatter_add_(0, slots, torch.ones_like(slots)).view(2, n_experts)
     )
 
 
 def leaked_selections(load: torch.Tensor, config: MostConfig) -> int:
-    """Selections in `load` (..., 2, E) that crossed the modality border: 0, or the routing is wrong."""
+    """The number of selections in `load` (..., 2, E) of an expert of the other modality's group: not 0 where the routing is wrong."""
     if not config.use_modality_aware_routing:
         return 0
     by_modality = load.reshape(-1, 2, config.n_routed_experts).sum(0)
@@ -175,7 +192,7 @@ def leaked_selections(load: torch.Tensor, config: MostConfig) -> int:
 
 
 def expert_groups(load: torch.Tensor, config: MostConfig) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """Per modality: its selections (L, E) out of `load` (L, 2, E), and the experts that may get them."""
+    """By modality: its selections (L, E) out of `load` (L, 2, E), and the experts that it may select."""
     every = list(range(config.n_routed_experts))
     aware = config.use_modality_aware_routing
     named = {"text": config.text_expert_indices, "audio": config.audio_expert_indices}
@@ -184,12 +201,14 @@ def expert_groups(load: torch.Tensor, config: MostConfig) -> dict[str, tuple[tor
 
 @torch.no_grad()
 def update_balance_bias(model: nn.Module, load: torch.Tensor, rate: float) -> None:
-    """Add rate * sign(mean load of e's group - load of e) to every expert's bias in the choice of experts (arXiv 2408.15664, algorithm 1).
+    """Add rate * sign(mean load of e's group - load of e) to the balance bias of every expert e (arXiv 2408.15664, algorithm 1).
+
+    The experts of a modality are a group; without modality-aware routing all experts are one. A group without tokens keeps its biases.
 
     Args:
-        model: its routers have biases.
-        load: (L, 2, E) selections of a whole optimizer step, over all ranks, so that biases stay alike on every rank. Each modality's
-            experts are a group by themselves, all experts one where routing does not look at modality; a group without tokens is left.
+        model: whose routers have balance biases.
+        load: (L, 2, E), selections of a whole optimizer step over all ranks, so that biases stay equal on every rank.
+        rate: size of a step.
     """
     routers = [module for module in model.modules() if isinstance(module, MostRouter)]
     config: MostConfig = model.config  # type: ignore[assignment]
@@ -200,7 +219,7 @@ def update_balance_bias(model: nn.Module, load: torch.Tensor, rate: float) -> No
     change = torch.zeros(load.shape[0], load.shape[2], dtype=torch.float32)
     for selections, experts in groups:
         used = selections[:, experts].cpu()
-        # In whole numbers: mean > load where sum > n * load. Without tokens every load is the mean.
+        # In integers: mean > load where sum > n * load. Without tokens every load is the mean.
         change[:, experts] = rate * (used.sum(1, keepdim=True) - len(experts) * used).sign().float()
     for router, row in zip(routers, change, strict=True):
         assert router.e_score_correction_bias is not None
@@ -208,12 +227,15 @@ def update_balance_bias(model: nn.Module, load: torch.Tensor, rate: float) -> No
 
 
 def load_summary(load: torch.Tensor, config: MostConfig) -> dict[str, Any]:
-    """Selections (L, 2, E) as figures that can be read, by modality; a modality without tokens is left out of all but the first.
+    """Metrics of the selections `load` (L, 2, E), by name; all but `leaked` are by modality.
 
-    expert_load: selections by expert, summed over layers; leaked: selections across the modality border;
-    expert_max_over_mean: the busiest expert's over its group's mean, in the worst layer; expert_entropy: of the selections over the
-    group, 1 where all its experts have the same and 0 where one has all, mean over layers. Under `layers` both, and the busiest
-    expert, layer by layer (those with experts, from the first).
+    - expert_load: selections of each expert, summed over layers.
+    - expert_max_over_mean: those of the busiest expert over the mean of its group, in the layer where that ratio is largest.
+    - expert_entropy: entropy of the selections over the group, mean over layers; 1 where all have equally many, 0 where one has all.
+    - leaked: selections of experts of the other modality.
+    - layers: the ratio, the entropy and the busiest expert of each layer with experts.
+
+    A modality without tokens is left out of all but expert_load.
     """
     by_layer: dict[str, dict[str, list[Any]]] = {"expert_max_over_mean": {}, "expert_entropy": {}, "busiest_expert": {}}
     summary: dict[str, Any] = {

@@ -28,7 +28,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Exper
 from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
 from most_ray.model.exchange import EXCHANGE
-from most_ray.model.experts import EXPERTS
+from most_ray.model.experts import DEFAULT_KERNEL
 from most_ray.model.placement import experts_of_ranks, rank_load_ratio
 from most_ray.records.record import units_to_text
 from tests.benchmarks.common import show, write
@@ -46,7 +46,7 @@ BOUND = 1.15
 def layer_of(way: str, mesh: DeviceMesh) -> nn.ModuleDict:
     """This rank's experts, reached the given way, and the shared ones; alike for every way."""
     config = tiny_config(**SIZES)
-    config._experts_implementation = EXPERTS
+    config._experts_implementation = DEFAULT_KERNEL
     torch.manual_seed(dist.get_rank())
     layer = nn.ModuleDict({"shared": DeepseekV2MLP(config, config.moe_intermediate_size * 2), "experts": DeepseekV2Experts(config)})
     experts: Any = layer["experts"]

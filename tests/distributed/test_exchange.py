@@ -17,7 +17,7 @@ from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Experts
 
 from most_ray.model.exchange import EXCHANGE, DispatchPlan, destination_ranks, plan_dispatch
-from most_ray.model.experts import EXPERTS
+from most_ray.model.experts import DEFAULT_KERNEL
 from tests.support.builders import tiny_config
 from tests.support.gloo import run_ranks
 
@@ -58,9 +58,9 @@ CASES = {
     "no rank has tokens": Case(NONE),
     "no rank has tokens, recomputed": Case(NONE, way="recomputed"),
     "grouped": Case(kind="grouped_mm", dtype=torch.float32, bound=FLOAT32),
-    "ours": Case(kind=EXPERTS, dtype=torch.float32, bound=FLOAT32),
-    "ours, all to one rank": Case(where="one", kind=EXPERTS, dtype=torch.float32, bound=FLOAT32),
-    "ours in bfloat16": Case(kind=EXPERTS, dtype=torch.bfloat16, bound=BFLOAT16),
+    "ours": Case(kind=DEFAULT_KERNEL, dtype=torch.float32, bound=FLOAT32),
+    "ours, all to one rank": Case(where="one", kind=DEFAULT_KERNEL, dtype=torch.float32, bound=FLOAT32),
+    "ours in bfloat16": Case(kind=DEFAULT_KERNEL, dtype=torch.bfloat16, bound=BFLOAT16),
 }
 
 
@@ -86,8 +86,8 @@ def test_a_token_goes_once_to_each_rank_that_holds_any_of_its_experts(seed: int)
     assert plan.tokens.tolist() == [token for _, token in wanted]
     assert plan.slots.tolist() == [[s % n_local if s // n_local == rank else n_local for s in chosen[token]] for rank, token in wanted]
     rows = {pair: row for row, pair in enumerate(wanted)}
-    assert plan.places.tolist() == [[rows.get((rank, token), len(wanted)) for rank in range(n_ranks)] for token in range(n_tokens)]
-    assert plan.owners.tolist() == [[s // n_local for s in of_token] for of_token in chosen]
+    assert plan.rows.tolist() == [[rows.get((rank, token), len(wanted)) for rank in range(n_ranks)] for token in range(n_tokens)]
+    assert plan.ranks.tolist() == [[s // n_local for s in of_token] for of_token in chosen]
 
 
 @pytest.mark.parametrize(("n_experts", "k", "n_ranks"), [(8, 2, 2), (8, 3, 4), (12, 6, 3), (12, 5, 12)])

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RMSNorm
 
 from most_ray.model import attention, experts, head
-from most_ray.model.experts import experts_forward
+from most_ray.model.experts import EXPERT_KERNELS, experts_forward
 from most_ray.model.kernels import SwiGlu, rms_norm, round_up
 from most_ray.model.packed import PackedRows, lay_out_records, pack_rows
 from most_ray.records.template import AUDIO, IGNORE, PADDING, TEXT
@@ -159,9 +159,10 @@ def test_records_share_a_group_where_they_are_of_about_one_length() -> None:
     assert records.groups == ((3, 100), (1, 50), (2, 10))
 
 
+@pytest.mark.parametrize("kernel", EXPERT_KERNELS)
 @pytest.mark.parametrize("absent", [False, True])
-def test_experts_are_the_librarys(absent: bool) -> None:
-    """In float32; of experts that live elsewhere nothing is added, nor has it a gradient."""
+def test_every_kernel_computes_the_librarys_experts(kernel: str, absent: bool) -> None:
+    """In float32. Experts of other ranks add nothing and have no gradient."""
     torch.manual_seed(0)
     module = tiny_model().model.layers[1].mlp.experts
     module._is_expert_parallel = absent
@@ -169,7 +170,7 @@ def test_experts_are_the_librarys(absent: bool) -> None:
     index = torch.stack([torch.randperm(8 + 2 * absent)[:3] for _ in range(50)])
     weights = torch.rand(50, 3)
     answers = []
-    for forward in (experts_forward, grouped_mm_experts_forward):
+    for forward in (ALL_EXPERTS_FUNCTIONS[kernel], grouped_mm_experts_forward):
         module.zero_grad()
         own = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
         hidden = own[1].masked_fill(index >= 8, 0.0) if forward is grouped_mm_experts_forward else own[1]
@@ -180,13 +181,14 @@ def test_experts_are_the_librarys(absent: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_that_get_no_token_have_gradients_of_zeros() -> None:
-    module = tiny_model().model.layers[1].mlp.experts
-    output = experts_forward(module, torch.randn(4, 32), torch.full((4, 2), 3), torch.ones(4, 2))
+@pytest.mark.parametrize("kernel", EXPERT_KERNELS)
+def test_experts_that_get_no_token_have_gradients_of_zeros(kernel: str) -> None:
+    module, forward = tiny_model().model.layers[1].mlp.experts, ALL_EXPERTS_FUNCTIONS[kernel]
+    output = forward(module, torch.randn(4, 32), torch.full((4, 2), 3), torch.ones(4, 2))
     output.sum().backward()
     assert module.down_proj.grad[3].any() and not module.down_proj.grad[[0, 1, 2, 4, 5, 6, 7]].any()
     module.zero_grad()
-    experts_forward(module, torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.ones(0, 2)).sum().backward()
+    forward(module, torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.ones(0, 2)).sum().backward()
     assert module.gate_up_proj.grad is not None and not module.gate_up_proj.grad.any()
 
 
@@ -220,7 +222,7 @@ def test_the_head_without_logits_has_the_losses_of_cross_entropy(blocks: int, mo
 def test_the_heads_blocks_hold_no_more_than_so_many_logits() -> None:
     blocks = list(head._blocks(4096, 102_400))
     assert [start for start, _ in blocks] == [0, *(end for _, end in blocks[:-1])] and blocks[-1][1] == 102_400
-    assert max((end - start) * 4096 for start, end in blocks) <= head._MOST_LOGITS
+    assert max((end - start) * 4096 for start, end in blocks) <= head._MAX_LOGITS
     assert list(head._blocks(100, 1000)) == [(0, 1000)]
 
 
