@@ -100,7 +100,7 @@ def lock(keep: bool) -> None:
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["int8"]]
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]["requires"]
-    dev = [line for line in extras["dev"] if not line.startswith(project["name"])]
+    dev = [line for line in (*extras["docs"], *extras["dev"]) if not line.startswith(project["name"])]
     preferred = "".join(read(name) for name in ("run", "dev", "torch-cuda")).replace("===", "==") if keep else ""
     everything = compile_lock("\n".join([*needed, *build, *dev]), preferred=preferred)
     pins = "\n".join(entry.partition(" \\")[0] for entry in everything)
