@@ -39,6 +39,7 @@ from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import token_ids, train_tokenizer
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_inputs, devices_of, open_sources, resolve_run, training_texts
+from most_ray.runs.start_checks import walk
 from most_ray.train.step import Precision
 
 SMALL_BYTES = 256 << 20  # records of up to this size, all directories together, are ingested in full; of larger ones a sample
@@ -110,10 +111,11 @@ def dry_run(config: RunConfig, device: str = "") -> DryRun:
     Raises:
         UserError: a mistake that `prepare_run` finds too, if it does not depend on where it runs; an unknown device; an unknown model.
     """
-    check_inputs(config)
+    checked = walk({"data": lambda: check_inputs(config), "room": lambda: devices_of(config, must_be_here=False)})
+    use_gpu, fewest, most = checked["room"]
     with tempfile.TemporaryDirectory(prefix="most_ray-dry-") as folder:
         preparation = _Preparation(config, Path(folder))
-        return _estimate(config, preparation.prepare(), preparation, device)
+        return _estimate(config, preparation.prepare(use_gpu, fewest, most), preparation, device)
 
 
 class _Preparation:
@@ -133,9 +135,8 @@ class _Preparation:
         self._small = sum(entry.size for directory in directories for entry in record_files(directory)) < SMALL_BYTES
         self._samples = 0
 
-    def prepare(self) -> Prepared:
-        """Prepare the run as `prepare_run` does, with the run's own checkpoints if it has any."""
-        use_gpu, fewest, most = devices_of(self.config, must_be_here=False)
+    def prepare(self, use_gpu: bool, fewest: int, most: int) -> Prepared:
+        """Prepare the run on `fewest` to `most` workers as `prepare_run` does, with the run's own checkpoints if it has any."""
         store_dir = str(self.folder / "store")
         local = dataclasses.replace(self.config, model_name_or_path=self._model(), output_dir=str(self.folder), store_dir=store_dir)
         scratch = RunFolder(str(self.folder / "run"))

@@ -34,6 +34,7 @@ from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
+from most_ray.runs.start_checks import walk
 from most_ray.speech.units.assets import copy_assets, find_assets
 
 VERIFIED_BYTES = (
@@ -86,10 +87,11 @@ def prepare_run(config: RunConfig, runner: MakeRunner = ingest_here, workers: in
     Raises:
         UserError: anything that a user can fix.
     """
-    check_outputs(config)
-    check_inputs(config)
+    checked = walk(
+        {"storage": lambda: check_outputs(config), "data": lambda: check_inputs(config), "room": lambda: devices_of(config, gpus=gpus)}
+    )
+    use_gpu, fewest, most = checked["room"]
     folder = RunFolder(config.run_uri)
-    use_gpu, fewest, most = devices_of(config, gpus=gpus)
     fewest, most = (workers, workers) if workers else (fewest, most)
     sources = open_sources(config, folder, runner(config, use_gpu))
     return resolve_run(config, folder, sources, use_gpu, fewest, most)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 
 import ray
 from rich.console import Console
@@ -20,6 +20,7 @@ from most_ray.planner.memory import checkpoint_bytes
 from most_ray.runs.job import overrides_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of
+from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus
 from most_ray.service.cluster.probe import Probe, run_probe, versions
@@ -30,36 +31,45 @@ def examine_run(config: RunConfig) -> list[Finding]:
     """Make all checks that need no ingested records, on the named cluster, else on this machine. A check that fails becomes a finding, and
     those that do not depend on it are still made."""
     findings: list[Finding] = []
+    gpus: int | None = None  # of the cluster that was joined
+    topologies: Sequence[Topology] = ()
 
-    def check(subject: str, operation: Callable[[], Sequence[Finding] | None], passed: str = "") -> None:
-        try:
-            found = list(operation() or [])
-        except UserError as error:
-            found = [Finding(subject, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value)]
-        findings.extend(found or [Finding(subject, "ok", "driver", passed)])
+    def cluster() -> list[Finding]:
+        nonlocal gpus
+        gpus = cluster_gpus(config)
+        if gpus is None:
+            return [Finding("cluster", "ok", "driver", "none is named: a run would start Ray on this machine")]
+        return [Finding("cluster", "ok", "cluster", f"{_resources()} on {len(usable_nodes())} node(s)")]
 
-    gpus: list[int | None] = []
-    check("cluster", lambda: gpus.append(cluster_gpus(config)), "")
-    joined = bool(gpus) and gpus[0] is not None
-    if joined:
-        findings[-1] = replace(findings[-1], where="cluster", text=f"{_resources()} on {len(usable_nodes())} node(s)")
-    elif gpus:
-        findings[-1] = replace(findings[-1], text="none is named: a run would start Ray on this machine")
-    check("storage", lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to")
-    if any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
-        check("data", lambda: check_inputs(config), "all directories exist")
-    if joined:
-        check("nodes", lambda: check_cluster(config), "all nodes can write, read and run the same versions")
-    else:
-        check("limits", _check_this_machine, "enough files can be opened")
-    topologies: list[Topology] = []
-    if gpus:
-        check("room", lambda: topologies.extend(_plan_layouts(config, gpus[0], joined)), "the workers have room")
-    if topologies:
-        check("space", lambda: _check_space(config, topologies[-1]))
-    check("tracking", lambda: check_tracking(config), "Weights & Biases is not used")
-    if gpus:
-        check("safety", lambda: check_safety(config), "no other machine can reach it without a token")
+    def room() -> None:
+        nonlocal topologies
+        topologies = _plan_layouts(config, gpus)
+
+    def failed(name: str, error: UserError) -> None:
+        findings.append(Finding(name, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value))
+
+    # Each with what is shown if it finds nothing.
+    checks: dict[str, tuple[Callable[[], Sequence[Finding] | None], str]] = {
+        "cluster": (cluster, ""),
+        "storage": (lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to"),
+        "data": (lambda: check_inputs(config), "all directories exist"),
+        "limits": (_check_this_machine, "enough files can be opened"),
+        "nodes": (lambda: check_cluster(config), "all nodes can write, read and run the same versions"),
+        "room": (room, "the workers have room"),
+        "space": (lambda: _check_space(config, topologies[-1]), ""),
+        "tracking": (lambda: check_tracking(config), "Weights & Biases is not used"),
+        "safety": (lambda: check_safety(config), "no other machine can reach it without a token"),
+    }
+    if not any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
+        del checks["data"]
+
+    def reported(name: str) -> None:
+        if (name == "nodes" and gpus is None) or (name == "limits" and gpus is not None):
+            return
+        operation, passed = checks[name]
+        findings.extend(operation() or [Finding(name, "ok", "driver", passed)])
+
+    walk({name: partial(reported, name) for name in checks}, failed)
     return findings
 
 
@@ -68,10 +78,10 @@ def _check_this_machine() -> list[Finding]:
     return assess_nodes([NodeAnswer(report.host, report, report.time, report.time)], versions())
 
 
-def _plan_layouts(config: RunConfig, gpus: int | None, joined: bool) -> Sequence[Topology]:
+def _plan_layouts(config: RunConfig, gpus: int | None) -> Sequence[Topology]:
     """The topologies of the run, smallest first. Raises UserError where there is none, or the cluster that was joined has no room."""
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
-    if joined:
+    if gpus is not None:
         check_resources(config, fewest, most, use_gpu)
     name = config.model_name_or_path
     n_experts = PRESETS[name]["n_routed_experts"] if name in PRESETS else read_config(local_copy(name)).n_routed_experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from typing import Any
@@ -20,6 +21,7 @@ from most_ray.report import write_report
 from most_ray.runs.job import overrides_of
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.resolve import check_inputs, devices_of, prepare_run
+from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
 from most_ray.service.cluster.stop_requests import ShutdownSignal
@@ -42,11 +44,7 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     gpus = cluster_gpus(config)
     if gpus is not None:
         shutdown.install()
-        check_inputs(config)
-        use_gpu, fewest, most = devices_of(config, gpus=gpus)
-        if not storage.exists(storage.join(config.run_uri, "summary.json")):  # a complete run needs no resources
-            check_resources(config, fewest, most, use_gpu)
-            report_findings(check_cluster(config), console)
+        _check_on_cluster(config, gpus, console)
     prepared = prepare_run(config, ingest_runner, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     for uri, reason in prepared.corrupt:
@@ -60,7 +58,10 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     begin_run(prepared, config)
     model = read_config(local_copy(job.model_path), overrides_of(job.config))
     size = checkpoint_bytes(model, job.topology, config.optimizer_state)
-    report_findings([*check_space(config, size), *check_tracking(config), *check_safety(config)], console)
+    findings = walk(
+        {"space": lambda: check_space(config, size), "tracking": lambda: check_tracking(config), "safety": lambda: check_safety(config)}
+    )
+    report_findings(list(itertools.chain(*findings.values())), console)
     first_screen(prepared, console, validation=evaluation_plan(prepared, config.eval_inline))
     started = time.monotonic()
     if prepared.done_steps < job.total_steps or not is_complete(prepared):
@@ -74,3 +75,19 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
         rule = "was not reached: its checkpoint or its evaluation is missing."
         raise RunIncompleteError("step", job.total_steps, rule, "Start it again.")
     return finish_run(prepared, time.monotonic() - started, write_report)
+
+
+def _check_on_cluster(config: RunConfig, gpus: int, console: Console) -> None:
+    """Make the checks that a cluster needs before records are ingested on it; `prepare_run` makes the others."""
+    complete = storage.exists(storage.join(config.run_uri, "summary.json"))  # such a run needs no resources
+
+    def room() -> None:
+        use_gpu, fewest, most = devices_of(config, gpus=gpus)
+        if not complete:
+            check_resources(config, fewest, most, use_gpu)
+
+    def nodes() -> None:
+        if not complete:
+            report_findings(check_cluster(config), console)
+
+    walk({"data": lambda: check_inputs(config), "room": room, "nodes": nodes})
