@@ -58,27 +58,27 @@ def read_state(uri: str | Path) -> dict[str, Any]:
     return content
 
 
-def model_shards(model: nn.Module, rank: int | None = None) -> list[TensorShard]:
+def model_shards(model: nn.Module) -> list[TensorShard]:
     """Return this rank's shards of the model's tensors under their names in checkpoints. They share memory with the model."""
     tensors = model.state_dict(keep_vars=True)
-    return [shard_of(f"model.{name}", tensor.detach(), row_order(model, name), rank) for name, tensor in tensors.items()]
+    return [shard_of(f"model.{name}", tensor.detach(), row_order(model, name)) for name, tensor in tensors.items()]
 
 
-def state_shards(state: TrainState, rank: int | None = None) -> list[TensorShard]:
+def state_shards(state: TrainState) -> list[TensorShard]:
     """Return this rank's shards of all tensors of a training state. They share memory with it."""
-    return _state_shards(state, (), rank)[0]
+    return _state_shards(state, ())[0]
 
 
-def _state_shards(state: TrainState, stored: Container[str], rank: int | None = None) -> tuple[list[TensorShard], list[Callable[[], None]]]:
+def _state_shards(state: TrainState, stored: Container[str]) -> tuple[list[TensorShard], list[Callable[[], None]]]:
     """Return the shards of a training state, with moments in the form (float32 or 8 bits) of the names in `stored`, and functions that take
     over moments of the other form once they have been read."""
-    shards, finishers = model_shards(state.model, rank), []
+    shards, finishers = model_shards(state.model), []
     for name, parameter in state.model.named_parameters():
         order = row_order(state.model, name)
         tensors, finish = saved_state(state.optimizer, parameter, f"optimizer.{name}.", stored)
-        shards += [shard_of(key, value, order if value.dim() else None, rank) for key, value in tensors.items()]
+        shards += [shard_of(key, value, order if value.dim() else None) for key, value in tensors.items()]
         finishers.append(finish)
-    return shards + [shard_of(f"state.{name}", value, None, rank) for name, value in sorted(state.buffers.items())], finishers
+    return shards + [shard_of(f"state.{name}", value) for name, value in sorted(state.buffers.items())], finishers
 
 
 def random_shards() -> list[TensorShard]:
@@ -135,13 +135,13 @@ def _is_optional(name: str) -> bool:
     return name.startswith("state.") or name.endswith(BALANCE_BIAS)
 
 
-def read_model(uri: str, model: nn.Module, scratch: Path | None = None) -> None:
+def read_model(uri: str, model: nn.Module) -> None:
     """Fill a model, on any number of ranks, with a checkpoint's weights.
 
     Raises:
         CheckpointError: it is incomplete or damaged, or its tensors are not the model's.
     """
-    CheckpointFiles(uri, scratch).read(model_shards(model))
+    CheckpointFiles(uri).read(model_shards(model))
 
 
 class CheckpointFiles:

@@ -107,9 +107,8 @@ class CheckpointWriter:
         """
         with self._count_stall():
             self._join()
-            rank, world = this_rank(), world_size()
             shards = state_shards(state)
-            state_json = json.dumps({**_describe(state, shards, world), **content}, indent=1)
+            state_json = json.dumps({**_describe(state, shards), **content}, indent=1)
             self._staging.plan(shards + random_shards())
             if self._overlap:
                 self._copied.clear()
@@ -117,18 +116,9 @@ class CheckpointWriter:
                     self._hooks[state.optimizer] = state.optimizer.register_step_pre_hook(lambda *_: self._await_copy())
             else:
                 self._staging.copy(torch.get_num_threads())
+            values, nbytes = {shard.name: math.prod(shard.shape) for shard in shards}, sum(shard.global_bytes for shard in shards)
             task = _SaveTask(
-                uri=uri,
-                step=state.step,
-                rank=rank,
-                group=self._group,
-                staging=self._staging,
-                state_json=state_json,
-                values={shard.name: math.prod(shard.shape) for shard in shards},
-                nbytes=sum(shard.global_bytes for shard in shards),
-                write_files=write_files,
-                may_commit=may_commit,
-                scratch=self._scratch,
+                uri, state.step, values, nbytes, state_json, write_files, may_commit, self._staging, self._group, self._scratch
             )
             self._thread = threading.Thread(target=self._run, args=(task, time.monotonic()), name="checkpoint", daemon=True)
             if self._background:
@@ -213,7 +203,7 @@ class CheckpointWriter:
             self.stall_seconds += time.perf_counter() - start
 
 
-def _describe(state: TrainState, shards: list[TensorShard], world: int) -> dict[str, Any]:
+def _describe(state: TrainState, shards: list[TensorShard]) -> dict[str, Any]:
     """Return what state.json holds of a training state."""
     return {
         "format": FORMAT,
@@ -229,7 +219,7 @@ def _describe(state: TrainState, shards: list[TensorShard], world: int) -> dict[
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "ranks": {"world_size": world, "meshes": _meshes(state.model)},
+        "ranks": {"world_size": world_size(), "meshes": _meshes(state.model)},
     }
 
 
@@ -246,15 +236,18 @@ class _SaveTask:
 
     uri: str
     step: int
-    rank: int
-    group: Any  # of gloo, or None without other ranks
-    staging: Staging
-    state_json: str
     values: dict[str, int]  # name -> number of values of the global tensor
     nbytes: int  # of all ranks' tensors
+    state_json: str
     write_files: Callable[[Path], None]
     may_commit: Callable[[], bool]
+    staging: Staging
+    group: Any  # of gloo, or None without other ranks
     scratch: Path | None
+
+    @property
+    def rank(self) -> int:
+        return this_rank()
 
     def run(self) -> None:
         """Write and commit the checkpoint.

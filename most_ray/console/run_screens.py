@@ -48,8 +48,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
         "evaluation": validation or "none",
         "tracking": ", ".join([f"{uri}/metrics.jsonl", *tracker_notes(job.config)]),
     }
-    for name, text in rows.items():
-        print_line(console, f"  {name:<11} {text}")
+    print_rows(console, rows)
     table = Table(title=f"Mix (shares of {job.plan.weight_unit})")
     for heading in ("source", "records", "tokens", "share", "passes in this run"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
@@ -76,6 +75,12 @@ def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
 def print_line(console: Console, text: str) -> None:
     """Print text as it is: without markup or highlighting, and without breaking lines."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_rows(console: Console, rows: Mapping[str, str]) -> None:
+    """Print a line for each name and its text."""
+    for name, text in rows.items():
+        print_line(console, f"  {name:<11} {text}")
 
 
 def where(topologies: Sequence[Topology], threads: int, use_gpu: bool) -> str:

@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 
 from most_ray.config import OptimizerOptions
 from most_ray.data.batch import Batch
+from most_ray.distributed.determinism import torch_threads
 from most_ray.metrics.flops import model_flops
 from most_ray.model.compat import SUPPORTS_MANY_WORKERS
 from most_ray.model.configuration import MostConfig
@@ -118,14 +120,9 @@ def calibrate(
     if found is None:
         return Calibration(_ASSUMED_EFFICIENCY * peak, _ASSUMED_UPDATE_RATE, 0.0, 0.0, 0.0, threads, measured=False)
     proxy, rows = found
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng(), _single_rank_group():
-            modes = [ProxyModel(proxy, options, dtype, mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
-            seconds = _time_batches(modes, [_first_rows(batch, rows) for batch in batches])
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), torch.random.fork_rng(), _single_rank_group():
+        modes = [ProxyModel(proxy, options, dtype, mode) for mode in (_MODES if SUPPORTS_MANY_WORKERS else _MODES[:1])]
+        seconds = _time_batches(modes, [_first_rows(batch, rows) for batch in batches])
     pass_s = float(np.median(seconds[1:, 0, 0]))
     updates = seconds[1:, 0, 1][seconds[1:, 0, 1] > 0]  # a step whose loss or gradients are not finite makes no update
     added = [np.maximum(0.0, np.median(seconds[1:, mode] - seconds[1:, mode - 1], axis=0)) for mode in range(1, len(modes))]
@@ -261,24 +258,19 @@ def measure_links(ranks: int) -> CpuLinks:
     if ranks > 1:
         barrier = threading.Barrier(ranks)
         store = dist.HashStore()
-        failures: list[BaseException] = []
 
-        def rank_main(rank: int) -> None:
+        def rank_main(rank: int) -> dict[CollectiveKind, dict[int, float]]:
             try:
-                found = _time_collectives(_group(store, rank, ranks), ranks, barrier)
-                if rank == 0:
-                    seconds.update(found)
-            except BaseException as error:  # noqa: BLE001 - raised below, by the caller's thread
-                failures.append(error)
-                barrier.abort()
+                return _time_collectives(_group(store, rank, ranks), ranks, barrier)
+            except BaseException:
+                barrier.abort()  # the other ranks must not wait
+                raise
 
-        threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        with ThreadPoolExecutor(ranks) as pool:
+            futures = [pool.submit(rank_main, rank) for rank in range(ranks)]
+            for future in as_completed(futures):
+                future.result()  # raises the first error
+        seconds = futures[0].result()
     return CpuLinks(
         ranks=ranks,
         call={kind: each[_SMALL] for kind, each in seconds.items()},

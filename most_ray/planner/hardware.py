@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from most_ray.distributed.determinism import torch_threads
 from most_ray.distributed.devices import listed_peak, measured_peak
 from most_ray.errors import ConfigError, nearest
 from most_ray.planner.cost import Collective, Speed
@@ -114,12 +115,8 @@ def device_of(requested: str, use_gpu: bool, dtype: torch.dtype | None, workers:
         ConfigError: there is no such device.
     """
     if requested.lower() == "cpu" or (not requested and not use_gpu):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             half, full = (measured_peak(torch.device("cpu"), each or torch.float32, threads) for each in (dtype, None))
-        finally:
-            torch.set_num_threads(before)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // workers
         return Device(f"this machine's CPU, {threads} thread{'s' if threads > 1 else ''}", False, half, full, memory, None)
     if not requested and torch.cuda.is_available():

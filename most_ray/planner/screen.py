@@ -7,7 +7,7 @@ from rich.table import Table
 
 from most_ray.config import Recompute
 from most_ray.console.progress import duration
-from most_ray.console.run_screens import print_line
+from most_ray.console.run_screens import print_line, print_rows
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.planner.dry_run import DryRun
@@ -46,8 +46,7 @@ def dry_screen(run: DryRun, console: Console) -> None:
     }
     if run.rejected:
         rows["rejected"] = f"{counted}{run.rejected:,} records"
-    for name, text in rows.items():
-        print_line(console, f"  {name:<11} {text}")
+    print_rows(console, rows)
     console.print(_mix(run))
     console.print(_memory(run))
     if len(run.choices) > 1:

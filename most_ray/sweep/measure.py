@@ -12,6 +12,7 @@ import torch
 
 from most_ray.data.batch import open_plan, rank_batch
 from most_ray.data.plan import Plan
+from most_ray.distributed.determinism import torch_threads
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.modeling import MostForCausalLM
@@ -83,22 +84,23 @@ def text_load(model: MostForCausalLM, texts: Iterator[np.ndarray], device: torch
 def step_seconds(job: Job, device: torch.device) -> float | None:
     """Return the seconds of an optimizer step on one worker's share of the records, without communication; None if the model does not fit
     on this device."""
-    threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(job.threads)
-        model = load_model(local_copy(job.model_path), overrides_of(job.config)).to(device)
-        apply_layer_options(model, job.config)
-        state = make_state(model, job.config, job.total_steps)
-        settings = replace(StepSettings.of(job.config, device), max_skipped_steps=_STEPS + 2)  # no number ends the measurement
-        plan, seconds = open_plan(job.plan), []
-        for step in range(1, min(job.total_steps, _STEPS + 1) + 1):
-            batch = rank_batch(plan, step, 0, job.topology.world_size, job.config.train_batch_size, job.layout)
-            began = time.perf_counter()
-            run_step(state, batch, settings)
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
+        with torch_threads(job.threads):
+            return min(_time_steps(job, device))
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's allocator on CPUs
         logger.warning("a step could not be timed, so the sweep's duration is unknown: %s", error)
         return None
-    finally:
-        torch.set_num_threads(threads)
+
+
+def _time_steps(job: Job, device: torch.device) -> list[float]:
+    model = load_model(local_copy(job.model_path), overrides_of(job.config)).to(device)
+    apply_layer_options(model, job.config)
+    state = make_state(model, job.config, job.total_steps)
+    settings = replace(StepSettings.of(job.config, device), max_skipped_steps=_STEPS + 2)  # no number ends the measurement
+    plan, seconds = open_plan(job.plan), []
+    for step in range(1, min(job.total_steps, _STEPS + 1) + 1):
+        batch = rank_batch(plan, step, 0, job.topology.world_size, job.config.train_batch_size, job.layout)
+        began = time.perf_counter()
+        run_step(state, batch, settings)
+        seconds.append(time.perf_counter() - began)
+    return seconds

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from most_ray.console.progress import duration
-from most_ray.console.run_screens import print_line
+from most_ray.console.run_screens import print_line, print_rows
 from most_ray.io import storage
 from most_ray.metrics.figures import RATES
 from most_ray.runs.job import Job
@@ -47,8 +47,7 @@ def start_screen(
         shares = ", ".join(f"{expert} ({first.share[expert]:.1%})" for expert in first.order[:_MOST_EXPERTS])
         several = f" (the first of {len(affinities)})" if len(affinities) > 1 else ""
         rows["affinity"] = f"text on the starting model{several}, by expert: {shares}"
-    for name, text in rows.items():
-        print_line(console, f"  {name:<11} {text}")
+    print_rows(console, rows)
     table = Table(title="Space")
     for heading in ("setting", "how", "values"):
         table.add_column(heading)
