@@ -117,9 +117,8 @@ class CheckpointWriter:
             else:
                 self._staging.copy(torch.get_num_threads())
             values, nbytes = {shard.name: math.prod(shard.shape) for shard in shards}, sum(shard.global_bytes for shard in shards)
-            task = _SaveTask(
-                uri, state.step, values, nbytes, state_json, write_files, may_commit, self._staging, self._group, self._scratch
-            )
+            where = (self._staging, self._group, self._scratch)
+            task = _SaveTask(uri, state.step, this_rank(), values, nbytes, state_json, write_files, may_commit, *where)
             self._thread = threading.Thread(target=self._run, args=(task, time.monotonic()), name="checkpoint", daemon=True)
             if self._background:
                 self._thread.start()
@@ -236,6 +235,7 @@ class _SaveTask:
 
     uri: str
     step: int
+    rank: int
     values: dict[str, int]  # name -> number of values of the global tensor
     nbytes: int  # of all ranks' tensors
     state_json: str
@@ -244,10 +244,6 @@ class _SaveTask:
     staging: Staging
     group: Any  # of gloo, or None without other ranks
     scratch: Path | None
-
-    @property
-    def rank(self) -> int:
-        return this_rank()
 
     def run(self) -> None:
         """Write and commit the checkpoint.
