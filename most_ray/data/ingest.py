@@ -23,16 +23,7 @@ from typing import Any
 import numpy as np
 
 from most_ray.data.ingest_plan import IngestPlan, Part, Recipe, plan_ingest
-from most_ray.data.store import (
-    PART_FILES,
-    SCRATCH,
-    PartWriter,
-    TokenStore,
-    checksummed_json,
-    digest,
-    file_digest,
-    read_checksummed_json,
-)
+from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, checksummed_json, digest, file_digest, read_checksummed_json
 from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import read_lines
@@ -44,7 +35,6 @@ logger = logging.getLogger(__name__)
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the CPU's cache
 _READERS = 16  # threads that read finished parts: on object stores most of the time is latency
 _STALE_S = 86_400.0  # seconds after which an unfinished folder counts as left by a process that was killed
-
 
 Runner = Callable[[Sequence[Part], Recipe], None]
 

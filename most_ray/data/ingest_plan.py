@@ -131,37 +131,28 @@ def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, l
     with ThreadPoolExecutor() as pool:
         read = dict(zip((e.name for e in fresh), pool.map(_read_digests, fresh), strict=True))
     digests = {e.name: read.get(e.name) or known[e.name][2] for e in entries}
-    stable = {e.name: [e.size, e.stamp, digests[e.name]] for e in entries if storage.is_remote(e.uri) or _age(e, now) > _STABLE_AGE_NS}
+    # A local stamp is the time of modification and the number of the inode.
+    stable = [e for e in entries if storage.is_remote(e.uri) or now - int(e.stamp.split("-")[0]) > _STABLE_AGE_NS]
     if read and stable:
-        storage.write_bytes(memory, checksummed_json({"version": STORE_VERSION, "directory": directory, "files": stable}))
+        files = {e.name: [e.size, e.stamp, digests[e.name]] for e in stable}
+        storage.write_bytes(memory, checksummed_json({"version": STORE_VERSION, "directory": directory, "files": files}))
     return digests
-
-
-def _age(entry: Entry, now: int) -> int:
-    """Nanoseconds since a local file was modified."""
-    return now - int(entry.stamp.split("-")[0])
 
 
 def _read_digests(entry: Entry) -> list[str]:
     """The digests of a file's ranges. Raises DataError where it cannot be read."""
+    digests, state, done = [], xxhash.xxh3_128(), 0
     try:
-        return _digests_of(entry)
+        with storage.open_read(entry.uri) as stream:
+            while chunk := stream.read(min(1 << 20, RANGE - done % RANGE)):
+                state.update(chunk)
+                done += len(chunk)
+                if _splits(entry) and done % RANGE == 0:
+                    digests.append(state.hexdigest())
+                    state.reset()
     except OSError as error:
         shown = storage.redact(entry.uri)
         raise DataError("file", shown, f"cannot be read ({error.strerror or error}).", "Check its permissions, or move it away.") from error
-
-
-def _digests_of(entry: Entry) -> list[str]:
-    size = RANGE if _splits(entry) else None
-    digests, state, left = [], xxhash.xxh3_128(), size
-    with storage.open_read(entry.uri) as stream:
-        while chunk := stream.read(1 << 20 if left is None else min(1 << 20, left)):
-            state.update(chunk)
-            if left is not None:
-                left -= len(chunk)
-                if left == 0:
-                    digests.append(state.hexdigest())
-                    state, left = xxhash.xxh3_128(), size
     return [*digests, state.hexdigest()]
 
 

@@ -26,17 +26,7 @@ from pyarrow import fs
 
 from most_ray.errors import DataError, nearest
 from most_ray.io.retries import with_retries
-from most_ray.io.uris import (  # noqa: F401 - `parent` is for callers alone
-    ARROW_SCHEMES,
-    absolute,
-    base_name,
-    is_remote,
-    join,
-    local,
-    parent,
-    redact,
-    split,
-)
+from most_ray.io.uris import ARROW_SCHEMES, absolute, base_name, is_remote, join, local, parent, redact, split  # noqa: F401
 
 T = TypeVar("T")
 _CHUNK = 4 << 20  # bytes of a range request, which takes tens of milliseconds whatever its length
