@@ -26,11 +26,10 @@ def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]
         value = work()
     except Exception as raised:  # noqa: BLE001 - raised below, on every rank
         error = raised
-    answers: list[tuple[Any, Exception | None]] = [(value, error)]
+    answers: list[Any] = [(value, error)]
     if dist.is_initialized():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (value, error), group)
-        answers = gathered
+        answers = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, (value, error), group)
     first = next((error for _, error in answers if error is not None), None)
     if first is not None:
         raise first

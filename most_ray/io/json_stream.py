@@ -249,7 +249,7 @@ class _ValueReader:
         source = self._source
         try:
             value = _parse(source.data[source.position : end])
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # `_exact` finds out why
             return None
         source.position = end
         return cast("dict[str, Any]", value)

@@ -72,7 +72,7 @@ def node_cache() -> NodeCache:
     if not re.fullmatch(r"(?=.*[1-9])\d{1,9}(\.\d*)?", size):
         raise ConfigError("MOST_RAY_CACHE_GB", size, "must be a positive number of gigabytes.")
     directory = Path(given).resolve() if given else Path(tempfile.gettempdir(), f"most_ray-cache-{os.getuid()}")
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError):  # what exists is checked below
         directory.mkdir(mode=0o700, parents=True)
     status = directory.lstat()  # the default's name is predictable: another user could have made a link of that name
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():

@@ -230,6 +230,16 @@ def test_an_unchanged_directory_is_not_read_again(tmp_path: Path, monkeypatch: p
     assert ingest(tmp_path / "a").uri == uri
 
 
+def test_a_corrupt_list_of_what_was_read_is_logged_and_all_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_records(tmp_path / "a", [asr(0)])
+    os.utime(tmp_path / "a" / "records.jsonl", (1, 1))
+    first = ingest(tmp_path / "a")
+    (known,) = (Path(first.uri).parent / "files").iterdir()
+    known.write_bytes(known.read_bytes()[:-5])
+    assert ingest(tmp_path / "a").uri == first.uri
+    assert "are read again: file list" in caplog.text
+
+
 def test_a_file_changed_within_the_resolution_of_its_time_stamp_is_seen(tmp_path: Path) -> None:
     write_records(tmp_path / "a", [asr(1)])
     stamp = (tmp_path / "a" / "records.jsonl").stat().st_mtime_ns
