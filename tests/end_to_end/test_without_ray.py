@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from most_ray.io.journal import read_journal
+from most_ray.metrics.schema import check_line
 from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import flags_of
 from tests.support.builders import asr, text, tts, write_records
@@ -76,6 +77,7 @@ def test_a_run_is_tracked_evaluated_and_finished_as_under_ray(tmp_path: Path) ->
     folder = tmp_path / "whole"
     scored = read_journal(folder / "metrics.jsonl", "evaluation")
     assert [line["step"] for line in scored] == [4, 8]
+    assert [problem for line in read_journal(folder / "metrics.jsonl") for problem in check_line(line)] == []
     check_tracked(folder, {"train/loss": range(1, 9), "eval/asr/val_asr/wer": (4, 8), "layers/text/worst_max_over_mean": (8,)})
     result = json.loads((folder / "evaluation.json").read_bytes())
     assert result["sets"] == scored[-1]["sets"] and json.loads((folder / "summary.json").read_bytes())["sets"] == result["sets"]

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
 from most_ray.io.journal import evaluated_steps, read_journal
@@ -109,6 +111,18 @@ def test_each_start_leaves_a_line_and_trackers_hear_all(plan: Plan, tmp_path: Pa
         ("failure", 1),
         ("start", 1),
     ]
+
+
+def test_a_key_that_is_not_declared_is_logged_once_and_written(plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reporter = reporter_of(plan, RunFolder(str(tmp_path)))
+    for step in (1, 2):
+        reporter.log({"kind": "train", "step": step, "loss": 1.0, "novel": 2.0})
+    reporter.evaluation({**LINE, "sets": {"asr/a": {"task": "asr", "odd": 1}}})
+    reporter.close(push=False)
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [message.rpartition(": ")[2] for message in logged] == ["train.novel", "evaluation.sets.asr/a.odd"]
+    assert all("most_ray/metrics/schema.py" in message for message in logged)
+    assert [line["novel"] for line in read_journal(tmp_path / "metrics.jsonl", "train")] == [2.0, 2.0]
 
 
 def test_other_ranks_write_nothing(plan: Plan, tmp_path: Path) -> None:
