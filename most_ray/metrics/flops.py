@@ -1,7 +1,7 @@
-"""What a model's training costs and what a device can do: the two sides of model FLOPs utilisation (MFU).
+"""The floating-point operations of a model's training, for model FLOPs utilisation (MFU).
 
-MFU is the rate of the floating-point operations that the model's mathematics needs over the device's peak (PaLM, arXiv 2204.02311,
-appendix B). Operations are those of matrix products, two for each multiplication and addition; recomputation and padding count nothing.
+MFU is the rate of the operations that the model's mathematics needs over the device's peak (PaLM, arXiv 2204.02311, appendix B). Only
+matrix products count, with two operations for each multiplication and addition; recomputation and padding do not count.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from most_ray.model.configuration import MostConfig
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Operations of a forward pass: for each token, for each pair of a token and one that it attends to (itself as well), and for each
-    supervised token, for which alone the head is computed."""
+    """Operations of a forward pass."""
 
     per_token: int
-    per_pair: int
-    per_target: int
+    per_pair: int  # of a token and one that it attends to, itself included
+    per_target: int  # of a supervised token: the head is computed for no other
 
     def of_training(self, tokens: float, pairs: float, targets: float) -> float:
-        """Forward and backward: the gradients of a product's two factors are a product each."""
+        """Operations forward and backward, for so many of each: the two gradients of a product are a product each."""
         return 3 * (self.per_token * tokens + self.per_pair * pairs + self.per_target * targets)
 
 
 def model_flops(config: MostConfig) -> ModelFlops:
-    """Of DeepSeek-V2 (arXiv 2405.04434, section 2): compressed attention, dense layers, shared and top-k routed experts, router, head."""
+    """Operations of the model: latent attention, dense layers, shared and top-k routed experts, router, head.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.
+    """
     hidden = config.hidden_size
     attention, per_pair = attention_flops(config)
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
@@ -41,12 +43,12 @@ def model_flops(config: MostConfig) -> ModelFlops:
 
 
 def full_precision_flops(config: MostConfig) -> int:
-    """Operations for each token of a forward pass that are made in float32 under autocast too: the routers'."""
+    """Operations of a forward pass for each token that are float32 under autocast too: those of the routers."""
     return 2 * _expert_layers(config) * config.hidden_size * config.n_routed_experts
 
 
 def attention_flops(config: MostConfig) -> tuple[int, int]:
-    """Operations of attention for each token, its projections, and for each pair of a forward pass."""
+    """Operations of attention in a forward pass: for each token (the projections) and for each pair."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     query_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     rank = config.q_lora_rank
