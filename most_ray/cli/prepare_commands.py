@@ -17,6 +17,7 @@ from most_ray.cli.parser import Parser, add_command, check_local, check_output, 
 from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.corpus import LAYOUTS
+from most_ray.speech.units.extractors import KINDS, parse_features
 
 if TYPE_CHECKING:
     from most_ray.speech.units.corpus_parts import Runner
@@ -80,9 +81,8 @@ def _corpus_flags(parser: Parser, features: bool = True) -> None:
     parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)")
     parser.add_argument("--max_seconds", type=float, default=120.0, help="reject longer utterances (default: 120)")
     if features:
-        parser.add_argument(
-            "--features", default="mfcc", help="mfcc, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
-        )
+        text = f"{', '.join(KINDS)}, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
+        parser.add_argument("--features", default="mfcc", help=text)
         text = "processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)"
         parser.add_argument("--num_actors", type=int, help=text)
         text = "GPUs of each process; 0.5 lets two share one (default: 1 for encoders where there are GPUs)"
@@ -99,7 +99,6 @@ def _fit_flags(parser: Parser) -> None:
 def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
     """What to convert, from the flags of a corpus and `more` fields."""
     from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
-    from most_ray.speech.units.features import parse_features
     from most_ray.speech.units.prepare import UnitsJob
 
     return UnitsJob(

@@ -5,6 +5,8 @@
 The run is the one that `most-ray train` makes, in the same folder with the same files, trackers and screens: either command resumes what
 the other has begun. Evaluations run on the ranks in between steps, as with `eval_inline`.
 
+From Python, `train(config)` trains such a run in this process.
+
 SIGTERM stops the run after it has written a checkpoint, with exit code 75. torchrun itself then exits with 1, and kills ranks that have
 not ended after its `--shutdown-timeout` (30 s): set it to the time that a save takes.
 """
@@ -59,29 +61,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    device = _init_device(world)
-    console = Console()
-    reached = True
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
-        job, prepared = _share_job(config, world, console)
-        started = time.monotonic()
-        if job:
-            reached = _train(job, prepared, device, stop, console)
-        if prepared and reached:
-            if not is_complete(prepared):
-                raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
-            last_screen(finish_run(prepared, time.monotonic() - started, write_report), console)
+        summary = train(config, Console(), stop)
     except UserError as error:
         sys.stderr.write(f"most-ray: {error.kind}: {error}\n")
         return error.exit_code
+    if summary is None and int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write("most-ray: stopped after a checkpoint; the same command resumes the run\n")
+    return EXIT_STOPPED if summary is None else 0
+
+
+def train(config: configuration.RunConfig, console: Console | None = None, stop: threading.Event | None = None) -> dict[str, Any] | None:
+    """Train, evaluate and export a run, in this process or, under torchrun, as one of its ranks. A run of the same name resumes; a complete
+    one is not changed.
+
+    Args:
+        config: as `load_config` and `config_from` in `most_ray.config` make it.
+        console: where rank 0 prints what `most-ray train` prints; None: nowhere.
+        stop: set it from another thread to stop the run after its current step, with a checkpoint.
+
+    Returns:
+        The content of summary.json; on ranks other than 0 an empty dictionary. None where the run was stopped before its goal.
+
+    Raises:
+        UserError: something that the user can fix.
+    """
+    console, stop = console or Console(quiet=True), stop or threading.Event()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = _init_device(world)
+    try:
+        job, prepared = _share_job(config, world, console)
+        started = time.monotonic()
+        if job and not _train(job, prepared, device, stop, console):
+            return None
+        if prepared is None:
+            return {}
+        if (summary := finished_summary(prepared)) is None:
+            if not is_complete(prepared):
+                raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
+            summary = finish_run(prepared, time.monotonic() - started, write_report)
+            last_screen(summary, console)
+        return summary
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if not reached and this_rank() == 0:
-        sys.stderr.write("most-ray: stopped after a checkpoint; the same command resumes the run\n")
-    return 0 if reached else EXIT_STOPPED
 
 
 def _init_device(world: int) -> torch.device:
@@ -100,7 +124,7 @@ def _share_job(config: configuration.RunConfig, world: int, console: Console) ->
     """Rank 0 prepares the run and sends its job to all ranks.
 
     Returns:
-        The job, None where all steps and evaluations are done. On rank 0 the prepared run, None where nothing at all is left to do.
+        The job, None where all steps and evaluations are done; and on rank 0 the prepared run.
 
     Raises:
         UserError: on rank 0. The other ranks exit with its exit code, so that it is reported once.
@@ -123,14 +147,14 @@ def _share_job(config: configuration.RunConfig, world: int, console: Console) ->
     return shared[0], prepared
 
 
-def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: Console) -> tuple[Prepared | None, Job | None]:
+def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: Console) -> tuple[Prepared, Job | None]:
     """Rank 0's part of `_share_job`."""
     prepared = prepare_run(replace(config, use_gpu=cuda), workers=world)
     for uri, reason in prepared.corrupt:
         logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(uri), reason)
     if finished_summary(prepared) is not None:
         console.print(f"The run {config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.", highlight=False)
-        return None, None
+        return prepared, None
     begin_run(prepared, config)
     first_screen(prepared, console, validation=evaluation_plan(prepared, inline=True))
     if prepared.job.has_validation and (config.eval_workers > 1 or config.eval_gpus):

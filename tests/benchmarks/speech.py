@@ -35,7 +35,8 @@ from most_ray.speech.units import corpus_parts as parts_module
 from most_ray.speech.units.clustering import assign, remove_repeats
 from most_ray.speech.units.corpus_parts import Part, json_digest, read_chunk, run_in_process, scan_corpus
 from most_ray.speech.units.extractors import open_extractor
-from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
+from most_ray.speech.units.features import EncoderSettings, FeatureSettings
+from most_ray.speech.units.mfcc import MfccSettings
 from most_ray.speech.units.stages import EncodeUnits, summary_path
 from tests.benchmarks.common import SHARED, show, write
 

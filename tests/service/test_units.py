@@ -18,7 +18,8 @@ from most_ray.errors import DataError
 from most_ray.service.tasks.unit_tasks import pool_runner, run_in_actors
 from most_ray.speech.corpora.corpus import CorpusOptions
 from most_ray.speech.units.corpus_parts import Part, PartTask, Runner, run_in_process
-from most_ray.speech.units.features import EncoderSettings, FeatureSettings, MfccSettings
+from most_ray.speech.units.features import EncoderSettings, FeatureSettings
+from most_ray.speech.units.mfcc import MfccSettings
 from most_ray.speech.units.prepare import UnitsJob, prepare_units
 
 OUTPUTS = ("records.jsonl.gz", "kmeans.npy", "units.json", "rejected.jsonl")

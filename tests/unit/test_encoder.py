@@ -21,8 +21,8 @@ from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.speech.units import encoder as encoder_module
 from most_ray.speech.units.encoder import EncoderExtractor
-from most_ray.speech.units.extractors import open_extractor
-from most_ray.speech.units.features import EncoderSettings, Extractor, parse_features
+from most_ray.speech.units.extractors import open_extractor, parse_features
+from most_ray.speech.units.features import EncoderSettings, Extractor
 
 LAYERS = 3
 SMALL: dict[str, Any] = {

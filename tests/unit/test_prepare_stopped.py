@@ -26,8 +26,8 @@ from most_ray.speech.units import output as placing
 from most_ray.speech.units.assets import copy_assets
 from most_ray.speech.units.clustering import save_kmeans
 from most_ray.speech.units.corpus_parts import Part, PartTask, run_in_process
-from most_ray.speech.units.features import EncoderSettings, MfccSettings
-from most_ray.speech.units.mfcc import MfccExtractor
+from most_ray.speech.units.features import EncoderSettings
+from most_ray.speech.units.mfcc import MfccExtractor, MfccSettings
 from most_ray.speech.units.prepare import UnitsJob, prepare_units
 from most_ray.speech.units.stages import CollectStatistics
 from tests.support.audio import lines_of, prepare, records_of, refused, table, tones, units_command

@@ -27,8 +27,9 @@ from most_ray.speech.units.clustering import (
     remove_repeats,
     save_kmeans,
 )
-from most_ray.speech.units.features import EncoderSettings, MfccSettings, parse_features
-from most_ray.speech.units.mfcc import loud_range, mfcc
+from most_ray.speech.units.extractors import parse_features
+from most_ray.speech.units.features import EncoderSettings
+from most_ray.speech.units.mfcc import MfccSettings, loud_range, mfcc
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, tone
 
 SPEECH = "LibriSpeech/train-clean-5/3526/176653/3526-176653-0012.flac"  # 8.82 s

@@ -23,7 +23,7 @@ from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.corpora.corpus import Utterance, guess_layout, matches_all, parse_condition
 from most_ray.speech.units.assets import copy_assets, find_assets, open_assets, read_units_manifest
-from most_ray.speech.units.features import MfccSettings
+from most_ray.speech.units.mfcc import MfccSettings
 from tests.support.audio import contents, prepare, records_of, refused, table, tones
 from tests.support.corpora import cut_of, libriheavy, put
 

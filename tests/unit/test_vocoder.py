@@ -19,8 +19,7 @@ from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import Seamles
 from most_ray.errors import CheckpointError, DataError
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.units.clustering import assign, load_kmeans
-from most_ray.speech.units.features import MfccSettings
-from most_ray.speech.units.mfcc import mfcc
+from most_ray.speech.units.mfcc import MfccSettings, mfcc
 from most_ray.speech.vocoder.code_hifigan import CodeHifiGan
 from most_ray.speech.vocoder.fit import Example, VocoderSettings, fit_vocoder
 from most_ray.speech.vocoder.unit_vocoder import UnitVocoder

@@ -1,12 +1,40 @@
-"""Opens feature extractors by their settings, and finds the settings in a units manifest."""
+"""The kinds of features, the settings that a text or a units manifest names, and the extractors that these settings open."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from most_ray.speech.units.features import EncoderSettings, Extractor, FeatureSettings, MfccSettings
-from most_ray.speech.units.mfcc import MfccExtractor
+from most_ray.errors import ConfigError
+from most_ray.io import storage
+from most_ray.speech.units.features import EncoderSettings, Extractor, FeatureSettings
+from most_ray.speech.units.mfcc import MfccExtractor, MfccSettings
+
+
+class Kind(NamedTuple):
+    """Features that need no model."""
+
+    settings: Callable[..., FeatureSettings]
+    extractor: Callable[[Any], Extractor]  # takes the settings
+
+
+KINDS: Mapping[str, Kind] = {"mfcc": Kind(MfccSettings, MfccExtractor)}  # by their name on the command line and in units.json
+
+
+def parse_features(text: str) -> FeatureSettings:
+    """Parse one of KINDS, or KIND:SOURCE:LAYER as hubert:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute path.
+
+    Raises:
+        ConfigError: the text is of neither form.
+    """
+    if text in KINDS:
+        return KINDS[text].settings()
+    kind, _, rest = text.partition(":")
+    source, _, layer = rest.rpartition(":")
+    if not kind or not source or not layer.isdecimal():
+        remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
+        raise ConfigError("features", text, f"is neither {', '.join(KINDS)} nor KIND:NAME_OR_PATH:LAYER.", remedy)
+    return EncoderSettings(kind, storage.absolute_if_exists(source), int(layer))  # other processes have other working directories
 
 
 def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extractor:
@@ -18,9 +46,9 @@ def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extr
     Raises:
         ConfigError, CheckpointError: the encoder does not exist, or does not have that layer.
     """
-    if isinstance(settings, MfccSettings):
-        return MfccExtractor(settings)
-    import torch  # takes seconds to import, as does transformers, and MFCC does without
+    if not isinstance(settings, EncoderSettings):
+        return next(kind.extractor(settings) for kind in KINDS.values() if kind.settings is type(settings))
+    import torch  # takes seconds to import, as does transformers, and the other kinds do without
 
     from most_ray.speech.units.encoder import EncoderExtractor
 
@@ -37,6 +65,6 @@ def manifest_settings(manifest: Mapping[str, Any], source: str | None = None) ->
         KeyError, TypeError, ValueError: the manifest does not describe its features.
     """
     identity = manifest["identity"]
-    if identity["features"] == "mfcc":
-        return MfccSettings(**identity["settings"])
+    if kind := KINDS.get(identity["features"]):
+        return kind.settings(**identity["settings"])
     return EncoderSettings(identity["features"], source or manifest["encoder"], int(identity["settings"]["layer"]))

@@ -1,6 +1,6 @@
-"""What feature extractors have in common: frames, the protocol, and the settings of each kind.
+"""What feature extractors have in common: frames, and the protocols of extractors and of their settings.
 
-To add a kind of features, write an extractor in a module of its own, its settings here, and name both in extractors.py.
+To add a kind of features, write its settings and its extractor in a module of its own, as `mfcc` is one, and name it in `extractors.KINDS`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-
-from most_ray.errors import ConfigError
-from most_ray.io import storage
 
 
 @dataclass(frozen=True)
@@ -38,59 +35,20 @@ class Extractor(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class MfccSettings:
-    """Kaldi-style MFCC (Davis & Mermelstein 1980, as in Kaldi's feat/) with first and second differences.
+class FeatureSettings(Protocol):
+    """Settings of one kind of features: a frozen dataclass, from which an extractor can be opened in any process."""
 
-    By default frequencies stop at 4 kHz, so that recordings at 8 kHz and at 16 kHz give the same units.
-    """
-
-    cluster_bytes: ClassVar[int] = 512 << 20  # of audio, from which on a cluster is worth its start: some two minutes' work of one core
-    uses_gpu: ClassVar[bool] = False
-
-    sample_rate: int = 16000  # Hz
-    frame_shift_ms: float = 10.0
-    frame_length_ms: float = 25.0
-    num_mels: int = 23
-    num_ceps: int = 13
-    low_freq: float = 60.0  # Hz
-    high_freq: float = 3800.0  # Hz
-    delta_order: int = 2  # 2: first and second differences
-    trim: float | None = 5.5  # cut ends whose mean log mel energy is that far below the recording's 95th percentile; None: keep all
-    keep_every: int = 2  # keep one frame in so many; differences are computed before, at the full rate
-
-    @property
-    def rate_hz(self) -> float:
-        """Frames per second, which is units per second before repeats are removed."""
-        return 1000.0 / (self.frame_shift_ms * self.keep_every)
+    cluster_bytes: ClassVar[int]  # of audio, from which on a cluster is worth its start: some two minutes' work of one core
+    uses_gpu: ClassVar[bool]  # whether the extractor runs on a GPU where there is one
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
     """A layer of a speech encoder in transformers."""
 
-    cluster_bytes: ClassVar[int] = 16 << 20  # as for MfccSettings
+    cluster_bytes: ClassVar[int] = 16 << 20
     uses_gpu: ClassVar[bool] = True
 
     kind: str  # hubert, wavlm, ..., or auto for any
     source: str  # folder or hub name
     layer: int  # counted from 1 as in fairseq; 0: what enters the first
-
-
-FeatureSettings = MfccSettings | EncoderSettings
-
-
-def parse_features(text: str) -> FeatureSettings:
-    """Parse `mfcc`, or KIND:SOURCE:LAYER as hubert:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute path.
-
-    Raises:
-        ConfigError: the text is of neither form.
-    """
-    if text == "mfcc":
-        return MfccSettings()
-    kind, _, rest = text.partition(":")
-    source, _, layer = rest.rpartition(":")
-    if not kind or not source or not layer.isdecimal():
-        remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
-        raise ConfigError("features", text, "is neither mfcc nor KIND:NAME_OR_PATH:LAYER.", remedy)
-    return EncoderSettings(kind, storage.absolute_if_exists(source), int(layer))  # other processes have other working directories

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import kaldi_native_fbank as knf
 import numpy as np
 
-from most_ray.speech.units.features import Frames, MfccSettings
+from most_ray.speech.units.features import Frames
 
 _BLOCK = 1 << 20  # samples passed to Kaldi at once: its copies stay small, however long the recording
+
+
+@dataclass(frozen=True)
+class MfccSettings:
+    """Kaldi-style MFCC (Davis & Mermelstein 1980, as in Kaldi's feat/) with first and second differences.
+
+    By default frequencies stop at 4 kHz, so that recordings at 8 kHz and at 16 kHz give the same units.
+    """
+
+    cluster_bytes: ClassVar[int] = 512 << 20
+    uses_gpu: ClassVar[bool] = False
+
+    sample_rate: int = 16000  # Hz
+    frame_shift_ms: float = 10.0
+    frame_length_ms: float = 25.0
+    num_mels: int = 23
+    num_ceps: int = 13
+    low_freq: float = 60.0  # Hz
+    high_freq: float = 3800.0  # Hz
+    delta_order: int = 2  # 2: first and second differences
+    trim: float | None = 5.5  # cut ends whose mean log mel energy is that far below the recording's 95th percentile; None: keep all
+    keep_every: int = 2  # keep one frame in so many; differences are computed before, at the full rate
+
+    @property
+    def rate_hz(self) -> float:
+        """Frames per second, which is units per second before repeats are removed."""
+        return 1000.0 / (self.frame_shift_ms * self.keep_every)
 
 
 class MfccExtractor:

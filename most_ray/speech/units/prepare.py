@@ -31,7 +31,8 @@ from most_ray.speech.units.clustering import (
 )
 from most_ray.speech.units.corpus_parts import VERSION, PartTask, Progress, Runner, Scan, json_digest, run_in_process, scan_corpus
 from most_ray.speech.units.extractors import open_extractor
-from most_ray.speech.units.features import Extractor, FeatureSettings, MfccSettings
+from most_ray.speech.units.features import Extractor, FeatureSettings
+from most_ray.speech.units.mfcc import MfccSettings
 from most_ray.speech.units.output import find_prepared, mark_prepared, publish_records
 from most_ray.speech.units.stages import CollectStatistics, EncodeUnits, lowest, write_codebook
 
