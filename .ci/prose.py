@@ -48,7 +48,8 @@ PLAIN = {
     r"made ready": "prepared",
     r"besides": "also, in addition",
 }
-RULES = [(re.compile(rf"(?<![\w-])(?:{pattern})(?![\w-])", re.IGNORECASE), plain) for pattern, plain in PLAIN.items()]
+# A quoted word is a key or a name, not prose.
+RULES = [(re.compile(rf"(?<![\w-])(?!(?<=[\"`])\w+[\"`])(?:{pattern})(?![\w-])", re.IGNORECASE), plain) for pattern, plain in PLAIN.items()]
 LAZY = re.compile(r'^\s*[rf]?"""(?:The same|As above)\b[^"]*"""')
 
 

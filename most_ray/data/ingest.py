@@ -187,11 +187,15 @@ def _write_store(ingest: IngestPlan) -> None:
         folder = Path(name)
         totals = dict.fromkeys(("n_records", "n_tokens", "n_seen", "n_rejected", "n_set_aside"), 0)
         shards: list[dict[str, Any]] = []
+        instruction_lines: list[list[int]] = []
         index: list[np.ndarray] = []
         seen_of: dict[str, int] = {}
+        known = True
         with (folder / REJECTED).open("wb") as sink, ThreadPoolExecutor(_READERS) as pool:
             for part, (content, part_index, rejected) in zip(ingest.parts, pool.map(_read_part, ingest.parts), strict=True):
                 shards += [{"part": part.key, **shard} for shard in content["shards"]]
+                instruction_lines += [[totals["n_records"] + row, lines] for row, lines in content.get("instruction_lines", ())]
+                known = known and "instruction_lines" in content  # parts of earlier versions do not say
                 # Not in the pool: numpy parses a file's header with `ast`, which fails in several threads at once in Python 3.11 ("AST
                 # constructor recursion depth mismatch").
                 index.append(np.load(io.BytesIO(part_index), allow_pickle=False))
@@ -205,7 +209,9 @@ def _write_store(ingest: IngestPlan) -> None:
         np.save(folder / "lengths.npy", lengths)
         np.save(folder / "prompt_lengths.npy", prompts)
         digests = {name: file_digest(folder / name) for name in ("lengths.npy", "prompt_lengths.npy")}
-        (folder / "manifest.json").write_bytes(checksummed_json({**ingest.manifest, **totals, "index": digests, "shards": shards}))
+        manifest = {**ingest.manifest, **totals, "index": digests, "shards": shards}
+        manifest |= {"instruction_lines": instruction_lines} if known else {}
+        (folder / "manifest.json").write_bytes(checksummed_json(manifest))
         folder.chmod(0o755)  # a temporary folder is for this user alone, but a shared store is read by others
         storage.publish(folder, ingest.uri, "manifest.json")
 

@@ -10,6 +10,7 @@ checked when it is opened; `verify` reads every byte.
 
 from __future__ import annotations
 
+import bisect
 import json
 import shutil
 import uuid
@@ -177,6 +178,11 @@ class TokenStore:
         """The tokens of a record, int32 (tokens,). Raises DataError as `record`."""
         return self.record(row)[1]
 
+    def instruction_lines(self, row: int) -> int | None:
+        """The lines of a TTS record's instruction; None where the store, as those of earlier versions, does not say."""
+        runs = self.manifest.get("instruction_lines")
+        return None if runs is None else int(runs[bisect.bisect_right(runs, row, key=lambda run: run[0]) - 1][1])
+
     def verify(self, max_bytes: int | None = None) -> bool:
         """Check the size of every shard and, unless all together exceed `max_bytes`, every byte. Returns whether bytes were checked.
 
@@ -241,7 +247,8 @@ def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
 class PartWriter:
     """Writes one part to a temporary folder in `scratch`; `publish` moves it to its URI. At most one shard's tokens are in memory.
 
-    A part is shard-NNNN.arrow, index.npy (lengths and prompt lengths, int32 (2, records)), rejected.jsonl and, last, part.json.
+    A part is shard-NNNN.arrow, index.npy (lengths and prompt lengths, int32 (2, records)), rejected.jsonl and, last, part.json. There and
+    in a store's manifest, `instruction_lines` is a list of [row, lines]: from that row on, TTS records have instructions of so many lines.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -255,11 +262,14 @@ class PartWriter:
         self._prompts: list[int] = []
         self._rejected = (self.folder / REJECTED).open("wb")
         self._counts = {"n_rejected": 0, "n_set_aside": 0}
+        self._instruction_lines: list[tuple[int, int]] = [(0, 1)]
 
     def add(self, ids: Sequence[str], encoded: Sequence[EncodedRecord]) -> None:
         """Append records."""
         self._ids += ids
         for item in encoded:
+            if item.task == "tts" and item.instruction_lines != self._instruction_lines[-1][1]:
+                self._instruction_lines.append((len(self._prompts), item.instruction_lines))
             self._tokens.append(item.input_ids)
             self._prompts.append(item.prompt_length)
             self._buffered += len(item.input_ids)
@@ -301,6 +311,7 @@ class PartWriter:
             "n_tokens": int(index[0].sum(dtype=np.int64)),
             "n_seen": n_seen,
             **self._counts,
+            "instruction_lines": self._instruction_lines,
             "shards": self._shards,
             "files": {name: file_digest(self.folder / name) for name in PART_FILES},
         }

@@ -1,4 +1,4 @@
-"""One record's beam search: which hypotheses go on, which have ended, when no better one can come. No model in here."""
+"""The beam search of one record: which hypotheses continue, which have ended, and when no better one is possible. Needs no model."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ from collections.abc import Sequence
 
 
 class BeamSearch:
-    """W beams. A hypothesis' score is its log probability, its stop token's included, over its number of tokens (that one counted) to the
-    power of `length_penalty`, as in transformers; one that reaches `cap` tokens without a stop token counts too.
+    """Beam search with `width` beams (W).
 
-    The search ends when W hypotheses have ended and the best beam, with no further loss, would not beat the worst of them; or at the cap.
+    The score of a hypothesis is its log probability divided by its number of tokens to the power of `length_penalty`, as in transformers;
+    both include the stop token. A hypothesis that reaches `cap` tokens without a stop token counts too. The search ends when W hypotheses
+    have ended and the best beam, even with no further loss, would not beat the worst of them; or at the cap.
+
+    Args:
+        stops: stop tokens.
     """
 
     def __init__(self, width: int, stops: Sequence[int], cap: int, length_penalty: float) -> None:
         self._width, self._stops, self._cap, self._penalty = width, frozenset(stops), cap, length_penalty
-        self._beams: list[tuple[float, list[int]]] = [(0.0, [])]
-        self._ended: list[tuple[float, list[int], int | None]] = []
+        self._beams: list[tuple[float, list[int]]] = [(0.0, [])]  # log probability, tokens
+        self._ended: list[tuple[float, list[int], int | None]] = []  # score, tokens, stop token; the best first
         self._length = 0
         self.done = False
 
     @property
     def n_candidates(self) -> int:
-        """Tokens of each beam that can matter: enough that W beams go on, though the best of all may be stop tokens."""
+        """How many tokens of each beam can matter: enough for W beams to continue even if the most probable ones are stop tokens."""
         return self._width * (1 + len(self._stops))
 
     def advance(self, log_probabilities: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """One token further.
+        """Extend the beams by one token.
 
         Args:
-            log_probabilities, tokens: (W, n_candidates) of each beam's most probable tokens; at the first call all beams are the same one.
+            log_probabilities, tokens: each beam's most probable tokens, (W, n_candidates); at the first call all beams are equal.
 
         Returns:
-            W beams to go on with: the beam that each comes from, and its new token (zeros where the search is done).
+            For each of the W beams that continue, the index of the beam that it extends, and its new token; zeros if the search is done.
         """
         if self.done:
             return [0] * self._width, [0] * self._width
@@ -46,7 +50,7 @@ class BeamSearch:
         for rank, (total, parent, token) in enumerate(sorted(candidates, key=lambda candidate: -candidate[0])[: self.n_candidates]):
             history = self._beams[parent][1]
             if token in self._stops:
-                if rank < self._width:  # behind that it is no beam's equal
+                if rank < self._width:  # one that ranks lower is worse than every beam
                     self._end(total, history, token)
             elif len(grown) < self._width:
                 grown.append((total, [*history, token]))
@@ -65,11 +69,11 @@ class BeamSearch:
         self._ended.sort(key=lambda hypothesis: -hypothesis[0])
 
     def best(self) -> tuple[list[int], int | None]:
-        """The best hypothesis, and the stop token behind it."""
+        """The best hypothesis' tokens, and its stop token; None if it reached the cap."""
         _, tokens, stop = self._ended[0]
         return tokens, stop
 
 
 def _filled(values: list[int], width: int) -> list[int]:
-    """Up to W, by repeating the last: where the vocabulary is too small for so many beams."""
+    """Fill up to W values by repeating the last: the vocabulary may be too small for so many beams."""
     return values + [values[-1] if values else 0] * (width - len(values))

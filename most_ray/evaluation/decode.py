@@ -1,4 +1,4 @@
-"""Decoding in batches with the KV cache, greedy or by beams, on one rank or on many that share a model; the routing counted meanwhile."""
+"""Decodes batches of prompts with the KV cache, greedily or by beam search, on one rank or on several that share a model."""
 
 from __future__ import annotations
 
@@ -24,40 +24,44 @@ class SearchOptions:
 
     batch_size: int  # records at once
     num_beams: int  # 1: greedy
-    length_penalty: float  # see `beam.Beams`
+    length_penalty: float  # see `beam.BeamSearch`
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Tokens, and the stop token that followed them; None: the length cap was reached."""
+    """The continuation of a prompt."""
 
-    tokens: list[int]
-    stop: int | None
+    tokens: list[int]  # without the stop token
+    stop: int | None  # stop token; None: the length cap was reached
 
 
 class Forward:
-    """A model's forward passes. `together`: the ranks of the process group share the model (FSDP, expert parallel), so that a pass is a
-    collective: who has nothing left to do joins the others' passes with an empty one (`drain`), and uneven work cannot hang."""
+    """A model's forward passes.
 
-    def __init__(self, model: MostForCausalLM, together: bool = False) -> None:
-        self.model, self._together = model, together
+    Args:
+        collective: the ranks of the process group share the model (FSDP, expert parallelism), so every pass is a collective. A rank that
+            has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang.
+    """
+
+    def __init__(self, model: MostForCausalLM, collective: bool = False) -> None:
+        self.model, self._collective = model, collective
         self.device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(model) else torch.device("cpu")
         self.pad = int(model.config.pad_token_id or 0)
 
     def __call__(self, **inputs: Any) -> Any:
-        if self._together:
-            self._anyone(1)
+        if self._collective:
+            self._any_rank_works(True)
         return self.model(**inputs)
 
     @torch.no_grad()
     def drain(self) -> None:
-        """Join the others' passes until every rank has come to this point."""
-        while self._together and self._anyone(0):
+        """Join the passes of other ranks, with nothing but padding, until every rank has called this."""
+        while self._collective and self._any_rank_works(False):
             nothing = torch.full((1, 2), self.pad, device=self.device)
             self.model(input_ids=nothing, modality=torch.full_like(nothing, PADDING), use_cache=False, logits_to_keep=1)
 
-    def _anyone(self, working: int) -> bool:
-        flag = torch.tensor([working], device=self.device)
+    def _any_rank_works(self, this_one: bool) -> bool:
+        flag = torch.tensor([int(this_one)], device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -68,7 +72,8 @@ def _on_gpu(model: MostForCausalLM) -> bool:
 
 @contextlib.contextmanager
 def count_routing(model: MostForCausalLM) -> Iterator[torch.Tensor]:
-    """Every selection that this rank's routers make inside the block, by layer, modality and expert: (L, 2, E) int64, filled meanwhile."""
+    """Count the selections that this rank's routers make inside the block, by layer, modality and expert, int64 (layers, 2, experts). The
+    tensor is filled as the model runs."""
     layers = [module for module in model.modules() if isinstance(module, MostMoe)]
     load = torch.zeros(len(layers), 2, model.config.n_routed_experts, dtype=torch.long)
     handles = []
@@ -89,9 +94,14 @@ def count_routing(model: MostForCausalLM) -> Iterator[torch.Tensor]:
 def decode(
     forward: Forward, prompts: Sequence[np.ndarray], stop: Sequence[int], caps: Sequence[int], search: SearchOptions
 ) -> list[Decoded]:
-    """The continuation of each prompt, of at most so many tokens (`caps`); prompts of like length share a batch.
+    """Decode the continuation of each prompt. The result does not depend on the batch size.
 
-    A row that has ended is padding from then on, so it is neither routed nor counted. The result does not depend on the batch size.
+    Prompts of similar length share a batch. A row that has ended is padding from then on, so it is neither routed nor counted.
+
+    Args:
+        prompts: token ids, int (tokens,) each.
+        stop: stop tokens.
+        caps: the largest number of tokens for each prompt.
     """
     results: list[Decoded] = [Decoded([], None)] * len(prompts)
     order = sorted((index for index in range(len(prompts)) if caps[index] > 0), key=lambda index: (len(prompts[index]), index))
@@ -107,7 +117,7 @@ def decode(
 
 
 class _Context:
-    """What a batch's passes have in common: the cache, the mask (R, S) and each row's next position."""
+    """The state of a batch of R rows between passes: the cache, the attention mask (R, S), each row's next token and position."""
 
     def __init__(self, forward: Forward, prompts: Sequence[np.ndarray]) -> None:
         self._forward = forward
@@ -116,7 +126,7 @@ class _Context:
         self._cache: Any = None
 
     def logits(self, alive: torch.Tensor) -> torch.Tensor:
-        """Of the token that follows, (R, V) float32; rows that are not alive (R,) are padding."""
+        """Logits of the next token, float32 (R, V). Rows that are not `alive`, bool (R,), are padding."""
         output = self._forward(
             input_ids=self._next,
             attention_mask=self._mask,
@@ -130,7 +140,7 @@ class _Context:
         return output.logits[:, -1].float()
 
     def append(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Go on with one token (R,) a row; `rows` (R,): the row that each goes on from, where that is another."""
+        """Append a token to each row, (R,). `rows`, (R,): the rows that the new ones extend; None: themselves."""
         if rows is not None:
             self._cache.reorder_cache(rows)
             self._mask, self._positions = self._mask[rows], self._positions[rows]
@@ -139,7 +149,7 @@ class _Context:
 
 
 def _greedy(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int]) -> list[Decoded]:
-    """The most probable token each time."""
+    """Take the most probable token each time; see `decode`."""
     device = forward.device
     tokens: list[list[int]] = [[] for _ in prompts]
     ends: list[int | None] = [None] * len(prompts)
@@ -164,12 +174,12 @@ def _greedy(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int
 def _beams(
     forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int], search: SearchOptions
 ) -> list[Decoded]:
-    """The best of the hypotheses that a search with `num_beams` beams ends with."""
+    """Take the best hypothesis of a search with `num_beams` beams; see `decode`."""
     beams = [BeamSearch(search.num_beams, stops, cap, search.length_penalty) for cap in caps]
     device, width = forward.device, search.num_beams
     context = _Context(forward, prompts)
     logits = context.logits(torch.ones(len(prompts), dtype=torch.bool, device=device))
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(width)  # the row of each beam: so far one a record
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(width)  # the row of each beam: at first one for each record
     while True:
         n_candidates = min(beams[0].n_candidates, logits.shape[-1])
         values, tokens = (best[rows].view(len(beams), width, -1).tolist() for best in logits.log_softmax(-1).topk(n_candidates))
@@ -184,11 +194,13 @@ def _beams(
 
 
 def _modality(model: MostForCausalLM, ids: torch.Tensor, mask: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    """The modality of the tokens `ids` (R, T), from their ids; PADDING where the mask (R, S) is 0 or the row is not alive."""
     from_ids = ((ids >= model.config.first_audio_token) & (ids <= model.config.last_audio_token)).long()
     return from_ids.masked_fill(mask[:, -ids.shape[1] :] == 0, PADDING).masked_fill(~alive.unsqueeze(1), PADDING)
 
 
 def _left_padded(prompts: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as token ids and attention mask, int64 (R, S) both, aligned at their ends."""
     longest = max(map(len, prompts))
     tokens = torch.full((len(prompts), longest), pad, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)

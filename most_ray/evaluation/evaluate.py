@@ -1,4 +1,4 @@
-"""The one evaluation: `most-ray evaluate`, validation beside training and in between, and the end of a run all call this."""
+"""Evaluation as `most-ray evaluate`, validation during training and the end of a run all call it: open the sets, merge the shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from most_ray.data.ingest import Recipe, check_rejected, ingest_directory
-from most_ray.data.plan import check_units as one_unit_identity
+from most_ray.data.plan import check_units as common_units
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.hypotheses import Row, evaluation_result, write_hypotheses, write_result
@@ -28,7 +28,7 @@ from most_ray.records.tokenizer import vocabulary_of
 
 @dataclass(frozen=True)
 class Directories:
-    """Of records, by task: paths or URIs."""
+    """Directories of records by task, as paths or URIs."""
 
     asr: tuple[str, ...] = ()
     tts: tuple[str, ...] = ()
@@ -40,57 +40,65 @@ class Directories:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """result: the figures (see `hypotheses.figures`); header and rows: the content of hypotheses.jsonl that they come from."""
+    """A model's evaluation on some sets."""
 
-    header: dict[str, Any]
-    rows: list[Row]
-    result: dict[str, Any]
+    header: dict[str, Any]  # first line of hypotheses.jsonl
+    rows: list[Row]  # its further lines
+    result: dict[str, Any]  # computed from both, see `hypotheses.evaluation_result`
 
     def write(self, path: Path) -> None:
-        """The figures to `path`, and beside it `hypotheses_path(path)`, each in place in one move."""
+        """Write the result to `path`, and the hypotheses to `hypotheses_path(path)`; each write is atomic."""
         write_hypotheses(hypotheses_path(path), self.header, self.rows)
         write_result(path, self.result)
 
 
 def hypotheses_path(path: Path) -> Path:
-    """The records' file beside a file of figures: NAME.hypotheses.jsonl."""
+    """The file of hypotheses beside a file of results: NAME.hypotheses.jsonl."""
     return path.with_name(f"{path.name.removesuffix('.json')}.hypotheses.jsonl")
 
 
 def open_sets(
     config: MostConfig, tokenizer: Any, uri: str, directories: Directories, settings: EvaluationSettings, store_root: str
 ) -> list[EvaluationSet]:
-    """The records to score the model of `place` on, as token stores: those that are there, and new ones for what is new or has changed.
+    """Open the token stores of the records to evaluate a model on; stores of new or changed records are built.
+
+    Args:
+        uri: of the model, for errors.
+        store_root: folder or URI of the token stores.
 
     Raises:
-        UserError: a directory is missing or holds too many bad records; the model was trained with another template, or on other units.
+        UserError: a directory is missing or has too many bad records; the model was trained with another template, or on other units.
     """
     check_template(config, uri)
     vocabulary = vocabulary_of(tokenizer)
     named: list[tuple[Task, str]] = [(task, directory) for task in TASKS for directory in getattr(directories, task)]
-    # A record that the model can read is scored, however long the rows of training were.
+    # Every record that fits into the model's positions is scored, however long the rows of training were.
     limit = config.max_position_embeddings
     stores = [ingest_directory(directory, Recipe(task, vocabulary, limit, "reject"), store_root) for task, directory in named]
     check_rejected(stores, settings.max_rejected_fraction, storage.join(str(store_root), REJECTED))
-    check_units(config, one_unit_identity(stores), uri)
+    check_units(config, common_units(stores), uri)
     names = distinct_names([directory for _, directory in named], [task for task, _ in named])
-    return [EvaluationSet(f"{task}/{name}", task, store) for (task, _), name, store in zip(named, names, stores, strict=True)]
+    sets = zip(named, names, stores, strict=True)
+    return [EvaluationSet(f"{task}/{name}", task, store, directory) for (task, directory), name, store in sets]
 
 
 def merge_shards(
-    shares: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
+    shards: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
 ) -> Evaluation:
-    """Every rank's share as one evaluation of the model of `place`, its records in the order of the sets.
+    """Merge the shards of all ranks to one evaluation, with its records in the order of the sets.
+
+    Args:
+        uri: of the model; goes into the settings.
 
     Raises:
         DataError: a record was scored twice, or not at all.
     """
     rows: dict[tuple[int, int], Row] = {}
-    for share in shares:
-        twice = rows.keys() & share.rows.keys()
+    for shard in shards:
+        twice = rows.keys() & shard.rows.keys()
         if twice:
-            raise DataError("evaluation", share.rows[min(twice)]["id"], "was scored twice.")
-        rows |= share.rows
+            raise DataError("evaluation", shard.rows[min(twice)]["id"], "was scored twice.")
+        rows |= shard.rows
     wanted = [(index, row) for index, each in enumerate(sets) for row in range(len(each.store))]
     if len(rows) != len(wanted):
         raise DataError("evaluation", f"{len(rows)} of {len(wanted)}", "records were scored.")
@@ -103,9 +111,9 @@ def merge_shards(
             "asr_instruction": asr_instruction(tokenizer, sets),
         },
         "sets": {each.name: _about(each) for each in sets},
-        "routing": load_summary(torch.from_numpy(np.sum([share.load for share in shares], axis=0)), config),
+        "routing": load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config),
     }
-    ordered = [rows[uri] for uri in wanted]
+    ordered = [rows[key] for key in wanted]
     return Evaluation(header, ordered, evaluation_result(header, ordered))
 
 

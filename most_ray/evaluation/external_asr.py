@@ -1,29 +1,27 @@
-"""Speech that the model has made, judged by somebody else: units to audio, audio to text by a transformers recogniser."""
+"""Recognises synthesised speech independently of the model: units to audio by a vocoder, audio to text by a recogniser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import soxr
 import torch
 
-from most_ray.errors import CheckpointError
-
-Vocoder = Callable[[Sequence[Sequence[int]]], tuple[list[np.ndarray], int]]  # units -> waveforms (samples,) float32, and their rate in Hz
+from most_ray.errors import CheckpointError, one_line
+from most_ray.speech.vocoder.vocoders import Vocoder
 
 
 class ExternalRecogniser:
-    """What a recogniser hears in units that a vocoder speaks; for `share.score_shard`.
+    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`.
 
     Args:
-        vocoder: see `Vocoder`.
-        use_gpu: where there is one.
         checkpoint: folder or hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2, ...).
+        use_gpu: use a GPU if there is one.
 
     Raises:
-        CheckpointError: the checkpoint holds no such model.
+        CheckpointError: the checkpoint is not such a model.
     """
 
     def __init__(self, vocoder: Vocoder, checkpoint: str, use_gpu: bool = True) -> None:
@@ -33,16 +31,16 @@ class ExternalRecogniser:
         try:
             self._pipeline: Any = pipeline("automatic-speech-recognition", model=checkpoint, device=device, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            reason = f"is no recogniser that can be used ({' '.join(str(error).split())[:200]})."
+            reason = f"is no recogniser that can be used ({one_line(error)})."
             raise CheckpointError("recogniser", checkpoint, reason, "Name a Whisper or CTC checkpoint in Hugging Face layout.") from error
         self._vocoder = vocoder
 
     def __call__(self, units: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of so many utterances."""
+        """The text recognised in each utterance."""
         waves, rate = self._vocoder(units)
         own = int(self._pipeline.feature_extractor.sampling_rate)
         if rate != own:
             waves = [soxr.resample(wave, rate, own) for wave in waves]
         inputs = [{"raw": wave.astype(np.float32), "sampling_rate": own} for wave in waves]
-        # One at a time: wav2vec2 and its likes hear another thing where an utterance is padded to a longer one's length.
+        # One at a time: models such as wav2vec2 recognise something else in an utterance that is padded to a longer one's length.
         return [str(output["text"]).strip() for output in self._pipeline(inputs, batch_size=1)]

@@ -1,12 +1,12 @@
-"""hypotheses.jsonl: everything that an evaluation's figures are made of, a record a line; figures come from these lines alone, so that a
-file scored again gives the same numbers.
+"""hypotheses.jsonl, which has a line for each record of an evaluation, and the result, which is computed from these lines alone, so that a
+file that is scored again gives the same numbers.
 
-Line 1 holds the settings: {"kind": "settings", "format", "settings", "sets": {name: {"task", "records", "rejected", "rejected_file"}},
-"routing"}. Each further line is a record: kind "hypothesis", set, task, row (in its set), id, loss (sum over supervised tokens; null where
-that is no number), supervised_tokens, and
-    asr: reference, hypothesis, both normalised, ended (false: length cap), looping, foreign (tokens of speech);
-    tts: text and recognised (what the model itself hears in its speech), both normalised, reference and hypothesis (units), ended (by the
-        end-of-audio marker), hit_cap, looping, foreign (tokens that are no units); heard, where an outside recogniser was asked.
+The first line has the settings: {"kind": "settings", "format", "settings", "sets": {name: {"task", "records", "rejected",
+"rejected_file"}}, "routing"}. Each further line is a record: kind "hypothesis", set, task, row (in its set), id, loss (sum over supervised
+tokens; null if it is not finite), supervised_tokens, and
+    asr: reference, hypothesis, both also normalised, ended (false: length cap), looping, foreign (tokens of speech);
+    tts: text and recognised (what the model itself recognises in its speech), both also normalised, reference and hypothesis (units), ended
+        (by the end-of-audio marker), hit_cap, looping, foreign (tokens that are not units); `heard`, if an external recogniser was used.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from most_ray.io.json_lines import decode
 from most_ray.metrics.figures import RATES, TITLES
 from most_ray.records.record import TASKS
 
-FORMAT = 1
-_SAMPLES = 5  # of each set
+FORMAT = 1  # of the file
+_SAMPLES = 5  # of each set, in the result
 _REMEDY = "Name a hypotheses.jsonl that an evaluation has written."
 _NUMBER = (int, float, type(None))
 _FIRST = {"settings": dict, "sets": dict, "routing": dict}
@@ -40,19 +40,23 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "text": _COMMON,
 }
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # a line of the file, of a record
 
 
 def add_normalised(row: Row, name: Any) -> Row:
-    """A line with both sides as they are compared."""
+    """The row with its texts also as they are compared, normalised by the normaliser `name`."""
     pairs = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised", "heard"), "text": ()}[row["task"]]
     clean = normaliser(name)
     return row | {f"normalised_{key}": clean(row[key]) for key in pairs if key in row}
 
 
 def evaluation_result(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """An evaluation's result, JSON-ready: `wer` (by ASR set), `validation_loss` (by set), `sets`, `overall` (by task), `samples`,
-    `routing`, `settings`. Rates are None where there is nothing to divide by."""
+    """Compute the result of an evaluation, JSON-ready: `wer` (by ASR set), `validation_loss` (by set), `sets`, `overall` (by task),
+    `samples`, `routing`, `settings`. Rates are None where there is nothing to divide by.
+
+    Args:
+        header: the file's first line, without kind and format.
+    """
     by_set: dict[str, list[Row]] = {name: [] for name in header["sets"]}
     for row in rows:
         by_set[row["set"]].append(row)
@@ -70,14 +74,14 @@ def evaluation_result(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, 
 
 
 def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
-    # fsum: the same to the bit in whatever order and on however many ranks the records were scored.
+    # fsum: bitwise identical in any order of the records, so for any number of ranks.
     losses, count = [row["loss"] for row in rows], sum(row["supervised_tokens"] for row in rows)
     loss = math.fsum(losses) / count if count and None not in losses else None
     section: dict[str, Any] = {
         "task": task,
         "records": len(rows),
         "loss": loss,
-        "perplexity": None if loss is None or loss > 700.0 else math.exp(loss),  # beyond that it is no float
+        "perplexity": None if loss is None or loss > 700.0 else math.exp(loss),  # larger ones overflow
         "supervised_tokens": count,
     }
     if task == "asr":
@@ -92,28 +96,28 @@ def _recognition(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "words": error_rate(word_counts(references, hypotheses)),
         "characters": error_rate(character_counts(references, hypotheses)),
-        "empty_rate": _share(not row["hypothesis"].strip() for row in rows),
-        "loop_rate": _share(row["looping"] for row in rows),
-        "length_cap_rate": _share(not row["ended"] for row in rows),
-        "foreign_rate": _share(row["foreign"] > 0 for row in rows),
+        "empty_rate": _fraction(not row["hypothesis"].strip() for row in rows),
+        "loop_rate": _fraction(row["looping"] for row in rows),
+        "length_cap_rate": _fraction(not row["ended"] for row in rows),
+        "foreign_rate": _fraction(row["foreign"] > 0 for row in rows),
         "confusions": confusions(references, hypotheses),
     }
 
 
 def _synthesis(rows: Sequence[Row]) -> dict[str, Any]:
-    """units: unit error rate against the recording, a rough figure, for there are many ways to say a thing; cycle: word error rate of what
-    the model recognises in its own speech; outside: of what an outside recogniser does. duration_ratio: units decoded over the
+    """units: unit error rate against the recording, a rough measure, since there are many ways to say a text; cycle: word error rate of
+    what the model recognises in its own speech; outside: of what an external recogniser does; duration_ratio: generated units over the
     recordings' units."""
     texts = _column(rows, "normalised_text")
-    said, spoken = ([len(row[side].split()) for row in rows] for side in ("reference", "hypothesis"))
+    recorded, generated = (sum(len(row[side].split()) for row in rows) for side in ("reference", "hypothesis"))
     section = {
         "units": error_rate(word_counts(_column(rows, "reference"), _column(rows, "hypothesis"))),
         "cycle": error_rate(word_counts(texts, _column(rows, "normalised_recognised"))),
-        "duration_ratio": sum(spoken) / sum(said) if sum(said) else None,
-        "loop_rate": _share(row["looping"] for row in rows),
-        "end_of_audio_rate": _share(row["ended"] for row in rows),
-        "length_cap_rate": _share(row["hit_cap"] for row in rows),
-        "foreign_rate": _share(row["foreign"] > 0 for row in rows),
+        "duration_ratio": generated / recorded if recorded else None,
+        "loop_rate": _fraction(row["looping"] for row in rows),
+        "end_of_audio_rate": _fraction(row["ended"] for row in rows),
+        "length_cap_rate": _fraction(row["hit_cap"] for row in rows),
+        "foreign_rate": _fraction(row["foreign"] > 0 for row in rows),
     }
     if rows and all("heard" in row for row in rows):
         section["outside"] = error_rate(word_counts(texts, _column(rows, "normalised_heard")))
@@ -124,13 +128,13 @@ def _column(rows: Sequence[Row], key: str) -> list[str]:
     return [row[key] for row in rows]
 
 
-def _share(flags: Any) -> float | None:
+def _fraction(flags: Any) -> float | None:
     marks = list(flags)
     return sum(marks) / len(marks) if marks else None
 
 
 def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
-    """A few records, evenly spaced, as text on both sides."""
+    """A few evenly spaced records of a set, as texts on both sides."""
     chosen = rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES]
     sides = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised")}
     return [
@@ -142,7 +146,7 @@ def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:
-    """Whether a sequence of at most `longest` tokens stands `repeats` times in a row, over `at_least` tokens."""
+    """Whether a sequence of at most `longest` tokens is repeated, `repeats` times in a row and over `at_least` tokens."""
     array = np.asarray(tokens)
     for period in range(1, min(longest, len(array) // 2) + 1):
         needed = max(repeats * period, at_least) - period
@@ -154,18 +158,18 @@ def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_le
 
 
 def write_hypotheses(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
-    """The file, in place in one move."""
+    """Write hypotheses.jsonl. Atomic."""
     lines = [{"kind": "settings", "format": FORMAT, **header}, *rows]
     storage.write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """The figures as JSON, in place in one move."""
+    """Write a result as JSON. Atomic."""
     storage.write_bytes(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
-    """The figures in words, a line a set."""
+    """A result as lines of text, one or two for each set."""
     lines = []
     for name, section in result["sets"].items():
         shown = [f"{TITLES[key]} {_percent(section[key])}" for key in RATES if key in section]
@@ -177,7 +181,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         shown += [f"{key.removesuffix('_rate').replace('_', ' ')} {section[key]:.1%}" for key in shares if section.get(key)]
         lines.append(f"{name}: {'  '.join(shown)}  records {section['records']}")
         if section["rejected"]:
-            lines.append(f"{name}: {section['rejected']} records were set aside, see {section['rejected_file']}")
+            lines.append(f"{name}: {section['rejected']} records were rejected, see {section['rejected_file']}")
     return [*lines, f"selections across the modality border: {result['routing']['leaked']}"]
 
 
@@ -189,10 +193,10 @@ def _percent(rate: dict[str, Any]) -> str:
 
 
 def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
-    """Settings and records of a file.
+    """Read hypotheses.jsonl: its first line, without kind and format, and its rows.
 
     Raises:
-        DataError: it is missing or is no such file, a line cannot be used, or records are missing or doubled.
+        DataError: the file is missing or is something else, a line cannot be used, or records are missing or doubled.
     """
     shown = storage.redact(uri)
     try:
@@ -247,7 +251,10 @@ def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
 
 
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
-    """The result of an evaluation once more, from its hypotheses.jsonl; `name`: with this normaliser instead of its own.
+    """Compute the result of an evaluation again from its hypotheses.jsonl.
+
+    Args:
+        name: normaliser to use; None: the evaluation's own.
 
     Raises:
         DataError: the file cannot be used, or the normaliser is unknown.

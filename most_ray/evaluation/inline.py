@@ -1,4 +1,4 @@
-"""How a run's checkpoints are scored, and the way that needs no Ray: on the training workers, in between steps."""
+"""How a run's checkpoints are evaluated, and evaluation on the training workers between steps, which needs no Ray."""
 
 from __future__ import annotations
 
@@ -34,45 +34,55 @@ class EvaluationJob:
     directories: Directories
     settings: EvaluationSettings
     store_dir: str  # of the token stores
-    workers: int  # tasks that share the records out, each with the whole model
+    workers: int  # tasks that the records are divided among, each with the whole model
     gpus: float  # of each task
     training_threads: int = 0  # of all training workers on a node
 
     @classmethod
     def of(cls, config: RunConfig, training_threads: int = 0) -> EvaluationJob:
-        """How a run's validation sets are scored."""
+        """The evaluation of a run's validation sets."""
         directories = Directories(*(tuple(map(storage.absolute, config.directories("val", task))) for task in TASKS))
         settings = EvaluationSettings.of(config)
         return cls(directories, settings, config.store_uri, config.eval_workers, config.eval_gpus, training_threads)
 
     def sets(self, config: MostConfig, tokenizer: Any, uri: str) -> list[EvaluationSet]:
+        """Open the sets; see `open_sets`."""
         return open_sets(config, tokenizer, uri, self.directories, self.settings, self.store_dir)
 
 
 def open_external_recogniser(
     settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True
 ) -> ExternalRecogniser | None:
-    """The recogniser that settings ask for, behind a vocoder: the one that they name, else that of the model at `place`. None: none.
+    """Open the external recogniser that the settings name, with a vocoder: theirs, else the model's own. None if they name none.
+
+    Args:
+        uri: folder of the model or of the run's checkpoint.
+        units_identity: `units_hash` of the model's units; None: unknown.
 
     Raises:
-        ConfigError: a vocoder without a recogniser. CheckpointError: one of them cannot be used, or the vocoder speaks other units.
+        ConfigError: the settings name a vocoder without a recogniser.
+        CheckpointError: one of them cannot be used, or the vocoder was made for other units.
     """
     recogniser, vocoder = settings.recogniser, settings.vocoder
     if recogniser is None:
         if vocoder is not None:
             raise ConfigError("vocoder", vocoder, "is of use only with a recogniser.", "Name one, or leave it out.")
         return None
-    kit = find_assets(uri, units_identity)
-    if vocoder is None and (kit is None or not storage.exists(storage.join(kit, VOCODER))):
+    assets = find_assets(uri, units_identity)
+    if vocoder is None and (assets is None or not storage.exists(storage.join(assets, VOCODER))):
         remedy = "Make one by `most-ray prepare vocoder` in the folder of the training records, or name one: vocoder."
         raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(uri)}.", remedy)
-    folder = local_copy(kit, UNITS_MANIFEST) if kit else None
+    folder = local_copy(assets, UNITS_MANIFEST) if assets else None
     identity = read_units_manifest(Path(folder))["identity"] if folder else None
     return ExternalRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
 
 
 def write_evaluation(evaluation: Evaluation, run_uri: str, step: int, seconds: float) -> dict[str, Any]:
-    """evaluations/step-N.json and the hypotheses, in the run's folder; the line for metrics.jsonl."""
+    """Write evaluations/step-N.json and its hypotheses to the run's folder. Returns the row for metrics.jsonl.
+
+    Args:
+        seconds: that the evaluation took.
+    """
     folder = RunFolder(run_uri)
     name = f"evaluations/step-{step:09d}"
     evaluation.write(folder.local / f"{name}.json")
@@ -82,29 +92,29 @@ def write_evaluation(evaluation: Evaluation, run_uri: str, step: int, seconds: f
 
 
 class InlineEvaluation:
-    """Evaluations on the training workers, in between steps: every rank decodes its share with the model as the ranks hold it."""
+    """Evaluates on the training workers between steps: every rank scores its shard of the records, with the model as it is distributed."""
 
     def __init__(self, job: EvaluationJob, run_uri: str, model_path: str) -> None:
         self._job, self._run_uri, self._model_path = job, run_uri, model_path
-        self._outside: list[ExternalRecogniser | None] = []  # opened at the first evaluation
+        self._recogniser: list[ExternalRecogniser | None] = []  # opened at the first evaluation; empty: not yet
 
     def __call__(self, model: Any, step: int) -> dict[str, Any] | None:
-        """Score the model. Collective; the line for metrics.jsonl on rank 0."""
+        """Evaluate the model. Collective. Returns the row for metrics.jsonl on rank 0, None on other ranks."""
         began, rank, world = time.time(), this_rank(), world_size()
         tokenizer = load_tokenizer(local_copy(self._model_path))
         sets = self._job.sets(model.config, tokenizer, self._model_path)
-        if not self._outside:
-            self._outside = [open_external_recogniser(self._job.settings, self._run_uri, getattr(model.config, "units_identity", None))]
-        forward = Forward(model, together=world > 1)
-        share = score_shard(forward, tokenizer, sets, self._job.settings, rank, world, self._outside[0])
+        if not self._recogniser:
+            self._recogniser = [open_external_recogniser(self._job.settings, self._run_uri, getattr(model.config, "units_identity", None))]
+        forward = Forward(model, collective=world > 1)
+        shard = score_shard(forward, tokenizer, sets, self._job.settings, rank, world, self._recogniser[0])
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # as training expects them; the outermost stays whole after a forward pass
-        shares: list[Any] = [share]
+                module.reshard()  # as training expects; the outermost module stays unsharded after a forward pass
+        shards: list[Any] = [shard]
         if world > 1:
-            shares = [None] * world
-            dist.gather_object(share, shares if rank == 0 else None, dst=0)
+            shards = [None] * world
+            dist.gather_object(shard, shards if rank == 0 else None, dst=0)
         if rank != 0:
             return None
-        evaluation = merge_shards(shares, sets, self._job.settings, model.config, tokenizer, f"{self._run_uri} at step {step}")
+        evaluation = merge_shards(shards, sets, self._job.settings, model.config, tokenizer, f"{self._run_uri} at step {step}")
         return write_evaluation(evaluation, self._run_uri, step, time.time() - began)

@@ -1,4 +1,4 @@
-"""What one rank of an evaluation does: its share of the records, each decoded and scored once."""
+"""Scores one rank's shard of the records of an evaluation: each is decoded and scored once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from most_ray.records.record import ASR_INSTRUCTION, N_UNITS, Record, Task, pars
 from most_ray.records.template import IGNORE, split_prompt, units_of
 from most_ray.records.tokenizer import vocabulary_of
 
-Recogniser = Callable[[Sequence[Sequence[int]]], list[str]]  # units of many utterances -> what somebody else hears in them
+Recogniser = Callable[[Sequence[Sequence[int]]], list[str]]  # units of utterances -> their texts
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EvaluationSettings:
 
     @classmethod
     def of(cls, config: RunConfig) -> EvaluationSettings:
-        """Those of a configuration; its local paths become absolute, since tasks have another working directory."""
+        """The settings in a configuration; its local paths become absolute, since tasks have another working directory."""
         recogniser, vocoder = (uri and storage.absolute_if_exists(uri) for uri in (config.recogniser, config.vocoder))
         return cls(
             config.eval_batch_size,
@@ -58,27 +58,28 @@ class EvaluationSettings:
         )
 
     @property
-    def limits(self) -> GenerationOptions:
-        return GenerationOptions(
-            SearchOptions(self.batch_size, self.num_beams, self.length_penalty), self.max_new_tokens, self.max_new_units
-        )
+    def generation(self) -> GenerationOptions:
+        """How outputs are decoded."""
+        search = SearchOptions(self.batch_size, self.num_beams, self.length_penalty)
+        return GenerationOptions(search, self.max_new_tokens, self.max_new_units)
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """name: task/folder, as results call it."""
+    """One directory of records to evaluate."""
 
-    name: str
+    name: str  # task/folder, as in the results
     task: Task
     store: TokenStore
+    directory: str  # path or URI of the records, with the options and credentials that `store.manifest` leaves out
 
 
 @dataclass(frozen=True)
 class EvalShard:
-    """rows: lines of hypotheses.jsonl by (set, row); load: selections (L, 2, E) int64."""
+    """What one rank has scored."""
 
-    rows: dict[tuple[int, int], Row]
-    load: np.ndarray
+    rows: dict[tuple[int, int], Row]  # lines of hypotheses.jsonl by (index of the set, row in its store)
+    load: np.ndarray  # selections by layer, modality and expert, int64 (layers, 2, experts)
 
 
 def score_shard(
@@ -88,9 +89,15 @@ def score_shard(
     settings: EvaluationSettings,
     rank: int = 0,
     world: int = 1,
-    outside: Recogniser | None = None,
+    recogniser: Recogniser | None = None,
 ) -> EvalShard:
-    """Decode and score every `world`-th record of the sets, by length, so that shares are alike. Collective where `forward` is."""
+    """Decode and score every `world`-th record of the sets, in order of length, so that all ranks have equally much to do.
+
+    Collective if `forward` is.
+
+    Args:
+        recogniser: an external one, for the speech that the model synthesises.
+    """
     rows: dict[tuple[int, int], Row] = {}
     forward.model.eval()
     with count_routing(forward.model) as load:
@@ -101,7 +108,7 @@ def score_shard(
             if each.task == "asr":
                 details = _recognise(forward, tokenizer, each.store, mine, settings)
             elif each.task == "tts":
-                details = _speak(forward, tokenizer, each.store, mine, settings, asr_instruction(tokenizer, sets), outside)
+                details = _synthesise(forward, tokenizer, each, mine, settings, asr_instruction(tokenizer, sets), recogniser)
             else:
                 details = [{} for _ in mine]
             for row, loss, detail in zip(mine, losses, details, strict=True):
@@ -114,7 +121,7 @@ def score_shard(
 
 
 def _prompts(store: TokenStore, rows: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Prompts and outputs (with their end markers) as token ids."""
+    """Prompts and outputs, with their end markers, as token ids."""
     cut = [(store.input_ids(row), int(store.prompt_lengths[row])) for row in rows]
     return [tokens[:prompt] for tokens, prompt in cut], [tokens[prompt:] for tokens, prompt in cut]
 
@@ -122,80 +129,83 @@ def _prompts(store: TokenStore, rows: Sequence[int]) -> tuple[list[np.ndarray], 
 def _recognise(
     forward: Forward, tokenizer: Any, store: TokenStore, rows: Sequence[int], settings: EvaluationSettings
 ) -> list[dict[str, Any]]:
+    """Transcribe records of speech. Returns the fields of `hypotheses` for the task asr."""
     ids = vocabulary_of(tokenizer).ids
     prompts, outputs = _prompts(store, rows)
     references = [decode_text(tokenizer, output[:-1]) for output in outputs]
     results = []
-    for reference, heard in zip(references, transcribe_prompts(forward, tokenizer, prompts, settings.limits), strict=True):
-        foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in heard.tokens)
-        line = {"reference": reference, "hypothesis": heard.text, "ended": heard.ended}
-        results.append({**line, "looping": is_looping(heard.tokens), "foreign": foreign})
+    for reference, found in zip(references, transcribe_prompts(forward, tokenizer, prompts, settings.generation), strict=True):
+        foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in found.tokens)
+        line = {"reference": reference, "hypothesis": found.text, "ended": found.ended}
+        results.append({**line, "looping": is_looping(found.tokens), "foreign": foreign})
     return results
 
 
-def _speak(
+def _synthesise(
     forward: Forward,
     tokenizer: Any,
-    store: TokenStore,
+    each: EvaluationSet,
     rows: Sequence[int],
     settings: EvaluationSettings,
     instruction: str,
-    outside: Recogniser | None,
+    recogniser: Recogniser | None,
 ) -> list[dict[str, Any]]:
-    """Units of each text, and the text that is recognised in them."""
+    """Synthesise records of text, and recognise the units by the model itself (with `instruction`) and by an external recogniser.
+
+    Returns the fields of `hypotheses` for the task tts.
+    """
     ids = vocabulary_of(tokenizer).ids
-    prompts, outputs = _prompts(store, rows)
-    texts = _texts(store, rows, [decode_text(tokenizer, prompt[1:-1]) for prompt in prompts])  # between the sentence and the audio marker
-    found = synthesize_prompts(forward, tokenizer, prompts, texts, settings.limits)
-    spoken = [each.units for each in found]
-    audible = [index for index, units in enumerate(spoken) if units]
-    recognised = [heard.text for heard in transcribe_units(forward, tokenizer, spoken, settings.limits, instruction)]
-    heard = [""] * len(spoken) if outside else None
-    if outside and heard is not None:
-        for index, text in zip(audible, outside([spoken[index] for index in audible]), strict=True):
-            heard[index] = text
+    prompts, outputs = _prompts(each.store, rows)
+    texts = _texts(each, rows, [decode_text(tokenizer, prompt[1:-1]) for prompt in prompts])  # without <bos> and the audio marker
+    found = synthesize_prompts(forward, tokenizer, prompts, texts, settings.generation)
+    spoken = [result.units for result in found]
+    recognised = [result.text for result in transcribe_units(forward, tokenizer, spoken, settings.generation, instruction)]
+    external: list[dict[str, str]] = [{} for _ in spoken]
+    if recogniser:
+        audible = [index for index, units in enumerate(spoken) if units]
+        by_index = dict(zip(audible, recogniser([spoken[index] for index in audible]), strict=True))
+        external = [{"heard": by_index.get(index, "")} for index in range(len(spoken))]
     return [
         {
             "text": texts[index],
             "recognised": recognised[index],
-            **({"heard": heard[index]} if heard is not None else {}),
+            **external[index],
             "reference": " ".join(map(str, units_of(output.tolist(), ids))),
-            "hypothesis": " ".join(map(str, units)),
-            "ended": each.stop == ids.end_audio,
-            "hit_cap": each.stop is None,
-            "looping": is_looping([unit for unit, _ in itertools.groupby(units)]),  # a unit that goes on is a sound that is held
-            "foreign": len(each.tokens) - len(units),
+            "hypothesis": " ".join(map(str, result.units)),
+            "ended": result.stop == ids.end_audio,
+            "hit_cap": result.stop is None,
+            "looping": is_looping([unit for unit, _ in itertools.groupby(result.units)]),  # a repeated unit is a sustained sound
+            "foreign": len(result.tokens) - len(result.units),
         }
-        for index, (each, units, output) in enumerate(zip(found, spoken, outputs, strict=True))
+        for index, (result, output) in enumerate(zip(found, outputs, strict=True))
     ]
 
 
-def _texts(store: TokenStore, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:
-    """What each prompt asks to be spoken. Where an instruction or a text has several lines, the records themselves tell where it begins.
+def _texts(each: EvaluationSet, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:
+    """The text to synthesise in each prompt: what follows the instruction.
+
+    A store of an earlier version does not say how many lines an instruction has. If that matters, the records are read again.
 
     Raises:
-        DataError: they do not.
+        DataError: the records no longer have a prompt's text.
     """
-    split = [split_prompt(prompt) for prompt in prompts]
-    if not any("\n" in text for _, text in split):
-        return [text for _, text in split]
-    asked: dict[str, Record] = {}
-    for entry in record_files(store.manifest["source"]):
-        for _, raw in read_raw(entry.uri):
-            record = parse_records([raw])[0]
-            if isinstance(record, Record) and record.task == "tts":
-                asked[record.id] = record
-    texts = []
-    for row, whole in zip(rows, ("\n".join(parts) for parts in split), strict=True):
-        record = asked.get(store.record_id(row), Record("", "", "", ""))
-        if f"{record.instruction}\n{record.input}" != whole:
-            raise DataError("id", store.record_id(row), "has several lines, and its text cannot be told from its instruction.")
-        texts.append(str(record.input))
-    return texts
+    texts = [split_prompt(prompt, each.store.instruction_lines(row) or 1)[1] for row, prompt in zip(rows, prompts, strict=True)]
+    if not any("\n" in text and each.store.instruction_lines(row) is None for row, text in zip(rows, texts, strict=True)):
+        return texts
+    ids = [each.store.record_id(row) for row in rows]
+    wanted = set(ids)
+    raws = (raw for entry in record_files(each.directory) for _, raw in read_raw(entry.uri))
+    parsed = (found for raw in raws if isinstance(found := parse_records([raw])[0], Record))
+    records = {record.id: record for record in parsed if record.id in wanted and record.task == "tts"}
+    for record_id, prompt in zip(ids, prompts, strict=True):
+        record = records.get(record_id, Record("", "", "", ""))
+        if split_prompt(prompt, record.instruction.count("\n") + 1) != (record.instruction, record.input):
+            raise DataError("id", record_id, "has several lines, and its record no longer says which of them are its text.")
+    return [str(records[record_id].input) for record_id in ids]
 
 
 def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
-    """The instruction that speech is recognised by: that of the first recognition record, else the usual one."""
+    """The instruction for recognising speech: that of the first ASR record of the sets, else the default."""
     for each in sets:
         if each.task == "asr" and len(each.store):
             prompt = each.store.input_ids(0)
@@ -206,7 +216,7 @@ def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
 
 @torch.no_grad()
 def record_losses(forward: Forward, store: TokenStore, rows: Sequence[int], tokens_per_batch: int = 8192) -> list[float]:
-    """Cross-entropy of each record's supervised tokens, summed; `rows` by ascending length share batches."""
+    """The cross-entropy of each record, summed over its supervised tokens. Rows of ascending length pack well into batches."""
     losses: list[float] = []
     start = 0
     while start < len(rows):

@@ -1,6 +1,6 @@
-"""Word and character error rates, from counts per record to a rate with its interval.
+"""Word and character error rates with their confidence intervals, from counts per record.
 
-Rates are taken over a set: errors of all records over reference words of all records, as everybody reports them.
+A rate is that of a set: the errors of all records over the reference words of all records, as is usual.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from most_ray.config import Normaliser
 
 NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
 RESAMPLES = 1000
-_CHUNK = 1 << 22  # records drawn at once: memory does not grow with the set
+_CHUNK = 1 << 22  # records drawn at once, so that memory does not grow with the set
 
 
 @functools.cache
 def normaliser(name: Normaliser) -> Callable[[str], str]:
-    """What both sides go through before they are compared; runs of white space become one blank in each.
+    """The function that both sides are normalised with before they are compared. Each reduces runs of white space to one blank.
 
-    none: nothing else. basic: Whisper's for all languages (lower case, what stands in brackets and all punctuation and symbols removed,
-    so that "it's" is two words). whisper-english: Whisper's for English besides (numbers as digits, contractions written out, British
-    spellings as American ones). Both from transformers; the list of spellings from the package whisper-normalizer.
+    none: nothing else. basic: Whisper's for all languages (lower case; text in brackets, punctuation and symbols removed, so that "it's" is
+    two words). whisper-english: Whisper's for English (also numbers as digits, contractions written out, British spellings as American
+    ones). Both are transformers'; the list of spellings is from the package whisper-normalizer.
     """
     if name == "none":
         return lambda text: _one_blank(_units_as_words(text))
@@ -48,7 +48,7 @@ _AUDIO_TOKEN = re.compile(r"\[Hu\d+\]|<\|(?:begin|end)_of_audio\|>")
 
 
 def _units_as_words(text: str) -> str:
-    """Each speech token in a transcription as a word, so that it counts as an error: normalisers drop what stands in brackets."""
+    """Replace each speech token in a transcription by a word, so that it counts as an error: normalisers drop text in brackets."""
     return _AUDIO_TOKEN.sub(" speechtoken ", text)
 
 
@@ -58,29 +58,31 @@ def _one_blank(text: str) -> str:
 
 @dataclass(frozen=True)
 class EditCounts:
-    """Per record, (R,) int64 each: edits of a shortest way from reference to hypothesis, and the reference's length."""
+    """Edits per record in a shortest alignment of reference and hypothesis; each is int64 (records,)."""
 
     substitutions: np.ndarray
     deletions: np.ndarray
     insertions: np.ndarray
-    reference: np.ndarray
+    reference: np.ndarray  # length of the reference
 
     @property
     def errors(self) -> np.ndarray:
+        """All edits, int64 (records,)."""
         return self.substitutions + self.deletions + self.insertions
 
 
 def word_counts(references: Sequence[str], hypotheses: Sequence[str]) -> EditCounts:
-    """Words are what white space parts; texts as they come, normalised before."""
+    """Count edits of words, separated by white space, in texts that are normalised already."""
     return _counts(jiwer.process_words(list(references), list(hypotheses)) if references else None)
 
 
 def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> EditCounts:
-    """Characters are code points, blanks between words included."""
+    """Count edits of characters, which are code points and include the blanks between words, in texts that are normalised already."""
     return _counts(jiwer.process_characters(list(references), list(hypotheses)) if references else None)
 
 
 def _counts(output: Any) -> EditCounts:
+    """Counts from jiwer's output; None: no records."""
     counts = np.zeros((4, len(output.alignments) if output else 0), np.int64)
     for record, alignment in enumerate(output.alignments if output else ()):
         for chunk in alignment:
@@ -95,8 +97,8 @@ def _counts(output: Any) -> EditCounts:
 
 
 def error_rate(counts: EditCounts) -> dict[str, Any]:
-    """A set's figures, JSON-ready: rate (None where the references hold nothing), substitutions, deletions, insertions, reference (length)
-    and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
+    """The error rate of a set, JSON-ready: rate (None if the references are empty), substitutions, deletions, insertions, reference
+    (length) and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
     reference = int(counts.reference.sum())
     return {
         "rate": int(counts.errors.sum()) / reference if reference else None,
@@ -109,8 +111,13 @@ def error_rate(counts: EditCounts) -> dict[str, Any]:
 
 
 def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES) -> list[float]:
-    """The 2.5th and 97.5th percentile of sum(errors) / sum(reference) over sets of as many records drawn with replacement. The draws are
-    always the same, so a file scored again has the same interval."""
+    """The 2.5th and 97.5th percentile of sum(errors) / sum(reference) over `resamples` sets of as many records, drawn with replacement.
+
+    The draws are always the same, so a file that is scored again has the same interval.
+
+    Args:
+        errors, reference: int64 (records,).
+    """
     generator = np.random.Generator(np.random.PCG64(0))
     rates: list[np.ndarray] = []
     left, at_once = resamples, max(1, _CHUNK // len(errors))
@@ -123,20 +130,20 @@ def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int
 
 
 def confusions(references: Sequence[str], hypotheses: Sequence[str], most: int = 30) -> list[list[Any]]:
-    """The most frequent [reference word, hypothesis word, times] that differ; an empty word stands for nothing on that side."""
+    """The `most` most frequent [reference word, hypothesis word, times] that differ; a word is empty in a deletion or insertion."""
     counter: collections.Counter[tuple[str, str]] = collections.Counter()
     if not references:
         return []
     output = jiwer.process_words(list(references), list(hypotheses))
     for record, alignment in enumerate(output.alignments):
-        heard, said = output.references[record], output.hypotheses[record]
+        reference, hypothesis = output.references[record], output.hypotheses[record]
         for chunk in alignment:
             if chunk.type == "substitute":
-                left, right = heard[chunk.ref_start_idx : chunk.ref_end_idx], said[chunk.hyp_start_idx : chunk.hyp_end_idx]
+                left, right = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
                 counter.update(zip(left, right, strict=True))
             elif chunk.type == "delete":
-                counter.update((word, "") for word in heard[chunk.ref_start_idx : chunk.ref_end_idx])
+                counter.update((word, "") for word in reference[chunk.ref_start_idx : chunk.ref_end_idx])
             elif chunk.type == "insert":
-                counter.update(("", word) for word in said[chunk.hyp_start_idx : chunk.hyp_end_idx])
+                counter.update(("", word) for word in hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
     ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
-    return [[reference, hypothesis, times] for (reference, hypothesis), times in ordered[:most]]
+    return [[left, right, times] for (left, right), times in ordered[:most]]

@@ -69,6 +69,7 @@ class EncodedRecord(NamedTuple):
     input_ids: np.ndarray  # int32 (tokens,)
     prompt_length: int  # tokens at the start that are not supervised
     task: Task
+    instruction_lines: int = 1  # by which `split_prompt` finds the end of the instruction
 
     def labels(self) -> np.ndarray:
         """Labels, int32 (tokens,), aligned with input_ids: the model shifts them."""
@@ -103,7 +104,7 @@ def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[En
     flat = np.concatenate([*parts, bos[:0]])
     encoded, start = [], 0
     for record, (prompt, size) in zip(records, sizes, strict=True):
-        encoded.append(EncodedRecord(flat[start : start + size], prompt, record.task))
+        encoded.append(EncodedRecord(flat[start : start + size], prompt, record.task, record.instruction.count("\n") + 1))
         start += size
     return encoded
 
@@ -125,11 +126,10 @@ def template_texts(record: Record) -> list[str]:
     return [*texts, record.output] if isinstance(record.output, str) else texts
 
 
-def split_prompt(text: str) -> tuple[str, str]:
-    """Split a prompt of text alone, as `template_texts` spells it, into instruction and input. The instruction is taken to be one line."""
-    body = text.removeprefix("User: ").removesuffix(_PIECES["after_input"])
-    instruction, _, rest = body.partition("\n")
-    return instruction, rest
+def split_prompt(text: str, instruction_lines: int = 1) -> tuple[str, str]:
+    """Split a prompt of text alone, as `template_texts` spells it, into an instruction of so many lines and the input."""
+    lines = text.removeprefix("User: ").removesuffix(_PIECES["after_input"]).split("\n", instruction_lines)
+    return "\n".join(lines[:instruction_lines]), "".join(lines[instruction_lines:])
 
 
 def units_of(token_ids: Sequence[int], ids: TokenIds) -> list[int]:

@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from most_ray.cli import main
+from most_ray.data.store import checksummed_json, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.evaluation.decode import Decoded, Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, hypotheses_path, merge_shards, open_sets
@@ -23,6 +26,7 @@ from most_ray.evaluation.generate import synthesize_texts, transcribe_units
 from most_ray.evaluation.hypotheses import add_normalised, evaluation_result, is_looping, rescore
 from most_ray.evaluation.inline import open_external_recogniser
 from most_ray.evaluation.scoring import score_shard
+from most_ray.io import storage
 from most_ray.model.build import load_model
 from most_ray.records.record import ASR_INSTRUCTION
 from most_ray.records.tokenizer import load_tokenizer, token_ids
@@ -181,19 +185,52 @@ def test_a_file_is_not_written_over_itself(written: Path, tmp_path: Path, capsys
     assert path.read_bytes() == before and "it would be lost" in capsys.readouterr().err
 
 
-def test_instructions_and_texts_of_several_lines(scene: Scene, tmp_path: Path) -> None:
-    """The words to be spoken are told from the instruction by the records, which may have lines in both."""
-    base = tts(0)
-    records = [
-        {**base, "id": "a", "instruction": "Please say\nthis text.", "input": "one two"},
-        {**base, "id": "b", "instruction": "Say.", "input": "three\nfour"},
-    ]
+class WithOptions(MemoryFileSystem):
+    """A file system whose URIs need an option, as s3://bucket/key?region=eu."""
+
+    protocol = "optioned"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("optioned://", "memory://").removesuffix("?region=eu")))
+
+
+SEVERAL_LINES = [
+    {**tts(0), "id": "a", "instruction": "Please say\nthis text.", "input": "one two"},
+    {**tts(0), "id": "b", "instruction": "Say.", "input": "three\nfour"},
+    {**tts(0), "id": "c", "instruction": "Say\nit\nnow.", "input": "\nfive\n\nsix"},
+    {**tts(0), "id": "d", "instruction": "Say.", "input": "seven"},
+]
+
+
+def test_instructions_and_texts_of_several_lines(scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token store knows where an instruction ends, in parts too that follow one another; records are not read again."""
     spoken = asr(1, 6, "five") | {"instruction": "Write down\nwhat is said."}
-    folders = [str(write_records(tmp_path / "heard", [spoken])), str(write_records(tmp_path / "told", records))]
+    folders = [str(write_records(tmp_path / "heard", [spoken])), str(write_records(tmp_path / "told", SEVERAL_LINES))]
+    write_records(tmp_path / "told", SEVERAL_LINES[::-1], "more.jsonl")
     changed = replace(scene, directories=Directories((folders[0],), (folders[1],)), stores=str(tmp_path / "stores"))
+    monkeypatch.delattr("most_ray.evaluation.scoring.read_raw")
     evaluation = evaluate(changed)
-    assert [row["text"] for row in evaluation.rows if row["task"] == "tts"] == ["one two", "three\nfour"]
+    texts = {(row["row"], row["id"]): row["text"] for row in evaluation.rows if row["task"] == "tts"}
+    assert len(texts) == 8 and all(text == {r["id"]: r["input"] for r in SEVERAL_LINES}[name] for (_, name), text in texts.items())
     assert evaluation.header["settings"]["asr_instruction"] == "Write down\nwhat is said."
+
+
+def test_stores_of_the_version_before_ask_the_records(scene: Scene, tmp_path: Path) -> None:
+    """They do not say where an instruction ends: the records do, also where their URI holds what is not shown."""
+    fsspec.register_implementation("optioned", WithOptions, clobber=True)
+    uri = f"optioned://{tmp_path.name}/told?region=eu"
+    content = "".join(json.dumps(record) + "\n" for record in SEVERAL_LINES)
+    storage.write_bytes(storage.join(uri, "records.jsonl"), content.encode())
+    changed = replace(scene, directories=Directories((), (uri,)), stores=str(tmp_path / "stores"))
+    new = evaluate(changed)
+    (path,) = (tmp_path / "stores").glob("*/manifest.json")
+    manifest = json.loads(path.read_bytes())
+    assert manifest.pop("instruction_lines") and "region" not in manifest["source"]
+    path.write_bytes(checksummed_json({key: value for key, value in manifest.items() if key != "digest"}))
+    open_store.cache_clear()
+    for evaluation in (new, evaluate(changed)):
+        assert [row["text"] for row in evaluation.rows] == [record["input"] for record in SEVERAL_LINES]
 
 
 def test_a_loss_that_is_no_number_is_null(scene: Scene, tmp_path: Path) -> None:
@@ -315,12 +352,12 @@ def test_a_single_request_is_answered_as_in_an_evaluation(scene: Scene, evaluate
     forward.model.eval()
     spoken = [row for row in rows if row["task"] == "tts"]
     for row in spoken:
-        (said,) = synthesize_texts(forward, tokenizer, [row["text"]], SETTINGS.limits)
+        (said,) = synthesize_texts(forward, tokenizer, [row["text"]], SETTINGS.generation)
         assert " ".join(map(str, said.units)) == row["hypothesis"] and (said.stop is None) == row["hit_cap"]
-        heard, nothing = transcribe_units(forward, tokenizer, [said.units, []], SETTINGS.limits)
+        heard, nothing = transcribe_units(forward, tokenizer, [said.units, []], SETTINGS.generation)
         assert heard.text == row["recognised"] and nothing.text == ""
     with pytest.raises(DataError, match="positions"):
-        transcribe_units(forward, tokenizer, [[1] * 5000], SETTINGS.limits)
+        transcribe_units(forward, tokenizer, [[1] * 5000], SETTINGS.generation)
 
 
 def test_what_judges_speech_is_found_or_missed_before_anything_runs(tmp_path: Path) -> None:
