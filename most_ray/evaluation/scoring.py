@@ -21,7 +21,7 @@ from most_ray.evaluation.wer import Normaliser
 from most_ray.io import storage
 from most_ray.records.files import read_raw, record_files
 from most_ray.records.record import ASR_INSTRUCTION, N_UNITS, Record, Task, parse_records
-from most_ray.records.template import IGNORE, split_prompt, units_of
+from most_ray.records.template import IGNORE, TokenIds, split_prompt, units_of
 from most_ray.records.tokenizer import vocabulary_of
 
 Recogniser = Callable[[Sequence[Sequence[int]]], list[str]]  # units of utterances -> their texts
@@ -45,17 +45,9 @@ class EvaluationSettings:
     def of(cls, config: RunConfig) -> EvaluationSettings:
         """The settings in a configuration; its local paths become absolute, since tasks have another working directory."""
         recogniser, vocoder = (uri and storage.absolute_if_exists(uri) for uri in (config.recogniser, config.vocoder))
-        return cls(
-            config.eval_batch_size,
-            config.max_new_tokens,
-            config.max_new_units,
-            config.num_beams,
-            config.length_penalty,
-            config.normaliser,
-            config.max_rejected_fraction,
-            recogniser,
-            vocoder,
-        )
+        same = ("max_new_tokens", "max_new_units", "num_beams", "length_penalty", "normaliser", "max_rejected_fraction")
+        values = {name: getattr(config, name) for name in same}
+        return cls(batch_size=config.eval_batch_size, recogniser=recogniser, vocoder=vocoder, **values)
 
     @property
     def generation(self) -> GenerationOptions:
@@ -98,6 +90,7 @@ def score_shard(
     Args:
         recogniser: an external one, for the speech that the model synthesises.
     """
+    scorer = _Scorer(forward, tokenizer, settings, vocabulary_of(tokenizer).ids, asr_instruction(tokenizer, sets), recogniser)
     rows: dict[tuple[int, int], Row] = {}
     forward.model.eval()
     with count_routing(forward.model) as load:
@@ -105,13 +98,7 @@ def score_shard(
             lengths = each.store.lengths
             mine = sorted(range(len(each.store)), key=lambda row: (int(lengths[row]), row))[rank::world]
             losses = record_losses(forward, each.store, mine)
-            if each.task == "asr":
-                details = _recognise(forward, tokenizer, each.store, mine, settings)
-            elif each.task == "tts":
-                details = _synthesise(forward, tokenizer, each, mine, settings, asr_instruction(tokenizer, sets), recogniser)
-            else:
-                details = [{} for _ in mine]
-            for row, loss, detail in zip(mine, losses, details, strict=True):
+            for row, loss, detail in zip(mine, losses, scorer.details(each, mine), strict=True):
                 line = {"kind": "hypothesis", "set": each.name, "task": each.task, "row": row, "id": each.store.record_id(row)}
                 supervised = int(each.store.lengths[row]) - int(each.store.prompt_lengths[row])
                 scored = {**line, **detail, "loss": loss if math.isfinite(loss) else None, "supervised_tokens": supervised}
@@ -120,65 +107,60 @@ def score_shard(
     return EvalShard(rows, load.numpy())
 
 
-def _prompts(store: TokenStore, rows: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Prompts and outputs, with their end markers, as token ids."""
-    cut = [(store.input_ids(row), int(store.prompt_lengths[row])) for row in rows]
-    return [tokens[:prompt] for tokens, prompt in cut], [tokens[prompt:] for tokens, prompt in cut]
+@dataclass(frozen=True)
+class _Scorer:
+    """Decodes records, and makes the fields that hypotheses.jsonl has for their task (see `hypotheses`)."""
 
+    forward: Forward
+    tokenizer: Any
+    settings: EvaluationSettings
+    ids: TokenIds
+    instruction: str  # for recognising what the model has synthesised
+    recogniser: Recogniser | None
 
-def _recognise(
-    forward: Forward, tokenizer: Any, store: TokenStore, rows: Sequence[int], settings: EvaluationSettings
-) -> list[dict[str, Any]]:
-    """Transcribe records of speech. Returns the fields of `hypotheses` for the task asr."""
-    ids = vocabulary_of(tokenizer).ids
-    prompts, outputs = _prompts(store, rows)
-    references = [decode_text(tokenizer, output[:-1]) for output in outputs]
-    results = []
-    for reference, found in zip(references, transcribe_prompts(forward, tokenizer, prompts, settings.generation), strict=True):
-        foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in found.tokens)
-        line = {"reference": reference, "hypothesis": found.text, "ended": found.ended}
-        results.append({**line, "looping": is_looping(found.tokens), "foreign": foreign})
-    return results
+    def details(self, each: EvaluationSet, rows: Sequence[int]) -> list[dict[str, Any]]:
+        if each.task == "text":
+            return [{} for _ in rows]
+        cut = [(each.store.input_ids(row), int(each.store.prompt_lengths[row])) for row in rows]
+        prompts, outputs = [tokens[:prompt] for tokens, prompt in cut], [tokens[prompt:] for tokens, prompt in cut]
+        return self._recognise(prompts, outputs) if each.task == "asr" else self._synthesise(each, rows, prompts, outputs)
 
+    def _recognise(self, prompts: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        ids, results = self.ids, []
+        found = transcribe_prompts(self.forward, self.tokenizer, prompts, self.settings.generation)
+        for output, transcript in zip(outputs, found, strict=True):
+            tokens = transcript.tokens
+            foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in tokens)
+            texts = {"reference": decode_text(self.tokenizer, output[:-1]), "hypothesis": transcript.text}
+            results.append({**texts, "ended": transcript.ended, "looping": is_looping(tokens), "foreign": foreign})
+        return results
 
-def _synthesise(
-    forward: Forward,
-    tokenizer: Any,
-    each: EvaluationSet,
-    rows: Sequence[int],
-    settings: EvaluationSettings,
-    instruction: str,
-    recogniser: Recogniser | None,
-) -> list[dict[str, Any]]:
-    """Synthesise records of text, and recognise the units by the model itself (with `instruction`) and by an external recogniser.
-
-    Returns the fields of `hypotheses` for the task tts.
-    """
-    ids = vocabulary_of(tokenizer).ids
-    prompts, outputs = _prompts(each.store, rows)
-    texts = _texts(each, rows, [decode_text(tokenizer, prompt[1:-1]) for prompt in prompts])  # without <bos> and the audio marker
-    found = synthesize_prompts(forward, tokenizer, prompts, texts, settings.generation)
-    spoken = [result.units for result in found]
-    recognised = [result.text for result in transcribe_units(forward, tokenizer, spoken, settings.generation, instruction)]
-    external: list[dict[str, str]] = [{} for _ in spoken]
-    if recogniser:
-        audible = [index for index, units in enumerate(spoken) if units]
-        by_index = dict(zip(audible, recogniser([spoken[index] for index in audible]), strict=True))
-        external = [{"heard": by_index.get(index, "")} for index in range(len(spoken))]
-    return [
-        {
-            "text": texts[index],
-            "recognised": recognised[index],
-            **external[index],
-            "reference": " ".join(map(str, units_of(output.tolist(), ids))),
-            "hypothesis": " ".join(map(str, result.units)),
-            "ended": result.stop == ids.end_audio,
-            "hit_cap": result.stop is None,
-            "looping": is_looping([unit for unit, _ in itertools.groupby(result.units)]),  # a repeated unit is a sustained sound
-            "foreign": len(result.tokens) - len(result.units),
-        }
-        for index, (result, output) in enumerate(zip(found, outputs, strict=True))
-    ]
+    def _synthesise(
+        self, each: EvaluationSet, rows: Sequence[int], prompts: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+    ) -> list[dict[str, Any]]:
+        texts = _texts(each, rows, [decode_text(self.tokenizer, prompt[1:-1]) for prompt in prompts])  # without <bos> and the audio marker
+        found = synthesize_prompts(self.forward, self.tokenizer, prompts, texts, self.settings.generation)
+        spoken = [result.units for result in found]
+        recognised = transcribe_units(self.forward, self.tokenizer, spoken, self.settings.generation, self.instruction)
+        external: list[dict[str, str]] = [{} for _ in spoken]
+        if self.recogniser:
+            audible = [index for index, units in enumerate(spoken) if units]
+            by_index = dict(zip(audible, self.recogniser([spoken[index] for index in audible]), strict=True))
+            external = [{"heard": by_index.get(index, "")} for index in range(len(spoken))]
+        return [
+            {
+                "text": text,
+                "recognised": transcript.text,
+                **more,
+                "reference": " ".join(map(str, units_of(output.tolist(), self.ids))),
+                "hypothesis": " ".join(map(str, result.units)),
+                "ended": result.stop == self.ids.end_audio,
+                "hit_cap": result.stop is None,
+                "looping": is_looping([unit for unit, _ in itertools.groupby(result.units)]),  # a repeated unit is a sustained sound
+                "foreign": len(result.tokens) - len(result.units),
+            }
+            for text, transcript, more, output, result in zip(texts, recognised, external, outputs, found, strict=True)
+        ]
 
 
 def _texts(each: EvaluationSet, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from most_ray.cli import main
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
-from most_ray.speech.units import corpus_parts, stages
+from most_ray.speech.units import clustering, corpus_parts, stages
 from most_ray.speech.units import prepare as preparing
 from most_ray.speech.units.clustering import load_kmeans, save_kmeans
 from most_ray.speech.units.corpus_parts import Runner, run_in_process
@@ -296,13 +296,13 @@ def test_centroids_can_be_fitted_first(
 def test_kmeans_hears_no_more_frames_than_asked_for(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Drawn evenly from all recordings; asked for as many units as they can tell, it counts all frames."""
     heard: list[np.ndarray] = []
-    fit = preparing.fit_kmeans
+    fit = clustering.fit_kmeans
 
     def spy(frames: np.ndarray, *rest: Any) -> np.ndarray:
         heard.append(frames)
         return fit(frames, *rest)
 
-    monkeypatch.setattr(preparing, "fit_kmeans", spy)
+    monkeypatch.setattr(clustering, "fit_kmeans", spy)
     counts = run(corpus, tmp_path / "o", fit_kmeans=0, fit_frames=most)
     everything = sum(len(parse_record(r).input) for r in prepare(corpus, tmp_path / "all", *FIT, "--keep_repeats"))
     assert len(heard[0]) == min(most, everything) and 60 < everything < 400

@@ -15,18 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from most_ray.errors import RecordError
+from most_ray.speech.corpora import tables
 from most_ray.speech.corpora.entries import NOT_THERE, CorpusOptions, Entries, Entry, Unusable
-from most_ray.speech.corpora.tables import (
-    csv_cells,
-    dict_rows,
-    entries_of,
-    json_rows,
-    list_folder,
-    parse_seconds,
-    path_below,
-    text_lines,
-    tsv_cells,
-)
 
 _CUTS = "libriheavy_cuts_"  # start of the names of LibriHeavy's files
 _LIBRILIGHT = ("", "download/", "download/librilight/")  # what may be missing at the start of LibriHeavy's paths
@@ -42,30 +32,31 @@ def read_librispeech(options: CorpusOptions) -> Entries:
     """
     root = options.directory / "LibriSpeech"
     root = Path(os.path.abspath(root if root.is_dir() else options.directory))
-    below = list_folder(root)[0]
+    below = tables.list_folder(root)[0]
     if any(map(str.isdecimal, below)):  # a speaker: the folder is one split
         splits, root = {root.name: root}, root.parent
     else:
-        splits = {name: root / name for name in below if any(map(str.isdecimal, list_folder(root / name)[0]))}
+        splits = {name: root / name for name in below if any(map(str.isdecimal, tables.list_folder(root / name)[0]))}
     if not splits:
         raise options.not_found("LibriSpeech", "Give the folder of the splits, or one split: SPLIT/SPEAKER/CHAPTER/*.flac.")
     table = root / "SPEAKERS.TXT"
-    cells = ([cell.strip() for cell in line.split("|")] for _, line in (text_lines(table) if table.is_file() else ()) if line[:1] != ";")
+    lines = tables.text_lines(table) if table.is_file() else ()
+    cells = ([cell.strip() for cell in line.split("|")] for _, line in lines if line[:1] != ";")
     sexes = {row[0]: row[1] for row in cells if len(row) > 1}
     for split in options.choose_splits(list(splits)):
-        for speaker in list_folder(splits[split])[0]:
+        for speaker in tables.list_folder(splits[split])[0]:
             sex = {"sex": sexes[speaker]} if speaker in sexes else {}
-            for chapter in list_folder(splits[split] / speaker)[0]:
+            for chapter in tables.list_folder(splits[split] / speaker)[0]:
                 columns = {"speaker": speaker, "chapter": chapter, "split": split, **sex}
                 yield from _chapter(splits[split] / speaker / chapter, f"{split}_", columns)
 
 
 def _chapter(folder: Path, prefix: str, columns: Mapping[str, Any]) -> Entries:
-    files = list_folder(folder)[1]
+    files = tables.list_folder(folder)[1]
     without_text = {name.removesuffix(".flac"): name for name in files if name.endswith(".flac")}
     known = set(without_text)
     for transcript in (folder / name for name in files if name.endswith(".trans.txt")):
-        for number, line in text_lines(transcript):
+        for number, line in tables.text_lines(transcript):
             name, _, text = line.partition(" ")
             without_text.pop(name, None)
             if name in known:
@@ -83,7 +74,7 @@ def read_libriheavy(options: CorpusOptions) -> Entries:
     `download/` and without `download/librilight/`. Columns: speaker, split, language, recording_id.
     """
     source = options.directory
-    names = [source.name] if source.is_file() else [name for name in list_folder(source)[1] if name.startswith(_CUTS)]
+    names = [source.name] if source.is_file() else [name for name in tables.list_folder(source)[1] if name.startswith(_CUTS)]
     names = [name for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
     root = source.parent if source.is_file() else source
     if not names:
@@ -93,7 +84,7 @@ def read_libriheavy(options: CorpusOptions) -> Entries:
     find = functools.lru_cache(maxsize=1)(functools.partial(_librilight, root))  # the cuts of a recording follow one another
     for name in (name for name in names if splits[name] in chosen):
         convert = functools.partial(_cut_entries, root / name, find, splits[name], options.casing)
-        yield from entries_of(root / name, json_rows(root / name), convert, _cut_id)
+        yield from tables.entries_of(root / name, tables.json_rows(root / name), convert, _cut_id)
 
 
 def _cut_id(cut: Mapping[str, Any]) -> str | None:
@@ -109,7 +100,7 @@ def _librilight(root: Path, recorded: str) -> Path | None:
     if os.path.isabs(recorded):
         return Path(recorded)
     names = [recorded.removeprefix(start) for start in _LIBRILIGHT if recorded.startswith(start)]
-    paths = [path_below(base, name) for base in (root, Path(os.path.abspath(root)).parent) for name in names]
+    paths = [tables.path_below(base, name) for base in (root, Path(os.path.abspath(root)).parent) for name in names]
     return next((path for path in paths if os.path.isfile(path)), None)
 
 
@@ -123,8 +114,9 @@ def _cut_entries(
     supervisions = cut.get("supervisions")
     if not isinstance(supervisions, list) or not supervisions or not all(isinstance(s, dict) for s in supervisions):
         raise RecordError("has no text")
-    begin, length = parse_seconds(cut.get("start")), parse_seconds(cut.get("duration"), 1e-9)
-    spans = [(parse_seconds(s.get("start", 0), -math.inf), parse_seconds(s.get("duration", length), 1e-9)) for s in supervisions]
+    parse = tables.parse_seconds
+    begin, length = parse(cut.get("start")), parse(cut.get("duration"), 1e-9)
+    spans = [(parse(s.get("start", 0), -math.inf), parse(s.get("duration", length), 1e-9)) for s in supervisions]
     for index, (supervision, (offset, lasts)) in enumerate(zip(supervisions, spans, strict=True)):
         if begin is None or length is None or offset is None or lasts is None:
             raise RecordError("has a start or a duration that is no number of seconds")
@@ -174,20 +166,20 @@ def read_common_voice(options: CorpusOptions) -> Entries:
     Older releases quote a sentence that contains quotes as CSV does, newer ones leave all quotes alone; a quote in a row of the newer
     ones must not swallow the rows that follow. Columns: speaker, split, up_votes, down_votes, age, gender, accent, locale.
     """
-    known = [name.removesuffix(".tsv") for name in list_folder(options.directory)[1] if name.endswith(".tsv")]
+    known = [name.removesuffix(".tsv") for name in tables.list_folder(options.directory)[1] if name.endswith(".tsv")]
     if not options.splits and "validated" not in known:
         raise options.not_found("validated.tsv", "Give the folder of one language, with validated.tsv and clips, or name its splits.")
     for split in options.choose_splits(known) if options.splits else ["validated"]:
         table = options.directory / f"{split}.tsv"
-        rows = dict_rows(table, tsv_cells(table), ("path",), ("sentence",), ("client_id",))
-        yield from entries_of(table, rows, functools.partial(_clip, table, options.directory / "clips", split))
+        rows = tables.dict_rows(table, tables.tsv_cells(table), ("path",), ("sentence",), ("client_id",))
+        yield from tables.entries_of(table, rows, functools.partial(_clip, table, options.directory / "clips", split))
 
 
 def _clip(table: Path, clips: Path, split: str, number: int, row: Mapping[str, str]) -> Iterator[Entry]:
     clip = row.get("path", "")
     if not clip:
         raise RecordError("names no recording")
-    path = path_below(clips, clip if PurePosixPath(clip).suffix else f"{clip}.mp3")  # the first releases give no suffix
+    path = tables.path_below(clips, clip if PurePosixPath(clip).suffix else f"{clip}.mp3")  # the first releases give no suffix
     columns: dict[str, Any] = {"speaker": row.get("client_id", ""), "split": split}
     columns |= {key: int(row[key]) for key in ("up_votes", "down_votes") if row.get(key, "").isdecimal()}
     columns |= {key.removesuffix("s"): row[key] for key in ("age", "gender", "accent", "accents", "locale") if key in row}
@@ -210,7 +202,7 @@ def read_voxpopuli(options: CorpusOptions) -> Entries:
     """
     root = options.directory / "transcribed_data"
     root = Path(os.path.abspath(root if root.is_dir() else options.directory))
-    languages = [root] if _manifests(root) else [root / name for name in list_folder(root)[0] if _manifests(root / name)]
+    languages = [root] if _manifests(root) else [root / name for name in tables.list_folder(root)[0] if _manifests(root / name)]
     if not languages:
         raise options.not_found("asr_SPLIT.tsv", "Give the folder that holds transcribed_data, or one language of it.")
     splits = options.choose_splits(_VOXPOPULI)
@@ -218,14 +210,14 @@ def read_voxpopuli(options: CorpusOptions) -> Entries:
     for folder in languages:
         for table in (folder / name for name in _manifests(folder) if name not in others):
             # Manifests are cells joined by tabs, where quotes mean nothing; annotations are CSV with "|".
-            piped = table.suffix == ".gz" or "|" in next(text_lines(table), (0, ""))[1]
+            piped = table.suffix == ".gz" or "|" in next(tables.text_lines(table), (0, ""))[1]
             needed = (("id", "id_"), ("normalized_text", "normed_text"), ("split",))
-            rows = dict_rows(table, csv_cells(table, "|") if piped else tsv_cells(table), *needed)
-            yield from entries_of(table, rows, functools.partial(_event, table, splits))
+            rows = tables.dict_rows(table, tables.csv_cells(table, "|") if piped else tables.tsv_cells(table), *needed)
+            yield from tables.entries_of(table, rows, functools.partial(_event, table, splits))
 
 
 def _manifests(folder: Path) -> list[str]:
-    files = set(list_folder(folder)[1])
+    files = set(tables.list_folder(folder)[1])
     splits = [name for name in (f"asr_{split}.tsv" for split in _VOXPOPULI) if name in files]
     return splits or [name for name in (f"asr_{folder.name}.tsv", f"asr_{folder.name}.tsv.gz") if name in files][:1]
 
@@ -237,7 +229,7 @@ def _event(table: Path, splits: Sequence[str], number: int, row: Mapping[str, st
     if split is None or not name:
         raise RecordError("names no recording or no split")
     if split in splits:
-        path = path_below(table.parent, f"{name[:4]}/{name}.ogg")
+        path = tables.path_below(table.parent, f"{name[:4]}/{name}.ogg")
         text = row.get("normalized_text", row.get("normed_text", "")).strip()
         columns: dict[str, Any] = {"split": split, "language": table.parent.name.removesuffix("_accented")}
         cells = {"speaker": row.get("speaker_id")} | {key: row.get(key) for key in ("gender", "accent", "is_gold_transcript")}
@@ -251,21 +243,21 @@ def read_an4(options: CorpusOptions) -> Entries:
     One split's transcription (a thousand lines) is kept in memory. Columns: speaker, split.
     """
     etc = options.directory / "etc"
-    lists = [name for name in list_folder(etc)[1] if name.endswith(".fileids")] if etc.is_dir() else []
+    lists = [name for name in tables.list_folder(etc)[1] if name.endswith(".fileids")] if etc.is_dir() else []
     by_split = {name.removesuffix(".fileids").rpartition("_")[2]: etc / name for name in lists}
     if not by_split:
         raise options.not_found("etc/*.fileids", "Give the folder that holds etc and wav.")
     for split in options.choose_splits(list(by_split)):
         transcript = by_split[split].with_suffix(".transcription")
         texts: dict[str, tuple[int, str]] = {}
-        for number, line in text_lines(transcript):
+        for number, line in tables.text_lines(transcript):
             match = _AN4_LINE.fullmatch(line.strip())
             if match and match[2] not in texts:
                 texts[match[2]] = (number, match[1])
             elif line.strip():
                 yield Unusable(str(transcript), number, "gives a text a second time" if match else "is not of the form TEXT (UTTERANCE)")
         convert = functools.partial(_an4_entry, by_split[split], options.directory / "wav", split, texts)
-        yield from entries_of(by_split[split], text_lines(by_split[split]), convert)
+        yield from tables.entries_of(by_split[split], tables.text_lines(by_split[split]), convert)
         for utterance, (number, _) in texts.items():
             yield Unusable(str(transcript), number, "has text but no recording", utterance)
 
@@ -274,7 +266,7 @@ def _an4_entry(file: Path, wav: Path, split: str, texts: dict[str, tuple[int, st
     """Yield the entry of a line of fileids; its text is removed from `texts`, (line, text) by utterance."""
     name = PurePosixPath(line.strip())
     if name.name:
-        path = path_below(wav, str(name))
+        path = tables.path_below(wav, str(name))
         found = (each for suffix in _AN4_SUFFIXES if os.path.isfile(each := path.with_name(path.name + suffix)))
         _, text = texts.pop(name.name, (0, ""))
         yield Entry(file, number, name.name, next(found, path), text, {"speaker": name.parent.name, "split": split})

@@ -9,18 +9,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from most_ray.errors import ConfigError, DataError, RecordError
+from most_ray.speech.corpora import tables
 from most_ray.speech.corpora.entries import CorpusOptions, Entries, Entry, Unusable
-from most_ray.speech.corpora.tables import (
-    check_utf8,
-    csv_cells,
-    dict_rows,
-    entries_of,
-    json_rows,
-    parse_seconds,
-    path_below,
-    tsv_cells,
-    walk_folders,
-)
 
 TABLES = ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl")
 _PATH, _TEXT = ("path", "file_name"), ("text", "transcription")  # spellings of columns: ours, then Hugging Face's
@@ -36,10 +26,10 @@ def read_user_folder(options: CorpusOptions) -> Entries:
     """
     if options.splits:
         raise ConfigError("splits", list(options.splits), "are unknown in a folder.", "Where its table has a column for them, use where.")
-    tables = [name for name in TABLES if (options.directory / name).is_file()]
-    if len(tables) > 1:
-        raise DataError("input", str(options.directory), f"holds {' and '.join(tables)}.", "Keep the one that is meant.")
-    return _by_table(options.directory, options.directory / tables[0]) if tables else _by_name(options.directory)
+    found = [name for name in TABLES if (options.directory / name).is_file()]
+    if len(found) > 1:
+        raise DataError("input", str(options.directory), f"holds {' and '.join(found)}.", "Keep the one that is meant.")
+    return _by_table(options.directory, options.directory / found[0]) if found else _by_name(options.directory)
 
 
 def _by_table(root: Path, table: Path) -> Entries:
@@ -48,12 +38,12 @@ def _by_table(root: Path, table: Path) -> Entries:
     The id is the recording's name without suffix, followed by the milliseconds of `start` where the row has one. Recordings in the folder
     that no row names come last, as unusable.
     """
-    check_utf8(table)
-    cells = tsv_cells(table) if table.suffix == ".tsv" else csv_cells(table, ",")
-    rows = json_rows(table) if table.suffix == ".jsonl" else dict_rows(table, cells, _PATH, _TEXT)
+    tables.check_utf8(table)
+    cells = tables.tsv_cells(table) if table.suffix == ".tsv" else tables.csv_cells(table, ",")
+    rows = tables.json_rows(table) if table.suffix == ".jsonl" else tables.dict_rows(table, cells, _PATH, _TEXT)
     named: set[int] = set()  # hashes of the paths: the table may be long
-    yield from entries_of(table, rows, functools.partial(_row_entry, root, table, named))
-    for found in walk_folders(root):
+    yield from tables.entries_of(table, rows, functools.partial(_row_entry, root, table, named))
+    for found in tables.walk_folders(root):
         if isinstance(found, Unusable):
             yield found
             continue
@@ -67,14 +57,14 @@ def _row_entry(root: Path, table: Path, named: set[int], number: int, row: Mappi
     if not isinstance(name, str) or not name.strip():
         raise RecordError("names no recording")
     # A table that its user wrote may point anywhere, but a relative path that leaves the folder is a mistake.
-    path = Path(name) if os.path.isabs(name) else path_below(root, name)
+    path = Path(name) if os.path.isabs(name) else tables.path_below(root, name)
     named.add(hash(os.path.abspath(path)))
     own = {_spelling(row, _PATH), _spelling(row, _TEXT), "start", "duration"}
     columns = {key: value for key, value in row.items() if key not in own}
     # Without a start, the duration is that of the whole recording, which the recording itself gives more exactly.
     start, duration = (row.get("start"), row.get("duration")) if "start" in row else (None, None)
-    begin = 0.0 if start in (None, "") else parse_seconds(start)
-    length = None if duration in (None, "") else parse_seconds(duration, 1e-9)
+    begin = 0.0 if start in (None, "") else tables.parse_seconds(start)
+    length = None if duration in (None, "") else tables.parse_seconds(duration, 1e-9)
     if begin is None or (length is None and duration not in (None, "")):
         raise RecordError(f"has a start or a duration that is no number of seconds: {start!r}, {duration!r}")
     stem = path.stem if start in (None, "") else f"{path.stem}_{round(begin * 1000)}"
@@ -88,7 +78,7 @@ def _spelling(row: Mapping[str, Any], spellings: Sequence[str]) -> str:
 def _by_name(root: Path) -> Entries:
     """Yield each recording with NAME.txt beside it; the id is its path below the folder, joined by underscores. Column: folder."""
     found = False
-    for item in walk_folders(root):
+    for item in tables.walk_folders(root):
         if isinstance(item, Unusable):
             yield item
             continue

@@ -17,18 +17,8 @@ from most_ray.errors import ConfigError, DataError
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.audio import MAX_SECONDS
 from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, check_speaker_column, dataset_name
-from most_ray.speech.units.clustering import (
-    FIT_FRAMES,
-    Algorithm,
-    SpeakerStatistics,
-    assign,
-    build_manifest,
-    default_unit_count,
-    fit_kmeans,
-    kmeans_hash,
-    load_kmeans,
-    save_kmeans,
-)
+from most_ray.speech.units import clustering
+from most_ray.speech.units.clustering import Algorithm, SpeakerStatistics, kmeans_hash
 from most_ray.speech.units.corpus_parts import VERSION, PartTask, Progress, Runner, Scan, json_digest, run_in_process, scan_corpus
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import Extractor, FeatureSettings
@@ -51,7 +41,7 @@ class UnitsJob:
     kmeans: Path | None = None  # file of the centroids to use
     fit_kmeans: int | None = None  # number of centroids to fit; 0: as many as the frames are enough for
     algorithm: Algorithm = "minibatch"  # of k-means
-    fit_frames: int = FIT_FRAMES  # frames to fit k-means to, at most
+    fit_frames: int = clustering.FIT_FRAMES  # frames to fit k-means to, at most
     where: Sequence[Condition] = ()  # the utterances to convert
     perturb: Sequence[float] = (1.0,)  # speeds at which each recording is used
     speaker_column: str = "speaker"
@@ -104,7 +94,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
         if centroids is None:
             centroids = _fit(job, statistics)
         task = stages.encode(features_key, centroids, statistics.speakers)
-        manifest = build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, extractor.source)
+        manifest = clustering.build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, extractor.source)
         if statistics.speakers:
             manifest["reference"] = _reference(statistics.speakers)
         written = publish_records(job.corpus.directory, job.output, scan, task, manifest, centroids)
@@ -136,7 +126,7 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Choo
         stages = _Stages(job, scan, scratch, runner(scan.bytes), progress)
         statistics = stages.collect(extractor, json_digest(extractor.identity), fit=True)
         centroids = _fit(job, statistics)
-        save_kmeans(output, centroids, extractor.identity)
+        clustering.save_kmeans(output, centroids, extractor.identity)
         shutil.rmtree(scratch, ignore_errors=True)
     return {"units": len(centroids), "frames": statistics.frames, "inertia": _inertia(statistics.sample, centroids)}
 
@@ -159,7 +149,7 @@ def _check(job: UnitsJob) -> None:
 def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
     if job.kmeans is None:
         return None
-    centroids = load_kmeans(job.kmeans, extractor.identity)
+    centroids = clustering.load_kmeans(job.kmeans, extractor.identity)
     if centroids.shape[1] != extractor.width:
         reason = f"was fitted on {centroids.shape[1]} features, the settings give {extractor.width}."
         raise DataError("kmeans", str(job.kmeans), reason, "Name the --features that it was fitted on.")
@@ -216,8 +206,8 @@ def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray
 
 
 def _fit(job: UnitsJob, statistics: CorpusStatistics) -> np.ndarray:
-    count = job.fit_kmeans or default_unit_count(len(statistics.sample))
-    return fit_kmeans(statistics.sample, count, job.seed, job.algorithm)
+    count = job.fit_kmeans or clustering.default_unit_count(len(statistics.sample))
+    return clustering.fit_kmeans(statistics.sample, count, job.seed, job.algorithm)
 
 
 @dataclass(frozen=True)
@@ -307,5 +297,5 @@ def _reference(speakers: Mapping[str, SpeakerStatistics]) -> dict[str, list[floa
 
 def _inertia(sample: np.ndarray, centroids: np.ndarray) -> float:
     """Mean squared distance of the frames (frames, features) to their nearest centroid."""
-    chosen = np.concatenate([assign(sample[start : start + _ROWS], centroids) for start in range(0, len(sample), _ROWS)])
+    chosen = np.concatenate([clustering.assign(sample[start : start + _ROWS], centroids) for start in range(0, len(sample), _ROWS)])
     return float(((sample - centroids[chosen]) ** 2).sum(axis=1, dtype=np.float64).mean())

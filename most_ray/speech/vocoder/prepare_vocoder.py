@@ -14,16 +14,9 @@ import numpy as np
 
 from most_ray.errors import CheckpointError, DataError
 from most_ray.records.files import VOCODER
+from most_ray.speech.corpora import corpus as corpora
 from most_ray.speech.corpora.audio import MAX_SECONDS, load_audio
-from most_ray.speech.corpora.corpus import (
-    Condition,
-    CorpusOptions,
-    Utterance,
-    check_conditions,
-    check_speaker_column,
-    matches_all,
-    read_corpus,
-)
+from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Utterance
 from most_ray.speech.units.assets import SpeechAssets, open_assets
 from most_ray.speech.units.clustering import SpeakerStatistics, assign
 from most_ray.speech.units.corpus_parts import Progress, json_digest
@@ -109,15 +102,15 @@ def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, s
     columns: set[str] = set()
 
     def keyed() -> Iterator[tuple[str, str, Utterance]]:
-        for entry in read_corpus(corpus):
+        for entry in corpora.read_corpus(corpus):
             if isinstance(entry, Utterance):
                 columns.update(entry.columns)
-                if matches_all(entry, conditions):
+                if corpora.matches_all(entry, conditions):
                     yield json_digest(seed, str(entry.columns.get(column, ""))), json_digest(seed, entry.id), entry
 
     lowest = heapq.nsmallest(_MOST_DRAWN, keyed(), key=lambda each: (each[0], each[1], each[2].id))
-    check_conditions(conditions, columns)
-    check_speaker_column(column, columns)
+    corpora.check_conditions(conditions, columns)
+    corpora.check_speaker_column(column, columns)
     first: list[Utterance] = []
     others: list[Utterance] = []
     for _, group in itertools.groupby(lowest, key=lambda each: each[0]):
