@@ -72,7 +72,16 @@ def encode_work(features: FeatureSettings, scratch: Path, speakers: Sequence[str
     zeros, ones = np.zeros((len(speakers), extractor.width)), np.ones((len(speakers), extractor.width))
     np.savez(scratch / "book.npz", centroids=centroids, speakers=np.array(speakers), means=zeros, deviations=ones)
     return EncodeUnits(
-        features, json_digest(extractor.identity), "speaker", 120.0, str(scratch / "book.npz"), "", False, "bench", "jsonl.gz", str(scratch)
+        features=features,
+        features_key=json_digest(extractor.identity),
+        speaker_column="speaker",
+        max_seconds=120.0,
+        codebook=str(scratch / "book.npz"),
+        codebook_key="",
+        keep_repeats=False,
+        name="bench",
+        form="jsonl.gz",
+        scratch=str(scratch),
     )
 
 

@@ -77,6 +77,11 @@ def test_records_that_are_being_replaced_are_not_read(corpus: Path, tmp_path: Pa
     assert store.manifest["units"]["identity"]["n_units"] == 8 and len(store) == 8
 
 
+def first_stage(features: MfccSettings, key: str, sample: int, scratch: Path) -> CollectStatistics:
+    common = {"features": features, "features_key": key, "speaker_column": "speaker", "max_seconds": 120.0, "scratch": str(scratch)}
+    return CollectStatistics(**common, sample=sample, seed=0)  # type: ignore[arg-type]
+
+
 def killed(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -108,7 +113,7 @@ def test_recordings_out_of_reach_are_no_damage(corpus: Path, tmp_path: Path, cap
 
 def test_other_weights_under_the_same_name_are_refused(corpus: Path, tmp_path: Path) -> None:
     """On another node a name may stand for something else; the manifest would be wrong."""
-    work = CollectStatistics(MfccSettings(num_ceps=12), "what the command was started with", "speaker", 120.0, 0, 0, str(tmp_path))
+    work = first_stage(MfccSettings(num_ceps=12), "what the command was started with", 0, tmp_path)
     with pytest.raises(CheckpointError, match="other ones on"):
         work.open("cpu")
 
@@ -222,7 +227,7 @@ def test_the_sample_of_a_long_recording_is_drawn_from_all_of_it(tmp_path: Path) 
     """k-means that heard only how recordings begin would know little of speech."""
     scan = corpus_parts.scan_corpus(CorpusOptions("folder", tones(tmp_path / "corpus")), [], [1.0], "speaker", tmp_path / "work")
     extractor = MfccExtractor(MfccSettings())
-    work = CollectStatistics(MfccSettings(), corpus_parts.json_digest(extractor.identity), "speaker", 120.0, 6, 0, str(tmp_path / "work"))
+    work = first_stage(MfccSettings(), corpus_parts.json_digest(extractor.identity), 6, tmp_path / "work")
     list(run_in_process(work, scan.parts))
     with np.load(work.target(scan.parts[0])) as found:
         sample = found["sample"]

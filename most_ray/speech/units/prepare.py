@@ -227,7 +227,7 @@ class _Stages:
             return CorpusStatistics({}, np.zeros((0, extractor.width), np.float32), 0)
         # Each part keeps four times its even share, so that the sample over all of them is as good as an even one.
         share = max(_FEWEST_OF_A_PART, -(-4 * job.fit_frames // len(self.scan.parts))) if fit else 0
-        task = CollectStatistics(job.features, features_key, job.speaker_column, job.max_seconds, share, job.seed, str(self.scratch))
+        task = CollectStatistics(**self._common(features_key), sample=share, seed=job.seed)
         self._make_parts(task, "features")
         found = self._merge(task, extractor.width)
         if fit and not found.frames:
@@ -239,19 +239,20 @@ class _Stages:
         job = self.job
         sums = [(name, speakers[name].count, speakers[name].total.tolist(), speakers[name].squares.tolist()) for name in sorted(speakers)]
         task = EncodeUnits(
-            features=job.features,
-            features_key=features_key,
-            speaker_column=job.speaker_column,
-            max_seconds=job.max_seconds,
+            **self._common(features_key),
             codebook=str(write_codebook(self.scratch / "codebook.npz", centroids, speakers)),
             codebook_key=json_digest(kmeans_hash(centroids), json_digest(sums)),
             keep_repeats=job.keep_repeats,
             name=dataset_name(job.corpus),
             form=job.form,
-            scratch=str(self.scratch),
         )
         self._make_parts(task, "units")
         return task
+
+    def _common(self, features_key: str) -> dict[str, Any]:
+        job = self.job
+        settings = {"features": job.features, "speaker_column": job.speaker_column, "max_seconds": job.max_seconds}
+        return {**settings, "features_key": features_key, "scratch": str(self.scratch)}
 
     def _make_parts(self, task: PartTask, what: str) -> None:
         """Make the parts that do not exist yet."""

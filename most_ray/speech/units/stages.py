@@ -27,24 +27,40 @@ _SUFFIX = {"jsonl.gz": ".jsonl.gz", "jsonl": ".jsonl", "json": ".jsonl"}  # of a
 Normalisation = dict[str, tuple[np.ndarray, np.ndarray]]  # mean and deviation (features,) by speaker
 
 
-@dataclass(frozen=True)
-class CollectStatistics:
-    """First stage, a PartTask: each speaker's statistics, and a sample of frames to fit k-means to."""
-
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
     features: FeatureSettings
     features_key: str  # json_digest of the extractor's identity
     speaker_column: str
     max_seconds: float  # longer recordings are rejected
+    scratch: str  # folder of the parts' files
+
+    def _open_extractor(self, device: str | None) -> Extractor:
+        """Open the extractor that the command was started with in this process.
+
+        Raises:
+            CheckpointError: the encoder of that name has other weights here.
+        """
+        extractor = open_extractor(self.features, device)
+        if json_digest(extractor.identity) != self.features_key:
+            reason = f"are other ones on {socket.gethostname()} than where the command was started: {extractor.identity}."
+            raise CheckpointError("features", None, reason, "Bring the same files to every node.")
+        return extractor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectStatistics(_Stage):
+    """First stage, a PartTask: each speaker's statistics, and a sample of frames to fit k-means to."""
+
     sample: int  # frames that a part keeps at most
     seed: int  # of the sample
-    scratch: str  # folder of the parts' files
 
     def target(self, part: Part) -> Path:
         settings = (self.features_key, self.speaker_column, self.max_seconds, self.sample, self.seed)
         return Path(self.scratch) / f"measured-{json_digest(VERSION, part.key, part.speed, *settings)}.npz"
 
     def open(self, device: str | None) -> PartFunction:
-        extractor = _checked_extractor(self.features, device, self.features_key)
+        extractor = self._open_extractor(device)
         return lambda part: self._make(part, extractor)
 
     def _make(self, part: Part, extractor: Extractor) -> dict[str, float]:
@@ -95,27 +111,22 @@ def lowest(priorities: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.argsort(priorities, kind="stable")[:count])
 
 
-@dataclass(frozen=True)
-class EncodeUnits:
+@dataclass(frozen=True, kw_only=True)
+class EncodeUnits(_Stage):
     """Second stage, a PartTask: the records."""
 
-    features: FeatureSettings
-    features_key: str  # json_digest of the extractor's identity
-    speaker_column: str
-    max_seconds: float  # longer recordings are rejected
     codebook: str  # file of `write_codebook`
     codebook_key: str  # hash of its content
     keep_repeats: bool
     name: str  # of the data set, for the records' metadata
     form: str  # of the records: a key of _SUFFIX
-    scratch: str  # folder of the parts' files
 
     def target(self, part: Part) -> Path:
         settings = (self.features_key, self.codebook_key, self.max_seconds, self.keep_repeats, self.name, self.speaker_column)
         return Path(self.scratch) / f"records-{json_digest(VERSION, part.key, part.speed, *settings)}{_SUFFIX[self.form]}"
 
     def open(self, device: str | None) -> PartFunction:
-        extractor = _checked_extractor(self.features, device, self.features_key)
+        extractor = self._open_extractor(device)
         with np.load(self.codebook, allow_pickle=False) as book:
             centroids = book["centroids"]
             columns = (book["speakers"], book["means"], book["deviations"])
@@ -193,19 +204,6 @@ def _speaker_of(item: Item, column: str, speed: float) -> str:
     """The item's speaker; at another speed than 1 it counts as another speaker."""
     speaker = str(item["columns"].get(column, ""))
     return speaker if speed == 1.0 else f"{speaker} at {speed:g}"
-
-
-def _checked_extractor(features: FeatureSettings, device: str | None, key: str) -> Extractor:
-    """The extractor that the command was started with, opened in this process.
-
-    Raises:
-        CheckpointError: the encoder of that name has other weights here.
-    """
-    extractor = open_extractor(features, device)
-    if json_digest(extractor.identity) != key:
-        reason = f"are other ones on {socket.gethostname()} than where the command was started: {extractor.identity}."
-        raise CheckpointError("features", None, reason, "Bring the same files to every node.")
-    return extractor
 
 
 def _extract_features(
