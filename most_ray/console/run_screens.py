@@ -49,13 +49,27 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
         "tracking": ", ".join([f"{uri}/metrics.jsonl", *tracker_notes(job.config)]),
     }
     print_rows(console, rows)
-    table = Table(title=f"Mix (shares of {job.plan.weight_unit})")
-    for heading in ("source", "records", "tokens", "share", "passes in this run"):
+    sources = [
+        (name, len(store), store.manifest["n_tokens"], part["target"], part["records"] / max(1, len(store)))
+        for store, (name, part) in zip(plan.stores, mix.items(), strict=True)
+    ]
+    console.print(mix_table(job.plan.weight_unit, sources))
+
+
+def mix_table(unit: str, sources: Iterable[tuple[str, int, int, float, float]], records: str = "", tokens: str = "") -> Table:
+    """Return a table of the sources of records.
+
+    Args:
+        unit: that the shares are of.
+        sources: name, records, tokens, share, and passes in the run.
+        records, tokens: put before the headings of these columns.
+    """
+    table = Table(title=f"Mix (shares of {unit})")
+    for heading in ("source", f"{records}records", f"{tokens}tokens", "share", f"{records}passes in this run"):
         table.add_column(heading, justify="left" if heading == "source" else "right")
-    for store, (name, part) in zip(plan.stores, mix.items(), strict=True):
-        passes = part["records"] / max(1, len(store))
-        table.add_row(name, f"{len(store):,}", f"{store.manifest['n_tokens']:,}", f"{part['target']:.1%}", f"{passes:.2f}")
-    console.print(table)
+    for name, n_records, n_tokens, share, passes in sources:
+        table.add_row(name, f"{n_records:,}", f"{n_tokens:,}", f"{share:.1%}", f"{passes:.2f}")
+    return table
 
 
 def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:

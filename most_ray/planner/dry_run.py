@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from huggingface_hub import try_to_load_from_cache
@@ -47,8 +48,7 @@ _STEPS = 32  # of the plan that are sampled
 _STAND_IN_TOKENS = 16_000  # vocabulary of a stand-in for a missing tokenizer: about a token for each word, as in a large one
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One directory of training records."""
 
     name: str

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from most_ray.config import Recompute
 from most_ray.console.progress import duration
-from most_ray.console.run_screens import print_line, print_rows
+from most_ray.console.run_screens import mix_table, print_line, print_rows
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
 from most_ray.planner.dry_run import DryRun
@@ -47,7 +47,8 @@ def dry_screen(run: DryRun, console: Console) -> None:
     if run.rejected:
         rows["rejected"] = f"{counted}{run.rejected:,} records"
     print_rows(console, rows)
-    console.print(_mix(run))
+    records, tokens = ("about " if estimated else "" for estimated in (run.about_records, run.about_tokens))
+    console.print(mix_table(run.config.weight_unit, run.sources, records, tokens))
     console.print(_memory(run))
     if len(run.choices) > 1:
         console.print(_layouts(run))
@@ -103,16 +104,6 @@ def _seconds(seconds: float) -> str:
 
 def _size(count: int) -> str:
     return f"{count / _GIB:,.2f} GiB" if count >= _GIB / 10 else f"{count / (1 << 20):,.1f} MiB"
-
-
-def _mix(run: DryRun) -> Table:
-    table = Table(title=f"Mix (shares of {run.config.weight_unit})")
-    records, tokens = ("about " if about else "" for about in (run.about_records, run.about_tokens))
-    for heading in ("source", f"{records}records", f"{tokens}tokens", "share", f"{records}passes in this run"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
-    for source in run.sources:
-        table.add_row(source.name, f"{source.records:,}", f"{source.tokens:,}", f"{source.share:.1%}", f"{source.passes:.2f}")
-    return table
 
 
 def _memory(run: DryRun) -> Table:

@@ -10,12 +10,12 @@ from most_ray.checkpoint import catalog, retention
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.config import to_yaml
 from most_ray.data.plan import Plan
-from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.io.run_folder import local_copy
 from most_ray.model.build import config_json
 from most_ray.optim.train_state import TrainState
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import load_tokenizer
-from most_ray.runs.job import Job
+from most_ray.train.attempt import Attempt
 from most_ray.train.evaluation_scheduler import EvaluationScheduler
 from most_ray.train.meter import Meter
 from most_ray.train.reporter import RunReporter
@@ -24,20 +24,10 @@ from most_ray.train.reporter import RunReporter
 class CheckpointManager:
     """Saves checkpoints at save_steps, at evaluations, when a run stops and at its end; deletes those that are not kept."""
 
-    def __init__(
-        self,
-        job: Job,
-        plan: Plan,
-        folder: RunFolder,
-        rank: int,
-        attempt: str,
-        reporter: RunReporter,
-        evaluations: EvaluationScheduler,
-        meter: Meter,
-    ) -> None:
-        self._job, self._plan, self._folder, self._rank, self._attempt = job, plan, folder, rank, attempt
+    def __init__(self, attempt: Attempt, plan: Plan, reporter: RunReporter, evaluations: EvaluationScheduler, meter: Meter) -> None:
+        self._attempt, self._config, self._plan = attempt, attempt.job.config, plan
         self._reporter, self._evaluations, self._meter = reporter, evaluations, meter
-        self._writer = CheckpointWriter(background=job.config.async_save, overlap=True)
+        self._writer = CheckpointWriter(background=self._config.async_save, overlap=True)
         self._reported_stall = 0.0  # seconds of the writer's that `at_step` has returned; the optimizer step after a save adds more
 
     def prepare(self, state: TrainState) -> None:
@@ -53,7 +43,7 @@ class CheckpointManager:
         Returns:
             Seconds that checkpoints have held up training since the previous call.
         """
-        if state.step % self._job.config.save_steps == 0 or self._evaluations.is_due(state.step) or last:
+        if state.step % self._config.save_steps == 0 or self._evaluations.is_due(state.step) or last:
             self._save(state)
             self._evaluations.at_step(state)
         self._handle_commits()
@@ -61,30 +51,30 @@ class CheckpointManager:
         return stalled
 
     def _save(self, state: TrainState) -> None:
-        job, folder = self._job, self._folder
+        job = self._attempt.job
         content = {
             "cursor": asdict(self._plan.cursor(state.step)),
             "ingredients": self._plan.ingredients,
             "template": template_hash(),
             "units": job.units_identity,
             "meter": self._meter.state(),
-            "bf16": bool(job.config.bf16),
+            "bf16": bool(self._config.bf16),
         }
         model_config = config_json(state.model_config)
 
         def write_files(directory: Path) -> None:
             (directory / "config.json").write_text(model_config, encoding="utf-8")
-            (directory / "config.yaml").write_text(to_yaml(job.config.redacted()), encoding="utf-8")
+            (directory / "config.yaml").write_text(to_yaml(self._config.redacted()), encoding="utf-8")
             load_tokenizer(local_copy(job.model_path)).save_pretrained(directory)
             self._reporter.push()
 
-        uri = catalog.step_uri(folder.checkpoints, state.step)
-        self._writer.save(uri, state, content, write_files, lambda: folder.owner() == self._attempt)
+        uri = catalog.step_uri(self._attempt.folder.checkpoints, state.step)
+        self._writer.save(uri, state, content, write_files, self._attempt.owns_run)
 
     def _handle_commits(self) -> None:
         """On rank 0, evaluate what was committed since the last call, and delete what need not be kept."""
         saved = self._writer.poll()
-        if self._rank != 0:
+        if self._attempt.rank != 0:
             return
         for commit in saved:
             self._reporter.checkpoint(commit.step, commit.uri)
@@ -94,14 +84,14 @@ class CheckpointManager:
             self._prune()
 
     def _prune(self) -> None:
-        config = self._job.config
+        config = self._config
         scores = {}
         for step, line in self._reporter.evaluations.items():
             score = retention.score_of(line, config.best_metric)
             if score is not None:
                 scores[step] = score
         pending = self._reporter.unpushed | self._evaluations.pending()
-        catalog.prune(self._folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
+        catalog.prune(self._attempt.folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 
     def finish(self, reached: bool, should_stop: Callable[[], bool]) -> None:
         """Wait until the last checkpoint is committed and, if the run's goal was reached, until every evaluation has finished or a stop is

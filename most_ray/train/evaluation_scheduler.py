@@ -7,9 +7,8 @@ from typing import Any
 
 from most_ray.checkpoint import catalog
 from most_ray.distributed.collectives import all_gather_or_raise
-from most_ray.io.run_folder import RunFolder
 from most_ray.optim.train_state import TrainState
-from most_ray.runs.job import Job
+from most_ray.train.attempt import Attempt
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.meter import Meter
 from most_ray.train.reporter import RunReporter
@@ -18,13 +17,10 @@ from most_ray.train.reporter import RunReporter
 class EvaluationScheduler:
     """Evaluates a run at eval_steps and at its last step, if it has validation sets."""
 
-    def __init__(
-        self, job: Job, folder: RunFolder, rank: int, attempt: str, reporter: RunReporter, hooks: TrainHooks, meter: Meter
-    ) -> None:
-        self._job, self._folder, self._rank, self._attempt = job, folder, rank, attempt
-        self._reporter, self._meter = reporter, meter
-        self._inline = hooks.evaluate_inline if job.has_validation else None
-        make_evaluator = hooks.async_evaluator if rank == 0 and job.has_validation else None
+    def __init__(self, attempt: Attempt, reporter: RunReporter, hooks: TrainHooks, meter: Meter) -> None:
+        self._attempt, self._job, self._reporter, self._meter = attempt, attempt.job, reporter, meter
+        self._inline = hooks.evaluate_inline if self._job.has_validation else None
+        make_evaluator = hooks.async_evaluator if attempt.rank == 0 and self._job.has_validation else None
         self._evaluator = make_evaluator(self._report) if make_evaluator else None
 
     def is_due(self, step: int) -> bool:
@@ -36,7 +32,7 @@ class EvaluationScheduler:
         """Repeat the evaluations that an interruption cut off. Collective."""
         missing = [
             (step, uri)
-            for uri in (catalog.committed(self._folder.checkpoints) if self._rank == 0 else [])
+            for uri in (catalog.committed(self._attempt.folder.checkpoints) if self._attempt.rank == 0 else [])
             if self.is_due(step := catalog.step_of(uri)) and step <= state.step and step not in self._reporter.evaluations
         ]
         if self._evaluator:
@@ -74,5 +70,5 @@ class EvaluationScheduler:
 
     def _report(self, line: dict[str, Any]) -> None:
         """Report an evaluation, if this attempt still owns the run."""
-        if self._folder.owner() == self._attempt:
+        if self._attempt.owns_run():
             self._reporter.evaluation(line)

@@ -42,8 +42,9 @@ from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.trackers.select import trackers_of, wandb_key
+from most_ray.train.attempt import claim_run
 from most_ray.train.hooks import TrainHooks
-from most_ray.train.session import claim_run, run_rank
+from most_ray.train.session import run_rank
 
 logger = logging.getLogger(__name__)
 

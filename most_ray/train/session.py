@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
 from most_ray.checkpoint import catalog, reader
@@ -20,14 +18,14 @@ from most_ray.data.plan import Cursor, Plan, check_cursor
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.determinism import set_deterministic, set_seeds
 from most_ray.distributed.ranks import this_rank, world_size
-from most_ray.errors import CheckpointError, ConfigError
 from most_ray.io import storage
-from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.io.run_folder import local_copy
 from most_ray.model.build import load_model
 from most_ray.model.exchange import EXCHANGE
 from most_ray.optim.train_state import TrainState, make_state
 from most_ray.records.template import template_hash
 from most_ray.runs.job import Job, overrides_of
+from most_ray.train.attempt import Attempt
 from most_ray.train.checkpoint_manager import CheckpointManager
 from most_ray.train.evaluation_scheduler import EvaluationScheduler
 from most_ray.train.hooks import TrainHooks
@@ -48,13 +46,11 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     Raises:
         UserError: something that the user can fix.
     """
-    rank, world = this_rank(), world_size()
     torch.set_num_threads(job.threads)
-    (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, rank)
-    folder = RunFolder(job.run_uri)
-    attempt = _claim_attempt(folder, job.driver, rank)
-    start = _find_start(job, folder)
-    stream = StreamSpec(job.plan, job.layout, rank, world, job.config.train_batch_size, job.config.data_timeout_s)
+    (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, this_rank())
+    attempt = Attempt.claim(job)
+    start = _find_start(attempt)
+    stream = StreamSpec(job.plan, job.layout, attempt.rank, world_size(), job.config.train_batch_size, job.config.data_timeout_s)
     batches = hooks.batches(stream, start.step + 1, job.total_steps)  # prefetched while the model is built
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
@@ -63,9 +59,9 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     meter = make_meter(state, settings)
     accepted = _resume(start, state, plan, job.config, meter)
     about = _describe_attempt(job, state, device, accepted)
-    reporter = RunReporter(job.config.trace_records, plan, folder, state.step, rank, hooks.trackers, about)
-    evaluations = EvaluationScheduler(job, folder, rank, attempt, reporter, hooks, meter)
-    checkpoints = CheckpointManager(job, plan, folder, rank, attempt, reporter, evaluations, meter)
+    reporter = RunReporter(job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about)
+    evaluations = EvaluationScheduler(attempt, reporter, hooks, meter)
+    checkpoints = CheckpointManager(attempt, plan, reporter, evaluations, meter)
     ended = False
     try:
         checkpoints.prepare(state)
@@ -125,38 +121,6 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
     return model
 
 
-def claim_run(folder: RunFolder) -> str:
-    """Make the run this driver's, whose id is returned: workers of an older driver can then neither commit a checkpoint nor start again."""
-    driver = uuid.uuid4().hex
-    folder.claim(f"{driver}.0")
-    return driver
-
-
-def _claim_attempt(folder: RunFolder, driver: str, rank: int) -> str:
-    """Make the run this attempt's, if it is still the driver's: an older attempt that is still running can then not commit. Collective.
-
-    Returns:
-        The attempt's id.
-
-    Raises:
-        CheckpointError: a newer driver owns the run.
-        ConfigError: the run's folder is not shared by all ranks.
-    """
-    attempt = [""]
-    if rank == 0 and folder.owner().startswith(f"{driver}."):
-        attempt = [f"{driver}.{uuid.uuid4().hex}"]
-        folder.claim(attempt[0])
-    if dist.is_initialized():
-        dist.broadcast_object_list(attempt, src=0)
-    if not attempt[0]:
-        raise CheckpointError("attempt", None, "has been replaced by a newer start of the same run.", "One driver at a time.")
-    owners = all_gather_or_raise(folder.owner)
-    if apart := [other for other, owner in enumerate(owners) if owner != owners[0]]:
-        rule = f"is not shared by all nodes: ranks {apart} do not see there what rank 0 has written."
-        raise ConfigError("output_dir", storage.redact(folder.uri), rule, "Mount the same storage on every node, or name a URI.")
-    return attempt[0]
-
-
 @dataclass(frozen=True)
 class _Start:
     """What a run resumes from."""
@@ -166,18 +130,19 @@ class _Start:
     step: int  # that was completed, 0 if the run starts from scratch
 
 
-def _find_start(job: Job, folder: RunFolder) -> _Start:
+def _find_start(attempt: Attempt) -> _Start:
     """Find the run's newest valid checkpoint, or the one that the configuration names. Collective: the ranks agree on it once per attempt,
     so that weights and data resume from the same step. Each hashes a share of the files; a checkpoint that was damaged after its commit is
     skipped and an older one used."""
-    own, corrupt = catalog.latest_valid_on_all_ranks(folder.checkpoints)
+    own, corrupt = catalog.latest_valid_on_all_ranks(attempt.folder.checkpoints)
     catalog.require_valid(own, corrupt)
-    if this_rank() == 0:
+    if attempt.rank == 0:
         for damaged, reason in corrupt:
             logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(damaged), reason)
             catalog.invalidate(damaged)  # its step will be saved again
-    uri = own or job.config.resume_from_checkpoint
-    weights_only = own is None and job.config.ignore_optimizer_state
+    config = attempt.job.config
+    uri = own or config.resume_from_checkpoint
+    weights_only = own is None and config.ignore_optimizer_state
     step = all_gather_or_raise(lambda: int(reader.read_state(uri)["step"]) if uri and not weights_only else 0)[0]
     return _Start(uri, weights_only, step)
 

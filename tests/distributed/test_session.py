@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
 from most_ray.errors import CheckpointError, ConfigError
 from most_ray.io.run_folder import RunFolder
-from most_ray.train.session import _claim_attempt, claim_run
+from most_ray.train.attempt import Attempt, claim_run
 from tests.support.gloo import run_ranks
 
 
@@ -19,7 +20,7 @@ def begin(root: str, shared: bool, newer: bool) -> str:
     if newer and rank == 0:
         claim_run(folder)
     try:
-        return _claim_attempt(folder, driver, rank)
+        return Attempt.claim(SimpleNamespace(run_uri=folder.uri, driver=driver)).id  # type: ignore[arg-type]
     except (ConfigError, CheckpointError) as error:
         return str(error)
 

@@ -11,8 +11,9 @@ from most_ray.config import RunConfig, config_from
 from most_ray.io.journal import read_journal
 from most_ray.runs.job import Job
 from most_ray.runs.resolve import Prepared, prepare_run
+from most_ray.train.attempt import claim_run
 from most_ray.train.hooks import TrainHooks
-from most_ray.train.session import claim_run, run_rank
+from most_ray.train.session import run_rank
 from tests.support.builders import asr, text, tts, write_records
 from tests.support.gloo import run_ranks
 from tests.support.training import CPU

@@ -38,7 +38,7 @@ from most_ray.service.cluster.process_group import OnNodeAddress
 from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, ShutdownSignal, clear_run_keys, run_stopped
 from most_ray.service.training.worker import WorkerJob, train_worker
 from most_ray.trackers.select import wandb_key
-from most_ray.train.session import claim_run
+from most_ray.train.attempt import claim_run
 
 logger = logging.getLogger(__name__)
 _SETTLE_S = 3.0  # seconds of waiting before fewer workers than configured are used
