@@ -14,6 +14,7 @@ from most_ray.io.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 Line = Mapping[str, Any]  # of metrics.jsonl
 _BACKLOG = 20_000  # the most lines that wait for a tracker
+_BEGINNING_S = 600.0  # the most seconds that the end of a run waits until a tracker has the lines of earlier starts
 _CLOSING_S = 60.0  # seconds for a tracker to write what it was given
 
 
@@ -67,20 +68,20 @@ class Background:
     warning. The lines that it misses are in metrics.jsonl, and it gets them at the run's next start.
 
     Args:
-        patience: seconds that `close` waits.
+        patience: seconds that `close` waits once `begin` is through.
     """
 
     def __init__(self, name: str, tracker: Tracker, key: Secret | None = None, patience: float = _CLOSING_S) -> None:
         self._name, self._tracker, self._key, self._patience = name, tracker, key, patience
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._dropped = threading.Event()
+        self._begun, self._dropped = threading.Event(), threading.Event()
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._closed = False
 
     def begin(self, step: int, lines: Iterable[Line]) -> None:
         self._thread.start()
-        self._put(lambda: self._tracker.begin(step, lines))
+        self._put(lambda: self._begin(step, lines))
 
     def log(self, line: Line) -> None:
         self._put(lambda: self._tracker.log(line))
@@ -89,15 +90,22 @@ class Background:
         self._put(lambda: self._tracker.checkpoint(step, uri))
 
     def close(self) -> None:
-        """Wait until everything is written, for at most `patience` seconds."""
+        """Wait until everything is written, for a limited time."""
         if self._closed or not self._thread.is_alive():
             return
         self._closed = True
         self._calls.put(self._tracker.close)
         self._calls.put(None)
+        self._begun.wait(_BEGINNING_S)
         self._thread.join(self._patience)
         if self._thread.is_alive():
             logger.warning("%s has not written everything within %g s; the run does not wait for it any longer", self._name, self._patience)
+
+    def _begin(self, step: int, lines: Iterable[Line]) -> None:
+        try:
+            self._tracker.begin(step, lines)
+        finally:
+            self._begun.set()
 
     def _put(self, call: Callable[[], None]) -> None:
         if self._dropped.is_set():

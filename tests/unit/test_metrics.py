@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from most_ray.config import config_from
 from most_ray.errors import ConfigError
 from most_ray.evaluation.inline import write_evaluation
 from most_ray.metrics import schema
+from most_ray.metrics.keys import Curve, Gauge, Key, nested
+from most_ray.metrics.rows import row_of
 from most_ray.records.template import AUDIO, TEXT
+from most_ray.report.figures import _declared
 from most_ray.train.meter import Meter, perplexity
 from most_ray.train.step import StepResult
 from tests.conftest import ROOT
@@ -150,6 +154,19 @@ def test_metrics_md_is_made_of_the_schema() -> None:
 def test_lines_of_evaluations_are_as_documented(tmp_path: Path) -> None:
     line = write_evaluation(evaluate(make_scene(tmp_path, n_asr=2, n_tts=1, n_text=1)), str(tmp_path / "run"), 5, 1.0)
     assert schema.check_line({**line, "time": 1.0}) == []
+
+
+def test_a_new_metric_needs_its_declaration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides a value where it is computed: trackers, Prometheus, sweeps, the report and the page read the declaration."""
+    gauge, curve = Gauge("most_ray_novel", "A new metric"), Curve("Speed", "fig-novel", "Novelty", "novelty")
+    key = Key(float, "share", "of what is new", over="mean", tracker="train/novel", gauge=gauge, curve=curve)
+    monkeypatch.setitem(schema.TRAIN, "novel", key)  # type: ignore[arg-type]
+    line = {"kind": "train", "step": 1, "novel": 0.5}
+    assert row_of(line, {}) == {"train/novel": 0.5} and not schema.undeclared_keys(line)
+    assert "| `novel` | number | share | mean | of what is new | `train/novel` | `most_ray_novel` |" in schema.markdown()
+    assert gauge in [each.gauge for each in nested(schema.TRAIN)]
+    run: Any = SimpleNamespace(name="r", steps=[1.0], column=lambda name: [line[name]] if name == "novel" else [None])
+    assert [figure.title for make in _declared("Speed") if (figure := make([run]))] == ["Novelty"]
 
 
 def test_lines_that_are_not_as_documented_are_found() -> None:

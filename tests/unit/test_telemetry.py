@@ -316,6 +316,21 @@ def test_a_tracker_that_hangs_is_not_waited_for(caplog: pytest.LogCaptureFixture
     release.set()
 
 
+def test_the_end_of_a_run_waits_for_the_lines_of_earlier_starts() -> None:
+    """Offline files that hold only part of the run would replace it in W&B."""
+    logged: list[Line] = []
+
+    class Slow(Fake):
+        def begin(self, step: int, lines: Iterable[Line]) -> None:
+            threading.Event().wait(0.3)
+            logged.extend(lines)
+
+    tracker = Background("Slow", Slow(lambda: None), patience=0.01)
+    tracker.begin(1, [train(1)])
+    tracker.close()
+    assert logged == [train(1)]
+
+
 def test_a_key_shows_nowhere_but_travels() -> None:
     secret = Secret(KEY)
     assert KEY not in f"{secret} {secret!r} {[secret]} {vars(Background('x', Fake(lambda: None), secret))}"
