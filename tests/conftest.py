@@ -26,17 +26,16 @@ BY_FIXTURE = {"ray_cluster": "ray", "s3": "s3", "s3_server": "s3", "bucket": "s3
 BY_FOLDER = {"distributed": "gloo", "browser": "browser"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Markers, and who runs what under xdist (`-n 2 --dist loadgroup`): a file's tests stay together, for they share what they have
-    built; those that use a Ray cluster make two groups of about equal length, each with a cluster of its own."""
-    for item in items:
-        folder, *_ = item.path.relative_to(ROOT / "tests").parts
-        names = {BY_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in BY_FIXTURE}
-        names |= {BY_FOLDER[folder]} if folder in BY_FOLDER else set()
-        for name in sorted(names):
-            item.add_marker(name)
-        ray = "ray sweeps" if item.path.name == "test_sweep.py" else "ray"
-        item.add_marker(pytest.mark.xdist_group(ray if "ray" in names else str(item.path)))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Gives a test its markers, and its group under xdist (`-n 2 --dist loadgroup`): a file's tests stay together, for they share what
+    they have built; those that use a Ray cluster make two groups of about equal length, each with a cluster of its own."""
+    folder, *_ = item.path.relative_to(ROOT / "tests").parts
+    names = {BY_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in BY_FIXTURE}
+    names |= {BY_FOLDER[folder]} if folder in BY_FOLDER else set()
+    for name in sorted(names):
+        item.add_marker(name)
+    ray = "ray sweeps" if item.path.name == "test_sweep.py" else "ray"
+    item.add_marker(pytest.mark.xdist_group(ray if "ray" in names else str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(scope="session")

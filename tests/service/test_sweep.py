@@ -133,7 +133,7 @@ def test_a_complete_sweep_is_left_alone(fake: None, tmp_path: Path) -> None:
     third = make(tmp_path, "again", space, max_trials=3)
     assert list(third.trials) == [1, 2, 3] and starts(tmp_path, "again") == {"001": 1, "002": 1, "003": 1}
     assert [third.trials[n].values for n in (1, 2)] == [first.trials[n].values for n in (1, 2)]
-    with pytest.raises(ConfigError, match=r"name = 'again'.*space was another"):
+    with pytest.raises(ConfigError, match=r"name = 'again'.*another value of space"):
         make(tmp_path, "again", {"learning_rate": {"uniform": [0.001, 0.06]}}, max_trials=3)
     with pytest.raises(ConfigError, match="weight_decay"):
         make(tmp_path, "again", space, max_trials=3, weight_decay=0.5)
