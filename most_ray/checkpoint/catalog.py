@@ -202,12 +202,8 @@ def prune(
 ) -> list[int]:
     """Delete the checkpoints that `steps_to_delete` names, marker first, and incomplete folders of older steps, left by dead attempts.
 
-    One process calls it, at any time: a checkpoint that is being written is newer than all complete ones.
-
-    Args: as `steps_to_delete`, of the folder `checkpoints`.
-
-    Returns:
-        The steps of the deleted checkpoints, ascending.
+    One process calls it, at any time: a checkpoint that is being written is newer than all complete ones. Returns the steps of the deleted
+    checkpoints, ascending.
     """
     found = _find_steps(checkpoints)
     complete = [step for step, is_complete in found.items() if is_complete]

@@ -100,15 +100,21 @@ def print_rows(console: Console, rows: Mapping[str, str]) -> None:
 def where(topologies: Sequence[Topology], threads: int, use_gpu: bool) -> str:
     """Workers and layout as text: `2 workers: 1 replica x 2 shards, expert parallel 2; CPU, 1 thread each`. `topologies`: by workers."""
     fewest, most = topologies[0].world_size, topologies[-1]
-    workers = _count(most.world_size, "worker") if fewest == most.world_size else f"{fewest} to {most.world_size} workers, at most"
-    layout = f": {_count(most.dp_replicate, 'replica')} x {_count(most.fsdp, 'shard')}, expert parallel {most.ep}"
+    workers = count_of(most.world_size, "worker") if fewest == most.world_size else f"{fewest} to {most.world_size} workers, at most"
+    layout = f": {layout_text(most)}"
     device = "a GPU" if use_gpu else "CPU"
     each = " each" if most.world_size > 1 else ""
-    return f"{workers}{layout if most.world_size > 1 else ''}; {device}, {_count(threads, 'thread')}{each}"
+    return f"{workers}{layout if most.world_size > 1 else ''}; {device}, {count_of(threads, 'thread')}{each}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def count_of(number: int, what: str, plural: str = "s") -> str:
+    """Return a number with its noun, as `2 workers`."""
+    return f"{number:,} {what}{'' if number == 1 else plural}"
+
+
+def layout_text(topology: Topology) -> str:
+    """Return a layout as `1 replica x 2 shards, expert parallel 2`."""
+    return f"{count_of(topology.dp_replicate, 'replica')} x {count_of(topology.fsdp, 'shard')}, expert parallel {topology.ep}"
 
 
 def _model(config: RunConfig, model_path: str) -> str:

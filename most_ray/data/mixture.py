@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -77,20 +76,6 @@ class _PatternOrder:
         return periods * len(self._pattern) + int(np.flatnonzero(self._pattern == source)[rest]) + 1
 
 
-class _Source(Protocol):
-    """An endless sequence of records with T(j), the tokens of its first j. See `ShuffledSource`."""
-
-    size: int
-
-    @property
-    def total(self) -> int: ...
-    @property
-    def longest(self) -> int: ...
-    def tokens_before(self, j: int) -> int: ...
-    def count_within(self, num: int, den: int = 1) -> int: ...
-    def lengths_at(self, start: int, stop: int) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
 class _Node:
     """A node of the tree by which sources are merged."""
@@ -120,7 +105,7 @@ class _MergedOrder:
     node's records between two values of D are found among its children's records between two slightly wider ones.
     """
 
-    def __init__(self, weights: tuple[int, ...], tree: Tree, sources: Sequence[_Source]) -> None:
+    def __init__(self, weights: tuple[int, ...], tree: Tree, sources: Sequence[ShuffledSource | CountedSource]) -> None:
         self._weights, self._sources = weights, sources
         self._longest = max(source.longest for source in sources)
         self._root = self._node(tree, weights)

@@ -64,13 +64,18 @@ class _Window:
     def skip_space(self) -> int:
         """Consume white space. Returns the byte after it, which is not consumed; -1 at the end."""
         while True:
-            match = _SPACE.match(self.data, self.position)
-            assert match is not None
-            self.position = match.end()
+            self.position = _after_space(self.data, self.position)
             if self.position < len(self.data):
                 return self.data[self.position]
             if not self.more():
                 return -1
+
+
+def _after_space(data: bytes, position: int) -> int:
+    """The position after white space that begins at `position`."""
+    match = _SPACE.match(data, position)
+    assert match is not None, "the pattern matches nothing, too"
+    return match.end()
 
 
 def open_compressed(stream: BinaryIO) -> BinaryIO:
@@ -234,9 +239,8 @@ class _ValueReader:
                 seek = source.position + searched
             if end - source.position > budget:
                 return None
-            match = _SPACE.match(source.data, end)
-            assert match is not None
-            if match.end() == len(source.data) or source.data[match.end()] in b",]{[":
+            after = _after_space(source.data, end)
+            if after == len(source.data) or source.data[after] in b",]{[":
                 value = self._taken(end)
                 if value is not None:
                     return value

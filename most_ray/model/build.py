@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,15 @@ class RoutingOverrides:
     num_experts_per_tok: int | None = None
     use_balance_bias: bool | None = None
 
-    def values(self) -> dict[str, Any]:
-        """The changed fields, as MostConfig takes them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items() if value is not None}
+    def apply(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values`, fields of a MostConfig, with the changes. Where these name one group of experts, the other is the remaining ones."""
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items() if value is not None}
+        text, audio = given.get("text_expert_indices"), given.get("audio_expert_indices")
+        merged = {**values, **given}
+        if merged.get("use_modality_aware_routing") and (text is None) != (audio is None):
+            remaining = sorted(set(range(merged.get("n_routed_experts", 64))) - set(text or audio or ()))
+            merged["audio_expert_indices" if audio is None else "text_expert_indices"] = remaining
+        return merged
 
 
 @contextlib.contextmanager
@@ -127,7 +133,7 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
     """The configuration of a model folder or hub name (MoST, the original MoST or DeepSeek-V2), as MostConfig.
 
     Args:
-        overrides: the run's changes; where they name one group of experts, the other is the remaining ones.
+        overrides: the run's changes.
         changes: further fields to change.
 
     Raises:
@@ -146,16 +152,8 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
         raise CheckpointError("model_name_or_path", path, f"holds a model of type {kind!r}, not one of {sorted(known)}.")
     for key in ("auto_map", "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
         values.pop(key, None)
-    merged = {**values, **changes, **(overrides.values() if overrides else {})}
-    if merged.get("use_modality_aware_routing") and overrides and (overrides.text_expert_indices or overrides.audio_expert_indices):
-        # Where one group is named, the other is the remaining experts.
-        experts = set(range(merged.get("n_routed_experts", 64)))
-        if overrides.text_expert_indices is None:
-            merged["text_expert_indices"] = sorted(experts - set(overrides.audio_expert_indices or ()))
-        if overrides.audio_expert_indices is None:
-            merged["audio_expert_indices"] = sorted(experts - set(overrides.text_expert_indices or ()))
     try:
-        return MostConfig(**merged)
+        return MostConfig(**(overrides or RoutingOverrides()).apply({**values, **changes}))
     except StrictDataclassError as error:
         raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({_one_line(error)}).") from error
 

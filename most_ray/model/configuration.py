@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -41,15 +40,7 @@ class MostConfig(DeepseekV2Config):
             self.text_expert_indices = list(range(half))
             self.audio_expert_indices = list(range(half, self.n_routed_experts))
         # Not in the library's validation hook, which would wrap the error and hide what the user can fix.
-        check_experts(
-            n_routed_experts=self.n_routed_experts,
-            top_k=self.num_experts_per_tok,
-            modality_aware=self.use_modality_aware_routing,
-            text=self.text_expert_indices,
-            audio=self.audio_expert_indices,
-            n_group=self.n_group if self.topk_method == "group_limited_greedy" else None,
-            topk_group=self.topk_group,
-        )
+        _check_experts(self)
         super().__post_init__(**kwargs)
 
 
@@ -60,59 +51,36 @@ class OriginalMostConfig(MostConfig):
     model_type = "MoST"
 
 
-def check_experts(
-    *,
-    n_routed_experts: int,
-    top_k: int | None,
-    modality_aware: bool,
-    text: Sequence[int] | None,
-    audio: Sequence[int] | None,
-    n_group: int | None = None,
-    topk_group: int | None = None,
-) -> None:
+def _check_experts(config: MostConfig) -> None:
     """Check the groups of experts and top-k against each other.
-
-    Args:
-        n_routed_experts: experts of a layer.
-        top_k: experts per token.
-        modality_aware: whether the groups are used.
-        text, audio: the experts of each group.
-        n_group, topk_group: of DeepSeek-V2's group-limited routing, where it is used.
 
     Raises:
         ConfigError: names the field, its value, the rule and the remedy.
     """
-    if top_k is None or not 1 <= top_k <= n_routed_experts:
-        raise ConfigError("num_experts_per_tok", top_k, f"must be in 1..{n_routed_experts} (n_routed_experts).")
-    if not modality_aware:
+    n_experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    if top_k is None or not 1 <= top_k <= n_experts:
+        raise ConfigError("num_experts_per_tok", top_k, f"must be in 1..{n_experts} (n_routed_experts).")
+    if not config.use_modality_aware_routing:
         return
-    groups = {"text_expert_indices": list(text or ()), "audio_expert_indices": list(audio or ())}
+    groups = {name: list(getattr(config, name) or ()) for name in ("text_expert_indices", "audio_expert_indices")}
     for name, group in groups.items():
         modality = name.split("_", 1)[0]
         if not group:
             raise ConfigError(name, group, f"{modality} tokens would have no expert.", "Name at least top-k experts.")
-        outside = [expert for expert in group if expert not in range(n_routed_experts)]
+        outside = [expert for expert in group if expert not in range(n_experts)]
         if outside or len(set(group)) != len(group) or not all(isinstance(expert, int) for expert in group):
-            raise ConfigError(name, group, f"must hold different experts out of 0..{n_routed_experts - 1}.")
+            raise ConfigError(name, group, f"must hold different experts out of 0..{n_experts - 1}.")
         if top_k > len(group):
-            raise ConfigError(
-                "num_experts_per_tok", top_k, f"is more than the {len(group)} experts of {name}.", "Lower it or widen the group."
-            )
-        if n_group and topk_group:
-            size = n_routed_experts // n_group
-            usable = sorted(filter(None, (sum(expert // size == g for expert in group) for g in range(n_group))))
-            if sum(usable[:topk_group]) < top_k:
-                raise ConfigError(
-                    "topk_group", topk_group, f"can leave a {modality} token fewer than {top_k} experts of {name}.", "Raise it."
-                )
-    both = sorted(set(groups["text_expert_indices"]) & set(groups["audio_expert_indices"]))
-    if both:
-        raise ConfigError(
-            "text_expert_indices",
-            groups["text_expert_indices"],
-            f"experts {both} are in audio_expert_indices too.",
-            "Split them.",
-        )
-    unused = sorted(set(range(n_routed_experts)) - set(groups["text_expert_indices"]) - set(groups["audio_expert_indices"]))
-    if unused:
-        raise ConfigError("audio_expert_indices", groups["audio_expert_indices"], f"experts {unused} are in no group.", "Assign them.")
+            rule = f"is more than the {len(group)} experts of {name}."
+            raise ConfigError("num_experts_per_tok", top_k, rule, "Lower it or widen the group.")
+        if config.topk_method == "group_limited_greedy" and config.n_group and config.topk_group:
+            size = n_experts // config.n_group
+            usable = sorted(filter(None, (sum(expert // size == g for expert in group) for g in range(config.n_group))))
+            if sum(usable[: config.topk_group]) < top_k:
+                rule = f"can leave a {modality} token fewer than {top_k} experts of {name}."
+                raise ConfigError("topk_group", config.topk_group, rule, "Raise it.")
+    text, audio = groups.values()
+    if both := sorted(set(text) & set(audio)):
+        raise ConfigError("text_expert_indices", text, f"experts {both} are in audio_expert_indices too.", "Split them.")
+    if unused := sorted(set(range(n_experts)) - set(text) - set(audio)):
+        raise ConfigError("audio_expert_indices", audio, f"experts {unused} are in no group.", "Assign them.")

@@ -41,7 +41,7 @@ def plan_placement(text: Sequence[int], audio: Sequence[int], n_experts: int, ep
     if ep_size == 1 or not dealt:
         return tuple(range(n_experts))
     assert n_experts % ep_size == 0, "checked by plan_topology"
-    assert sorted(dealt) == list(range(n_experts)), "checked by check_experts"
+    assert sorted(dealt) == list(range(n_experts)), "checked by MostConfig"
     return tuple(expert for rank in range(ep_size) for expert in dealt[rank::ep_size])
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -62,11 +62,7 @@ class CpuLinks:
     ranks: int
     call: dict[CollectiveKind, float]  # seconds of a call among all ranks, however small
     byte: dict[CollectiveKind, float]  # seconds for each byte that a rank sends
-
-    @property
-    def overlaps(self) -> bool:
-        """False: sending uses the same cores as computing."""
-        return False
+    overlaps: ClassVar = False  # sending uses the same cores as computing
 
     def seconds(self, collective: Collective) -> float:
         """Return the time of a collective's calls; with fewer ranks a call takes proportionally fewer rounds."""

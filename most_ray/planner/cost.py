@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from most_ray.config import Recompute
 from most_ray.distributed.topology import Topology, plan_topology
@@ -35,9 +35,7 @@ class Collective:
 class Links(Protocol):
     """The interconnect of the ranks."""
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether overlappable communication runs during computation."""
+    overlaps: ClassVar[bool]  # whether overlappable communication runs during computation
 
     def seconds(self, collective: Collective) -> float:
         """Return the time of all calls of a collective."""

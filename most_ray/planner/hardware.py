@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -65,10 +66,7 @@ class GpuLinks:
 
     intra_node: float
     inter_node: float
-
-    @property
-    def overlaps(self) -> bool:
-        return True
+    overlaps: ClassVar = True
 
     def seconds(self, collective: Collective) -> float:
         """Return the time of a collective's calls.

@@ -7,8 +7,7 @@ from rich.table import Table
 
 from most_ray.config import Recompute
 from most_ray.console.progress import duration
-from most_ray.console.run_screens import mix_table, print_line, print_rows
-from most_ray.distributed.topology import Topology
+from most_ray.console.run_screens import count_of, layout_text, mix_table, print_line, print_rows
 from most_ray.io import storage
 from most_ray.planner.dry_run import DryRun
 from most_ray.planner.hardware import BANDWIDTH_EFFICIENCY, MATMUL_EFFICIENCY
@@ -72,16 +71,8 @@ def _checkpoints(run: DryRun) -> str:
 
 def _workers(layout: LayoutEstimate) -> str:
     topology = layout.topology
-    size = f"{_layout(topology)}; {_count(layout.passes, 'forward pass', 'es')} a step of {_count(layout.rows, 'row')} each"
+    size = f"{layout_text(topology)}; {count_of(layout.passes, 'forward pass', 'es')} a step of {count_of(layout.rows, 'row')} each"
     return f"{topology.world_size}: {size}"
-
-
-def _layout(topology: Topology) -> str:
-    return f"{_count(topology.dp_replicate, 'replica')} x {_count(topology.fsdp, 'shard')}, expert parallel {topology.ep}"
-
-
-def _count(number: int, what: str, plural: str = "s") -> str:
-    return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def _device(run: DryRun) -> str:
@@ -110,7 +101,7 @@ def _memory(run: DryRun) -> Table:
     table = Table(title="Memory of a worker in GiB, the one that holds most")
     table.add_column("what")
     for layout in run.layouts:
-        table.add_column(_count(layout.topology.world_size, "worker"), justify="right")
+        table.add_column(count_of(layout.topology.world_size, "worker"), justify="right")
     kinds = {
         "weights": "weights (float32)",
         "gradients": "gradients",
@@ -136,7 +127,7 @@ def _memory(run: DryRun) -> Table:
 def _layouts(run: DryRun) -> Table:
     """Return a table of the best layouts and the run's own."""
     shown = [choice for index, choice in enumerate(run.choices) if index < _SHOWN_LAYOUTS or choice.topology == run.layout.topology]
-    table = Table(title=f"Layouts of {_count(run.layout.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
+    table = Table(title=f"Layouts of {count_of(run.layout.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
     headings = ("replicas x shards, expert parallel", "tokens/s", "communication", "MiB sent by a worker", "GiB of a worker")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == headings[0] else "right")
@@ -173,7 +164,7 @@ def _verdict(run: DryRun, console: Console) -> None:
     kind = run.config.recomputed
     layout = max(run.layouts, key=lambda one: one.memory.total(kind))
     needs = layout.memory.total(kind)
-    share = f"{needs / available:.0%} of a worker's memory on {_count(layout.topology.world_size, 'worker')}"
+    share = f"{needs / available:.0%} of a worker's memory on {count_of(layout.topology.world_size, 'worker')}"
     more = "the device's context, its libraries' buffers and fragmentation come on top"
     if needs <= USABLE_MEMORY * available:
         print_line(console, f"Fits: {share}; {more}.")

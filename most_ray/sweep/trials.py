@@ -18,8 +18,9 @@ from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import PRESETS, read_config
 from most_ray.model.compat import check_workers
-from most_ray.model.configuration import MostConfig, check_experts
+from most_ray.model.configuration import MostConfig
 from most_ray.options import to_plain
+from most_ray.runs.job import overrides_of
 from most_ray.sweep.ledger import TRIALS, Trial, kept_uri
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
@@ -123,22 +124,7 @@ class TrialBase:
 
 def _check_trainable(config: RunConfig, model: MostConfig) -> None:
     """Raise UserError unless a run can start from a model."""
-    aware = model.use_modality_aware_routing if config.use_modality_aware_routing is None else config.use_modality_aware_routing
-    every = set(range(model.n_routed_experts))
-    text, audio = config.text_expert_indices, config.audio_expert_indices
-    if text is None and audio is not None:  # the other group is what remains, as for any run
-        text = tuple(sorted(every - set(audio)))
-    elif audio is None and text is not None:
-        audio = tuple(sorted(every - set(text)))
-    check_experts(
-        n_routed_experts=model.n_routed_experts,
-        top_k=config.num_experts_per_tok or model.num_experts_per_tok,
-        modality_aware=aware,
-        text=model.text_expert_indices if text is None else text,
-        audio=model.audio_expert_indices if audio is None else audio,
-        n_group=model.n_group if model.topk_method == "group_limited_greedy" else None,
-        topk_group=model.topk_group,
-    )
+    MostConfig(**overrides_of(config).apply(model.to_dict()))  # which checks the groups of experts
     workers = (config.num_workers or (1,))[-1]
     check_workers(workers)
     plan_topologies(workers, workers, config.ep_size, config.dp_replicate_size, model.n_routed_experts)

@@ -145,9 +145,13 @@ class Wandb:
 
     def _delete_older(self, root: Path) -> None:
         """Delete the offline files of earlier starts: synchronised after this one, they would replace it by less."""
-        for folder in root.glob(f"offline-run-*-{self.id}"):
-            if folder != Path(self._run.dir).parent:
+        for folder in root.iterdir():
+            if self._is_offline(folder.name) and folder != Path(self._run.dir).parent:
                 shutil.rmtree(folder, ignore_errors=True)  # W&B's process of a killed start may still write there
+
+    def _is_offline(self, name: str) -> bool:
+        """Whether a folder's name is of a start of this run that was offline: two within a second differ in a number at the end."""
+        return re.fullmatch(rf"offline-run-\d+_\d+-{re.escape(self.id)}(-\d+)?", name) is not None
 
     def checkpoint(self, step: int, uri: str) -> None:
         """Log an artifact that names the checkpoint's URI; nothing is uploaded."""
@@ -183,7 +187,7 @@ class Wandb:
         if self._folder.remote:
             names = {entry.name.split("/")[0] for entry in storage.list_files(self._folder.at("wandb"), ("",))}
             for name in names:
-                if re.fullmatch(rf"offline-run-.*-{re.escape(self.id)}", name) and name != own.name:
+                if self._is_offline(name) and name != own.name:
                     storage.remove(self._folder.at("wandb", name))
 
 

@@ -85,11 +85,8 @@ class CheckpointManager:
 
     def _prune(self) -> None:
         config = self._config
-        scores = {}
-        for step, line in self._reporter.evaluations.items():
-            score = retention.score_of(line, config.best_metric)
-            if score is not None:
-                scores[step] = score
+        scored = ((step, retention.score_of(line, config.best_metric)) for step, line in self._reporter.evaluations.items())
+        scores = {step: score for step, score in scored if score is not None}
         pending = self._reporter.unpushed | self._evaluations.pending()
         catalog.prune(self._attempt.folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
 

@@ -6,8 +6,8 @@ Nothing in training makes copies differ, so a difference is a fault: of memory, 
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ def check_replicas(state: TrainState) -> None:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     names, mine = [], []
-    for name, tensor in _tensors(state):
+    for name, tensor in itertools.chain(state.model.named_parameters(), state.model.named_buffers(), sorted(state.buffers.items())):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         value = checksum(local)
         names.append(name)
@@ -103,9 +103,3 @@ def check_replicas(state: TrainState) -> None:
             f"should be the same on {ranks}, and differs after step {state.step}.",
             "Resume from the newest checkpoint; if it happens again, look for a faulty machine.",
         )
-
-
-def _tensors(state: TrainState) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from state.model.named_parameters()
-    yield from state.model.named_buffers()
-    yield from sorted(state.buffers.items())

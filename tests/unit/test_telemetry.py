@@ -209,6 +209,18 @@ def test_online_another_machine_needs_only_the_runs_folder(tmp_path: Path, monke
     check_once(held_by(server), 320)
 
 
+def test_offline_behind_a_uri_the_newest_start_replaces_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"memory://{tmp_path.name}/run"
+    for machine in ("one", "two"):
+        monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / machine))
+        tracker = Wandb(config_from({"name": "run", "wandb_project": "p", "wandb_mode": "offline"}), uri, None)
+        tracker.begin(0, [train(1)])
+        own = Path(tracker._run.dir).parent.name
+        tracker.close()
+        found = {entry.name.split("/")[0] for entry in storage.list_files(f"{uri}/wandb", ("",))}
+        assert {name for name in found if name.startswith("offline-run-")} == {own}
+
+
 def test_the_trials_of_a_sweep_are_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
