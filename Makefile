@@ -10,21 +10,22 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 
 # What the model is in every release of transformers that pyproject.toml allows: run on the oldest too.
 FLOOR := $(addprefix tests/unit/test_,$(addsuffix .py,generation decode model routing step checkpoint evaluation encoder library_names))
-# A file's tests stay in one process, and so do those that share the Ray cluster (tests/conftest.py): those take longest and go first.
-XDIST := --dist loadgroup --no-loadscope-reorder
+# A file's tests stay in one process, for they share what they have built. Long files go first; each process has a Ray of its own.
+XDIST := -n 2 --dist loadfile --no-loadscope-reorder
+LONG := $(addprefix tests/service/test_,$(addsuffix .py,sweep training)) tests/end_to_end tests/service tests/distributed
 test: .venv/.installed-dev .venv-floor/.installed  ## all tests
 	@sh .ci/chromium.sh
 	@sh .ci/prometheus.sh
 	@sh .ci/slurm.sh
-	@$(BIN)/python -m pytest -n 3 $(XDIST) tests/service tests/end_to_end tests/distributed tests/golden tests/browser tests/unit; all=$$?; \
-	PYTHONPATH=.venv-floor $(BIN)/python -m pytest -n 2 $(XDIST) $(FLOOR); floor=$$?; \
+	@$(BIN)/python -m pytest $(XDIST) $(LONG) tests/golden tests/browser tests/unit; all=$$?; \
+	PYTHONPATH=.venv-floor $(BIN)/python -m pytest $(XDIST) $(FLOOR); floor=$$?; \
 	test $$all = 0 -a $$floor = 0
 
 quick: .venv/.installed-dev  ## the unit tests that take no more than seconds each: under 3 minutes on two cores
-	$(BIN)/python -m pytest -q -n 2 $(XDIST) -m "not slow and not s3" tests/unit
+	$(BIN)/python -m pytest -q $(XDIST) -m "not slow and not s3" tests/unit
 
 coverage: .venv/.installed-dev  ## which lines of most_ray the unit and distributed tests run: htmlcov/index.html
-	$(BIN)/python -m pytest -q -n 2 $(XDIST) --cov --cov-report=html --cov-report=term:skip-covered tests/unit tests/distributed
+	$(BIN)/python -m pytest -q $(XDIST) --cov --cov-report=html --cov-report=term:skip-covered tests/unit tests/distributed
 
 test-newest:  ## the unit tests with the newest releases that pyproject.toml allows, in .venv-newest
 	@sh .ci/venv.sh newest

@@ -27,15 +27,11 @@ BY_FOLDER = {"distributed": "gloo", "browser": "browser"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Gives a test its markers, and its group under xdist (`-n 2 --dist loadgroup`): a file's tests stay together, for they share what
-    they have built; those that use a Ray cluster make two groups of about equal length, each with a cluster of its own."""
+    """Gives a test the markers of what it uses and where it is."""
     folder, *_ = item.path.relative_to(ROOT / "tests").parts
     names = {BY_FIXTURE[name] for name in getattr(item, "fixturenames", ()) if name in BY_FIXTURE}
-    names |= {BY_FOLDER[folder]} if folder in BY_FOLDER else set()
-    for name in sorted(names):
+    for name in sorted(names | {BY_FOLDER[folder]} if folder in BY_FOLDER else names):
         item.add_marker(name)
-    ray = "ray sweeps" if item.path.name == "test_sweep.py" else "ray"
-    item.add_marker(pytest.mark.xdist_group(ray if "ray" in names else str(item.path.relative_to(ROOT))))
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +61,7 @@ def digits() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """The one local Ray of all tests that need it; its address."""
+    """The one local Ray of all tests of this process that need it; its address."""
     import ray
 
     from most_ray.service.cluster.connection import start_local_ray
