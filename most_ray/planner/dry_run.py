@@ -64,7 +64,6 @@ class DryRun:
 
     config: RunConfig
     device: Device
-    use_gpu: bool
     model_name: str
     parameters: int
     sources: tuple[Source, ...]
@@ -248,7 +247,6 @@ def _estimate(config: RunConfig, prepared: Prepared, preparation: _Preparation, 
     return DryRun(
         config=config,
         device=device,
-        use_gpu=prepared.use_gpu,
         model_name=storage.redact(config.model_name_or_path),
         parameters=shapes.count,
         sources=tuple(
