@@ -12,7 +12,15 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 GENERATED = ("docs/configuration.md", "docs/command-line.md", "docs/metrics.md")
-_OTHERS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "cluster/README.md", "jobs/data/digits/README.md", "tests/benchmarks/RESULTS.md")
+_OTHERS = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "cluster/README.md",
+    "examples/README.md",
+    "jobs/data/digits/README.md",
+    "tests/benchmarks/RESULTS.md",
+)
 _FENCE = re.compile(r"^(\s*)```(\S*)\s*$")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\]|\n)*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
@@ -21,12 +29,14 @@ _ASSIGNED = re.compile(r"[A-Z_][A-Z0-9_]*=")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page, the line of its fence (from 1), its language and its text."""
+    """A fenced block of a page."""
 
     page: Path
-    line: int
+    line: int  # of its fence, from 1
     language: str
     text: str
+    heading: str  # of its section
+    patched: bool  # a patch stands before it in its section: what it shows works with that patch applied
 
     @property
     def where(self) -> str:
@@ -43,14 +53,17 @@ def blocks(page: Path) -> Iterator[Block]:
     """A page's fenced blocks."""
     lines = page.read_text(encoding="utf-8").splitlines()
     begun: tuple[int, str] | None = None
+    heading, patched = "", False
     for number, line in enumerate(lines, 1):
         match = _FENCE.match(line)
         if match and begun is None:
             begun = number, match[2]
         elif match and begun:
             start, language = begun
-            yield Block(page, start, language, "\n".join(lines[start : number - 1]) + "\n")
-            begun = None
+            yield Block(page, start, language, "\n".join(lines[start : number - 1]) + "\n", heading, patched)
+            begun, patched = None, patched or language == "diff"
+        elif begun is None and line.startswith("#"):
+            heading, patched = line.lstrip("# "), False
     assert begun is None, f"{page}:{begun}: a block that does not end"
 
 
