@@ -124,7 +124,7 @@ def _synthesize(args: argparse.Namespace) -> int:
 
     from most_ray.evaluation.generate import synthesize_texts
     from most_ray.records.record import parse_units
-    from most_ray.speech.units.assets import read_units_manifest
+    from most_ray.speech.units.assets import require_units_manifest
     from most_ray.speech.vocoder.vocoders import open_vocoder
 
     if args.limit is not None and args.limit < 1:
@@ -142,13 +142,13 @@ def _synthesize(args: argparse.Namespace) -> int:
     own = _records_assets(args.records) if args.records else None
     if folder is None and not args.vocoder:
         folder = own
-    if own and folder and read_units_manifest(Path(own))["identity"] != read_units_manifest(Path(folder))["identity"]:
+    if own and folder and require_units_manifest(Path(own))["identity"] != require_units_manifest(Path(folder))["identity"]:
         reason = f"have other units than those of {folder}."
         raise DataError("records", args.records, reason, "Leave --speech and --model out, or name the records' own.")
     if not (folder or args.vocoder):
         raise ConfigError("speech", None, "or vocoder or model is needed, to turn units into speech.")
     known = folder or own
-    vocoder = open_vocoder(args.vocoder or str(folder), read_units_manifest(Path(known))["identity"] if known else None)
+    vocoder = open_vocoder(args.vocoder or str(folder), require_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
         written = _synthesize_records(args, vocoder)
         print(f"{written} recordings: {args.output}")
@@ -228,7 +228,7 @@ def _assets_folder(args: argparse.Namespace) -> str:
     from most_ray.io.run_folder import local_copy
     from most_ray.model.build import check_units
     from most_ray.records.record import units_hash
-    from most_ray.speech.units.assets import find_assets, read_units_manifest
+    from most_ray.speech.units.assets import find_assets, require_units_manifest
 
     if not args.model:
         return str(args.speech)
@@ -236,7 +236,7 @@ def _assets_folder(args: argparse.Namespace) -> str:
         raise CheckpointError("model", args.model, "does not exist.")
     config, _ = open_description(args.model)
     if args.speech:
-        check_units(config, units_hash(read_units_manifest(Path(args.speech))), args.model)
+        check_units(config, units_hash(require_units_manifest(Path(args.speech))), args.model)
         return str(args.speech)
     found = find_assets(args.model, getattr(config, "units_identity", None))
     if found is None:

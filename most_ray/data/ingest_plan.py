@@ -24,7 +24,7 @@ from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.io.json_stream import MAX_RECORD
 from most_ray.io.storage import Entry
-from most_ray.records.files import RECORD_SUFFIXES, UNFINISHED, UNITS_MANIFEST, is_json_lines, record_files
+from most_ray.records.files import RECORD_SUFFIXES, UNFINISHED, is_json_lines, load_units_manifest, record_files
 from most_ray.records.record import Task
 from most_ray.records.template import Vocabulary
 
@@ -183,11 +183,4 @@ def read_units_manifest(directory: str | Path) -> dict[str, object] | None:
     if storage.exists(storage.join(folder, UNFINISHED)):
         rule = "is not finished: the command that replaces its records was stopped, or is still running."
         raise DataError("directory", storage.redact(folder), rule, "Run that command (`most-ray prepare ...`) again.")
-    uri = storage.join(folder, UNITS_MANIFEST)
-    if not storage.exists(uri):
-        return None
-    try:
-        loaded = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise DataError("units manifest", uri, f"is not JSON ({error}).") from error
-    return loaded if isinstance(loaded, dict) else None
+    return load_units_manifest(folder)

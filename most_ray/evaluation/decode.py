@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 
 from most_ray.evaluation.beam import BeamSearch
 from most_ray.model.compat import CACHE
@@ -201,10 +202,6 @@ def _modality(model: MostForCausalLM, ids: torch.Tensor, mask: torch.Tensor, ali
 
 def _left_padded(prompts: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts as token ids and attention mask, int64 (R, S) both, aligned at their ends."""
-    longest = max(map(len, prompts))
-    tokens = torch.full((len(prompts), longest), pad, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, longest - len(prompt) :] = 1
-    return tokens.to(device), mask.to(device)
+    tokens = [torch.from_numpy(prompt.astype(np.int64)).to(device) for prompt in prompts]
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in tokens], batch_first=True, padding_side="left")
+    return pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left"), mask

@@ -23,7 +23,7 @@ from most_ray.model.configuration import MostConfig
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import load_tokenizer
-from most_ray.speech.units.assets import find_assets, read_units_manifest
+from most_ray.speech.units.assets import find_assets, require_units_manifest
 from most_ray.speech.vocoder.vocoders import open_vocoder
 
 
@@ -73,7 +73,7 @@ def open_external_recogniser(
         remedy = "Make one by `most-ray prepare vocoder` in the folder of the training records, or name one: vocoder."
         raise CheckpointError("recogniser", recogniser, f"needs a vocoder, and none goes with {storage.redact(uri)}.", remedy)
     folder = local_copy(assets, UNITS_MANIFEST) if assets else None
-    identity = read_units_manifest(Path(folder))["identity"] if folder else None
+    identity = require_units_manifest(Path(folder))["identity"] if folder else None
     return ExternalRecogniser(open_vocoder(vocoder or str(folder), identity), recogniser, use_gpu)
 
 

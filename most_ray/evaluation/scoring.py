@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from most_ray.config import RunConfig
 from most_ray.data.store import TokenStore
@@ -206,23 +207,17 @@ def record_losses(forward: Forward, store: TokenStore, rows: Sequence[int], toke
         while stop < len(rows) and (stop + 1 - start) * int(store.lengths[rows[stop]]) <= tokens_per_batch:
             stop += 1
         batch = rows[start:stop]
-        width = max(int(store.lengths[row]) for row in batch)
-        input_ids = torch.full((len(batch), width), forward.pad)
-        labels = torch.full((len(batch), width), IGNORE)
-        mask = torch.zeros(len(batch), width, dtype=torch.long)
-        supervised = []
-        for index, row in enumerate(batch):
-            tokens, prompt = torch.from_numpy(store.input_ids(row).astype("int64")), int(store.prompt_lengths[row])
-            input_ids[index, : len(tokens)], mask[index, : len(tokens)] = tokens, 1
-            labels[index, prompt : len(tokens)] = tokens[prompt:]
-            supervised.append(len(tokens) - prompt)
-        output = forward(
-            input_ids=input_ids.to(forward.device),
-            attention_mask=mask.to(forward.device),
-            labels=labels.to(forward.device),
-            use_cache=False,
-            token_losses_only=True,
-        )
+        tokens = [torch.from_numpy(store.input_ids(row).astype("int64")) for row in batch]
+        prompts = [int(store.prompt_lengths[row]) for row in batch]
+        labels = [torch.cat([torch.full((prompt,), IGNORE), ids[prompt:]]) for ids, prompt in zip(tokens, prompts, strict=True)]
+        inputs = {
+            "input_ids": pad_sequence(tokens, batch_first=True, padding_value=forward.pad),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        }
+        inputs = {name: tensor.to(forward.device) for name, tensor in inputs.items()}
+        output = forward(**inputs, use_cache=False, token_losses_only=True)
+        supervised = [len(ids) - prompt for ids, prompt in zip(tokens, prompts, strict=True)]
         losses += [float(part.double().sum()) for part in output.token_losses.cpu().split(supervised)]
         start = stop
     return losses

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from most_ray.errors import DataError
 from most_ray.io import storage
@@ -22,6 +24,21 @@ UNFINISHED = ".unfinished"  # present while the records are being replaced: unti
 SPEECH_FOLDER = "speech"  # in the folder of a run and of an export: copies of ASSET_FILES
 ASSET_FILES = (KMEANS, VOCODER, UNITS_MANIFEST)  # the manifest last: where it exists, the others have been copied
 _NOT_RECORDS = frozenset({UNITS_MANIFEST, REJECTED, PREPARED, CONVERTED})
+
+
+def load_units_manifest(folder: str) -> dict[str, Any] | None:
+    """Read the units manifest of a folder, a path or URI; None if it has none.
+
+    Raises:
+        DataError: it is not a JSON object.
+    """
+    uri = storage.join(folder, UNITS_MANIFEST)
+    if not storage.exists(uri):
+        return None
+    try:
+        return dict(json.loads(storage.read_bytes(uri)))
+    except (ValueError, TypeError) as error:
+        raise DataError("units manifest", uri, f"is not JSON ({error}).") from error
 
 
 def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:

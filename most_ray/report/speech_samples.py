@@ -62,13 +62,13 @@ def _synthesise(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> 
         DataError: the vocoder has no manifest, or does not know a unit.
         CheckpointError: the vocoder is damaged, or was trained for other units.
     """
-    from most_ray.speech.units.assets import read_units_manifest  # seconds to import, and most pages have nothing to play
+    from most_ray.speech.units.assets import require_units_manifest  # seconds to import, and most pages have nothing to play
     from most_ray.speech.vocoder.vocoders import open_vocoder
 
     for name in (UNITS_MANIFEST, VOCODER):
         if storage.exists(storage.join(kit, name)):
             storage.write_bytes(folder / name, storage.read_bytes(storage.join(kit, name)))
-    identity = read_units_manifest(folder)["identity"]
+    identity = require_units_manifest(folder)["identity"]
     waves, rate = open_vocoder(str(folder / VOCODER), identity)(utterances)
     return [(wave, rate) if units else None for units, wave in zip(utterances, waves, strict=True)]
 

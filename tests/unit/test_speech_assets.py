@@ -22,7 +22,7 @@ from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.audio import load_audio
 from most_ray.speech.corpora.corpus import Utterance, guess_layout, matches_all, parse_condition
-from most_ray.speech.units.assets import copy_assets, find_assets, open_assets, read_units_manifest
+from most_ray.speech.units.assets import copy_assets, find_assets, open_assets, require_units_manifest
 from most_ray.speech.units.mfcc import MfccSettings
 from tests.support.audio import contents, prepare, records_of, refused, table, tones
 from tests.support.corpora import cut_of, libriheavy, put
@@ -139,8 +139,8 @@ def test_damaged_kits_are_refused(kit: Path, damage: Any, error: type[Exception]
 
 
 def test_the_manifest_says_how_to_make_the_features(kit: Path) -> None:
-    assert read_units_manifest(kit)["identity"]["settings"] == json.loads(json.dumps(MfccSettings().__dict__))
-    assert len(read_units_manifest(kit)["reference"]["mean"]) == 39
+    assert require_units_manifest(kit)["identity"]["settings"] == json.loads(json.dumps(MfccSettings().__dict__))
+    assert len(require_units_manifest(kit)["reference"]["mean"]) == 39
 
 
 # Where a model's kit lies

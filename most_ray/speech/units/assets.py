@@ -12,7 +12,7 @@ import numpy as np
 
 from most_ray.errors import CheckpointError, DataError
 from most_ray.io import storage
-from most_ray.records.files import ASSET_FILES, KMEANS, SPEECH_FOLDER, UNITS_MANIFEST
+from most_ray.records.files import ASSET_FILES, KMEANS, SPEECH_FOLDER, UNITS_MANIFEST, load_units_manifest
 from most_ray.records.record import units_hash
 from most_ray.speech.units.clustering import SpeakerStatistics, assign, kmeans_hash, load_kmeans, remove_repeats
 from most_ray.speech.units.extractors import manifest_settings, open_extractor
@@ -63,7 +63,7 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
         CheckpointError: the encoder has other weights.
     """
     folder = Path(uri)
-    manifest = read_units_manifest(folder)
+    manifest = require_units_manifest(folder)
     identity = manifest["identity"]
     if not (folder / KMEANS).exists():
         raise DataError("speech", str(folder), f"holds no {KMEANS}, the centroids of its units.", _REMEDY)
@@ -81,7 +81,7 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
     return SpeechAssets(folder, manifest, centroids, extractor)
 
 
-def read_units_manifest(folder: Path) -> dict[str, Any]:
+def require_units_manifest(folder: Path) -> dict[str, Any]:
     """Read units.json of a folder.
 
     Raises:
@@ -129,10 +129,5 @@ def copy_assets(sources: Sequence[str], target: str, identity: str | None) -> No
 
 def _units_hash_at(uri: str) -> str | None:
     """The hash of the units manifest in a folder; None if it has none."""
-    manifest = storage.join(uri, UNITS_MANIFEST)
-    if not storage.exists(manifest):
-        return None
-    try:
-        return units_hash(json.loads(storage.read_bytes(manifest)))
-    except (ValueError, AttributeError) as error:
-        raise DataError("units manifest", manifest, f"is not JSON ({error}).") from error
+    manifest = load_units_manifest(uri)
+    return None if manifest is None else units_hash(manifest)
