@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from most_ray.report.differences import Piece
+import jiwer
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Successive words that are equal on both sides, or substituted, deleted or inserted in the hypothesis."""
+
+    kind: Literal["equal", "substitute", "delete", "insert"]
+    reference: tuple[str, ...]
+    hypothesis: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Difference:
     """A transcription aligned with its reference; `cut`: only the beginning is shown."""
 
@@ -33,8 +43,6 @@ class Difference:
 
 @dataclass(frozen=True)
 class Player:
-    """An audio player."""
-
     uri: str  # data: URI with the whole sound
     label: str  # for screen readers
     kind = "player"
@@ -46,7 +54,7 @@ Row = Sequence[Content]  # the first cell names the row
 
 def percent(value: float) -> str:
     """A rate in percent, with more digits below 10%."""
-    return f"{value:.2%}" if value < 0.1 else f"{value:.1%}"
+    return f"{value:.2%}" if abs(value) < 0.1 else f"{value:.1%}"
 
 
 def duration(seconds: float | None) -> str | None:
@@ -55,3 +63,20 @@ def duration(seconds: float | None) -> str | None:
         return None if seconds is None else f"{seconds:.1f} s"
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Piece]:
+    """The pieces of the shortest edit in reading order: jiwer's alignment, whose errors WER counts."""
+    if not reference and not hypothesis:
+        return []
+    both = [" ".join(re.sub(r"\s+", "_", word) or "_" for word in words) for words in (reference, hypothesis)]
+    plain = jiwer.Compose([jiwer.ReduceToListOfListOfWords()])  # without jiwer's default normalisation
+    output = jiwer.process_words(both[0], both[1], reference_transform=plain, hypothesis_transform=plain)
+    return [
+        Piece(
+            chunk.type,
+            tuple(reference[chunk.ref_start_idx : chunk.ref_end_idx]) if chunk.type != "insert" else (),
+            tuple(hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]) if chunk.type != "delete" else (),
+        )
+        for chunk in output.alignments[0]
+    ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,9 +22,9 @@ from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines
 from most_ray.options import current_words
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
-from most_ray.report.differences import words_of
 
 _SPOKEN = 5  # utterances with players
+_UNITS = re.compile(r"\s*(?:\[Hu\d+\]\s*)+")  # a text of speech units alone
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,11 @@ class Evaluation:
     def rate(self, name: str, what: str) -> Rate | None:
         """An error rate of a set; `what` is words, characters, units, cycle or outside."""
         rate = rate_of(self.sets.get(name, {}), what)
-        if rate is None and what == "words" and name in self.rates:
-            return Rate(self.rates[name])
-        return rate
+        return Rate(self.rates[name]) if rate is None and what == "words" and name in self.rates else rate
 
     def names(self, task: str) -> list[str]:
         """The sets of a task."""
-        found = {name for name in (*self.sets, *self.losses, *self.rates) if name.split("/", 1)[0] == task}
-        return sorted(found)
+        return sorted({name for name in (*self.sets, *self.losses, *self.rates) if name.split("/", 1)[0] == task})
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,6 @@ class RunData:
         """A value of each train line; None where a line lacks it."""
         return [number(line.get(key)) for line in self.train]
 
-    def has(self, key: str) -> bool:
-        return any(value is not None for value in self.column(key))
-
 
 def collect(uris: Sequence[str]) -> list[RunData]:
     """Read the runs at these paths or URIs; they are named after their folders.
@@ -161,17 +155,17 @@ def collect(uris: Sequence[str]) -> list[RunData]:
 
 
 def _read(uri: str, name: str) -> RunData:
-    lines = parse_lines(_bytes(uri, "metrics.jsonl"))
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "experts": {}, "evaluation": {}}
     starts = []
-    for line in lines:
+    for line in parse_lines(read_file(uri, "metrics.jsonl") or b""):
         step, kind = number(line.get("step")), str(line.get("kind", "train"))
         if kind == "start":
             starts.append(line)
         elif kind in kinds and step is not None:
             kinds[kind][int(step)] = line
     train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
-    summary, final = (_mapping(uri, file) for file in ("summary.json", "evaluation.json"))
+    summary, final, environment = (read_mapping(uri, f"{file}.json") for file in ("summary", "evaluation", "environment"))
+    config = current_words(OPTIONS, {str(key): value for key, value in read_mapping(uri, "config.yaml", yaml.safe_load).items()})
     if final:
         last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
         if int(last) not in kinds["evaluation"]:
@@ -179,11 +173,9 @@ def _read(uri: str, name: str) -> RunData:
             evaluations.sort(key=lambda line: int(line["step"]))
     said = _hypothesis_lines(uri, evaluations[-1] if evaluations else {})
     hypotheses, speech = parse_hypotheses(said), parse_speech(said)
-    audible = bool(speech) and storage.exists(storage.join(uri, SPEECH_FOLDER, VOCODER))
-    kit = storage.join(uri, SPEECH_FOLDER) if audible else None
+    kit = storage.join(uri, SPEECH_FOLDER) if speech and storage.exists(storage.join(uri, SPEECH_FOLDER, VOCODER)) else None
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
-    environment = _mapping(uri, "environment.json")
-    return RunData(name, starts, train, experts, judged, summary, _config(uri), environment, hypotheses, speech, kit)
+    return RunData(name, starts, train, experts, judged, summary, config, environment, hypotheses, speech, kit)
 
 
 def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:
@@ -211,6 +203,14 @@ def parse_speech(lines: Sequence[dict[str, Any]]) -> list[SpeechSample]:
             if new := next((sample for sample in by_set[name] if sample.text not in chosen), None):
                 chosen[new.text] = new
     return list(chosen.values())[:_SPOKEN]
+
+
+def words_of(value: Any) -> tuple[str, ...]:
+    """The words of a text, or the numbers of speech units, which are given as `[Hu7][Hu90]` or as a list."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    text = "" if value is None else str(value)
+    return tuple(re.findall(r"\d+", text) if _UNITS.fullmatch(text) else text.split())
 
 
 def _is_hypothesis(line: dict[str, Any]) -> bool:
@@ -275,7 +275,7 @@ def _hypothesis_lines(uri: str, evaluation: dict[str, Any]) -> list[dict[str, An
     """The last evaluation's hypotheses: from its file, else from the file of the run's end, else from the evaluation itself."""
     names = [f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl"] if "step" in evaluation else []
     for name in (*names, "hypotheses.jsonl"):
-        if found := list(filter(_is_hypothesis, parse_lines(_bytes(uri, name)))):
+        if found := list(filter(_is_hypothesis, parse_lines(read_file(uri, name) or b""))):
             return found
     return _samples(evaluation)
 
@@ -287,11 +287,10 @@ def _samples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
         for name, figures in mapping(evaluation.get("sets")).items()
         for entry in entries(mapping(figures).get("hypotheses"))
     ]
-    lines = inner or entries(evaluation.get("samples"))
+    lines = filter(None, map(mapping, inner or entries(evaluation.get("samples"))))
     return [
         {**line, **{f"normalised_{key}": " ".join(words_of(line.get(key))).lower() for key in ("reference", "hypothesis")}}
         for line in lines
-        if isinstance(line, dict)
     ]
 
 
@@ -299,24 +298,17 @@ def _full_name(name: str, task: Any) -> str:
     return name if name.split("/", 1)[0] in ("asr", "tts", "text") and "/" in name else f"{task or 'asr'}/{name}"
 
 
-def _bytes(uri: str, name: str) -> bytes:
+def read_file(uri: str, name: str) -> bytes | None:
+    """The content of a file in a folder; None where there is no such file."""
     try:
         return storage.read_bytes(storage.join(uri, name))
     except FileNotFoundError:
-        return b""
+        return None
 
 
-def _mapping(uri: str, name: str) -> dict[str, Any]:
+def read_mapping(uri: str, name: str, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
+    """The mapping in a file in a folder; empty where the file is missing or damaged (cut off while it was written), or holds none."""
     try:
-        value = json.loads(_bytes(uri, name))
-    except ValueError:  # missing, or cut off while it was written: the page says what is absent
+        return mapping(parse(read_file(uri, name) or b""))
+    except (ValueError, yaml.YAMLError):  # the page says what is absent
         return {}
-    return mapping(value)
-
-
-def _config(uri: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(_bytes(uri, "config.yaml"))
-    except yaml.YAMLError:  # as above
-        return {}
-    return current_words(OPTIONS, {str(key): entry for key, entry in mapping(value).items()})

@@ -17,8 +17,7 @@ from typing import Any, Literal
 from most_ray.report.collect import RunData
 
 MOST_POINTS = 2000  # of a curve; longer ones are thinned
-TASK_COLOURS = {"total": "#7b848f", "asr": "#3a7fc4", "tts": "#d9812b", "text": "#3f9c6d"}
-TASK_NAMES = {"total": "total", "asr": "ASR", "tts": "TTS", "text": "text"}
+TASK_LOOKS = {"total": ("total", "#7b848f"), "asr": ("ASR", "#3a7fc4"), "tts": ("TTS", "#d9812b"), "text": ("text", "#3f9c6d")}
 MODALITY_COLOURS = {"text": "#3f9c6d", "audio": "#9063b8"}
 RUN_COLOURS = ("#15929b", "#cf4a60", "#7f62c7", "#b58a1a", "#4f86d6", "#6d8a3a", "#b8578f", "#8a7560")
 _SHADES = {  # of the sets and sources of one task
@@ -31,6 +30,7 @@ _INK, _GRID = "#3d444d", "#e3e6ea"  # report.css replaces them by those of the l
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 Points = Sequence[float | None]  # None: no value at this step
+Values = Callable[[RunData], Points]
 Bounds = tuple[float | None, float | None]  # of an interval
 
 
@@ -68,8 +68,8 @@ def side_by_side(figures: Sequence[Figure]) -> list[Figure]:
     alone = True  # nothing to the left
     for index, figure in enumerate(figures):
         wide = figure.wide or (alone and all(following.wide for following in figures[index + 1 : index + 2]))
-        alone = wide or not alone
         found.append(dataclasses.replace(figure, wide=wide))
+        alone = wide or not alone
     return found
 
 
@@ -94,15 +94,12 @@ class Curves:
             y = running_mean(y, window)
         self.series.append(Series(panel, name, colour, x, y))
 
-    def add_runs(
-        self, runs: Sequence[RunData], values: Callable[[RunData], Points], title: str = "", colour: str = "", smooth: bool = False
-    ) -> None:
+    def add_runs(self, runs: Sequence[RunData], values: Values, title: str = "", colour: str = "", smooth: bool = False) -> None:
         """Add a curve of one quantity for each run; of a single run it is named `title` (default: the run's name) and has this colour."""
         for index, run in enumerate(runs):
-            if len(runs) > 1:
-                self.add(title, run.name, run_colour(index, len(runs)), run.steps, values(run), smooth)
-            else:
-                self.add("", title or run.name, colour or run_colour(0, 1), run.steps, values(run), smooth)
+            neutral = run_colour(index, len(runs))
+            look = (title, run.name, neutral) if len(runs) > 1 else ("", title or run.name, colour or neutral)
+            self.add(*look, run.steps, values(run), smooth)
 
     def notes(self) -> list[str]:
         """What readers must know of smoothing and thinning."""
@@ -132,8 +129,7 @@ def _mean(values: Points) -> float | None:
 
 def shade(task: str, index: int) -> str:
     """The colour of the index-th set or source of a task."""
-    shades = _SHADES.get(task, _SHADES["text"])
-    return shades[index % len(shades)]
+    return (shades := _SHADES.get(task, _SHADES["text"]))[index % len(shades)]
 
 
 def run_colour(index: int, runs: int) -> str:
@@ -159,30 +155,32 @@ def draw(series: Sequence[Series], y_title: str, tick_format: str = "", from_zer
     rows = math.ceil(len(panels) / max(1, columns))
     traces, named = [], set()
     for each in series:
-        number = panels.index(each.panel) + 1
         shown = each.name not in named and each.style != "faint"
         named |= {each.name} if shown else set()
-        traces.append(_trace(each, number, shown))
+        traces.append(_trace(each, axis_number(panels.index(each.panel)), shown))
     layout = base_layout(height if rows == 1 else rows * 240 + 50)
     layout["hovermode"] = "x unified"
     if len(panels) > 1:  # room for their names below the legend
         layout["margin"]["t"] += 18
         layout["legend"]["y"] = 1 + 24 / (layout["height"] - 94)
-    for number, panel in enumerate(panels, 1):
-        left, bottom = (number - 1) % columns, rows - 1 - (number - 1) // columns
+    for index, panel in enumerate(panels):
+        left, bottom, suffix = index % columns, rows - 1 - index // columns, axis_number(index)
         xs, ys = _domain(left, columns, 0.12), _domain(bottom, rows, 0.42 / rows)
-        suffix = "" if number == 1 else str(number)
         y_axis = axis(ys, f"x{suffix}", y_title if left == 0 else "") | {"tickformat": tick_format, "automargin": True}
         layout[f"yaxis{suffix}"] = y_axis | ({"rangemode": "tozero"} if from_zero else {})
-        x_title = "step" if number + columns > len(panels) else ""
+        x_title = "step" if index + columns >= len(panels) else ""
         layout[f"xaxis{suffix}"] = axis(xs, f"y{suffix}", x_title) | {"showgrid": False, "range": [0, reach]}
         if len(panels) > 1:
             layout["annotations"] = [*layout.get("annotations", ()), panel_title(panel, xs[0], ys[1])]
     return {"data": traces, "layout": layout}
 
 
-def _trace(series: Series, number: int, shown: bool) -> dict[str, Any]:
-    suffix = "" if number == 1 else str(number)
+def axis_number(panel: int) -> str:
+    """What plotly.js appends to the names of a panel's axes; panels are counted from 0."""
+    return str(panel + 1) if panel else ""
+
+
+def _trace(series: Series, suffix: str, shown: bool) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "scatter",  # SVG: WebGL's contexts run out on a page of many figures
         "name": label(series.name),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from most_ray.report.collect import RunData, entries, mapping, number
-from most_ray.report.curves import MODALITY_COLOURS, Curves, Figure, axis, base_layout, draw, panel_title, rounded
+from most_ray.report.curves import MODALITY_COLOURS, Curves, Figure, axis, axis_number, base_layout, draw, panel_title, rounded
 
 _MODALITIES = ("text", "audio")
 _CELLS_WITH_NUMBERS = 130  # maps of at most as many cells show their values
@@ -27,8 +27,7 @@ def expert_load(runs: Sequence[RunData]) -> Figure | None:
         for side, modality in enumerate(_MODALITIES):
             if not shares.get(modality):
                 continue
-            panel = position * 2 + side + 1
-            suffix = "" if panel == 1 else str(panel)
+            suffix = axis_number(position * 2 + side)
             xs, ys = [0.53 * side, 0.53 * side + 0.47], _extent(position, len(found))
             traces.append(_heat_map(run, shares[modality], suffix, top, showscale=not traces))
             layout[f"xaxis{suffix}"] = axis(xs, f"y{suffix}", "expert" if position == len(found) - 1 else "") | {"showgrid": False}
@@ -39,13 +38,11 @@ def expert_load(runs: Sequence[RunData]) -> Figure | None:
             layout["shapes"] += _marks(run, suffix, pixels)
             title = f"{modality} tokens" + (f", {run.name}" if len(runs) > 1 else "")
             layout["annotations"].append(panel_title(title, xs[0], ys[1] + 10 / (layout["height"] - 76)))
-    spec = {"data": traces, "layout": layout}
-    keys = [
-        (MODALITY_COLOURS[modality], f"{modality} experts") for modality in _MODALITIES if any(_experts(run, modality) for run, _ in found)
-    ]
+    shown = [modality for modality in _MODALITIES if any(_experts(run, modality) for run, _ in found)]
+    keys = [(MODALITY_COLOURS[modality], f"{modality} experts") for modality in shown]
     steps = ", ".join(f"{run.name + ': ' if len(runs) > 1 else ''}{_span(run.experts[-1])}" for run, _ in found)
     notes = [f"Share of a layer's selections of each modality ({steps}); blank: never selected."]
-    return Figure("fig-experts", "Expert load", spec, notes, keys, wide=True)
+    return Figure("fig-experts", "Expert load", {"data": traces, "layout": layout}, notes, keys, wide=True)
 
 
 def load_shares(run: RunData) -> dict[str, list[list[float]]]:
@@ -104,13 +101,13 @@ def _experts(run: RunData, modality: str) -> list[int]:
 
 def _marks(run: RunData, suffix: str, pixels: float) -> list[dict[str, Any]]:
     """A coloured strip above a map that shows each expert's modality."""
-    marks = []
+    common = {"type": "rect", "xref": f"x{suffix}", "yref": f"y{suffix} domain"}
     height = {"y0": 1 + 4 / pixels, "y1": 1 + 9 / pixels}
-    for modality in _MODALITIES:
-        for expert in _experts(run, modality):
-            where = {"xref": f"x{suffix}", "yref": f"y{suffix} domain", "x0": expert - 0.46, "x1": expert + 0.46, **height}
-            marks.append({"type": "rect", **where, "fillcolor": MODALITY_COLOURS[modality], "line": {"width": 0}})
-    return marks
+    return [
+        {**common, "x0": expert - 0.46, "x1": expert + 0.46, **height, "fillcolor": MODALITY_COLOURS[modality], "line": {"width": 0}}
+        for modality in _MODALITIES
+        for expert in _experts(run, modality)
+    ]
 
 
 def expert_balance(runs: Sequence[RunData]) -> Figure | None:

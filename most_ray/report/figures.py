@@ -1,7 +1,6 @@
 """The figures of a report about runs. Each function gives a Figure, or None where no run has the data.
 
-A new figure is a function here, listed in `figures` under the part of the page that shows it. One that only draws a value of the train
-lines is declared with that value, in metrics.schema.
+A new figure is a function here, listed in `figures`. One that only draws a value of the train lines is declared with it, in metrics.schema.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from most_ray.metrics.figures import TITLES
 from most_ray.metrics.keys import Curve
 from most_ray.metrics.schema import TRAIN
 from most_ray.records.record import TASKS
-from most_ray.report.collect import RunData, entries, mapping, number
+from most_ray.report.collect import RunData, entries, mapping, number, numbers
 from most_ray.report.curves import (
-    TASK_COLOURS,
-    TASK_NAMES,
+    TASK_LOOKS,
     Curves,
     Figure,
     Series,
@@ -34,24 +32,22 @@ from most_ray.report.expert_figures import expert_balance, expert_load
 
 Runs = Sequence[RunData]
 Maker = Callable[[Runs], Figure | None]
-_GREY = "#7b848f"
 
 
 def figures(runs: Runs) -> dict[str, list[Figure]]:
     """The figures of each part of the page, in the page's order."""
+
+    def declared(part: str) -> list[Maker]:
+        return [partial(curve, key=name, about=key.curve) for name, key in TRAIN.items() if key.curve and key.curve.part == part]
+
     parts: dict[str, Sequence[Maker]] = {
-        "Training": (losses, *_declared("Training")),
+        "Training": (losses, *declared("Training")),
         "Evaluation": (word_errors, character_errors, speech_errors),
-        "Speed": (throughput, step_time, *_declared("Speed")),
+        "Speed": (throughput, step_time, *declared("Speed")),
         "Data": (mix,),
         "Experts": (expert_load, expert_balance),
     }
     return {part: side_by_side([figure for make in makers if (figure := make(runs))]) for part, makers in parts.items()}
-
-
-def _declared(part: str) -> list[Maker]:
-    """The figures that metrics.schema declares for a part."""
-    return [partial(curve, key=name, about=key.curve) for name, key in TRAIN.items() if key.curve and key.curve.part == part]
 
 
 def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
@@ -72,18 +68,16 @@ def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
 def losses(runs: Runs) -> Figure | None:
     """Cross-entropy per supervised token, by task; validation sets as points."""
     curves, several, validated = Curves(), len(runs) > 1, False
-    for task, key in [("total", "loss"), *((task, f"{task}_loss") for task in TASKS)]:
-        panel = TASK_NAMES[task] if several else ""
+    for task, (shown, task_colour) in TASK_LOOKS.items():
+        panel, key = shown if several else "", "loss" if task == "total" else f"{task}_loss"
         for index, run in enumerate(runs):
-            colour = run_colour(index, len(runs)) if several else TASK_COLOURS[task]
-            run_or_task = run.name if several else TASK_NAMES[task]
+            run_or_task, colour = (run.name, run_colour(index, len(runs))) if several else (shown, task_colour)
             curves.add(panel, run_or_task, colour, run.steps, run.column(key), smooth=True)
             for order, name in enumerate(_sets(run, task)):
                 points = [(float(each.step), each.losses[name]) for each in run.evaluations if name in each.losses]
                 if points:
                     x, y = zip(*points, strict=True)
-                    point_colour = colour if several else shade(task, order)
-                    set_name = f"{run_or_task}, {_without_task(name)}"
+                    point_colour, set_name = colour if several else shade(task, order), f"{run_or_task}, {name.split('/', 1)[-1]}"
                     curves.series.append(Series(panel, set_name, point_colour, x, y, style="points", symbol=order))
                     validated = True
     if not curves.series:
@@ -98,23 +92,14 @@ def _sets(run: RunData, task: str) -> list[str]:
     return sorted({name for evaluation in run.evaluations for name in evaluation.names(task)})
 
 
-def _without_task(name: str) -> str:
-    return name.split("/", 1)[-1]
-
-
-def word_errors(runs: Runs) -> Figure | None:
-    """Word error rate of each ASR set, with intervals."""
-    return _rates(runs, "fig-wer", "Word error rate", "words")
-
-
-def character_errors(runs: Runs) -> Figure | None:
-    """Character error rate of each ASR set, with intervals."""
-    return _rates(runs, "fig-cer", "Character error rate", "characters")
-
-
-def _rates(runs: Runs, name: str, title: str, what: str) -> Figure | None:
+def recognition_errors(runs: Runs, name: str, title: str, what: str) -> Figure | None:
+    """An error rate of each ASR set, with intervals."""
     series = _rate_series(runs, "asr", what)
     return Figure(name, title, draw(series, TITLES[what], ".1~%", True), _interval_note(series)) if series else None
+
+
+word_errors = partial(recognition_errors, name="fig-wer", title="Word error rate", what="words")
+character_errors = partial(recognition_errors, name="fig-cer", title="Character error rate", what="characters")
 
 
 def speech_errors(runs: Runs) -> Figure | None:
@@ -142,12 +127,12 @@ def _rate_series(runs: Runs, task: str, what: str, title: str = "") -> list[Seri
             found = [(float(each.step), rate) for each in run.evaluations if (rate := each.rate(name, what))]
             if not found:
                 continue
-            set_name = _without_task(name)
+            set_name = name.split("/", 1)[-1]
             panel = ", ".join(part for part in (title, set_name if several and (len(names) > 1 or not title) else "") if part)
             curve, colour, symbol = (run.name, run_colour(index, len(runs)), index) if several else (set_name, shade(task, order), order)
-            x, y = [step for step, _ in found], [rate.value for _, rate in found]
-            bounds = [(rate.low, rate.high) for _, rate in found]
-            series.append(Series(panel, curve, colour, x, y, bounds, "marked", symbol))
+            steps, rates = zip(*found, strict=True)
+            bounds = [(rate.low, rate.high) for rate in rates]
+            series.append(Series(panel, curve, colour, steps, [rate.value for rate in rates], bounds, "marked", symbol))
     return series
 
 
@@ -158,18 +143,16 @@ def throughput(runs: Runs) -> Figure | None:
     if not curves.series:
         return None
     top = max((value for run in runs for value in run.column("tokens_per_second") if value is not None), default=0.0)
-    restarted = False
+    n_curves = len(curves.series)
     for index, run in enumerate(runs):
-        found = [(step, start) for start in run.restarts if (step := number(start.get("step"))) is not None]
-        if found:
-            restarted = True
+        if found := [(step, start) for start in run.restarts if (step := number(start.get("step"))) is not None]:
             x = [value for step, _ in found for value in (step, step, None)]
             texts = [text for step, start in found for text in (*[restart_text(step, start)] * 2, "")]
             name, colour = (f"restart of {run.name}", run_colour(index, len(runs))) if several else ("restart", "#c0453a")
             y = [0.0, top, None] * len(found)
             curves.series.append(Series(curves.series[0].panel, name, colour, x, y, style="restarts", texts=texts))
     spec = draw(curves.series, "tokens/s", "~s", True)
-    spec["layout"]["showlegend"] = several or restarted
+    spec["layout"]["showlegend"] = several or len(curves.series) > n_curves
     return Figure("fig-throughput", "Throughput", spec, ["Over all workers.", *curves.notes()])
 
 
@@ -180,8 +163,7 @@ def restart_text(step: float, start: dict[str, Any]) -> str:
     parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
     parts += [str(start["device"])] if start.get("device") else []
     parts += ["not exact"] if start.get("exact") is False else []
-    changed = entries(start.get("changed"))
-    parts += ["changed: " + ", ".join(map(str, changed))] if changed else []
+    parts += ["changed: " + ", ".join(map(str, changed))] if (changed := entries(start.get("changed"))) else []
     return ", ".join(parts)
 
 
@@ -203,8 +185,7 @@ def mix(runs: Runs) -> Figure | None:
         by_task.setdefault(name.split("/", 1)[0], []).append(name)
     tasks = sorted(by_task, key=lambda task: TASKS.index(task) if task in TASKS else len(TASKS))
     colours = {name: shade(task, index) for task in tasks for index, name in enumerate(by_task[task])}
-    names = list(colours)
-    if not names:
+    if not (names := list(colours)):
         return None
     traces: list[dict[str, Any]] = []
     labels, hover = [label(name) for name in names], "%{y}: %{x:.2%}<extra>%{fullData.name}</extra>"
@@ -219,7 +200,7 @@ def mix(runs: Runs) -> Figure | None:
         traces.append({**bars, **text, "hovertemplate": hover, "marker": {"color": colour}})
         if any(value is not None for value in target) and target not in targets[-1:]:
             name = label(f"target, {run.name}" if several and index else "target")
-            marker = {"symbol": "line-ns-open", "size": 22, "color": _GREY, "line": {"width": 2.5}}
+            marker = {"symbol": "line-ns-open", "size": 22, "color": "#7b848f", "line": {"width": 2.5}}
             marks = {"type": "scatter", "mode": "markers", "name": name, "showlegend": True, "x": target, "y": labels}
             traces.append({**marks, "hovertemplate": hover, "marker": marker})
         targets.append(target)
@@ -234,12 +215,10 @@ def mix_of(run: RunData) -> dict[str, tuple[float | None, float | None]]:
     """Each source's share of the training data, and its target. Lines that hold plain counts of records give the shares of these."""
     last: dict[str, Any] = next((line["mix"] for line in reversed(run.train) if isinstance(line.get("mix"), dict)), {})
     wanted: dict[str, Any] = next((start["wanted_mix"] for start in reversed(run.starts) if isinstance(start.get("wanted_mix"), dict)), {})
-    counts = {name: value for name, entry in last.items() if (value := number(entry)) is not None}
+    counts, found = numbers(last), {}
     total = sum(counts.values())
-    found: dict[str, tuple[float | None, float | None]] = {}
     for name in {**last, **wanted}:
-        entry = last.get(name)
-        own = entry if isinstance(entry, dict) else {}
+        own = mapping(last.get(name))
         share = number(own.get("share")) if own else counts[name] / total if name in counts and total else None
         target = number(wanted.get(name))
         found[str(name)] = (share, number(own.get("target")) if target is None else target)

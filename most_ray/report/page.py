@@ -53,13 +53,9 @@ def _render(template: str, **content: Any) -> str:
 @functools.cache
 def _environment() -> Environment:
     """Jinja2 set up so that every value is escaped and a misspelt name in a template is an error."""
+    loader, extensions = PackageLoader("most_ray.report"), ["jinja2.ext.do"]
     found = Environment(
-        loader=PackageLoader("most_ray.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.do"],
+        loader=loader, extensions=extensions, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}  # of the filter tojson
     found.filters |= {"anchor": _anchor, "sha256": _sha256}

@@ -12,10 +12,9 @@ from typing import Any
 
 from most_ray.config import RunConfig
 from most_ray.metrics.figures import FIGURES, RATES, TITLES
-from most_ray.report.cells import Cell, Content, Difference, Row, duration, percent
+from most_ray.report.cells import Cell, Content, Difference, Row, align, duration, percent
 from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, mapping, number
 from most_ray.report.curves import run_colour
-from most_ray.report.differences import align
 
 Runs = Sequence[RunData]
 _SAMPLES = 20  # records shown of each set
@@ -127,11 +126,8 @@ def summary(runs: Runs) -> list[Row]:
 
 def absent(runs: Runs) -> list[str]:
     """Sentences that name what each run did not record."""
-    lines = []
-    for run in runs:
-        if missing := ", ".join(name for part, name in _PARTS.items() if not getattr(run, part)):
-            lines.append(f"Not recorded{f' by {run.name}' if len(runs) > 1 else ''}: {missing}.")
-    return lines
+    missing = {run.name: ", ".join(name for part, name in _PARTS.items() if not getattr(run, part)) for run in runs}
+    return [f"Not recorded{f' by {run}' if len(runs) > 1 else ''}: {parts}." for run, parts in missing.items() if parts]
 
 
 def _set_name(name: str) -> str:
@@ -195,26 +191,15 @@ def _machine(run: RunData) -> str | None:
 
 def last_evaluations(runs: Runs, task: str) -> Table | None:
     """All values of a task's sets at each run's last evaluation; None where there are no sets."""
-    lines = [
-        (name, last, shown)
-        for run, shown in zip(runs, run_names(runs), strict=True)
-        if (last := run.last_evaluation)
-        for name in last.names(task)
-    ]
-    lines.sort(key=lambda line: line[0])
+    last_ones = [(run.last_evaluation, shown) for run, shown in zip(runs, run_names(runs), strict=True)]
+    lines = sorted(((name, last, shown) for last, shown in last_ones if last for name in last.names(task)), key=lambda line: line[0])
     columns = [key for key in _COLUMNS[task] if any(_value(last, name, key) is not None for name, last, _ in lines)]
-    several = [shown for _, _, shown in lines] if len(runs) > 1 else []
-    rows: list[Row] = [
-        (
-            _set_name(name),
-            *([shown] if several else []),
-            f"{last.step:,}",
-            _known(number(last.sets.get(name, {}).get("records")), "{:,.0f}"),
-            _known(last.losses.get(name), "{:.4f}"),
-            *(_value(last, name, key) for key in columns),
-        )
-        for name, last, shown in lines
-    ]
+    several = len(runs) > 1
+    rows: list[Row] = []
+    for name, last, shown in lines:
+        records, loss = number(last.sets.get(name, {}).get("records")), last.losses.get(name)
+        fixed = (f"{last.step:,}", _known(records, "{:,.0f}"), _known(loss, "{:.4f}"))
+        rows.append((_set_name(name), *([shown] if several else []), *fixed, *(_value(last, name, key) for key in columns)))
     head = ("set", *(["run"] if several else []), "step", "records", "loss", *(TITLES[key] for key in columns))
     return Table(f"{_TASKS[task]}, last evaluation", head, rows) if rows else None
 
@@ -230,20 +215,14 @@ def _value(evaluation: Evaluation, name: str, key: str) -> Content:
 
 def confusions(runs: Runs) -> list[Table]:
     """The most frequent confusions of each ASR set of each run at its last evaluation."""
-    tables = []
-    nothing = Cell("nothing", "none")
+    tables, nothing = [], Cell("nothing", "none")
     for run in runs:
         for name, figures in sorted(run.last_evaluation.sets.items()) if run.last_evaluation else ():
-            found = [
-                entry
-                for entry in entries(figures.get("confusions"))
-                if isinstance(entry, (list, tuple)) and len(entry) == 3 and number(entry[2])
-            ]
+            counted = (entry for entry in entries(figures.get("confusions")) if isinstance(entry, (list, tuple)) and len(entry) == 3)
+            found = [entry for entry in counted if number(entry[2])]
             most = max((entry[2] for entry in found), default=0)
-            rows: list[Row] = [
-                (str(said) or nothing, str(recognised) or nothing, Cell(f"{count:,}", bar=4 * count / most))
-                for said, recognised, count in found[:_CONFUSIONS]
-            ]
+            frequent = found[:_CONFUSIONS]
+            rows = [(str(one) or nothing, str(other) or nothing, Cell(f"{n:,}", bar=4 * n / most)) for one, other, n in frequent]
             if rows:
                 title = _set_name(name) + (f", {run.name}" if len(runs) > 1 else "")
                 tables.append(Table(title, ("reference", "recognised as", "times"), rows))
@@ -276,16 +255,16 @@ def _spread(items: Sequence[str], count: int) -> list[str]:
 
 def difference(entry: Hypothesis) -> Difference:
     """A transcription aligned with its reference, cut where one of them is long."""
-    pieces = align(entry.reference[:_WORDS], entry.hypothesis[:_WORDS])
-    return Difference(pieces, max(len(entry.reference), len(entry.hypothesis)) > _WORDS)
+    cut = max(len(entry.reference), len(entry.hypothesis)) > _WORDS
+    return Difference(align(entry.reference[:_WORDS], entry.hypothesis[:_WORDS]), cut)
 
 
 def configuration(runs: Runs) -> list[Table]:
     """Settings that differ between the runs (of a single run: from the defaults), and the rest."""
     several = len(runs) > 1
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    order = {name: index for index, name in enumerate(defaults)}
-    keys = sorted({key for run in runs for key in run.config}, key=lambda key: (order.get(key, len(order)), key))
+    given = {key for run in runs for key in run.config}
+    keys = [*(key for key in defaults if key in given), *sorted(given - defaults.keys())]
 
     def differs(key: str) -> bool:
         values = [_plain(run.config.get(key)) for run in runs]
@@ -295,8 +274,7 @@ def configuration(runs: Runs) -> list[Table]:
     titles = ("differ between the runs", "are the same") if several else ("differ from the defaults", "are the defaults")
     tables = []
     for chosen, title in zip((first, [key for key in keys if key not in first]), titles, strict=True):
-        rows = [(key, *(_plain(run.config[key]) if key in run.config else None for run in runs)) for key in chosen]
-        if rows:
+        if rows := [(key, *(_plain(run.config[key]) if key in run.config else None for run in runs)) for key in chosen]:
             tables.append(Table(f"{len(rows)} that {title}", (), rows, marked=chosen is first, open=chosen is first or not first))
     return tables
 
@@ -331,13 +309,11 @@ def _flatten(values: dict[str, Any], above: str = "") -> Iterable[tuple[str, str
 
 def highlights(run: RunData) -> list[tuple[str, str, str]]:
     """Tiles of a single run (name, value, more): last error rates, speed and time."""
-    found = []
-    last = run.last_evaluation
+    found, last = [], run.last_evaluation
     for task, what in (("asr", "words"), ("tts", "cycle")):
         for name in last.names(task) if last else ():
             if last and (value := last.rate(name, what)):
-                bounds = " to ".join(_bounds(value))
-                about = f"95%: {bounds}" if bounds else "interval not known"
+                about = f"95%: {bounds}" if (bounds := " to ".join(_bounds(value))) else "interval not known"
                 found.append((f"{TITLES[what]}, {_set_name(name)}", percent(value.value), about))
     found = found[:4]
     if (speed := _speed(run)) is not None:

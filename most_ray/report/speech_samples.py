@@ -16,7 +16,7 @@ from most_ray.errors import UserError
 from most_ray.io import storage
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.report.cells import Cell, Content, Player, Row
-from most_ray.report.collect import RunData, SpeechSample
+from most_ray.report.collect import RunData, SpeechSample, read_file
 from most_ray.report.run_tables import run_names
 
 _LONGEST = 10.0  # seconds of a player
@@ -38,8 +38,8 @@ def voices(runs: Sequence[RunData]) -> list[Voice]:
 
     A run adds at most ten players of 10 s, 16-bit mono at the vocoder's rate, to the page: at most 4.3 MB at 16 kHz.
     """
-    suffixes = [f", {run.name}" if len(runs) > 1 else "" for run in runs]
-    return [_voice(run, name, suffix) for run, name, suffix in zip(runs, run_names(runs), suffixes, strict=True) if run.speech]
+    named = zip(runs, run_names(runs), strict=True)
+    return [_voice(run, name, f", {run.name}" if len(runs) > 1 else "") for run, name in named if run.speech]
 
 
 def _voice(run: RunData, name: Cell, suffix: str) -> Voice:
@@ -66,21 +66,16 @@ def _synthesise(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> 
     from most_ray.speech.vocoder.vocoders import open_vocoder
 
     for name in (UNITS_MANIFEST, VOCODER):
-        if storage.exists(storage.join(kit, name)):
-            storage.write_bytes(folder / name, storage.read_bytes(storage.join(kit, name)))
-    identity = require_units_manifest(folder)["identity"]
-    waves, rate = open_vocoder(str(folder / VOCODER), identity)(utterances)
+        if (content := read_file(kit, name)) is not None:
+            storage.write_bytes(folder / name, content)
+    waves, rate = open_vocoder(str(folder / VOCODER), require_units_manifest(folder)["identity"])(utterances)
     return [(wave, rate) if units else None for units, wave in zip(utterances, waves, strict=True)]
 
 
 def _row(sample: SpeechSample, model: Wave | None, recording: Wave | None, suffix: str) -> Row:
-    recognised = sample.recognised if sample.recognised.strip() else "nothing"
-    label = f"speech of {sample.id}"
-    return (
-        [sample.text, Cell(small=sample.id)],
-        [*_player(model, f"{label}, model{suffix}"), f"recognised: {recognised}"],
-        _player(recording, f"{label}, recording's units{suffix}"),
-    )
+    recognised = f"recognised: {sample.recognised if sample.recognised.strip() else 'nothing'}"
+    players = [*_player(model, f"speech of {sample.id}, model{suffix}"), recognised]
+    return [sample.text, Cell(small=sample.id)], players, _player(recording, f"speech of {sample.id}, recording's units{suffix}")
 
 
 def _player(sound: Wave | None, label: str) -> list[Content]:

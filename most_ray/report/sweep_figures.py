@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from most_ray.metrics.figures import RATES
+from most_ray.report.cells import percent
 from most_ray.report.collect import entries, mapping, number
 from most_ray.report.curves import MODALITY_COLOURS, RUN_COLOURS, Figure, axis, base_layout, error_bars, label, rounded
 from most_ray.sweep.effects import level_name
@@ -27,6 +28,7 @@ _LONGEST = 16  # characters of a tick label: as many as fit between two axes
 _MOST_TICKS = 12  # of an axis of categories
 
 Trials = Sequence[Trial]
+Results = Sequence[tuple[Trial, Result]]
 Point = tuple[float | None, float | None, str]  # x, y, text shown when hovering
 _GAP: Point = (None, None, "")  # interrupts a line
 
@@ -53,9 +55,7 @@ def is_rate(metric: str) -> bool:
 
 def shown(metric: str, value: float) -> str:
     """A metric's value: rates in percent, others with four significant digits."""
-    if not is_rate(metric):
-        return f"{value:.4g}"
-    return f"{value:.2%}" if abs(value) < 0.1 else f"{value:.1%}"
+    return percent(value) if is_rate(metric) else f"{value:.4g}"
 
 
 def direction(objective: Objective) -> str:
@@ -129,10 +129,9 @@ def parallel(best_first: Trials, dimensions: Sequence[Dimension], objective: Obj
     if not best_first or not dimensions:
         return None
     scales = [*(_scale(dimension, best_first) for dimension in dimensions), _objective_scale(objective, best_first)]
-    fifth = len(_BY_RANK)
     groups: list[list[Trial]] = [[] for _ in _BY_RANK]
     for rank, trial in enumerate(best_first[1:], 1):
-        groups[rank * fifth // len(best_first)].append(trial)
+        groups[rank * len(_BY_RANK) // len(best_first)].append(trial)
     traces = [
         _trace(_paths(group, scales), colour, 1.3, 4) | {"opacity": 0.75}
         for group, colour in zip(groups[::-1], _BY_RANK[::-1], strict=True)
@@ -255,12 +254,8 @@ def against(best_first: Trials, dimensions: Sequence[Dimension], objective: Obje
         traces = [_marks(members, scale, objective.metric, colour, symbol) for _, colour, symbol, members in groups]
         layout = base_layout(250) | {"hovermode": "closest", "showlegend": False}
         layout["margin"] |= {"t": 12, "l": 56, "b": 8}
-        layout["xaxis"] = axis([0, 1], "y", "") | {
-            "showgrid": False,
-            "range": [-0.06, 1.06],
-            "automargin": True,
-            "autotickangles": [0, -30, -60],
-        }
+        layout["xaxis"] = axis([0, 1], "y", "") | {"showgrid": False, "range": [-0.06, 1.06], "automargin": True}
+        layout["xaxis"] |= {"autotickangles": [0, -30, -60]}
         layout["xaxis"] |= {"tickvals": [position for position, _ in scale.ticks], "ticktext": [_cut(text) for _, text in scale.ticks]}
         layout["yaxis"] = _values_axis(objective, "x")
         if max(bounds) > min(bounds):
@@ -276,13 +271,11 @@ def split_keys(best_first: Trials, dimensions: Sequence[Dimension]) -> list[tupl
     return [(colour, name) for name, colour, _, _ in groups if name]
 
 
-def _groups(
-    results: Sequence[tuple[Trial, Result]], dimensions: Sequence[Dimension]
-) -> list[tuple[str, str, str, list[tuple[Trial, Result]]]]:
+def _groups(results: Results, dimensions: Sequence[Dimension]) -> list[tuple[str, str, str, Results]]:
     """(name, colour, symbol, members): trials by the split of their experts; one group without a name where the sweep does not vary it."""
     dimension = next((each for each in dimensions if each.name == _COLOURED_BY), None)
     if dimension is None:
-        return [("", _PLAIN, "circle", list(results))]
+        return [("", _PLAIN, "circle", results)]
     names = list(dict.fromkeys(map(level_name, (*dimension.values, *(trial.values.get(_COLOURED_BY) for trial, _ in results)))))
     return [
         (name, RUN_COLOURS[index % len(RUN_COLOURS)], _SYMBOLS[index % len(_SYMBOLS)], members)
@@ -291,7 +284,7 @@ def _groups(
     ]
 
 
-def _marks(members: Sequence[tuple[Trial, Result]], scale: Scale, metric: str, colour: str, symbol: str) -> dict[str, Any]:
+def _marks(members: Results, scale: Scale, metric: str, colour: str, symbol: str) -> dict[str, Any]:
     """Trials on a dimension's axis with the intervals of their results; those that are not finished have open marks."""
     points: list[Point] = []
     for trial, result in members:
@@ -325,12 +318,10 @@ def front(trials: Trials, best: Trials, objectives: Sequence[Objective]) -> Figu
             points[trial in best].append((x, y, text))
     line = 1.2 if len(objectives) == 2 else 0  # with three objectives, the front is not a line in two of them
     looks = ((_GREY, 0.0, 8, "others"), (RUN_COLOURS[0], line, 11, "Pareto front"))
-    traces = []
-    for members, positions, (colour, width, size, name) in zip(groups, points, looks, strict=True):
-        if members:
-            traces.append(_trace(positions, colour, width, size, name))
-            traces[-1]["marker"]["symbol"] = [_symbol(trial) for trial in members]
-            traces[-1]["line"]["dash"] = "dot"
+    traces = [_trace(found, *look) for found, look in zip(points, looks, strict=True) if found]
+    for trace, members in zip(traces, filter(None, groups), strict=True):
+        trace["marker"]["symbol"] = [_symbol(trial) for trial in members]
+        trace["line"]["dash"] = "dot"
     if not traces:
         return None
     layout = base_layout(380) | {"hovermode": "closest", "showlegend": True}
@@ -340,12 +331,8 @@ def front(trials: Trials, best: Trials, objectives: Sequence[Objective]) -> Figu
 
 
 def text_share(affinity: dict[str, Any]) -> Figure | None:
-    """Each expert's share of the text tokens' selections in the starting model, in the order of the split `affinity`.
-
-    Args:
-        affinity: content of the sweep's affinity.json.
-    """
-    share = [value if (value := number(entry)) is not None else 0.0 for entry in entries(affinity.get("share"))]
+    """Each expert's share of the text tokens' selections in the starting model, in the order of the split in affinity.json."""
+    share = [number(entry) or 0.0 for entry in entries(affinity.get("share"))]
     order = [int(found) for entry in entries(affinity.get("order")) if (found := number(entry)) is not None]
     if not share or sorted(order) != list(range(len(share))):
         return None

@@ -6,7 +6,6 @@ Nothing here fails on missing or damaged files.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from most_ray.io import storage
 from most_ray.io.run_folder import LEDGER
 from most_ray.report import sweep_figures
 from most_ray.report.cells import Cell, Content, Row, duration
-from most_ray.report.collect import RunData, collect, entries, mapping, number, numbers
+from most_ray.report.collect import RunData, collect, entries, mapping, number, numbers, read_file, read_mapping
 from most_ray.report.curves import RUN_COLOURS
 from most_ray.report.expert_figures import expert_load
 from most_ray.report.sweep_figures import IN_COLOUR, interval, is_rate, last, shown
@@ -48,12 +47,6 @@ class Sweep:
         """All trials, in the order of the ledger."""
         return list(self.ledger.trials.values())
 
-    @property
-    def max_trials(self) -> int | None:
-        """How many trials the sweep has in the end; None where it is unknown."""
-        wanted = number(self.ledger.sweep.get("max_trials"))
-        return None if wanted is None else int(wanted)
-
 
 def is_sweep(uri: str) -> bool:
     """Whether a folder (path or URI) is a sweep's rather than a run's."""
@@ -68,32 +61,15 @@ def read_sweep(uri: str) -> Sweep:
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
     best = ranked(ledger.trials.values(), objectives[0]) if objectives else []
     name = str(ledger.sweep.get("name") or storage.base_name(storage.absolute(uri)))
-    config, affinity = _read(uri, BEST), _read(uri, "affinity.json")
-    ended = _read(uri, "summary.json") is not None
+    config, ended = read_file(uri, BEST), read_file(uri, "summary.json") is not None
     best_yaml = None if config is None else config.decode(errors="replace")
-    return Sweep(uri, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, _object(affinity), ended)
+    return Sweep(uri, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, read_mapping(uri, "affinity.json"), ended)
 
 
 def _finite(result: Result) -> Result:
     """Without values that are not finite numbers."""
     bounds = {name: pair for name, pair in result.intervals.items() if all(number(value) is not None for value in pair)}
     return dataclasses.replace(result, metrics=numbers(result.metrics), intervals=bounds)
-
-
-def _read(uri: str, name: str) -> bytes | None:
-    """A file's content; None where there is no such file."""
-    try:
-        return storage.read_bytes(storage.join(uri, name))
-    except FileNotFoundError:
-        return None
-
-
-def _object(content: bytes | None) -> dict[str, Any]:
-    """A JSON object; empty where the content is missing or is not one."""
-    try:
-        return mapping(json.loads(content or b""))
-    except ValueError:  # the figure that shows it is left out
-        return {}
 
 
 def content(sweep: Sweep) -> dict[str, Any]:
@@ -133,9 +109,9 @@ def content(sweep: Sweep) -> dict[str, Any]:
 def states(sweep: Sweep) -> list[tuple[str, str]]:
     """(class, text) of the line below the heading: how many trials have ended, and how."""
     counts = {state: len(sweep.ledger.in_state(state)) for state in ("finished", "stopped", "failed", "open")}
-    ended = sum(counts.values()) - counts["open"]
-    of = f" of {sweep.max_trials:,}" if sweep.max_trials is not None else ""
-    done = not counts["open"] and (sweep.ended or ended >= (sweep.max_trials or ended + 1))
+    ended, most = sum(counts.values()) - counts["open"], number(sweep.ledger.sweep.get("max_trials"))
+    of = "" if most is None else f" of {int(most):,}"
+    done = not counts["open"] and (sweep.ended or ended >= (int(most or 0) or ended + 1))
     return [
         ("complete" if done else "going", f"{ended:,}{of} trials ended"),
         *((_LOOKS.get(state, ""), f"{count:,} {_STATES[state]}") for state, count in counts.items() if count),
@@ -153,8 +129,7 @@ def tiles(sweep: Sweep) -> list[tuple[str, str, str]]:
     found.append(("trials", f"{len(sweep.trials):,}", how))
     steps = f"to the last results of {sum(len(trial.runs) for trial in sweep.trials):,} runs"
     found.append(("steps trained in all", f"{steps_trained(sweep.trials):,}", steps))
-    found.append(("time spent", duration(number(sweep.ledger.spent_s)) or "–", "from each start to its last line"))
-    return found
+    return [*found, ("time spent", duration(number(sweep.ledger.spent_s)) or "–", "from each start to its last line")]
 
 
 def steps_trained(trials: Iterable[Trial]) -> int:
@@ -195,18 +170,10 @@ def _trials(sweep: Sweep) -> list[Row]:
     chosen = {trial.number for trial in sweep.best}
     rows: list[Row] = []
     for rank, trial in enumerate([*sweep.best, *(trial for trial in sweep.trials if trial.number not in chosen)]):
-        coloured = rank < min(IN_COLOUR, len(sweep.best))
-        rows.append(
-            (
-                Cell(f"{trial.number}", colour=RUN_COLOURS[rank] if coloured else ""),
-                _runs(trial),
-                *_settings(sweep, trial),
-                _state(trial),
-                f"{trial.step:,}",
-                *_cells(sweep, trial),
-                duration(None if trial.ended is None else number(trial.ended - trial.began)),
-            )
-        )
+        number_cell = Cell(f"{trial.number}", colour=RUN_COLOURS[rank] if rank < min(IN_COLOUR, len(sweep.best)) else "")
+        spent = duration(None if trial.ended is None else number(trial.ended - trial.began))
+        settings, results = _settings(sweep, trial), _cells(sweep, trial)
+        rows.append((number_cell, _runs(trial), *settings, _state(trial), f"{trial.step:,}", *results, spent))
     return rows
 
 
@@ -233,22 +200,20 @@ def _state(trial: Trial) -> Content:
 
 def _cells(sweep: Sweep, trial: Trial) -> list[Content]:
     """The trial's last value of each objective."""
-    metrics = [objective.metric for objective in sweep.objectives]
-    return [
-        Cell(shown(metric, result.metrics[metric]), "strong", interval(metric, result.intervals.get(metric)))
-        if (result := last(trial, metric))
-        else None
-        for metric in metrics
-    ]
+
+    def cell(metric: str) -> Cell | None:
+        if (result := last(trial, metric)) is None:
+            return None
+        return Cell(shown(metric, result.metrics[metric]), "strong", interval(metric, result.intervals.get(metric)))
+
+    return [cell(objective.metric) for objective in sweep.objectives]
 
 
 def _effect(effect: Effect, objective: Objective) -> dict[str, Any]:
     """The levels of a dimension, and by how much the best of them is better than the worst."""
     metric = objective.metric
-    rows = [
-        (level.label, f"{level.trials:,}", Cell(shown(metric, level.mean), "strong", interval(metric, level.interval)))
-        for level in effect.levels
-    ]
+    means = [Cell(shown(metric, level.mean), "strong", interval(metric, level.interval)) for level in effect.levels]
+    rows = [(level.label, f"{level.trials:,}", mean) for level, mean in zip(effect.levels, means, strict=True)]
     found = {"dimension": effect.dimension, "step": effect.step, "rows": rows, "difference": effect.difference}
     if difference := effect.difference:
         best, worst = (difference.largest, difference.smallest)[:: 1 if objective.largest else -1]

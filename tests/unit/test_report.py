@@ -14,8 +14,8 @@ import pytest
 
 from most_ray.errors import DataError
 from most_ray.report import write_report
-from most_ray.report.collect import RunData, collect
-from most_ray.report.differences import Piece, align, words_of
+from most_ray.report.cells import Piece, align
+from most_ray.report.collect import RunData, collect, words_of
 from most_ray.report.figures import figures, mix_of, throughput, word_errors
 from most_ray.report.page import page
 from most_ray.report.run_tables import difference, samples
