@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,17 @@ class ProgressText:
 
     def update(self, line: Mapping[str, Any], now: float) -> str | None:
         """Add a line. Returns the text to print for it, None if there is none."""
-        kind = line.get("kind", "train")
-        if kind == "start":
-            self._pace.start()
-        elif kind == "evaluation":
-            if line["step"] >= self._newest[0] and (rates := ", ".join(f"{n} {r:.1%}" for n, r, _ in error_rates(line))):
-                self._newest = (line["step"], f"WER {rates} at step {line['step']}")
-            return evaluated(line)
-        elif kind == "failure":
-            where = f"of step {line['step']}" if line["what"] == "evaluation" else f"at step {line['step']}"
-            return f"{line['what']} {where} failed: {line['reason']}"
-        elif kind == "train":
-            return self._trained(line, now)
+        match line.get("kind", "train"):
+            case "start":
+                self._pace.start()
+            case "evaluation":
+                if line["step"] >= self._newest[0] and (rates := ", ".join(f"{n} {r:.1%}" for n, r, _ in error_rates(line))):
+                    self._newest = (line["step"], f"WER {rates} at step {line['step']}")
+                return evaluated(line)
+            case "failure":
+                return f"{line['what']} {'of' if line['what'] == 'evaluation' else 'at'} step {line['step']} failed: {line['reason']}"
+            case "train":
+                return self._trained(line, now)
         return None
 
     def _trained(self, line: Mapping[str, Any], now: float) -> str | None:
@@ -130,12 +129,10 @@ def evaluated(line: Mapping[str, Any]) -> str:
 class ProgressWatcher:
     """Follows metrics.jsonl on a thread of its own and shows the run's progress: a bar on a terminal, elsewhere lines at intervals."""
 
-    def __init__(
-        self, metrics: Path, total_steps: int, first_step: int, console: Console, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._total, self._console, self._clock = total_steps, console, clock
+    def __init__(self, metrics: Path, total_steps: int, first_step: int, console: Console) -> None:
+        self._total, self._console = total_steps, console
         self._lines = Follower(str(metrics), only_new=True)  # what is there was shown by an earlier start
-        self._text = ProgressText(total_steps, first_step, console.is_terminal, clock())
+        self._text = ProgressText(total_steps, first_step, console.is_terminal, time.monotonic())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -148,22 +145,14 @@ class ProgressWatcher:
         self._thread.join(timeout=10)
 
     def _follow(self) -> None:
-        columns = (
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-        )
-        progress_text = self._text
+        count, figures = TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[figures]}")
+        columns = (count, BarColumn(), figures, TimeElapsedColumn())
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
-            bar = progress.add_task("train", total=self._total, completed=progress_text.step, figures=progress_text.figures)
-            while True:
-                stopping = self._stop.is_set()
+            bar = progress.add_task("train", total=self._total, completed=self._text.step, figures=self._text.figures)
+            stopping = False
+            while not stopping:
+                stopping = self._stop.wait(_POLL_S)
                 for line in self._lines.new_lines():
-                    text = progress_text.update(line, self._clock())
-                    if text:
+                    if text := self._text.update(line, time.monotonic()):
                         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-                progress.update(bar, completed=progress_text.step, figures=progress_text.figures)
-                if stopping:
-                    return
-                self._stop.wait(_POLL_S)
+                progress.update(bar, completed=self._text.step, figures=self._text.figures)

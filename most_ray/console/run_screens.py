@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,18 @@ def mix_table(unit: str, sources: Iterable[tuple[str, int, int, float, float]], 
         sources: name, records, tokens, share, and passes in the run.
         records, tokens: put before the headings of these columns.
     """
-    table = Table(title=f"Mix (shares of {unit})")
-    for heading in ("source", f"{records}records", f"{tokens}tokens", "share", f"{records}passes in this run"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
+    headings = ("source", f"{records}records", f"{tokens}tokens", "share", f"{records}passes in this run")
+    table = _columns(f"Mix (shares of {unit})", *headings)
     for name, n_records, n_tokens, share, passes in sources:
         table.add_row(name, f"{n_records:,}", f"{n_tokens:,}", f"{share:.1%}", f"{passes:.2f}")
+    return table
+
+
+def _columns(title: str, *headings: str) -> Table:
+    """An empty table; names are on the left of their columns, numbers on the right."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("source", "task", "modality") else "right")
     return table
 
 
@@ -118,9 +126,8 @@ def layout_text(topology: Topology) -> str:
 
 
 def _model(config: RunConfig, model_path: str) -> str:
-    name = storage.redact(config.model_name_or_path)
     size = _parameters(Path(local_copy(model_path)))
-    return name + (f", {size:,} parameters" if size else "")
+    return storage.redact(config.model_name_or_path) + (f", {size:,} parameters" if size else "")
 
 
 def _parameters(folder: Path) -> int | None:
@@ -143,8 +150,7 @@ def _parameters(folder: Path) -> int | None:
 def last_screen(summary: Figures, console: Console) -> None:
     """Print error rates, losses, sample transcriptions, expert load, and the URIs of what the run has written."""
     sets: Mapping[str, Figures] = summary.get("sets", {})
-    tables = (_recognition(sets), _synthesis(sets), _text(sets), _samples(summary.get("samples", [])), _routing(summary.get("routing")))
-    for table in tables:
+    for table in (*(_table(task, sets) for task in _TABLES), _samples(summary.get("samples", [])), _routing(summary.get("routing"))):
         if table is not None:
             console.print(table)
     if summary.get("routing"):
@@ -157,51 +163,50 @@ def last_screen(summary: Figures, console: Console) -> None:
             print_line(console, f"{name.capitalize() + ':':<11} {summary[name]}")
 
 
-def _recognition(sets: Mapping[str, Figures]) -> Table | None:
-    columns: dict[str, Callable[[Figures], str]] = {
-        TITLES["words"]: lambda figures: _percent(_words(figures).get("rate")),
-        "95 % interval": lambda figures: _interval(_words(figures)),
-        TITLES["characters"]: lambda figures: _percent((figures.get("characters") or {}).get("rate")),
-        "errors": lambda figures: _number(_words(figures).get("wrong")),
-        "words": lambda figures: _number(_words(figures).get("reference")),
-        TITLES["records"]: lambda figures: _number(figures.get("records")),
-        TITLES["loss"]: lambda figures: _number(figures.get("loss"), ".4f"),
-    }
-    return _table("Word error rate", columns, sets, "asr")
+def _rate(part: str) -> Callable[[Figures], str]:
+    return lambda figures: _percent((figures.get(part) or {}).get("rate"))
 
 
-def _synthesis(sets: Mapping[str, Figures]) -> Table | None:
-    def rate(part: str) -> Callable[[Figures], str]:
-        return lambda figures: _percent((figures.get(part) or {}).get("rate"))
-
-    columns: dict[str, Callable[[Figures], str]] = {
-        TITLES["units"]: rate("units"),
-        TITLES["cycle"]: rate("cycle"),
-        "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
-        TITLES["outside"]: rate("outside"),
-        TITLES["duration_ratio"]: lambda figures: _number(figures.get("duration_ratio"), ".2f"),
-        TITLES["records"]: lambda figures: _number(figures.get("records")),
-        TITLES["loss"]: lambda figures: _number(figures.get("loss"), ".4f"),
-    }
-    if not any(figures.get("outside") for figures in sets.values()):
-        del columns[TITLES["outside"]]
-    return _table("Speech synthesis", columns, sets, "tts")
+def _value(name: str, form: str = ",") -> Callable[[Figures], str]:
+    return lambda figures: _number(figures.get(name), form)
 
 
-def _text(sets: Mapping[str, Figures]) -> Table | None:
-    columns: dict[str, Callable[[Figures], str]] = {
-        TITLES["perplexity"]: lambda figures: _number(figures.get("perplexity"), ",.2f"),
-        TITLES["records"]: lambda figures: _number(figures.get("records")),
-        TITLES["loss"]: lambda figures: _number(figures.get("loss"), ".4f"),
-    }
-    return _table("Text", columns, sets, "text")
+_RECORDS_LOSS = {TITLES["records"]: _value("records"), TITLES["loss"]: _value("loss", ".4f")}
+_TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by task: the title, and the columns with the texts of their cells
+    "asr": (
+        "Word error rate",
+        {
+            TITLES["words"]: lambda figures: _percent(_words(figures).get("rate")),
+            "95 % interval": lambda figures: _interval(_words(figures)),
+            TITLES["characters"]: _rate("characters"),
+            "errors": lambda figures: _number(_words(figures).get("wrong")),
+            "words": lambda figures: _number(_words(figures).get("reference")),
+            **_RECORDS_LOSS,
+        },
+    ),
+    "tts": (
+        "Speech synthesis",
+        {
+            TITLES["units"]: _rate("units"),
+            TITLES["cycle"]: _rate("cycle"),
+            "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
+            TITLES["outside"]: _rate("outside"),
+            TITLES["duration_ratio"]: _value("duration_ratio", ".2f"),
+            **_RECORDS_LOSS,
+        },
+    ),
+    "text": ("Text", {TITLES["perplexity"]: _value("perplexity", ",.2f"), **_RECORDS_LOSS}),
+}
 
 
-def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], sets: Mapping[str, Figures], task: str) -> Table | None:
+def _table(task: str, sets: Mapping[str, Figures]) -> Table | None:
     """A table with a row for each set of a task; None if there are none."""
     rows = {name: figures for name, figures in sets.items() if figures.get("task", name.split("/")[0]) == task}
     if not rows:
         return None
+    title, columns = _TABLES[task]
+    if not any(figures.get("outside") for figures in sets.values()):
+        columns = {heading: cell for heading, cell in columns.items() if heading != TITLES["outside"]}
     table = Table(title=title)
     table.add_column("set", overflow="fold")
     for heading in columns:
@@ -213,11 +218,8 @@ def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], sets: Ma
 
 def _words(figures: Figures) -> Figures:
     """The word errors of a set; summaries of earlier versions are read too."""
-    if "words" in figures:
-        words = dict(figures["words"])
-    else:
-        old = figures.get("errors") or {}
-        words = {**old, "rate": old.get("wer"), "reference": old.get("words")}
+    old = figures.get("errors") or {}
+    words = dict(figures.get("words", {**old, "rate": old.get("wer"), "reference": old.get("words")}))
     if "substitutions" in words:
         words["wrong"] = words["substitutions"] + words["deletions"] + words["insertions"]
     return words
@@ -254,9 +256,8 @@ def _routing(routing: Figures | None) -> Table | None:
     load: Mapping[str, Sequence[int]] = routing["expert_load"]
     n_experts = len(next(iter(load.values())))
     few = n_experts <= _MOST_EXPERTS
-    table = Table(title="Expert load (share of a modality's selections)")
-    for heading in ("modality", *(map(str, range(n_experts)) if few else ("experts used", "busiest expert"))):
-        table.add_column(heading, justify="left" if heading == "modality" else "right")
+    headings = map(str, range(n_experts)) if few else ("experts used", "busiest expert")
+    table = _columns("Expert load (share of a modality's selections)", "modality", *headings)
     for modality, counts in load.items():
         shares = [count / max(1, sum(counts)) for count in counts]
         busiest = max(range(n_experts), key=lambda expert: counts[expert])
@@ -270,15 +271,12 @@ def spread(samples: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]
     by_set: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         by_set.setdefault(sample["set"], []).append(sample)
-    ordered = [row[index] for index in range(max(map(len, by_set.values()), default=0)) for row in by_set.values() if index < len(row)]
-    return ordered[:count]
+    return [sample for row in zip_longest(*by_set.values()) for sample in row if sample][:count]
 
 
 def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console) -> None:
     """Print the contents and URIs of token stores. `seconds`: that ingesting took."""
-    table = Table(title="Token stores")
-    for heading in ("source", "task", "records", "bad", "too long", "tokens", "MB"):
-        table.add_column(heading, justify="left" if heading in ("source", "task") else "right")
+    table = _columns("Token stores", "source", "task", "records", "bad", "too long", "tokens", "MB")
     for store in stores:
         m = store.manifest
         megabytes = sum(shard["bytes"] for shard in m["shards"]) / 1e6

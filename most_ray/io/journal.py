@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -49,25 +50,18 @@ class Journal:
 
 
 def _up_to(path: Path, step: int) -> tuple[int, list[dict[str, Any]], list[bytes]]:
-    """What stays of a file that is cut back to a step.
-
-    Returns:
-        The bytes of its leading lines whose step is at most `step`; all evaluations of such steps; those lines of them that come later than
-        the leading lines.
-    """
+    """What stays of a file that is cut back to a step: the bytes of its leading lines whose step is at most `step`; all evaluations of such
+    steps; those lines of them that come later than the leading lines."""
     length, evaluations, moved, leading = 0, [], [], True
-    if not path.exists():
-        return 0, [], []
-    with path.open("rb") as stream:
-        for raw in stream:
+    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+        for raw in lines:
             line = parse_line(raw) if raw.endswith(b"\n") else None
             within = line is not None and _has_step(line) and line["step"] <= step
             leading = leading and within
             length += len(raw) if leading else 0
             if line and within and line.get("kind") == "evaluation":
                 evaluations.append(line)
-                if not leading:
-                    moved.append(raw)
+                moved += [] if leading else [raw]
     return length, evaluations, moved
 
 

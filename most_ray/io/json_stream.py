@@ -48,18 +48,14 @@ class _Window:
         """Read more of the stream; False at its end. The consumed part is dropped; chunks grow with the value that is incomplete."""
         if self.ended:
             return False
-        size = max(_CHUNK, len(self.data) - self.position)
         try:
-            chunk = self._stream.read(size)
+            chunk = self._stream.read(max(_CHUNK, len(self.data) - self.position))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             self.damage, chunk = f"is not a whole gzip file ({error})", b""
-        if not chunk:
-            self.ended = True
-            return False
-        self.base += self.position
-        self.data = self.data[self.position :] + chunk
-        self.position = 0
-        return True
+        if chunk:
+            self.base, self.data, self.position = self.base + self.position, self.data[self.position :] + chunk, 0
+        self.ended = not chunk
+        return not self.ended
 
     def skip_space(self) -> int:
         """Consume white space. Returns the byte after it, which is not consumed; -1 at the end."""
@@ -92,7 +88,7 @@ def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Ite
     """
     source = _Window(stream, max(0, start - 1))
     skipping = start > 0  # to the end of a line: one that began before `start`, or one that is too long
-    too_long: int | None = None  # offset of the line that is too long
+    too_long: list[tuple[int, object]] = []  # the error of that one
     while source.more() or source.position < len(source.data):
         data, position = source.data, source.position
         while True:
@@ -105,10 +101,8 @@ def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Ite
             line = data[position:] if end < 0 else data[position:end]
             position = len(data) if end < 0 else end + 1
             if skipping:
-                skipping = False
-                if too_long is not None:
-                    yield too_long, RecordError(f"is longer than {MAX_RECORD >> 20} MiB")
-                    too_long = None
+                yield from too_long
+                skipping, too_long = False, []
             elif line and not line.isspace():
                 yield begin, _line_value(line, begin)
             if end < 0:
@@ -116,10 +110,9 @@ def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Ite
         source.position = position
         if len(data) - position > MAX_RECORD:
             if not skipping:
-                skipping, too_long = True, source.base + position
+                skipping, too_long = True, [(source.base + position, RecordError(f"is longer than {MAX_RECORD >> 20} MiB"))]
             source.position = len(data)
-    if too_long is not None:
-        yield too_long, RecordError(f"is longer than {MAX_RECORD >> 20} MiB")
+    yield from too_long
     if source.damage:
         yield source.offset, RecordError(source.damage)
 
@@ -140,9 +133,7 @@ def _line_value(line: bytes, begin: int) -> object:
 def _parse(text: bytes) -> Any:
     """The value by orjson, or by json where the id is a number that orjson would round."""
     value = orjson.loads(text)
-    if type(value) is dict and type(value.get("id")) is float:
-        return json.loads(text)
-    return value
+    return json.loads(text) if type(value) is dict and type(value.get("id")) is float else value
 
 
 def read_values(stream: BinaryIO) -> Iterator[tuple[int, object]]:
@@ -198,9 +189,9 @@ class _ValueReader:
                 source.position += 1
                 return
             if byte < 0:
-                reported, self._lost = source.damage or self._lost, True
-                if not reported:
+                if not (source.damage or self._lost):
                     yield source.offset, RecordError(f"is not JSON at byte {source.offset} (the file ends inside a list)")
+                self._lost = True
                 return
             if not first:
                 if byte == ord(","):
@@ -212,7 +203,7 @@ class _ValueReader:
                     yield source.offset, RecordError(f"is not JSON at byte {source.offset} (a comma is missing)")
             first = False
             begin = source.offset
-            value: object = self._object() if byte == ord("{") else None
+            value: object = self._object(MAX_RECORD) if byte == ord("{") else None
             if value is None:
                 value = self._exact(begin)
                 if isinstance(value, RecordError):
@@ -223,14 +214,12 @@ class _ValueReader:
             if not (isinstance(value, RecordError) and source.damage):
                 yield begin, value
 
-    def _object(self, budget: int | None = None) -> dict[str, Any] | None:
+    def _object(self, budget: int) -> dict[str, Any] | None:
         """Consume the object that begins here; None, with nothing consumed, where it is broken or longer than `budget` bytes.
 
         A slice up to some closing brace that parses is the object, since no proper prefix of a JSON object is one.
         """
-        source = self._source
-        budget = MAX_RECORD if budget is None else budget
-        seek = source.position
+        source, seek = self._source, self._source.position
         for _ in range(_TRIES):
             while (end := source.data.find(b"}", seek) + 1) == 0:
                 searched = len(source.data) - source.position
@@ -240,10 +229,8 @@ class _ValueReader:
             if end - source.position > budget:
                 return None
             after = _after_space(source.data, end)
-            if after == len(source.data) or source.data[after] in b",]{[":
-                value = self._taken(end)
-                if value is not None:
-                    return value
+            if (after == len(source.data) or source.data[after] in b",]{[") and (value := self._taken(end)) is not None:
+                return value
             seek = end
         length = self._length(budget)
         return None if length is None else self._taken(source.position + length)
@@ -306,10 +293,8 @@ class _ValueReader:
 
     def _resume(self, error: RecordError) -> RecordError:
         """Skip to the beginning of the next whole record. Returns the error, completed by the number of skipped bytes."""
-        source = self._source
-        begin = source.offset
+        source, begin, spent = self._source, self._source.offset, 0
         source.position += 1
-        spent = 0
         while True:
             match = (_RECORD if spent < _SEARCHED else _RECORD_AFTER).search(source.data, source.position)
             if match is None:
@@ -331,10 +316,8 @@ class _ValueReader:
 
     def _top_object(self) -> Iterator[tuple[int, object]]:
         """Yield a record, or the records that an object holds in "data"."""
-        source = self._source
-        begin = source.offset
-        value = self._object(_CHUNK)
-        if value is not None:
+        source, begin = self._source, self._source.offset
+        if (value := self._object(_CHUNK)) is not None:
             keys = list(value)
             if "data" not in value or "id" in keys[: keys.index("data")]:
                 yield begin, value
@@ -346,7 +329,7 @@ class _ValueReader:
             return
         if not self._entered and begin >= source.base:
             source.position = begin - source.base
-            found: object = self._object() or self._exact(begin)
+            found: object = self._object(MAX_RECORD) or self._exact(begin)
         else:  # its records have been yielded: what follows is read by itself, not from the beginning again
             found = RecordError(f"is not JSON at byte {source.offset} (in an object around records)")
         if isinstance(found, RecordError):
@@ -357,9 +340,7 @@ class _ValueReader:
 
     def _wrapped(self) -> Iterator[tuple[int, object]]:
         """Yield the records in an object's "data". Sets `_entered` where it has one, `_closed` where it could be read to its end."""
-        source = self._source
-        names: set[bytes] = set()
-        opening = source.offset
+        source, opening, names = self._source, self._source.offset, set[bytes]()
         while True:
             if source.position < len(source.data) and source.offset == opening:
                 source.position += 1

@@ -18,11 +18,8 @@ from most_ray.io import storage
 class NodeCache:
     """A folder with copies of remote files that never change, shared by all processes of a node.
 
-    Open or map the path that `fetch` returns at once: later it may have been evicted. (What is open or mapped stays readable.)
-
-    Args:
-        directory: the folder; created where it is missing.
-        max_bytes: size above which the least recently used files are removed.
+    Open or map the path that `fetch` returns at once: above `max_bytes` the least recently used files are removed. (What is open or mapped
+    stays readable.)
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
@@ -48,10 +45,9 @@ class NodeCache:
     def _evict(self, keep: Path) -> None:
         """Remove the least recently used files until the rest fits into `max_bytes`; only files that a cache has written are removed."""
         files = []
-        for path in self.directory.iterdir():
+        for path in self.directory.glob("[0-9a-f]" * 32 + "-*"):
             with contextlib.suppress(FileNotFoundError):  # another process has removed it
-                if re.match("[0-9a-f]{32}-", path.name):
-                    files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         excess = sum(size for _, size, _ in files) - self.max_bytes
         for used, size, path in sorted(files):
             with contextlib.suppress(FileNotFoundError):  # another process has removed it

@@ -41,9 +41,7 @@ _logger = logging.getLogger(__name__)
 
 
 def with_retries(operation: Callable[[], T], what: str) -> T:
-    """Return `operation()`, called up to TRIES (5) times while its errors may pass.
-
-    The waits between calls are FIRST_WAIT * 2^k seconds (0.5, 1, 2, 4) plus up to half as much again.
+    """Return `operation()`, called up to TRIES (5) times while its errors may pass, after 0.5, 1, 2, 4 s plus up to half as much again.
 
     Args:
         what: the URI that is used, or a description of what is done; shown redacted.

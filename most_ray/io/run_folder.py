@@ -20,16 +20,12 @@ def step_uri(checkpoints: str, step: int) -> str:
 
 
 class RunFolder:
-    """A run's folder and its working copy on this machine.
-
-    Attributes:
-        uri: the folder, a path or a URI.
-        remote: whether `uri` is remote. If not, `push` and `pull` do nothing.
-        local: the folder where this machine reads and writes files: that of `uri`, or a working copy of a remote one.
-    """
+    """A run's folder and its working copy on this machine."""
 
     def __init__(self, uri: str) -> None:
-        self.uri, self.remote = uri, storage.is_remote(uri)
+        self.uri = uri  # of the folder
+        self.remote = storage.is_remote(uri)  # if not, `push` and `pull` do nothing
+        # Where this machine reads and writes files: the folder itself, or a working copy of a remote one.
         self.local = node_cache().directory / "runs" / _hash(uri) if self.remote else storage.local(uri)
         self.local.mkdir(parents=True, exist_ok=True)
 

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -66,13 +66,12 @@ def list_files(root: str, suffixes: tuple[str, ...]) -> list[Entry]:
     if not exists(root):
         raise DataError("directory", redact(root), "does not exist.", "Check the path.")
     found = _remote(root, _list_remote) if is_remote(root) else with_retries(lambda: _list_local(local(root), suffixes), root)
-    entries = []
-    for name, size, stamp in sorted(found):
-        shown = name or base_name(root)
-        hidden = re.search(r"(^|/)\.(?!\.?(/|$))", name)  # "." and ".." do not count as hidden: `join` refuses them
-        if shown.endswith(suffixes) and not hidden:
-            entries.append(Entry(join(root, name) if name else root, shown, size, stamp))
-    return entries
+    hidden = re.compile(r"(^|/)\.(?!\.?(/|$))")  # "." and ".." do not count as hidden: `join` refuses them
+    return [
+        Entry(join(root, name) if name else root, name or base_name(root), size, stamp)
+        for name, size, stamp in sorted(found)
+        if (name or base_name(root)).endswith(suffixes) and not hidden.search(name)
+    ]
 
 
 def open_read(uri: str | Path) -> BinaryIO:
@@ -95,17 +94,24 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     if is_remote(uri):
         return _upload(str(uri), lambda: io.BytesIO(data), len(data))
     path = local(uri)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with _replacing(path, f".{secrets.token_hex(8)}.tmp") as temporary:
             temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     return with_retries(write, str(path))
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, name: str) -> Iterator[Path]:
+    """A temporary file called `name` beside `path`, which replaces it at the end unless there was an error."""
+    temporary = path.with_name(name)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def publish(folder: Path, uri: str, last: str) -> None:
@@ -121,10 +127,9 @@ def publish(folder: Path, uri: str, last: str) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file", str(folder / last))
     if not is_remote(uri):
         return with_retries(lambda: _rename(folder, local(uri), last), uri)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path != folder / last)
-    for name in [] if exists(join(uri, last)) else [*names, last]:
-        source = folder / name
-        _upload(join(uri, name), functools.partial(io.FileIO, source, "rb"), source.stat().st_size)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / last)
+    for file in [] if exists(join(uri, last)) else [*files, folder / last]:
+        _upload(join(uri, file.relative_to(folder).as_posix()), functools.partial(io.FileIO, file, "rb"), file.stat().st_size)
 
 
 def download(uri: str, target: Path) -> None:
@@ -172,8 +177,7 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def seekable(self) -> bool:
-        return True
+    seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._position = max(0, offset + (0, self._position, self._size)[whence])
@@ -183,10 +187,9 @@ class _Reader(io.RawIOBase):
         wanted = max(0, min(len(buffer), self._size - self._position))
 
         def read(file: Any) -> bytes:
-            data: bytes = file.read_at(wanted, self._position)
-            if not data:
-                raise OSError(errno.EIO, "the file ends before its size")
-            return data
+            if data := file.read_at(wanted, self._position):
+                return cast(bytes, data)
+            raise OSError(errno.EIO, "the file ends before its size")
 
         data = self._retry(read) if wanted else b""
         buffer[: len(data)] = data
@@ -292,17 +295,13 @@ def _upload(uri: str, open_source: Callable[[], BinaryIO], size: int) -> None:
 
 
 def _download(system: Any, path: str, target: Path) -> None:
-    """Copy a file of a file system to `target` by way of a temporary file beside it."""
-    partial = target.with_name("." + target.name)
-    try:
+    """Copy a file of a file system to `target`."""
+    with _replacing(target, f".{target.name}") as partial:
         size = system.get_file_info(path).size
         with system.open_input_stream(path, compression=None) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink, _CHUNK)
         if size is not None and partial.stat().st_size != size:
             raise OSError(errno.EIO, f"{partial.stat().st_size} of {size} bytes came")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _rename(folder: Path, target: Path, last: str) -> None:
