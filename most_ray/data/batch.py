@@ -12,8 +12,8 @@ import numpy as np
 
 from most_ray.data.noise import noisy_units
 from most_ray.data.plan import Plan, PlanSpec
-from most_ray.records.record import N_UNITS
-from most_ray.records.template import IGNORE, PADDING, task_index
+from most_ray.records.record import N_UNITS, TASKS
+from most_ray.records.template import IGNORE, PADDING
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
     step_plan = plan.step(step)
     length = plan.spec.max_seq_length
     passes, rows = forward_shape(len(step_plan.packs), world_size, max_rows)
-    n_rows = passes * rows
+    shape, n_rows = (passes, rows, length), passes * rows
     input_ids = np.full((n_rows, length), layout.pad, np.int32)
     labels = np.full((n_rows, length), IGNORE, np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (n_rows, 1))
@@ -78,11 +78,10 @@ def rank_batch(plan: Plan, step: int, rank: int, world_size: int, max_rows: int,
             labels[row, supervised:end] = input_ids[row, supervised:end]
             positions[row, start:end] = np.arange(len(tokens))
             modality[row, start:end] = (tokens >= layout.first_audio) & (tokens <= layout.last_audio)
-            task[row, start:end] = task_index(store.task)
+            task[row, start:end] = TASKS.index(store.task)
             ids.append(record_id)
             start = end
         positions[row, start:] -= start
-    shape = (passes, rows, length)
     return Batch(
         step=step,
         input_ids=input_ids.reshape(shape),
@@ -102,8 +101,7 @@ def apply_unit_noise(tokens: np.ndarray, supervised: int, plan: Plan, source: in
     """Apply the plan's noise to the input units of an ASR record; other tokens stay.
 
     Args:
-        tokens: of the record, int32 (tokens,).
-        supervised: number of tokens at the end that are supervised.
+        tokens: of the record, int32 (tokens,); the last `supervised` are supervised.
         source: the record's source in the plan.
         index: the record's global index in the run, which seeds the noise.
     """

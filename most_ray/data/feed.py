@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -38,8 +39,7 @@ def local_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         StreamStalledError: building one took more than `spec.timeout_s` seconds.
     """
     plan = open_plan(spec.plan)
-    steps = range(first, last + 1)
-    batches = (rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in steps)
+    batches = (rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in range(first, last + 1))
     return prefetch(batches, spec.timeout_s, lambda: "stage read (records from the token store)")
 
 
@@ -53,42 +53,36 @@ def prefetch(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str
     Raises:
         StreamStalledError: no batch arrived for `timeout_s` seconds.
     """
-    ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=1)
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
-    def put(batch: Batch | None, error: BaseException | None) -> bool:
+    def put(item: Batch | BaseException) -> bool:
         while not stopped.is_set():
-            try:
-                ready.put((batch, error), timeout=1.0)
+            with contextlib.suppress(queue.Full):  # look again whether the consumer has stopped
+                ready.put(item, timeout=1.0)
                 return True
-            except queue.Full:  # look again whether the consumer has stopped
-                continue
         return False
 
     def pump() -> None:
         try:
-            for batch in batches:
-                if not put(batch, None):
-                    return
-            put(None, None)
+            if all(map(put, batches)):
+                put(StopIteration())  # the end
         except BaseException as error:  # noqa: BLE001 - raised where the batches are consumed
-            put(None, error)
+            put(error)
 
     def take() -> Iterator[Batch]:
         try:
             while True:
                 try:
-                    batch, error = ready.get(timeout=timeout_s or None)
+                    item = ready.get(timeout=timeout_s or None)
                 except queue.Empty:
-                    rule = f"passed without a batch: {stage()}."
-                    raise StreamStalledError(
-                        "data_timeout_s", timeout_s, rule, "The same command resumes from the last checkpoint."
-                    ) from None
-                if error is not None:
-                    raise error
-                if batch is None:
+                    rule, remedy = f"passed without a batch: {stage()}.", "The same command resumes from the last checkpoint."
+                    raise StreamStalledError("data_timeout_s", timeout_s, rule, remedy) from None
+                if isinstance(item, StopIteration):
                     return
-                yield batch
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
         finally:
             stopped.set()
 

@@ -15,7 +15,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,10 @@ from most_ray.records.record import Record, parse_records
 from most_ray.records.template import EncodedRecord, encode_records
 
 logger = logging.getLogger(__name__)
+Runner = Callable[[Sequence[Part], Recipe], None]
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the CPU's cache
 _READERS = 16  # threads that read finished parts: on object stores most of the time is latency
 _STALE_S = 86_400.0  # seconds after which an unfinished folder counts as left by a process that was killed
-
-Runner = Callable[[Sequence[Part], Recipe], None]
 
 
 def run_here(parts: Sequence[Part], recipe: Recipe) -> None:
@@ -59,9 +58,9 @@ def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Pa
     if ingest.missing:
         logger.info("building %d of %d parts of the token store of %s", len(ingest.missing), len(ingest.parts), directory)
         run(ingest.missing, recipe)
-        _remove_stale(storage.parent(ingest.parts[0].uri))
-    manifest = storage.join(ingest.uri, "manifest.json")
-    if not storage.exists(manifest):
+        if not storage.is_remote(ingest.uri):
+            _remove_stale(storage.local(ingest.parts[0].uri).parent)
+    if not storage.exists(storage.join(ingest.uri, "manifest.json")):
         _write_store(ingest)
     store = TokenStore(ingest.uri)
     if len(store) == 0:
@@ -71,11 +70,9 @@ def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Pa
     return store
 
 
-def _remove_stale(parts: str) -> None:
+def _remove_stale(parts: Path) -> None:
     """Remove unfinished folders that are older than a day: they were left by killed processes. Younger ones may still be in use."""
-    if storage.is_remote(parts):
-        return
-    for folder in storage.local(parts).glob(f"{SCRATCH}*"):
+    for folder in parts.glob(f"{SCRATCH}*"):
         if time.time() - folder.stat().st_mtime > _STALE_S:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -88,17 +85,13 @@ def build_part(part: Part, recipe: Recipe) -> None:
     """
     if storage.exists(storage.join(part.uri, "part.json")):
         return
-    with _scratch(part.uri) as scratch:
-        writer = PartWriter(scratch)
-        try:
-            n_seen = 0
-            values = enumerate(_values(part))
-            while batch := list(itertools.islice(values, _BATCH)):
-                n_seen += len(batch)
-                _add_batch(writer, recipe, batch)
-            writer.publish(part.uri, n_seen)
-        finally:
-            writer.abort()  # after any error, KeyboardInterrupt too, no half-written folder stays
+    # `closing`: after any error, KeyboardInterrupt too, no half-written folder stays.
+    with _scratch(part.uri) as scratch, contextlib.closing(PartWriter(scratch)) as writer:
+        n_seen, values = 0, enumerate(_values(part))
+        while batch := list(itertools.islice(values, _BATCH)):
+            n_seen += len(batch)
+            _add_batch(writer, recipe, batch)
+        writer.publish(part.uri, n_seen)
 
 
 @contextlib.contextmanager
@@ -164,20 +157,15 @@ def _split(item: EncodedRecord, limit: int) -> list[EncodedRecord]:
 
 
 def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
-    """The contents of part.json and index.npy and the lines of rejected.jsonl, all checked against their checksums.
-
-    Raises:
-        DataError: names the file that is damaged.
-    """
+    """The contents of part.json and index.npy and the lines of rejected.jsonl. Raises DataError where one does not match its checksum."""
     content = read_checksummed_json(storage.join(part.uri, "part.json"), "part")
     files = {}
     for name in PART_FILES:
         uri = storage.join(part.uri, name)
         files[name] = storage.read_bytes(uri)
         if digest(files[name]) != content["files"][name]:
-            raise DataError(
-                "part", storage.redact(uri), "does not match its checksum.", f"Delete {storage.redact(part.uri)}; it is built again."
-            )
+            remedy = f"Delete {storage.redact(part.uri)}; it is built again."
+            raise DataError("part", storage.redact(uri), "does not match its checksum.", remedy)
     return content, files["index.npy"], files[REJECTED].splitlines()
 
 
@@ -216,13 +204,12 @@ def _write_store(ingest: IngestPlan) -> None:
         storage.publish(folder, ingest.uri, "manifest.json")
 
 
-def check_rejected(stores: Iterable[TokenStore], limit: float, report: str | Path) -> int:
+def check_rejected(stores: Sequence[TokenStore], limit: float, report: str | Path) -> int:
     """Write all rejected records of the stores to the file `report` and return their number.
 
     Raises:
         DataError: the share of bad records in a store is above `limit`. Those that are too long do not count with `overlong: set_aside`.
     """
-    stores = list(stores)
     storage.write_bytes(str(report), b"".join(store.rejected_lines() for store in stores))
     total = sum(store.manifest["n_rejected"] + store.manifest["n_set_aside"] for store in stores)
     for store in stores:
@@ -231,11 +218,9 @@ def check_rejected(stores: Iterable[TokenStore], limit: float, report: str | Pat
             lines = [json.loads(line) for line in store.rejected_lines().splitlines()]
             bad = [line for line in lines if not line.get("set_aside")]
             first = next((line for line in bad if "not JSON at" in line["reason"] or "gzip" in line["reason"]), bad[0])  # the worst of them
-            raise DataError(
-                "max_rejected_fraction",
-                limit,
-                f"is exceeded: {rejected} of {seen} records of {store.manifest['source']} are bad; the first, "
-                f"{first['file']} record {first['index']}, {first['reason']}.",
-                f"See {report}; fix the records or raise max_rejected_fraction.",
+            where = (
+                f"{rejected} of {seen} records of {store.manifest['source']} are bad; the first, {first['file']} record {first['index']}"
             )
+            remedy = f"See {report}; fix the records or raise max_rejected_fraction."
+            raise DataError("max_rejected_fraction", limit, f"is exceeded: {where}, {first['reason']}.", remedy)
     return total

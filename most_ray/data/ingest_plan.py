@@ -44,13 +44,8 @@ class Recipe:
 
     def fingerprint(self) -> dict[str, Any]:
         """The recipe as JSON, for digests and manifests."""
-        return {
-            "version": STORE_VERSION,
-            "task": self.task,
-            "vocabulary": self.vocabulary.fingerprint(),
-            "max_seq_length": self.max_seq_length,
-            "overlong": self.overlong,
-        }
+        own = {"task": self.task, "vocabulary": self.vocabulary.fingerprint()}
+        return {"version": STORE_VERSION, **own, "max_seq_length": self.max_seq_length, "overlong": self.overlong}
 
 
 @dataclass(frozen=True)
@@ -158,18 +153,14 @@ def _read_digests(entry: Entry) -> list[str]:
 
 def _parts(entry: Entry, digests: Sequence[str], recipe: Recipe, root: str) -> Iterator[Part]:
     """Yield the parts of a file. The first record of a range depends on the byte before it, the last one on the two ranges after it."""
-    made_with = json.dumps({**recipe.fingerprint(), "form": _form(entry.name)}, sort_keys=True)
+    form = f"{'lines' if is_json_lines(entry.name) else 'values'}{'.gz' if entry.name.endswith('.gz') else ''}"  # how it is parsed
+    made_with = json.dumps({**recipe.fingerprint(), "form": form}, sort_keys=True)
     n = max(1, -(-entry.size // RANGE)) if _splits(entry) else 1
     for i in range(n):
         around = [digests[j] if 0 <= j < len(digests) else "" for j in range(i - 1, i + 3)] if n > 1 else [*digests]
         key = digest(json.dumps([made_with, i > 0, around]).encode())
         start, stop = i * RANGE, None if i == n - 1 else (i + 1) * RANGE
         yield Part(entry.uri, start, stop, key, storage.join(root, key), min(entry.size - start, RANGE) if n > 1 else entry.size)
-
-
-def _form(name: str) -> str:
-    """How a file is parsed, by its name."""
-    return f"{'lines' if is_json_lines(name) else 'values'}{'.gz' if name.endswith('.gz') else ''}"
 
 
 def read_units_manifest(directory: str | Path) -> dict[str, object] | None:

@@ -41,10 +41,8 @@ def interleave_pattern(weights: tuple[int, ...]) -> np.ndarray:
     if k == 1:
         return np.zeros(1, np.int16)
     # All times are in units of 1 / (total * (2k - 2)), so that integers are compared.
-    slack = total
-    scale = 2 * k - 2
-    counts = [0] * k
-    pattern = np.empty(total, np.int16)
+    slack, scale = total, 2 * k - 2
+    counts, pattern = [0] * k, np.empty(total, np.int16)
     for n in range(1, total + 1):
         best, best_deadline = -1, 0
         for s, weight in enumerate(weights):
@@ -147,9 +145,8 @@ class _MergedOrder:
         low, high = -1, -1
         time = self._tokens(n)
         for tries in range(100):
-            missing = n - sum(
-                source.count_within(w * time, self._root.weight) for source, w in zip(self._sources, self._weights, strict=True)
-            )
+            within = (source.count_within(w * time, self._root.weight) for source, w in zip(self._sources, self._weights, strict=True))
+            missing = n - sum(within)
             if abs(missing) <= 16 + len(self._weights):
                 break
             low, high = (time, high) if missing > 0 else (low, time)
@@ -182,11 +179,9 @@ class _MergedOrder:
         base = low * node.children[0].weight * node.scales[0] // node.weight
         steps = [2 * np.cumsum(span.lengths) - span.lengths for span in spans]
         offsets = [2 * span.tokens * scale - base for span, scale in zip(spans, node.scales, strict=True)]
-        largest = (abs(o) + max(1, int(d[-1])) * s for o, d, s in zip(offsets, steps, node.scales, strict=True) if len(d))
-        kind = np.int64 if max(largest, default=0) < 1 << 62 else object
-        keys = np.concatenate(
-            [d.astype(kind) * s + o for o, d, s in zip(offsets, steps, node.scales, strict=True) if len(d)] or [np.zeros(0)]
-        )
+        known = [each for each in zip(offsets, steps, node.scales, strict=True) if len(each[1])]
+        kind = np.int64 if max((abs(o) + max(1, int(d[-1])) * s for o, d, s in known), default=0) < 1 << 62 else object
+        keys = np.concatenate([d.astype(kind) * s + o for o, d, s in known] or [np.zeros(0)])
         order = np.argsort(keys, kind="stable")  # stable: of equal keys the first child's record comes first
         return _Span(
             np.sum([span.counts for span in spans], axis=0),
@@ -268,5 +263,5 @@ class Mixture:
 
     def records_for_epochs(self, epochs: float, source: int | None = None) -> int:
         """The smallest n such that the first n records contain every source (or only `source`) at least `epochs` times."""
-        needed = {s: math.ceil(epochs * self.sizes[s]) for s in (range(len(self.sizes)) if source is None else [source])}
+        needed = {s: math.ceil(epochs * size) for s, size in enumerate(self.sizes) if source in (None, s)}
         return max(self._order.records_until(s, j) if j > 0 else 0 for s, j in needed.items())

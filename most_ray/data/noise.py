@@ -24,7 +24,6 @@ class UnitNoise:
 
     @property
     def any(self) -> bool:
-        """Whether there is any noise."""
         return self.swap > 0 or self.replace > 0 or self.drop > 0
 
 

@@ -101,8 +101,7 @@ class Plan:
         """The k-th optimizer step, counted from 1."""
         size = self.spec.global_batch_size
         sources, rows = self.mixture.locate((k - 1) * size, k * size)
-        lengths = np.empty(size, np.int64)
-        prompts = np.empty(size, np.int64)
+        lengths, prompts = np.empty(size, np.int64), np.empty(size, np.int64)
         for source, store in enumerate(self.stores):
             chosen = sources == source
             lengths[chosen] = store.lengths[rows[chosen]]
@@ -122,14 +121,11 @@ class Plan:
         Raises:
             ConfigError: no source, or more than one, has the name `of`.
         """
-        source = None
-        if of != "all":
-            found = [i for i, name in enumerate(self.names) if of in (name, name.split("/", 1)[1])]
-            if len(found) != 1:
-                rule = "is no training source." if not found else "is the name of more than one source."
-                raise ConfigError("epochs_of", of, rule, nearest(of, ["all", *self.names]))
-            source = found[0]
-        return -(-self.mixture.records_for_epochs(epochs, source) // self.spec.global_batch_size)
+        found = [i for i, name in enumerate(self.names) if of in (name, name.split("/", 1)[1])] if of != "all" else [None]
+        if len(found) != 1:
+            rule = "is no training source." if not found else "is the name of more than one source."
+            raise ConfigError("epochs_of", of, rule, nearest(of, ["all", *self.names]))
+        return -(-self.mixture.records_for_epochs(epochs, found[0]) // self.spec.global_batch_size)
 
     def cursor(self, step: int) -> Cursor:
         """The cursor after `step` steps."""
@@ -168,13 +164,9 @@ def _digest(value: Any) -> str:
 
 
 def distinct_names(directories: Sequence[str | Path], groups: Sequence[str]) -> list[str]:
-    """Names for directories (or URIs): the last part of each, with as many parts above it as distinguish it from others of its group.
-
-    Args:
-        groups: the group of each directory.
-    """
+    """Names for directories (or URIs): the last part of each, with as many parts above it as distinguish it from others of its group."""
     full = [storage.absolute(directory) for directory in directories]
-    parts = [[name for name in place.split("?")[0].split("/") if name] or ["root"] for place in full]
+    parts = [[name for name in uri.split("?")[0].split("/") if name] or ["root"] for uri in full]
     names = []
     for index, own in enumerate(parts):
         others = [other for i, other in enumerate(parts) if i != index and groups[i] == groups[index]]
@@ -184,30 +176,23 @@ def distinct_names(directories: Sequence[str | Path], groups: Sequence[str]) -> 
 
 
 def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any], accept_change: bool = False) -> list[str]:
-    """Check that a run resumes with the data that it began with.
-
-    Args:
-        cursor, ingredients: of the checkpoint.
-        accept_change: return the names of changed ingredients instead of raising.
+    """Check that a run resumes with the data that it began with. `cursor` and `ingredients` are those of the checkpoint.
 
     Returns:
         The names of changed ingredients.
 
     Raises:
-        CheckpointError: names the changed ingredients.
+        CheckpointError: names the changed ingredients, unless `accept_change`.
     """
     if cursor.fingerprint == plan.fingerprint:
         return []
     changed = _changes(ingredients, json.loads(json.dumps(plan.ingredients))) or ["plan"]
     if accept_change:
         return changed
-    raise CheckpointError(
-        "data",
-        ", ".join(changed),
-        "changed since the checkpoint was written, so the run cannot continue exactly.",
-        "Restore it, continue anyway with --accept_data_change true (at the same step of the new plan), or give the run another name "
-        "(with resume_from_checkpoint and ignore_optimizer_state to keep the weights).",
-    )
+    rule = "changed since the checkpoint was written, so the run cannot continue exactly."
+    remedy = "Restore it, continue anyway with --accept_data_change true (at the same step of the new plan), or give the run another name "
+    keeping = "(with resume_from_checkpoint and ignore_optimizer_state to keep the weights)."
+    raise CheckpointError("data", ", ".join(changed), rule, remedy + keeping)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -236,23 +221,21 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
     """
     ratio, text = Fraction(str(config.asr_tts_mix_ratio)), Fraction(str(config.text_mix_ratio))
     present = {store.task for store in stores}
+    if not {"asr", "tts"} <= present:  # a single speech task has the whole share of speech: the ratio is between two
+        ratio = Fraction("asr" in present)
+    if not {"asr", "tts"} & present:
+        text = Fraction(1)
     shares = {"asr": (1 - text) * ratio, "tts": (1 - text) * (1 - ratio), "text": text}
-    if "tts" not in present or "asr" not in present:
-        # A single speech task has the whole share of speech: the ratio is between two.
-        shares["asr"], shares["tts"] = ((1 - text), Fraction(0)) if "asr" in present else (Fraction(0), (1 - text))
-        if not present & {"asr", "tts"}:
-            shares = {"asr": Fraction(0), "tts": Fraction(0), "text": Fraction(1)}
     for task, name in (("asr", "asr_tts_mix_ratio"), ("tts", "asr_tts_mix_ratio"), ("text", "text_mix_ratio")):
         if task in present and shares[task] <= 0:
             raise ConfigError(name, getattr(config, name), f"gives no share to train_{task}_dirs.", "Leave them out or change it.")
         if task not in present and shares[task] > 0:
             raise ConfigError(name, getattr(config, name), f"requests {task} records, but train_{task}_dirs is empty.")
     weights: list[Fraction] = []
-    for task in ("asr", "tts", "text"):
+    for task in TASKS:
         of_task = [store for store in stores if store.task == task]
         sizes = [len(store) if config.weight_unit == "records" else store.manifest["n_tokens"] for store in of_task]
-        given = getattr(config, f"train_{task}_weights") or sizes
-        parts = [Fraction(str(weight)) for weight in given]
+        parts = [Fraction(str(weight)) for weight in getattr(config, f"train_{task}_weights") or sizes]
         weights += [shares[task] * part / sum(parts, Fraction(0)) for part in parts]
     return integer_weights(weights)
 
@@ -270,27 +253,16 @@ def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size
     if not stores:
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
     check_units(stores)
-    return PlanSpec(
-        stores=tuple(store.uri for store in stores),
-        weights=source_weights(config, stores),
-        seed=config.seed,
-        global_batch_size=global_batch_size,
-        max_seq_length=config.max_seq_length,
-        weight_unit=config.weight_unit,
-        noise=_noise(config, stores),
-    )
+    uris, weights, noise = tuple(store.uri for store in stores), source_weights(config, stores), _noise(config, stores)
+    return PlanSpec(uris, weights, config.seed, global_batch_size, config.max_seq_length, config.weight_unit, noise)
 
 
 def _noise(config: RunConfig, stores: Sequence[TokenStore]) -> UnitNoise:
     """The configured noise. Raises ConfigError where swapping units is configured and neighbours are not known."""
     noise = UnitNoise(config.unit_swap_prob, config.unit_replace_prob, config.unit_drop_prob)
     if noise.swap > 0 and any(store.task == "asr" and unit_neighbours(store) is None for store in stores):
-        raise ConfigError(
-            "unit_swap_prob",
-            noise.swap,
-            "needs units.json beside the ASR records, which says which units are near each other.",
-            "Set it to 0.",
-        )
+        rule = "needs units.json beside the ASR records, which says which units are near each other."
+        raise ConfigError("unit_swap_prob", noise.swap, rule, "Set it to 0.")
     return noise
 
 
@@ -309,10 +281,6 @@ def check_units(stores: Sequence[TokenStore]) -> str | None:
     known = [(store, units_hash(store.manifest["units"])) for store in stores if store.manifest.get("units")]
     for store, identity in known[1:]:
         if identity != known[0][1]:
-            raise DataError(
-                "units",
-                store.manifest["source"],
-                f"were made differently from those of {known[0][0].manifest['source']} (features, k-means, rate or repeats differ).",
-                "Prepare both with the same k-means file and options.",
-            )
+            rule = f"were made differently from those of {known[0][0].manifest['source']} (features, k-means, rate or repeats differ)."
+            raise DataError("units", store.manifest["source"], rule, "Prepare both with the same k-means file and options.")
     return known[0][1] if known else None

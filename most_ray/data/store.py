@@ -11,10 +11,11 @@ checked when it is opened; `verify` reads every byte.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import json
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,8 @@ class TokenStore:
         self.uri = str(uri)
         self._cache = node_cache() if storage.is_remote(self.uri) else None
         self.manifest = read_checksummed_json(storage.join(self.uri, "manifest.json"), "token store")
-        if self.manifest["version"] != STORE_VERSION:
-            raise DataError(
-                "token store", self.uri, f"is of version {self.manifest['version']}, not {STORE_VERSION}.", f"Delete it; {_BUILT_AGAIN}"
-            )
+        if (version := self.manifest["version"]) != STORE_VERSION:
+            raise DataError("token store", self.uri, f"is of version {version}, not {STORE_VERSION}.", f"Delete it; {_BUILT_AGAIN}")
         self.lengths: np.ndarray = self._index("lengths.npy")
         self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
@@ -103,15 +102,11 @@ class TokenStore:
     def _index(self, name: str) -> np.ndarray:
         """An index file's array, memory-mapped, after a check of its digest."""
         uri = storage.join(self.uri, name)
-        try:
+        with _reading("token store", uri):
             path = self._fetch(uri)
             if file_digest(path) != self.manifest["index"][name]:
                 raise DataError("token store", uri, "does not match its checksum.", _remedy(uri))
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError("token store", uri, f"cannot be read ({error}).", _remedy(uri)) from error
 
     def shard_uri(self, index: int) -> str:
         """The URI of the shard at `index`."""
@@ -221,6 +216,17 @@ def _remedy(uri: str) -> str:
     return f"Delete {storage.redact(storage.parent(uri))}; {_BUILT_AGAIN}"
 
 
+@contextlib.contextmanager
+def _reading(what: str, uri: str) -> Iterator[None]:
+    """Raise DataError where `uri`, called `what`, cannot be read."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(what, uri, f"cannot be read ({error}).", _remedy(uri)) from error
+
+
 def checksummed_json(content: Mapping[str, Any]) -> bytes:
     """`content` as JSON with its own digest in it."""
     return json.dumps({**content, "digest": digest(json.dumps(content, sort_keys=True).encode())}, indent=1).encode()
@@ -232,13 +238,9 @@ def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
     Raises:
         DataError: it cannot be read or does not match its digest.
     """
-    try:
+    with _reading(what, uri):
         content = json.loads(storage.read_bytes(uri))
         found = content.pop("digest", None)
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(what, uri, f"cannot be read ({error}).", _remedy(uri)) from error
     if found != digest(json.dumps(content, sort_keys=True).encode()) and content.get("version", STORE_VERSION) == STORE_VERSION:
         raise DataError(what, uri, "does not match its checksum.", _remedy(uri))
     return dict(content)
@@ -255,7 +257,7 @@ class PartWriter:
         self.folder = scratch / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
         self.folder.mkdir(parents=True)
         self._shards: list[dict[str, Any]] = []
-        self._ids: list[str] = []
+        self._ids: list[str] = []  # of the records that are not in a shard yet, as their tokens and the tokens' number
         self._tokens: list[np.ndarray] = []
         self._buffered = 0
         self._lengths: list[np.ndarray] = []
@@ -318,7 +320,7 @@ class PartWriter:
         (self.folder / "part.json").write_bytes(checksummed_json(content))
         storage.publish(self.folder, uri, "part.json")
 
-    def abort(self) -> None:
+    def close(self) -> None:
         """Remove the temporary folder, if it still exists."""
         self._rejected.close()
         shutil.rmtree(self.folder, ignore_errors=True)

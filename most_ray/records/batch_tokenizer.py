@@ -72,27 +72,23 @@ class BatchTokenizer:
             first.clear()
             later.clear()
         known = later.__getitem__
-        ids: list[list[int]] = []
-        rest: list[tuple[int, list[str] | None]] = []  # texts with new words, or that cannot be split into words
+        ids: list[list[int] | None] = []  # None: of a text with new words, or that cannot be split into words
         all_words = [_split_words(text) for text in texts]
         size = len(later)
         if self._many_new:
             self._add_words([words for words in all_words if words])
-        for index, words in enumerate(all_words):
+        for words in all_words:
             try:
-                ids.append([] if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))])
+                ids.append(None if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))])
             except KeyError:
-                ids.append([])
-                rest.append((index, words))
-            else:
-                if words is None:
-                    rest.append((index, None))
-        self._add_words([words for _, words in rest if words])
+                ids.append(None)
+        self._add_words([words for words, found in zip(all_words, ids, strict=True) if words and found is None])
         self._many_new = len(later) - size > len(texts) // 4
-        whole = iter(self._whole([texts[index] for index, words in rest if words is None]))
-        for index, words in rest:
-            ids[index] = next(whole) if words is None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))]
-        return ids
+        whole = iter(self._whole([text for text, words in zip(texts, all_words, strict=True) if words is None]))
+        return [
+            found if found is not None else [*first[words[0]], *chain.from_iterable(map(known, words[1:]))] if words else next(whole)
+            for words, found in zip(all_words, ids, strict=True)
+        ]
 
     def _add_words(self, split_texts: Sequence[list[str]]) -> None:
         self._tokenise_new(self._cache.first, {words[0] for words in split_texts}, "")
@@ -112,10 +108,8 @@ class BatchTokenizer:
             some = new[start : start + _TOGETHER]
             encoding = self._tokenizer.encode(before + before.join(some), add_special_tokens=False)
             starts = np.fromiter((first for first, _ in encoding.offsets), np.int64)
-            ends = np.cumsum([len(word) + 1 for word in some])
-            cuts = np.searchsorted(starts, ends).tolist()
-            ids = encoding.ids
-            known |= {word: ids[a:b] for word, (a, b) in zip(some, pairwise([0, *cuts]), strict=True)}
+            cuts = np.searchsorted(starts, np.cumsum([len(word) + 1 for word in some])).tolist()
+            known |= {word: encoding.ids[a:b] for word, (a, b) in zip(some, pairwise([0, *cuts]), strict=True)}
 
 
 @dataclass
@@ -157,9 +151,8 @@ def _probes(n: int = 400) -> list[str]:
     draw = random.Random(0)
     words = ["".join(draw.choices(draw.choice(kinds), k=draw.randint(1, 8))) for _ in range(8 * n)]
     joined = [" ".join(words[8 * i : 8 * i + draw.randint(1, 8)]) for i in range(n)]
-    pairs = [
-        " ".join(f"{one}{kind} {other}{kind}" for other in string.printable[:94]) for one in string.printable[:94] for kind in ("", "a")
-    ]
+    shown = string.printable[:94]
+    pairs = [" ".join(f"{one}{kind} {other}{kind}" for other in shown) for one in shown for kind in ("", "a")]
     return joined + pairs + [f"User: Say it.\n{text}\n\nAssistant: " for text in joined[: n // 4]]
 
 
@@ -167,8 +160,6 @@ _PROBES = _probes()
 _SAMPLES = 2  # texts of each batch that are tokenised both ways
 _CACHED_WORDS = 1 << 19  # a fuller cache is emptied
 _TOGETHER = 256  # new words that are tokenised as one text
-
-
 _LOCAL_NORMALISERS = ("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents", "BertNormalizer")  # change each ASCII character by itself
 _SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "UnicodeScripts")
 
@@ -224,6 +215,4 @@ def _keeps_spaces_apart(part: dict[str, Any]) -> bool:
 
 def _spans_words(token: dict[str, Any]) -> bool:
     """Whether an added token could match more than one word. (Special tokens are not looked for in a user's text.)"""
-    if token["special"]:
-        return False
-    return " " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
+    return not token["special"] and (" " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"])

@@ -107,9 +107,9 @@ def parse_units_batch(texts: Sequence[str]) -> list[np.ndarray | RecordError]:
     return results
 
 
-def _parse_chunk(texts: Sequence[str]) -> list[np.ndarray | RecordError]:
+def _parse_chunk(texts: Sequence[str]) -> Sequence[np.ndarray | RecordError]:
     if (units := _parse_plain(texts)) is not None:
-        return list(units)
+        return units
     return [u[0] if (u := _parse_plain([text])) else _parse_slowly(text) for text in texts]
 
 
@@ -145,8 +145,7 @@ def parse_record(raw: object) -> Record:
     """Check one decoded JSON value and convert it to a Record.
 
     Raises:
-        RecordError: a field is missing or of the wrong type, the output is empty, a unit is out of range, or there is speech on both
-            sides.
+        RecordError: a field is missing or of the wrong type, the output is empty, a unit is out of range, or there is speech on both sides.
     """
     record = parse_records([raw])[0]
     if isinstance(record, RecordError):
@@ -155,17 +154,12 @@ def parse_record(raw: object) -> Record:
 
 
 def parse_records(raws: Sequence[object]) -> list[Record | RecordError]:
-    """Check decoded JSON values and convert each to a Record, or to the error that says why it is not one.
-
-    The units of all of them are parsed together.
-    """
+    """Check decoded JSON values and convert each to a Record, or to the error that says why it is none. All units are parsed together."""
     checked = [_check_fields(raw) for raw in raws]
     sides = [(i, side) for i, c in enumerate(checked) if not isinstance(c, RecordError) for side in ("input", "output") if "[Hu" in c[side]]
     units = dict(zip(sides, parse_units_batch([checked[i][side] for i, side in sides]), strict=True))  # type: ignore[index]
-    return [
-        c if isinstance(c, RecordError) else _with_units(c, units.get((i, "input")), units.get((i, "output")))
-        for i, c in enumerate(checked)
-    ]
+    spoken = [{side: units[i, side] for side in ("input", "output") if (i, side) in units} for i in range(len(checked))]
+    return [c if isinstance(c, RecordError) else _with_units(c, found) for c, found in zip(checked, spoken, strict=True)]
 
 
 def _check_fields(raw: object) -> dict[str, Any] | RecordError:
@@ -174,8 +168,7 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
         return raw
     if not isinstance(raw, dict):
         return RecordError(f"is a JSON {type(raw).__name__}, not an object")
-    missing = [name for name in _REQUIRED if name not in raw]
-    if missing:
+    if missing := [name for name in _REQUIRED if name not in raw]:
         return RecordError(f"has no field {', '.join(map(repr, missing))}")
     for name in _REQUIRED[1:]:
         if not isinstance(raw[name], str):
@@ -190,52 +183,41 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
     return raw
 
 
-def _with_units(
-    raw: dict[str, Any], input_units: np.ndarray | RecordError | None, output_units: np.ndarray | RecordError | None
-) -> Record | RecordError:
-    """The Record of a raw one; units, where a side has any, replace its text."""
-    for name, units in (("input", input_units), ("output", output_units)):
-        if isinstance(units, RecordError):
-            return RecordError(f"field {name!r} {units}")
-    if input_units is not None and output_units is not None:
+def _with_units(raw: dict[str, Any], units: Mapping[str, np.ndarray | RecordError]) -> Record | RecordError:
+    """The Record of a raw one; the units of a side, where it has any, replace its text."""
+    for side, found in units.items():
+        if isinstance(found, RecordError):
+            return RecordError(f"field {side!r} {found}")
+    if len(units) == 2:
         return RecordError("has speech in both input and output")
-    if output_units is not None and not raw["input"].strip():
+    if "output" in units and not raw["input"].strip():
         return RecordError("has speech to produce but an empty input")
     record_id = raw["id"] if isinstance(raw["id"], str) else json.dumps(raw["id"])
-    sides = (raw["input"] if input_units is None else input_units, raw["output"] if output_units is None else output_units)
-    return Record(record_id, raw["instruction"], *sides, raw.get("metadata") or {})  # type: ignore[arg-type]
+    given, output = (units.get(side, raw[side]) for side in ("input", "output"))
+    return Record(record_id, raw["instruction"], given, output, raw.get("metadata") or {})
 
 
 def _encodable(text: str) -> bool:
-    if text.isascii():
-        return True
     try:
-        text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def asr_to_tts(raw: Mapping[str, Any], dataset: str, timestamp: dt.datetime) -> dict[str, Any]:
-    """Convert an ASR record (JSON object) to the TTS record of the same utterance: sides swapped, `tts_` before the id, metadata kept.
+    """Convert an ASR record (JSON object) to the TTS record of the same utterance: sides swapped, `tts_` before the id, metadata extended.
 
-    Args:
-        dataset: name of the data set, for the metadata.
-        timestamp: time of the conversion, for the metadata.
+    The data set's name and the time of the conversion are for the metadata.
     """
-    return {
-        "id": f"tts_{raw['id']}",
-        "instruction": TTS_INSTRUCTION,
-        "input": raw["output"],
-        "output": raw["input"],
-        "metadata": {
-            **(raw.get("metadata") or {}),
-            "task": "tts",
-            "original_task": "asr",
-            "dataset": dataset,
-            "conversion_timestamp": timestamp.isoformat(timespec="seconds"),
-        },
+    conversion = {
+        "task": "tts",
+        "original_task": "asr",
+        "dataset": dataset,
+        "conversion_timestamp": timestamp.isoformat(timespec="seconds"),
     }
+    metadata = {**(raw.get("metadata") or {}), **conversion}
+    sides = {"input": raw["output"], "output": raw["input"]}
+    return {"id": f"tts_{raw['id']}", "instruction": TTS_INSTRUCTION, **sides, "metadata": metadata}
 
 
 def units_hash(manifest: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from most_ray.records.record import N_UNITS, TASKS, Record, Task
+from most_ray.records.record import N_UNITS, Record, Task
 
 IGNORE = -100  # label of a position without supervision, as in torch's cross_entropy
 TEXT, AUDIO, PADDING = 0, 1, 2  # modality of a token: units and their two markers are AUDIO, other tokens TEXT, filled positions PADDING
@@ -79,10 +79,7 @@ class EncodedRecord(NamedTuple):
 
 
 def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[EncodedRecord]:
-    """Encode records: the distinct text pieces of all of them in one tokenizer call, units by addition.
-
-    The returned arrays are views of one array.
-    """
+    """Encode records: the distinct text pieces of all in one tokenizer call, units by addition. The arrays are views of one array."""
     spelled = [template_texts(record) for record in records]
     distinct = list(dict.fromkeys(text for pieces in spelled for text in pieces))
     tokens = _arrays(distinct, vocabulary.encode(distinct))
@@ -90,7 +87,7 @@ def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[En
     bos, eos, begin, end = (np.array([token], np.int32) for token in (ids.bos, ids.eos, ids.begin_audio, ids.end_audio))
     base = np.int32(ids.unit_base)
     parts: list[np.ndarray] = []
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []  # tokens of each record's prompt, and all its tokens
     for record, pieces in zip(records, spelled, strict=True):
         first = len(parts)
         parts += (bos, tokens[pieces[0]])
@@ -102,11 +99,9 @@ def encode_records(records: Sequence[Record], vocabulary: Vocabulary) -> list[En
         parts += (tokens[pieces[-1]], eos) if isinstance(record.output, str) else (record.output + base, end)
         sizes.append((prompt, prompt + len(parts[-2]) + 1))
     flat = np.concatenate([*parts, bos[:0]])
-    encoded, start = [], 0
-    for record, (prompt, size) in zip(records, sizes, strict=True):
-        encoded.append(EncodedRecord(flat[start : start + size], prompt, record.task, record.instruction.count("\n") + 1))
-        start += size
-    return encoded
+    ends = accumulate((size for _, size in sizes), initial=0)
+    spans = zip(records, sizes, pairwise(ends), strict=True)
+    return [EncodedRecord(flat[a:b], prompt, r.task, r.instruction.count("\n") + 1) for r, (prompt, _), (a, b) in spans]
 
 
 def _arrays(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
@@ -118,11 +113,8 @@ def _arrays(texts: Sequence[str], ids: Sequence[Sequence[int]]) -> dict[str, np.
 
 def template_texts(record: Record) -> list[str]:
     """The text pieces of a record as the template spells them, the output last if it is text; a tokenizer is trained on these."""
-    before = _PIECES["before_input"].format(instruction=record.instruction)
-    if isinstance(record.input, str):
-        texts = [before + record.input + _PIECES["after_input"]]
-    else:
-        texts = [before, _PIECES["after_input"]]
+    before, after = _PIECES["before_input"].format(instruction=record.instruction), _PIECES["after_input"]
+    texts = [before + record.input + after] if isinstance(record.input, str) else [before, after]
     return [*texts, record.output] if isinstance(record.output, str) else texts
 
 
@@ -135,8 +127,3 @@ def split_prompt(text: str, instruction_lines: int = 1) -> tuple[str, str]:
 def units_of(token_ids: Sequence[int], ids: TokenIds) -> list[int]:
     """The speech units among token ids, in their order."""
     return [token - ids.unit_base for token in token_ids if 0 <= token - ids.unit_base < N_UNITS]
-
-
-def task_index(task: Task) -> int:
-    """The number of a task in batches."""
-    return TASKS.index(task)

@@ -25,12 +25,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left")
     return add_audio_tokens(tokenizer)
@@ -51,11 +47,9 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
         CheckpointError: a marker or a unit is missing, or the units' ids are not consecutive.
     """
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in AUDIO_TOKENS if token not in vocabulary]
-    if missing:
-        raise CheckpointError(
-            "tokenizer", missing[0], f"is not in the vocabulary ({len(missing)} audio tokens are missing).", "Use init-model first."
-        )
+    if missing := [token for token in AUDIO_TOKENS if token not in vocabulary]:
+        rule = f"is not in the vocabulary ({len(missing)} audio tokens are missing)."
+        raise CheckpointError("tokenizer", missing[0], rule, "Use init-model first.")
     base = vocabulary["[Hu0]"]
     if any(vocabulary[f"[Hu{unit}]"] != base + unit for unit in range(N_UNITS)):
         raise CheckpointError("tokenizer", "[Hu0]..[Hu499]", "the units are not in one run of ids.")
@@ -67,8 +61,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """What the template and ingest need of a tokenizer, ready to be sent to other processes."""
-    content = tokenizer.backend_tokenizer.to_str().encode()
-    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=8).hexdigest()
     return Vocabulary(token_ids(tokenizer), BatchTokenizer(tokenizer), digest)
 
 

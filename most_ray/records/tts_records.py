@@ -68,10 +68,7 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
     """Convert a directory's ASR records to TTS records, file by file, and copy the units manifest and the other ASSET_FILES.
 
     Memory does not grow with the files. Records that are not valid ASR records go to rejected.jsonl. Running it again gives the same
-    files: the conversion's time stamp is the source file's.
-
-    Returns:
-        Counts: records, rejected, files.
+    files: the conversion's time stamp is the source file's. Returns the counts: records, rejected, files.
 
     Raises:
         ConfigError: the output directory is the input directory or inside it.
@@ -87,9 +84,8 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
     rejected_path = output / ".rejected.jsonl.tmp"
     with rejected_path.open("w", encoding="utf-8") as rejected:
         for target, entry in targets.items():
-            path = storage.local(entry.uri)
             target.parent.mkdir(parents=True, exist_ok=True)
-            counts["records"] += _write(_unfinished(target), _converted(path, name, rejected, counts))
+            counts["records"] += _write(_unfinished(target), _converted(storage.local(entry.uri), name, rejected, counts))
             counts["files"] += 1
     if counts["records"] == 0:  # what an earlier command wrote stays
         for target in targets:
@@ -118,16 +114,10 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
 
 
 def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, storage.Entry]:
-    """The source files by the file that their records are written to.
-
-    Raises:
-        DataError: two source files have the same target.
-    """
+    """The source files by the file that their records are written to. Raises DataError where two have the same one."""
     targets: dict[Path, storage.Entry] = {}
     for entry in entries:
-        relative = Path(entry.name)
-        stem = relative.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
-        target = output / relative.parent / f"{stem}.jsonl.gz"
+        target = output / f"{entry.name.removesuffix('.gz').removesuffix('.jsonl').removesuffix('.json')}.jsonl.gz"
         if target in targets:
             rule = f"would be written to {target}, as {targets[target].name} would."
             raise DataError("input_dir", storage.redact(entry.uri), rule, "Rename one.")
@@ -145,11 +135,7 @@ def _converted_before(output: Path) -> set[str]:
 
 
 def _check_separate(conversion: Conversion) -> None:
-    """Check that no input is overwritten, and that the output is not read as input the next time.
-
-    Raises:
-        ConfigError: the output directory is the input directory or inside it.
-    """
+    """Check that no input is overwritten, and that the output is not read as input the next time: else raise ConfigError."""
     source, output = (Path(os.path.realpath(uri)) for uri in (conversion.input_dir, conversion.output_dir))
     shown = str(conversion.output_dir)
     if output in (source, source.parent if source.is_file() else source):

@@ -98,7 +98,7 @@ def _write_part(uri: Path, task: str, first: int, lengths: np.ndarray, prompts: 
         )
         writer.publish(str(uri), len(lengths))
     finally:
-        writer.abort()
+        writer.close()
     return [{"part": uri.name, **shard} for shard in json.loads((uri / "part.json").read_bytes())["shards"]]
 
 
