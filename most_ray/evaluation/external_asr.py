@@ -31,7 +31,7 @@ class ExternalRecogniser:
         try:
             self._pipeline: Any = pipeline("automatic-speech-recognition", model=checkpoint, device=device, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            reason = f"is no recogniser that can be used ({one_line(error)})."
+            reason = f"is not a usable recogniser ({one_line(error)})."
             raise CheckpointError("recogniser", checkpoint, reason, "Name a Whisper or CTC checkpoint in Hugging Face layout.") from error
         self._vocoder = vocoder
 

@@ -223,7 +223,7 @@ def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
 
 def _first_line(line: Any, where: str) -> dict[str, Any]:
     if not isinstance(line, dict) or line.get("kind") != "settings":
-        raise DataError("rescore", where, "is no settings line.", _REMEDY)
+        raise DataError("rescore", where, "is not a settings line.", _REMEDY)
     if line.get("format") != FORMAT:
         raise DataError("rescore", where, f"has format {line.get('format')!r}; this version reads {FORMAT}.")
     _check_fields(line, _FIRST, where)
@@ -235,7 +235,7 @@ def _first_line(line: Any, where: str) -> dict[str, Any]:
 
 def _record_line(line: Any, where: str, sets: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(line, dict) or line.get("kind") != "hypothesis" or line.get("task") not in TASKS:
-        raise DataError("rescore", where, "is no record line.", _REMEDY)
+        raise DataError("rescore", where, "is not a line of a record.", _REMEDY)
     _check_fields(line, _FIELDS[line["task"]], where)
     if line["set"] not in sets or sets[line["set"]]["task"] != line["task"]:
         raise DataError("rescore", where, f"belongs to no set of line 1: {line['set']!r}.")

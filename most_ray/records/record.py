@@ -175,7 +175,7 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
             return RecordError(f"field {name!r} is {type(raw[name]).__name__}, not a string")
     for name in _REQUIRED:
         if isinstance(raw[name], str) and not _encodable(raw[name]):
-            return RecordError(f"field {name!r} holds bytes that are not UTF-8, or half a surrogate pair, which is no text")
+            return RecordError(f"field {name!r} holds bytes that are not UTF-8, or half a surrogate pair, which is not text")
     if not isinstance(raw.get("metadata") or {}, dict):
         return RecordError(f"field 'metadata' is {type(raw['metadata']).__name__}, not an object")
     if not raw["output"].strip():

@@ -152,7 +152,7 @@ def _converted(path: Path, name: str, rejected: TextIO, counts: dict[str, int]) 
             if isinstance(raw, RecordError):
                 raise raw
             if parse_record(raw).task != "asr":
-                raise RecordError("is no ASR record")
+                raise RecordError("is not an ASR record")
         except RecordError as error:
             rejected.write(json.dumps({"file": str(path), "index": index, "reason": str(error)}) + "\n")
             counts["rejected"] += 1

@@ -111,9 +111,9 @@ def test_a_row_may_be_a_part_of_a_recording(tmp_path: Path) -> None:
         ("x/../a.wav\ttwo\t", "gives the id 'n_a' a second time"),
         ("a.wav\ttwo\t", "gives the id 'n_a' a second time"),
         ("b.wav\ttwo\tx\ty", "has 4 cells for 3 columns"),
-        ("b.wav\ttwo\t-1", "has a start or a duration that is no number of seconds: '-1', None"),
-        ("b.wav\ttwo\tnan", "has a start or a duration that is no number of seconds: 'nan', None"),
-        ("b.wav\ttwo\t0:10", "has a start or a duration that is no number of seconds: '0:10', None"),
+        ("b.wav\ttwo\t-1", "has a start or a duration that is not a number of seconds: '-1', None"),
+        ("b.wav\ttwo\tnan", "has a start or a duration that is not a number of seconds: 'nan', None"),
+        ("b.wav\ttwo\t0:10", "has a start or a duration that is not a number of seconds: '0:10', None"),
     ],
 )
 def test_bad_rows_are_told_and_the_others_kept(tmp_path: Path, row: str, reason: str) -> None:
@@ -132,10 +132,10 @@ def test_bad_rows_are_told_and_the_others_kept(tmp_path: Path, row: str, reason:
         ('{"path": "b.wav", "text": 3}', "has no text"),
         ('{"text": "two"}', "names no recording"),
         ('{"path": ["b.wav"], "text": "two"}', "names no recording"),
-        ('{"path": "b.wav", "text": "two", "start": 0, "duration": 0}', "has a start or a duration that is no number of seconds: 0, 0"),
-        ('{"path": "b.wav", "text": "two", "start": true}', "has a start or a duration that is no number of seconds: True, None"),
-        ('{"path": "b.wav", "text": "\\ud800"}', "holds bytes that are not UTF-8, or half a surrogate pair, which is no text"),
-        ('{"path": "\\ud800.wav", "text": "two"}', "holds bytes that are not UTF-8, or half a surrogate pair, which is no text"),
+        ('{"path": "b.wav", "text": "two", "start": 0, "duration": 0}', "has a start or a duration that is not a number of seconds: 0, 0"),
+        ('{"path": "b.wav", "text": "two", "start": true}', "has a start or a duration that is not a number of seconds: True, None"),
+        ('{"path": "b.wav", "text": "\\ud800"}', "holds bytes that are not UTF-8, or half a surrogate pair, which is not text"),
+        ('{"path": "\\ud800.wav", "text": "two"}', "holds bytes that are not UTF-8, or half a surrogate pair, which is not text"),
         ('{"path": "b.wav", "text": "two", "snr": NaN}', "has a column with a number that is not finite"),
         ('["b.wav", "two"]', "is a JSON list, not an object"),
         ('{"path": "b.wav", "text": "two"', r"is not JSON at byte .*"),
@@ -220,7 +220,7 @@ def test_missing_halves_are_told(tmp_path: Path) -> None:
     assert [(*reason, item.id) for reason, item in zip(reasons(unusable), unusable, strict=True)] == [
         ("b.wav", 0, "has no text", "n_b"),
         ("d.wav", 0, "has no text", "n_d"),
-        ("g.wav", 0, "holds bytes that are not UTF-8, or half a surrogate pair, which is no text", "n_g"),
+        ("g.wav", 0, "holds bytes that are not UTF-8, or half a surrogate pair, which is not text", "n_g"),
         ("c.txt", 0, "has text but no recording", "n_c"),
         ("f.txt", 0, "has text but no recording", "n_e_f"),
     ]
@@ -316,7 +316,7 @@ def test_folders_of_something_else(tmp_path: Path, layout: str) -> None:
         read(layout, tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         read(layout, tmp_path / "nowhere")
-    message = "holds no .*jsonl.gz" if layout == "libriheavy" else "is no folder"
+    message = "holds no .*jsonl.gz" if layout == "libriheavy" else "is not a folder"
     with pytest.raises(DataError, match=message):
         read(layout, tmp_path / "x" / "readme.md")
 

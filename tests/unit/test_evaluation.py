@@ -298,7 +298,7 @@ def _future(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut, ":1.*is no settings line"),
+        (_cut, ":1.*is not a settings line"),
         (_no_json, ":2.*is not JSON"),
         (_no_reference, ":2.*has no field 'reference'"),
         (_other_set, ":2.*belongs to no set of line 1"),

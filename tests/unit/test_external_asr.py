@@ -78,5 +78,5 @@ def test_audio_of_another_rate_is_resampled(recogniser: str, monkeypatch: pytest
 
 def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="is no recogniser that can be used"):
+    with pytest.raises(CheckpointError, match="is not a usable recogniser"):
         ExternalRecogniser(tones, str(tmp_path))

@@ -123,7 +123,7 @@ def test_absurd_times_cost_their_row_only(corpus: Path, tmp_path: Path) -> None:
     (corpus / "transcripts.tsv").write_text(rows)
     assert len(prepare(corpus, tmp_path / "out", "--fit_kmeans", "2")) == 1
     reasons = [line["reason"] for line in lines_of(tmp_path / "out/rejected.jsonl")]
-    assert sum("no number of seconds" in reason for reason in reasons) == 2
+    assert sum("not a number of seconds" in reason for reason in reasons) == 2
 
 
 def test_k_means_takes_as_many_units_as_its_sample_can_tell(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

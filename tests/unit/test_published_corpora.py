@@ -111,9 +111,9 @@ def test_libriheavys_supervisions_and_subsets(tmp_path: Path) -> None:
     [
         ('{"id": "x", ', r"is not JSON at byte .*"),
         ("[1]", "is a JSON list, not an object"),
-        (cut_of(type="MixedCut"), "is no MonoCut with an id and a recording"),
-        (cut_of(id=3), "is no MonoCut with an id and a recording"),
-        (cut_of(recording={"sources": []}), "is no MonoCut with an id and a recording"),
+        (cut_of(type="MixedCut"), "is not a MonoCut with an id and a recording"),
+        (cut_of(id=3), "is not a MonoCut with an id and a recording"),
+        (cut_of(recording={"sources": []}), "is not a MonoCut with an id and a recording"),
         (cut_of(recording={"sources": [{"type": "url", "source": "http://x"}]}), "has a recording of type 'url', not a file"),
         (cut_of(recording={"sources": [{"type": "command", "source": "touch x"}]}), "has a recording of type 'command', not a file"),
         (cut_of(recording={"sources": [{"type": "file", "source": "../a.flac"}]}), "names a recording outside the folder"),
@@ -124,8 +124,8 @@ def test_libriheavys_supervisions_and_subsets(tmp_path: Path) -> None:
         (cut_of(supervisions=[3]), "has no text"),
         (cut_of(supervisions=[{"start": 0, "custom": {"texts": [None, "ONE"]}}]), "has no text"),
         (cut_of(recording={"sources": [{"type": "file", "source": "x" * 300}]}), "names a recording that is not there"),
-        (cut_of(start=None), "has a start or a duration that is no number of seconds"),
-        (cut_of(duration=0), "has a start or a duration that is no number of seconds"),
+        (cut_of(start=None), "has a start or a duration that is not a number of seconds"),
+        (cut_of(duration=0), "has a start or a duration that is not a number of seconds"),
         (cut_of(supervisions=supervised((3, 1))), "has a supervision outside its cut"),
     ],
 )

@@ -159,9 +159,9 @@ def test_a_run_that_said_nothing_has_neither_card_nor_note(tmp_path: Path, kit: 
     [
         (lambda kit: (kit / "vocoder.safetensors").write_bytes(b"cut"), "vocoder.safetensors.*cannot be read as a vocoder"),
         (lambda kit: (kit / "units.json").unlink(), "holds no units.json"),
-        (lambda kit: (kit / "units.json").write_text("["), "is no units manifest"),
+        (lambda kit: (kit / "units.json").write_text("["), "is not a units manifest"),
         (lambda kit: change_units(kit, kmeans="other"), "speaks the units .*abc.*, not .*other"),
-        (lambda kit: change_hypothesis(kit.parent, "1 6"), "units = 6: is no unit of this vocoder"),
+        (lambda kit: change_hypothesis(kit.parent, "1 6"), "units = 6: is not a unit of this vocoder"),
     ],
     ids=["vocoder", "no manifest", "manifest", "other units", "unknown unit"],
 )

@@ -118,7 +118,9 @@ def test_what_is_no_asr_record_is_set_aside(tmp_path: Path, capsys: pytest.Captu
     assert [entry["index"] for entry in aside] == [1, 2, 3, 4, 5, 7] and {entry["file"] for entry in aside} == {
         str(source / "records.jsonl")
     }
-    for entry, reason in zip(aside, ("no ASR record", "no field", "empty output", "outside 0..499", "JSON int", "not JSON"), strict=True):
+    for entry, reason in zip(
+        aside, ("not an ASR record", "no field", "empty output", "outside 0..499", "JSON int", "not JSON"), strict=True
+    ):
         assert reason in entry["reason"]
     assert "6 records were rejected" in capsys.readouterr().out
     write_records(source, [asr(0)])

@@ -73,7 +73,7 @@ def check_conditions(conditions: Sequence[Condition], columns: Collection[str]) 
     """
     for condition in conditions:
         if condition.column not in (FOLD, *columns):
-            raise ConfigError("where", condition.column, "is no column of the corpus.", nearest(condition.column, [FOLD, *columns]))
+            raise ConfigError("where", condition.column, "is not a column of the corpus.", nearest(condition.column, [FOLD, *columns]))
 
 
 def check_speaker_column(column: str, columns: Collection[str]) -> None:
@@ -83,7 +83,7 @@ def check_speaker_column(column: str, columns: Collection[str]) -> None:
         ConfigError: no utterance has the column.
     """
     if column != "speaker" and column not in columns:
-        raise ConfigError("speaker_column", column, "is no column of the corpus.", nearest(column, columns))
+        raise ConfigError("speaker_column", column, "is not a column of the corpus.", nearest(column, columns))
 
 
 def dataset_name(options: CorpusOptions) -> str:
@@ -106,7 +106,7 @@ def read_corpus(options: CorpusOptions) -> Iterator[Utterance | Unusable]:
         DataError: the folder, its table or its recordings are missing, or a table is not UTF-8 or lacks a column.
     """
     if options.layout not in LAYOUTS:
-        raise ConfigError("corpus", options.layout, "is no layout of a corpus.", nearest(options.layout, LAYOUTS))
+        raise ConfigError("corpus", options.layout, "is not a layout of a corpus.", nearest(options.layout, LAYOUTS))
     if options.casing not in ("cased", "upper"):
         raise ConfigError("casing", options.casing, "must be cased or upper.")
     if options.casing != "cased" and options.layout != "libriheavy":
@@ -114,7 +114,7 @@ def read_corpus(options: CorpusOptions) -> Iterator[Utterance | Unusable]:
     if not options.directory.exists():
         raise DataError("input", str(options.directory), "does not exist.", "Check the path.")
     if not options.directory.is_dir() and options.layout != "libriheavy":
-        raise DataError("input", str(options.directory), "is no folder.", f"Give the folder of the corpus, as {options.layout} has it.")
+        raise DataError("input", str(options.directory), "is not a folder.", f"Give the folder of the corpus, as {options.layout} has it.")
     return _checked(LAYOUTS[options.layout].read(options), dataset_name(options))
 
 
@@ -142,7 +142,7 @@ def _fault(known: str, entry: Entry) -> str | None:
     try:
         json.dumps([known, entry.text, entry.columns], ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
-        return "holds bytes that are not UTF-8, or half a surrogate pair, which is no text"
+        return "holds bytes that are not UTF-8, or half a surrogate pair, which is not text"
     except ValueError:
         return "has a column with a number that is not finite"
     return None if os.path.isfile(entry.path) else NOT_THERE

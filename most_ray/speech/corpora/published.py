@@ -119,7 +119,7 @@ def _cut_entries(
     spans = [(parse(s.get("start", 0), -math.inf), parse(s.get("duration", length), 1e-9)) for s in supervisions]
     for index, (supervision, (offset, lasts)) in enumerate(zip(supervisions, spans, strict=True)):
         if begin is None or length is None or offset is None or lasts is None:
-            raise RecordError("has a start or a duration that is no number of seconds")
+            raise RecordError("has a start or a duration that is not a number of seconds")
         inside = max(0.0, offset)
         left = min(length, offset + lasts) - inside
         if left <= 0:
@@ -141,7 +141,7 @@ def _recorded(cut: Mapping[str, Any]) -> str:
     sources = recording.get("sources") if isinstance(recording, dict) else None
     source = sources[0] if isinstance(sources, list) and sources else None
     if cut.get("type", "MonoCut") != "MonoCut" or not isinstance(cut.get("id"), str) or not isinstance(source, dict):
-        raise RecordError("is no MonoCut with an id and a recording")
+        raise RecordError("is not a MonoCut with an id and a recording")
     if source.get("type") != "file" or not isinstance(source.get("source"), str):
         raise RecordError(f"has a recording of type {source.get('type')!r}, not a file")
     return str(source["source"])

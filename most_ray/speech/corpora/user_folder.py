@@ -66,7 +66,7 @@ def _row_entry(root: Path, table: Path, named: set[int], number: int, row: Mappi
     begin = 0.0 if start in (None, "") else tables.parse_seconds(start)
     length = None if duration in (None, "") else tables.parse_seconds(duration, 1e-9)
     if begin is None or (length is None and duration not in (None, "")):
-        raise RecordError(f"has a start or a duration that is no number of seconds: {start!r}, {duration!r}")
+        raise RecordError(f"has a start or a duration that is not a number of seconds: {start!r}, {duration!r}")
     stem = path.stem if start in (None, "") else f"{path.stem}_{round(begin * 1000)}"
     yield Entry(table, number, stem, path, text if isinstance(text, str) else "", columns, begin, length)
 

@@ -94,7 +94,7 @@ def require_units_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DataError("speech", str(folder), f"holds no {UNITS_MANIFEST}, which says what the units mean.", _REMEDY) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError("speech", str(folder / UNITS_MANIFEST), f"is no units manifest ({error!r}).", _REMEDY) from error
+        raise DataError("speech", str(folder / UNITS_MANIFEST), f"is not a units manifest ({error!r}).", _REMEDY) from error
     return dict(manifest)
 
 

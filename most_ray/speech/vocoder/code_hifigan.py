@@ -91,7 +91,7 @@ def _language_number(source: str, language: str | None, n_languages: int) -> int
     number = codes.get(language, int(language) if language.isdecimal() else -1)
     if not 0 <= number < n_languages:
         known = f"Known: {', '.join(sorted(codes))}." if codes else f"Give a number in 0..{n_languages - 1}."
-        raise CheckpointError("language", language, f"is no language of {source}.", known)
+        raise CheckpointError("language", language, f"is not a language of {source}.", known)
     return number
 
 

@@ -159,7 +159,7 @@ def check_units(units: Sequence[int] | np.ndarray, n_units: int) -> np.ndarray:
     ids = np.asarray(units, dtype=np.int64).reshape(-1)
     if len(ids) and not (ids.min() >= 0 and ids.max() < n_units):
         wrong = int(ids[(ids < 0) | (ids >= n_units)][0])
-        raise DataError("units", wrong, f"is no unit of this vocoder, which knows 0..{n_units - 1}.")
+        raise DataError("units", wrong, f"is not a unit of this vocoder, which knows 0..{n_units - 1}.")
     return ids
 
 
