@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import most_ray
 
 _PACKAGES = ("torch", "transformers", "ray", "numpy", "pyarrow", "wandb", "most_ray")
@@ -22,49 +20,38 @@ def environment() -> dict[str, Any]:
 
     `commit` and `modified` are there where most_ray's source is in a git checkout, `cuda` and `driver` where there is a GPU.
     """
+    import torch  # not above: probes of a cluster's nodes use `version_of` without it
+
+    memory = _find(r"^MemTotal:\s*(\d+) kB$", "/proc/meminfo")
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
-        "cpu": _cpu_model(),
+        "cpu": _find(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or None,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": _memory_gb(),
-        "gpus": [],
+        "memory_gb": round(int(memory) * 1024 / 1e9, 1) if memory else None,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
     if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        found |= {"cuda": torch.version.cuda, "driver": _driver()}
-    found["versions"] = {name: _version(name) for name in _PACKAGES}
+        found |= {"cuda": torch.version.cuda, "driver": _find(r"Kernel Module\D*([\d.]+)", "/proc/driver/nvidia/version")}
+    found["versions"] = {name: version_of(name) for name in _PACKAGES}
     return found | _commit(Path(most_ray.__file__).resolve().parents[1])
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, read without loading it; None where it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_model() -> str | None:
-    match = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    return match[1].strip() if match else platform.processor() or None
-
-
-def _memory_gb() -> float | None:
-    match = re.search(r"^MemTotal:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
-    return round(int(match[1]) * 1024 / 1e9, 1) if match else None
-
-
-def _driver() -> str | None:
-    match = re.search(r"Kernel Module\D*([\d.]+)", _text("/proc/driver/nvidia/version"))
-    return match[1] if match else None
-
-
-def _text(path: str) -> str:
-    """A file's text; empty where it cannot be read, as on another operating system."""
+def _find(pattern: str, path: str) -> str | None:
+    """The first group of a pattern in a file; None where it is not found, or the file cannot be read, as on another operating system."""
     try:
-        return Path(path).read_text()
+        match = re.search(pattern, Path(path).read_text(), re.MULTILINE)
     except OSError:
-        return ""
+        return None
+    return match[1].strip() if match else None
 
 
 def _commit(root: Path) -> dict[str, Any]:

@@ -14,11 +14,7 @@ from most_ray.io import storage
 
 def check_outputs(config: RunConfig) -> None:
     """Check that the run's folder, the folder of token stores and the trace can be written to, that the disk has room, and that W&B has a
-    key where wandb_mode is online.
-
-    Raises:
-        ConfigError: one of these does not hold.
-    """
+    key where wandb_mode is online; raise ConfigError where one of these does not hold."""
     _check_writable("output_dir", config.run_uri)
     if config.store_dir:
         _check_writable("store_dir", config.store_dir)
@@ -35,9 +31,8 @@ def check_outputs(config: RunConfig) -> None:
         if first and not first.startswith(b'{"step"'):
             raise ConfigError("trace_records", config.trace_records, "exists and is no trace.", "Name another file.")
     if config.wandb_project and config.wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
-        raise ConfigError(
-            "wandb_mode", "online", "needs a key.", "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
-        )
+        remedy = "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
+        raise ConfigError("wandb_mode", "online", "needs a key.", remedy)
 
 
 def _check_writable(field: str, uri: str) -> None:
@@ -49,14 +44,18 @@ def _check_writable(field: str, uri: str) -> None:
             raise OSError("reads other bytes than were written")
         storage.remove(probe)
     except (OSError, DataError) as error:
-        reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
-        raise ConfigError(field, storage.redact(uri), reason, "Name a folder or URI that can be written to.") from error
+        rule = f"{failure_rule(error, 'written to')}."
+        raise ConfigError(field, storage.redact(uri), rule, "Name a folder or URI that can be written to.") from error
+
+
+def failure_rule(error: OSError | DataError, what: str) -> str:
+    """Why a path or URI cannot be `what` ("read", "written to"), as the end of a sentence, without its full stop."""
+    return error.rule.rstrip(".") if isinstance(error, DataError) else f"cannot be {what} ({error.strerror or error})"
 
 
 def _has_netrc() -> bool:
     """Whether ~/.netrc mentions wandb."""
-    netrc = Path.home() / ".netrc"
     try:
-        return "wandb" in netrc.read_text(encoding="utf-8")
+        return "wandb" in (Path.home() / ".netrc").read_text(encoding="utf-8")
     except OSError:  # no such file, or not readable for wandb either
         return False

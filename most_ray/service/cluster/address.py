@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+from typing import Any
 
 import grpc
 import ray
@@ -32,13 +33,11 @@ def use_token() -> None:
 
 
 def check_address(address: str) -> None:
-    """Check that a Ray of this process's version listens at HOST:PORT and accepts its token. Other forms, as "auto", are left to Ray.
+    """Check that a Ray of this process's version listens at HOST:PORT and accepts its token, else raise ConfigError. Other forms of
+    address, as "auto", are left to Ray.
 
     Ray replaces a loopback address by this machine's outward one, where a head node that listens on loopback alone does not answer: in
     that case this process is set to keep the loopback address.
-
-    Raises:
-        ConfigError: nothing or something else listens there, the token is not accepted, or the versions differ.
     """
     if re.match(r"https?://", address):
         rule = "is a dashboard's address, which accepts jobs: a run joins Ray itself."
@@ -56,15 +55,8 @@ def check_address(address: str) -> None:
     if not _listens(host, port):
         raise ConfigError("ray_address", address, "does not answer: nothing listens there.", "Check it, and that Ray runs there.")
     use_token()
-    _check_ray(address, f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-
-
-def _check_ray(address: str, target: str) -> None:
-    """Ask the head's control store at `target` for its version; errors name `address`, as the user wrote it."""
     try:
-        with init_grpc_channel(target) as channel:
-            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            reply = stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S)
+        theirs = _ask(init_grpc_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
     except AuthenticationError as error:
         raise ConfigError("ray_address", address, NO_TOKEN, TOKEN_REMEDY) from error
     except grpc.RpcError as error:
@@ -72,15 +64,21 @@ def _check_ray(address: str, target: str) -> None:
             raise ConfigError("ray_address", address, WRONG_TOKEN if is_token_auth_enabled() else NO_TOKEN, TOKEN_REMEDY) from error
         rule = f"does not answer as Ray does ({error.code().name.lower()})."
         raise ConfigError("ray_address", address, rule, "Name the head's own port (6379), not the dashboard's or a client's.") from error
-    if reply.ray_version != ray.__version__:
-        raise ConfigError("ray_address", address, *version_mismatch(reply.ray_version))
+    if theirs != ray.__version__:
+        raise ConfigError("ray_address", address, *version_mismatch(theirs))
+
+
+def _ask(channel: Any) -> str:
+    """The version of the Ray whose control store is reached by a gRPC channel, which is closed."""
+    with channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        return str(stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S).ray_version)
 
 
 def requires_token(target: str) -> bool:
     """Whether the Ray at HOST:PORT refuses a call without a token."""
     try:
-        with grpc.insecure_channel(target) as channel:
-            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_ANSWER_S)
+        _ask(grpc.insecure_channel(target))
     except grpc.RpcError:  # the head, which was reached before, refuses the call
         return True
     return False

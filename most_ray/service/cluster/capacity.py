@@ -30,7 +30,7 @@ _REQUEST_S = 180.0  # seconds after which a request to the autoscaler expires
 class WorkerShare:
     """The resources that one training worker takes of the cluster."""
 
-    cpus: float = 1.0
+    cpus: float
     gpus: float = 0.0
 
     @classmethod
@@ -52,12 +52,8 @@ def usable_nodes() -> set[str]:
 
 def start_on_nodes(function: Callable[..., Any], nodes: Iterable[str], *args: Any) -> dict[ray.ObjectRef, str]:
     """Start `function(*args)` as a task without CPUs on each of `nodes`, and on no other. Returns the node's id by the task's reference."""
-
-    def start(node: str) -> ray.ObjectRef:
-        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(function).remote(*args)
-
-    return {start(node): node for node in nodes}
+    task = ray.remote(num_cpus=0, max_retries=0)(function)
+    return {task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*args): node for node in nodes}
 
 
 def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
@@ -65,11 +61,7 @@ def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
 
     Ray considers a node alive until several heartbeats are missing, and waits a minute for workers on a node that is gone.
     """
-
-    def answer() -> None:
-        return None
-
-    tasks = start_on_nodes(answer, nodes)
+    tasks = start_on_nodes(lambda: None, nodes)
     done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s) if tasks else ([], [])
     for reference in late:
         ray.cancel(reference, force=True)
@@ -85,20 +77,16 @@ def worker_capacity(nodes: set[str], share: WorkerShare, task_cpus: float, free_
     """How many workers fit on nodes.
 
     Args:
-        nodes: ids of the nodes to count.
+        nodes: their ids.
         share: resources of each worker, which are all on one node.
         task_cpus: CPUs to leave for data tasks, on any of the nodes.
         free_only: count only the resources that are unused now.
     """
-    if free_only:
-        by_node = {node: resources for node, resources in free_resources().items() if node in nodes}
-    else:
-        by_node = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["NodeID"] in nodes}
-    slots = sum(
-        min(_fits(resources.get(name, 0.0), each) for name, each in share.resources().items() if each) for resources in by_node.values()
-    )
-    total = sum(resources.get("CPU", 0.0) for resources in by_node.values())
-    return max(0, min(slots, _fits(total - task_cpus, share.cpus)))
+    by_node = free_resources() if free_only else {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    counted = [resources for node, resources in by_node.items() if node in nodes]
+    each = {name: amount for name, amount in share.resources().items() if amount}
+    slots = sum(min(_fits(resources.get(name, 0.0), amount) for name, amount in each.items()) for resources in counted)
+    return max(0, min(slots, _fits(sum(resources.get("CPU", 0.0) for resources in counted) - task_cpus, share.cpus)))
 
 
 def _fits(available: float, each: float) -> int:

@@ -10,7 +10,7 @@ import ray
 import ray.exceptions
 
 from most_ray.config import RunConfig
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, one_line
 from most_ray.io import storage
 from most_ray.service.cluster.address import check_address
 from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare
@@ -18,22 +18,14 @@ from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback
 
 
 def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
-    """Join the named cluster, or start Ray on this machine with room for `most` workers and their data tasks.
-
-    Args:
-        fewest: workers that the run needs at least.
-        most: workers that the run can use.
-        use_gpu: whether workers train on GPUs.
-
-    Raises:
-        ConfigError: the cluster cannot be joined, or cannot hold the fewest workers and the evaluations.
-    """
+    """Join the named cluster, or start Ray on this machine with room for `most` workers and their data tasks. Raises as `connect` and
+    `check_resources`."""
     connect(config, most + 2)
     check_resources(config, fewest, most, use_gpu)
 
 
 def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
-    """Check that the cluster that was joined has, or can grow to, what a run needs. Arguments as of `start_ray`.
+    """Check that the cluster that was joined has, or can grow to, what a run of at least `fewest` and at most `most` workers needs.
 
     Raises:
         ConfigError: it cannot hold the fewest workers, or has no GPUs left for evaluations.
@@ -41,30 +33,26 @@ def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) ->
     resources, limit_known = largest_resources()
     if has_autoscaler() and not limit_known:  # it may become large enough: the run waits for that
         return
-    evaluation = 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus
-    if evaluation:  # the workers keep theirs until the last evaluation has finished
-        training = most * config.gpus_per_worker if use_gpu else 0.0
-        check_evaluation_gpus("eval_gpus", config.eval_gpus, evaluation, training)
-    needed = WorkerShare.of(config, use_gpu).resources(fewest)
+    share = WorkerShare.of(config, use_gpu)
+    if evaluation := 0.0 if config.eval_inline else config.eval_workers * config.eval_gpus:
+        # The workers keep theirs until the last evaluation has finished.
+        check_evaluation_gpus("eval_gpus", config.eval_gpus, evaluation, most * share.gpus)
+    needed = share.resources(fewest)
     needed["CPU"] += TASK_CPUS
-    short = {name: amount for name, amount in needed.items() if resources.get(name, 0.0) < amount}
-    if short:
-        wanted = " and ".join(f"{amount:g} {name}" for name, amount in sorted(short.items(), reverse=True))
-        available = " and ".join(f"{resources.get(name, 0.0):g}" for name in sorted(short, reverse=True))
+    if short := sorted((name for name, amount in needed.items() if resources.get(name, 0.0) < amount), reverse=True):
+        wanted = " and ".join(f"{needed[name]:g} {name}" for name in short)
+        available = " and ".join(f"{resources.get(name, 0.0):g}" for name in short)
         raise ConfigError("num_workers", fewest, f"needs {wanted}, the cluster has {available}.", "Use fewer workers, or add nodes.")
 
 
 def check_evaluation_gpus(field: str, each: float, needed: float, training: float = 0.0) -> None:
-    """Refuse evaluations that would wait for GPUs without end.
+    """Raise ConfigError for evaluations that would wait for GPUs without end.
 
     Args:
         field: the key or flag to name in the error.
         each: its value, the GPUs of one evaluation worker.
         needed: GPUs of all evaluation workers.
         training: GPUs of the training workers, which are not free for evaluations.
-
-    Raises:
-        ConfigError: the cluster has fewer.
     """
     gpus = largest_resources()[0].get("GPU", 0.0)
     if gpus < training + needed:
@@ -78,11 +66,7 @@ def cluster_address(config: RunConfig) -> str | None:
 
 
 def cluster_gpus(config: RunConfig) -> int | None:
-    """Join the named cluster and return the GPUs that it has now; None for a run on this machine.
-
-    Raises:
-        ConfigError: the cluster cannot be joined.
-    """
+    """Join the named cluster, see `connect`, and return the GPUs that it has now; None for a run on this machine."""
     if not cluster_address(config):
         return None
     connect(config, 0)
@@ -91,10 +75,7 @@ def cluster_gpus(config: RunConfig) -> int | None:
 
 def connect(config: RunConfig, local_cpus: int) -> None:
     """Join the named cluster, or start Ray on this machine with `local_cpus` logical CPUs. Does nothing where Ray is connected already.
-
-    Raises:
-        ConfigError: the cluster cannot be joined.
-    """
+    Raises ConfigError where the cluster cannot be joined."""
     if ray.is_initialized():
         return
     # Little output, and nothing sent anywhere.
@@ -110,7 +91,7 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     try:
         joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = f"cannot be joined ({' '.join(str(error).split())[:200]})."
+        reason = f"cannot be joined ({one_line(error)[:200]})."
         raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
     if storage.redact(config.run_uri) != config.run_uri:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # the dashboard would show the URI's credentials
@@ -119,25 +100,15 @@ def connect(config: RunConfig, local_cpus: int) -> None:
 
 
 def start_local_ray(num_cpus: int, **changes: Any) -> Any:
-    """Start Ray on this machine, on loopback alone.
+    """Start Ray on this machine, on loopback alone. Returns the context that `ray.init` returns.
 
     Args:
         num_cpus: logical CPUs: one for each worker, and two for their data tasks and an evaluation.
         changes: other arguments of `ray.init`.
-
-    Returns:
-        The context that `ray.init` returns.
     """
     # Else Ray replaces 127.0.0.1 by the machine's outward address and listens on every one. Its processes read the variable; this one has
     # read it already.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     keep_loopback()
-    options = {
-        "num_cpus": num_cpus,
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "object_store_memory": 512 << 20,
-        "_node_ip_address": "127.0.0.1",
-    }
-    return ray.init(**{**options, **changes})
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, "_node_ip_address": "127.0.0.1", **quiet, **changes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,7 @@ class Package:
     files: frozenset[str]  # paths relative to the folder, with "/"
 
     def check_size(self) -> None:
-        """Check that Ray accepts the archive: Ray itself refuses it only after it has packed it for minutes.
-
-        Raises:
-            ConfigError: the archive is too large.
-        """
+        """Raise ConfigError for an archive that is too large: Ray itself refuses it only after it has packed it for minutes."""
         limit = min(DASHBOARD_CLIENT_MAX_SIZE, packaging.GCS_STORAGE_MAX_SIZE - 1)
         if self.bytes > limit:
             raise self.too_large(f"a job takes at most {limit / 2**20:.0f}")
@@ -41,14 +38,7 @@ class Package:
         return ConfigError("working_dir", str(self.folder), rule, "List in .gitignore or .rayignore what the job does not need.")
 
     def check_contains(self, config: str) -> None:
-        """Check that a configuration is sent with the job.
-
-        Args:
-            config: its path relative to the folder.
-
-        Raises:
-            ConfigError: it is not among the files.
-        """
+        """Raise ConfigError where a configuration is not sent with the job. `config`: its path relative to the folder."""
         if config not in self.files:
             cause, remedy = self._why_excluded(config)
             raise ConfigError("config", config, f"is not sent with the job: {cause}.", remedy)
@@ -74,23 +64,17 @@ def _honours_gitignore() -> bool:
 
 
 def package_of(folder: Path) -> Package:
-    """Find the files of a folder that would be sent, and the size of their archive, without packing them.
-
-    Raises:
-        ConfigError: it is not a folder.
-    """
+    """Find the files of a folder that would be sent, and the size of their archive, without packing them."""
     if not folder.is_dir():
         raise ConfigError("working_dir", str(folder), "is no folder.", "Name the folder of the job's files.")
-    sizes: dict[str, int] = {}
-    files: list[str] = []
+    sizes, files = Counter[str](), []
     overhead = 22  # bytes of a zip file's end record
 
     def count(path: Path) -> None:
         nonlocal overhead
         name = path.relative_to(folder).as_posix()
         if path.is_file():
-            top = name.split("/", 1)[0]
-            sizes[top] = sizes.get(top, 0) + path.stat().st_size
+            sizes[name.split("/", 1)[0]] += path.stat().st_size
             files.append(name)
         elif path.is_dir() and next(path.iterdir(), None) is None:
             name += "/"
@@ -99,5 +83,4 @@ def package_of(folder: Path) -> Package:
         overhead += 76 + 2 * len(name.encode())  # the entry's two headers; Ray stores files without compression
 
     packaging._dir_travel(folder, [packaging._get_excludes(folder, list(EXCLUDES))], count, include_gitignore=_honours_gitignore())
-    ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return Package(folder, sum(sizes.values()) + overhead, tuple(ordered[:3]), frozenset(files))
+    return Package(folder, sizes.total() + overhead, tuple(sizes.most_common(3)), frozenset(files))

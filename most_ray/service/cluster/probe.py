@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 import resource
@@ -18,6 +17,8 @@ from pathlib import Path
 import most_ray
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.runs.environment import version_of
+from most_ray.runs.output_checks import failure_rule
 
 LIBRARIES = ("ray", "torch", "transformers", "numpy", "pyarrow")  # whose versions are compared between nodes
 
@@ -54,31 +55,21 @@ class NodeReport:
 
 def run_probe(probe: Probe) -> NodeReport:
     """Make all checks of a probe on this machine. Problems are returned, not raised."""
-    problems = [_check_writable(name, uri, probe.marker) for name, uri in probe.writes]
-    problems += [_check_readable(name, uri) for name, uri in probe.reads]
-    return NodeReport(
-        host=socket.gethostname(),
-        versions=versions(),
-        time=time.time(),
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        problems=tuple(problem for problem in problems if problem),
-    )
+    found = [_check_writable(name, uri, probe.marker) for name, uri in probe.writes]
+    found += [_check_readable(name, uri) for name, uri in probe.reads]
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return NodeReport(socket.gethostname(), versions(), time.time(), open_files, tuple(problem for problem in found if problem))
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """The versions that must be equal on all nodes, by name: Python, the libraries (read without loading them), and a hash of this
     package's source files."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
     root, content = Path(most_ray.__file__).parent, hashlib.blake2b(digest_size=6)
     for path in sorted(root.rglob("*.py")):
         content.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return {**found, "most_ray": content.hexdigest()}
+    libraries = {name: version_of(name) or "missing" for name in LIBRARIES}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **libraries, "most_ray": content.hexdigest()}
 
 
 def write_marker(uri: str, marker: str) -> None:
@@ -100,9 +91,8 @@ def _check_writable(name: str, uri: str, marker: str) -> UriProblem | None:
     except FileNotFoundError:
         return UriProblem(name, uri, "is another folder than the driver's", missing=True)
     except (OSError, DataError) as error:
-        return UriProblem(name, uri, _reason(error, "read"))
-    own = storage.join(uri, f".probe-{marker}-{uuid.uuid4().hex[:8]}")
-    content = os.urandom(4096)
+        return UriProblem(name, uri, failure_rule(error, "read"))
+    own, content = storage.join(uri, f".probe-{marker}-{uuid.uuid4().hex[:8]}"), os.urandom(4096)
     try:
         storage.write_bytes(own, content)
         if not storage.is_remote(uri):  # nothing is ever renamed in an object store
@@ -111,7 +101,7 @@ def _check_writable(name: str, uri: str, marker: str) -> UriProblem | None:
         found = storage.read_bytes(own)
         storage.remove(own)
     except (OSError, DataError) as error:
-        return UriProblem(name, uri, _reason(error, "written to"))
+        return UriProblem(name, uri, failure_rule(error, "written to"))
     return None if found == content else UriProblem(name, uri, "reads other bytes than were written")
 
 
@@ -130,9 +120,5 @@ def _check_readable(name: str, uri: str) -> UriProblem | None:
             with first.open("rb") as stream:
                 stream.read(4096)
     except (OSError, DataError) as error:
-        return UriProblem(name, uri, _reason(error, "read"))
+        return UriProblem(name, uri, failure_rule(error, "read"))
     return None
-
-
-def _reason(error: OSError | DataError, what: str) -> str:
-    return error.rule.rstrip(".") if isinstance(error, DataError) else f"cannot be {what} ({error.strerror or error})"

@@ -13,11 +13,9 @@ from typing import Any
 import ray
 import ray.util
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import (  # no public way in Ray 2.60 to say where a group meets
-    _set_torch_distributed_env_vars,
-    _setup_torch_process_group,
-    _TorchBackend,
-)
+
+# No public way in Ray 2.60 to say where a group meets.
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from torch.distributed import TCPStore
 
 logger = logging.getLogger(__name__)
@@ -75,8 +73,7 @@ def use_store(address: str, port: int) -> None:
 
 def choose_interface() -> None:
     """Let gloo use the interface that has this node's address, unless GLOO_SOCKET_IFNAME is set; runs in every worker."""
-    interface = interface_of(ray.util.get_node_ip_address())
-    if interface:
+    if interface := interface_of(ray.util.get_node_ip_address()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 

@@ -30,11 +30,8 @@ _EVENTS = (  # gauges that follow from events instead of a key of a line
     Gauge("most_ray_checkpoint_timestamp_seconds", "Unix time at which this start has committed its newest checkpoint"),
     Gauge("most_ray_checkpoints", "Checkpoints committed since this start"),
 )
-
-
-METRICS: Mapping[str, Gauge] = {gauge.name: gauge for gauge in _EVENTS} | {
-    key.gauge.name: key.gauge for keys in KINDS.values() for key in nested(keys) if key.gauge
-}
+_OF_KEYS = [key.gauge for keys in KINDS.values() for key in nested(keys) if key.gauge]
+METRICS: Mapping[str, Gauge] = {gauge.name: gauge for gauge in (*_EVENTS, *_OF_KEYS)}
 
 
 class RayMetrics:
@@ -60,21 +57,17 @@ class RayMetrics:
         for line in lines:
             self._count(line)
             newest[kind_of(line)] = line
-        self._show_totals()
-        self._set("most_ray_checkpoints", 0)
-        if step:
-            self._set("most_ray_checkpoint_step", step)
+        self._set_all(self._totals)
+        self._set_all({"most_ray_checkpoints": 0, "most_ray_checkpoint_step": step or None})
         for kind in ("train", "evaluation"):
             if kind in newest:
                 self._show(newest[kind])
-        self._set("most_ray_step", step)
-        self._set("most_ray_line_seconds", 0)
-        self._set("most_ray_last_step_timestamp_seconds", time.time())
+        self._set_all({"most_ray_step": step, "most_ray_line_seconds": 0, "most_ray_last_step_timestamp_seconds": time.time()})
         threading.Thread(target=self._refresh, name="Ray's metrics", daemon=True).start()
 
     def log(self, line: Line) -> None:
         self._count(line)
-        self._show_totals()
+        self._set_all(self._totals)
         self._show(line)
         if kind_of(line) == "train":
             if self._line_time is not None:
@@ -85,8 +78,7 @@ class RayMetrics:
     def checkpoint(self, step: int, uri: str) -> None:
         del uri
         self._checkpoints += 1
-        self._set("most_ray_checkpoints", self._checkpoints)
-        self._set("most_ray_checkpoint_step", step)
+        self._set_all({"most_ray_checkpoints": self._checkpoints, "most_ray_checkpoint_step": step})
         self._set("most_ray_checkpoint_timestamp_seconds", time.time())
 
     def close(self) -> None:
@@ -101,8 +93,8 @@ class RayMetrics:
         self._totals["most_ray_starts"] += line.get("kind") == "start"
         self._totals["most_ray_failed_evaluations"] += line.get("kind") == "failure" and line.get("what") == "evaluation"
 
-    def _show_totals(self) -> None:
-        for name, value in self._totals.items():
+    def _set_all(self, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
             self._set(name, value)
 
     def _show(self, line: Line) -> None:

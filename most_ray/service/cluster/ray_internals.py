@@ -23,8 +23,7 @@ def kv_put(key: bytes, value: bytes) -> None:
 
 def kv_get(key: bytes) -> bytes | None:
     """Read a key of the cluster's key-value store; None where it is not set."""
-    value: bytes | None = internal_kv._internal_kv_get(key)
-    return value
+    return internal_kv._internal_kv_get(key)
 
 
 def kv_delete(key: bytes) -> None:
@@ -34,14 +33,12 @@ def kv_delete(key: bytes) -> None:
 
 def draining_nodes() -> dict[str, int]:
     """Ids of the nodes that will be taken away, with their deadlines (UNIX time in ms, 0: none). Ray Train looks at the same table."""
-    found: dict[str, int] = state.get_draining_nodes()
-    return found
+    return state.get_draining_nodes()
 
 
 def free_resources() -> dict[str, dict[str, float]]:
     """Resources that are unused now, by node id."""
-    found: dict[str, dict[str, float]] = available_resources_per_node()
-    return found
+    return available_resources_per_node()
 
 
 def largest_resources() -> tuple[dict[str, float], bool]:

@@ -27,20 +27,9 @@ def _key(driver: str, name: str) -> bytes:
     return f"most_ray/{name}/{driver}".encode()
 
 
-def request_stop(driver: str, reason: str) -> None:
-    """Ask the workers of `driver` to stop after a checkpoint."""
-    kv_put(_key(driver, "stop"), reason.encode())
-
-
 def register_worker_node(driver: str, rank: int) -> None:
     """Record the node that a worker runs on; called in the worker."""
     kv_put(_key(driver, f"node/{rank}"), ray.get_runtime_context().get_node_id().encode())
-
-
-def registered_nodes(driver: str, n_workers: int) -> list[str]:
-    """Ids of the nodes of an attempt's workers, of those workers that have started."""
-    found = (kv_get(_key(driver, f"node/{rank}")) for rank in range(n_workers))
-    return [node.decode() for node in found if node]
 
 
 def clear_run_keys(driver: str, n_workers: int) -> None:
@@ -97,11 +86,7 @@ class ShutdownSignal(threading.Event):
     _graceful = False
 
     def install(self, interrupt: bool = False) -> None:
-        """Handle SIGTERM. To be called again after `ray.init`, which installs a handler of its own.
-
-        Args:
-            interrupt: handle Ctrl-C as well.
-        """
+        """Handle SIGTERM, with `interrupt` Ctrl-C as well. To be called again after `ray.init`, which installs a handler of its own."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT) if interrupt else (signal.SIGTERM,):
                 signal.signal(number, self._handle)
@@ -167,9 +152,8 @@ class AttemptWatcher:
         warned = False
         while not self._ended.wait(0.2) and self.reason != TERMINATED:
             try:
-                found = TERMINATED if self._shutdown.is_set() else self._look()
-                if found:
-                    request_stop(self._driver, found)
+                if found := TERMINATED if self._shutdown.is_set() else self._look():
+                    kv_put(_key(self._driver, "stop"), found.encode())
                     self.reason = found
             except Exception as error:  # noqa: BLE001 - Ray may be handling a failure of the attempt, or be gone
                 if not warned:  # one line is enough: it is tried again, several times a second, until the attempt ends
@@ -181,7 +165,8 @@ class AttemptWatcher:
         if self.reason or time.monotonic() < self._next_look:
             return None
         self._next_look = time.monotonic() + self._every
-        nodes = registered_nodes(self._driver, self._n_workers)
+        found = (kv_get(_key(self._driver, f"node/{rank}")) for rank in range(self._n_workers))
+        nodes = [node.decode() for node in found if node]  # of the workers that have started
         if set(nodes) & set(draining_nodes()):
             return PREEMPTED
         # Until all workers have started, their own resources look free; and others may be waiting for what was just freed.

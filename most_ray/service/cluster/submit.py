@@ -18,7 +18,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from most_ray.errors import EXIT_STOPPED, ConfigError, UserError, nearest
+from most_ray.errors import EXIT_STOPPED, ConfigError, UserError, nearest, one_line
 from most_ray.io import storage
 from most_ray.service.cluster.address import NO_TOKEN, TOKEN_REMEDY, WRONG_TOKEN, check_address, use_token, version_mismatch
 from most_ray.service.cluster.job_package import EXCLUDES, Package
@@ -58,14 +58,11 @@ def job_name(name: str, uri: str) -> str:
 
 
 def next_job(base: str, jobs: Iterable[tuple[str, bool]]) -> tuple[str, bool]:
-    """The submission id of a run's next job. Pure.
+    """The submission id of a run's next job, and whether this job is running or pending already. Pure.
 
     Args:
         base: the submission id of the run's first job; the k-th one is BASE-k.
         jobs: submission ids of the cluster's jobs, each with whether it has ended.
-
-    Returns:
-        The id, and whether this job is running or pending already.
     """
     matches = ((re.fullmatch(rf"{re.escape(base)}(?:-(\d+))?", name), ended) for name, ended in jobs)
     known = {int(match[1] or 1): ended for match, ended in matches if match}
@@ -82,14 +79,10 @@ class _Client(JobSubmissionClient):
 
 
 def open_client(address: str | None, environ: Mapping[str, str] = os.environ) -> JobSubmissionClient:
-    """Connect to a cluster's job server: at `address`, else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's dashboard.
-
-    Raises:
-        ConfigError: it does not answer, requires another token, or runs another version of Ray.
-    """
+    """Connect to a cluster's job server: at `address`, else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's dashboard. Raises
+    ConfigError where it does not answer, requires another token, or runs another version of Ray."""
     given = address or environ.get("RAY_API_SERVER_ADDRESS") or environ.get("RAY_ADDRESS")
     named = given or LOCAL_DASHBOARD
-    shown = storage.redact(named)
     if not re.match(r"https?://", named):
         check_address(named)
     os.environ["RAY_API_SERVER_ADDRESS"] = named  # which Ray prefers to its client's argument
@@ -97,53 +90,43 @@ def open_client(address: str | None, environ: Mapping[str, str] = os.environ) ->
     try:
         client = _Client(named)
     except AuthenticationError as error:
-        raise _token_error(shown, error) from error
+        raise _token_error(named, error) from error
     except (ConnectionError, RuntimeError, ValueError, requests.exceptions.RequestException) as error:
         hint = "Check it." if given else "Start a cluster (cluster/local/up.sh does on this machine), or name its dashboard by --address."
-        raise ConfigError("address", shown, "does not answer as a Ray dashboard.", hint) from error
-    theirs = client._server_ray_version
-    if theirs and theirs != ray.__version__:
-        raise ConfigError("address", shown, *version_mismatch(theirs))
+        raise ConfigError("address", storage.redact(named), "does not answer as a Ray dashboard.", hint) from error
+    if (theirs := client._server_ray_version) and theirs != ray.__version__:
+        raise ConfigError("address", storage.redact(named), *version_mismatch(theirs))
     return client
 
 
 def _token_error(address: str, error: AuthenticationError) -> ConfigError:
     rule = WRONG_TOKEN if re.search("invalid|403", str(error), re.IGNORECASE) else NO_TOKEN
-    return ConfigError("address", address, rule, TOKEN_REMEDY)
+    return ConfigError("address", storage.redact(address), rule, TOKEN_REMEDY)
 
 
-class _RetryingCaller:
-    """Calls a dashboard that may be restarting, and tries again until it has not answered for `_SILENCE_S` seconds."""
+def _retrying(client: JobSubmissionClient, write: Write, method: Callable[..., T], *arguments: Any) -> T:
+    """Call a method of a client whose dashboard may be restarting, again until it has not answered for `_SILENCE_S` seconds.
 
-    def __init__(self, client: JobSubmissionClient, write: Write) -> None:
-        self._address, self._write = storage.redact(client.get_address()), write
-
-    def call(self, method: Callable[..., T], *arguments: Any) -> T:
-        """Call a method of the client.
-
-        Raises:
-            ConfigError: the dashboard does not answer, does not know the job, or requires another token.
-        """
-        since: float | None = None
-        while True:
-            try:
-                return method(*arguments)
-            except AuthenticationError as error:
-                raise _token_error(self._address, error) from error
-            except _NO_ANSWER as error:
-                now = time.monotonic()
-                if since is None:
-                    since = now
-                    self._write("The dashboard does not answer; trying again.\n")
-                if now - since >= _SILENCE_S:
-                    raise self._give_up(error) from error
-            time.sleep(_POLL_S)
-
-    def _give_up(self, error: Exception) -> ConfigError:
-        if re.search("status code 404.*does not exist", str(error)):
-            return ConfigError("address", self._address, "does not know the job any more.", "Was the cluster restarted? Submit it again.")
-        rule = f"has not answered for {_SILENCE_S:.0f} s."
-        return ConfigError("address", self._address, rule, "The job may still run: the same command follows it again.")
+    Raises:
+        ConfigError: the dashboard does not answer, does not know the job, or requires another token.
+    """
+    since: float | None = None
+    while True:
+        try:
+            return method(*arguments)
+        except AuthenticationError as error:
+            raise _token_error(client.get_address(), error) from error
+        except _NO_ANSWER as error:
+            now = time.monotonic()
+            if since is None:
+                since = now
+                write("The dashboard does not answer; trying again.\n")
+            if now - since >= _SILENCE_S:
+                rule, remedy = f"has not answered for {_SILENCE_S:.0f} s.", "The job may still run: the same command follows it again."
+                if re.search("status code 404.*does not exist", str(error)):
+                    rule, remedy = "does not know the job any more.", "Was the cluster restarted? Submit it again."
+                raise ConfigError("address", storage.redact(client.get_address()), rule, remedy) from error
+        time.sleep(_POLL_S)
 
 
 def describe_cluster(client: JobSubmissionClient) -> dict[str, float]:
@@ -170,10 +153,7 @@ def submit(client: JobSubmissionClient, base: str, command: Sequence[str], packa
         write: receives notes on a dashboard that does not answer.
 
     Returns:
-        The job's submission id, and whether it is new.
-
-    Raises:
-        ConfigError: the folder is too large, or the cluster refuses the job.
+        The job's submission id, and whether it is new. Raises ConfigError where the cluster refuses the job.
     """
     submission, running = next_job(base, _list_jobs(client, write))
     if running:
@@ -183,13 +163,13 @@ def submit(client: JobSubmissionClient, base: str, command: Sequence[str], packa
     try:
         client.submit_job(entrypoint=shlex.join(command), submission_id=submission, runtime_env=environment, metadata={"run": base})
     except AuthenticationError as error:
-        raise _token_error(storage.redact(client.get_address()), error) from error
+        raise _token_error(client.get_address(), error) from error
     except (*_NO_ANSWER, ValueError) as error:
         if re.search(_TOO_LARGE, str(error)):
             raise package.too_large("more than the cluster takes") from error
         if submission in dict(_list_jobs(client, write)):  # another call was faster, or the answer was lost
             return submission, False
-        raise ConfigError("job", submission, f"was refused ({' '.join(str(error).split())[:300]}).") from error
+        raise ConfigError("job", submission, f"was refused ({one_line(error)}).") from error
     return submission, True
 
 
@@ -200,7 +180,7 @@ def running_job(client: JobSubmissionClient, base: str, write: Write) -> str | N
 
 
 def _list_jobs(client: JobSubmissionClient, write: Write) -> list[tuple[str, bool]]:
-    jobs = _RetryingCaller(client, write).call(client.list_jobs)
+    jobs = _retrying(client, write, client.list_jobs)
     return [(job.submission_id, job.status.is_terminal()) for job in jobs if job.submission_id]
 
 
@@ -217,10 +197,7 @@ def why_pending(job: JobDetails, cluster: Mapping[str, float], package: Package)
 
 
 def follow(client: JobSubmissionClient, submission: str, explain: Callable[[JobDetails], str], write: Write) -> int:
-    """Write a job's log until the job has ended and, while it is pending, what it waits for.
-
-    Args:
-        explain: returns what a pending job waits for.
+    """Write a job's log until the job has ended and, while it is pending, what it waits for, which `explain` returns.
 
     Returns:
         The exit code of the job's own process; 75 where it was stopped.
@@ -230,17 +207,13 @@ def follow(client: JobSubmissionClient, submission: str, explain: Callable[[JobD
         ConfigError: the dashboard has not answered for 300 s.
     """
     began, explained = time.monotonic(), 0.0
-    caller = _RetryingCaller(client, write)
-    while (job := caller.call(client.get_job_info, submission)).status == JobStatus.PENDING:
+    while (job := _retrying(client, write, client.get_job_info, submission)).status == JobStatus.PENDING:
         waited = time.monotonic() - began
         if waited - explained >= _EXPLAIN_S:
             explained = waited
             write(f"PENDING for {waited:.0f} s: {explain(job)}.\n")
         time.sleep(_POLL_S)
-    return _exit_code(submission, _tail(client, submission, caller, write))
-
-
-def _exit_code(submission: str, job: JobDetails) -> int:
+    job = _tail(client, submission, write)
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
@@ -265,7 +238,7 @@ class _LogWriter:
         return start + len(text)
 
 
-def _tail(client: JobSubmissionClient, submission: str, caller: _RetryingCaller, write: Write) -> JobDetails:
+def _tail(client: JobSubmissionClient, submission: str, write: Write) -> JobDetails:
     """Write the whole log, also over connections that break or fall silent, until the job has ended. Returns the job's last state."""
     log, warned = _LogWriter(write), False
     with asyncio.Runner() as runner:
@@ -273,8 +246,7 @@ def _tail(client: JobSubmissionClient, submission: str, caller: _RetryingCaller,
             chunks: list[str] = []
             # `write` is not called in the task: an exception of its own, as of a closed pipe, is no failure of the connection.
             reading = runner.get_loop().create_task(_collect(client.tail_job_logs(submission), chunks))
-            position, last_news = 0, time.monotonic()
-            ended = False
+            position, last_news, ended = 0, time.monotonic(), False
             while not (reading.done() or ended):
                 runner.run(asyncio.wait({reading}, timeout=_POLL_S))
                 text, chunks[:] = "".join(chunks), []
@@ -283,14 +255,17 @@ def _tail(client: JobSubmissionClient, submission: str, caller: _RetryingCaller,
                     last_news, warned = time.monotonic(), False
                 elif time.monotonic() - last_news >= _QUIET_S:
                     last_news = time.monotonic()
-                    ended = caller.call(client.get_job_info, submission).status.is_terminal()
+                    ended = _retrying(client, write, client.get_job_info, submission).status.is_terminal()
             failure = reading.exception() if reading.done() else None
             reading.cancel()
             if failure and not isinstance(failure, (*_NO_ANSWER, AuthenticationError)):
                 raise failure
-            job = caller.call(client.get_job_info, submission)
+            job = _retrying(client, write, client.get_job_info, submission)
             if job.status.is_terminal():
-                _write_end(client, submission, log, write)
+                try:  # once: the machine that has the log may be gone
+                    log.take(client.get_job_logs(submission))
+                except (*_NO_ANSWER, AuthenticationError):
+                    write("The end of the job's log cannot be read.\n")
                 return job
             if failure and not warned:
                 warned = True
@@ -303,16 +278,6 @@ async def _collect(stream: AsyncIterator[str], chunks: list[str]) -> None:
         chunks.append(chunk)
 
 
-def _write_end(client: JobSubmissionClient, submission: str, log: _LogWriter, write: Write) -> None:
-    """Write the end of an ended job's log, tried once: the machine that has the log may be gone."""
-    try:
-        text = client.get_job_logs(submission)
-    except (*_NO_ANSWER, AuthenticationError):
-        write("The end of the job's log cannot be read.\n")
-    else:
-        log.take(text)
-
-
 def stop(client: JobSubmissionClient, submission: str, write: Write) -> int:
     """Ask a job to stop, and wait until it has: a run stops after a checkpoint.
 
@@ -320,27 +285,23 @@ def stop(client: JobSubmissionClient, submission: str, write: Write) -> int:
         submission: id of the job, or of the run's first job, which stands for the one that runs now.
 
     Returns:
-        The exit code: 0; 130 where Ctrl-C ended the waiting, which leaves the job stopping.
-
-    Raises:
-        ConfigError: there is no such job, or the dashboard has not answered for 300 s.
+        The exit code: 0; 130 where Ctrl-C ended the waiting, which leaves the job stopping. Raises ConfigError where there is no such job.
     """
-    caller = _RetryingCaller(client, write)
     jobs = _list_jobs(client, write)
     newest, running = next_job(submission, jobs)
     target = newest if running else submission
     if target not in dict(jobs):
         remedy = nearest(submission, [name for name, _ in jobs]) if jobs else "It has none."
         raise ConfigError("stop", submission, "is no job of this cluster.", remedy)
-    job = caller.call(client.get_job_info, target)
+    job = _retrying(client, write, client.get_job_info, target)
     if job.status.is_terminal():
         write(f"{target} has ended already ({job.status.value}).\n")
         return 0
     requested = False
     try:
-        caller.call(client.stop_job, target)
+        _retrying(client, write, client.stop_job, target)
         requested = True
-        while not (job := caller.call(client.get_job_info, target)).status.is_terminal():
+        while not (job := _retrying(client, write, client.get_job_info, target)).status.is_terminal():
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
         state = "the job is still stopping" if requested else "the job may not have been asked to stop"
