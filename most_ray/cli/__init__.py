@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands, sweep_command
-from most_ray.cli.parser import Parser, remember_flags
+from most_ray.cli.parser import Parser, print_error, remember_flags
 from most_ray.errors import UserError
 
 
@@ -24,15 +24,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: its name and flags (None: those of this process).
-
-    Returns:
-        The exit code. 0: done. 1: a run failed. 2: an error that the user can fix. 75: stopped on request; the same command resumes.
-        130: interrupted. 141: whoever read the output has closed it.
-    """
+    """Run a command, `argv` (None: that of this process). Returns the exit code. 0: done. 1: a run failed. 2: an error that the user can
+    fix. 75: stopped on request; the same command resumes. 130: interrupted. 141: whoever read the output has closed it."""
     # Read when torch is loaded, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on an
     # idle machine, and on a busy one they make a step up to 25 times faster (tests/benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -46,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         return int(args.run(args))
     except UserError as error:
-        print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+        print_error(error)
         return error.exit_code
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,9 +25,8 @@ def add(commands: Any) -> None:
     doctor.add_argument("--config", help="a run's YAML file (default: the checks of a run without one)")
     configuration.add_flags(doctor)
 
-    submit = add_command(
-        commands, "submit", _submit, "run a command as a job on a cluster and follow it; the same run is never submitted twice at once"
-    )
+    text = "run a command as a job on a cluster and follow it; the same run is never submitted twice at once"
+    submit = add_command(commands, "submit", _submit, text)
     submit.epilog = (
         "The command is one of train, sweep, evaluate, prepare and doctor, with its own flags: most-ray submit train --config FILE. "
         "In a job, relative paths that are written to are below MOST_RAY_HOME of the cluster's machines (default: the home folder there)."
@@ -37,10 +36,8 @@ def add(commands: Any) -> None:
 
 
 def _own_flags(parser: argparse.ArgumentParser) -> None:
-    text = (
-        "the cluster's dashboard as http://HOST:8265, or its head as HOST:6379 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)"
-    )
-    parser.add_argument("--address", default=argparse.SUPPRESS, help=text)
+    text = "the cluster's dashboard as http://HOST:8265, or its head as HOST:6379"
+    parser.add_argument("--address", default=argparse.SUPPRESS, help=f"{text} (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)")
     parser.add_argument("--working_dir", type=Path, default=argparse.SUPPRESS, help="folder that is sent with the job (default: this one)")
     parser.add_argument("--detach", action="store_true", default=argparse.SUPPRESS, help="do not follow the job's log")
     parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="stop a job after a checkpoint, and wait until it has")
@@ -103,15 +100,8 @@ class _Job:
 
 
 def _check_command(command: list[str], folder: Path) -> _Job:
-    """Parse a command and check it, as far as that is possible on this machine.
-
-    Args:
-        command: its name and its flags.
-        folder: the one that is sent with the job.
-
-    Raises:
-        ConfigError: the command, its flags or its configuration are wrong, or contain a credential.
-    """
+    """Parse a command and check it, as far as that is possible on this machine. Raises ConfigError where the command, its flags or its
+    configuration are wrong, or contain a credential. `folder`: the one that is sent with the job."""
     from most_ray.cli import build_parser  # which imports this module
 
     if not command or command[0] not in _SUBMITTED:
@@ -125,19 +115,13 @@ def _check_command(command: list[str], folder: Path) -> _Job:
     config = str(args.config) if getattr(args, "config", None) else None
     inner = _inner(config, folder) if config and not storage.is_remote(config) else None
     if inner:
-        command = [
-            f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word
-            for last, word in zip(["", *command], command, strict=False)
-        ]
+        pairs = zip(["", *command], command, strict=False)
+        command = [f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word for last, word in pairs]
     return _Job(name, uri, command, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
 
 
 def _identity(args: argparse.Namespace) -> tuple[str, str]:
-    """A name and a URI that are equal for the same command, and differ between two commands that may run at once.
-
-    Raises:
-        ConfigError: its configuration is wrong, or contains a credential.
-    """
+    """A name and a URI that are equal for the same command, and differ between two commands that may run at once."""
     if args.command == "evaluate":
         return f"evaluate-{args.output.stem}", str(args.output)
     if args.command == "prepare" and args.what != "store":
@@ -160,11 +144,9 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
         _check_secrets(args.config, {name: str(value) for name, value in vars(run).items() if value != getattr(redacted, name)})
     uri = str(Path(run.output_dir, run.name))
     if args.command == "prepare":
-        verified = " verified" if args.verify else ""
-        return f"prepare-store-{run.name}", (run.store_dir or uri) + verified
-    if args.command == "doctor":
-        return f"doctor-{run.name}", uri
-    return f"dry-{run.name}" if args.command == "train" and args.dry_run is not None else run.name, uri
+        return f"prepare-store-{run.name}", (run.store_dir or uri) + " verified" * args.verify
+    dry = args.command == "train" and args.dry_run is not None
+    return f"doctor-{run.name}" if args.command == "doctor" else f"dry-{run.name}" if dry else run.name, uri
 
 
 def _check_secrets(config: str | Path, values: dict[str, str]) -> None:
@@ -175,11 +157,7 @@ def _check_secrets(config: str | Path, values: dict[str, str]) -> None:
 
 
 def _inner(config: str, folder: Path) -> str:
-    """A configuration's path relative to the folder that is sent with the job.
-
-    Raises:
-        ConfigError: it is not in that folder.
-    """
+    """A configuration's path relative to the folder that is sent with the job. Raises ConfigError where it is not in it."""
     path = storage.local(config).resolve()
     if not path.is_relative_to(folder.resolve()):
         rule = f"is outside of the folder that is sent with the job ({folder})."

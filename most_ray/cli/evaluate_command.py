@@ -9,34 +9,22 @@ from typing import Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_output, config_of_flags
-from most_ray.errors import CheckpointError, ConfigError
+from most_ray.cli.parser import add_command, check_model, check_output, config_of_flags
+from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.options import add_flag, flag_values
 
 # Flags that are keys of the configuration; some have a shorter name here, where everything concerns evaluation.
-_KEYS = {
-    "normaliser": "normaliser",
-    "batch_size": "eval_batch_size",
-    "num_beams": "num_beams",
-    "length_penalty": "length_penalty",
-    "max_new_tokens": "max_new_tokens",
-    "max_new_units": "max_new_units",
-    "recogniser": "recogniser",
-    "vocoder": "vocoder",
-    "num_workers": "eval_workers",
-    "gpus": "eval_gpus",
-    "ray_address": "ray_address",
-    "max_rejected_fraction": "max_rejected_fraction",
-    "store_dir": "store_dir",
-}
+_SHORTER = {"batch_size": "eval_batch_size", "num_workers": "eval_workers", "gpus": "eval_gpus"}
+_FLAGS = (
+    *("normaliser", "batch_size", "num_beams", "length_penalty", "max_new_tokens", "max_new_units", "recogniser", "vocoder"),
+    *("num_workers", "gpus", "ray_address", "max_rejected_fraction", "store_dir"),
+)
+_KEYS = {flag: _SHORTER.get(flag, flag) for flag in _FLAGS}
 
 
 def add(commands: Any) -> None:
-    _evaluate_flags(add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model"))
-
-
-def _evaluate_flags(parser: Parser) -> None:
+    parser = add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model")
     parser.add_argument("--model", type=to_read(str), help="model folder, checkpoint or hub name")
     for task, what in (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only")):
         text = f"directories of {what} records, paths or URIs"
@@ -71,8 +59,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ConfigError("gpus", config.eval_gpus, "is for several workers: one uses the GPU where there is one.", "Set num_workers.")
     if config.vocoder and not config.recogniser:
         raise ConfigError("vocoder", config.vocoder, "is used only with a recogniser.", "Name one, or leave it out.")
-    if args.model.startswith((".", "/")) and not Path(args.model).exists():
-        raise CheckpointError("model", args.model, "does not exist.")
+    check_model(args.model)
     from most_ray.evaluation.evaluate import Directories
     from most_ray.evaluation.inline import EvaluationJob
     from most_ray.evaluation.scoring import EvaluationSettings

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +16,7 @@ from rich.progress import track
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths
-from most_ray.errors import ConfigError, nearest
+from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
 
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
 
@@ -23,16 +25,14 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        keywords["allow_abbrev"] = False
-        keywords.setdefault("formatter_class", lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=130))
-        super().__init__(*args, **keywords)
+        formatter = partial(argparse.HelpFormatter, max_help_position=36, width=130)
+        super().__init__(*args, **{"formatter_class": formatter, **keywords, "allow_abbrev": False})
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
-        for word in unknown:
-            if word.startswith("--"):
-                name = word[2:].split("=", 1)[0]
-                raise ConfigError(f"--{name}", None, "is no known flag.", nearest(name, getattr(parsed, "known_flags", [])))
+        if word := next((word for word in unknown if word.startswith("--")), None):
+            name = word[2:].split("=", 1)[0]
+            raise ConfigError(f"--{name}", None, "is no known flag.", nearest(name, getattr(parsed, "known_flags", [])))
         if unknown:
             raise ConfigError("argument", unknown[0], "belongs to no flag.")
         return parsed
@@ -59,15 +59,11 @@ def config_of(args: argparse.Namespace) -> configuration.RunConfig:
 
 def config_of_flags(args: argparse.Namespace, keys: Mapping[str, str]) -> configuration.RunConfig:
     """The configuration of a command that has flags for some keys; `keys`: the key of each flag. In a job, with the paths that it uses.
-
-    Raises:
-        ConfigError: a value is of the wrong type or outside of its range; names the flag.
-    """
-    given = {key: getattr(args, flag) for flag, key in keys.items() if hasattr(args, flag)}
-    flags = {key: flag for flag, key in keys.items()}
+    Raises ConfigError, which names the flag."""
     try:
-        return resolve_paths(configuration.config_from(given))
+        return resolve_paths(configuration.config_from({key: getattr(args, flag) for flag, key in keys.items() if hasattr(args, flag)}))
     except ConfigError as error:
+        flags = {key: flag for flag, key in keys.items()}
         raise ConfigError(flags.get(error.field, error.field), error.value, error.rule, error.remedy) from error
 
 
@@ -81,14 +77,25 @@ def remember_flags(parser: Parser) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Check the path of an output file before any work is done for it.
-
-    Raises:
-        ConfigError: it is a URI or a folder.
-    """
+    """Check the path of an output file before any work is done for it: raises ConfigError for a URI or a folder."""
     check_local("output", path, "file")
     if path.is_dir():
         raise ConfigError("output", str(path), "is a folder.", "Name a file.")
+
+
+def check_model(model: str) -> None:
+    """Raises CheckpointError for a path of a model that does not exist; other texts may be names on a hub."""
+    if model.startswith((".", "/")) and not Path(model).exists():
+        raise CheckpointError("model", model, "does not exist.")
+
+
+def check_above_0(flag: str, number: float) -> None:
+    if not number > 0:
+        raise ConfigError(flag, number, "must be above 0.")
+
+
+def print_error(error: UserError) -> None:
+    print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
 
 
 def check_local(flag: str, path: Path, what: str) -> None:
@@ -97,14 +104,11 @@ def check_local(flag: str, path: Path, what: str) -> None:
         raise ConfigError(flag, str(path), "is not a local path.", f"Name a {what} on this machine.")
 
 
-def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterable[Any]:
+def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:
     """The items, with a progress bar on a terminal; in a log file, with a line every 30 s."""
     if console.is_terminal:
-        return track(items, what, total=total, console=console)
-    return _with_lines(items, what, total, console)
-
-
-def _with_lines(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:
+        yield from track(items, what, total=total, console=console)
+        return
     began = reported = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_output, config_of_flags
-from most_ray.errors import CheckpointError, ConfigError, DataError, RecordError
+from most_ray.cli.parser import Parser, add_command, check_above_0, check_model, check_output, config_of_flags, print_error
+from most_ray.errors import ConfigError, DataError, RecordError
 from most_ray.io import storage
 from most_ray.options import add_flag
 from most_ray.records.files import UNITS_MANIFEST
@@ -33,9 +33,8 @@ _NO_ASSETS = "Name the folder of the records that it was trained on: --speech DI
 
 def add(commands: Any) -> None:
     transcribe = add_command(commands, "transcribe", _transcribe, "convert recordings to text by a model")
-    transcribe.add_argument(
-        "recordings", nargs="+", type=Path, metavar="RECORDING", help="audio files, in any format that libsndfile reads"
-    )
+    text = "audio files, in any format that libsndfile reads"
+    transcribe.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=text)
     _model_flags(transcribe)
     transcribe.add_argument("--encoder", help="folder of the speech encoder of its units (default: the one that they were made with)")
     text = "the recordings are of one speaker, whose features are normalised over all of them"
@@ -70,8 +69,7 @@ def _transcribe(args: argparse.Namespace) -> int:
 
     if args.output:
         check_output(args.output)
-    if not args.max_seconds > 0:
-        raise ConfigError("max_seconds", args.max_seconds, "must be above 0.")
+    check_above_0("max_seconds", args.max_seconds)
     options = _generation_options(args)
     assets = open_assets(_assets_folder(args), args.encoder)
     written = 0
@@ -106,14 +104,14 @@ def _transcripts(
             try:
                 waves.append((path, load_audio(path, assets.extractor.sample_rate, max_seconds=args.max_seconds)))
             except DataError as error:
-                print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+                print_error(error)
         found = []
         for (path, _), units in zip(waves, assets.encode([wave for _, wave in waves], args.one_speaker), strict=True):
             if len(units) <= max_units:
                 found.append((path, units.tolist()))
             else:
-                refusal = DataError("recording", str(path), f"has {len(units)} units, the model has room for {max_units}.", "Cut it.")
-                print(f"most-ray: {refusal.kind}: {refusal}", file=sys.stderr)
+                rule = f"has {len(units)} units, the model has room for {max_units}."
+                print_error(DataError("recording", str(path), rule, "Cut it."))
         made = transcribe_units(forward, tokenizer, [units for _, units in found], options)
         for (path, units), transcript in zip(found, made, strict=True):
             yield path, units, transcript
@@ -139,7 +137,8 @@ def _synthesize(args: argparse.Namespace) -> int:
         raise ConfigError("model", None, "is needed to speak a text: a model folder or a checkpoint.")
     options = _generation_options(args)
     folder = _assets_folder(args) if args.model or args.speech else None
-    own = _records_assets(args.records) if args.records else None
+    described = args.records and not storage.is_remote(args.records) and (Path(args.records) / UNITS_MANIFEST).exists()
+    own = args.records if described else None  # the folder of records if it is local and describes their units
     if folder is None and not args.vocoder:
         folder = own
     if own and folder and require_units_manifest(Path(own))["identity"] != require_units_manifest(Path(folder))["identity"]:
@@ -150,8 +149,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     known = folder or own
     vocoder = open_vocoder(args.vocoder or str(folder), require_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
-        written = _synthesize_records(args, vocoder)
-        print(f"{written} recordings: {args.output}")
+        print(f"{_synthesize_records(args, vocoder)} recordings: {args.output}")
         return 0
     if args.units:
         try:
@@ -161,8 +159,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     else:
         forward, tokenizer = _open(args.model)
         generated = synthesize_texts(forward, tokenizer, [args.text], options)[0]
-        units = generated.units
-        if not units:
+        if not (units := generated.units):
             raise DataError("text", args.text, "gave no speech: the model answered without a unit.", "It may need more training.")
         if generated.stop is None:
             print(f"most-ray: the speech was cut off after {len(units)} units", file=sys.stderr)
@@ -171,11 +168,6 @@ def _synthesize(args: argparse.Namespace) -> int:
     soundfile.write(args.output, waves[0], rate)
     print(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
     return 0
-
-
-def _records_assets(uri: str) -> str | None:
-    """The folder of records if it is local and describes their units."""
-    return None if storage.is_remote(uri) or not (Path(uri) / UNITS_MANIFEST).exists() else uri
 
 
 def _synthesize_records(args: argparse.Namespace, vocoder: Any) -> int:
@@ -205,11 +197,10 @@ def _speech_of(directory: str) -> Iterator[tuple[str, list[int]]]:
     for entry in record_files(directory):
         for _, raw in read_raw(entry.uri):
             record = parse_records([raw])[0]
-            if isinstance(record, RecordError):
-                continue
-            speech = record.input if record.task == "asr" else record.output
-            if not isinstance(speech, str):
-                yield record.id, speech.tolist()
+            if not isinstance(record, RecordError):
+                speech = record.input if record.task == "asr" else record.output
+                if not isinstance(speech, str):
+                    yield record.id, speech.tolist()
 
 
 def _generation_options(args: argparse.Namespace) -> GenerationOptions:
@@ -219,11 +210,8 @@ def _generation_options(args: argparse.Namespace) -> GenerationOptions:
 
 
 def _assets_folder(args: argparse.Namespace) -> str:
-    """The folder of the speech assets: that of --speech, else the model's own.
-
-    Raises:
-        DataError: the model has none. UserError: the model does not exist, or was trained on other units.
-    """
+    """The folder of the speech assets: that of --speech, else the model's own. Raises UserError where the model does not exist, has none,
+    or was trained on other units."""
     from most_ray.checkpoint.export import open_description
     from most_ray.io.run_folder import local_copy
     from most_ray.model.build import check_units
@@ -232,8 +220,7 @@ def _assets_folder(args: argparse.Namespace) -> str:
 
     if not args.model:
         return str(args.speech)
-    if args.model.startswith((".", "/")) and not Path(args.model).exists():
-        raise CheckpointError("model", args.model, "does not exist.")
+    check_model(args.model)
     config, _ = open_description(args.model)
     if args.speech:
         check_units(config, units_hash(require_units_manifest(Path(args.speech))), args.model)

@@ -17,9 +17,10 @@ from rich.console import Console
 
 from most_ray.checkpoint import catalog
 from most_ray.config import OPTIONS, RunConfig
-from most_ray.errors import ConfigError, DataError, UserError
+from most_ray.errors import ConfigError, DataError, UserError, one_line
 from most_ray.io import storage
 from most_ray.model.build import PRESETS
+from most_ray.runs.output_checks import failure_rule
 from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import start_on_nodes, usable_nodes
 from most_ray.service.cluster.connection import cluster_address
@@ -74,15 +75,14 @@ def check_cluster(config: RunConfig) -> list[Finding]:
             write_marker(uri, probe.marker)
             marked.append(uri)
         except (OSError, DataError) as error:
-            reason = error.rule if isinstance(error, DataError) else f"cannot be written to ({error.strerror or error})."
-            remedy = "Name a folder or URI that can be written to"
-            findings.append(Finding("storage", "error", "driver", reason.rstrip("."), remedy, name, storage.redact(uri)))
+            rule, remedy = failure_rule(error, "written to"), "Name a folder or URI that can be written to"
+            findings.append(Finding("storage", "error", "driver", rule, remedy, name, storage.redact(uri)))
     own = {(each.field, each.uri): each.rule for each in run_probe(Probe(probe.marker, (), probe.reads)).problems}
     for (name, uri), rule in own.items():
         findings.append(Finding("data", "error", "driver", rule, "Check it", name, storage.redact(uri)))
     try:
-        reads = tuple(read for read in probe.reads if read not in own)
-        answers = probe_nodes(Probe(probe.marker, tuple((name, uri) for name, uri in probe.writes if uri in marked), reads))
+        writes, reads = (write for write in probe.writes if write[1] in marked), (read for read in probe.reads if read not in own)
+        answers = probe_nodes(Probe(probe.marker, tuple(writes), tuple(reads)))
     finally:
         for uri in marked:
             remove_marker(uri, probe.marker)
@@ -90,19 +90,13 @@ def check_cluster(config: RunConfig) -> list[Finding]:
 
 
 def report_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print the warnings and all errors but the first, which is raised.
-
-    Raises:
-        ConfigError: the first error.
-    """
-    errors = [finding for finding in findings if finding.level == "error"]
-    for finding in findings:
-        if finding.level == "warning":
-            console.print(f"Warning: {finding.sentence()}", highlight=False, soft_wrap=True, markup=False)
-    for finding in errors[1:]:
-        console.print(f"Also wrong: {finding.error()}", highlight=False, soft_wrap=True, markup=False)
+    """Print the warnings and all errors but the first, which is raised."""
+    errors = [finding.error() for finding in findings if finding.level == "error"]
+    lines = [f"Warning: {finding.sentence()}" for finding in findings if finding.level == "warning"]
+    for line in (*lines, *(f"Also wrong: {error}" for error in errors[1:])):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     if errors:
-        raise errors[0].error()
+        raise errors[0]
 
 
 def written_uris(config: RunConfig) -> tuple[tuple[str, str], ...]:
@@ -114,14 +108,14 @@ def written_uris(config: RunConfig) -> tuple[tuple[str, str], ...]:
 
 def read_uris(config: RunConfig) -> tuple[tuple[str, str], ...]:
     """(setting, URI) of the files and folders that tasks on any node may read."""
-    found = []
-    for option in OPTIONS.values():
-        if option.location and option.location.access == "read":
-            for uri in option.elements(getattr(config, option.name)):
-                # Otherwise a name on a hub, which each node downloads by itself.
-                if not option.location.may_be_name or (uri not in PRESETS and storage.exists(uri)):
-                    found.append((option.name, storage.absolute(uri)))
-    return tuple(found)
+    return tuple(
+        (option.name, storage.absolute(uri))
+        for option in OPTIONS.values()
+        if option.location and option.location.access == "read"
+        for uri in option.elements(getattr(config, option.name))
+        # Otherwise a name on a hub, which each node downloads by itself.
+        if not option.location.may_be_name or (uri not in PRESETS and storage.exists(uri))
+    )
 
 
 def probe_nodes(probe: Probe) -> list[NodeAnswer]:
@@ -144,14 +138,13 @@ def probe_nodes(probe: Probe) -> list[NodeAnswer]:
 def _report(reference: ray.ObjectRef) -> tuple[NodeReport | None, str]:
     """A node's report, or why it could not make one."""
     try:
-        report: NodeReport = ray.get(reference)
+        return ray.get(reference), ""
     except ray.exceptions.RayTaskError as error:  # for example because this package is missing there, or is older
         return None, str(error).strip().splitlines()[-1][:200]
     except ray.exceptions.RuntimeEnvSetupError as error:
-        return None, " ".join(str(error).split())[:200]
+        return None, one_line(error)[:200]
     except ray.exceptions.RayError:  # the node was lost, or its process died: reported as a node that does not answer
         return None, ""
-    return report, ""
 
 
 def assess_nodes(answers: Sequence[NodeAnswer], own: Mapping[str, str]) -> list[Finding]:
@@ -197,10 +190,9 @@ def _assess_uris(reports: Sequence[NodeReport]) -> list[Finding]:
     found = Counter((each.field, each.uri, each.rule, each.missing) for report in reports for each in report.problems)
     for (name, uri, rule, missing), _ in sorted(found.items()):
         hosts = [report.host for report in reports if any((t.field, t.uri, t.rule) == (name, uri, rule) for t in report.problems)]
-        text = f"{rule} on {_host_list(hosts)}, unlike on the driver's machine" if missing else f"{rule} on {_host_list(hosts)}"
+        text = f"{rule} on {_host_list(hosts)}" + (", unlike on the driver's machine" if missing else "")
         remedy = "Name a folder that all nodes mount, or a URI as s3://bucket/folder" if missing else "Fix it there, or name another"
-        location = OPTIONS[name].location
-        check = "storage" if location and location.access == "write" else "data"
+        check = "storage" if (location := OPTIONS[name].location) and location.access == "write" else "data"
         findings.append(Finding(check, "error", _host_list(hosts), text, remedy, name, storage.redact(uri)))
     return findings
 
@@ -212,11 +204,7 @@ def _host_list(hosts: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def check_space(config: RunConfig, checkpoint_bytes: int) -> list[Finding]:
-    """Compare the free space of a local output_dir, plus that of the run's own checkpoints, with what its checkpoints will take at once.
-
-    Args:
-        checkpoint_bytes: size of one checkpoint.
-    """
+    """Compare the free space of a local output_dir, plus that of the run's own checkpoints, with what its checkpoints will take at once."""
     if storage.is_remote(config.run_uri):
         return []
     path = storage.local(config.run_uri)
@@ -237,8 +225,10 @@ def check_tracking(config: RunConfig) -> list[Finding]:
     """Whether W&B can be used, as far as that is known without a request to it."""
     if not uses_wandb(config):
         return []
-    if config.wandb_mode == "offline" or wandb_key(config):
-        return [Finding("tracking", "ok", "driver", "Weights & Biases is offline" if config.wandb_mode == "offline" else "a key is set")]
+    if config.wandb_mode == "offline":
+        return [Finding("tracking", "ok", "driver", "Weights & Biases is offline")]
+    if wandb_key(config):
+        return [Finding("tracking", "ok", "driver", "a key is set")]
     text = "no key of Weights & Biases is set: the run is kept offline"
     return [Finding("tracking", "warning", "driver", text, "Set WANDB_API_KEY where the driver runs, or wandb_mode: offline")]
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import ray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from most_ray.config import RunConfig
@@ -28,8 +28,7 @@ from most_ray.service.preflight.checks import Finding, NodeAnswer, assess_nodes,
 
 
 def examine_run(config: RunConfig) -> list[Finding]:
-    """Make all checks that need no ingested records, on the named cluster, else on this machine. A check that fails becomes a finding, and
-    those that do not depend on it are still made."""
+    """Make all checks that need no ingested records, on the named cluster, else on this machine; a failure becomes a finding."""
     findings: list[Finding] = []
     gpus: int | None = None  # of the cluster that was joined
     topologies: Sequence[Topology] = ()
@@ -39,7 +38,13 @@ def examine_run(config: RunConfig) -> list[Finding]:
         gpus = cluster_gpus(config)
         if gpus is None:
             return [Finding("cluster", "ok", "driver", "none is named: a run would start Ray on this machine")]
-        return [Finding("cluster", "ok", "cluster", f"{_resources()} on {len(usable_nodes())} node(s)")]
+        total = ray.cluster_resources()
+        resources = ", ".join(f"{total[name]:g} {name}" for name in ("CPU", "GPU") if total.get(name))
+        return [Finding("cluster", "ok", "cluster", f"{resources} on {len(usable_nodes())} node(s)")]
+
+    def this_machine() -> list[Finding]:
+        report = run_probe(Probe(marker=""))
+        return assess_nodes([NodeAnswer(report.host, report, report.time, report.time)], versions())
 
     def room() -> None:
         nonlocal topologies
@@ -53,7 +58,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
         "cluster": (cluster, ""),
         "storage": (lambda: check_outputs(config), f"{storage.redact(config.run_uri)} can be written to"),
         "data": (lambda: check_inputs(config), "all directories exist"),
-        "limits": (_check_this_machine, "enough files can be opened"),
+        "limits": (this_machine, "enough files can be opened"),
         "nodes": (lambda: check_cluster(config), "all nodes can write, read and run the same versions"),
         "room": (room, "the workers have room"),
         "space": (lambda: _check_space(config, topologies[-1]), ""),
@@ -73,11 +78,6 @@ def examine_run(config: RunConfig) -> list[Finding]:
     return findings
 
 
-def _check_this_machine() -> list[Finding]:
-    report = run_probe(Probe(marker=""))
-    return assess_nodes([NodeAnswer(report.host, report, report.time, report.time)], versions())
-
-
 def _plan_layouts(config: RunConfig, gpus: int | None) -> Sequence[Topology]:
     """The topologies of the run, smallest first. Raises UserError where there is none, or the cluster that was joined has no room."""
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
@@ -95,23 +95,15 @@ def _check_space(config: RunConfig, topology: Topology) -> list[Finding]:
     return check_space(config, checkpoint_bytes(model, topology, config.optimizer_state))
 
 
-def _resources() -> str:
-    total = ray.cluster_resources()
-    return ", ".join(f"{total[name]:g} {name}" for name in ("CPU", "GPU") if total.get(name))
-
-
 def show(findings: Sequence[Finding], console: Console) -> int:
     """Print a table of all findings, errors last. Returns the exit code: 2 if there are errors."""
-    table = Table()
-    for heading in ("check", "", "where", "finding", "remedy"):
-        table.add_column(heading, overflow="fold")
-    order = {"ok": 0, "warning": 1, "error": 2}
-    for finding in sorted(findings, key=lambda each: order[each.level]):
+    table = Table(*(Column(heading, overflow="fold") for heading in ("check", "", "where", "finding", "remedy")))
+    styles = {"ok": "green", "warning": "yellow", "error": "red"}  # in the order of the rows
+    for finding in sorted(findings, key=lambda each: list(styles).index(each.level)):
         value = "" if finding.value is None else f" = {finding.value!r}"
         named = f"{finding.field}{value}: " if finding.field else ""
-        style = {"ok": "green", "warning": "yellow", "error": "red"}[finding.level]
-        cells = (finding.check, Text(finding.level, style), finding.where, named + finding.text, finding.remedy)
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
+        level = Text(finding.level, styles[finding.level])
+        table.add_row(Text(finding.check), level, *map(Text, (finding.where, named + finding.text, finding.remedy)))
     console.print(table)
     count = sum(finding.level == "error" for finding in findings)
     console.print("No problem was found." if not count else f"{count} of these would end a run.", highlight=False)

@@ -44,9 +44,8 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         StreamStalledError: no batch came for `spec.timeout_s` seconds; names the stage that is stuck.
         DataError: a shard is damaged.
     """
-    chunk = steps_per_block(spec)
+    chunk, status = steps_per_block(spec), _FetchStatus(first)
     span = chunk * _BLOCKS_PER_DATASET
-    status = _FetchStatus(first)
 
     def batches() -> Iterator[Batch]:
         for start in range(first, last + 1, span):
@@ -56,18 +55,12 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
 
 
 class _FetchStatus:
-    """What the fetching tasks of a stream are doing, for the reader that waits for them.
-
-    Each task writes its stage to Ray's key-value store, where it stays until the block has been read.
-
-    Attributes:
-        stream: id of the stream, part of its keys.
-        waiting_for: first and last step of the block that is due.
-    """
+    """What the fetching tasks of a stream are doing, for the reader that waits for them. Each task writes its stage to Ray's key-value
+    store, where it stays until the block has been read."""
 
     def __init__(self, first: int) -> None:
-        self.stream = uuid.uuid4().hex
-        self.waiting_for = (first, first)
+        self.stream = uuid.uuid4().hex  # id of the stream, part of its keys
+        self.waiting_for = (first, first)  # first and last step of the block that is due
 
     def stage(self) -> str:
         """What the block that is due is waiting for."""
@@ -102,9 +95,8 @@ def step_bytes(spec: StreamSpec) -> int:
 
 
 class _PacingCallback(ExecutionCallback):
-    """Pauses Ray Data's scheduling loop in each round. The loop runs in the process that trains, and in Ray 2.60 it does not wait for
-    anything while there are blocks that nothing has read yet: it would hold the interpreter's lock nine tenths of the time, which a
-    training step takes again after each operation."""
+    """Pauses Ray Data's scheduling loop in each round: it runs in the process that trains, and in Ray 2.60 would hold the interpreter's
+    lock nine tenths of the time while blocks wait to be read (docs/decisions/ray.md)."""
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         del executor
@@ -121,17 +113,14 @@ def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, status: _F
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = [_PacingCallback]
     status.waiting_for = (first, min(last, first + chunk - 1))
+    given = {"spec": spec, "first": first, "last": last, "chunk": chunk, "stream": status.stream}
     dataset = ray.data.range(n_blocks, override_num_blocks=n_blocks).map_batches(
-        _fetch,
-        fn_kwargs={"spec": spec, "first": first, "last": last, "chunk": chunk, "stream": status.stream},
-        batch_size=1,
-        num_cpus=TASK_CPUS,
-        compute=TaskPoolStrategy(size=_TASKS),
+        _fetch, fn_kwargs=given, batch_size=1, num_cpus=TASK_CPUS, compute=TaskPoolStrategy(size=_TASKS)
     )
     for table in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
         for payload, error in zip(table.column("payload"), table.column("error"), strict=True):
-            if error.as_py():
-                raise DataError(**json.loads(error.as_py()))
+            if found := error.as_py():
+                raise DataError(*json.loads(found))
             batch = decode_batch(payload.as_py())
             if (batch.step - first) % chunk == chunk - 1:
                 kv_delete(_note_key(status.stream, status.waiting_for[0]))
@@ -157,13 +146,12 @@ def _fetch(block: dict[str, np.ndarray], spec: StreamSpec, first: int, last: int
     note("open (stores and plan)")
     plan = open_plan(spec.plan)
     note("read (records from the token store)")
-    steps = range(start, min(last, start + chunk - 1) + 1)
     payload, error = [], ""
     try:
-        for step in steps:
+        for step in range(start, min(last, start + chunk - 1) + 1):
             payload.append(encode_batch(rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout)))
     except DataError as found:  # returned as a row after the good ones: Ray would wrap an error that is raised
-        error = json.dumps({"field": found.field, "value": str(found.value), "rule": found.rule, "remedy": found.remedy})
+        error = json.dumps([found.field, str(found.value), found.rule, found.remedy])
         payload.append(b"")
     note("deliver (the block is made and on its way)")
     return {"payload": payload, "error": [*[""] * (len(payload) - 1), error]}
@@ -171,14 +159,12 @@ def _fetch(block: dict[str, np.ndarray], spec: StreamSpec, first: int, last: int
 
 def encode_batch(batch: Batch) -> bytes:
     """A batch as bytes. Shapes differ from batch to batch, which columns of tensors do not allow."""
-    arrays = {name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}
     rest = {name: value for name, value in asdict(batch).items() if name not in _ARRAYS}
-    arrays["rest"] = np.frombuffer(json.dumps(rest).encode(), dtype=np.uint8)
-    return bytes(pack_arrays(arrays))
+    arrays = {name: np.ascontiguousarray(getattr(batch, name)) for name in _ARRAYS}
+    return bytes(pack_arrays({**arrays, "rest": np.frombuffer(json.dumps(rest).encode(), dtype=np.uint8)}))
 
 
 def decode_batch(payload: bytes) -> Batch:
     """The batch that `encode_batch` has encoded."""
     values: dict[str, Any] = unpack_arrays(payload)
-    rest = json.loads(values.pop("rest").tobytes())
-    return Batch(**values, **rest)
+    return Batch(**json.loads(values.pop("rest").tobytes()), **values)

@@ -33,12 +33,10 @@ class EvaluationFailedError(UserError):
 
 
 def score_checkpoint(job: EvaluationJob, uri: str, rank: int, threads: int, niceness: int) -> EvalShard:
-    """Score one worker's records with a model, in this process.
+    """Score the records of worker `rank` with a model, in this process.
 
     Args:
-        job: what is evaluated.
         uri: of the model, see `open_model`.
-        rank: of the worker, below `job.workers`.
         threads: torch's CPU threads (0: all cores but those that train).
         niceness: added to that of the process.
     """
@@ -59,21 +57,17 @@ def merge_workers(job: EvaluationJob, uri: str, *shards: EvalShard) -> Evaluatio
 
 
 def evaluate_checkpoint(job: EvaluationJob, uri: str) -> Evaluation:
-    """Evaluate a model folder or a checkpoint: in this process where `job` has one worker, else by Ray tasks.
-
-    Raises:
-        UserError: as `open_model` and `open_sets`. EvaluationFailedError: the tasks were lost.
-    """
+    """Evaluate a model folder or a checkpoint: in this process where `job` has one worker, else by Ray tasks. Raises EvaluationFailedError
+    where these were lost."""
     if job.workers == 1:
         return merge_workers(job, uri, score_checkpoint(job, uri, 0, 0, 0))
     try:
-        evaluation: Evaluation = ray.get(_start_tasks(job, uri, merge_workers, (job, uri), threads=_fair_threads(job), niceness=0))
+        return ray.get(_start_tasks(job, uri, merge_workers, (job, uri), threads=_fair_threads(job), niceness=0))
     except ray.exceptions.RayError as error:
         cause = _unwrap(error)
         if isinstance(cause, UserError):
             raise cause from None
         raise EvaluationFailedError("workers", job.workers, f"were lost: {str(error).strip().splitlines()[-1]}", "Use fewer.") from error
-    return evaluation
 
 
 def _unwrap(error: Exception) -> Exception:
@@ -108,15 +102,11 @@ def finish_evaluation(job: EvaluationJob, uri: str, run_uri: str, step: int, beg
 
 
 class EvaluationQueue:
-    """Evaluations beside training, one at a time, because each takes CPUs from the data tasks.
-
-    Results are stored in evaluations/step-N.json, and in metrics.jsonl under the step of the checkpoint.
+    """Evaluations beside training, one at a time, because each takes CPUs from the data tasks. Results are stored in
+    evaluations/step-N.json, and in metrics.jsonl, whose lines `report` takes, under the step of the checkpoint.
 
     Args:
-        job: what is evaluated.
-        run_uri: the run's folder.
         total_steps: of the run; nothing trains beside the evaluation of the last one.
-        report: called with each line for metrics.jsonl.
     """
 
     def __init__(self, job: EvaluationJob, run_uri: str, total_steps: int, report: ReportEvaluation) -> None:
@@ -129,9 +119,9 @@ class EvaluationQueue:
         """Queue the evaluation of a checkpoint, which must stay as long as its step is `pending`."""
         self._waiting.append((step, uri))
         self._start_next()
-        if len(self._waiting) > 1 and not self._warned:
+        if (waiting := len(self._waiting)) > 1 and not self._warned:
             self._warned = True
-            logger.warning("evaluations take longer than training needs for eval_steps: %d are waiting", len(self._waiting))
+            logger.warning("evaluations take longer than training needs for eval_steps: %d are waiting", waiting)
 
     def _start_next(self) -> None:
         if self._running is None and self._waiting:
@@ -145,11 +135,8 @@ class EvaluationQueue:
         return {step for step, _ in self._waiting} | ({self._running[0]} if self._running else set())
 
     def collect(self, wait_s: float) -> None:
-        """Report the evaluation that has finished, or finishes within `wait_s` seconds, and start the next one.
-
-        Raises:
-            UserError or RayError: the evaluation of the run's last step failed, without which the run is not complete.
-        """
+        """Report the evaluation that has finished, or finishes within `wait_s` seconds, and start the next one. Raises the error of the
+        last step's evaluation, without which the run is not complete."""
         if self._running is None or not ray.wait([self._running[1]], timeout=wait_s)[0]:
             return
         (step, reference), self._running = self._running, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 from collections.abc import Sequence
@@ -35,19 +36,16 @@ def ingest_runner(config: RunConfig, use_gpu: bool = False) -> Runner:
 
 
 def run_in_tasks(parts: Sequence[Part], recipe: Recipe) -> None:
-    """Make each part in a task of its own. A task that dies is run again; parts that are finished stay.
-
-    Raises:
-        DataError: a part could not be made, for example because storage keeps failing.
-    """
+    """Make each part in a task of its own. A task that dies is run again; parts that are finished stay. Raises DataError where a part
+    could not be made, for example because storage keeps failing."""
     made = dataset_of(parts).map(_make, fn_kwargs={"recipe": recipe}, num_cpus=1)
     failures = []
     for number, row in enumerate(made.iter_rows(), start=1):
         logger.info("part %d of %d", number, len(parts))
-        if row["rule"]:
-            failures.append(row)
+        if row["error"]:
+            failures.append(row["error"])
     if failures:
-        raise DataError(**failures[0])
+        raise DataError(*json.loads(failures[0]))
 
 
 def dataset_of(parts: Sequence[Any]) -> ray.data.Dataset:
@@ -60,12 +58,12 @@ def dataset_of(parts: Sequence[Any]) -> ray.data.Dataset:
 
 
 def _make(row: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Make one part; runs in a task. Returns the four parts of a DataError, empty without one: Ray would wrap an error that is raised."""
+    """Make one part; runs in a task. Returns the four parts of a DataError (JSON, or ""): Ray would wrap an error that is raised."""
     try:
         build_part(Part(**row), recipe)
     except DataError as error:
-        return {"field": error.field, "value": str(error.value), "rule": error.rule, "remedy": error.remedy}
+        return {"error": json.dumps([error.field, str(error.value), error.rule, error.remedy])}
     except OSError as error:
         rule = f"cannot be read or written on {socket.gethostname()} ({error.strerror or error})."
-        return {"field": "file", "value": str(error.filename or row["file"]), "rule": rule, "remedy": "Check it there and run this again."}
-    return {"field": "", "value": "", "rule": "", "remedy": ""}
+        return {"error": json.dumps(["file", str(error.filename or row["file"]), rule, "Check it there and run this again."])}
+    return {"error": ""}

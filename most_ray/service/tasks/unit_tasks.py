@@ -1,5 +1,4 @@
-"""Encodes recordings as units on a cluster: a pool of Ray Data actors, one per GPU or CPU core, makes the same parts as one process
-would."""
+"""Encodes recordings as units on a cluster: a pool of Ray Data actors, one per GPU or CPU core, makes the parts that one process would."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from ray.data import ActorPoolStrategy
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service.cluster.connection import start_ray
+from most_ray.service.cluster.connection import cluster_address, start_ray
 from most_ray.service.tasks.ingest_tasks import dataset_of
 from most_ray.speech.units.corpus_parts import Part, PartTask, PartWorker, Runner
 from most_ray.speech.units.features import FeatureSettings
@@ -25,39 +24,29 @@ def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_acto
         num_actors: size of the pool (None: one actor per GPU, or per CPU core where actors use no GPU).
         gpus_per_actor: GPUs of each actor (None: one for encoders where the cluster has GPUs, else none).
         address: of the cluster (None: the one of RAY_ADDRESS, else Ray is started on this machine).
-
-    Raises:
-        ConfigError: the cluster has fewer GPUs, or the GPUs of an actor are above 1 and not a whole number.
     """
 
     def run(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
-        start_ray(config_from({"ray_address": address}), 1, num_actors or os.cpu_count() or 1, False)
+        config = config_from({"ray_address": address})
+        start_ray(config, 1, num_actors or os.cpu_count() or 1, False)
         found = ray.cluster_resources()
-        default = float(features.uses_gpu and found.get("GPU", 0.0) > 0)
-        gpus = default if gpus_per_actor is None else gpus_per_actor
-        if gpus > found.get("GPU", 0.0):
-            raise ConfigError("gpus_per_actor", gpus, f"is more than the {found.get('GPU', 0.0):g} GPUs of the cluster.")
+        available = found.get("GPU", 0.0)
+        gpus = float(features.uses_gpu and available > 0) if gpus_per_actor is None else gpus_per_actor
+        if gpus > available:
+            raise ConfigError("gpus_per_actor", gpus, f"is more than the {available:g} GPUs of the cluster.")
         if gpus > 1 and gpus != int(gpus):
             raise ConfigError("gpus_per_actor", gpus, "must be a whole number where it is above 1.")
         # A Ray that this command has started has more logical CPUs than the machine has cores.
-        cores = found.get("CPU", 1.0) if address or os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
-        most = int(found.get("GPU", 0.0) / gpus if gpus else cores)
+        cores = found.get("CPU", 1.0) if cluster_address(config) else os.cpu_count() or 1
+        most = int(available / gpus if gpus else cores)
         return run_in_actors(work, parts, min(num_actors or most, most) if gpus else num_actors or most, gpus)
 
     return run
 
 
 def run_in_actors(work: PartTask, parts: Sequence[Part], actors: int, gpus: float) -> Iterator[dict[str, float]]:
-    """Make the parts in a pool of actors, in any order. A part whose actor dies is made again; parts that are finished stay.
-
-    Args:
-        work: what makes a part.
-        actors: size of the pool.
-        gpus: GPUs of each actor.
-
-    Raises:
-        UserError: as in one process.
-    """
+    """Make the parts in a pool of `actors` actors with `gpus` GPUs each, in any order. A part whose actor dies is made again; parts that
+    are finished stay. A UserError of an actor is raised as in one process."""
     # An actor's arguments are attributes of its class: constructor arguments would be in the object store, where they can be lost.
     worker = type("Worker", (PartWorker,), {"task": work, "device": "cuda" if gpus else "cpu"})
     pool = ActorPoolStrategy(size=min(actors, len(parts)))

@@ -80,7 +80,6 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
     """Train until the run is complete.
 
     Args:
-        prepared: the run.
         validation: how its checkpoints are evaluated, if they are.
         console: for a line after each attempt.
         shutdown: set when the run is to stop.
@@ -119,7 +118,7 @@ def _run_attempts(
             text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
         elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
             text = "A node was taken away before a checkpoint was written; resuming from the one before."
-        elif _found_no_room(error):
+        elif isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):  # it could not be placed
             text = "Others took the room for the workers; looking again."
         elif failures.allows(time.monotonic()):
             left = config.max_failures - len(failures.times)
@@ -131,21 +130,14 @@ def _run_attempts(
         console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's errors contain brackets
 
 
-def _found_no_room(error: BaseException) -> bool:
-    """Whether the worker group could not be placed, as opposed to having failed."""
-    return isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
-
-
 def _attempt(
     prepared: Prepared, topology: Topology, validation: EvaluationJob | None, shutdown: ShutdownSignal, request: AutoscalerRequest
 ) -> tuple[AttemptWatcher, BaseException | None]:
     """Run one worker group until it ends. Returns the watcher, which knows whether the group was asked to stop, and the group's failure."""
-    n_workers = topology.world_size
-    driver = claim_run(prepared.folder)
+    n_workers, driver = topology.world_size, claim_run(prepared.folder)
     job = prepared.job_for(topology, driver)
     share = WorkerShare.of(job.config, prepared.use_gpu)
     larger = [other.world_size for other in prepared.topologies if other.world_size > n_workers]
-
     last = catalog.step_uri(prepared.folder.checkpoints, job.total_steps)
 
     def can_grow() -> bool:
@@ -158,11 +150,7 @@ def _attempt(
         # Not as train_loop_config, which Ray's dashboard would show, and which must be a dict.
         functools.partial(train_worker, WorkerJob(job, validation, wandb_key=wandb_key(job.config))),
         torch_config=OnNodeAddress(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=n_workers,
-            use_gpu=prepared.use_gpu,
-            resources_per_worker=share.resources(),
-        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=n_workers, use_gpu=prepared.use_gpu, resources_per_worker=share.resources()),
         # Failures are counted here: Ray Train's own count has no window, and a new attempt may have another size.
         run_config=ray.train.RunConfig(
             name=job.config.name,
@@ -212,8 +200,8 @@ def _wait_for_resources(
             return fitting[-1]
         needs = f"{smallest.world_size} workers of {share} each, the cluster has room for {free}"
         if not fitting and waited > timeout:
-            rule = f"found no room for {timeout:g} s: {needs}."
-            raise RunIncompleteError("num_workers", smallest.world_size, rule, "Free some, use fewer, or raise room_timeout_s.")
+            rule, remedy = f"found no room for {timeout:g} s: {needs}.", "Free some, use fewer, or raise room_timeout_s."
+            raise RunIncompleteError("num_workers", smallest.world_size, rule, remedy)
         if not fitting and waited - announced > 15:
             announced = waited
             console.print(f"Waiting for room: {needs}.", highlight=False, soft_wrap=True)
@@ -233,8 +221,7 @@ def _cause(error: BaseException) -> UserError | str:
             cause = getattr(cause, "cause", None) or cause.__cause__
         # Of a lost worker the error says only that it is lost; Ray's account of its end is an attribute.
         shown[rank] = str(getattr(failure, "health_check_failure", failure)).strip()
-    own = _first_to_fail(shown)
-    if own is not None:
+    if (own := _first_to_fail(shown)) is not None:
         logger.error("rank %d failed:\n%s", own, shown[own])
         return f"rank {own}: {_headline(shown[own])}"
     # A failure before the workers have started is in a task's error inside Ray Train's, whose own first lines do not name it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -31,11 +32,8 @@ from most_ray.service.training.attempts import RunIncompleteError, run_attempts
 
 
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Train, evaluate and export a run. A run of the same name resumes; a complete one is not changed. Returns the summary.
-
-    Raises:
-        UserError: the user can fix it; or the run was asked to stop, or ended before its last step.
-    """
+    """Train, evaluate and export a run. A run of the same name resumes; a complete one is not changed. Returns the summary. Raises
+    UserError where the user can fix something, the run was asked to stop, or it ended before its last step."""
     with ShutdownSignal().on_sigterm() as shutdown:
         return _run(config, console, shutdown)
 
@@ -48,20 +46,20 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     prepared = prepare_run(config, ingest_runner, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     for uri, reason in prepared.corrupt:
-        console.print(
-            f"Checkpoint {storage.redact(uri)} is damaged and is skipped: {reason}.", highlight=False, soft_wrap=True, markup=False
-        )
-    summary = finished_summary(prepared)
-    if summary is not None:
+        text = f"Checkpoint {storage.redact(uri)} is damaged and is skipped: {reason}."
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    if (summary := finished_summary(prepared)) is not None:
         console.print(f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.", highlight=False, soft_wrap=True)
         return summary
     begin_run(prepared, config)
     model = read_config(local_copy(job.model_path), overrides_of(job.config))
     size = checkpoint_bytes(model, job.topology, config.optimizer_state)
-    findings = walk(
-        {"space": lambda: check_space(config, size), "tracking": lambda: check_tracking(config), "safety": lambda: check_safety(config)}
-    )
-    report_findings(list(itertools.chain(*findings.values())), console)
+    checks = {
+        "space": partial(check_space, config, size),
+        "tracking": partial(check_tracking, config),
+        "safety": partial(check_safety, config),
+    }
+    report_findings(list(itertools.chain(*walk(checks).values())), console)
     first_screen(prepared, console, validation=evaluation_plan(prepared, config.eval_inline))
     started = time.monotonic()
     if prepared.done_steps < job.total_steps or not is_complete(prepared):

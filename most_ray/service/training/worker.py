@@ -49,15 +49,9 @@ def train_worker(work: WorkerJob) -> None:
     register_worker_node(job.driver, rank)
     listener = StopListener(job.driver) if rank == 0 else None
     validation, inline = work.validation, job.config.eval_inline
-    hooks = TrainHooks(
-        batches=work.stream,
-        should_stop=listener or (lambda: False),
-        async_evaluator=(lambda report: EvaluationQueue(validation, job.run_uri, job.total_steps, report))
-        if validation and not inline
-        else None,
-        evaluate_inline=InlineEvaluation(validation, job.run_uri, job.model_path) if validation and inline else None,
-        trackers=_trackers(work) if rank == 0 else (),
-    )
+    queue = (lambda report: EvaluationQueue(validation, job.run_uri, job.total_steps, report)) if validation and not inline else None
+    evaluate = InlineEvaluation(validation, job.run_uri, job.model_path) if validation and inline else None
+    hooks = TrainHooks(work.stream, listener or (lambda: False), queue, evaluate, _trackers(work) if rank == 0 else ())
     try:
         run_rank(job, ray.train.torch.get_device(), hooks)
     except UserError:

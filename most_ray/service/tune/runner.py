@@ -53,11 +53,8 @@ _ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, after which 
 
 
 def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
-    """Run all trials that have not ended; a sweep of the same name resumes. Returns the summary.
-
-    Raises:
-        UserError: the user can fix it; or the sweep was asked to stop, or all its trials failed.
-    """
+    """Run all trials that have not ended; a sweep of the same name resumes. Returns the summary. Raises UserError where the user can fix
+    something, the sweep was asked to stop, or all its trials failed."""
     check_outputs(sweep.run)
     uri = sweep.run.run_uri
     others = [name for name in ("metrics.jsonl", "checkpoints", "parts", "config.yaml") if storage.exists(storage.join(uri, name))]
@@ -65,12 +62,8 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
         rule = f"is taken: {storage.redact(uri)} holds {others[0]}, and is not a sweep's."
         raise ConfigError("name", sweep.run.name, rule, "Choose another name.")
     folder = RunFolder(uri)
-    file = LedgerFile(folder)
-    try:
-        with ShutdownSignal().on_sigterm() as shutdown:
-            return _run(sweep, folder, file, console, shutdown)
-    finally:
-        file.close()
+    with contextlib.closing(LedgerFile(folder)) as file, ShutdownSignal().on_sigterm() as shutdown:
+        return _run(sweep, folder, file, console, shutdown)
 
 
 def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, shutdown: ShutdownSignal) -> dict[str, Any]:
@@ -83,7 +76,6 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
     first_valid(TrialBase(sweep, {key: StartModel(model, range(model.n_routed_experts)) for key, model in models.items()}, {}))
     starts = {key: _prepare(sweep, key) for key in models}
     prepared = next(iter(starts.values()))
-    job = prepared.job
     left = max(0, sweep.max_trials - len(file.ledger.trials)) + len(file.ledger.in_state("open"))
     if left > 0:
         resources = TrialResources(sweep, prepared, left, file.ledger.sweep.get("shared"))
@@ -91,11 +83,11 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
         affinities, step_s = _measure_starts(folder, jobs, resources.use_gpu, sweep)
         orders = {key: affinities[key].order if key in affinities else None for key in models}
         setting = TrialBase(sweep, {key: StartModel(model, orders[key]) for key, model in models.items()}, resources.shared)
-        cost = estimate(sweep, job.total_steps, left, resources.concurrent, step_s)
+        cost = estimate(sweep, prepared.job.total_steps, left, resources.concurrent, step_s)
         storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
-        file.write("sweep", **_description(sweep, job, resources, file))
-        start_screen(sweep, file.ledger, folder.uri, job, resources.description, list(affinities.values()), cost, console)
-        out_of_time = _search(setting, job, folder, file, resources.concurrent, console, shutdown)
+        file.write("sweep", **_description(sweep, prepared.job, resources, file))
+        start_screen(sweep, file.ledger, folder.uri, prepared.job, resources.description, list(affinities.values()), cost, console)
+        out_of_time = _search(setting, prepared.job, folder, file, resources.concurrent, console, shutdown)
         if shutdown.is_set():
             raise run_stopped("was received: the running trials have stopped after a checkpoint.", shutdown.name)
         if out_of_time:
@@ -120,16 +112,12 @@ def _fixed(sweep: Sweep) -> dict[str, Any]:
     run, options = vars(sweep.run.redacted()), vars(sweep.options)
     kept = {name: value for name, value in {**run, **options}.items() if not {**OPTIONS, **SWEEP_OPTIONS}[name].inert}
     content = {**kept, "objectives": [str(objective) for objective in sweep.objectives], "space": dict(sweep.raw_space)}
-    fixed: dict[str, Any] = json.loads(json.dumps(content))
-    return fixed
+    return json.loads(json.dumps(content))
 
 
 def _prepare(sweep: Sweep, key: str) -> Prepared:
-    """Prepare what all trials of one starting model share: make a run's checks, ingest its data, build the model.
-
-    Args:
-        key: the starting model's, see `start_key`.
-    """
+    """Prepare what all trials of one starting model (`key`: see `start_key`) share: make a run's checks, ingest its data, build the
+    model."""
     base = sweep.run
     name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
     changes = {**json.loads(key), "output_dir": base.run_uri, "name": name, "store_dir": base.store_uri}
@@ -137,10 +125,7 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
 
 
 def _measure_starts(folder: RunFolder, jobs: Mapping[str, Job], use_gpu: bool, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
-    """Measure the starting models, on a GPU where the trials use GPUs.
-
-    Args:
-        jobs: a run from each starting model, by `start_key`.
+    """Measure the starting models, by a run from each, on a GPU where the trials use GPUs.
 
     Returns:
         How much text each model's experts carry, by `start_key`, where trials split experts by affinity; it is measured once and kept in
@@ -224,8 +209,8 @@ def _search(
 
     recorder, proposals = Recorder(file, on_update, job.total_steps), Proposals(setting, file, on_update)
     search: dict[str, Any] = {"search_alg": proposals, "num_samples": sweep.max_trials, "max_concurrent_trials": concurrent}
-    space: dict[str, Any] = {}
     scheduler: Any = Fifo(recorder, job.total_steps)
+    space: dict[str, Any] = {}
     slots = None
     if options.scheduler == "asha":
         scheduler = Asha(recorder, sweep, job.total_steps, file.ledger.trials)
@@ -260,8 +245,8 @@ def _search(
             rule = f"was cut short ({str(error).strip().splitlines()[-1]})."
             raise RunIncompleteError("sweep", sweep.run.name, rule, "Run the same command again to resume.") from error
         finally:
-            if slots is not None:
-                with contextlib.suppress(ray.exceptions.RayError):  # it may be gone with its node
+            with contextlib.suppress(ray.exceptions.RayError):  # it may be gone with its node
+                if slots is not None:
                     ray.kill(slots)
             storage.remove(folder.at("tune"))
     return stopper.out_of_time and bool(file.ledger.in_state("open"))
@@ -313,28 +298,24 @@ def _quiet_tune() -> Iterator[None]:
 
 
 def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console) -> dict[str, Any]:
-    """Write best.yaml, summary.json and the report, and show the last screen. Returns the summary.
-
-    Raises:
-        RunIncompleteError: all trials failed.
-    """
+    """Write best.yaml, summary.json and the report, and show the last screen. Returns the summary. Raises RunIncompleteError where all
+    trials failed."""
     ledger, objective = file.reread(), sweep.objectives[0]
     order = ranked(ledger.trials.values(), objective)
     best = next((trial for trial in order if trial.state == "finished"), None)
-    commands: dict[str, str] = {}
+    winner: dict[str, Any] | None = None
     if best:
+        winner = {"trial": best.number, "run": best.runs[-1], "values": best.values, "step": best.step, "metrics": best.results[-1].metrics}
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
         storage.write_bytes(folder.at(BEST), TrialBase(sweep, {}, {}).best_yaml(best, why).encode())
-        commands = commands_of(ledger, folder.uri, best.runs[-1])
     _remove_kept(folder, file)
     summary = {
         "name": sweep.run.name,
         "objectives": [str(each) for each in sweep.objectives],
         "trials": {state: len(ledger.in_state(state)) for state in ("finished", "stopped", "failed", "open")},
-        "best": best
-        and {"trial": best.number, "run": best.runs[-1], "values": best.values, "step": best.step, "metrics": best.results[-1].metrics},
-        "commands": commands,
+        "best": winner,
+        "commands": commands_of(ledger, folder.uri, best.runs[-1]) if best else {},
         "hours": round(ledger.spent_s / 3600, 4),
         "report": storage.redact(folder.at("report.html")),
     }

@@ -25,13 +25,8 @@ _PERTURBATIONS = 20  # tries to perturb a trial's values into ones that can be t
 
 
 class Recorder:
-    """Records the results and ends of trials in the ledger, whatever the scheduler.
-
-    Args:
-        ledger: the file.
-        on_update: called with each trial after a result that is not its last, and after its end.
-        total_steps: steps of a whole trial.
-    """
+    """Records the results and ends of trials of `total_steps` steps in the ledger, whatever the scheduler. `on_update` is called with each
+    trial after a result that is not its last, and after its end."""
 
     def __init__(self, ledger: LedgerFile, on_update: OnTrialUpdate, total_steps: int) -> None:
         self._file, self._on_update, self._total_steps = ledger, on_update, total_steps
@@ -85,8 +80,7 @@ class _Recording(NotPickled, TrialScheduler):
 
     def _decide(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Tune's decision on a trial: to continue, to pause or to stop it."""
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        return decision
+        return super().on_trial_result(tune_controller, trial, result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         self.recorder.complete(trial.config["spec"], result)
@@ -114,29 +108,21 @@ class _StableId:
 
 
 class Asha(_Recording, AsyncHyperBandScheduler):
-    """Asynchronous successive halving (Li et al., arXiv 1810.05934), which begins with the results of earlier starts.
-
-    Args:
-        known: the ledger's trials by number.
-    """
+    """Asynchronous successive halving (Li et al., arXiv 1810.05934), which begins with the results of earlier starts, those of the `known`
+    trials."""
 
     def __init__(self, recorder: Recorder, sweep: Sweep, total_steps: int, known: Mapping[int, Trial]) -> None:
         objective = sweep.objectives[0]
-        super().__init__(
-            time_attr="step",
-            metric="objective_0",
-            mode="max" if objective.largest else "min",
-            max_t=total_steps,
-            grace_period=min(sweep.grace_steps, total_steps),
-            reduction_factor=sweep.options.reduction_factor,
-        )
+        halving = {"grace_period": min(sweep.grace_steps, total_steps), "reduction_factor": sweep.options.reduction_factor}
+        super().__init__("step", "objective_0", "max" if objective.largest else "min", max_t=total_steps, **halving)
         self.recorder, self.total_steps = recorder, total_steps
         for trial in known.values():
-            AsyncHyperBandScheduler.on_trial_add(self, None, _StableId(trial.number))
+            stable = _StableId(trial.number)
+            AsyncHyperBandScheduler.on_trial_add(self, None, stable)
             for result in trial.results:
                 value = {"objective_0": result.metrics[objective.metric]} if objective.metric in result.metrics else {}
                 filled = fill_objective({"step": result.step, "details": "", **value}, self._mode)
-                AsyncHyperBandScheduler.on_trial_result(self, None, _StableId(trial.number), filled)
+                AsyncHyperBandScheduler.on_trial_result(self, None, stable, filled)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _StableId(trial.config["spec"]["trial"]))
@@ -160,11 +146,6 @@ class Pbt(_Recording, PopulationBasedTraining):
     checkpoint of the better trial and its settings, perturbed within their ranges.
 
     Args:
-        recorder: records results and ends.
-        setting: the sweep and its starting models.
-        total_steps: steps of a whole trial.
-        ledger: the file that new runs are recorded in.
-        sweep_uri: the sweep's folder.
         synchronous: fewer trials fit at once than there are: all stop at each comparison and are compared with each other there. Else a
             trial is compared with the newest results of the others, and only those that are replaced stop.
     """
@@ -177,9 +158,9 @@ class Pbt(_Recording, PopulationBasedTraining):
         self._setting, self._file, self._uri = setting, ledger, sweep_uri
         self._random = random.Random(f"{sweep.options.search_seed}/{sum(len(trial.runs) for trial in ledger.ledger.trials.values())}")
         super().__init__(
-            time_attr="step",
-            metric="objective_0",
-            mode="max" if sweep.objectives[0].largest else "min",
+            "step",
+            "objective_0",
+            "max" if sweep.objectives[0].largest else "min",
             perturbation_interval=sweep.perturb_steps,
             custom_explore_fn=lambda config: config,  # `_get_new_config` perturbs the settings
             log_config=False,
@@ -219,15 +200,10 @@ class Pbt(_Recording, PopulationBasedTraining):
             super()._exploit(tune_controller, trial, trial_to_clone)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        own, other = trial.config["spec"], trial_to_clone.config["spec"]
-        step = self._trial_state[trial_to_clone].last_train_time
+        number, other = trial.config["spec"]["trial"], trial_to_clone.config["spec"]
         values, settings = self._perturb_trainable(other["values"])
-        line = {
-            "trial": own["trial"],
-            "run": run_name(own["trial"], len(self._file.ledger.trials[own["trial"]].runs)),
-            "values": values,
-            "settings": settings,
-            "parent": {"trial": other["trial"], "run": other["run"], "step": step},
-        }
+        parent = {"trial": other["trial"], "run": other["run"], "step": self._trial_state[trial_to_clone].last_train_time}
+        run = run_name(number, len(self._file.ledger.trials[number].runs))
+        line = {"trial": number, "run": run, "values": values, "settings": settings, "parent": parent}
         self._file.write("trial", **line)
         return {"spec": {**line, "after": 0}}, {}

@@ -34,22 +34,14 @@ class NotPickled:
 
 
 class Proposals(NotPickled, Searcher):
-    """Proposes first the trials that an earlier start has left open, then new ones until there are `max_trials`.
-
-    A proposal that cannot be trained is recorded as failed, with the reason, and the next one is tried.
-
-    Args:
-        setting: the sweep and its starting models.
-        ledger: the file that proposals are recorded in.
-        on_update: called with each trial that cannot be trained.
-    """
+    """Proposes first the trials that an earlier start has left open, then new ones until there are `max_trials`. A proposal that cannot be
+    trained is recorded in the ledger as failed, with the reason, given to `on_update`, and the next one is tried."""
 
     def __init__(self, setting: TrialBase, ledger: LedgerFile, on_update: OnTrialUpdate) -> None:
         super().__init__(metric="objective_0", mode="min")
         self._setting, self._file, self._on_update = setting, ledger, on_update
         self._open = collections.deque(ledger.ledger.in_state("open"))
-        options = setting.sweep.options
-        self._tpe = Tpe(setting.sweep, ledger) if options.search == "tpe" else None
+        self._tpe = Tpe(setting.sweep, ledger) if setting.sweep.options.search == "tpe" else None
         self._numbers: dict[str, int] = {}  # of trials, by Tune's ids
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -67,7 +59,9 @@ class Proposals(NotPickled, Searcher):
                 self._tpe.enqueue(trial_id, trial)
             return _spec_of(trial)
         while (number := max(self._file.ledger.trials, default=0) + 1) <= self._setting.sweep.max_trials:
-            values = self._propose(number, trial_id)
+            sweep = self._setting.sweep
+            search = sweep.options.search
+            values = self._tpe.propose(trial_id) if self._tpe else sweep.space.proposal(search, sweep.options.search_seed, number - 1)
             if values is None:
                 return None
             try:
@@ -84,12 +78,6 @@ class Proposals(NotPickled, Searcher):
             if self._tpe:
                 self._tpe.on_trial_complete(trial_id, trial)
         return None
-
-    def _propose(self, number: int, trial_id: str) -> Values | None:
-        if self._tpe:
-            return self._tpe.propose(trial_id)
-        options = self._setting.sweep.options
-        return self._setting.sweep.space.proposal(options.search, options.search_seed, number - 1)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Writes nothing, see `NotPickled`."""
@@ -124,6 +112,7 @@ class Tpe:
     def __init__(self, sweep: Sweep, ledger: LedgerFile) -> None:
         self._space, self._objectives, self._count = sweep.space, sweep.objectives, itertools.count()
         modes = ["max" if objective.largest else "min" for objective in self._objectives]
+        names = [f"objective_{index}" for index in range(len(modes))]
         several = len(modes) > 1
         self._names: dict[str, str] = {}  # Optuna's name of each trial's newest proposal, by Tune's id: some proposals cannot be trained
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -136,13 +125,12 @@ class Tpe:
         )
         memory = optuna.storages.InMemoryStorage()
         study = optuna.create_study(
-            storage=memory, study_name="sweep", directions=["maximize" if mode == "max" else "minimize" for mode in modes]
+            storage=memory, study_name="sweep", directions=["maximize" if m == "max" else "minimize" for m in modes]
         )
         distributions = {d.name: _distribution(d) for d in self._space.dimensions}
         for trial in ledger.ledger.trials.values():
             if trial.state != "open":
                 study.add_trial(to_frozen_trial(trial, self._space, distributions, [o.metric for o in self._objectives]))
-        names = [f"objective_{index}" for index in range(len(modes))]
         metric, mode = (names, modes) if several else (names[0], modes[0])
         self._search = OptunaSearch(distributions, metric=metric, mode=mode, sampler=sampler, storage=memory, study_name="sweep")
 
@@ -166,8 +154,7 @@ class Tpe:
         values = [trial.metric(objective.metric) for objective in self._objectives]
         finished = trial.state == "finished" and None not in values
         result = {f"objective_{index}": value for index, value in enumerate(values)} if finished else None
-        failed = error or trial.state != "stopped"
-        self._search.on_trial_complete(self._names[trial_id], result, error=failed)
+        self._search.on_trial_complete(self._names[trial_id], result, error=error or trial.state != "stopped")
 
 
 def _distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:

@@ -83,8 +83,7 @@ class TrialActor(tune.Trainable):
         spec = config["spec"]
         self._run, self._sweep_uri = str(spec["run"]), str(common["sweep_uri"])
         self._objectives: list[str] = list(common["objectives"])
-        self._slots = common["slots"]
-        self._environment = dict(common["environment"])
+        self._slots, self._environment = common["slots"], dict(common["environment"])
         self._command, self._directory = [sys.executable, *common["train"]], str(common["directory"])
         self._values = {**common["values"], **spec["settings"], "name": self._run}
         if parent := spec.get("parent"):
@@ -137,8 +136,7 @@ class TrialActor(tune.Trainable):
         return process
 
     def _evaluations(self) -> Iterator[dict[str, Any] | None]:
-        """The run's evaluations as they are written, each with its step's `train` line under "train"; None where there is no new one yet.
-        Ends with the run."""
+        """The run's evaluations as they are written, None where there is no new one yet; ends with the run."""
         assert self._process is not None
         while True:
             ended = self._process.poll() is not None  # looked up before the lines are read, so that the last ones are among them
@@ -148,7 +146,8 @@ class TrialActor(tune.Trainable):
             yield None
 
     def _new_lines(self) -> list[dict[str, Any]]:
-        """Evaluations after the last reported step that were written since the last call, by step."""
+        """Evaluations after the last reported step that were written since the last call, by step, each with its step's `train` line under
+        "train"."""
         evaluations: dict[int, dict[str, Any]] = {}
         for line in self._metrics.new_lines():
             if line.get("kind") == "train" and self._is_evaluated(line["step"]):
@@ -174,10 +173,9 @@ class TrialActor(tune.Trainable):
         if code < 0:
             name = signal.Signals(-code).name
             return f"its process was ended by {name}" + (", as the kernel does where memory runs out" if name == "SIGKILL" else "")
-        try:
+        lines: list[str] = []
+        with contextlib.suppress(OSError):  # the exit code is reported instead
             lines = (self._folder.local / LOG).read_bytes()[self._log_start :].decode("utf-8", "replace").strip().splitlines()
-        except OSError:  # the exit code is reported instead
-            lines = []
         own = next((line for line in reversed(lines) if line.startswith("most-ray: ")), lines[-1] if lines else "")
         return storage.redact(own.removeprefix("most-ray: ")) or f"exit code {code}"
 
@@ -216,11 +214,7 @@ class TrialActor(tune.Trainable):
 
 
 def _stop_with_parent(parent: int) -> None:
-    """Called between fork and exec: lets the kernel ask the run to stop when the actor is killed (prctl(2), PR_SET_PDEATHSIG).
-
-    Args:
-        parent: process id of the actor.
-    """
+    """Called between fork and exec: lets the kernel ask the run to stop when the actor is killed (prctl(2), PR_SET_PDEATHSIG)."""
     assert _PRCTL is not None
     _PRCTL(1, signal.SIGTERM)
     if os.getppid() != parent:  # the actor was killed before that

@@ -22,30 +22,23 @@ _TRIAL_BYTES = 3 << 30  # memory of a trial's processes with a small model; 2.3 
 
 
 class TrialResources:
-    """Connects to Ray and divides it among the trials.
+    """Connects to Ray and divides it among the trials. Raises ConfigError where a trial does not fit, or the cluster cannot be joined.
 
     Args:
-        sweep: the sweep.
-        prepared: its first starting model's run.
+        prepared: the run of the sweep's first starting model.
         left: trials that are still to run.
         known: `shared` of the sweep's first start, whose values are kept; None in the first start.
 
     Attributes:
-        use_gpu: whether the trials train on GPUs.
-        workers: training workers of each trial.
         capacity: trials that fit at once.
         concurrent: trials that will run at once.
-        threads: CPU threads of each worker.
         shared: keys of every trial's configuration that depend on what the cluster has.
-
-    Raises:
-        ConfigError: a trial does not fit, or the cluster cannot be joined.
     """
 
     def __init__(self, sweep: Sweep, prepared: Prepared, left: int, known: dict[str, Any] | None) -> None:
         run, before = sweep.run, known or {}
         self.use_gpu = bool(before.get("use_gpu", prepared.use_gpu))
-        self.workers = int(before.get("num_workers", [prepared.topologies[-1].world_size])[0])
+        self.workers = int(before.get("num_workers", [prepared.topologies[-1].world_size])[0])  # of each trial
         self._share = WorkerShare.of(run, self.use_gpu)
         evaluations = 0 if run.eval_inline else run.eval_workers
         self._needs = self._share.resources(self.workers)
@@ -86,10 +79,9 @@ class TrialResources:
     @property
     def description(self) -> str:
         """The division in one line, for the screen."""
-        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
-        each = " each" if self.workers > 1 else ""
-        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-        return f"{self.concurrent} at a time (room for {self.capacity}); {workers} of {self._share}{each}, {threads}"
+        several, threads = self.workers > 1, f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        share = f"{self.workers} worker{'s' * several} of {self._share}{' each' * several}"
+        return f"{self.concurrent} at a time (room for {self.capacity}); {share}, {threads}"
 
 
 def _cores() -> int:
