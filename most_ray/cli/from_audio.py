@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +53,12 @@ class Division:
 
 
 def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[Sequence[str]], None]) -> Path:
-    """Make records from the recordings, and a run's configuration.
+    """Make records from the recordings, and a run's configuration, whose path is returned.
 
     Args:
         args: flags of `add_flags`, and `config`.
         flags: keys of the configuration that are given as flags.
         run: runs a command of `most-ray`.
-
-    Returns:
-        The path of the configuration.
-
-    Raises:
-        UserError: raised by a command; or the flags do not fit together, or the recordings are too few to divide.
     """
     if args.config:
         raise ConfigError("from_audio", str(args.from_audio), "and config both define what to train on.", "Leave one of them out.")
@@ -80,52 +75,42 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
     data = Path(output) / f"{name}-data"
     division, hours = _divide(args.from_audio, layout)
     print(f"{args.from_audio}: {layout}, {division.description}\n")
-    units = ["prepare", "units", "--corpus", layout, "--input", str(args.from_audio), "--features", args.features or "mfcc"]
-    units += ["--max_seconds", _MAX_SECONDS]
+    corpus = ["--corpus", layout, "--input", str(args.from_audio)]
+    units = ["prepare", "units", *corpus, "--features", args.features or "mfcc", "--max_seconds", _MAX_SECONDS]
     train, val = str(data / "train_asr"), str(data / "val_asr")
     speeds = ["--perturb", _SPEEDS] if hours < _SMALL_HOURS else []
     run([*units, "--output", train, "--fit_kmeans", "auto", *speeds, "--where", division.train])
     run([*units, "--output", val, "--kmeans", f"{train}/kmeans.npy", "--where", division.validation])
-    voice = ["prepare", "vocoder", "--corpus", layout, "--input", str(args.from_audio), "--max_seconds", _MAX_SECONDS]
-    run([*voice, "--records", train, "--where", division.train])
+    run(["prepare", "vocoder", *corpus, "--max_seconds", _MAX_SECONDS, "--records", train, "--where", division.train])
     for part in ("train", "val"):
         run(["prepare", "tts", "--input_dir", str(data / f"{part}_asr"), "--output_dir", str(data / f"{part}_tts"), "--dataset_name", name])
-    path = data / "run.yaml"
-    settings = run_settings(name, output, data)
+    path, settings = data / "run.yaml", run_settings(name, output, data)
     path.write_text(f"# Made by `most-ray train --from_audio {args.from_audio}`.\n" + yaml.safe_dump(settings, sort_keys=False))
-    given_flags = [word for key, value in flags.items() for word in (f"--{key}", *_words(value))]
+    words = {key: value if isinstance(value, list | tuple) else [value] for key, value in flags.items()}
+    given_flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
     print(f"most-ray {shlex.join(['train', '--config', str(path), *given_flags])}\n\n{path}:\n{path.read_text()}")
     return path
 
 
 def _divide(directory: Path, layout: str) -> tuple[Division, float]:
-    """Divide a corpus, see `choose_division`, and estimate its hours of audio from the headers of the first 200 recordings.
-
-    Raises:
-        DataError: it holds fewer than two recordings with text, or cannot be divided.
-    """
+    """Divide a corpus, see `choose_division`, and estimate its hours of audio from the headers of the first 200 recordings."""
     from most_ray.speech.corpora.audio import audio_seconds
     from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, parse_condition, read_corpus
 
-    speakers: dict[str, int] = {}
-    splits: dict[str, int] = {}
-    folds: dict[str, int] = {}
+    speakers, splits, folds = Counter[str](), Counter[str](), Counter[str]()
     in_fold = {str(fold): parse_condition(f"fold={fold}") for fold in range(_HELD_OUT)}
     sampled: list[float] = []
     for entry in read_corpus(CorpusOptions(layout, directory)):
-        if not isinstance(entry, Utterance):
-            continue
-        fold = next((fold for fold, condition in in_fold.items() if condition.matches(entry)), "")
-        values = (str(entry.columns.get("speaker", "")), str(entry.columns.get("split", "")), fold)
-        for known, value in zip((speakers, splits, folds), values, strict=True):
-            known[value] = known.get(value, 0) + 1
-        if len(sampled) < 200 and (seconds := audio_seconds(entry.path, entry.duration)) is not None:
-            sampled.append(seconds)
-    count = sum(folds.values())
+        if isinstance(entry, Utterance):
+            speakers[str(entry.columns.get("speaker", ""))] += 1
+            splits[str(entry.columns.get("split", ""))] += 1
+            folds[next((fold for fold, condition in in_fold.items() if condition.matches(entry)), "")] += 1
+            if len(sampled) < 200 and (seconds := audio_seconds(entry.path, entry.duration)) is not None:
+                sampled.append(seconds)
+    count = folds.total()
     if count < 2:
         raise DataError("from_audio", str(directory), f"holds {count} recordings with text.", "See `most-ray prepare units --help`.")
-    hours = count * sum(sampled) / max(1, len(sampled)) / 3600.0
-    return choose_division(speakers, splits, folds), hours
+    return choose_division(speakers, splits, folds), count * sum(sampled) / max(1, len(sampled)) / 3600.0
 
 
 def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], folds: Mapping[str, int]) -> Division:
@@ -134,10 +119,7 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
     Args:
         speakers: recordings by speaker, "" where the speaker is not known.
         splits: recordings by split.
-        folds: recordings by fold, a number from a hash of the recording.
-
-    Raises:
-        DataError: all recordings are in one fold.
+        folds: recordings by fold, a number from a hash of the recording; DataError is raised where all are in one.
     """
     count = sum(folds.values())
     tests = [split for split in splits if split.lower() in _TEST_SPLITS]
@@ -189,7 +171,3 @@ def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
         "asr_loss_weight": 10,
         "save_steps": 200,
     }
-
-
-def _words(value: Any) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list | tuple) else [str(value)]

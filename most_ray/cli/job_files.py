@@ -26,8 +26,7 @@ def job_home(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The folder that a job's relative paths are taken from: MOST_RAY_HOME of the cluster's machines, else the user's home folder there.
     None in a process that is no submitted job."""
     try:
-        about = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-        submitted = "job_submission_id" in about["metadata"]
+        submitted = "job_submission_id" in json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]
     except (ValueError, TypeError, KeyError):  # no job's environment
         submitted = False
     return Path(environ.get(HOME) or Path.home()).absolute() if submitted else None
@@ -38,32 +37,22 @@ def resolve_paths(config: RunConfig, home: Path | None = None) -> RunConfig:
     home = home or job_home()
     if home is None:
         return config
-    changes = {}
-    for option in OPTIONS.values():
-        if option.location:
-            resolve = _resolver(option.location, home)
-            changes[option.name] = option.map(resolve, getattr(config, option.name))
+    changes = {
+        option.name: option.map(_resolver(option.location, home), getattr(config, option.name))
+        for option in OPTIONS.values()
+        if option.location
+    }
     return dataclasses.replace(config, **changes)
 
 
 def to_read(kind: Callable[[str], P]) -> Callable[[str], P]:
     """The `type` of a flag that names what a command reads: its path as a job uses it, as a str or a Path."""
-
-    def path(text: str) -> P:
-        home = job_home()
-        return kind(text if home is None else find(home, text))
-
-    return path
+    return lambda text: kind(find(home, text) if (home := job_home()) else text)
 
 
 def to_write(kind: Callable[[str], P]) -> Callable[[str], P]:
     """The `type` of a flag that names what a command writes: its path as a job uses it, as a str or a Path."""
-
-    def path(text: str) -> P:
-        home = job_home()
-        return kind(text if home is None else _below(home, text))
-
-    return path
+    return lambda text: kind(_below(home, text) if (home := job_home()) else text)
 
 
 def find(home: Path, uri: str) -> str:

@@ -13,10 +13,10 @@ from rich.console import Console
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_local, check_output, config_of, tracked
+from most_ray.cli.parser import Parser, add_command, check_above_0, check_local, check_output, config_of, tracked
 from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
-from most_ray.speech.corpora.corpus import LAYOUTS
+from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
 from most_ray.speech.units.extractors import KINDS, parse_features
 
 if TYPE_CHECKING:
@@ -36,9 +36,8 @@ def add(commands: Any) -> None:
     _fit_flags(units)
     units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
     units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
-    units.add_argument(
-        "--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help="file format of the records (default: jsonl.gz)"
-    )
+    text = "file format of the records (default: jsonl.gz)"
+    units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help=text)
 
     kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings")
     _corpus_flags(kmeans)
@@ -48,9 +47,8 @@ def add(commands: Any) -> None:
 
     vocoder = add_command(prepare, "vocoder", _vocoder, "learn from recordings to turn the units of their records into speech")
     _corpus_flags(vocoder, features=False)
-    vocoder.add_argument(
-        "--records", type=to_read(Path), required=True, help="folder of `prepare units`; vocoder.safetensors is written to it"
-    )
+    text = "folder of `prepare units`; vocoder.safetensors is written to it"
+    vocoder.add_argument("--records", type=to_read(Path), required=True, help=text)
     vocoder.add_argument("--encoder", help="folder of the units' speech encoder (default: the one that they were made with)")
     vocoder.add_argument("--seconds", type=float, default=1800.0, help="seconds of speech to learn from, at most (default: 1800)")
     vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of the choice of recordings (default: 0)")
@@ -75,9 +73,8 @@ def _corpus_flags(parser: Parser, features: bool = True) -> None:
     parser.add_argument("--splits", nargs="+", default=[], help="splits of a published corpus (default: all; Common Voice: validated)")
     parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)")
     parser.add_argument("--name", help="data set name, the start of each id (default: the corpus' or the input folder's)")
-    parser.add_argument(
-        "--where", nargs="+", default=[], metavar="COLUMN=VALUE", help="use only these utterances; != excludes, commas separate values"
-    )
+    text = "use only these utterances; != excludes, commas separate values"
+    parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help=text)
     parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)")
     parser.add_argument("--max_seconds", type=float, default=120.0, help="reject longer utterances (default: 120)")
     if features:
@@ -98,20 +95,17 @@ def _fit_flags(parser: Parser) -> None:
 
 def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
     """What to convert, from the flags of a corpus and `more` fields."""
-    from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
     from most_ray.speech.units.prepare import UnitsJob
 
-    return UnitsJob(
-        corpus=CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits)),
-        features=parse_features(args.features),
-        where=[parse_condition(text) for text in args.where],
-        speaker_column=args.speaker_column,
-        max_seconds=args.max_seconds,
-        algorithm=args.algorithm,
-        fit_frames=args.fit_frames,
-        seed=args.seed,
-        **more,
-    )
+    corpus, where = _corpus(args)
+    same = {name: getattr(args, name) for name in ("speaker_column", "max_seconds", "algorithm", "fit_frames", "seed")}
+    return UnitsJob(corpus=corpus, features=parse_features(args.features), where=where, **same, **more)
+
+
+def _corpus(args: argparse.Namespace) -> tuple[CorpusOptions, list[Condition]]:
+    """The corpus of the flags, and the conditions that its utterances must meet."""
+    corpus = CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits))
+    return corpus, [parse_condition(text) for text in args.where]
 
 
 def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
@@ -138,11 +132,7 @@ def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
 
 
 def _how_many(flag: str, text: str | None) -> int | None:
-    """The number of units to fit, from a flag's text; 0: as many as the frames support; None: the flag is not given.
-
-    Raises:
-        ConfigError: it is neither a number from 2 to N_UNITS nor "auto".
-    """
+    """The number of units to fit, from a flag's text; 0 for "auto", as many as the frames support; None: the flag is not given."""
     if text is None or text == "auto":
         return None if text is None else 0
     if not text.isdecimal() or int(text) == 0:
@@ -183,27 +173,17 @@ def _kmeans(args: argparse.Namespace) -> int:
 
 
 def _vocoder(args: argparse.Namespace) -> int:
-    from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
     from most_ray.speech.vocoder.fit import VocoderSettings
     from most_ray.speech.vocoder.prepare_vocoder import prepare_vocoder
 
-    if not args.seconds > 0:
-        raise ConfigError("seconds", args.seconds, "must be above 0.")
-    found = prepare_vocoder(
-        CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits)),
-        args.records,
-        [parse_condition(text) for text in args.where],
-        args.speaker_column,
-        VocoderSettings(seed=args.seed, max_seconds=args.seconds),
-        _progress,
-        args.max_seconds,
-        args.encoder,
-    )
-    if found.get("unchanged"):
-        print(f"vocoder: nothing has changed: {args.records / 'vocoder.safetensors'}")
-        return 0
-    source = f"{found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
-    print(f"vocoder of {source}: {args.records / 'vocoder.safetensors'}")
+    check_above_0("seconds", args.seconds)
+    (corpus, where), settings = _corpus(args), VocoderSettings(seed=args.seed, max_seconds=args.seconds)
+    column = args.speaker_column
+    found = prepare_vocoder(corpus, args.records, where, column, settings, _progress, args.max_seconds, args.encoder)
+    made = ": nothing has changed"
+    if not found.get("unchanged"):
+        made = f" of {found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
+    print(f"vocoder{made}: {args.records / 'vocoder.safetensors'}")
     return 0
 
 
@@ -244,6 +224,5 @@ def _store(args: argparse.Namespace) -> int:
     from most_ray.service.tasks.ingest_tasks import ingest_runner
 
     started = time.monotonic()
-    stores = make_stores(config, args.verify, ingest_runner)
-    print_stores(stores, time.monotonic() - started, Console())
+    print_stores(make_stores(config, args.verify, ingest_runner), time.monotonic() - started, Console())
     return 0

@@ -44,8 +44,7 @@ def _section(section: type, options: Mapping[str, Option], in_sweeps: bool) -> I
     for option in options.values():
         meaning, default = _split_default(option.help, option.default)
         rows.append([f"`{option.name}`", _values(option), default, *([_SWEEPS[option.sweep]] if in_sweeps else []), meaning])
-    yield from _table(("Key", "Values", "Default", *(["Sweep"] if in_sweeps else []), "Meaning"), rows)
-    yield ""
+    yield from (*_table(("Key", "Values", "Default", *(["Sweep"] if in_sweeps else []), "Meaning"), rows), "")
 
 
 def _values(option: Option) -> str:
@@ -70,13 +69,10 @@ def _split_default(text: str, default: Any) -> tuple[str, str]:
 def command_line_markdown() -> str:
     """Every command and its flags."""
     parser = build_parser()
-    lines = ["# Command line", "", f"{parser.description}", ""]
     commands = list(_commands(parser))
-    summary = [(f"[`{command.prog}`](#{_anchor(command.prog)})", text) for command, text in commands]
-    lines += [*_table(("Command", "What it does"), summary), ""]
-    for command, _ in commands:
-        lines += _command(command)
-    return "\n".join(lines).rstrip() + "\n"
+    summary = _table(("Command", "What it does"), [(f"[`{command.prog}`](#{_anchor(command.prog)})", text) for command, text in commands])
+    lines = ["# Command line", "", f"{parser.description}", "", *summary, ""]
+    return "\n".join((*lines, *(line for command, _ in commands for line in _command(command)))).rstrip() + "\n"
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.ArgumentParser, str]]:
@@ -96,14 +92,10 @@ def _command(command: argparse.ArgumentParser) -> Iterator[str]:
     keys = {str(section.__doc__).rstrip(".").lower() for section in configuration.SECTIONS}
     shared = [action for group in command._action_groups if group.title in keys for action in group._group_actions]
     own = [action for action in command._actions if action not in shared and not isinstance(action, argparse._HelpAction)]
-    yield from _table(("Flag", "Values", "Default", "Meaning"), [_flag(command, action) for action in sorted(own, key=_is_flag)])
-    yield ""
+    ordered = sorted(own, key=lambda action: bool(action.option_strings))  # arguments before flags
+    yield from (*_table(("Flag", "Values", "Default", "Meaning"), [_flag(command, action) for action in ordered]), "")
     if shared:
         yield from (f"Every key of a run's [configuration]({_CONFIGURATION_PAGE}) is a flag of this command too.", "")
-
-
-def _is_flag(action: argparse.Action) -> bool:
-    return bool(action.option_strings)
 
 
 def _flag(command: argparse.ArgumentParser, action: argparse.Action) -> tuple[str, str, str, str]:

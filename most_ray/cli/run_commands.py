@@ -31,14 +31,9 @@ def add(commands: Any) -> None:
 
     train = add_command(commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes")
     train.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
-    train.add_argument(
-        "--dry_run",
-        nargs="?",
-        const="",
-        metavar="DEVICE",
-        help="describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing "
-        "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)",
-    )
+    text = "describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing"
+    default = "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)"
+    train.add_argument("--dry_run", nargs="?", const="", metavar="DEVICE", help=f"{text} {default}")
     from_audio.add_flags(train)
     configuration.add_flags(train)
 
@@ -120,9 +115,9 @@ def _plan(args: argparse.Namespace) -> int:
 
     plan = prepare_run(config, ingest_runner).plan
     args.trace.parent.mkdir(parents=True, exist_ok=True)
+    lines = ({"step": step, "records": plan.record_ids(plan.step(step))} for step in range(first, last + 1))
     with args.trace.open("w", encoding="utf-8") as sink:
-        for step in range(first, last + 1):
-            sink.write(json.dumps({"step": step, "records": plan.record_ids(plan.step(step))}, ensure_ascii=False) + "\n")
+        sink.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     print(f"steps {first} to {last}: {args.trace}")
     return 0
 

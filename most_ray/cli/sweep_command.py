@@ -37,6 +37,5 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
     from most_ray.service.tune.runner import run_sweep
 
-    console = Console(width=None if sys.stdout.isatty() else 140)  # a log file has no width
-    run_sweep(sweep, console)
+    run_sweep(sweep, Console(width=None if sys.stdout.isatty() else 140))  # a log file has no width
     return 0

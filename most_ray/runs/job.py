@@ -31,11 +31,7 @@ class Job:
 
 
 def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:
-    """What a run changes in the model that it starts from.
-
-    Args:
-        biased: the checkpoint that the run resumes from holds balance biases.
-    """
+    """What a run changes in the model that it starts from. `biased`: the checkpoint that it resumes from holds balance biases."""
     return RoutingOverrides(
         config.use_modality_aware_routing,
         config.text_expert_indices,

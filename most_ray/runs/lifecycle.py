@@ -44,11 +44,7 @@ def is_complete(prepared: Prepared) -> bool:
 
 def begin_run(prepared: Prepared, config: RunConfig) -> None:
     """Write what a run's folder holds from its start: config.yaml (as the user gave it), environment.json, the files that turn recordings
-    into units.
-
-    Raises:
-        UserError: the goal is before the newest checkpoint, or the recogniser that evaluations need cannot be opened.
-    """
+    into units. Raises UserError where the goal is before the newest checkpoint, or the recogniser of evaluations cannot be opened."""
     job, folder = prepared.job, prepared.folder
     if prepared.done_steps > job.total_steps:
         rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
@@ -61,14 +57,8 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
 
 
 def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) -> dict[str, Any]:
-    """Export a trained run, write evaluation.json and hypotheses.jsonl (the last step's), summary.json and report.html.
-
-    Args:
-        seconds: that this start has trained.
-
-    Returns:
-        The content of summary.json.
-    """
+    """Export a run that this start has trained for `seconds`, write evaluation.json and hypotheses.jsonl (the last step's), summary.json
+    and report.html. Returns the content of summary.json."""
     job, folder = prepared.job, prepared.folder
     last = catalog.step_uri(folder.checkpoints, job.total_steps)
     export_checkpoint(last, folder.local / "export")

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,18 +38,16 @@ from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.start_checks import walk
 from most_ray.speech.units.assets import copy_assets, find_assets
 
-VERIFIED_BYTES = (
-    2 << 30
-)  # the checksums of a token store of at most this size are compared before a run starts; a larger one's as it is read
+# The checksums of a token store of at most this size are compared before a run starts; a larger one's as it is read.
+VERIFIED_BYTES = 2 << 30
 MADE_FROM = "made_from.json"  # in the folder of a preset's starting model: what it was made from
 
 MakeRunner = Callable[[RunConfig, bool], Runner]  # a configuration and whether GPUs are used -> what ingests records
 IngestFn = Callable[[str, Recipe, str, Runner], TokenStore]  # directory, recipe, folder of token stores, runner -> its token store
 
 
-def ingest_here(config: RunConfig, use_gpu: bool) -> Runner:
+def ingest_here(_config: RunConfig, _use_gpu: bool) -> Runner:
     """The runner that ingests records in this process."""
-    del config, use_gpu
     return run_here
 
 
@@ -67,57 +66,39 @@ class Prepared:
     accepted: list[str]  # what changed since that checkpoint and was accepted, by name
 
     def job_for(self, topology: Topology, driver: str) -> Job:
-        """The job of one attempt. At any number of workers its steps hold the same records.
-
-        Args:
-            driver: mark of the process that starts the attempt.
-        """
+        """The job of one attempt, which process `driver` starts. At any number of workers its steps hold the same records."""
         threads = threads_of(self.job.config, self.use_gpu, topology.world_size)
         return replace(self.job, topology=topology, threads=threads, driver=driver)
 
 
 def prepare_run(config: RunConfig, runner: MakeRunner = ingest_here, workers: int | None = None, gpus: int | None = None) -> Prepared:
-    """Check everything that can be checked without a worker, and make what the workers need: token stores and a starting model.
+    """Check everything that can be checked without a worker, and make what the workers need: token stores and a starting model. Raises
+    UserError for anything that a user can fix.
 
     Args:
         runner: makes what ingests records.
         workers: the number of workers, where it is fixed already.
         gpus: GPUs of the cluster (None: of this machine).
-
-    Raises:
-        UserError: anything that a user can fix.
     """
-    checked = walk(
-        {"storage": lambda: check_outputs(config), "data": lambda: check_inputs(config), "room": lambda: devices_of(config, gpus=gpus)}
-    )
+    room = partial(devices_of, config, gpus=gpus)
+    checked = walk({"storage": partial(check_outputs, config), "data": partial(check_inputs, config), "room": room})
     use_gpu, fewest, most = checked["room"]
     folder = RunFolder(config.run_uri)
-    fewest, most = (workers, workers) if workers else (fewest, most)
     sources = open_sources(config, folder, runner(config, use_gpu))
-    return resolve_run(config, folder, sources, use_gpu, fewest, most)
+    return resolve_run(config, folder, sources, use_gpu, workers or fewest, workers or most)
 
 
 def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
-    """The run of a configuration and its sources.
-
-    Args:
-        folder: the run's folder, for its checkpoints.
-        sources: the token stores and the model.
-        fewest, most: numbers of workers.
-
-    Raises:
-        UserError: configuration, sources and checkpoint contradict each other.
-    """
+    """The run of a configuration and its sources, with `fewest` to `most` workers. Raises UserError where configuration, sources and
+    checkpoint contradict each other."""
     # Workers have another working directory, on which the paths that they open must not depend.
     opened = [option for option in OPTIONS.values() if option.location and option.location.by_workers]
     config = replace(config, **{option.name: option.map(storage.absolute, getattr(config, option.name)) for option in opened})
     stores = sources.training + sources.validation
     model_config = read_config(local_copy(sources.model_path), overrides_of(config))
     topologies = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
-    if config.max_seq_length > model_config.max_position_embeddings:
-        raise ConfigError(
-            "max_seq_length", config.max_seq_length, f"is beyond the model's {model_config.max_position_embeddings} positions."
-        )
+    if config.max_seq_length > (positions := model_config.max_position_embeddings):
+        raise ConfigError("max_seq_length", config.max_seq_length, f"is beyond the model's {positions} positions.")
     for store in stores:
         store.verify(VERIFIED_BYTES)
     _check_best_metric(config, sources.validation)
@@ -158,11 +139,8 @@ def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> N
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Check that the directories of records exist, that the run's folder is not a sweep's, and that the libraries it needs are installed.
-
-    Raises:
-        ConfigError: one of these does not hold.
-    """
+    """Check that the directories of records exist, that the run's folder is not a sweep's, and that the libraries it needs are installed,
+    else raise ConfigError."""
     check_available(config)
     _check_directories(config)
     if storage.exists(storage.join(config.run_uri, LEDGER)):
@@ -172,16 +150,14 @@ def check_inputs(config: RunConfig) -> None:
 def _check_directories(config: RunConfig) -> None:
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
-    for name, directories in (
-        (o.name, o.elements(getattr(config, o.name))) for o in OPTIONS.values() if o.location and o.location.must_exist
-    ):
-        for directory in directories:
-            if not storage.exists(directory):
-                remedy = "Check the path; it is taken from where the command runs."
-                raise ConfigError(name, storage.redact(directory), "does not exist.", remedy)
-        real = [d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories]
-        if len(set(real)) != len(real):
-            raise ConfigError(name, tuple(map(storage.redact, directories)), "names a directory twice.")
+    for option in (each for each in OPTIONS.values() if each.location and each.location.must_exist):
+        directories = option.elements(getattr(config, option.name))
+        if missing := next((directory for directory in directories if not storage.exists(directory)), None):
+            remedy = "Check the path; it is taken from where the command runs."
+            raise ConfigError(option.name, storage.redact(missing), "does not exist.", remedy)
+        real = {d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories}
+        if len(real) != len(directories):
+            raise ConfigError(option.name, tuple(map(storage.redact, directories)), "names a directory twice.")
 
 
 @dataclass(frozen=True)
@@ -196,15 +172,13 @@ class Sources:
 
 
 def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, ingest: IngestFn = ingest_directory) -> Sources:
-    """Open the token stores of all directories; build those that are missing or whose records have changed.
+    """Open the token stores of all directories; build those that are missing or whose records have changed. Raises UserError where a
+    directory or the model is missing, holds nothing usable, or has too many bad records.
 
     Args:
         folder: the run's folder, for a preset's model and for the list of rejected records.
         run: carries out the parts of an ingestion.
         ingest: opens or builds the token store of one directory.
-
-    Raises:
-        UserError: a directory or the model is missing, holds nothing usable, or has too many bad records.
     """
     model_path = _model_path(config, folder)
     local_model = local_copy(model_path)
@@ -243,19 +217,15 @@ def keep_speech_assets(prepared: Prepared) -> None:
     from the model that the run starts from."""
     config, identity = prepared.job.config, prepared.job.units_identity
     start = find_assets(prepared.job.model_path, identity)
-    sources = [*config.train_asr_dirs, *config.train_tts_dirs, *([start] if start else [])]
-    copy_assets(sources, prepared.folder.at(SPEECH_FOLDER), identity)
+    copy_assets([*config.train_asr_dirs, *config.train_tts_dirs, *filter(None, [start])], prepared.folder.at(SPEECH_FOLDER), identity)
 
 
 def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = ingest_here) -> list[TokenStore]:
-    """The token stores of a configuration, for `most-ray prepare store`.
+    """The token stores of a configuration, for `most-ray prepare store`. Raises UserError as `open_sources`, and for a damaged shard.
 
     Args:
         verify: compare the checksums of all stores, however large they are.
         runner: makes what ingests records.
-
-    Raises:
-        UserError: as in `open_sources`, or a damaged shard.
     """
     check_outputs(config)
     _check_directories(config)
@@ -274,7 +244,8 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
     uri = folder.at("init")
     if catalog.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
         return uri  # the run has started from it
-    made_from = {"preset": name, "seed": config.seed, "content": _training_content(config)}
+    directories = [directory for task in TASKS for directory in config.directories("train", task)]
+    made_from = {"preset": name, "seed": config.seed, "content": [content_digest(each, config.store_uri) for each in directories]}
     try:
         made = json.loads(storage.read_bytes(storage.join(uri, MADE_FROM)))
     except (FileNotFoundError, ValueError):  # no model yet, or one whose making was cut short
@@ -288,11 +259,6 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
         temporary.rename(folder.local / "init")
         folder.push_folder("init", MADE_FROM)
     return uri
-
-
-def _training_content(config: RunConfig) -> list[str]:
-    """A digest of the content of each directory of training records."""
-    return [content_digest(directory, config.store_uri) for task in TASKS for directory in config.directories("train", task)]
 
 
 def training_texts(config: RunConfig, limit: int = 200_000) -> Iterator[str]:
@@ -318,14 +284,12 @@ def texts_of(directory: str | Path, limit: int = 200_000) -> Iterator[str]:
 
 
 def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = None) -> tuple[bool, int, int]:
-    """Whether a run uses GPUs, and its fewest and most workers.
+    """Whether a run uses GPUs, and its fewest and most workers. Raises ConfigError where GPUs are requested and there are none, or the
+    installed transformers cannot lay a model out over that many workers.
 
     Args:
         must_be_here: GPUs must be on this machine or on a cluster that is named.
         gpus: GPUs of the cluster (None: of this machine).
-
-    Raises:
-        ConfigError: GPUs are requested and there are none; or the installed transformers cannot lay a model out over that many workers.
     """
     gpus = torch.cuda.device_count() if gpus is None else gpus
     use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
@@ -339,15 +303,8 @@ def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = 
 def _starting_point(
     config: RunConfig, folder: RunFolder, vocabulary: dict[str, str]
 ) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
-    """Where a run starts.
-
-    Returns:
-        state.json of the checkpoint whose step it resumes from (None: it starts at step 0), and (URI, reason) of newer checkpoints, which
-        are damaged.
-
-    Raises:
-        CheckpointError: resume_from_checkpoint is damaged, or was made with another vocabulary.
-    """
+    """state.json of the checkpoint whose step a run resumes from (None: it starts at step 0), and (URI, reason) of newer checkpoints, which
+    are damaged. Raises CheckpointError where resume_from_checkpoint is damaged, or was made with another vocabulary."""
     own, corrupt = catalog.latest_valid(folder.checkpoints)
     catalog.require_valid(own, corrupt)
     if own:
@@ -356,18 +313,14 @@ def _starting_point(
     if not given:
         return None, corrupt
     content = reader.read_state(given)
-    damage = catalog.find_corruption(given, deep=True)
-    if damage:
+    if damage := catalog.find_corruption(given, deep=True):
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")
     if not config.ignore_optimizer_state:
         return content, corrupt
     if content["ingredients"]["vocabulary"] != vocabulary:
-        raise CheckpointError(
-            "resume_from_checkpoint",
-            storage.redact(given),
-            "was trained with another tokenizer or template than model_name_or_path's, so its embeddings would mean other tokens.",
-            "Name that run's init or export folder as model_name_or_path.",
-        )
+        rule = "was trained with another tokenizer or template than model_name_or_path's, so its embeddings would mean other tokens."
+        remedy = "Name that run's init or export folder as model_name_or_path."
+        raise CheckpointError("resume_from_checkpoint", storage.redact(given), rule, remedy)
     return None, corrupt
 
 

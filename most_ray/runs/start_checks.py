@@ -22,23 +22,18 @@ START_CHECKS: dict[str, tuple[str, ...]] = {
 
 
 def walk(checks: Mapping[str, Callable[[], Any]], on_error: Callable[[str, UserError], None] | None = None) -> dict[str, Any]:
-    """Make checks in the order of START_CHECKS.
+    """Make checks in the order of START_CHECKS. Returns what they returned, by name.
 
     Args:
         checks: by name, those to make; each raises UserError if it fails.
         on_error: called with the name and error of a check that fails. The walk then continues with those that do not depend on it; by
             default it ends with the error.
-
-    Returns:
-        What the checks returned, by name.
     """
     assert checks.keys() <= START_CHECKS.keys()
     results: dict[str, Any] = {}
     failed: set[str] = set()
-    for name, needs in START_CHECKS.items():
-        if name not in checks:
-            continue
-        if failed.intersection(needs):
+    for name in filter(checks.__contains__, START_CHECKS):
+        if failed.intersection(START_CHECKS[name]):
             failed.add(name)
             continue
         try:
