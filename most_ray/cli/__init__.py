@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands, sweep_command
+from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands
 from most_ray.cli.parser import Parser, print_error, remember_flags
 from most_ray.errors import UserError
 
@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     """The parser of all commands; a command's module adds its own."""
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    for each in (prepare_commands, run_commands, sweep_command, evaluate_command, speech_commands, cluster_commands):
+    for each in (prepare_commands, run_commands, evaluate_command, speech_commands, cluster_commands):
         each.add(commands)
     remember_flags(parser)
     return parser

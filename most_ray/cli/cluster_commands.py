@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from most_ray.io import storage
 
 _SUBMITTED = ("train", "sweep", "evaluate", "prepare", "doctor")  # commands that can be jobs
 _CREDENTIALS_REMEDY = "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like."
+_out = partial(print, end="", flush=True)
 
 
 def add(commands: Any) -> None:
@@ -81,11 +83,6 @@ def _submit(args: argparse.Namespace) -> int:
             return 130
         _out(f"\nDetached, the job continues. The same command follows it again. {stop_hint} {submission}{where}\n")
         return 0
-
-
-def _out(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,21 @@ from most_ray.io import storage
 from most_ray.options import add_flag, flag_values
 
 # Flags that are keys of the configuration; some have a shorter name here, where everything concerns evaluation.
-_SHORTER = {"batch_size": "eval_batch_size", "num_workers": "eval_workers", "gpus": "eval_gpus"}
-_FLAGS = (
-    *("normaliser", "batch_size", "num_beams", "length_penalty", "max_new_tokens", "max_new_units", "recogniser", "vocoder"),
-    *("num_workers", "gpus", "ray_address", "max_rejected_fraction", "store_dir"),
-)
-_KEYS = {flag: _SHORTER.get(flag, flag) for flag in _FLAGS}
+_KEYS = {
+    "normaliser": "normaliser",
+    "batch_size": "eval_batch_size",
+    "num_beams": "num_beams",
+    "length_penalty": "length_penalty",
+    "max_new_tokens": "max_new_tokens",
+    "max_new_units": "max_new_units",
+    "recogniser": "recogniser",
+    "vocoder": "vocoder",
+    "num_workers": "eval_workers",
+    "gpus": "eval_gpus",
+    "ray_address": "ray_address",
+    "max_rejected_fraction": "max_rejected_fraction",
+    "store_dir": "store_dir",
+}
 
 
 def add(commands: Any) -> None:
@@ -77,8 +86,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     job = EvaluationJob(directories, EvaluationSettings.of(config), store_dir, config.eval_workers, config.eval_gpus)
     evaluation = evaluate_checkpoint(job, model)
     evaluation.write(args.output)
-    _show_evaluation(evaluation.result, args.output)
-    return 0
+    return _show_evaluation(evaluation.result, args.output)
 
 
 def _rescore(args: argparse.Namespace) -> int:
@@ -93,11 +101,11 @@ def _rescore(args: argparse.Namespace) -> int:
 
     result = rescore(args.rescore, given.get("normaliser"))
     write_result(args.output, result)
-    _show_evaluation(result, args.output)
-    return 0
+    return _show_evaluation(result, args.output)
 
 
-def _show_evaluation(result: dict[str, Any], output: Path) -> None:
+def _show_evaluation(result: dict[str, Any], output: Path) -> int:
     from most_ray.evaluation.hypotheses import result_lines
 
     print("\n".join([*result_lines(result), str(output)]))
+    return 0

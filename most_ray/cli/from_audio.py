@@ -11,9 +11,8 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -22,7 +21,7 @@ from most_ray.cli.job_files import resolve_paths, to_read
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.records.files import PREPARED
-from most_ray.speech.corpora.corpus import LAYOUTS, guess_layout
+from most_ray.speech.corpora.corpus import LAYOUTS, CorpusOptions, Utterance, guess_layout, parse_condition, read_corpus
 
 _SPEEDS = "0.85,0.92,1.0,1.08,1.17"  # of each recording of a small corpus, which makes more voices than there are speakers
 _SMALL_HOURS = 10.0  # hours of audio; a corpus with fewer is small
@@ -43,12 +42,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--features", help="from which its units are made; see `most-ray prepare units --help` (default: mfcc)")
 
 
-@dataclass(frozen=True)
-class Division:
-    """A division of a corpus into training and validation."""
+class Division(NamedTuple):
+    """A division of a corpus into training and validation, each as a condition for `--where`."""
 
-    train: str  # condition for `--where`
-    validation: str  # condition for `--where`
+    train: str
+    validation: str
     description: str
 
 
@@ -95,7 +93,6 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
 def _divide(directory: Path, layout: str) -> tuple[Division, float]:
     """Divide a corpus, see `choose_division`, and estimate its hours of audio from the headers of the first 200 recordings."""
     from most_ray.speech.corpora.audio import audio_seconds
-    from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, parse_condition, read_corpus
 
     speakers, splits, folds = Counter[str](), Counter[str](), Counter[str]()
     in_fold = {str(fold): parse_condition(f"fold={fold}") for fold in range(_HELD_OUT)}
@@ -124,8 +121,7 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
     count = sum(folds.values())
     tests = [split for split in splits if split.lower() in _TEST_SPLITS]
     if tests and len(tests) < len(splits):
-        listed = ",".join(sorted(tests))
-        held = sum(splits[split] for split in tests)
+        listed, held = ",".join(sorted(tests)), sum(splits[split] for split in tests)
         return Division(f"split!={listed}", f"split={listed}", f"{count} recordings, {held} of them held out as its split {listed}")
     named = [speaker for speaker in speakers if speaker and "," not in speaker]
     # No speaker of a third of the recordings or more: too few would be left for training.
@@ -133,8 +129,7 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
     if len(named) >= 4 and rare:
         order = sorted(rare, key=lambda speaker: hashlib.blake2b(speaker.encode(), digest_size=8).digest())
         held_out = sorted(order[: min(_MOST_SPEAKERS, math.ceil(len(named) / _HELD_OUT))])
-        listed = ",".join(held_out)
-        held = sum(speakers[speaker] for speaker in held_out)
+        listed, held = ",".join(held_out), sum(speakers[speaker] for speaker in held_out)
         description = f"{count} recordings of {len(speakers)} speakers, {held} of {len(held_out)} speakers held out"
         return Division(f"speaker!={listed}", f"speaker={listed}", description)
     # With few recordings the first fold may be empty.

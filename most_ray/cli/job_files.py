@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,7 +39,7 @@ def resolve_paths(config: RunConfig, home: Path | None = None) -> RunConfig:
     if home is None:
         return config
     changes = {
-        option.name: option.map(_resolver(option.location, home), getattr(config, option.name))
+        option.name: option.map(partial(_resolve, home, option.location), getattr(config, option.name))
         for option in OPTIONS.values()
         if option.location
     }
@@ -63,13 +64,10 @@ def find(home: Path, uri: str) -> str:
     return below if storage.exists(below) else uri
 
 
-def _resolver(location: Location, home: Path) -> Callable[[str], str]:
-    def resolve(uri: str) -> str:
-        if location.access == "write":
-            return _below(home, uri)
-        return uri if location.may_be_name and "/" not in uri else find(home, uri)  # the name of a preset stays one
-
-    return resolve
+def _resolve(home: Path, location: Location, uri: str) -> str:
+    if location.access == "write":
+        return _below(home, uri)
+    return uri if location.may_be_name and "/" not in uri else find(home, uri)  # the name of a preset stays one
 
 
 def _below(home: Path, uri: str) -> str:

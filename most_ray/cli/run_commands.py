@@ -1,4 +1,4 @@
-"""Commands for runs and models: init-model, train, plan, report, export."""
+"""Commands for runs, models and sweeps: init-model, train, plan, report, export, sweep."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from rich.console import Console
 
 from most_ray import config as configuration
 from most_ray.cli import from_audio
-from most_ray.cli.job_files import to_read, to_write
+from most_ray.cli.job_files import resolve_paths, to_read, to_write
 from most_ray.cli.parser import add_command, check_output, config_of
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 
 
 def add(commands: Any) -> None:
+    from most_ray.sweep import options as sweep_options
+
     init = add_command(commands, "init-model", _init_model, "make a starting model with its tokenizer")
     init.add_argument("--preset", help="name of a new model's size (tiny)")
     init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
@@ -50,6 +53,17 @@ def add(commands: Any) -> None:
     export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout")
     export.add_argument("--checkpoint", type=to_read(str), required=True, help="a step-... folder of a run's checkpoints/")
     export.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
+
+    sweep = add_command(commands, "sweep", _sweep, "find the best settings by many short runs; the same name resumes")
+    sweep.epilog = (
+        "The file's `space` lists settings: any of a run's keys, audio_experts (their number), expert_split (contiguous, interleaved or "
+        "affinity). Each has {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, "
+        "both ends included; short forms: 2..6, [a, b], a | b."
+    )
+    text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which apply to all trials; flags overrule it"
+    sweep.add_argument("--config", required=True, help=text)
+    sweep_options.add_flags(sweep)
+    configuration.add_flags(sweep)
 
 
 def _init_model(args: argparse.Namespace) -> int:
@@ -138,4 +152,16 @@ def _export(args: argparse.Namespace) -> int:
 
     export_checkpoint(args.checkpoint, args.output)
     print(args.output)
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from most_ray.sweep.options import flag_values, load_sweep
+
+    sweep = load_sweep(args.config, flag_values(args))
+    run = resolve_paths(sweep.run)
+    sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
+    from most_ray.service.tune.runner import run_sweep
+
+    run_sweep(sweep, Console(width=None if sys.stdout.isatty() else 140))  # a log file has no width
     return 0

@@ -57,31 +57,23 @@ def start_on_nodes(function: Callable[..., Any], nodes: Iterable[str], *args: An
 
 
 def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
-    """Those of `nodes` that finish an empty task within `timeout_s` seconds.
-
-    Ray considers a node alive until several heartbeats are missing, and waits a minute for workers on a node that is gone.
-    """
+    """Those of `nodes` that finish an empty task within `timeout_s` seconds: Ray considers a node alive until several heartbeats are
+    missing, and waits a minute for workers on a node that is gone."""
     tasks = start_on_nodes(lambda: None, nodes)
     done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=timeout_s) if tasks else ([], [])
     for reference in late:
         ray.cancel(reference, force=True)
     found = set()
     for reference in done:
-        with contextlib.suppress(ray.exceptions.RayError):  # the node was lost while it answered: it is not among the result
+        with contextlib.suppress(ray.exceptions.RayError):  # the node was lost while it answered
             ray.get(reference)
             found.add(tasks[reference])
     return found
 
 
 def worker_capacity(nodes: set[str], share: WorkerShare, task_cpus: float, free_only: bool = False) -> int:
-    """How many workers fit on nodes.
-
-    Args:
-        nodes: their ids.
-        share: resources of each worker, which are all on one node.
-        task_cpus: CPUs to leave for data tasks, on any of the nodes.
-        free_only: count only the resources that are unused now.
-    """
+    """How many workers fit on the nodes with these ids, each with its share on one node, and `task_cpus` CPUs left for data tasks on any of
+    them. `free_only`: count only the resources that are unused now."""
     by_node = free_resources() if free_only else {node["NodeID"]: node["Resources"] for node in ray.nodes()}
     counted = [resources for node, resources in by_node.items() if node in nodes]
     each = {name: amount for name, amount in share.resources().items() if amount}

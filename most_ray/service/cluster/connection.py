@@ -25,11 +25,8 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
 
 
 def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
-    """Check that the cluster that was joined has, or can grow to, what a run of at least `fewest` and at most `most` workers needs.
-
-    Raises:
-        ConfigError: it cannot hold the fewest workers, or has no GPUs left for evaluations.
-    """
+    """Raise ConfigError where the cluster that was joined neither has nor can grow to what a run of `fewest` to `most` workers needs: room
+    for the fewest, and GPUs left for evaluations."""
     resources, limit_known = largest_resources()
     if has_autoscaler() and not limit_known:  # it may become large enough: the run waits for that
         return
@@ -100,12 +97,8 @@ def connect(config: RunConfig, local_cpus: int) -> None:
 
 
 def start_local_ray(num_cpus: int, **changes: Any) -> Any:
-    """Start Ray on this machine, on loopback alone. Returns the context that `ray.init` returns.
-
-    Args:
-        num_cpus: logical CPUs: one for each worker, and two for their data tasks and an evaluation.
-        changes: other arguments of `ray.init`.
-    """
+    """Start Ray on this machine, on loopback alone, with `changes` in the arguments of `ray.init`, whose context is returned. `num_cpus`:
+    logical CPUs, one for each worker, and two for their data tasks and an evaluation."""
     # Else Ray replaces 127.0.0.1 by the machine's outward address and listens on every one. Its processes read the variable; this one has
     # read it already.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

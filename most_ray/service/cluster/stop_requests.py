@@ -63,8 +63,7 @@ class StopListener:
 class RunStoppedError(UserError):
     """The run was asked to stop and has stopped; nothing is lost."""
 
-    kind = "stopped"
-    exit_code = EXIT_STOPPED
+    kind, exit_code = "stopped", EXIT_STOPPED
 
 
 def run_stopped(rule: str, name: str = "SIGTERM") -> RunStoppedError:
@@ -77,12 +76,9 @@ class ShutdownSignal(threading.Event):
 
     Within `grace_period` the first signal only sets the event, so that workers have the time to write a checkpoint. Outside of it, and
     from the second signal on, the handler raises RunStoppedError, which ends the process.
-
-    Attributes:
-        name: of the signal that was received.
     """
 
-    name = "SIGTERM"
+    name = "SIGTERM"  # of the signal that was received
     _graceful = False
 
     def install(self, interrupt: bool = False) -> None:
@@ -125,17 +121,12 @@ class AttemptWatcher:
 
     Args:
         driver: the attempt's name in the key-value store.
-        n_workers: workers of the attempt.
-        shutdown: set when the job is to end.
         can_grow: whether more workers would fit now; called from the watching thread.
         every_s: seconds between two looks at the cluster.
-
-    Attributes:
-        reason: of the request that was made (`TERMINATED`, `PREEMPTED` or `RESIZED`), or None.
     """
 
     def __init__(self, driver: str, n_workers: int, shutdown: ShutdownSignal, can_grow: Callable[[], bool], every_s: float = 2.0) -> None:
-        self.reason: str | None = None
+        self.reason: str | None = None  # of the request that was made: TERMINATED, PREEMPTED or RESIZED
         self._driver, self._n_workers, self._shutdown, self._can_grow, self._every = driver, n_workers, shutdown, can_grow, every_s
         self._ended, self._next_look, self._room_seen = threading.Event(), 0.0, 0
         self._thread = threading.Thread(target=self._watch, name="attempt-watcher", daemon=True)

@@ -47,8 +47,7 @@ _RESUMES = r"(most_ray\.cli|most-ray) (train|sweep)\b(?!.* --dry_run)|jobs/(trai
 class JobFailedError(UserError):
     """A job did not succeed; the reason is in its own log."""
 
-    kind = "job"
-    exit_code = 1
+    kind, exit_code = "job", 1
 
 
 def job_name(name: str, uri: str) -> str:
@@ -105,11 +104,8 @@ def _token_error(address: str, error: AuthenticationError) -> ConfigError:
 
 
 def _retrying(client: JobSubmissionClient, write: Write, method: Callable[..., T], *arguments: Any) -> T:
-    """Call a method of a client whose dashboard may be restarting, again until it has not answered for `_SILENCE_S` seconds.
-
-    Raises:
-        ConfigError: the dashboard does not answer, does not know the job, or requires another token.
-    """
+    """Call a method of a client whose dashboard may be restarting, again until it has not answered for `_SILENCE_S` seconds. Raises
+    ConfigError where the dashboard does not answer, does not know the job, or requires another token."""
     since: float | None = None
     while True:
         try:
@@ -144,16 +140,13 @@ def describe_cluster(client: JobSubmissionClient) -> dict[str, float]:
 
 
 def submit(client: JobSubmissionClient, base: str, command: Sequence[str], package: Package, write: Write) -> tuple[str, bool]:
-    """Submit a run's job, unless it is running or pending already. Two calls at once make one job.
+    """Submit a run's job, unless it is running or pending already. Two calls at once make one job. Raises ConfigError where the folder is
+    too large or the cluster refuses the job. Returns the job's submission id, and whether it is new.
 
     Args:
         base: the submission id of the run's first job.
         command: the job's entrypoint.
         package: the folder that is sent with it.
-        write: receives notes on a dashboard that does not answer.
-
-    Returns:
-        The job's submission id, and whether it is new. Raises ConfigError where the cluster refuses the job.
     """
     submission, running = next_job(base, _list_jobs(client, write))
     if running:
@@ -197,15 +190,8 @@ def why_pending(job: JobDetails, cluster: Mapping[str, float], package: Package)
 
 
 def follow(client: JobSubmissionClient, submission: str, explain: Callable[[JobDetails], str], write: Write) -> int:
-    """Write a job's log until the job has ended and, while it is pending, what it waits for, which `explain` returns.
-
-    Returns:
-        The exit code of the job's own process; 75 where it was stopped.
-
-    Raises:
-        JobFailedError: the job never ran.
-        ConfigError: the dashboard has not answered for 300 s.
-    """
+    """Write a job's log until the job has ended and, while it is pending, what it waits for, which `explain` returns. Returns the exit code
+    of the job's own process, 75 where it was stopped; raises JobFailedError where the job never ran."""
     began, explained = time.monotonic(), 0.0
     while (job := _retrying(client, write, client.get_job_info, submission)).status == JobStatus.PENDING:
         waited = time.monotonic() - began
@@ -279,14 +265,8 @@ async def _collect(stream: AsyncIterator[str], chunks: list[str]) -> None:
 
 
 def stop(client: JobSubmissionClient, submission: str, write: Write) -> int:
-    """Ask a job to stop, and wait until it has: a run stops after a checkpoint.
-
-    Args:
-        submission: id of the job, or of the run's first job, which stands for the one that runs now.
-
-    Returns:
-        The exit code: 0; 130 where Ctrl-C ended the waiting, which leaves the job stopping. Raises ConfigError where there is no such job.
-    """
+    """Ask a job to stop, and wait until it has: a run stops after a checkpoint. `submission`: id of the job, or of the run's first job,
+    which stands for the one that runs now. Returns the exit code: 0; 130 where Ctrl-C ended the waiting, which leaves the job stopping."""
     jobs = _list_jobs(client, write)
     newest, running = next_job(submission, jobs)
     target = newest if running else submission

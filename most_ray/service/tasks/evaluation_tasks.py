@@ -28,18 +28,12 @@ NICENESS = 10  # of tasks beside training, so that training comes first where co
 class EvaluationFailedError(UserError):
     """The tasks of an evaluation ended without a result."""
 
-    kind = "evaluation failed"
-    exit_code = 1
+    kind, exit_code = "evaluation failed", 1
 
 
 def score_checkpoint(job: EvaluationJob, uri: str, rank: int, threads: int, niceness: int) -> EvalShard:
-    """Score the records of worker `rank` with a model, in this process.
-
-    Args:
-        uri: of the model, see `open_model`.
-        threads: torch's CPU threads (0: all cores but those that train).
-        niceness: added to that of the process.
-    """
+    """Score the records of worker `rank` with a model, in this process, whose niceness grows. `threads`: torch's CPU threads (0: all cores
+    but those that train)."""
     os.nice(niceness)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - job.training_threads))
     model, tokenizer = open_model(uri)
@@ -103,11 +97,8 @@ def finish_evaluation(job: EvaluationJob, uri: str, run_uri: str, step: int, beg
 
 class EvaluationQueue:
     """Evaluations beside training, one at a time, because each takes CPUs from the data tasks. Results are stored in
-    evaluations/step-N.json, and in metrics.jsonl, whose lines `report` takes, under the step of the checkpoint.
-
-    Args:
-        total_steps: of the run; nothing trains beside the evaluation of the last one.
-    """
+    evaluations/step-N.json, and in metrics.jsonl, whose lines `report` takes, under the step of the checkpoint. Nothing trains beside the
+    evaluation of step `total_steps`."""
 
     def __init__(self, job: EvaluationJob, run_uri: str, total_steps: int, report: ReportEvaluation) -> None:
         self._job, self._run_uri, self._total, self._report = job, run_uri, total_steps, report

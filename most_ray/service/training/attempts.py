@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 import re
@@ -49,8 +48,7 @@ _ANSWER_S = 10.0  # seconds for a node to finish an empty task, including the st
 class RunIncompleteError(UserError):
     """The workers ended before the last step, or its evaluation."""
 
-    kind = "training failed"
-    exit_code = 1
+    kind, exit_code = "training failed", 1
 
 
 @dataclass
@@ -59,13 +57,11 @@ class FailureWindow:
 
     most: int  # failures that are allowed within the window
     seconds: float  # length of the window; 0: all failures count
-    times: collections.deque[float] = field(default_factory=collections.deque)  # of the failures within the window
+    times: list[float] = field(default_factory=list)  # of the failures within the window
 
     def allows(self, now: float) -> bool:
         """Count a failure at `now` (seconds of any monotonic clock). Returns whether the run may be started again."""
-        self.times.append(now)
-        while self.seconds > 0 and self.times[0] <= now - self.seconds:
-            self.times.popleft()
+        self.times = [at for at in (*self.times, now) if self.seconds <= 0 or at > now - self.seconds]
         return len(self.times) <= self.most
 
 
@@ -77,57 +73,45 @@ class _Trainer(TorchTrainer):
 
 
 def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, shutdown: ShutdownSignal) -> None:
-    """Train until the run is complete.
-
-    Args:
-        validation: how its checkpoints are evaluated, if they are.
-        console: for a line after each attempt.
-        shutdown: set when the run is to stop.
+    """Train until the run is complete. `validation`: how its checkpoints are evaluated, if they are.
 
     Raises:
         RunStoppedError: SIGTERM was received; a checkpoint was written if workers were training.
         RunIncompleteError: too many failures, or no room for the workers.
         UserError: raised by a rank, for something that the user can fix.
     """
-    request = AutoscalerRequest(WorkerShare.of(prepared.job.config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
+    config = prepared.job.config
+    request = AutoscalerRequest(WorkerShare.of(config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
+    failures, check_nodes = FailureWindow(config.max_failures, config.failure_window_s), False
     try:
-        _run_attempts(prepared, validation, console, shutdown, request)
+        while True:
+            topology = _wait_for_resources(prepared, check_nodes, shutdown, console, request)
+            watcher, error = _attempt(prepared, topology, validation, shutdown, request)
+            if error is None and (watcher.reason is None or is_complete(prepared)):
+                return
+            cause = _cause(error) if error else ""
+            check_nodes = error is not None
+            if isinstance(cause, UserError):
+                raise cause from error
+            if shutdown.is_set():
+                result = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
+                raise run_stopped(f"was received: {result}, the run has stopped.") from error
+            if error is None:
+                text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
+            elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
+                text = "A node was taken away before a checkpoint was written; resuming from the one before."
+            elif isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):  # it could not be placed
+                text = "Others took the room for the workers; looking again."
+            elif failures.allows(time.monotonic()):
+                left = config.max_failures - len(failures.times)
+                text = f"The workers were lost ({cause}); resuming from the last checkpoint, {left} more allowed."
+            else:
+                times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
+                rule = f"failed {times}, the last time: {cause.rstrip('.')}."
+                raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
+            console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's errors contain brackets
     finally:
         request.cancel()
-
-
-def _run_attempts(
-    prepared: Prepared, validation: EvaluationJob | None, console: Console, shutdown: ShutdownSignal, request: AutoscalerRequest
-) -> None:
-    config = prepared.job.config
-    failures = FailureWindow(config.max_failures, config.failure_window_s)
-    check_nodes = False
-    while True:
-        topology = _wait_for_resources(prepared, check_nodes, shutdown, console, request)
-        watcher, error = _attempt(prepared, topology, validation, shutdown, request)
-        if error is None and (watcher.reason is None or is_complete(prepared)):
-            return
-        cause = _cause(error) if error else ""
-        check_nodes = error is not None
-        if isinstance(cause, UserError):
-            raise cause from error
-        if shutdown.is_set():
-            result = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
-            raise run_stopped(f"was received: {result}, the run has stopped.") from error
-        if error is None:
-            text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
-        elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
-            text = "A node was taken away before a checkpoint was written; resuming from the one before."
-        elif isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):  # it could not be placed
-            text = "Others took the room for the workers; looking again."
-        elif failures.allows(time.monotonic()):
-            left = config.max_failures - len(failures.times)
-            text = f"The workers were lost ({cause}); resuming from the last checkpoint, {left} more allowed."
-        else:
-            times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
-            rule = f"failed {times}, the last time: {cause.rstrip('.')}."
-            raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
-        console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's errors contain brackets
 
 
 def _attempt(
@@ -177,14 +161,8 @@ def _attempt(
 def _wait_for_resources(
     prepared: Prepared, check_nodes: bool, shutdown: ShutdownSignal, console: Console, request: AutoscalerRequest
 ) -> Topology:
-    """The largest topology that the cluster has room for now; waits until there is room for the smallest.
-
-    Args:
-        check_nodes: count only nodes that answer: workers were lost, so that a node that Ray considers alive may be gone.
-
-    Raises:
-        RunIncompleteError: there was no room for `room_timeout_s` seconds. RunStoppedError: SIGTERM was received.
-    """
+    """The largest topology that the cluster has room for now; waits until there is room for the smallest, at most `room_timeout_s` seconds.
+    `check_nodes`: count only nodes that answer, for workers were lost, so that a node that Ray considers alive may be gone."""
     smallest, largest = prepared.topologies[0], prepared.topologies[-1]
     timeout, share = prepared.job.config.room_timeout_s, WorkerShare.of(prepared.job.config, prepared.use_gpu)
     began, announced = time.monotonic(), 0.0

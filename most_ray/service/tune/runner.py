@@ -125,12 +125,9 @@ def _prepare(sweep: Sweep, key: str) -> Prepared:
 
 
 def _measure_starts(folder: RunFolder, jobs: Mapping[str, Job], use_gpu: bool, sweep: Sweep) -> tuple[dict[str, Affinity], float | None]:
-    """Measure the starting models, by a run from each, on a GPU where the trials use GPUs.
-
-    Returns:
-        How much text each model's experts carry, by `start_key`, where trials split experts by affinity; it is measured once and kept in
-        the sweep's folder. And the seconds of a training step (None: it does not fit).
-    """
+    """Measure the starting models, by a run from each, on a GPU where the trials use GPUs. Returns how much text each model's experts
+    carry, by `start_key`, where trials split experts by affinity; it is measured once and kept in the sweep's folder. And the seconds of a
+    training step (None: it does not fit)."""
     splits = next((d.values for d in sweep.space.dimensions if d.name == "expert_split"), ())
     known = _read_affinities(folder) if "affinity" in splits else {}
     wanted = [key for key in jobs if "affinity" in splits and key not in known]
@@ -184,8 +181,7 @@ class TimeBudgetStopper(NotPickled, Stopper):
     def __init__(self, shutdown: ShutdownSignal, deadline: float | None) -> None:
         self._shutdown, self._deadline = shutdown, deadline
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        del trial_id, result
+    def __call__(self, _trial_id: str, _result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:

@@ -150,16 +150,13 @@ class TrialActor(tune.Trainable):
         "train"."""
         evaluations: dict[int, dict[str, Any]] = {}
         for line in self._metrics.new_lines():
-            if line.get("kind") == "train" and self._is_evaluated(line["step"]):
-                self._trained[line["step"]] = line
+            step, every = line.get("step", 0), self._values.get("eval_steps")
+            evaluated = step == self._values.get("max_steps") or (every is not None and step % int(every) == 0)
+            if line.get("kind") == "train" and evaluated:
+                self._trained[step] = line
             elif line.get("kind") == "evaluation":
-                evaluations[line["step"]] = line
+                evaluations[step] = line
         return [{**line, "train": self._trained.get(step)} for step, line in sorted(evaluations.items()) if step > self._last]
-
-    def _is_evaluated(self, step: int) -> bool:
-        """Whether the run evaluates the checkpoint of a step."""
-        every = self._values.get("eval_steps")
-        return step == self._values.get("max_steps") or (every is not None and step % int(every) == 0)
 
     def _result(self, line: dict[str, Any]) -> dict[str, Any]:
         self._last = int(line["step"])

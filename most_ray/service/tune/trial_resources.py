@@ -28,11 +28,6 @@ class TrialResources:
         prepared: the run of the sweep's first starting model.
         left: trials that are still to run.
         known: `shared` of the sweep's first start, whose values are kept; None in the first start.
-
-    Attributes:
-        capacity: trials that fit at once.
-        concurrent: trials that will run at once.
-        shared: keys of every trial's configuration that depend on what the cluster has.
     """
 
     def __init__(self, sweep: Sweep, prepared: Prepared, left: int, known: dict[str, Any] | None) -> None:
@@ -54,10 +49,10 @@ class TrialResources:
             needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
             rule = f"is more than the cluster has room for: with {self.workers} workers of {self._share} each a trial takes {needs}."
             raise ConfigError("num_workers", self.workers, rule, "Use fewer workers, or lower cpus_per_worker.")
-        self.capacity = local or fits
-        self.concurrent = min(wanted, fits, self.capacity)
+        self.capacity = local or fits  # trials that fit at once
+        self.concurrent = min(wanted, fits, self.capacity)  # trials that will run at once
         self.threads = threads or (1 if self.use_gpu else max(1, _cores() // (self.concurrent * self.workers)))
-        self.shared = known or {
+        self.shared = known or {  # keys of every trial's configuration that depend on what the cluster has
             "use_gpu": self.use_gpu,
             "num_workers": [self.workers],
             "threads_per_worker": self.threads,
