@@ -120,6 +120,7 @@ class _Scorer:
     recogniser: Recogniser | None
 
     def details(self, each: EvaluationSet, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """The fields of some records of a set, in the order of `rows`."""
         if each.task == "text":
             return [{} for _ in rows]
         cut = [(each.store.input_ids(row), int(each.store.prompt_lengths[row])) for row in rows]

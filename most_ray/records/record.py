@@ -42,6 +42,7 @@ class Record:
 
     @property
     def task(self) -> Task:
+        """What the record trains: it follows from where the speech is."""
         if not isinstance(self.input, str):
             return "asr"
         return "text" if isinstance(self.output, str) else "tts"

@@ -44,6 +44,7 @@ class Condition:
     negated: bool
 
     def matches(self, utterance: Utterance) -> bool:
+        """Whether the utterance meets the condition; values are compared as text."""
         found = utterance.columns.get(self.column, _hash64(utterance.id) % 10 if self.column == FOLD else "")
         return (str(found) in self.values) != self.negated
 

@@ -43,6 +43,7 @@ class SpeakerStatistics:
 
     @property
     def mean(self) -> np.ndarray:
+        """Mean (features,)."""
         return self.total / self.count
 
     @property
