@@ -51,13 +51,8 @@ class Division(NamedTuple):
 
 
 def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[Sequence[str]], None]) -> Path:
-    """Make records from the recordings, and a run's configuration, whose path is returned.
-
-    Args:
-        args: flags of `add_flags`, and `config`.
-        flags: keys of the configuration that are given as flags.
-        run: runs a command of `most-ray`.
-    """
+    """Make records from the recordings, and a run's configuration, whose path is returned. `args`: flags of `add_flags`, and `config`,
+    `flags`: keys of the configuration that are given as flags, `run`: runs a command of `most-ray`."""
     if args.config:
         raise ConfigError("from_audio", str(args.from_audio), "and config both define what to train on.", "Leave one of them out.")
     if given := next((name for name in flags if re.fullmatch("(train|val)_(asr|tts)_dirs", name)), None):

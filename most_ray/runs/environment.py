@@ -16,10 +16,8 @@ _PACKAGES = ("torch", "transformers", "ray", "numpy", "pyarrow", "wandb", "most_
 
 
 def environment() -> dict[str, Any]:
-    """Python, system, processor, memory, GPUs, versions, and the commit of the code, as JSON values.
-
-    `commit` and `modified` are there where most_ray's source is in a git checkout, `cuda` and `driver` where there is a GPU.
-    """
+    """Python, system, processor, memory, GPUs, versions, and the commit of the code, as JSON values: `commit` and `modified` where
+    most_ray's source is in a git checkout, `cuda` and `driver` where there is a GPU."""
     import torch  # not above: probes of a cluster's nodes use `version_of` without it
 
     memory = _find(r"^MemTotal:\s*(\d+) kB$", "/proc/meminfo")

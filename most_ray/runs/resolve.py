@@ -222,11 +222,7 @@ def keep_speech_assets(prepared: Prepared) -> None:
 
 def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = ingest_here) -> list[TokenStore]:
     """The token stores of a configuration, for `most-ray prepare store`. Raises UserError as `open_sources`, and for a damaged shard.
-
-    Args:
-        verify: compare the checksums of all stores, however large they are.
-        runner: makes what ingests records.
-    """
+    `verify`: compare the checksums of all stores, however large they are, `runner`: makes what ingests records."""
     check_outputs(config)
     _check_directories(config)
     sources = open_sources(config, RunFolder(config.run_uri), runner(config, False))

@@ -86,11 +86,8 @@ def _fits(available: float, each: float) -> int:
 
 
 def release_workers() -> None:
-    """End the workers that this driver still has and free their resources. To be called between attempts only.
-
-    Ray Train 2.60 keeps both for as long as the driver lives where a worker group fails while it starts, for example because the network
-    does not connect its nodes.
-    """
+    """End the workers that this driver still has and free their resources, between attempts only: Ray Train 2.60 keeps both for as long as
+    the driver lives where a worker group fails while it starts, for example because the network does not connect its nodes."""
     own = ray.get_runtime_context().get_job_id()
     for name, group in placement_group_table().items():
         if name.endswith(own) and group["state"] != "REMOVED":

@@ -43,14 +43,8 @@ def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) ->
 
 
 def check_evaluation_gpus(field: str, each: float, needed: float, training: float = 0.0) -> None:
-    """Raise ConfigError for evaluations that would wait for GPUs without end.
-
-    Args:
-        field: the key or flag to name in the error.
-        each: its value, the GPUs of one evaluation worker.
-        needed: GPUs of all evaluation workers.
-        training: GPUs of the training workers, which are not free for evaluations.
-    """
+    """Raise ConfigError for evaluations that would wait for GPUs without end: all their workers take `needed`, beside those of `training`
+    workers, which are not free for evaluations. `field`: the key or flag to name, `each`: its value, the GPUs of one evaluation worker."""
     gpus = largest_resources()[0].get("GPU", 0.0)
     if gpus < training + needed:
         rule = f"needs {needed:g} GPUs for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."

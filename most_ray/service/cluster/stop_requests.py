@@ -117,13 +117,8 @@ class ShutdownSignal(threading.Event):
 
 
 class AttemptWatcher:
-    """While an attempt runs, asks it to stop when the job is to end, a node of it is draining, or more workers would fit.
-
-    Args:
-        driver: the attempt's name in the key-value store.
-        can_grow: whether more workers would fit now; called from the watching thread.
-        every_s: seconds between two looks at the cluster.
-    """
+    """While an attempt runs, asks it to stop when the job is to end, a node of it is draining, or more workers would fit, which `can_grow`
+    says, called from the watching thread every `every_s` seconds. `driver`: the attempt's name in the key-value store."""
 
     def __init__(self, driver: str, n_workers: int, shutdown: ShutdownSignal, can_grow: Callable[[], bool], every_s: float = 2.0) -> None:
         self.reason: str | None = None  # of the request that was made: TERMINATED, PREEMPTED or RESIZED

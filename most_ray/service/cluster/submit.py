@@ -57,12 +57,8 @@ def job_name(name: str, uri: str) -> str:
 
 
 def next_job(base: str, jobs: Iterable[tuple[str, bool]]) -> tuple[str, bool]:
-    """The submission id of a run's next job, and whether this job is running or pending already. Pure.
-
-    Args:
-        base: the submission id of the run's first job; the k-th one is BASE-k.
-        jobs: submission ids of the cluster's jobs, each with whether it has ended.
-    """
+    """The submission id of a run's next job, and whether this job is running or pending already. Pure. `base`: the submission id of the
+    run's first job; the k-th one is BASE-k. `jobs`: submission ids of the cluster's jobs, each with whether it has ended."""
     matches = ((re.fullmatch(rf"{re.escape(base)}(?:-(\d+))?", name), ended) for name, ended in jobs)
     known = {int(match[1] or 1): ended for match, ended in matches if match}
     running = [number for number, ended in known.items() if not ended]
@@ -140,14 +136,9 @@ def describe_cluster(client: JobSubmissionClient) -> dict[str, float]:
 
 
 def submit(client: JobSubmissionClient, base: str, command: Sequence[str], package: Package, write: Write) -> tuple[str, bool]:
-    """Submit a run's job, unless it is running or pending already. Two calls at once make one job. Raises ConfigError where the folder is
-    too large or the cluster refuses the job. Returns the job's submission id, and whether it is new.
-
-    Args:
-        base: the submission id of the run's first job.
-        command: the job's entrypoint.
-        package: the folder that is sent with it.
-    """
+    """Submit a run's job, unless it is running or pending already. Two calls at once make one job. `base`: the submission id of the run's
+    first job, `command`: the job's entrypoint. Returns the job's submission id, and whether it is new. Raises ConfigError where the folder
+    is too large or the cluster refuses the job."""
     submission, running = next_job(base, _list_jobs(client, write))
     if running:
         return submission, False

@@ -20,7 +20,6 @@ def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_acto
     """A runner that makes parts by a pool of actors.
 
     Args:
-        features: what the units are made from.
         num_actors: size of the pool (None: one actor per GPU, or per CPU core where actors use no GPU).
         gpus_per_actor: GPUs of each actor (None: one for encoders where the cluster has GPUs, else none).
         address: of the cluster (None: the one of RAY_ADDRESS, else Ray is started on this machine).

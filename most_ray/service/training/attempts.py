@@ -24,15 +24,8 @@ from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
-from most_ray.service.cluster.capacity import (
-    TASK_CPUS,
-    AutoscalerRequest,
-    WorkerShare,
-    answering_nodes,
-    release_workers,
-    usable_nodes,
-    worker_capacity,
-)
+from most_ray.service.cluster import capacity
+from most_ray.service.cluster.capacity import TASK_CPUS, AutoscalerRequest, WorkerShare
 from most_ray.service.cluster.process_group import OnNodeAddress
 from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, ShutdownSignal, clear_run_keys, run_stopped
 from most_ray.service.training.worker import WorkerJob, train_worker
@@ -128,7 +121,7 @@ def _attempt(
         request.renew()
         if not larger or last in catalog.committed(prepared.folder.checkpoints):  # in the latter case only the last evaluation is left
             return False
-        return n_workers + worker_capacity(usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
+        return n_workers + capacity.worker_capacity(capacity.usable_nodes(), share, TASK_CPUS, free_only=True) >= larger[0]
 
     trainer = _Trainer(
         # Not as train_loop_config, which Ray's dashboard would show, and which must be a dict.
@@ -151,7 +144,7 @@ def _attempt(
             error = failure
     try:
         if error is not None:
-            release_workers()
+            capacity.release_workers()
         clear_run_keys(driver, n_workers)
     except Exception as failure:  # noqa: BLE001 - Ray may be gone together with the workers
         logger.warning("what attempt %s used in Ray could not all be released: %s", driver, failure)
@@ -168,8 +161,8 @@ def _wait_for_resources(
     began, announced = time.monotonic(), 0.0
     while not shutdown.is_set():
         request.renew()
-        nodes = answering_nodes(usable_nodes(), _ANSWER_S) if check_nodes else usable_nodes()
-        most, free = (worker_capacity(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
+        nodes = capacity.answering_nodes(capacity.usable_nodes(), _ANSWER_S) if check_nodes else capacity.usable_nodes()
+        most, free = (capacity.worker_capacity(nodes, share, TASK_CPUS, free_only=free_only) for free_only in (False, True))
         fitting = [topology for topology in prepared.topologies if topology.world_size <= free]
         expected = max((t.world_size for t in prepared.topologies if t.world_size <= most), default=largest.world_size)
         waited = time.monotonic() - began
