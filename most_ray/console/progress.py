@@ -20,14 +20,10 @@ _POLL_S = 0.5  # seconds between two looks at metrics.jsonl
 
 class Pace:
     """The time of a step: a moving average in which newer steps count more. The first line after each start is slow (kernels, caches) and
-    counts only until there is another one.
-
-    Attributes:
-        step_time: seconds; None before the first line.
-    """
+    counts only until there is another one."""
 
     def __init__(self) -> None:
-        self.step_time: float | None = None
+        self.step_time: float | None = None  # seconds; None before the first line
         self._warm, self._lines, self._at = False, 0, 0
 
     def start(self) -> None:
@@ -65,14 +61,11 @@ class ProgressText:
     Args:
         live: the screen has a progress bar with `figures`, so that only evaluations and failures are printed.
         now: seconds of any steady clock.
-
-    Attributes:
-        step: the newest step.
-        figures: loss, speed, time left and newest error rates.
     """
 
     def __init__(self, total_steps: int, first_step: int, live: bool, now: float) -> None:
-        self.step, self.figures = first_step, "starting workers"
+        self.step = first_step  # the newest
+        self.figures = "starting workers"  # then loss, speed, time left and newest error rates
         self._total, self._live = total_steps, live
         self._pace, self._newest = Pace(), (-1, "")
         self._shown_step, self._shown_at = first_step, now

@@ -78,11 +78,7 @@ def _remove_stale(parts: Path) -> None:
 
 
 def build_part(part: Part, recipe: Recipe) -> None:
-    """Read, check, encode and write one part, unless it exists already. Memory does not grow with the part.
-
-    Raises:
-        DataError: the storage failed in all tries.
-    """
+    """Read, check, encode and write one part, unless it exists already. Memory does not grow with the part."""
     if storage.exists(storage.join(part.uri, "part.json")):
         return
     # `closing`: after any error, KeyboardInterrupt too, no half-written folder stays.

@@ -9,14 +9,11 @@ PACKER_VERSION = 1  # part of a plan's fingerprint: another packing of the same 
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing; ties go to the lower index.
+    """Best-fit-decreasing bin packing; ties go to the lower index. Returns the indices of the records of each pack.
 
     Args:
         lengths: tokens of each record, in 1..capacity.
         capacity: tokens of a row.
-
-    Returns:
-        The indices of the records of each pack.
     """
     packs: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted

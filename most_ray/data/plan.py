@@ -62,11 +62,7 @@ class Cursor:
 
 
 class Plan:
-    """The plan of a run. Any step is computed in constant time, in any order.
-
-    Args:
-        stores: open stores, used in place of those that `spec` names.
-    """
+    """The plan of a run. Any step is computed in constant time, in any order. `stores` are used in place of those that `spec` names."""
 
     def __init__(self, spec: PlanSpec, stores: Sequence[TokenStore] | None = None) -> None:
         self.spec = spec
@@ -241,10 +237,7 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
 
 
 def make_spec(config: RunConfig, stores: Sequence[TokenStore], global_batch_size: int) -> PlanSpec:
-    """The specification of a run's plan.
-
-    Args:
-        stores: of all sources, ordered by task: asr, tts, text.
+    """The specification of a run's plan, whose sources are the stores, ordered by task: asr, tts, text.
 
     Raises:
         ConfigError: there is nothing to train on, or the configuration does not fit the data.

@@ -51,11 +51,7 @@ def _permutation(key: int, n: int) -> np.ndarray:
 
 
 class CountedSource:
-    """An endless sequence of records of one token each, with the methods of `ShuffledSource`.
-
-    Args:
-        size: records in an epoch.
-    """
+    """An endless sequence of records of one token each, `size` in an epoch, with the methods of `ShuffledSource`."""
 
     longest = 1
 
@@ -87,12 +83,9 @@ class ShuffledSource:
     def __init__(self, lengths: np.ndarray, seed: int, source: int) -> None:
         self.lengths, self.seed, self.source = np.asarray(lengths), seed, source
         self.size = len(self.lengths)
-        if self.size <= _WINDOW:
-            self._starts = np.array([0, self.size])
-        else:
-            whole = self.size // _BLOCK * _BLOCK
-            # Offsets in the epoch where windows begin; rows after the last whole block are a window of their own.
-            self._starts = np.unique([*range(0, whole, _WINDOW), whole, self.size])
+        # Offsets in the epoch where windows begin; in large sources, rows after the last whole block are a window of their own.
+        whole = self.size // _BLOCK * _BLOCK if self.size > _WINDOW else self.size
+        self._starts = np.unique([*range(0, whole, _WINDOW), whole, self.size])
         self._epoch = lru_cache(maxsize=16)(self._find_epoch)
         self._sums = lru_cache(maxsize=max(8, _KEPT_ROWS // min(self.size, _WINDOW)))(self._window_sums)
 

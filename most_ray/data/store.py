@@ -61,12 +61,6 @@ def record_checksum(record_id: str, tokens: np.ndarray) -> int:
 class TokenStore:
     """A token store, open for reading. Arrays are memory-mapped, so opening is quick at any size.
 
-    Attributes:
-        uri: folder or URI of the store.
-        manifest: what the store was built from, its counts and its shards.
-        lengths: tokens of each record, int32 (records,).
-        prompt_lengths: unsupervised tokens at the start of each record, int32 (records,).
-
     Raises:
         DataError: the store is missing, damaged or of another version; names the file.
     """
@@ -74,11 +68,12 @@ class TokenStore:
     def __init__(self, uri: str | Path) -> None:
         self.uri = str(uri)
         self._cache = node_cache() if storage.is_remote(self.uri) else None
+        # What the store was built from, its counts and its shards.
         self.manifest = read_checksummed_json(storage.join(self.uri, "manifest.json"), "token store")
         if (version := self.manifest["version"]) != STORE_VERSION:
             raise DataError("token store", self.uri, f"is of version {version}, not {STORE_VERSION}.", f"Delete it; {_BUILT_AGAIN}")
-        self.lengths: np.ndarray = self._index("lengths.npy")
-        self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")
+        self.lengths: np.ndarray = self._index("lengths.npy")  # tokens of each record, int32 (records,)
+        self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")  # unsupervised ones at its start, int32 (records,)
         self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
 
@@ -233,11 +228,7 @@ def checksummed_json(content: Mapping[str, Any]) -> bytes:
 
 
 def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
-    """Read a file that `checksummed_json` has built. `what` names it in errors.
-
-    Raises:
-        DataError: it cannot be read or does not match its digest.
-    """
+    """Read a file that `checksummed_json` has built. Raises DataError, in which `what` names it, if it is damaged or does not exist."""
     with _reading(what, uri):
         content = json.loads(storage.read_bytes(uri))
         found = content.pop("digest", None)
@@ -257,9 +248,9 @@ class PartWriter:
         self.folder = scratch / f"{SCRATCH}{uuid.uuid4().hex[:12]}"
         self.folder.mkdir(parents=True)
         self._shards: list[dict[str, Any]] = []
-        self._ids: list[str] = []  # of the records that are not in a shard yet, as their tokens and the tokens' number
-        self._tokens: list[np.ndarray] = []
-        self._buffered = 0
+        self._ids: list[str] = []  # of the records that are not in a shard yet
+        self._tokens: list[np.ndarray] = []  # of these records
+        self._buffered = 0  # the number of these tokens
         self._lengths: list[np.ndarray] = []
         self._prompts: list[int] = []
         self._rejected = (self.folder / REJECTED).open("wb")

@@ -20,10 +20,7 @@ _TAIL = 200  # bytes by which `Follower` recognises its position: those of a lin
 class Journal:
     """JSON Lines with a "step" in each. Steps ascend, except in lines of kind `evaluation`: those are written when the evaluation ends,
     after lines of later steps. Opening the file at step k drops every line beyond k and a last line that a crash cut off. So each step has
-    its lines once, after any number of restarts.
-
-    Attributes:
-        evaluations: the lines of kind `evaluation` that stayed.
+    its lines once, after any number of restarts; `evaluations` are the lines of that kind which stayed.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -88,10 +85,8 @@ def evaluated_steps(folder: RunFolder) -> set[int]:
 class Follower:
     """Reads a journal that another process appends to, and cuts back when the run is restarted.
 
-    Args:
-        uri: the file; it may be missing.
-        only_new: skip what is in the file now, and after a cut continue at the file's new end. Otherwise the file is read from its
-            beginning, and after a cut once more.
+    The file may be missing. With `only_new`, what is in it now is skipped, and after a cut reading continues at its new end; otherwise it
+    is read from its beginning, and after a cut once more.
     """
 
     def __init__(self, uri: str, only_new: bool = False) -> None:

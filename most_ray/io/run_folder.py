@@ -75,9 +75,6 @@ class RunFolder:
 def local_copy(uri: str, last: str = "config.json") -> str:
     """A model's folder on this machine: `uri` itself where it is a path (or a hub name), else a copy, which is downloaded once.
 
-    Args:
-        last: the file without which the folder is no model's.
-
     Raises:
         DataError: the folder does not exist, has no file `last`, or cannot be read.
     """

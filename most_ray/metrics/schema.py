@@ -59,10 +59,7 @@ MIX = Fixed(
             gauge=Gauge("most_ray_mix_share", "Share of a source in what was trained on, 0 to 1", ("source",)),
         ),
         "target": Key(
-            float,
-            "share",
-            "configured",
-            gauge=Gauge("most_ray_mix_target", "Configured share of a source, 0 to 1", ("source",)),
+            float, "share", "configured", gauge=Gauge("most_ray_mix_target", "Configured share of a source, 0 to 1", ("source",))
         ),
     },
 )
@@ -86,14 +83,7 @@ def _task_keys(task: str, records: str) -> dict[str, Key]:
     loss = f"mean cross-entropy over all supervised tokens of {records} records, unweighted"
     return {
         f"{task}_loss": Key(
-            float,
-            "nats per token",
-            loss,
-            _WITH_TOKENS,
-            over="token mean",
-            tracker=f"train/{task}_loss",
-            gauge=_LOSS,
-            labels={"task": task},
+            float, "nats per token", loss, _WITH_TOKENS, over="token mean", tracker=f"train/{task}_loss", gauge=_LOSS, labels={"task": task}
         ),
         f"{task}_perplexity": Key(_NUMBER, "", f"exp({task}_loss)", _WITH_TOKENS, over="token mean", tracker=f"train/{task}_perplexity"),
     }
@@ -319,13 +309,7 @@ FAILURE: Mapping[str, Key] = {
     "reason": Key(str, "", "one line"),
 }
 
-KINDS: Mapping[str, Mapping[str, Key]] = {
-    "start": START,
-    "train": TRAIN,
-    "experts": EXPERTS,
-    "evaluation": EVALUATION,
-    "failure": FAILURE,
-}
+KINDS: Mapping[str, Mapping[str, Key]] = {"start": START, "train": TRAIN, "experts": EXPERTS, "evaluation": EVALUATION, "failure": FAILURE}
 
 
 def check_line(line: Mapping[str, Any]) -> list[str]:

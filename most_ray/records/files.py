@@ -42,10 +42,7 @@ def load_units_manifest(folder: str) -> dict[str, Any] | None:
 
 
 def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:
-    """List the record files of a directory or URI, or the one file given, sorted by name.
-
-    Args:
-        pattern: shell pattern that the base names must match.
+    """List the record files of a directory or URI, or the one file given, sorted by name; `pattern` is a shell pattern of base names.
 
     Raises:
         DataError: the directory does not exist, cannot be listed, or has no record file.
