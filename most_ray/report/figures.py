@@ -36,18 +36,19 @@ Maker = Callable[[Runs], Figure | None]
 
 def figures(runs: Runs) -> dict[str, list[Figure]]:
     """The figures of each part of the page, in the page's order."""
-
-    def declared(part: str) -> list[Maker]:
-        return [partial(curve, key=name, about=key.curve) for name, key in TRAIN.items() if key.curve and key.curve.part == part]
-
     parts: dict[str, Sequence[Maker]] = {
-        "Training": (losses, *declared("Training")),
+        "Training": (losses, *_declared("Training")),
         "Evaluation": (word_errors, character_errors, speech_errors),
-        "Speed": (throughput, step_time, *declared("Speed")),
+        "Speed": (throughput, step_time, *_declared("Speed")),
         "Data": (mix,),
         "Experts": (expert_load, expert_balance),
     }
     return {part: side_by_side([figure for make in makers if (figure := make(runs))]) for part, makers in parts.items()}
+
+
+def _declared(part: str) -> list[Maker]:
+    """The figures that metrics.schema declares for a part."""
+    return [partial(curve, key=name, about=key.curve) for name, key in TRAIN.items() if key.curve and key.curve.part == part]
 
 
 def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
