@@ -106,10 +106,10 @@ def _values(part: Part) -> Iterator[tuple[int, object]]:
     """Yield `(byte, value)` for the records of a part; a RecordError in place of a value that is not JSON."""
     if part.start == 0 and part.stop is None:
         yield from read_with_offsets(part.file)
-        return
-    with storage.open_read(part.file) as stream:
-        stream.seek(max(0, part.start - 1), io.SEEK_SET)
-        yield from read_lines(stream, part.start, part.stop)
+    else:
+        with storage.open_read(part.file) as stream:
+            stream.seek(max(0, part.start - 1))
+            yield from read_lines(stream, part.start, part.stop)
 
 
 def _add_batch(writer: PartWriter, recipe: Recipe, batch: Sequence[tuple[int, tuple[int, object]]]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from most_ray.report.collect import RunData
 
 MOST_POINTS = 2000  # of a curve; longer ones are thinned
-TASK_LOOKS = {"total": ("total", "#7b848f"), "asr": ("ASR", "#3a7fc4"), "tts": ("TTS", "#d9812b"), "text": ("text", "#3f9c6d")}
+LOOKS = {"total": ("total", "#7b848f"), "asr": ("ASR", "#3a7fc4"), "tts": ("TTS", "#d9812b"), "text": ("text", "#3f9c6d")}  # of tasks
 MODALITY_COLOURS = {"text": "#3f9c6d", "audio": "#9063b8"}
 RUN_COLOURS = ("#15929b", "#cf4a60", "#7f62c7", "#b58a1a", "#4f86d6", "#6d8a3a", "#b8578f", "#8a7560")
 _SHADES = {  # of the sets and sources of one task

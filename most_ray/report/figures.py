@@ -14,20 +14,7 @@ from most_ray.metrics.keys import Curve
 from most_ray.metrics.schema import TRAIN
 from most_ray.records.record import TASKS
 from most_ray.report.collect import RunData, entries, mapping, number, numbers
-from most_ray.report.curves import (
-    TASK_LOOKS,
-    Curves,
-    Figure,
-    Series,
-    axis,
-    base_layout,
-    draw,
-    label,
-    rounded,
-    run_colour,
-    shade,
-    side_by_side,
-)
+from most_ray.report.curves import LOOKS, Curves, Figure, Series, axis, base_layout, draw, label, rounded, run_colour, shade, side_by_side
 from most_ray.report.expert_figures import expert_balance, expert_load
 
 Runs = Sequence[RunData]
@@ -69,7 +56,7 @@ def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
 def losses(runs: Runs) -> Figure | None:
     """Cross-entropy per supervised token, by task; validation sets as points."""
     curves, several, validated = Curves(), len(runs) > 1, False
-    for task, (shown, task_colour) in TASK_LOOKS.items():
+    for task, (shown, task_colour) in LOOKS.items():
         panel, key = shown if several else "", "loss" if task == "total" else f"{task}_loss"
         for index, run in enumerate(runs):
             run_or_task, colour = (run.name, run_colour(index, len(runs))) if several else (shown, task_colour)
@@ -171,8 +158,8 @@ def restart_text(step: float, start: dict[str, Any]) -> str:
 def step_time(runs: Runs) -> Figure | None:
     """The time of a step, and the part of it spent waiting for data."""
     curves = Curves()
-    for key, title, colour in (("step_time", "whole step", "#5a84b5"), ("data_wait", "waiting for data", "#c98a2b")):
-        curves.add_runs(runs, lambda run, key=key: run.column(key), title, colour, smooth=True)  # type: ignore[misc]
+    curves.add_runs(runs, lambda run: run.column("step_time"), "whole step", "#5a84b5", smooth=True)
+    curves.add_runs(runs, lambda run: run.column("data_wait"), "waiting for data", "#c98a2b", smooth=True)
     if not curves.series:
         return None
     return Figure("fig-step-time", "Time of a step", draw(curves.series, "seconds", from_zero=True), curves.notes(), log=True)

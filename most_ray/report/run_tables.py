@@ -174,8 +174,7 @@ def _speed(run: RunData) -> float | None:
 
 def _wall_clock(run: RunData) -> str | None:
     """From the first start to the last line, interruptions included."""
-    first = number(run.starts[0].get("time")) if run.starts else None
-    last = number(run.train[-1].get("time")) if run.train else None
+    first, last = (number(lines[0].get("time")) if lines else None for lines in (run.starts, run.train[-1:]))
     return None if first is None or last is None or last < first else duration(last - first)
 
 
@@ -231,8 +230,7 @@ def confusions(runs: Runs) -> list[Table]:
 
 def samples(runs: Runs) -> list[Table]:
     """Transcriptions of each set with their differences, a column for each run; records that some run got wrong come first."""
-    tables = []
-    several = len(runs) > 1
+    tables, several = [], len(runs) > 1
     for name in sorted({name for run in runs for name in run.hypotheses}):
         by_run = [{entry.id: entry for entry in run.hypotheses.get(name, ())} for run in runs]
         is_wrong: dict[str, bool] = {}
@@ -282,11 +280,8 @@ def configuration(runs: Runs) -> list[Table]:
 def environment_rows(runs: Runs) -> list[Row]:
     """The machine and software of the runs; names of values that differ are marked."""
     flat = [dict(_flatten(run.environment)) for run in runs]
-    rows: list[Row] = []
-    for key in dict.fromkeys(key for each in flat for key in each):
-        values = [each.get(key) for each in flat]
-        rows.append((Cell(key, "mark") if values != values[:1] * len(values) else key, *values))
-    return rows
+    values = {key: [each.get(key) for each in flat] for key in dict.fromkeys(key for each in flat for key in each)}
+    return [(Cell(key, "mark") if len(set(found)) > 1 else key, *found) for key, found in values.items()]
 
 
 def _plain(value: Any) -> str:
