@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -46,9 +47,8 @@ class EvaluationSettings:
     def of(cls, config: RunConfig) -> EvaluationSettings:
         """The settings in a configuration; its local paths become absolute, since tasks have another working directory."""
         recogniser, vocoder = (uri and storage.absolute_if_exists(uri) for uri in (config.recogniser, config.vocoder))
-        same = ("max_new_tokens", "max_new_units", "num_beams", "length_penalty", "normaliser", "max_rejected_fraction")
-        values = {name: getattr(config, name) for name in same}
-        return cls(batch_size=config.eval_batch_size, recogniser=recogniser, vocoder=vocoder, **values)
+        values = {each.name: getattr(config, each.name) for each in dataclasses.fields(cls) if hasattr(config, each.name)}
+        return cls(**{**values, "batch_size": config.eval_batch_size, "recogniser": recogniser, "vocoder": vocoder})
 
     @property
     def generation(self) -> GenerationOptions:
