@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout's most_ray, whichever is installed
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]  # this checkout's most_ray, whichever is installed
 
-from most_ray.cli import reference  # noqa: E402 - after the path is set
-from most_ray.metrics import schema  # noqa: E402
+import docs_metrics  # noqa: E402 - after the path is set
+import docs_reference  # noqa: E402
 
 COMMAND = ".venv/bin/python .ci/docs.py"
 PACKAGE = "most_ray"
@@ -204,9 +204,9 @@ def between(text: str, content: str) -> str:
 def pages() -> Iterator[tuple[Path, str]]:
     """Each page that is generated, in whole or in part, with the text that it must have."""
     docs = ROOT / "docs"
-    yield docs / "configuration.md", reference.configuration_markdown() + NOTE
-    yield docs / "command-line.md", reference.command_line_markdown() + NOTE
-    yield docs / "metrics.md", schema.markdown()
+    yield docs / "configuration.md", docs_reference.configuration_markdown() + NOTE
+    yield docs / "command-line.md", docs_reference.command_line_markdown() + NOTE
+    yield docs / "metrics.md", docs_metrics.metrics_markdown()
     yield docs / "layers.svg", layers_svg()
     architecture, promises = docs / "architecture.md", docs / "promises.md"
     yield architecture, between(architecture.read_text(encoding="utf-8"), rooms_markdown())

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from most_ray.metrics import page
 from most_ray.metrics.figures import FIGURES, SAMPLE
 from most_ray.metrics.keys import Curve, Each, Fixed, Gauge, Key, Many, check_keys, undeclared
 
@@ -322,8 +321,3 @@ def undeclared_keys(line: Mapping[str, Any]) -> list[str]:
     """The keys of a line, and of objects in it, that are not declared. Cheap, for every line that is written: no value is looked at."""
     kind = str(line.get("kind"))
     return [f"{kind}.{name}" for name in undeclared(line, KINDS[kind])] if kind in KINDS else [kind]
-
-
-def markdown() -> str:
-    """The page docs/metrics.md."""
-    return page.render(KINDS)

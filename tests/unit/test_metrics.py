@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,8 +147,10 @@ def test_perplexities_are_numbers_or_null(loss: float | None, expected: float | 
     assert perplexity(loss) == expected
 
 
-def test_metrics_md_is_made_of_the_schema() -> None:
-    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == schema.markdown(), ".venv/bin/python .ci/docs.py"
+def test_metrics_md_is_made_of_the_schema(generator: ModuleType) -> None:
+    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == generator.docs_metrics.metrics_markdown(), (
+        ".venv/bin/python .ci/docs.py"
+    )
 
 
 def test_lines_of_evaluations_are_as_documented(tmp_path: Path) -> None:
@@ -156,14 +158,17 @@ def test_lines_of_evaluations_are_as_documented(tmp_path: Path) -> None:
     assert schema.check_line({**line, "time": 1.0}) == []
 
 
-def test_a_new_metric_needs_its_declaration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_metric_needs_its_declaration_alone(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Besides a value where it is computed: trackers, Prometheus, sweeps, the report and the page read the declaration."""
     gauge, curve = Gauge("most_ray_novel", "A new metric"), Curve("Speed", "fig-novel", "Novelty", "novelty")
     key = Key(float, "share", "of what is new", over="mean", tracker="train/novel", gauge=gauge, curve=curve)
     monkeypatch.setitem(schema.TRAIN, "novel", key)  # type: ignore[arg-type]
     line = {"kind": "train", "step": 1, "novel": 0.5}
     assert row_of(line, {}) == {"train/novel": 0.5} and not schema.undeclared_keys(line)
-    assert "| `novel` | number | share | mean | of what is new | `train/novel` | `most_ray_novel` |" in schema.markdown()
+    assert (
+        "| `novel` | number | share | mean | of what is new | `train/novel` | `most_ray_novel` |"
+        in generator.docs_metrics.metrics_markdown()
+    )
     assert gauge in [each.gauge for each in nested(schema.TRAIN)]
     run: Any = SimpleNamespace(name="r", steps=[1.0], column=lambda name: [line[name]] if name == "novel" else [None])
     assert [figure.title for make in _declared("Speed") if (figure := make([run]))] == ["Novelty"]

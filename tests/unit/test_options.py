@@ -7,12 +7,12 @@ import ast
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from most_ray.cli.job_files import resolve_paths
-from most_ray.cli.reference import configuration_markdown
 from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.errors import ConfigError
 from most_ray.options import (
@@ -149,8 +149,8 @@ def test_no_module_keeps_a_list_of_keys_of_its_own() -> None:
     assert found <= LISTS
 
 
-def test_the_reference_says_what_is_declared() -> None:
-    page = configuration_markdown()
+def test_the_reference_says_what_is_declared(generator: ModuleType) -> None:
+    page = generator.docs_reference.configuration_markdown()
     assert "| `learning_rate` | number, above 0 | `0.0001` | yes, also during training |" in page
     assert "| `output_dir` | path or URI; written | `runs` | no |" in page
     assert "| `train_asr_dirs` | directories or URIs that exist; read | none | yes |" in page

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import pytest
 
-from most_ray.cli.reference import command_line_markdown, configuration_markdown
 from most_ray.config import RunConfig
 from most_ray.sweep.options import SweepOptions
 
 
-def test_every_key_stands_in_the_reference_once() -> None:
-    page = configuration_markdown()
+def test_every_key_stands_in_the_reference_once(generator: ModuleType) -> None:
+    page = generator.docs_reference.configuration_markdown()
     for field in (*dataclasses.fields(RunConfig), *dataclasses.fields(SweepOptions)):
         assert page.count(f"\n| `{field.name}` |") == 1, field.name
     assert "| `lr_scheduler` | `linear`, `cosine`, `constant` | `cosine` |" in page
@@ -20,8 +20,8 @@ def test_every_key_stands_in_the_reference_once() -> None:
     assert "`false`" in page
 
 
-def test_every_command_has_a_section_that_the_summary_links_to() -> None:
-    page = command_line_markdown()
+def test_every_command_has_a_section_that_the_summary_links_to(generator: ModuleType) -> None:
+    page = generator.docs_reference.command_line_markdown()
     for command in ("prepare units", "prepare store", "train", "sweep", "evaluate", "submit"):
         assert f"[`most-ray {command}`](#most-ray-{command.replace(' ', '-')})" in page
         assert f"\n## most-ray {command}\n" in page
@@ -29,15 +29,15 @@ def test_every_command_has_a_section_that_the_summary_links_to() -> None:
     assert "--learning_rate" not in page  # a key of the configuration, which has a page of its own
 
 
-def test_pages_depend_neither_on_the_terminal_nor_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = configuration_markdown(), command_line_markdown()
+def test_pages_depend_neither_on_the_terminal_nor_on_the_environment(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = generator.docs_reference.configuration_markdown(), generator.docs_reference.command_line_markdown()
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert (configuration_markdown(), command_line_markdown()) == before
+    assert (generator.docs_reference.configuration_markdown(), generator.docs_reference.command_line_markdown()) == before
 
 
-def test_tables_have_as_many_cells_in_each_row_as_in_the_head() -> None:
-    for page in (configuration_markdown(), command_line_markdown()):
+def test_tables_have_as_many_cells_in_each_row_as_in_the_head(generator: ModuleType) -> None:
+    for page in (generator.docs_reference.configuration_markdown(), generator.docs_reference.command_line_markdown()):
         head = 0
         for line in page.splitlines():
             cells = line.replace("\\|", "").count("|")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from most_ray.metrics.keys import Each, Fixed, Key, Many, type_words
+from most_ray.metrics.schema import KINDS
 
 _HEAD = """\
 # metrics.jsonl
@@ -25,7 +26,7 @@ Generated from most_ray/metrics/schema.py by `.venv/bin/python .ci/docs.py`.
 """
 
 
-def render(kinds: Mapping[str, Mapping[str, Key]]) -> str:
+def metrics_markdown(kinds: Mapping[str, Mapping[str, Key]] = KINDS) -> str:
     """The page, of the keys of each kind of line."""
     parts = [_HEAD]
     objects: dict[str, Fixed] = {}
