@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from most_ray.metrics.keys import Fixed, Gauge, Key
+from most_ray.metrics.keys import Fixed, Gauge, Key, with_views
 
 _NUMBER = float | None
 
@@ -25,89 +25,62 @@ ERRORS = Fixed(
 _ASR, _TTS, _SPEECH, _OF_A_SET = ("asr",), ("tts",), ("asr", "tts"), "the figures are of one set"
 
 
-def _share(meaning: str, tasks: tuple[str, ...], name: str, title: str) -> Key:
-    return Key(_NUMBER, "share", meaning, tasks=tasks, tracker=f"eval/{{set}}/{name}", title=title)
+def _share(meaning: str, tasks: tuple[str, ...], title: str) -> Key:
+    return Key(_NUMBER, "share", meaning, tasks=tasks, title=title)
 
 
-def _rate(meaning: str, tasks: tuple[str, ...], name: str, title: str, when: str = "", gauge: Gauge | None = None) -> Key:
-    return Key(ERRORS, "", meaning, when, tasks=tasks, objective=name, tracker=f"eval/{{set}}/{name}", title=title, gauge=gauge)
+def _rate(meaning: str, tasks: tuple[str, ...], objective: str, title: str, when: str = "") -> Key:
+    return Key(ERRORS, "", meaning, when, tasks=tasks, objective=objective, title=title)
 
 
-FIGURES = Fixed(
-    "figures",
-    {
-        "task": Key(Literal["asr", "tts", "text"], "", "of the set or sets"),
-        "records": Key(int, "records", "evaluated", tracker="eval/{set}/records", title="records"),
-        "loss": Key(
-            _NUMBER,
-            "nats per token",
-            "mean cross-entropy over supervised tokens",
-            tracker="eval/{set}/loss",
-            gauge=Gauge("most_ray_validation_loss", "Validation loss in nats per supervised token, of a set or all", ("task", "set")),
-            objective="loss",
-            title="loss",
-        ),
-        "perplexity": Key(
-            _NUMBER,
-            "",
-            "exp(loss)",
-            tracker="eval/{set}/perplexity",
-            gauge=Gauge("most_ray_validation_perplexity", "exp of the validation loss, of a set or all", ("task", "set")),
-            objective="perplexity",
-            title="perplexity",
-        ),
-        "supervised_tokens": Key(int, "tokens", "that the loss is a mean over", tracker="eval/{set}/supervised_tokens"),
-        "rejected": Key(int, "records", "that could not be used", _OF_A_SET, tracker="eval/{set}/rejected"),
-        "rejected_file": Key(str, "", "the file that lists the rejected records", _OF_A_SET),
-        "words": _rate(
-            "word error rate",
-            _ASR,
-            "wer",
-            "WER",
-            gauge=Gauge("most_ray_wer", "Word error rate of recognition, of a set or all, 0 to 1 and above", ("set",)),
-        ),
-        "characters": _rate("character error rate; counts are characters", _ASR, "cer", "CER"),
-        "empty_rate": _share("of the hypotheses that are empty", _ASR, "empty_rate", "empty"),
-        "confusions": Key(
-            list[list[str | int]],
-            "",
-            '[reference word, hypothesis word, count], most frequent first; "" stands for no word (deletion, insertion)',
-            tasks=_ASR,
-        ),
-        "loop_rate": _share(
-            "of the hypotheses that repeat something four times in a row, over at least eight tokens", _SPEECH, "loop_rate", "looping"
-        ),
-        "length_cap_rate": _share("of the hypotheses cut off at the length cap", _SPEECH, "length_cap_rate", "length cap"),
-        "cycle": _rate(
-            "word error rate of the text that the model recognises in its own speech",
-            _TTS,
-            "cycle_wer",
-            "cycle WER",
-            gauge=Gauge("most_ray_cycle_wer", "Word error rate of the model's own speech as it recognises it, of a set or all", ("set",)),
-        ),
-        "outside": _rate(
-            "word error rate of the text that another recogniser finds in the model's speech",
-            _TTS,
-            "outside_wer",
-            "outside WER",
-            "`task` is tts and a recogniser is configured",
-        ),
-        "units": _rate("unit error rate against the recording's units; counts are units", _TTS, "unit_error_rate", "unit error rate"),
-        "duration_ratio": Key(
-            _NUMBER,
-            "ratio",
-            "units of the model's speech over units of the recordings",
-            tasks=_TTS,
-            tracker="eval/{set}/duration_ratio",
-            objective="duration_ratio",
-            title="duration ratio",
-        ),
-        "end_of_audio_rate": _share(
-            "of the hypotheses that end with the end-of-audio marker", _TTS, "end_of_audio_rate", "ended by marker"
-        ),
-        "foreign_rate": _share("of the hypotheses that contain tokens of the other modality", _SPEECH, "foreign_rate", "foreign tokens"),
-    },
-)
+_GAUGES = {
+    "loss": Gauge("most_ray_validation_loss", "Validation loss in nats per supervised token, of a set or all", ("task", "set")),
+    "perplexity": Gauge("most_ray_validation_perplexity", "exp of the validation loss, of a set or all", ("task", "set")),
+    "words": Gauge("most_ray_wer", "Word error rate of recognition, of a set or all, 0 to 1 and above", ("set",)),
+    "cycle": Gauge("most_ray_cycle_wer", "Word error rate of the model's own speech as it recognises it, of a set or all", ("set",)),
+}
+
+_FIGURES = {
+    "task": Key(Literal["asr", "tts", "text"], "", "of the set or sets"),
+    "records": Key(int, "records", "evaluated", title="records"),
+    "loss": Key(_NUMBER, "nats per token", "mean cross-entropy over supervised tokens", objective="loss", title="loss"),
+    "perplexity": Key(_NUMBER, "", "exp(loss)", objective="perplexity", title="perplexity"),
+    "supervised_tokens": Key(int, "tokens", "that the loss is a mean over"),
+    "rejected": Key(int, "records", "that could not be used", _OF_A_SET),
+    "rejected_file": Key(str, "", "the file that lists the rejected records", _OF_A_SET),
+    "words": _rate("word error rate", _ASR, "wer", "WER"),
+    "characters": _rate("character error rate; counts are characters", _ASR, "cer", "CER"),
+    "empty_rate": _share("of the hypotheses that are empty", _ASR, "empty"),
+    "confusions": Key(
+        list[list[str | int]],
+        "",
+        '[reference word, hypothesis word, count], most frequent first; "" stands for no word (deletion, insertion)',
+        tasks=_ASR,
+    ),
+    "loop_rate": _share("of the hypotheses that repeat something four times in a row, over at least eight tokens", _SPEECH, "looping"),
+    "length_cap_rate": _share("of the hypotheses cut off at the length cap", _SPEECH, "length cap"),
+    "cycle": _rate("word error rate of the text that the model recognises in its own speech", _TTS, "cycle_wer", "cycle WER"),
+    "outside": _rate(
+        "word error rate of the text that another recogniser finds in the model's speech",
+        _TTS,
+        "outside_wer",
+        "outside WER",
+        "`task` is tts and a recogniser is configured",
+    ),
+    "units": _rate("unit error rate against the recording's units; counts are units", _TTS, "unit_error_rate", "unit error rate"),
+    "duration_ratio": Key(
+        _NUMBER,
+        "ratio",
+        "units of the model's speech over units of the recordings",
+        tasks=_TTS,
+        objective="duration_ratio",
+        title="duration ratio",
+    ),
+    "end_of_audio_rate": _share("of the hypotheses that end with the end-of-audio marker", _TTS, "ended by marker"),
+    "foreign_rate": _share("of the hypotheses that contain tokens of the other modality", _SPEECH, "foreign tokens"),
+}
+
+FIGURES = Fixed("figures", with_views(_FIGURES, "eval/{set}", ("task", "rejected_file", "confusions"), _GAUGES))
 
 TITLES: Mapping[str, str] = {name: key.title for name, key in FIGURES.keys.items() if key.title}
 # Names as objectives of a sweep, by key: of error rates (NAME/SET), and of other figures (NAME/TASK/SET).

@@ -25,21 +25,15 @@ class ModelFlops:
 
 
 def model_flops(config: MostConfig) -> ModelFlops:
-    """Operations of the model: latent attention, dense layers, shared and top-k routed experts, router, head.
-
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.
-    """
+    """Operations of latent attention, dense layers, shared and top-k routed experts, router and head (section 2 of arXiv 2405.04434)."""
     hidden = config.hidden_size
     attention, per_pair = attention_flops(config)
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
     dense = 3 * hidden * config.intermediate_size
     n_experts = config.n_shared_experts + config.num_experts_per_tok
     experts = hidden * config.n_routed_experts + 3 * hidden * config.moe_intermediate_size * n_experts
-    return ModelFlops(
-        per_token=attention + 2 * (n_dense * dense + _expert_layers(config) * experts),
-        per_pair=per_pair,
-        per_target=2 * hidden * config.vocab_size,
-    )
+    per_token = attention + 2 * (n_dense * dense + _expert_layers(config) * experts)
+    return ModelFlops(per_token, per_pair, per_target=2 * hidden * config.vocab_size)
 
 
 def full_precision_flops(config: MostConfig) -> int:

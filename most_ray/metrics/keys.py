@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Over = Literal["", "sum", "mean", "token mean", "ratio", "max", "last", "run"]  # explained on the page
@@ -56,6 +56,18 @@ class Key:
     def condition(self) -> str:
         """Under which condition the key is there, in words; empty: always."""
         return self.when or (f"`task` is {' or '.join(self.tasks)}" if self.tasks else "")
+
+
+def with_views(
+    keys: Mapping[str, Key], part: str, untracked: Collection[str], gauges: Mapping[str, Gauge], curves: Mapping[str, Curve] | None = None
+) -> dict[str, Key]:
+    """Keys with their gauges and curves. Those that are not `untracked` and declare no name in trackers have PART/KEY there, or
+    PART/OBJECTIVE where they are an objective."""
+    names = {name: key.tracker or ("" if name in untracked else f"{part}/{key.objective or name}") for name, key in keys.items()}
+    return {
+        name: replace(key, tracker=names[name], gauge=gauges.get(name, key.gauge), curve=(curves or {}).get(name, key.curve))
+        for name, key in keys.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -146,20 +158,14 @@ def _check_value(value: Any, kind: Any, where: str) -> list[str]:
             return [f"{where}: is no list"]
         return [problem for index, item in enumerate(value) for problem in _check_value(item, inner, f"{where}[{index}]")]
     if isinstance(kind, types.UnionType):
-        return [] if any(not _check_value(value, option, where) for option in typing.get_args(kind)) else _wrong(value, kind, where)
-    return [] if _is(value, kind) else _wrong(value, kind, where)
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind)
-
-
-def _wrong(value: Any, kind: Any, where: str) -> list[str]:
-    return [f"{where}: {value!r} is not of type {type_words(kind)}"]
+        fits = any(not _check_value(value, option, where) for option in typing.get_args(kind))
+    elif typing.get_origin(kind) is Literal:
+        fits = value in typing.get_args(kind)
+    elif kind in (int, float):
+        fits = isinstance(value, (int, kind)) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        fits = isinstance(value, kind)
+    return [] if fits else [f"{where}: {value!r} is not of type {type_words(kind)}"]
 
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", types.NoneType: "null"}

@@ -34,7 +34,8 @@ def row_of(line: Mapping[str, Any], start: Mapping[str, Any]) -> Row:
         if not key.tracker:
             continue
         if key is TRAIN["expert_load"]:
-            row |= _expert_loads(key.tracker, parts[0], value, start)
+            if len(value) <= _MOST_EXPERTS:
+                row |= {_name(key.tracker, (*parts, str(expert))): value[expert] for expert in _group(start, parts[0], value)}
         elif key is EXPERTS["load"]:
             row |= _layer_ratios(key.tracker, parts[0], value, start)
         elif key.type is ERRORS:
@@ -62,12 +63,6 @@ def _name(template: str, parts: tuple[str, ...]) -> str:
 def _group(start: Mapping[str, Any], modality: str, load: list[float]) -> list[int]:
     """The experts of a modality; without a `start` line, all."""
     return list(start.get("experts", {}).get(modality) or range(len(load)))
-
-
-def _expert_loads(template: str, modality: str, load: list[float], start: Mapping[str, Any]) -> Row:
-    if len(load) > _MOST_EXPERTS:
-        return {}
-    return {_name(template, (modality, str(expert))): load[expert] for expert in _group(start, modality, load)}
 
 
 def _layer_ratios(template: str, modality: str, by_layer: list[list[float]], start: Mapping[str, Any]) -> Row:
