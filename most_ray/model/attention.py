@@ -1,12 +1,7 @@
 """Multi-head latent attention, and a fast path for packed records that needs no mask.
 
-Shapes:
-    T  tokens, those of all records one after another
-    H  heads
-    D  hidden size
-    Q  width of a head's queries and keys
-    W  width of a head's values
-    P  tokens in groups of records (see `RecordLayout`)
+Shapes: T tokens, those of all records one after another, H heads, D hidden size, Q width of a head's queries and keys, W width of a head's
+values, P tokens in groups of records (see `RecordLayout`).
 """
 
 from __future__ import annotations
@@ -34,17 +29,10 @@ class MostAttention(DeepseekV2Attention):
         records: RecordLayout | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The library's forward, or causal attention within each record where `records` is given.
+        """The library's forward, or with the layout of packed `records` causal attention within each record.
 
-        Args:
-            hidden_states: with `records` (1, T or more, D); tokens after the T-th attend to nothing.
-            attention_mask: None with `records`.
-            position_embeddings: complex numbers, with `records` (1, as many tokens, width of rotary embeddings / 2).
-            records: the layout of packed records. There is no cache then.
-            kwargs: the library's other arguments, a cache among them.
-
-        Returns:
-            The output in the shape of hidden_states; the library's attention weights, with `records` None.
+        Then hidden_states are (1, T or more, D), of which tokens after the T-th attend to nothing, position_embeddings are complex numbers
+        (1, as many tokens, width of rotary embeddings / 2), and there are no mask and no cache; attention weights are None.
         """
         if records is None:
             return super().forward(hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs)
@@ -74,17 +62,8 @@ def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, records: RecordLayout, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Causal attention within each record.
-
-    Args:
-        query, key: (T, H, Q).
-        value: (T, H, W).
-        scale: factor of the scores.
-        dropout: probability that a weight is dropped.
-
-    Returns:
-        (T, H, W).
-    """
+    """Causal attention within each record: query and key (T, H, Q), value (T, H, W) -> (T, H, W). `scale` is the factor of the scores,
+    `dropout` the probability that a weight is dropped."""
     if not records.groups:
         return value + 0 * (query.sum() + key.sum())  # without tokens, but every parameter gets a gradient of zeros
     # Flash kernels need values as wide as keys; the other kernels store all scores, or mask them.

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
-from most_ray.errors import CheckpointError, ConfigError, nearest
+from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
 from most_ray.io import storage
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.modeling import MostForCausalLM
@@ -29,26 +29,12 @@ from most_ray.records.tokenizer import add_audio_tokens, load_tokenizer, token_i
 PRESETS: dict[str, dict[str, Any]] = {
     # About 1 M parameters: learns spoken digits in minutes on two cores.
     "tiny": {
-        "text_vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "moe_intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 64,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "max_position_embeddings": 4096,
-        "norm_topk_prob": True,
-        "aux_loss_alpha": 0.001,
+        "text_vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        "max_position_embeddings": 4096, "norm_topk_prob": True, "aux_loss_alpha": 0.001,
     },
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,11 +74,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def init_model(preset: str, texts: Iterable[str], output: Path, seed: int = 0) -> MostForCausalLM:
-    """Create a model of a preset's size with random weights and a tokenizer trained on `texts`, and save both to `output`.
-
-    Raises:
-        ConfigError: the preset is not known.
-    """
+    """Create a model of a preset's size with random weights and a tokenizer trained on `texts`, and save both to `output`."""
     if preset not in PRESETS:
         raise ConfigError("preset", preset, "is not known.", nearest(preset, PRESETS))
     settings = dict(PRESETS[preset])
@@ -130,11 +112,8 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
 
 
 def read_config(path: str, overrides: RoutingOverrides | None = None, **changes: Any) -> MostConfig:
-    """The configuration of a model folder or hub name (MoST, the original MoST or DeepSeek-V2), as MostConfig.
-
-    Args:
-        overrides: the run's changes.
-        changes: further fields to change.
+    """The configuration of a model folder or hub name (MoST, the original MoST or DeepSeek-V2), as MostConfig, with the run's overrides and
+    further changes of fields.
 
     Raises:
         CheckpointError: there is no configuration, or it is of another model type.
@@ -143,7 +122,7 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
     try:
         values, _ = transformers.PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError("model_name_or_path", path, f"holds no model configuration ({_one_line(error)}).") from error
+        raise CheckpointError("model_name_or_path", path, f"holds no model configuration ({one_line(error)}).") from error
     if not values:
         raise CheckpointError("model_name_or_path", path, "holds no config.json.")
     kind = values.get("model_type")
@@ -155,42 +134,30 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
     try:
         return MostConfig(**(overrides or RoutingOverrides()).apply({**values, **changes}))
     except StrictDataclassError as error:
-        raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({_one_line(error)}).") from error
+        raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({one_line(error)}).") from error
 
 
 def load_model(
-    path: str,
-    overrides: RoutingOverrides | None = None,
-    distributed: DistributedConfig | None = None,
-    **changes: Any,
+    path: str, overrides: RoutingOverrides | None = None, distributed: DistributedConfig | None = None, **changes: Any
 ) -> MostForCausalLM:
-    """Load a model with weights in float32. Its folder must have every tensor and no other; only balance biases may be missing, and are
-    zeros then.
+    """Load a model with weights in float32, from a folder or hub name. It must have every tensor and no other; only balance biases may be
+    missing, and are zeros then.
 
     Args:
-        path: folder or hub name.
-        overrides, changes: as in `read_config`.
+        overrides, changes: as in `read_config`, whose errors are raised too.
         distributed: how the model is laid out over ranks; experts are placed as most_ray/model/placement.py plans.
 
     Raises:
         CheckpointError: a weight is missing, unexpected or of another shape.
-        ConfigError: the overrides do not fit the model.
     """
     config = read_config(path, overrides, **changes)
     keywords: dict[str, Any] = {"distributed_config": distributed} if distributed else {}
     with quiet_transformers():
         try:
-            model, info = MostForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **keywords,
-            )
+            keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+            model, info = MostForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, **keywords)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({_one_line(error)}).") from error
+            raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({one_line(error)}).") from error
     biases = {name for name, _ in model.named_buffers() if name.endswith(BALANCE_BIAS)}
     if biases <= set(info["missing_keys"]):
         info["missing_keys"] = set(info["missing_keys"]) - biases
@@ -215,43 +182,21 @@ def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, outpu
 
 
 def check_template(config: MostConfig, path: str) -> None:
-    """Check that a model was not trained with another prompt template. `path` is only shown.
-
-    Raises:
-        CheckpointError: it was; names both hashes.
-    """
+    """Raise CheckpointError if a model was trained with another prompt template. `path` is only shown."""
     stored = getattr(config, "template_hash", None)
     if stored is not None and stored != template_hash():
-        raise CheckpointError(
-            "template",
-            stored,
-            f"is the one that {storage.redact(path)} was trained with; this version's is {template_hash()!r}.",
-            "To continue training with the new one anyway: --accept_data_change true.",
-        )
+        rule = f"is the one that {storage.redact(path)} was trained with; this version's is {template_hash()!r}."
+        raise CheckpointError("template", stored, rule, "To continue training with the new one anyway: --accept_data_change true.")
 
 
 def check_units(config: MostConfig, units: str | None, path: str) -> None:
-    """Check that the units of records were not made differently from those that a model was trained on. `path` is only shown.
-
-    Args:
-        units: hash of the records' units manifest (see `records.record.units_hash`); None where it is not known.
-
-    Raises:
-        CheckpointError: they were; names both hashes.
-    """
+    """Raise CheckpointError if the units of records were made differently from those that a model was trained on. `path` is only shown;
+    `units` is the hash of the records' units manifest (see `records.record.units_hash`), None where it is not known."""
     stored = getattr(config, "units_identity", None)
     if stored is not None and units is not None and stored != units:
-        raise CheckpointError(
-            "units",
-            units,
-            f"of the records differ from those that {storage.redact(path)} was trained on ({stored!r}).",
-            "Prepare them with its k-means, or continue training anyway: --accept_data_change true.",
-        )
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+        rule = f"of the records differ from those that {storage.redact(path)} was trained on ({stored!r})."
+        remedy = "Prepare them with its k-means, or continue training anyway: --accept_data_change true."
+        raise CheckpointError("units", units, rule, remedy)
 
 
 def config_json(config: MostConfig) -> str:

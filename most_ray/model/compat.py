@@ -18,22 +18,14 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Atten
 
 from most_ray.errors import ConfigError
 
-# The library's name of the key-value cache.
-CACHE: Literal["cache", "past_key_values"] = (
-    "cache" if "cache" in inspect.signature(DeepseekV2Attention.forward).parameters else "past_key_values"
-)
-
-SUPPORTS_MANY_WORKERS = (
-    "ep_implementation" in inspect.signature(DistributedConfig).parameters
-)  # whether a model can be trained by several workers
+_HAS_CACHE = "cache" in inspect.signature(DeepseekV2Attention.forward).parameters
+CACHE: Literal["cache", "past_key_values"] = "cache" if _HAS_CACHE else "past_key_values"  # the library's name of the key-value cache
+SUPPORTS_MANY_WORKERS = "ep_implementation" in inspect.signature(DistributedConfig).parameters  # whether several can train a model
 
 
 def resolve_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache by whichever name it was passed: `generate` uses the name of its release, users that of the release they wrote for.
-
-    Raises:
-        ValueError: two different caches were passed.
-    """
+    """The cache by whichever name it was passed: `generate` uses the name of its release, users that of the release they wrote for. Two
+    different ones are a ValueError."""
     if cache is None:
         return past_key_values
     if past_key_values is not None and past_key_values is not cache:
@@ -46,16 +38,11 @@ def resolve_cache(cache: Any, past_key_values: Any) -> Any:
 
 def enable_activation_checkpointing(model: Any) -> None:
     """Recompute each layer of a transformers model from its input in the backward pass, instead of saving its activations."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
 
 def check_workers(most: int) -> None:
-    """Check that the library can train with `most` workers.
-
-    Raises:
-        ConfigError: it is too old for more than one.
-    """
+    """Raise ConfigError if the library is too old to train with `most` workers."""
     if most > 1 and not SUPPORTS_MANY_WORKERS:
         rule = f"needs transformers 5.23 or later, which lays models out over workers; {transformers.__version__} is installed."
         raise ConfigError("num_workers", most, rule, "pip install 'transformers>=5.23', or use num_workers 1.")

@@ -15,11 +15,8 @@ LAST_AUDIO_TOKEN = 100503  # of the original vocabulary: 500 units and two audio
 
 @strict
 class MostConfig(DeepseekV2Config):
-    """DeepSeek-V2 with a modality-aware router.
-
-    Raises:
-        ConfigError: a group is empty, an expert is in both or in none, or top-k does not fit into a group.
-    """
+    """DeepSeek-V2 with a modality-aware router. ConfigError: a group is empty, an expert is in both or in none, or top-k does not fit
+    into a group."""
 
     model_type = "most"
 
@@ -52,11 +49,7 @@ class OriginalMostConfig(MostConfig):
 
 
 def _check_experts(config: MostConfig) -> None:
-    """Check the groups of experts and top-k against each other.
-
-    Raises:
-        ConfigError: names the field, its value, the rule and the remedy.
-    """
+    """Check the groups of experts and top-k against each other."""
     n_experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     if top_k is None or not 1 <= top_k <= n_experts:
         raise ConfigError("num_experts_per_tok", top_k, f"must be in 1..{n_experts} (n_routed_experts).")

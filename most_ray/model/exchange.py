@@ -9,14 +9,8 @@ gradients of both: 3.3 instead of 6 for DeepSeek-V2-Lite's 64 experts on 4 ranks
 Rows are sent in the type of the autocast, routing weights and their gradients in float32; sums are computed in float32. The host needs the
 numbers of rows, for which it waits once per layer. (torch's all_to_all_vdev keeps them on the device, but only in builds with NVSHMEM.)
 
-Shapes:
-    T  tokens of this rank
-    D  hidden size
-    K  experts per token
-    E  experts on each rank
-    R  ranks
-    N  rows dispatched from this rank
-    M  rows received by this rank
+Shapes: T tokens of this rank, D hidden size, K experts per token, E experts on each rank (in code `n_local`), R ranks, N rows dispatched
+from this rank, M rows received by this rank.
 """
 
 from __future__ import annotations
@@ -52,24 +46,13 @@ class DispatchPlan(NamedTuple):
 
 
 def destination_ranks(slots: torch.Tensor, n_local: int, n_ranks: int) -> torch.Tensor:
-    """The ranks that each token is sent to, bool (T, R).
-
-    Args:
-        slots: (T, K), the slots of each token's experts. Rank r has slots r * E to (r + 1) * E - 1.
-        n_local: E.
-        n_ranks: R.
-    """
+    """The ranks that each token is sent to, bool (T, R), by the slots (T, K) of its experts. Rank r has slots r * E to (r + 1) * E - 1."""
     destinations = torch.zeros(len(slots), n_ranks, dtype=torch.bool, device=slots.device)
     return destinations.scatter_(1, slots // n_local, True)
 
 
 def plan_dispatch(slots: torch.Tensor, destinations: torch.Tensor, n_local: int, n_rows: int) -> DispatchPlan:
-    """The plan for tokens with slots (T, K) and destinations bool (T, R).
-
-    Args:
-        n_local: E.
-        n_rows: N, which is passed since computing it would wait for the device.
-    """
+    """The plan for tokens with slots (T, K) and destinations bool (T, R). n_rows: N; computing it here would wait for the device."""
     by_rank = destinations.t()
     ranks, tokens = torch.nonzero_static(by_rank, size=n_rows).unbind(1)
     local = slots.index_select(0, tokens) - (ranks * n_local).unsqueeze(-1)
@@ -197,13 +180,11 @@ class _MessageLayout:
 
     def weights(self, message: torch.Tensor) -> torch.Tensor:
         """A view (n, K) of the weights in a message."""
-        start, end, _ = self._ends()
-        return message[:, start:end].view(self.weight_dtype)
+        return message[:, slice(*self._ends()[:2])].view(self.weight_dtype)
 
     def slots(self, message: torch.Tensor) -> torch.Tensor:
         """A view (n, K) of the slots in a message."""
-        _, start, end = self._ends()
-        return message[:, start:end].view(torch.int32)
+        return message[:, slice(*self._ends()[1:])].view(torch.int32)
 
 
 @dataclass
@@ -273,9 +254,7 @@ class _Receive(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, row_grads: torch.Tensor, _slots: torch.Tensor | None, weight_grads: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, row_grads: torch.Tensor, _slots: None, weight_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layout = ctx.all_to_all.layout
         message = layout.empty(len(row_grads), row_grads.device, with_slots=False)
         layout.rows(message).copy_(row_grads)

@@ -3,13 +3,8 @@
 The kernel of this module sorts the pairs of a token and one of its experts by expert; each expert multiplies its rows in one product, in
 the type of the autocast. The backward pass is written out: it saves only the tokens and the inner products, and gathers the rest again.
 
-Shapes:
-    T  tokens
-    D  hidden size
-    I  inner size of an expert
-    E  experts on this rank
-    K  experts per token
-    P  rows, one for each pair of a token and an expert of this rank, in some cases more that only fill up
+Shapes: T tokens, D hidden size, I inner size of an expert, E experts on this rank, K experts per token, P rows, one for each pair of a
+token and an expert of this rank, in some cases more that only fill up.
 """
 
 from __future__ import annotations
@@ -26,16 +21,12 @@ from most_ray.model.kernels import compute_dtype, round_up
 
 
 def experts_forward(module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of the outputs of each token's experts.
+    """The weighted sum of the outputs of each token's experts, in the shape (T, D) and type of hidden_states.
 
     Args:
         module: the experts: gate_up_proj (E, 2 I, D) and down_proj (E, D, I).
-        hidden_states: (T, D).
         top_k_index: int64 (T, K), the experts of each token. Those numbered E and above are on other ranks: they add nothing.
         top_k_weights: (T, K), the routing weights.
-
-    Returns:
-        (T, D), in the type of hidden_states.
     """
     x = hidden_states.to(compute_dtype(hidden_states))
     return _Experts.apply(x, top_k_index, top_k_weights.float(), module.gate_up_proj, module.down_proj).to(hidden_states.dtype)
@@ -71,13 +62,8 @@ def _sort(index: torch.Tensor, n_experts: int, dtype: torch.dtype) -> _Pairs:
 
 
 def _sort_on_device(experts: torch.Tensor, order: torch.Tensor, shape: torch.Size, n_experts: int) -> _Pairs:
-    """The pairs without waiting for the device: those of experts on other ranks stay after the last end, where nothing is computed.
-
-    Args:
-        experts: (T * K,), the experts of all pairs, sorted.
-        order: (T * K,), the indices of the pairs in that order.
-        shape: (T, K).
-    """
+    """The pairs without waiting for the device, from the sorted `experts` (T * K,) of all pairs and the indices `order` (T * K,) of the
+    pairs in that order; shape: (T, K). Pairs of experts on other ranks stay after the last end, where nothing is computed."""
     n_tokens, k = shape
     numbers = torch.arange(n_experts, device=experts.device)
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)

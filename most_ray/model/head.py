@@ -1,9 +1,6 @@
 """The language-model head, and its cross-entropy without logits of the whole vocabulary in memory.
 
-Shapes:
-    N  supervised tokens
-    D  hidden size
-    V  vocabulary
+Shapes: N supervised tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,15 +28,7 @@ class MostHead(nn.Linear):
         return head
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits or losses.
-
-        Args:
-            hidden: (..., D); with targets (N, D).
-            targets: token ids, (N,).
-
-        Returns:
-            Logits (..., V); with targets the cross-entropy of each, float32 (N,).
-        """
+        """Logits (..., V) of hidden (..., D); of hidden (N, D) and targets, token ids (N,), the cross-entropy of each, float32 (N,)."""
         if targets is None:
             return super().forward(hidden)
         count, dtype = len(targets), compute_dtype(hidden)
@@ -66,7 +55,8 @@ class _TokenLosses(torch.autograd.Function):
             logits = hidden @ weight[start:end].to(hidden.dtype).t()
             kept = logits if len(blocks) == 1 else None
             logits = logits.float()
-            chosen += _at_targets(logits, targets, start)
+            inside, columns = _in_block(targets, start, end)
+            chosen += logits.gather(1, columns).squeeze(-1).where(inside, 0.0)
             normaliser = torch.logaddexp(normaliser, logits.logsumexp(-1)) if len(blocks) > 1 else logits.logsumexp(-1)
         ctx.save_for_backward(hidden, weight, targets, normaliser, kept)
         return normaliser - chosen
@@ -83,8 +73,7 @@ class _TokenLosses(torch.autograd.Function):
             # (softmax - one-hot) times the gradient of each loss.
             share = logits.sub_(normaliser.unsqueeze(-1)).exp_() if kept is None else (logits - normaliser.unsqueeze(-1)).exp_()
             share.mul_(by)
-            inside = (targets >= start) & (targets < end)
-            columns = (targets - start).clamp(0, end - start - 1).unsqueeze(-1)
+            inside, columns = _in_block(targets, start, end)
             share.scatter_add_(1, columns, -(grad * inside).unsqueeze(-1))
             lowered = share.to(hidden.dtype)
             weight_grad[start:end] = lowered.t() @ hidden
@@ -104,8 +93,6 @@ def _blocks(n_tokens: int, vocabulary: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, vocabulary)
 
 
-def _at_targets(logits: torch.Tensor, targets: torch.Tensor, start: int) -> torch.Tensor:
-    """The logit of each target that is in this block of logits (N, block), which begins at `start`; 0 for other targets: (N,)."""
-    inside = (targets >= start) & (targets < start + logits.shape[1])
-    columns = (targets - start).clamp(0, logits.shape[1] - 1).unsqueeze(-1)
-    return logits.gather(1, columns).squeeze(-1).where(inside, 0.0)
+def _in_block(targets: torch.Tensor, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether each target is in the block of the vocabulary from `start` to `end`, bool (N,); and its column there, (N, 1)."""
+    return (targets >= start) & (targets < end), (targets - start).clamp(0, end - start - 1).unsqueeze(-1)

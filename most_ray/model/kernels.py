@@ -1,8 +1,5 @@
 """Element-wise operations with their backward passes written out, which read memory less often and save less than autograd's, and the
-library's modules with them.
-
-Shapes:
-    D  size of the last dimension
+library's modules with them. D is the size of the last dimension.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
 """MostForCausalLM: transformers' DeepSeek-V2 with the modality-aware router, balance losses and a loss per supervised token.
 
-Shapes:
-    B  rows
-    S  positions of a row
-    T  tokens that are not padding
-    D  hidden size
-    E  routed experts
-    L  layers with experts
-    N  supervised tokens
-    V  vocabulary
+Shapes: B rows, S positions of a row, T tokens that are not padding, D hidden size, E routed experts, L layers with experts, N supervised
+tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,22 +59,16 @@ class MostCausalLMOutput(MoeCausalLMOutputWithPast):
 
 
 class MostMoe(DeepseekV2Moe):
-    """Shared experts for every token, routed experts by modality. Padding is not routed: it takes no time and is not counted.
+    """Shared experts for every token, routed experts by modality. Padding is not routed: it takes no time and is not counted."""
 
-    Attributes:
-        placement: the expert in each slot (row) of the fused expert tensors (see `placement`); None where slots are experts.
-        ep_size: number of ranks that the slots are distributed over.
-        expert_slots: the slot of each expert, (E,); None where slots are experts.
-    """
-
-    expert_slots: torch.Tensor | None
+    expert_slots: torch.Tensor | None  # (E,), the slot of each expert; None where slots are experts
 
     def __init__(self, config: MostConfig) -> None:
         super().__init__(config)
         self.gate = MostRouter(config)
         self.shared_experts = MostMlp(config, intermediate_size=config.moe_intermediate_size * config.n_shared_experts)
-        self.placement: tuple[int, ...] | None = None
-        self.ep_size = 1
+        self.placement: tuple[int, ...] | None = None  # the expert in each slot (see `placement`); None where slots are experts
+        self.ep_size = 1  # ranks that the slots are distributed over
         self.register_buffer("expert_slots", None, persistent=False)
 
     def place(self, placement: tuple[int, ...]) -> None:
@@ -102,10 +89,8 @@ class MostMoe(DeepseekV2Moe):
         # Where it is faster, counts are exchanged while the statistics are computed, and rows while the shared experts are.
         exchange = getattr(self.experts, "exchange", None)
         pending = exchange.start_dispatch(*arguments) if exchange and exchange.overlaps else None
-        if self.training and self.config.aux_loss_alpha > 0:
-            aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux)
-        else:
-            aux_loss = probabilities.new_zeros(())
+        balanced = self.training and self.config.aux_loss_alpha > 0
+        aux_loss = balance_loss(indices, probabilities, routing, self.config.seq_aux) if balanced else probabilities.new_zeros(())
         stats = RouterStats(aux_loss, expert_load(indices, routing.modality, probabilities.shape[-1]))
         if pending:
             arguments = pending.send_rows()
@@ -132,12 +117,7 @@ class MostDecoderLayer(DeepseekV2DecoderLayer):
         post_norm = MostUncastNorm if has_experts else MostNorm
         self.post_attention_layernorm = post_norm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        routing: Routing,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, RouterStats | None]:
+    def forward(self, hidden_states: torch.Tensor, routing: Routing, **kwargs: Any) -> tuple[torch.Tensor, RouterStats | None]:
         """Hidden states (B, S, D) of the next layer, and statistics of the routing (None in layers without experts). `kwargs` are those of
         the attention."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -198,13 +178,12 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MostModelOutput:
-        """The library's forward of the decoder stack, with further arguments.
+        """The library's forward of the decoder stack, with further arguments. `past_key_values` is the older name of `cache`.
 
         Args:
             modality: (B, S), TEXT, AUDIO or PADDING; by default it follows from input_ids and a two-dimensional attention mask.
             previous_load: (L, E), selections of the optimizer step before, for the batch-wise balance loss (see `Routing`).
             records: the layout of packed records, for tokens (1, T or more) without a mask or a cache.
-            past_key_values: the older name of `cache`.
         """
         cache = resolve_cache(cache, past_key_values)
         if modality is None:
@@ -222,32 +201,17 @@ class MostModel(MostPreTrainedModel, DeepseekV2Model):
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        shared: dict[str, Any] = {"position_ids": position_ids, CACHE: cache}
         causal_mask = None
         if records is None:
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE: cache},
-            )
+            causal_mask = create_causal_mask(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **shared)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        shared |= {"attention_mask": causal_mask, "position_embeddings": self.rotary_emb(hidden_states, position_ids)}
         stats: list[RouterStats] = []
         for layer in self.layers:
             if previous_load is not None and isinstance(layer.mlp, MostMoe):
                 routing = routing._replace(previous_load=previous_load[len(stats)])
-            hidden_states, layer_stats = layer(
-                hidden_states,
-                routing=routing,
-                attention_mask=causal_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                records=records,
-                **{CACHE: cache},
-                **kwargs,
-            )
+            hidden_states, layer_stats = layer(hidden_states, routing=routing, use_cache=use_cache, records=records, **shared, **kwargs)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return MostModelOutput(
@@ -307,7 +271,6 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             token_losses_only: run the head on supervised positions only and return the loss of each, in the order of rows, as a trainer
                 needs that divides by the global number of tokens.
             packed: rows without padding, in place of all other inputs; returns what `token_losses_only` returns, faster.
-            past_key_values: the older name of `cache`.
         """
         if packed is not None:
             outputs = self.model(
@@ -335,19 +298,13 @@ class MostForCausalLM(MostPreTrainedModel, DeepseekV2ForCausalLM):
             supervised = (targets != IGNORE).flatten().nonzero().squeeze(-1)
             return self._token_losses(outputs, hidden_states[:, :-1].flatten(0, 1), supervised, targets.flatten()[supervised])
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        loss = aux_loss = None
-        if labels is not None:
-            loss, aux_loss = self._mean_loss(outputs, logits, labels)
+        loss, aux_loss = (None, None) if labels is None else self._mean_loss(outputs, logits, labels)
         return MostCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             aux_sum=outputs.aux_loss,
             logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_load=outputs.expert_load,
-            **{CACHE: getattr(outputs, CACHE)},
+            **{name: getattr(outputs, name) for name in ("hidden_states", "attentions", "router_logits", "expert_load", CACHE)},
         )
 
     def _token_losses(

@@ -3,19 +3,14 @@
 The records of all rows follow one another in one sequence, so that nothing is computed for padding. Attention runs over records, not over
 rows, and needs no mask of S x S. Everything is computed on the host, from arrays, so that the device is never waited for.
 
-Shapes:
-    B  rows
-    S  positions of a row
-    T  tokens that are not padding
-    R  T and a few tokens more, so that the number recurs
-    G  records
-    N  supervised tokens
-    P  tokens in groups of records, each record filled up to the longest of its group
+Shapes: B rows, S positions of a row, T tokens that are not padding, R: T and a few tokens more, so that the number recurs, G records,
+N supervised tokens, P tokens in groups of records, each record filled up to the longest of its group.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +37,8 @@ class RecordLayout:
 
     def to(self, device: torch.device) -> RecordLayout:
         """A copy on a device, which the host does not wait for."""
-        starts, segments, gather, restore = (to_device(each, device) for each in (self.starts, self.segments, self.gather, self.restore))
-        return replace(self, starts=starts, segments=segments, gather=gather, restore=restore)
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in ("starts", "segments", "gather", "restore")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,8 @@ class PackedRows:
 
     def to(self, device: torch.device) -> PackedRows:
         """A copy on a device, which the host does not wait for."""
-        ids, positions, modality = (to_device(each, device) for each in (self.input_ids, self.positions, self.modality))
-        return PackedRows(
-            ids, positions, modality, self.records.to(device), to_device(self.supervised, device), to_device(self.targets, device)
-        )
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in vars(self).items() if name != "records"}
+        return PackedRows(records=self.records.to(device), **moved)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -73,12 +66,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def pack_rows(input_ids: np.ndarray, labels: np.ndarray, positions: np.ndarray, modality: np.ndarray) -> PackedRows:
-    """Pack the rows of one forward pass.
-
-    Args:
-        input_ids, labels, positions, modality: integers (B, S), as in `Batch`: positions restart at each record; labels are aligned with
-            input_ids and are IGNORE where unsupervised.
-    """
+    """Pack the rows of one forward pass: integers (B, S), as in `Batch`. Positions restart at each record; labels are aligned with
+    input_ids and are IGNORE where unsupervised."""
     kept = modality.reshape(-1) != PADDING
     token = np.cumsum(kept) - 1  # (B * S,), the token at each position
     row_starts = np.zeros_like(positions)

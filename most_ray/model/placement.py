@@ -5,10 +5,7 @@ experts were contiguous ranges too, some ranks would have text experts only, and
 slot order: slot s has expert `placement[s]`, and every rank's slots have their share of both groups. Only this module, `MostMoe` and the
 code that writes rows to disk (by `row_order`) use slots; the router, its losses and the metrics use the numbers of experts.
 
-Shapes:
-    E  routed experts
-    R  expert-parallel ranks
-    L  layers with experts
+Shapes: E routed experts, R expert-parallel ranks, L layers with experts.
 """
 
 from __future__ import annotations
@@ -29,13 +26,8 @@ _FUSED = ("gate_up_proj", "down_proj")  # parameters of an experts module, whose
 def plan_placement(text: Sequence[int], audio: Sequence[int], n_experts: int, ep_size: int) -> tuple[int, ...]:
     """The expert in each slot, (E,). Rank r has the slots r * E/R to (r + 1) * E/R - 1.
 
-    Experts are dealt to the ranks one by one, those of text first: every rank gets E/R of them, and of each group its share to within
-    one, whatever their numbers. With one rank, or without groups (both empty), it is the identity.
-
-    Args:
-        text, audio: the experts of the two groups.
-        n_experts: E.
-        ep_size: R.
+    The experts of `text`, then those of `audio`, are dealt to the ranks one by one: every rank gets E/R of them, and of each group its
+    share to within one, whatever their numbers. With one rank, or without groups (both empty), it is the identity.
     """
     dealt = [*text, *audio]
     if ep_size == 1 or not dealt:
@@ -46,10 +38,8 @@ def plan_placement(text: Sequence[int], audio: Sequence[int], n_experts: int, ep
 
 
 def place_experts(model: nn.Module, ep_size: int) -> None:
-    """Move the expert rows of a model that is laid out over ranks from the experts' order to slot order.
-
-    Collective. Each rank has at most one tensor of one layer in full at a time.
-    """
+    """Move the expert rows of a model that is laid out over ranks from the experts' order to slot order. Collective; each rank has at most
+    one tensor of one layer in full at a time."""
     config: MostConfig = model.config  # type: ignore[assignment]
     aware = config.use_modality_aware_routing
     text, audio = (config.text_expert_indices or [], config.audio_expert_indices or []) if aware else ([], [])
@@ -64,13 +54,8 @@ def place_experts(model: nn.Module, ep_size: int) -> None:
 
 
 def row_order(model: nn.Module, name: str) -> tuple[int, ...] | None:
-    """The expert in each row of a parameter (E,), where its rows are in slot order; None for other parameters.
-
-    Optimizer moments have the order of their parameter.
-
-    Args:
-        name: as in `model.named_parameters()`.
-    """
+    """The expert in each row of a parameter (E,), named as in `model.named_parameters()`, and of its optimizer moments, where the rows are
+    in slot order; None for other parameters."""
     layer_name, _, last = name.rpartition(".experts.")
     if last not in _FUSED or not layer_name:
         return None
@@ -89,13 +74,9 @@ def experts_of_ranks(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
 
 
 def rank_load_ratio(load: torch.Tensor, ranks: Sequence[Sequence[int]]) -> float:
-    """Selections of the busiest expert-parallel rank over those of the mean rank, in the layer where that ratio is largest.
+    """Selections `load` (L, 2, E) of the busiest expert-parallel rank over those of the mean rank, in the layer where the ratio is largest.
 
-    The same rank of several expert-parallel groups counts as one, so this is the ratio of the mean batch.
-
-    Args:
-        load: (L, 2, E), selections by layer, modality and expert.
-        ranks: the experts of each rank, as `experts_of_ranks` returns them.
+    The same rank of several expert-parallel groups counts as one, so this is the ratio of the mean batch. `ranks`: see `experts_of_ranks`.
     """
     per_rank = torch.stack([load.sum(1)[:, list(experts)].sum(1) for experts in ranks], dim=1).double()
     return float((per_rank.amax(1) / per_rank.mean(1).clamp(min=1e-9)).max()) if load.sum() > 0 else 1.0

@@ -1,15 +1,7 @@
 """The modality-aware router and its load-balancing losses.
 
-Shapes:
-    B  rows
-    S  positions of a row
-    T  tokens that are not padding
-    D  hidden size
-    E  routed experts
-    K  experts per token
-    G  records
-    L  layers with experts
-    2  modalities, TEXT and AUDIO
+Shapes: B rows, S positions of a row, T tokens that are not padding, D hidden size, E routed experts, K experts per token, G records,
+L layers with experts, 2 modalities, TEXT and AUDIO.
 """
 
 from __future__ import annotations
@@ -55,12 +47,8 @@ def modality_of(input_ids: torch.Tensor, config: MostConfig) -> torch.Tensor:
 
 
 def make_routing(modality: torch.Tensor, position_ids: torch.Tensor | None, config: MostConfig) -> Routing:
-    """The routing of a batch.
-
-    Args:
-        modality: (B, S), TEXT, AUDIO or PADDING.
-        position_ids: for packed rows (B, S), from 0 in each record; None: each row is a record.
-    """
+    """The routing of a batch with modality (B, S), TEXT, AUDIO or PADDING. position_ids: for packed rows (B, S), from 0 in each record;
+    None: each row is a record."""
     batch, length = modality.shape
     flat = modality.reshape(-1)
     if position_ids is None:
@@ -69,8 +57,7 @@ def make_routing(modality: torch.Tensor, position_ids: torch.Tensor | None, conf
         starts = (position_ids == 0).expand(batch, -1).clone()
         starts[:, 0] = True
         segments = starts.reshape(-1).long().cumsum(0) - 1
-    valid = flat != PADDING
-    tokens = None
+    valid, tokens = flat != PADDING, None
     if not bool(valid.all()):
         tokens = valid.nonzero().squeeze(-1)
         flat = flat[tokens]
@@ -92,8 +79,7 @@ def record_routing(modality: torch.Tensor, segments: torch.Tensor, n_segments: i
 def _allowed(text: tuple[int, ...], audio: tuple[int, ...], n_experts: int, device: torch.device) -> torch.Tensor:
     """The experts that each modality may use, bool (2, E). Cached, since creating it waits for a GPU."""
     table = torch.zeros(2, n_experts, dtype=torch.bool)
-    table[TEXT, list(text)] = True
-    table[AUDIO, list(audio)] = True
+    table[TEXT, list(text)] = table[AUDIO, list(audio)] = True
     return table.to(device)
 
 
@@ -112,11 +98,7 @@ class MostRouter(DeepseekV2TopkRouter):
     def forward(
         self, hidden_states: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Choose the experts of each token.
-
-        Args:
-            hidden_states: (T, D).
-            allowed: bool (T, E); None: all experts are allowed.
+        """Choose the experts of each token out of those that are `allowed`, bool (T, E); None: all. hidden_states: (T, D).
 
         Returns:
             Logits (T, E), weights (T, K), expert indices (T, K), and probabilities (T, E), 0 where an expert is not allowed. Floats are
@@ -149,11 +131,8 @@ def balance_loss(indices: torch.Tensor, probabilities: torch.Tensor, routing: Ro
     With f_e the share of selections of expert e times E and P_e the mean probability of e, the loss is sum_e f_e P_e (DeepSeek-V2, arXiv
     2405.04434, eq. 12-14). Sequence-wise, f and P are taken over each record, so that the sum depends neither on how records are packed
     nor on how packs are distributed over ranks. Batch-wise, they are taken over the tokens of this call; with `routing.previous_load`, f
-    is that of the step before (in the first step 0), so that the loss is a sum over tokens and depends on neither.
-
-    Args:
-        indices: (T, K), the experts of each token.
-        probabilities: (T, E).
+    is that of the step before (in the first step 0), so that the loss is a sum over tokens and depends on neither. indices: (T, K), the
+    experts of each token; probabilities: (T, E).
     """
     n_tokens, n_experts = probabilities.shape
     if n_tokens == 0:
@@ -165,9 +144,8 @@ def balance_loss(indices: torch.Tensor, probabilities: torch.Tensor, routing: Ro
     groups = routing.n_segments if sequence_wise else 1
     lengths = torch.zeros(groups, device=indices.device).index_add_(0, per_record, torch.ones_like(per_record, dtype=torch.float))
     selected = torch.zeros(groups, n_experts, device=indices.device)
-    selected.view(-1).index_add_(
-        0, (per_record.unsqueeze(-1) * n_experts + indices).view(-1), torch.ones(indices.numel(), device=indices.device)
-    )
+    slots = (per_record.unsqueeze(-1) * n_experts + indices).view(-1)
+    selected.view(-1).index_add_(0, slots, torch.ones(indices.numel(), device=indices.device))
     mean = torch.zeros_like(selected).index_add(0, per_record, probabilities) / lengths.unsqueeze(-1)
     frequency = selected * n_experts / (lengths.unsqueeze(-1) * indices.shape[1])
     loss = (frequency * mean).sum()
@@ -178,9 +156,7 @@ def expert_load(indices: torch.Tensor, modality: torch.Tensor, n_experts: int) -
     """Count the selections of each expert by modality: indices (T, K), modality (T,) -> int64 (2, E)."""
     slots = (modality.unsqueeze(-1) * n_experts + indices).view(-1)
     # Not by bincount, which waits for a GPU.
-    return (
-        torch.zeros(2 * n_experts, dtype=torch.long, device=slots.device).scatter_add_(0, slots, torch.ones_like(slots)).view(2, n_experts)
-    )
+    return slots.new_zeros(2 * n_experts).scatter_add_(0, slots, torch.ones_like(slots)).view(2, n_experts)
 
 
 def leaked_selections(load: torch.Tensor, config: MostConfig) -> int:
@@ -194,9 +170,8 @@ def leaked_selections(load: torch.Tensor, config: MostConfig) -> int:
 def expert_groups(load: torch.Tensor, config: MostConfig) -> dict[str, tuple[torch.Tensor, list[int]]]:
     """By modality: its selections (L, E) out of `load` (L, 2, E), and the experts that it may select."""
     every = list(range(config.n_routed_experts))
-    aware = config.use_modality_aware_routing
-    named = {"text": config.text_expert_indices, "audio": config.audio_expert_indices}
-    return {name: (load[:, index], list(named[name] or ()) if aware else every) for name, index in (("text", TEXT), ("audio", AUDIO))}
+    named = (("text", TEXT, config.text_expert_indices), ("audio", AUDIO, config.audio_expert_indices))
+    return {name: (load[:, at], list(own or ()) if config.use_modality_aware_routing else every) for name, at, own in named}
 
 
 @torch.no_grad()
@@ -204,11 +179,7 @@ def update_balance_bias(model: nn.Module, load: torch.Tensor, rate: float) -> No
     """Add rate * sign(mean load of e's group - load of e) to the balance bias of every expert e (arXiv 2408.15664, algorithm 1).
 
     The experts of a modality are a group; without modality-aware routing all experts are one. A group without tokens keeps its biases.
-
-    Args:
-        model: whose routers have balance biases.
-        load: (L, 2, E), selections of a whole optimizer step over all ranks, so that biases stay equal on every rank.
-        rate: size of a step.
+    load: (L, 2, E), selections of a whole optimizer step over all ranks, so that biases stay equal on every rank.
     """
     routers = [module for module in model.modules() if isinstance(module, MostRouter)]
     config: MostConfig = model.config  # type: ignore[assignment]
@@ -238,13 +209,8 @@ def load_summary(load: torch.Tensor, config: MostConfig) -> dict[str, Any]:
     A modality without tokens is left out of all but expert_load.
     """
     by_layer: dict[str, dict[str, list[Any]]] = {"expert_max_over_mean": {}, "expert_entropy": {}, "busiest_expert": {}}
-    summary: dict[str, Any] = {
-        "expert_load": {},
-        "expert_max_over_mean": {},
-        "expert_entropy": {},
-        "leaked": leaked_selections(load, config),
-        "layers": by_layer,
-    }
+    summary: dict[str, Any] = {"expert_load": {}, "expert_max_over_mean": {}, "expert_entropy": {}}
+    summary |= {"leaked": leaked_selections(load, config), "layers": by_layer}
     for modality, (selections, experts) in expert_groups(load, config).items():
         summary["expert_load"][modality] = selections.sum(0).tolist()
         used = selections[:, experts].double()
