@@ -11,15 +11,8 @@ import torch.distributed as dist
 def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]:
     """Call `work` on every rank and gather the results; an error of one rank is raised on all, so that none is left waiting.
 
-    Args:
-        work: called without arguments; its result, or the exception that it raises, is pickled.
-        group: a process group of all ranks; None is the default one.
-
-    Returns:
-        The results in the order of ranks; without a process group, this process's alone.
-
-    Raises:
-        Exception: the one of the lowest rank where `work` raised.
+    Results and errors are pickled. The results are in the order of ranks (without a process group, this process's alone), the error is that
+    of the lowest rank. `group`: a process group of all ranks; None is the default one.
     """
     value, error = None, None
     try:
@@ -30,7 +23,7 @@ def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]
     if dist.is_initialized():
         answers = [None] * dist.get_world_size()
         dist.all_gather_object(answers, (value, error), group)
-    first = next((error for _, error in answers if error is not None), None)
-    if first is not None:
-        raise first
+    for _, failure in answers:
+        if failure is not None:
+            raise failure
     return [value for value, _ in answers]

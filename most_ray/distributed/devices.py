@@ -55,29 +55,18 @@ _PEAKS: dict[str, _Peak] = {
 
 
 def listed_peak(name: str, dtype: torch.dtype | None, tf32: bool) -> float | None:
-    """Peak operations a second of a GPU by its name; None where the table does not have it, and for a slice of a GPU (MIG).
-
-    Args:
-        name: as `torch.cuda.get_device_name` gives it.
-        dtype: of the factors; None is float32.
-        tf32: whether torch may use TF32 for float32.
-    """
-    if "MIG" in name.split():
-        return None
-    for pattern, peak in _PEAKS.items():
-        if re.search(rf"\b(?:{pattern})(?!\w)", name):
-            return 1e12 * peak.rate(dtype, tf32)
-    return None
+    """Peak operations a second of a GPU by its name in torch.cuda; None where the table does not have it, and for a slice of a GPU (MIG).
+    `dtype` and `tf32`: see `_Peak.rate`."""
+    peaks = (peak for pattern, peak in _PEAKS.items() if re.search(rf"\b(?:{pattern})(?!\w)", name))
+    found = None if "MIG" in name.split() else next(peaks, None)
+    return 1e12 * found.rate(dtype, tf32) if found else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float:
-    """Peak operations a second of this rank's device.
+    """Peak operations a second of this rank's device, with the autocast's `dtype`; None is float32, or TF32 where torch may use it.
 
     From the table of GPUs; for other GPUs and for CPUs measured once per process, as the best of several large matrix products (on a CPU
     with the threads that torch uses in this process).
-
-    Args:
-        dtype: of the autocast; None is float32, or TF32 where torch may use it.
     """
     if device.type == "cuda":
         listed = listed_peak(torch.cuda.get_device_name(device), dtype, torch.get_float32_matmul_precision() != "highest")
@@ -88,23 +77,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype | None) -> float:
 
 @functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """Measure the peak operations a second of a device, which takes a fifth of a second.
-
-    Args:
-        dtype: of the factors.
-        threads: that torch uses; only a key of the cache, since the peak depends on it.
-    """
+    """Measure the peak operations a second of a device with factors of `dtype`, which takes a fifth of a second. `threads`, that torch
+    uses, is only a key of the cache, since the peak depends on it."""
     del threads
     size = 1024 if device.type == "cpu" else 4096
     factor = torch.ones(size, size, device=device, dtype=dtype)  # ones, since random numbers would change the state of the run's generators
     product = torch.empty_like(factor)
-    best, started = float("inf"), time.perf_counter()
-    # At least twice: the first call initializes the library.
-    for _ in range(2):
-        best = min(best, _seconds_of(factor, product))
-    while time.perf_counter() - started < _MEASURING_S:
-        best = min(best, _seconds_of(factor, product))
-    return 2 * size**3 / best
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 2 or time.perf_counter() - started < _MEASURING_S:  # at least twice: the first call initializes the library
+        times.append(_seconds_of(factor, product))
+    return 2 * size**3 / min(times)
 
 
 def _seconds_of(factor: torch.Tensor, product: torch.Tensor) -> float:
@@ -119,11 +102,8 @@ def _seconds_of(factor: torch.Tensor, product: torch.Tensor) -> float:
 
 
 def prefers_bf16(use_gpu: bool) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32.
-
-    Args:
-        use_gpu: look at this machine's GPU (where it has none, the GPUs of other machines are assumed to be faster), else at its CPU.
-    """
+    """Whether the device multiplies bfloat16 faster than float32: this machine's GPU if `use_gpu` (where it has none, the GPUs of other
+    machines are assumed to be faster), else its CPU."""
     if use_gpu:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

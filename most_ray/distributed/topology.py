@@ -30,22 +30,14 @@ def plan_topology(world_size: int, ep_size: int, dp_replicate_size: int, n_exper
     """
     replicas = [size for size in range(1, world_size + 1) if world_size % size == 0]
     if dp_replicate_size not in replicas:
-        raise TopologyError(
-            "dp_replicate_size",
-            dp_replicate_size,
-            f"must divide the number of workers ({world_size}).",
-            f"Use one of {replicas}.",
-        )
+        rule = f"must divide the number of workers ({world_size})."
+        raise TopologyError("dp_replicate_size", dp_replicate_size, rule, f"Use one of {replicas}.")
     fsdp = world_size // dp_replicate_size
     fitting = [size for size in range(1, fsdp + 1) if fsdp % size == 0 and n_experts % size == 0]
     if ep_size not in fitting:
         each = f" / dp_replicate_size {dp_replicate_size}" if dp_replicate_size > 1 else ""
-        raise TopologyError(
-            "ep_size",
-            ep_size,
-            f"must divide both the workers ({world_size}{each}) and the routed experts ({n_experts}).",
-            f"Use one of {fitting}.",
-        )
+        rule = f"must divide both the workers ({world_size}{each}) and the routed experts ({n_experts})."
+        raise TopologyError("ep_size", ep_size, rule, f"Use one of {fitting}.")
     return Topology(dp_replicate_size, fsdp, ep_size)
 
 
@@ -53,10 +45,7 @@ def plan_topologies(fewest: int, most: int, ep_size: int, dp_replicate_size: int
     """The layout for each number of workers from `fewest` to `most`, ascending.
 
     For `most` workers it has the requested sizes, for fewer the nearest to them: the greatest common divisor of the number of workers and
-    `dp_replicate_size` as replicas, then the largest expert-parallel size up to `ep_size` that fits.
-
-    Raises:
-        TopologyError: the requested sizes do not fit `most`.
+    `dp_replicate_size` as replicas, then the largest expert-parallel size up to `ep_size` that fits. TopologyError: see `plan_topology`.
     """
     requested = plan_topology(most, ep_size, dp_replicate_size, n_experts)
     smaller = []

@@ -27,11 +27,7 @@ _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name in the optimizer's sta
 
 
 def check_available(options: OptimizerOptions) -> None:
-    """Check that the library that the options need is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Raise ConfigError if the library that the options need is not installed."""
     if options.optimizer_state == "int8" and importlib.util.find_spec("torchao") is None:
         raise ConfigError("optimizer_state", "int8", "needs torchao, which is not installed.", "pip install 'most_ray[int8]'")
 
@@ -40,10 +36,7 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
     """Create AdamW for the trainable parameters of a model; with moments in float32 it is the fused one.
 
     The moments are created at once, as zeros, so that a checkpoint can be read into them. Matrices have weight decay, vectors none.
-    Parameters on different meshes (dense and expert) are in different groups, since a fused update takes one mesh.
-
-    Raises:
-        ConfigError: the library for 8 bits is not installed.
+    Parameters on different meshes (dense and expert) are in different groups, since a fused update takes one mesh. See `check_available`.
     """
     groups: dict[tuple[Any, bool], list[nn.Parameter]] = defaultdict(list)
     for parameter in model.parameters():
@@ -56,14 +49,13 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
         "betas": (options.adam_beta1, options.adam_beta2),
         "eps": options.adam_epsilon,
     }
-    if options.optimizer_state == "float32":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(**settings, fused=True)
-    else:
+    if int8 := options.optimizer_state == "int8":
         check_available(options)
         from most_ray.optim.int8 import Int8AdamW  # imported here, since torchao is optional and takes seconds to import
 
-        optimizer = Int8AdamW(**settings)
-    int8 = options.optimizer_state == "int8"
+        optimizer: torch.optim.Optimizer = Int8AdamW(**settings)
+    else:
+        optimizer = torch.optim.AdamW(**settings, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -75,10 +67,8 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.O
 
 
 def block_size(parameter: torch.Tensor) -> int | None:
-    """Number of consecutive values of a parameter that share a scale in 8 bits; None where its moments stay in float32.
-
-    It divides the size of a row, which is everything at one index of the first dimension.
-    """
+    """Number of consecutive values of a parameter that share a scale in 8 bits, which divides the size of a row (everything at one index of
+    the first dimension); None where its moments stay in float32."""
     if parameter.dim() < 2 or parameter.numel() < _FEWEST_VALUES:
         return None
     block = math.gcd(math.prod(parameter.shape[1:]), _BLOCK)
@@ -93,7 +83,6 @@ def saved_state(
     A moment NAME in 8 bits is stored as NAME_codes, uint8 in the parameter's shape, and NAME_scale, float32 (rows, blocks of a row).
 
     Args:
-        prefix: of the names.
         stored: names in a checkpoint that is to be read; empty to write one. For a moment that the checkpoint has in the other form
             (float32 or 8 bits), new tensors of that form are returned. Converting them from 8 bits to float32 is exact; from float32 to
             8 bits a value changes by at most 0.72% of the largest in its block (exp_avg_sq: 0.36%).
@@ -101,9 +90,6 @@ def saved_state(
     Returns:
         The tensors, which share memory with the state unless they are of the other form; and a function that converts those of the other
         form into the state, to be called once they have been read.
-
-    Raises:
-        ConfigError: the checkpoint has 8-bit moments, and the library for them is not installed.
     """
     int8 = not isinstance(optimizer, torch.optim.AdamW)
     tensors: dict[str, torch.Tensor] = {}
@@ -162,7 +148,5 @@ def _laid_out(local: torch.Tensor, parameter: nn.Parameter, shape: Sequence[int]
     if not isinstance(parameter, DTensor):
         return local
     assert all(placement.is_replicate() or placement.dim == 0 for placement in parameter.placements), "rows are whole"  # type: ignore[attr-defined]
-    stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-    )
+    size, stride = torch.Size(shape), tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=size, stride=stride)

@@ -57,11 +57,8 @@ class TrainState:
 
 
 def make_state(model: nn.Module, options: OptimizerOptions, total_steps: int) -> TrainState:
-    """Create the optimizer with its moments, the schedule and the loss scale for a model that is already laid out over its ranks.
-
-    Args:
-        total_steps: optimizer steps of the whole run, for the schedule.
-    """
+    """Create the optimizer with its moments, the schedule over `total_steps` of the whole run, and the loss scale, for a model that is
+    already laid out over its ranks."""
     optimizer = make_optimizer(model, options)
     warmup = options.warmup_steps or round(options.warmup_ratio * total_steps)
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler

@@ -24,12 +24,10 @@ class Tracker(Protocol):
     failure: str | None  # why the tracker has stopped; None while it works
 
     def begin(self, step: int, lines: Iterable[Line]) -> None:
-        """Start, once per start of the run.
+        """Start, once per start of the run, which resumes from `step` (0: it does not).
 
-        Args:
-            step: the step that the run resumes from; 0: none.
-            lines: what metrics.jsonl holds at this moment, cut back to `step`. Earlier starts may have logged these lines or not: in the
-                end each must be in the tracker once, whenever a start was killed.
+        `lines` are those of metrics.jsonl at this moment, cut back to `step`. Earlier starts may have logged these lines or not: in the end
+        each must be in the tracker once, whenever a start was killed.
         """
 
     def log(self, line: Line) -> None:
@@ -65,11 +63,8 @@ def one_line(error: BaseException, key: Secret | None = None) -> str:
 
 class Background:
     """Runs a tracker on a thread of its own. A slow tracker is not waited for, and one that raises is dropped; either is logged as a
-    warning. The lines that it misses are in metrics.jsonl, and it gets them at the run's next start.
-
-    Args:
-        patience: seconds that `close` waits once `begin` is through.
-    """
+    warning. The lines that it misses are in metrics.jsonl, and it gets them at the run's next start. `patience`: seconds that `close` waits
+    once `begin` is through."""
 
     def __init__(self, name: str, tracker: Tracker, key: Secret | None = None, patience: float = _CLOSING_S) -> None:
         self._name, self._tracker, self._key, self._patience = name, tracker, key, patience
