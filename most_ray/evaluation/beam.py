@@ -11,9 +11,6 @@ class BeamSearch:
     The score of a hypothesis is its log probability divided by its number of tokens to the power of `length_penalty`, as in transformers;
     both include the stop token. A hypothesis that reaches `cap` tokens without a stop token counts too. The search ends when W hypotheses
     have ended and the best beam, even with no further loss, would not beat the worst of them; or at the cap.
-
-    Args:
-        stops: stop tokens.
     """
 
     def __init__(self, width: int, stops: Sequence[int], cap: int, length_penalty: float) -> None:
@@ -29,10 +26,7 @@ class BeamSearch:
         return self._width * (1 + len(self._stops))
 
     def advance(self, log_probabilities: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """Extend the beams by one token.
-
-        Args:
-            log_probabilities, tokens: each beam's most probable tokens, (W, n_candidates); at the first call all beams are equal.
+        """Extend the beams by one token, out of each beam's most probable ones, (W, n_candidates); at the first call all beams are equal.
 
         Returns:
             For each of the W beams that continue, the index of the beam that it extends, and its new token; zeros if the search is done.
@@ -70,8 +64,7 @@ class BeamSearch:
 
     def best(self) -> tuple[list[int], int | None]:
         """The best hypothesis' tokens, and its stop token; None if it reached the cap."""
-        _, tokens, stop = self._ended[0]
-        return tokens, stop
+        return self._ended[0][1:]
 
 
 def _filled(values: list[int], width: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from most_ray.evaluation.beam import BeamSearch
 from most_ray.model.compat import CACHE
 from most_ray.model.modeling import MostForCausalLM, MostMoe
-from most_ray.model.routing import RouterStats
+from most_ray.model.routing import RouterStats, modality_of
 from most_ray.records.template import PADDING
 
 
@@ -37,16 +38,13 @@ class Decoded:
 
 
 class Forward:
-    """A model's forward passes.
-
-    Args:
-        collective: the ranks of the process group share the model (FSDP, expert parallelism), so every pass is a collective. A rank that
-            has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang.
-    """
+    """A model's forward passes. If `collective`, the ranks of the process group share the model (FSDP, expert parallelism), so every pass
+    is a collective: a rank that has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang."""
 
     def __init__(self, model: MostForCausalLM, collective: bool = False) -> None:
         self.model, self._collective = model, collective
-        self.device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(model) else torch.device("cpu")
+        on_gpu = next(model.parameters()).is_cuda
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.pad = int(model.config.pad_token_id or 0)
 
     def __call__(self, **inputs: Any) -> Any:
@@ -67,23 +65,17 @@ class Forward:
         return bool(flag)
 
 
-def _on_gpu(model: MostForCausalLM) -> bool:
-    return next(model.parameters()).device.type == "cuda"
-
-
 @contextlib.contextmanager
 def count_routing(model: MostForCausalLM) -> Iterator[torch.Tensor]:
     """Count the selections that this rank's routers make inside the block, by layer, modality and expert, int64 (layers, 2, experts). The
     tensor is filled as the model runs."""
     layers = [module for module in model.modules() if isinstance(module, MostMoe)]
     load = torch.zeros(len(layers), 2, model.config.n_routed_experts, dtype=torch.long)
-    handles = []
-    for index, layer in enumerate(layers):
 
-        def hook(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, RouterStats], index: int = index) -> None:
-            load[index] += output[1].load.cpu()
+    def add(total: torch.Tensor, _module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, RouterStats]) -> None:
+        total.add_(output[1].load.cpu())
 
-        handles.append(layer.register_forward_hook(hook))
+    handles = [layer.register_forward_hook(functools.partial(add, load[index])) for index, layer in enumerate(layers)]
     try:
         yield load
     finally:
@@ -97,12 +89,8 @@ def decode(
 ) -> list[Decoded]:
     """Decode the continuation of each prompt. The result does not depend on the batch size.
 
-    Prompts of similar length share a batch. A row that has ended is padding from then on, so it is neither routed nor counted.
-
-    Args:
-        prompts: token ids, int (tokens,) each.
-        stop: stop tokens.
-        caps: the largest number of tokens for each prompt.
+    Prompts (token ids, int (tokens,) each) of similar length share a batch. A row that has ended, by one of the tokens `stop` or at its
+    number of tokens in `caps`, is padding from then on, so it is neither routed nor counted.
     """
     results: list[Decoded] = [Decoded([], None)] * len(prompts)
     order = sorted((index for index in range(len(prompts)) if caps[index] > 0), key=lambda index: (len(prompts[index]), index))
@@ -196,8 +184,8 @@ def _beams(
 
 def _modality(model: MostForCausalLM, ids: torch.Tensor, mask: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
     """The modality of the tokens `ids` (R, T), from their ids; PADDING where the mask (R, S) is 0 or the row is not alive."""
-    from_ids = ((ids >= model.config.first_audio_token) & (ids <= model.config.last_audio_token)).long()
-    return from_ids.masked_fill(mask[:, -ids.shape[1] :] == 0, PADDING).masked_fill(~alive.unsqueeze(1), PADDING)
+    padding = (mask[:, -ids.shape[1] :] == 0) | ~alive.unsqueeze(1)
+    return modality_of(ids, model.config).masked_fill(padding, PADDING)
 
 
 def _left_padded(prompts: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

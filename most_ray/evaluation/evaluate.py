@@ -60,11 +60,8 @@ def hypotheses_path(path: Path) -> Path:
 def open_sets(
     config: MostConfig, tokenizer: Any, uri: str, directories: Directories, settings: EvaluationSettings, store_root: str
 ) -> list[EvaluationSet]:
-    """Open the token stores of the records to evaluate a model on; stores of new or changed records are built.
-
-    Args:
-        uri: of the model, for errors.
-        store_root: folder or URI of the token stores.
+    """Open the token stores, in the folder or URI `store_root`, of the records to evaluate a model on; stores of new or changed records are
+    built. `uri`: of the model, for errors.
 
     Raises:
         UserError: a directory is missing or has too many bad records; the model was trained with another template, or on other units.
@@ -85,18 +82,11 @@ def open_sets(
 def merge_shards(
     shards: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
 ) -> Evaluation:
-    """Merge the shards of all ranks to one evaluation, with its records in the order of the sets.
-
-    Args:
-        uri: of the model; goes into the settings.
-
-    Raises:
-        DataError: a record was scored twice, or not at all.
-    """
+    """Merge the shards of all ranks to one evaluation, with its records in the order of the sets. `uri`, of the model, goes into the
+    settings. DataError: a record was scored twice, or not at all."""
     rows: dict[tuple[int, int], Row] = {}
     for shard in shards:
-        twice = rows.keys() & shard.rows.keys()
-        if twice:
+        if twice := rows.keys() & shard.rows.keys():
             raise DataError("evaluation", shard.rows[min(twice)]["id"], "was scored twice.")
         rows |= shard.rows
     wanted = [(index, row) for index, each in enumerate(sets) for row in range(len(each.store))]

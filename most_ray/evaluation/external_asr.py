@@ -14,15 +14,9 @@ from most_ray.speech.vocoder.vocoders import Vocoder
 
 
 class ExternalRecogniser:
-    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`.
-
-    Args:
-        checkpoint: folder or hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2, ...).
-        use_gpu: use a GPU if there is one.
-
-    Raises:
-        CheckpointError: the checkpoint is not such a model.
-    """
+    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`. `checkpoint` is the folder or
+    hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2, ...), else a
+    CheckpointError."""
 
     def __init__(self, vocoder: Vocoder, checkpoint: str, use_gpu: bool = True) -> None:
         from transformers import pipeline  # takes seconds to import

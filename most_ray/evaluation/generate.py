@@ -17,18 +17,16 @@ from most_ray.records.tokenizer import vocabulary_of
 
 
 @dataclass(frozen=True)
-class GenerationOptions:
+class GenerationOptions(SearchOptions):
     """How outputs are decoded; see config.EvaluationOptions."""
 
-    search: SearchOptions
     max_new_tokens: int  # length cap of a text
     max_new_units: int  # length cap of speech
 
     @classmethod
     def of(cls, options: EvaluationOptions) -> GenerationOptions:
         """The options in a configuration."""
-        search = SearchOptions(options.eval_batch_size, options.num_beams, options.length_penalty)
-        return cls(search, options.max_new_tokens, options.max_new_units)
+        return cls(options.eval_batch_size, options.num_beams, options.length_penalty, options.max_new_tokens, options.max_new_units)
 
 
 @dataclass(frozen=True)
@@ -52,14 +50,8 @@ class GeneratedUnits:
 def transcribe_units(
     forward: Forward, tokenizer: Any, utterances: Sequence[Sequence[int]], options: GenerationOptions, instruction: str = ASR_INSTRUCTION
 ) -> list[Transcript]:
-    """Transcribe utterances, given as units; one without units has an empty transcript.
-
-    Args:
-        instruction: of the prompt.
-
-    Raises:
-        DataError: an utterance is longer than the model's positions.
-    """
+    """Transcribe utterances, given as units; one without units has an empty transcript. DataError: one is longer than the
+    model's positions."""
     audible = [index for index, units in enumerate(utterances) if len(units)]
     records = [Record(str(index), instruction, np.array(utterances[index], np.int32), "-") for index in audible]
     results = [Transcript([], "", True)] * len(utterances)
@@ -72,14 +64,7 @@ def transcribe_units(
 def synthesize_texts(
     forward: Forward, tokenizer: Any, texts: Sequence[str], options: GenerationOptions, instruction: str = TTS_INSTRUCTION
 ) -> list[GeneratedUnits]:
-    """Synthesise texts.
-
-    Args:
-        instruction: of the prompt.
-
-    Raises:
-        DataError: a text is longer than the model's positions.
-    """
+    """Synthesise texts. DataError: one is longer than the model's positions."""
     records = [Record(str(index), instruction, text, np.zeros(1, np.int32)) for index, text in enumerate(texts)]
     return synthesize_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), texts, options)
 
@@ -89,7 +74,7 @@ def transcribe_prompts(forward: Forward, tokenizer: Any, prompts: Sequence[np.nd
     ids = vocabulary_of(tokenizer).ids
     # An utterance has fewer text tokens than units; a model that loops must not run up to the general cap for each.
     caps = [min(options.max_new_tokens, len(units_of(prompt.tolist(), ids)) + 16) for prompt in prompts]
-    found = decode(forward, prompts, [ids.eos, ids.end_audio], _capped(forward, prompts, caps), options.search)
+    found = decode(forward, prompts, [ids.eos, ids.end_audio], _capped(forward, prompts, caps), options)
     return [Transcript(result.tokens, decode_text(tokenizer, result.tokens), result.stop is not None) for result in found]
 
 
@@ -101,7 +86,7 @@ def synthesize_prompts(
     ids = vocabulary.ids
     # A token of text takes 5 to 20 units; without a cap by length a model that loops would run up to the general cap for each.
     caps = [min(options.max_new_units, 64 + 24 * len(tokens)) for tokens in vocabulary.encode(texts)] if texts else []
-    found = decode(forward, prompts, [ids.end_audio, ids.eos], _capped(forward, prompts, caps), options.search)
+    found = decode(forward, prompts, [ids.end_audio, ids.eos], _capped(forward, prompts, caps), options)
     return [GeneratedUnits(units_of(result.tokens, ids), result.tokens, result.stop) for result in found]
 
 

@@ -51,12 +51,9 @@ def add_normalised(row: Row, name: Any) -> Row:
 
 
 def evaluation_result(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Compute the result of an evaluation, JSON-ready: `wer` (by ASR set), `validation_loss` (by set), `sets`, `overall` (by task),
-    `samples`, `routing`, `settings`. Rates are None where there is nothing to divide by.
-
-    Args:
-        header: the file's first line, without kind and format.
-    """
+    """Compute the result of an evaluation, JSON-ready, from the file's first line without kind and format, and its rows: `wer` (by ASR
+    set), `validation_loss` (by set), `sets`, `overall` (by task), `samples`, `routing`, `settings`. Rates are None where there is nothing
+    to divide by."""
     by_set: dict[str, list[Row]] = {name: [] for name in header["sets"]}
     for row in rows:
         by_set[row["set"]].append(row)
@@ -84,11 +81,7 @@ def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
         "perplexity": None if loss is None or loss > 700.0 else math.exp(loss),  # larger ones overflow
         "supervised_tokens": count,
     }
-    if task == "asr":
-        section |= _recognition(rows)
-    elif task == "tts":
-        section |= _synthesis(rows)
-    return section
+    return section | (_recognition(rows) if task == "asr" else _synthesis(rows) if task == "tts" else {})
 
 
 def _recognition(rows: Sequence[Row]) -> dict[str, Any]:
@@ -135,14 +128,10 @@ def _fraction(flags: Any) -> float | None:
 
 def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     """A few evenly spaced records of a set, as texts on both sides."""
-    chosen = rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES]
+    chosen = [row for row in rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES] if row["task"] != "text"]
     sides = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised")}
-    return [
-        {"set": name, "id": row["id"], "reference": row[left], "hypothesis": row[right]}
-        for row in chosen
-        if row["task"] in sides
-        for left, right in [sides[row["task"]]]
-    ]
+    pairs = [[row[side] for side in sides[row["task"]]] for row in chosen]
+    return [{"set": name, "id": row["id"], "reference": one, "hypothesis": other} for row, (one, other) in zip(chosen, pairs, strict=True)]
 
 
 def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:
@@ -251,14 +240,8 @@ def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
 
 
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
-    """Compute the result of an evaluation again from its hypotheses.jsonl.
-
-    Args:
-        name: normaliser to use; None: the evaluation's own.
-
-    Raises:
-        DataError: the file cannot be used, or the normaliser is unknown.
-    """
+    """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own).
+    DataError: the file cannot be used, or the normaliser is unknown."""
     header, rows = read_hypotheses(uri)
     name = name or header["settings"].get("normaliser")
     if name not in NORMALISERS:

@@ -53,11 +53,8 @@ class EvaluationJob:
 def open_external_recogniser(
     settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True
 ) -> ExternalRecogniser | None:
-    """Open the external recogniser that the settings name, with a vocoder: theirs, else the model's own. None if they name none.
-
-    Args:
-        uri: folder of the model or of the run's checkpoint.
-        units_identity: `units_hash` of the model's units; None: unknown.
+    """Open the external recogniser that the settings name, with a vocoder: theirs, else the model's own. None if they name none. `uri` is
+    the folder of the model or of the run's checkpoint, `units_identity` the `units_hash` of the model's units (None: unknown).
 
     Raises:
         ConfigError: the settings name a vocoder without a recogniser.
@@ -78,13 +75,8 @@ def open_external_recogniser(
 
 
 def write_evaluation(evaluation: Evaluation, run_uri: str, step: int, seconds: float) -> dict[str, Any]:
-    """Write evaluations/step-N.json and its hypotheses to the run's folder. Returns the row for metrics.jsonl.
-
-    Args:
-        seconds: that the evaluation took.
-    """
-    folder = RunFolder(run_uri)
-    name = f"evaluations/step-{step:09d}"
+    """Write evaluations/step-N.json and its hypotheses to the run's folder. Returns the row for metrics.jsonl."""
+    folder, name = RunFolder(run_uri), f"evaluations/step-{step:09d}"
     evaluation.write(folder.local / f"{name}.json")
     folder.push(f"{name}.hypotheses.jsonl", f"{name}.json")
     keys = ("wer", "validation_loss", "sets", "overall", "samples")

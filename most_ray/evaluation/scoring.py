@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from most_ray.config import RunConfig
 from most_ray.data.store import TokenStore
 from most_ray.errors import DataError
-from most_ray.evaluation.decode import Forward, SearchOptions, count_routing
+from most_ray.evaluation.decode import Forward, count_routing
 from most_ray.evaluation.generate import GenerationOptions, decode_text, synthesize_prompts, transcribe_prompts, transcribe_units
 from most_ray.evaluation.hypotheses import Row, add_normalised, is_looping
 from most_ray.evaluation.wer import Normaliser
@@ -53,8 +53,7 @@ class EvaluationSettings:
     @property
     def generation(self) -> GenerationOptions:
         """How outputs are decoded."""
-        search = SearchOptions(self.batch_size, self.num_beams, self.length_penalty)
-        return GenerationOptions(search, self.max_new_tokens, self.max_new_units)
+        return GenerationOptions(self.batch_size, self.num_beams, self.length_penalty, self.max_new_tokens, self.max_new_units)
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,7 @@ def score_shard(
 ) -> EvalShard:
     """Decode and score every `world`-th record of the sets, in order of length, so that all ranks have equally much to do.
 
-    Collective if `forward` is.
-
-    Args:
-        recogniser: an external one, for the speech that the model synthesises.
+    Collective if `forward` is. `recogniser`: an external one, for the speech that the model synthesises.
     """
     scorer = _Scorer(forward, tokenizer, settings, vocabulary_of(tokenizer).ids, asr_instruction(tokenizer, sets), recogniser)
     rows: dict[tuple[int, int], Row] = {}
@@ -168,10 +164,8 @@ class _Scorer:
 def _texts(each: EvaluationSet, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:
     """The text to synthesise in each prompt: what follows the instruction.
 
-    A store of an earlier version does not say how many lines an instruction has. If that matters, the records are read again.
-
-    Raises:
-        DataError: the records no longer have a prompt's text.
+    A store of an earlier version does not say how many lines an instruction has. If that matters, the records are read again (DataError:
+    they no longer have a prompt's text).
     """
     texts = [split_prompt(prompt, each.store.instruction_lines(row) or 1)[1] for row, prompt in zip(rows, prompts, strict=True)]
     if not any("\n" in text and each.store.instruction_lines(row) is None for row, text in zip(rows, texts, strict=True)):

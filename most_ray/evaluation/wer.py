@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 import importlib.resources
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from most_ray.config import Normaliser
 
 NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
 RESAMPLES = 1000
+_AUDIO_TOKEN = re.compile(r"\[Hu\d+\]|<\|(?:begin|end)_of_audio\|>")
 _CHUNK = 1 << 22  # records drawn at once, so that memory does not grow with the set
 
 
@@ -32,28 +34,16 @@ def normaliser(name: Normaliser) -> Callable[[str], str]:
     two words). whisper-english: Whisper's for English (also numbers as digits, contractions written out, British spellings as American
     ones). Both are transformers'; the list of spellings is from the package whisper-normalizer.
     """
-    if name == "none":
-        return lambda text: _one_blank(_units_as_words(text))
-    from transformers.models.whisper import english_normalizer as whisper  # takes a second to import
-
+    clean: Callable[[str], str] = str
+    if name != "none":
+        from transformers.models.whisper import english_normalizer as whisper  # takes a second to import
     if name == "basic":
         clean = whisper.BasicTextNormalizer()
-    else:
+    elif name == "whisper-english":
         spellings = importlib.resources.files("whisper_normalizer") / "normalizers" / "english.json"
         clean = whisper.EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
-    return lambda text: _one_blank(clean(_units_as_words(text)))
-
-
-_AUDIO_TOKEN = re.compile(r"\[Hu\d+\]|<\|(?:begin|end)_of_audio\|>")
-
-
-def _units_as_words(text: str) -> str:
-    """Replace each speech token in a transcription by a word, so that it counts as an error: normalisers drop text in brackets."""
-    return _AUDIO_TOKEN.sub(" speechtoken ", text)
-
-
-def _one_blank(text: str) -> str:
-    return " ".join(text.split())
+    # Each speech token in a transcription becomes a word, so that it counts as an error: normalisers drop text in brackets.
+    return lambda text: " ".join(clean(_AUDIO_TOKEN.sub(" speechtoken ", text)).split())
 
 
 @dataclass(frozen=True)
@@ -81,17 +71,17 @@ def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Ed
     return _counts(jiwer.process_characters(list(references), list(hypotheses)) if references else None)
 
 
+_EDITS = ("substitute", "delete", "insert")  # of jiwer, in the order of EditCounts
+
+
 def _counts(output: Any) -> EditCounts:
     """Counts from jiwer's output; None: no records."""
     counts = np.zeros((4, len(output.alignments) if output else 0), np.int64)
     for record, alignment in enumerate(output.alignments if output else ()):
         for chunk in alignment:
-            if chunk.type == "substitute":
-                counts[0, record] += chunk.ref_end_idx - chunk.ref_start_idx
-            elif chunk.type == "delete":
-                counts[1, record] += chunk.ref_end_idx - chunk.ref_start_idx
-            elif chunk.type == "insert":
-                counts[2, record] += chunk.hyp_end_idx - chunk.hyp_start_idx
+            if chunk.type != "equal":  # the side that lacks words has an empty range
+                length = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
+                counts[_EDITS.index(chunk.type), record] += length
         counts[3, record] = len(output.references[record])
     return EditCounts(*counts)
 
@@ -99,25 +89,16 @@ def _counts(output: Any) -> EditCounts:
 def error_rate(counts: EditCounts) -> dict[str, Any]:
     """The error rate of a set, JSON-ready: rate (None if the references are empty), substitutions, deletions, insertions, reference
     (length) and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
-    reference = int(counts.reference.sum())
-    return {
-        "rate": int(counts.errors.sum()) / reference if reference else None,
-        "interval": bootstrap_interval(counts.errors, counts.reference) if reference else None,
-        "substitutions": int(counts.substitutions.sum()),
-        "deletions": int(counts.deletions.sum()),
-        "insertions": int(counts.insertions.sum()),
-        "reference": reference,
-    }
+    sums = {name: int(column.sum()) for name, column in vars(counts).items()}
+    rate, interval = None, None
+    if sums["reference"]:
+        rate, interval = int(counts.errors.sum()) / sums["reference"], bootstrap_interval(counts.errors, counts.reference)
+    return {"rate": rate, "interval": interval, **sums}
 
 
 def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES) -> list[float]:
-    """The 2.5th and 97.5th percentile of sum(errors) / sum(reference) over `resamples` sets of as many records, drawn with replacement.
-
-    The draws are always the same, so a file that is scored again has the same interval.
-
-    Args:
-        errors, reference: int64 (records,).
-    """
+    """The 2.5th and 97.5th percentile of sum(errors) / sum(reference), both int64 (records,), over `resamples` sets of as many records,
+    drawn with replacement. The draws are always the same, so a file that is scored again has the same interval."""
     generator = np.random.Generator(np.random.PCG64(0))
     rates: list[np.ndarray] = []
     left, at_once = resamples, max(1, _CHUNK // len(errors))
@@ -131,19 +112,15 @@ def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int
 
 def confusions(references: Sequence[str], hypotheses: Sequence[str], most: int = 30) -> list[list[Any]]:
     """The `most` most frequent [reference word, hypothesis word, times] that differ; a word is empty in a deletion or insertion."""
-    counter: collections.Counter[tuple[str, str]] = collections.Counter()
     if not references:
         return []
+    counter: collections.Counter[tuple[str, str]] = collections.Counter()
     output = jiwer.process_words(list(references), list(hypotheses))
     for record, alignment in enumerate(output.alignments):
         reference, hypothesis = output.references[record], output.hypotheses[record]
         for chunk in alignment:
-            if chunk.type == "substitute":
+            if chunk.type != "equal":
                 left, right = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
-                counter.update(zip(left, right, strict=True))
-            elif chunk.type == "delete":
-                counter.update((word, "") for word in reference[chunk.ref_start_idx : chunk.ref_end_idx])
-            elif chunk.type == "insert":
-                counter.update(("", word) for word in hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx])
+                counter.update(itertools.zip_longest(left, right, fillvalue=""))
     ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
     return [[left, right, times] for (left, right), times in ordered[:most]]

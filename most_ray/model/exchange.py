@@ -1,13 +1,9 @@
 """The exchange of tokens between expert-parallel ranks: each token is sent once per rank, however many of its experts are there.
 
-transformers' own exchange sends a row per (token, expert) and weights the outputs on the token's rank. Here a token's row is dispatched to
-each rank that has any of its experts, with the slots and routing weights that it has there; that rank adds up the outputs of its experts
-and returns one row; the token's rank combines the ranks' rows by a sum. With K of E_all experts chosen at random, R ranks and C(n, k) the
-binomial coefficient, these are R (1 - C(E_all - E_all/R, K) / C(E_all, K)) rows per token instead of K, for tokens, outputs and the
-gradients of both: 3.3 instead of 6 for DeepSeek-V2-Lite's 64 experts on 4 ranks.
-
-Rows are sent in the type of the autocast, routing weights and their gradients in float32; sums are computed in float32. The host needs the
-numbers of rows, for which it waits once per layer. (torch's all_to_all_vdev keeps them on the device, but only in builds with NVSHMEM.)
+A token's row is dispatched to each rank that has any of its experts, with the slots and routing weights that it has there; that rank adds
+up the outputs of its experts and returns one row; the token's rank combines the ranks' rows by a sum. Rows are sent in the type of the
+autocast, routing weights and their gradients in float32; sums are computed in float32. The host needs the numbers of rows, for which it
+waits once per layer. Why, and how many rows and bytes that takes: docs/decisions/token-exchange.md.
 
 Shapes: T tokens of this rank, D hidden size, K experts per token, E experts on each rank (in code `n_local`), R ranks, N rows dispatched
 from this rank, M rows received by this rank.

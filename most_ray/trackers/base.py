@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
+from most_ray.metrics.figures import SAMPLE
 
 logger = logging.getLogger(__name__)
 Line = Mapping[str, Any]  # of metrics.jsonl
+SAMPLE_COLUMNS = tuple(SAMPLE.keys)  # of an evaluation's samples in a table
 _BACKLOG = 20_000  # the most lines that wait for a tracker
 _BEGINNING_S = 600.0  # the most seconds that the end of a run waits until a tracker has the lines of earlier starts
 _CLOSING_S = 60.0  # seconds for a tracker to write what it was given
@@ -76,7 +78,8 @@ class Background:
 
     def begin(self, step: int, lines: Iterable[Line]) -> None:
         self._thread.start()
-        self._put(lambda: self._begin(step, lines))
+        self._put(lambda: self._tracker.begin(step, lines))
+        self._calls.put(self._begun.set)  # also after a failure
 
     def log(self, line: Line) -> None:
         self._put(lambda: self._tracker.log(line))
@@ -96,12 +99,6 @@ class Background:
         if self._thread.is_alive():
             logger.warning("%s has not written everything within %g s; the run does not wait for it any longer", self._name, self._patience)
 
-    def _begin(self, step: int, lines: Iterable[Line]) -> None:
-        try:
-            self._tracker.begin(step, lines)
-        finally:
-            self._begun.set()
-
     def _put(self, call: Callable[[], None]) -> None:
         if self._dropped.is_set():
             return
@@ -111,10 +108,9 @@ class Background:
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
-            if self._dropped.is_set() and call != self._tracker.close:
-                continue
             try:
-                call()
+                if not self._dropped.is_set() or call in (self._begun.set, self._tracker.close):
+                    call()
             except Exception as error:  # noqa: BLE001 - whatever it is, training continues
                 self._drop(one_line(error, self._key))
 

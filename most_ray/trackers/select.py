@@ -15,12 +15,8 @@ logger = logging.getLogger(__name__)
 
 def trackers_of(config: RunConfig, run_uri: str, key: Secret | None) -> list[Tracker]:
     """The trackers of a run, for rank 0. None of them can hold up training or end it. `key`: of W&B."""
-    trackers: list[Tracker] = []
-    if uses_wandb(config):
-        trackers.append(Background("Weights & Biases", Wandb(config, run_uri, key), key))
-    if config.tensorboard:
-        trackers.append(Background("TensorBoard", TensorBoard(run_uri)))
-    return trackers
+    wandb: list[Tracker] = [Background("Weights & Biases", Wandb(config, run_uri, key), key)] if uses_wandb(config) else []
+    return [*wandb, Background("TensorBoard", TensorBoard(run_uri))] if config.tensorboard else wandb
 
 
 def tracker_notes(config: RunConfig) -> list[str]:

@@ -10,25 +10,20 @@ from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import AXES, kind_of, row_of
 from most_ray.metrics.schema import EVALUATION
-from most_ray.trackers.base import Line, push_files
+from most_ray.trackers.base import SAMPLE_COLUMNS, Line, push_files
 
 _GROWTH = 1.25  # of the event file before it is copied to the run's URI again, so that all copies together are a few times its size
 
 
 def _markdown(samples: list[dict[str, Any]]) -> str:
-    def cell(value: object) -> str:
-        return str(value).replace("|", "\\|").replace("\n", " ")
-
-    columns = ("set", "id", "reference", "hypothesis")
-    rows = ["| " + " | ".join(cell(sample.get(name, "")) for name in columns) + " |" for sample in samples]
-    return "\n".join(["| " + " | ".join(columns) + " |", "|---|---|---|---|", *rows])
+    cells = [[str(sample.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in SAMPLE_COLUMNS] for sample in samples]
+    return "\n".join(f"| {' | '.join(row)} |" if row else "|---|---|---|---|" for row in (SAMPLE_COLUMNS, (), *cells))
 
 
 class TensorBoard:
     """An event file in the run's folder, with the names of W&B. Each start writes all lines of metrics.jsonl to a file of its own, which
     begins with a session start at step 0: TensorBoard then drops what it has read from older files. So no line is missing or shown twice,
-    whatever a kill took from the older files.
-    """
+    whatever a kill took from the older files."""
 
     failure: str | None = None  # it raises instead
 

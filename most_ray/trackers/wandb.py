@@ -19,7 +19,7 @@ from most_ray.io.json_lines import read_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import AXES, GROUPS, kind_of, row_of
 from most_ray.metrics.schema import EVALUATION
-from most_ray.trackers.base import Line, Secret, push_files
+from most_ray.trackers.base import SAMPLE_COLUMNS, Line, Secret, push_files
 
 logger = logging.getLogger(__name__)
 _ROWS_PER_STEP = 100  # row numbers for each step of training: its own row, the experts', and evaluations that end meanwhile
@@ -30,12 +30,10 @@ class Wandb:
     """The run in W&B. Its id follows from the run's folder, so that a later start of the run continues it.
 
     W&B takes rows in ascending order of their number, which it calls the step, and drops others. The number of a row of training follows
-    from its step in training, so a start can go through all lines of metrics.jsonl again:
-
-    - Online, W&B says which number comes next; rows below it have arrived. Only evaluations end at any time: their row numbers are kept in
-      a file of ours beside W&B's, from which a start knows those that have arrived.
-    - Offline, nothing says what a killed start has written. So each start writes all lines to a file of its own, and deletes the files of
-      earlier starts. `wandb sync` of such a file replaces the run in W&B.
+    from its step in training, so a start can go through all lines of metrics.jsonl again. Online, W&B says which number comes next; rows
+    below it have arrived. Only evaluations end at any time: their row numbers are kept in a file of ours beside W&B's, from which a start
+    knows those that have arrived. Offline, nothing says what a killed start has written, so each start writes all lines to a file of its
+    own, and deletes the files of earlier starts; `wandb sync` of it replaces the run in W&B.
     """
 
     failure: str | None = None  # it raises instead
@@ -64,10 +62,16 @@ class Wandb:
             self._run.define_metric(f"{group}/*", step_metric=AXES[kind])
         if self._online:
             self._find_arrived()
-        self._rewrite_evaluations()
+        # Keep only what has arrived: numbers that were given to lost rows are given again.
+        text = "".join(json.dumps({"row": -1, "step": step}) + "\n" for step in sorted(self._evaluated))
+        storage.write_bytes(self._folder.local / _EVALUATIONS, text.encode())
+        self._folder.push(_EVALUATIONS)
         for line in lines:
             self.log(line)
-        self._delete_older(root)
+        # Offline files of earlier starts, synchronised after this one, would replace it by less.
+        for folder in root.iterdir():
+            if self._is_offline(folder.name) and folder != Path(self._run.dir).parent:
+                shutil.rmtree(folder, ignore_errors=True)  # W&B's process of a killed start may still write there
         if not self._online:
             for uri in catalog.committed(self._folder.checkpoints):
                 self.checkpoint(catalog.step_of(uri), uri)
@@ -77,12 +81,8 @@ class Wandb:
 
         config, online = self._config, self._online
         os.environ.setdefault("WANDB_DATA_DIR", str(root / "data"))  # tables are kept there until they are uploaded
-        settings = wandb.Settings(
-            api_key=self._key.reveal() if self._key and online else None,  # by settings: a login would write it to ~/.netrc
-            console="off",
-            silent=True,
-            x_disable_meta=True,  # it would contain the worker's command line
-        )
+        key = self._key.reveal() if self._key and online else None  # by settings: a login would write it to ~/.netrc
+        settings = wandb.Settings(api_key=key, console="off", silent=True, x_disable_meta=True)  # meta has the worker's command line
         return wandb.init(
             project=config.wandb_project,
             name=config.name,
@@ -109,12 +109,6 @@ class Wandb:
         elif self._next and not path.exists():
             self._marks = {kind: step for kind, step in marks.items() if kind == "evaluation"}
 
-    def _rewrite_evaluations(self) -> None:
-        """Keep only what has arrived: numbers that were given to lost rows are given again."""
-        text = "".join(json.dumps({"row": -1, "step": step}) + "\n" for step in sorted(self._evaluated))
-        storage.write_bytes(self._folder.local / _EVALUATIONS, text.encode())
-        self._folder.push(_EVALUATIONS)
-
     def log(self, line: Line) -> None:
         kind = kind_of(line)
         if kind == "start":
@@ -124,7 +118,10 @@ class Wandb:
             return
         row: dict[str, Any] = {**row_of(line, self._start), AXES[kind]: line["step"]}
         if kind == "evaluation" and line.get("samples"):
-            row[EVALUATION["samples"].tracker] = _table(line["step"], line["samples"])
+            import wandb
+
+            data = [[*(str(sample.get(name, "")) for name in SAMPLE_COLUMNS), line["step"]] for sample in line["samples"]]
+            row[EVALUATION["samples"].tracker] = wandb.Table(columns=[*SAMPLE_COLUMNS, "step"], data=data)
         self._run.log(row, step=number, commit=True)
         self._next = number + 1
 
@@ -143,12 +140,6 @@ class Wandb:
         self._folder.push(_EVALUATIONS)
         return None if arrived else self._next
 
-    def _delete_older(self, root: Path) -> None:
-        """Delete the offline files of earlier starts: synchronised after this one, they would replace it by less."""
-        for folder in root.iterdir():
-            if self._is_offline(folder.name) and folder != Path(self._run.dir).parent:
-                shutil.rmtree(folder, ignore_errors=True)  # W&B's process of a killed start may still write there
-
     def _is_offline(self, name: str) -> bool:
         """Whether a folder's name is of a start of this run that was offline: two within a second differ in a number at the end."""
         return re.fullmatch(rf"offline-run-\d+_\d+-{re.escape(self.id)}(-\d+)?", name) is not None
@@ -160,13 +151,12 @@ class Wandb:
 
         shown = storage.redact(uri)
         artifact = wandb.Artifact(f"model-{self.id}", type="model", metadata={"step": step, "place": shown})
-        if not storage.is_remote(uri):
-            path = storage.local(uri).absolute()
-            if not path.exists():
-                return  # it was deleted meanwhile
-            artifact.add_reference(path.as_uri(), checksum=False)
-        else:  # `add_reference` would need the store's own client and credentials
+        if storage.is_remote(uri):  # `add_reference` would need the store's own client and credentials
             artifact.manifest.add_entry(ArtifactManifestEntry(path="checkpoint", ref=shown, digest=shown))
+        elif (path := storage.local(uri).absolute()).exists():
+            artifact.add_reference(path.as_uri(), checksum=False)
+        else:
+            return  # it was deleted meanwhile
         self._run.log_artifact(artifact, aliases=[f"step-{step}"])
 
     def close(self) -> None:
@@ -178,21 +168,8 @@ class Wandb:
         own = Path(self._run.dir).parent
         self._run.finish()
         wandb.teardown()
-        if not self._online:
-            self._push(own)
-
-    def _push(self, own: Path) -> None:
-        """Copy this start's offline files to the run's URI, and delete those of earlier starts there."""
-        push_files(self._folder, f"wandb/{own.name}")
-        if self._folder.remote:
-            names = {entry.name.split("/")[0] for entry in storage.list_files(self._folder.at("wandb"), ("",))}
-            for name in names:
+        if not self._online and self._folder.remote:  # this start's files replace those of earlier starts at the run's URI
+            push_files(self._folder, f"wandb/{own.name}")
+            for name in {entry.name.split("/")[0] for entry in storage.list_files(self._folder.at("wandb"), ("",))}:
                 if self._is_offline(name) and name != own.name:
                     storage.remove(self._folder.at("wandb", name))
-
-
-def _table(step: int, samples: list[dict[str, Any]]) -> Any:
-    import wandb
-
-    columns = ["set", "id", "reference", "hypothesis"]
-    return wandb.Table(columns=[*columns, "step"], data=[[*(str(sample.get(name, "")) for name in columns), step] for sample in samples])
