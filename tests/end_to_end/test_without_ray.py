@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from most_ray.config import config_from
+from most_ray.errors import TopologyError
 from most_ray.io.journal import read_journal
 from most_ray.metrics.schema import check_line
+from most_ray.train.run import train
 from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import flags_of
 from tests.support.builders import asr, text, tts, write_records
@@ -135,3 +140,22 @@ def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path) -> None:
 def test_a_mistake_is_told_once_by_one_rank(tmp_path: Path) -> None:
     done = run(command(tmp_path, 2, "wrong", ep_size=3))
     assert done.returncode != 0 and done.stderr.count("topology error: ep_size = 3") == 1
+
+
+def test_from_python_a_run_is_one_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None where it was stopped, the summary where it is complete, and silent where it is given no console."""
+    flags = small_data(tmp_path / "data") | {"val_asr_dirs": "", "val_tts_dirs": "", "val_text_dirs": ""}
+    values = {"output_dir": str(tmp_path), "name": "called", "max_steps": 4, "save_steps": 2, "global_batch_size": 4, "use_gpu": False}
+    config = config_from({**flags, **values})
+    stop = threading.Event()
+    stop.set()
+    assert train(config, stop=stop) is None and not (tmp_path / "called" / "summary.json").exists()
+    assert [line["step"] for line in lines(tmp_path, "called")] == [1]
+    summary = train(config)
+    assert summary is not None and summary == json.loads((tmp_path / "called" / "summary.json").read_bytes())
+    assert summary["step"] == 4 and [line["step"] for line in lines(tmp_path, "called")] == [1, 2, 3, 4]
+    metrics = (tmp_path / "called" / "metrics.jsonl").read_bytes()
+    assert train(config) == summary and (tmp_path / "called" / "metrics.jsonl").read_bytes() == metrics
+    assert capsys.readouterr().out == ""
+    with pytest.raises(TopologyError, match="ep_size = 2"):
+        train(replace(config, name="wrong", ep_size=2))

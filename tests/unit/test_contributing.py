@@ -1,5 +1,6 @@
 """The changes that CONTRIBUTING.md shows step by step: each applies to the repository as it is, touches three files at most, passes the
-linter, and does what its text says. Each is tried in a fresh process on a copy of the package."""
+linter, and does what its text says. Each is tried in a fresh process on a copy of the package. And the hooks and the hosted workflow run
+what `make` runs."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import yaml
 
 from tests.conftest import ROOT, tool
 from tests.support.audio import tone, tones
@@ -261,3 +263,30 @@ def test_a_change_of_the_page_works(name: str, copy: Path, fresh_python: FreshPy
     taken = [shlex.join(words[1:]) for words in change.commands]
     done = fresh_python.run(BEFORE + TRIALS[name], str(copy), *taken)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def recipe(target: str) -> str:
+    """The commands of a target of the Makefile."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found, f"make has no {target}"
+    return found[1].replace("$(BIN)", ".venv/bin")
+
+
+def test_the_hooks_are_the_checks_of_make_check() -> None:
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    entries = [hook["entry"].removesuffix(" --fix") for hook in repo["hooks"]]
+    checks = [line.strip().removesuffix(" .").replace(" format --check", " format") for line in recipe("check").splitlines()]
+    assert [entry for entry in entries if entry not in checks] == []
+    assert [check for check in checks if check not in entries] == [".venv/bin/python -m pip check"]
+    subprocess.run([tool("pre-commit"), "validate-config"], cwd=ROOT, check=True)
+
+
+def test_the_hosted_workflow_runs_targets_of_the_makefile() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow["env"] == {"CI": ""}, "tests whose recordings are missing are skipped there"
+    runs = [shlex.split(step["run"]) for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    targets = [word for words in runs if words[0] == "make" for word in words[1:] if "=" not in word]
+    assert {"check", "docs", "test", "coverage"} == set(targets)
+    assert "--cov-report=html" in recipe("coverage"), "htmlcov is what the workflow keeps"
+    for target in targets:
+        recipe(target)
