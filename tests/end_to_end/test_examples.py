@@ -61,9 +61,9 @@ def test_a_notebook_runs(path: Path, few_digits: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_outputs_in_the_repository_are_whole_and_small(path: Path) -> None:
-    """Of one run from top to bottom, without an error and without paths of the machine that it ran on."""
+    """Of one run from top to bottom, or none at all; without an error and without paths of the machine that it ran on."""
     text = path.read_text(encoding="utf-8")
     cells = [cell for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "code"]
     assert len(text.encode()) <= MOST_BYTES and "/home/" not in text and "/tmp/" not in text
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert [cell.execution_count for cell in cells] in (list(range(1, len(cells) + 1)), [None] * len(cells))
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
 
@@ -16,16 +15,20 @@ from most_ray.cli import main
 from most_ray.config import config_from
 from most_ray.io.journal import read_journal
 from most_ray.records.files import read_raw, record_files
+from most_ray.records.record import units_to_text
 from most_ray.train.run import main as train_without_ray
+from tests.support.builders import asr
 from tests.support.runs import run_on_ranks
+from tests.support.speech import spoken_folder
 
 
 def test_from_a_folder_of_recordings_to_a_word_error_rate(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Promise 28 of docs/promises.md: recordings, units fitted on them, both tasks, a run, a score; the whole way in a new folder."""
     monkeypatch.chdir(tmp_path)
-    source = str(shared / "data" / "fsdd")
+    source = "recordings"
+    spoken_folder(Path(source), ["george", "jackson"], range(5))
     units = ["prepare", "units", "--corpus", "folder", "--input", source, "--features", "mfcc"]
     assert main([*units, "--output", "asr", "--fit_kmeans", "50", "--where", "speaker=george", "split=train"]) == 0
     assert main([*units, "--output", "val", "--kmeans", "asr/kmeans.npy", "--where", "speaker=george", "split=test"]) == 0
@@ -53,12 +56,12 @@ def test_from_a_folder_of_recordings_to_a_word_error_rate(
 
 
 def test_other_units_than_the_ones_trained_on_are_refused(
-    shared: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Promise 27 of docs/promises.md."""
     monkeypatch.chdir(tmp_path)
-    source = str(shared / "data" / "fsdd")
-    main(["prepare", "units", "--input", source, "--output", "other", "--fit_kmeans", "30", "--where", "speaker=lucas", "split=test"])
+    spoken_folder(Path("recordings"), ["jackson"], [0])
+    assert main(["prepare", "units", "--input", "recordings", "--output", "other", "--fit_kmeans", "30"]) == 0
     train = ["--train_asr_dirs", str(digits / "test_takes"), *["--max_steps", "1", "--global_batch_size", "8", "--max_seq_length", "256"]]
     assert train_without_ray([*train, "--name", "one"]) == 0
     capsys.readouterr()
@@ -68,10 +71,18 @@ def test_other_units_than_the_ones_trained_on_are_refused(
     assert "made differently" in capsys.readouterr().err
 
 
-def test_published_librispeech_units_train(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of units per record, repeats kept, one JSON list; long rows."""
+@pytest.mark.parametrize("source", ["written", pytest.param("published", marks=pytest.mark.shared)])
+def test_long_records_of_units_train(source: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of units per record, repeats kept, one JSON list; long rows. Published: LibriSpeech's, of another project's encoder."""
     monkeypatch.chdir(tmp_path)
-    source = str(shared / "data" / "librispeech_units")
+    if source == "published":
+        source = str(request.getfixturevalue("shared") / "data" / "librispeech_units")
+    else:
+        rng = np.random.default_rng(0)
+        units = [np.repeat(rng.integers(0, 500, count), rng.integers(1, 5, count)).tolist() for count in range(100, 300, 10)]
+        records = [{**asr(index, text="A LONGER SENTENCE"), "input": units_to_text(each)} for index, each in enumerate(units)]
+        Path(source).mkdir()
+        (Path(source) / "train_instructions.json").write_text(json.dumps(records))
     keys = {"train_asr_dirs": [source], "name": "libri", "max_steps": 2, "global_batch_size": 4, "max_seq_length": 2048}
     run_on_ranks(config_from({**keys, "ep_size": 2, "gradient_checkpointing": True, "threads_per_worker": 1}), workers=2)
     lines = read_journal(Path("runs/libri/metrics.jsonl"), "train")
@@ -79,17 +90,13 @@ def test_published_librispeech_units_train(shared: Path, tmp_path: Path, monkeyp
 
 
 def test_one_command_from_a_folder_of_recordings(
-    shared: Path, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Promise 28 of docs/promises.md: units, both tasks, a run, speech out and in again; the commands that it shows are those it ran."""
     monkeypatch.chdir(tmp_path)
     source = Path("my recordings")
-    source.mkdir()
-    rows = list(csv.DictReader((shared / "data/fsdd/transcripts.tsv").open(), delimiter="\t"))
-    chosen = [row for row in rows if row["take"] in ("10", "11")]
-    for row in chosen:
-        shutil.copy(shared / "data/fsdd" / row["path"], source)
-    lines = [f"{Path(row['path']).name}\t{row['text']}\t{row['speaker']}" for row in chosen]
+    chosen = spoken_folder(source, ["george", "jackson", "nicolas", "yweweler"], range(2))
+    lines = [f"{row['path']}\t{row['text']}\t{row['speaker']}" for row in chosen]
     (source / "transcripts.tsv").write_text("\n".join(["path\ttext\tspeaker", *lines]) + "\n")
     flags = ["--max_steps", "6", "--global_batch_size", "16", "--name", "mine"]
     assert main(["train", "--from_audio", str(source), *flags]) == 0
@@ -107,7 +114,7 @@ def test_one_command_from_a_folder_of_recordings(
     report = Path("runs/mine/report.html").read_text(encoding="utf-8")
     assert "data:audio/wav" in report
     export = "runs/mine/export"
-    recording = str(source / "0_george_10.flac")
+    recording = str(source / "0_george_1.flac")
     assert main(["transcribe", "--model", export, recording]) == 0
     checkpoint = str(next(Path("runs/mine/checkpoints").glob("step-*")))
     assert main(["transcribe", "--model", checkpoint, recording, recording, "--one_speaker", "--output", "heard.jsonl"]) == 0

@@ -1,4 +1,4 @@
-"""`most-ray prepare units` on published corpora, with real speech, and on what is damaged; wrong uses of its neighbours."""
+"""`most-ray prepare units` on published corpora, with speech, and on what is damaged; wrong uses of its neighbours."""
 
 from __future__ import annotations
 
@@ -14,37 +14,52 @@ import soundfile
 from most_ray.records.record import parse_record
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, refused, table, tone, tones, units_command
 from tests.support.corpora import cut_of, libriheavy
+from tests.support.speech import published_corpora
 
 FIT = ("--fit_kmeans", "12")
 
 
-# Published corpora, on real speech
+# Published corpora, on speech
 
 
-def few_clips(shared: Path, folder: Path) -> Path:
-    rows = (shared / "data/common_voice_en/validated.tsv").read_text(encoding="utf-8").splitlines()
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of published corpora, of synthesised speech."""
+    return published_corpora(tmp_path_factory.mktemp("corpora"))
+
+
+@pytest.fixture(params=["synthesised", pytest.param("recorded", marks=pytest.mark.shared)])
+def published(request: pytest.FixtureRequest) -> Path:
+    """A folder of published corpora, of synthesised speech and of the recordings as they were published."""
+    if request.param == "recorded":
+        return Path(request.getfixturevalue("shared")) / "data"
+    return Path(request.getfixturevalue("corpora"))
+
+
+def few_clips(data: Path, folder: Path) -> Path:
+    rows = (data / "common_voice_en/validated.tsv").read_text(encoding="utf-8").splitlines()
     folder.mkdir()
     (folder / "validated.tsv").write_text("\n".join(rows[:9]) + "\n", encoding="utf-8")
-    (folder / "clips").symlink_to(shared / "data/common_voice_en/clips")
+    (folder / "clips").symlink_to(data / "common_voice_en/clips")
     return folder
 
 
-def voices(shared: Path) -> list[tuple[Path, str]]:
+def voices(data: Path) -> list[tuple[Path, str]]:
     """LibriSpeech's recordings of two speakers with their texts."""
     found = []
     for speaker in ("1867", "3526"):
-        for transcript in sorted((shared / "data/LibriSpeech/train-clean-5" / speaker).glob("*/*.trans.txt")):
+        for transcript in sorted((data / "LibriSpeech/train-clean-5" / speaker).glob("*/*.trans.txt")):
             lines = (line.split(" ", 1) for line in transcript.read_text().splitlines())
             found += [(transcript.with_name(f"{name}.flac"), text) for name, text in lines if transcript.with_name(f"{name}.flac").exists()]
     assert len(found) >= 4
     return found
 
 
-def parliament(shared: Path, folder: Path) -> Path:
+def parliament(data: Path, folder: Path) -> Path:
     """VoxPopuli's layout of LibriSpeech's recordings."""
     rows = {split: ["id\traw_text\tnormalized_text\tspeaker_id\tsplit\tgender\tis_gold_transcript\taccent"] for split in ("train", "test")}
     (folder / "transcribed_data/en/2012").mkdir(parents=True)
-    for index, (path, text) in enumerate(voices(shared)):
+    for index, (path, text) in enumerate(voices(data)):
         name, split = f"2012-{path.stem}", "test" if index == 0 else "train"
         soundfile.write(folder / f"transcribed_data/en/2012/{name}.ogg", *soundfile.read(path))
         rows[split].append(f"{name}\t\t{text.lower()}\t{path.stem.split('-')[0]}\t{split}\tfemale\tTrue\tNone")
@@ -53,16 +68,16 @@ def parliament(shared: Path, folder: Path) -> Path:
     return folder
 
 
-def test_librispeech(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "LibriSpeech"
+def test_librispeech(published: Path, tmp_path: Path) -> None:
+    source = published / "LibriSpeech"
     made = prepare(source, tmp_path / "out", *FIT, "--where", "speaker=1867,3526", corpus="librispeech")
-    expected = {f"librispeech_train-clean-5_{path.stem}": (path, text) for path, text in voices(shared)}
+    expected = {f"librispeech_train-clean-5_{path.stem}": (path, text) for path, text in voices(published)}
     told = check(made, expected)
     assert all((one["split"], one["speaker"]) == ("train-clean-5", path.stem.split("-")[0]) for one, (path, _) in told)
 
 
-def test_common_voice(shared: Path, tmp_path: Path) -> None:
-    source = few_clips(shared, tmp_path / "cv")
+def test_common_voice(published: Path, tmp_path: Path) -> None:
+    source = few_clips(published, tmp_path / "cv")
     made = prepare(source, tmp_path / "out", *FIT, corpus="common_voice")
     with (source / "validated.tsv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.reader(stream, delimiter="\t"))[1:]  # this release quotes its quotes
@@ -71,8 +86,8 @@ def test_common_voice(shared: Path, tmp_path: Path) -> None:
     assert [one["speaker"] for one, _ in told] == [row[0] for row in rows] and {one["split"] for one, _ in told} == {"validated"}
 
 
-def test_an4(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "an4"
+def test_an4(published: Path, tmp_path: Path) -> None:
+    source = published / "an4"
     made = prepare(source, tmp_path / "out", *FIT, "--where", "speaker=mkem", corpus="an4")
     expected = {}
     for fileid, line in zip(*((source / f"etc/an4_train.{s}").read_text().splitlines() for s in ("fileids", "transcription")), strict=True):
@@ -84,11 +99,11 @@ def test_an4(shared: Path, tmp_path: Path) -> None:
     assert {(one["speaker"], one["split"]) for one, _ in told} == {("mkem", "train")}
 
 
-def test_voxpopuli(shared: Path, tmp_path: Path) -> None:
-    source = parliament(shared, tmp_path / "vp")
+def test_voxpopuli(corpora: Path, tmp_path: Path) -> None:
+    source = parliament(corpora, tmp_path / "vp")
     made = prepare(source, tmp_path / "out", *FIT, corpus="voxpopuli")
     paths = {p.stem: p for p in source.rglob("*.ogg")}
-    said = [(f"2012-{path.stem}", text.lower()) for path, text in voices(shared)]
+    said = [(f"2012-{path.stem}", text.lower()) for path, text in voices(corpora)]
     expected = {f"voxpopuli_{name}": (paths[name], text) for name, text in (*said[1:], said[0])}  # train comes before test
     told = check(made, expected)
     assert [one["split"] for one, _ in told] == ["train"] * (len(said) - 1) + ["test"]
@@ -108,9 +123,9 @@ def check(made: list[dict[str, Any]], expected: dict[str, tuple[Path, str]]) -> 
     return [(record["metadata"], expected[record["id"]]) for record in made]
 
 
-def test_a_cut_of_a_long_recording_is_its_utterance(shared: Path, tmp_path: Path) -> None:
+def test_a_cut_of_a_long_recording_is_its_utterance(corpora: Path, tmp_path: Path) -> None:
     """LibriHeavy: the units of a stretch inside a long recording are those of the recording that was put there."""
-    said, pause, joined, cuts, begin = voices(shared), np.zeros(12345, np.float32), [], [], 0
+    said, pause, joined, cuts, begin = voices(corpora), np.zeros(12345, np.float32), [], [], 0
     for index, (path, text) in enumerate(said):
         samples = soundfile.read(path, dtype="float32")[0]
         joined += [pause, samples]
@@ -139,9 +154,9 @@ def test_a_cut_of_a_long_recording_is_its_utterance(shared: Path, tmp_path: Path
 # Damage
 
 
-def test_every_bad_recording_is_set_aside_once_with_its_reason(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_bad_recording_is_set_aside_once_with_its_reason(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rest become records, whatever their paths look like."""
-    source, (good, _) = tmp_path / "mixed", voices(shared)[0]
+    source, (good, _) = tmp_path / "mixed", voices(corpora)[0]
     (source / "mit Leerzeichen und 録音").mkdir(parents=True)
     texts = ("zero", "cut", "text only", "word", "day", "good", "mit Leerzeichen und 録音/größe 3")
     for name in texts:

@@ -70,12 +70,34 @@ def test_reading_is_streaming(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("casing", ["cased", "upper"])
 @pytest.mark.parametrize("where", ["download/librilight", "librilight", ".", "../download/librilight", "../librilight", ".."])
-def test_libriheavys_own_cut(shared: Path, tmp_path: Path, where: str, casing: Any) -> None:
-    """The published cut with either text, wherever the recording lies by the rule; given by its folder or by itself."""
-    cut = json.loads((shared / "data/libriheavy/one_cut.json").read_text())
-    folder = tmp_path / "cuts"
+def test_a_cut_of_libriheavy_finds_its_recording(tmp_path: Path, where: str, casing: Any) -> None:
+    """With either text, wherever the recording is stored by the rule; the corpus is given by its folder or by its file of cuts."""
+    recording = {"id": "small/100/a_book/01_a_book", "sources": [{"type": "file", "source": "download/librilight/small/100/a/01_a.flac"}]}
+    words = {
+        "start": 0,
+        "duration": 7.36,
+        "speaker": "100",
+        "language": "English",
+        "custom": {"texts": ["“A book,” she said.", "A BOOK SHE SAID"]},
+    }
+    check_cut(
+        tmp_path,
+        cut_of("small/100/a_book/01_a_book_3", start=243.919, duration=7.36, recording=recording, supervisions=[words]),
+        where,
+        casing,
+    )
+
+
+@pytest.mark.parametrize("casing", ["cased", "upper"])
+def test_libriheavys_own_cut(shared: Path, tmp_path: Path, casing: Any) -> None:
+    """As it is published."""
+    check_cut(tmp_path, json.loads((shared / "data/libriheavy/one_cut.json").read_text()), "download/librilight", casing)
+
+
+def check_cut(root: Path, cut: dict[str, Any], where: str, casing: Any) -> None:
+    folder = root / "cuts"
     file = libriheavy(folder, [cut])
-    path = put(folder / where / "small/100/sea_fairies_0812_librivox_64kb_mp3/01_baum_sea_fairies_64kb.flac")
+    path = put(folder / where / cut["recording"]["sources"][0]["source"].removeprefix("download/librilight/"))
     for place in (folder, file):
         (utterance,), unusable = read("libriheavy", place, casing=casing)
         assert not unusable

@@ -31,14 +31,13 @@ from most_ray.speech.units.extractors import parse_features
 from most_ray.speech.units.features import EncoderSettings
 from most_ray.speech.units.mfcc import MfccSettings, loud_range, mfcc
 from tests.support.audio import cut, hours_of_silence, lines_of, prepare, tone
-
-SPEECH = "LibriSpeech/train-clean-5/3526/176653/3526-176653-0012.flac"  # 8.82 s
+from tests.support.speech import RATE, spoken
 
 
 @pytest.fixture(scope="module")
-def speech(shared: Path) -> np.ndarray:
-    """Real speech, 16 kHz, in 16-bit steps."""
-    return soundfile.read(shared / "data" / SPEECH, dtype="float32")[0]
+def speech() -> np.ndarray:
+    """Speech of 8.82 s, 16 kHz, in 16-bit steps."""
+    return spoken("george", 4 * ["seven", "three", "zero", "nine", "eight", "six"])[: round(8.82 * RATE)]
 
 
 def refusal(path: Path, *args: Any, **options: Any) -> str:

@@ -26,6 +26,7 @@ from most_ray.speech.units.assets import copy_assets, find_assets, open_assets, 
 from most_ray.speech.units.mfcc import MfccSettings
 from tests.support.audio import contents, prepare, records_of, refused, table, tones
 from tests.support.corpora import cut_of, libriheavy, put
+from tests.support.speech import published_corpora
 
 
 @pytest.fixture(scope="module")
@@ -181,17 +182,20 @@ def test_only_the_kit_that_was_asked_for_is_copied(kit: Path, made: Path, tmp_pa
 # From a folder of recordings to a run
 
 
-def test_layouts_are_known_by_their_files(shared: Path, tmp_path: Path) -> None:
-    """The real corpora, from their own folder or the one above; anything else is a folder."""
-    data = shared / "data"
-    for name, layout in (
-        ("LibriSpeech", "librispeech"),
-        ("LibriSpeech/train-clean-5", "librispeech"),
-        ("an4", "an4"),
-        ("common_voice_en", "common_voice"),
-        ("fsdd", "folder"),
-    ):
-        assert guess_layout(data / name) == layout, name
+REAL = {"LibriSpeech": "librispeech", "LibriSpeech/train-clean-5": "librispeech", "an4": "an4", "common_voice_en": "common_voice"}
+
+
+def test_published_corpora_are_known_by_their_files(shared: Path) -> None:
+    """From their own folder or the one above."""
+    for name, layout in {**REAL, "fsdd": "folder"}.items():
+        assert guess_layout(shared / "data" / name) == layout, name
+
+
+def test_layouts_are_known_by_their_files(tmp_path: Path) -> None:
+    """From their own folder or the one above; anything else is a folder."""
+    published_corpora(tmp_path)
+    for name, layout in REAL.items():
+        assert guess_layout(tmp_path / name) == layout, name
     assert guess_layout(libriheavy(tmp_path / "heavy", [cut_of()]).parent) == "libriheavy"
     for folder in ("vp/transcribed_data/en", "vp2/en", "vp3"):
         put(tmp_path / folder / "asr_train.tsv")
