@@ -15,8 +15,12 @@ logger = logging.getLogger(__name__)
 
 def trackers_of(config: RunConfig, run_uri: str, key: Secret | None) -> list[Tracker]:
     """The trackers of a run, for rank 0. None of them can hold up training or end it. `key`: of W&B."""
-    wandb: list[Tracker] = [Background("Weights & Biases", Wandb(config, run_uri, key), key)] if uses_wandb(config) else []
-    return [*wandb, Background("TensorBoard", TensorBoard(run_uri))] if config.tensorboard else wandb
+    used: dict[str, Tracker] = {}
+    if uses_wandb(config):
+        used["Weights & Biases"] = Wandb(config, run_uri, key)
+    if config.tensorboard:
+        used["TensorBoard"] = TensorBoard(run_uri)
+    return [Background(name, tracker, key) for name, tracker in used.items()]
 
 
 def tracker_notes(config: RunConfig) -> list[str]:
