@@ -194,11 +194,7 @@ def invalidate(uri: str) -> None:
 
 
 def prune(
-    checkpoints: str,
-    keep_last: int,
-    keep_best: int = 0,
-    scores: Mapping[int, float] | None = None,
-    pending: Collection[int] = (),
+    checkpoints: str, keep_last: int, keep_best: int = 0, scores: Mapping[int, float] | None = None, pending: Collection[int] = ()
 ) -> list[int]:
     """Delete the checkpoints that `steps_to_delete` names, marker first, and incomplete folders of older steps, left by dead attempts.
 

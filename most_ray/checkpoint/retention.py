@@ -7,11 +7,7 @@ from collections.abc import Collection, Mapping
 
 
 def steps_to_delete(
-    steps: Collection[int],
-    keep_last: int,
-    keep_best: int = 0,
-    scores: Mapping[int, float] | None = None,
-    pending: Collection[int] = (),
+    steps: Collection[int], keep_last: int, keep_best: int = 0, scores: Mapping[int, float] | None = None, pending: Collection[int] = ()
 ) -> list[int]:
     """Return which of the existing checkpoints to delete, oldest first.
 

@@ -87,12 +87,7 @@ class CheckpointWriter:
         self._staging.prepare(state_shards(state) + random_shards())
 
     def save(
-        self,
-        uri: str,
-        state: TrainState,
-        content: dict[str, Any],
-        write_files: Callable[[Path], None],
-        may_commit: Callable[[], bool],
+        self, uri: str, state: TrainState, content: dict[str, Any], write_files: Callable[[Path], None], may_commit: Callable[[], bool]
     ) -> None:
         """Start a checkpoint of the state as it is now. A save that is still under way is waited for.
 

@@ -39,7 +39,7 @@ from most_ray.optim.train_state import TrainState, make_state
 from most_ray.planner.cost import Collective, CollectiveKind, Speed
 from most_ray.planner.memory import ModelShapes
 from most_ray.records.template import IGNORE, PADDING
-from most_ray.train.step import Precision, StepSettings, attended_pairs, run_step
+from most_ray.train.step import StepSettings, attended_pairs, run_step
 
 CALIBRATION_BATCHES = 5  # how many batches `calibrate` should get
 clock: Callable[[], float] = time.perf_counter  # a benchmark replaces it by processor time, when other processes use the same cores
@@ -160,7 +160,7 @@ class ProxyModel:
         self._state: TrainState = make_state(model, options, CALIBRATION_BATCHES)
         # However many steps are skipped, none ends the calibration.
         skips = CALIBRATION_BATCHES + 1
-        self._settings = dataclasses.replace(StepSettings.of(options, _CPU), precision=Precision(dtype), max_skipped_steps=skips)
+        self._settings = dataclasses.replace(StepSettings.of(options, _CPU), dtype=dtype, max_skipped_steps=skips)
 
     def seconds(self, batch: Batch) -> tuple[float, float]:
         """Train on a batch. Returns the seconds of the forward and backward passes, and of the optimizer's update."""

@@ -41,7 +41,7 @@ from most_ray.records.tokenizer import token_ids, train_tokenizer
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, check_inputs, devices_of, open_sources, resolve_run, training_texts
 from most_ray.runs.start_checks import walk
-from most_ray.train.step import Precision
+from most_ray.train.step import autocast_dtype
 
 SMALL_BYTES = 256 << 20  # records of up to this size, all directories together, are ingested in full; of larger ones a sample
 _STEPS = 32  # of the plan that are sampled
@@ -224,7 +224,7 @@ def _manifests(root: str) -> Iterator[dict[str, object]]:
 def _estimate(config: RunConfig, prepared: Prepared, preparation: _Preparation, requested: str) -> DryRun:
     job, plan = prepared.job, prepared.plan
     config = dataclasses.replace(config, bf16=job.config.bf16)
-    dtype = Precision.of(config).dtype
+    dtype = autocast_dtype(config)
     device = device_of(requested, prepared.use_gpu, dtype, job.topology.world_size, job.threads)
     model_config = read_config(local_copy(job.model_path), overrides_of(config))
     shapes = ModelShapes(model_config)

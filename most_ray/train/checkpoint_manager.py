@@ -35,10 +35,7 @@ class CheckpointManager:
         self._writer.prepare(state)
 
     def at_step(self, state: TrainState, last: bool) -> float:
-        """Save if it is due, and handle what was committed. Collective.
-
-        Args:
-            last: training ends after this step, for now.
+        """Save if it is due or training ends after this step for now, and handle what was committed. Collective.
 
         Returns:
             Seconds that checkpoints have held up training since the previous call.
@@ -88,7 +85,7 @@ class CheckpointManager:
         scored = ((step, retention.score_of(line, config.best_metric)) for step, line in self._reporter.evaluations.items())
         scores = {step: score for step, score in scored if score is not None}
         pending = self._reporter.unpushed | self._evaluations.pending()
-        catalog.prune(self._attempt.folder.checkpoints, config.keep_last, config.keep_best, scores, pending=pending)
+        catalog.prune(self._attempt.folder.checkpoints, config.keep_last, config.keep_best, scores, pending)
 
     def finish(self, reached: bool, should_stop: Callable[[], bool]) -> None:
         """Wait until the last checkpoint is committed and, if the run's goal was reached, until every evaluation has finished or a stop is

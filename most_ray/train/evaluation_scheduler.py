@@ -30,11 +30,9 @@ class EvaluationScheduler:
 
     def restart(self, state: TrainState) -> None:
         """Repeat the evaluations that an interruption cut off. Collective."""
-        missing = [
-            (step, uri)
-            for uri in (catalog.committed(self._attempt.folder.checkpoints) if self._attempt.rank == 0 else [])
-            if self.is_due(step := catalog.step_of(uri)) and step <= state.step and step not in self._reporter.evaluations
-        ]
+        uris = catalog.committed(self._attempt.folder.checkpoints) if self._attempt.rank == 0 else []
+        steps = ((catalog.step_of(uri), uri) for uri in uris)
+        missing = [(n, uri) for n, uri in steps if self.is_due(n) and n <= state.step and n not in self._reporter.evaluations]
         if self._evaluator:
             for step, uri in missing:
                 self._evaluator.start(step, uri)
@@ -63,8 +61,7 @@ class EvaluationScheduler:
     def _evaluate(self, state: TrainState) -> None:
         assert self._inline is not None
         began = time.perf_counter()
-        line = self._inline(state.model, state.step)
-        if line:
+        if line := self._inline(state.model, state.step):
             self._report(line)
         self._meter.paused(time.perf_counter() - began)
 

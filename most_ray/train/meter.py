@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import resource
 import sys
 import time
@@ -72,10 +73,9 @@ class Meter:
     ) -> None:
         self._config, self._ranks, self._alert_above = config, ranks, load_alert
         self._device, self._dtype, self._flops = device, dtype, model_flops(config)
-        self._lines = self._step = 0
+        self._lines = self._step = self._steps_since_experts = 0
         self._alerted: dict[str, int] = {}
         self._load_since_experts: torch.Tensor | None = None
-        self._steps_since_experts = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -99,9 +99,8 @@ class Meter:
         """
         sums = self._sums
         if not result.skipped:  # a sum with a value that is not finite would hide the line's other steps
-            for index in range(len(TASKS)):
-                sums.losses[index] += result.loss_sums[index]
-                sums.counts[index] += result.token_counts[index]
+            sums.losses = list(map(operator.add, sums.losses, result.loss_sums))
+            sums.counts = list(map(operator.add, sums.counts, result.token_counts))
             sums.aux += result.aux_loss
             sums.norm = result.grad_norm
         self._step, sums.rate = result.step, result.learning_rate
@@ -210,29 +209,19 @@ class Meter:
         """Log a warning about overloaded experts, for each modality once in so many lines."""
         if not self._alert_above or this_rank() != 0:
             return
-        layers = line["layers"]
+        assert self._load is not None
+        groups, layers = expert_groups(self._load, self._config), line["layers"]
         for modality, worst in line["expert_max_over_mean"].items():
             recent = modality in self._alerted and self._lines - self._alerted[modality] < _LINES_BETWEEN_ALERTS
-            if worst <= self._alert_above or recent or self._mean_load(modality) < _ALERT_SELECTIONS:
+            selections, experts = groups[modality]
+            if worst <= self._alert_above or recent or float(selections[0, experts].double().mean()) < _ALERT_SELECTIONS:
                 continue
             self._alerted[modality] = self._lines
             index = layers["expert_max_over_mean"][modality].index(worst)
-            logger.warning(
-                "step %d: in layer %d expert %d has %.1f times the mean load of the %s experts (load_alert is %g). "
-                "Raise aux_loss_alpha or balance_bias_rate.",
-                line["step"],
-                index + self._config.first_k_dense_replace,
-                layers["busiest_expert"][modality][index],
-                worst,
-                modality,
-                self._alert_above,
-            )
-
-    def _mean_load(self, modality: str) -> float:
-        """Mean selections of an expert of the modality in one layer."""
-        assert self._load is not None
-        selections, experts = expert_groups(self._load, self._config)[modality]
-        return float(selections[0, experts].double().mean())
+            layer, expert = index + self._config.first_k_dense_replace, layers["busiest_expert"][modality][index]
+            text = "step %d: in layer %d expert %d has %.1f times the mean load of the %s experts (load_alert is %g). "
+            text += "Raise aux_loss_alpha or balance_bias_rate."
+            logger.warning(text, line["step"], layer, expert, worst, modality, self._alert_above)
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from most_ray.config import RunConfig
+from most_ray.config import Recompute, RunConfig
 from most_ray.model.compat import CACHE, enable_activation_checkpointing
 
 
-def apply_recompute(model: Any, kind: Literal["none", "selective", "full"]) -> None:
+def apply_recompute(model: Any, kind: Recompute) -> None:
     """Make the backward pass recompute activations that a transformers model would keep.
 
-    Args:
-        kind: `full` recomputes all of each decoder layer but its input; the collectives of its experts run again, on all ranks. `selective`
-            recomputes attention alone, which keeps the most for the time it takes. (Keeping the results of selected operations instead
-            needs a hook on every operation: on a CPU that costs more time than it saves.)
+    `full` recomputes all of each decoder layer but its input; the collectives of its experts run again, on all ranks. `selective`
+    recomputes attention alone, which keeps the most for the time it takes. (Keeping the results of selected operations instead needs a hook
+    on every operation: on a CPU that costs more time than it saves.)
     """
     if kind == "full":
         enable_activation_checkpointing(model)

@@ -84,22 +84,14 @@ def check_replicas(state: TrainState) -> None:
         return
     names, mine = [], []
     for name, tensor in itertools.chain(state.model.named_parameters(), state.model.named_buffers(), sorted(state.buffers.items())):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        value = checksum(local)
+        value = checksum(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
         names.append(name)
         mine.append(torch.stack([torch.full_like(value, shard_index(tensor)), value]))
-    devices = {pair.device for pair in mine}
-    device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    device = next((pair.device for pair in mine if pair.device.type != "cpu"), torch.device("cpu"))
     own = torch.stack([pair.to(device) for pair in mine])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own)
-    found = find_mismatch(torch.stack(gathered).cpu())
-    if found:
-        tensor_index, groups = found
-        ranks = " and ".join(f"ranks {group}" for group in groups)
-        raise ReplicaError(
-            names[tensor_index],
-            None,
-            f"should be the same on {ranks}, and differs after step {state.step}.",
-            "Resume from the newest checkpoint; if it happens again, look for a faulty machine.",
-        )
+    if found := find_mismatch(torch.stack(gathered).cpu()):
+        rule = f"should be the same on {' and '.join(f'ranks {group}' for group in found[1])}, and differs after step {state.step}."
+        remedy = "Resume from the newest checkpoint; if it happens again, look for a faulty machine."
+        raise ReplicaError(names[found[0]], None, rule, remedy)

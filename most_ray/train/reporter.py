@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -10,16 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
-from most_ray.distributed.ranks import world_size
 from most_ray.errors import DataError
 from most_ray.io.journal import Journal, journal_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.schema import undeclared_keys
 from most_ray.trackers.base import Tracker
+from most_ray.train.step import all_record_ids
 
 logger = logging.getLogger(__name__)
 
@@ -47,40 +44,32 @@ class RunReporter:
         about: dict[str, Any],
     ) -> None:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
-        self._tracing = trace_records is not None
+        self._tracing, self._last = trace_records is not None, resume_step
         self._metrics = self._trace = None
         self.unpushed: set[int] = set()
         self._reported: set[str] = set()  # failures of trackers that have a line
         self._undeclared: set[str] = set()  # keys that were reported
-        self._last = resume_step
         self._pushing = threading.Lock()  # saves push from their thread: two pushes at once could leave the older content
         self.evaluations: dict[int, dict[str, Any]] = {}
         if rank == 0:
             folder.pull("metrics.jsonl")
-            path = folder.local / "metrics.jsonl"
-            self._metrics = Journal(path, resume_step)
+            self._metrics = Journal(path := folder.local / "metrics.jsonl", resume_step)
             self.evaluations = {line["step"]: line for line in self._metrics.evaluations}
             if trace_records:
                 self._trace = Journal(Path(trace_records), resume_step)
             epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
             exact = "yes" if about["exact"] else f"no, changed since: {', '.join(about['changed'])}"
             logger.info("starting after step %d, epoch %.3f, records %s, exact: %s", resume_step, epoch, consumed, exact)
-            size = path.stat().st_size  # later lines come to the trackers one by one
-            for tracker in trackers:
-                tracker.begin(resume_step, journal_lines(path, size=size))
+            for tracker in trackers:  # later lines come to them one by one
+                tracker.begin(resume_step, journal_lines(path, size=path.stat().st_size))
             mix = {name: figures["target"] for name, figures in plan.mix(resume_step).items()}
             self._write({"kind": "start", "step": resume_step, **about, "wanted_mix": mix})
 
     def trained(self, batch: Batch) -> None:
         """Write a step's records to the trace. Collective if the run is traced."""
-        if not self._tracing:
-            return
-        ids = [batch.record_ids]
-        if world_size() > 1:
-            ids = [[] for _ in range(world_size())] if self._rank == 0 else []
-            dist.gather_object(batch.record_ids, ids if self._rank == 0 else None, dst=0)
+        records = all_record_ids(batch) if self._tracing else []
         if self._trace:
-            self._trace.write({"step": batch.step, "records": sorted(itertools.chain.from_iterable(ids))})
+            self._trace.write({"step": batch.step, "records": records})
 
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of the meter."""
@@ -109,18 +98,13 @@ class RunReporter:
             return
         line = {"kind": line["kind"], "step": line["step"], "time": round(time.time(), 3), **line}
         self._last = line["step"]
-        self._check(line)
+        for key in (key for key in undeclared_keys(line) if key not in self._undeclared):
+            self._undeclared.add(key)  # logged once; the line is written all the same: it is no reason to end a run
+            logger.error("metrics.jsonl gets a key that is not declared in most_ray/metrics/schema.py: %s", key)
         self._metrics.write(line)
         for tracker in self._trackers:
             tracker.log(line)
         self._report_trackers(line["step"])
-
-    def _check(self, line: dict[str, Any]) -> None:
-        """Log keys that `metrics.schema` does not declare, each once. The line is written all the same: it is no reason to end a run."""
-        for key in undeclared_keys(line):
-            if key not in self._undeclared:
-                self._undeclared.add(key)
-                logger.error("metrics.jsonl gets a key that is not declared in most_ray/metrics/schema.py: %s", key)
 
     def _report_trackers(self, step: int) -> None:
         """Write a line of kind `failure` for each tracker that has failed, once."""

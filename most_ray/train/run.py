@@ -78,7 +78,7 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
     one is not changed.
 
     Args:
-        config: as `load_config` and `config_from` in `most_ray.config` make it.
+        config: of `most_ray.config.load_config` or `config_from`.
         console: where rank 0 prints what `most-ray train` prints; None: nowhere.
         stop: set it from another thread to stop the run after its current step, with a checkpoint.
 
@@ -111,13 +111,12 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
 
 def _init_device(world: int) -> torch.device:
     """This rank's device; initialises the process group where there are several ranks."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -173,10 +172,8 @@ def _train(job: Job, prepared: Prepared | None, device: torch.device, stop: thre
         evaluate_inline=InlineEvaluation(EvaluationJob.of(config), job.run_uri, job.model_path) if job.has_validation else None,
         trackers=trackers_of(config, job.run_uri, wandb_key(config)) if prepared else (),
     )
-    with contextlib.ExitStack() as stack:
-        if prepared:
-            metrics = prepared.folder.local / "metrics.jsonl"
-            stack.enter_context(ProgressWatcher(metrics, job.total_steps, prepared.done_steps, console))
+    metrics = prepared.folder.local / "metrics.jsonl" if prepared else None
+    with ProgressWatcher(metrics, job.total_steps, prepared.done_steps, console) if prepared and metrics else contextlib.nullcontext():
         return run_rank(job, device, hooks)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.distributed import DistributedConfig
@@ -29,7 +28,7 @@ from most_ray.train.attempt import Attempt
 from most_ray.train.checkpoint_manager import CheckpointManager
 from most_ray.train.evaluation_scheduler import EvaluationScheduler
 from most_ray.train.hooks import TrainHooks
-from most_ray.train.loop import LoopSettings, make_meter, train
+from most_ray.train.loop import make_meter, train
 from most_ray.train.meter import Meter
 from most_ray.train.recompute import apply_layer_options
 from most_ray.train.reporter import RunReporter
@@ -55,8 +54,7 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     plan = open_plan(job.plan)
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
-    settings = LoopSettings.of(job.config, job.total_steps, device)
-    meter = make_meter(state, settings)
+    meter = make_meter(state, job.config, device)
     accepted = _resume(start, state, plan, job.config, meter)
     about = _describe_attempt(job, state, device, accepted)
     reporter = RunReporter(job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about)
@@ -66,7 +64,7 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     try:
         checkpoints.prepare(state)
         evaluations.restart(state)
-        reached = train(state, batches, settings, reporter, checkpoints.at_step, hooks.should_stop, meter)
+        reached = train(state, batches, job.config, job.total_steps, device, reporter, checkpoints.at_step, hooks.should_stop, meter)
         checkpoints.finish(reached, hooks.should_stop)
         ended = True
     finally:
@@ -76,17 +74,12 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
 
 
 def _describe_attempt(job: Job, state: TrainState, device: torch.device, accepted: list[str]) -> dict[str, Any]:
-    """Return an attempt's line of kind `start`.
-
-    Args:
-        accepted: changes since the checkpoint that were accepted.
-    """
-    config = state.model_config
-    every = list(range(config.n_routed_experts))
-    aware = config.use_modality_aware_routing
+    """Return an attempt's line of kind `start`, with the changes since the checkpoint that were accepted."""
+    config, topology = state.model_config, job.topology
+    every, aware = list(range(config.n_routed_experts)), config.use_modality_aware_routing
     return {
-        "workers": job.topology.world_size,
-        "topology": {"dp_replicate": job.topology.dp_replicate, "fsdp": job.topology.fsdp, "ep": job.topology.ep},
+        "workers": topology.world_size,
+        "topology": {"dp_replicate": topology.dp_replicate, "fsdp": topology.fsdp, "ep": topology.ep},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": job.threads,
         "precision": "float16" if job.config.fp16 else "bfloat16" if job.config.bf16 else "float32",
@@ -107,9 +100,8 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
     """Load the starting model, lay it out over the ranks and apply the run's options."""
     topology, biased, distributed = job.topology, False, None
     if topology.world_size > 1:
-        distributed = DistributedConfig(
-            dp_replicate_size=topology.dp_replicate, fsdp_size=topology.fsdp, ep_size=topology.ep, ep_implementation=EXCHANGE
-        )
+        sizes = {"dp_replicate_size": topology.dp_replicate, "fsdp_size": topology.fsdp, "ep_size": topology.ep}
+        distributed = DistributedConfig(**sizes, ep_implementation=EXCHANGE)
     if start.uri is not None:
         biased = bool(json.loads(storage.read_bytes(storage.join(start.uri, "config.json"))).get("use_balance_bias"))
     model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
@@ -121,8 +113,7 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
     return model
 
 
-@dataclass(frozen=True)
-class _Start:
+class _Start(NamedTuple):
     """What a run resumes from."""
 
     uri: str | None  # of a checkpoint
@@ -149,10 +140,9 @@ def _find_start(attempt: Attempt) -> _Start:
 
 def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig, meter: Meter) -> list[str]:
     """Load the checkpoint to resume from. Returns the changes since then that the configuration accepts."""
-    accepted: list[str] = []
     if start.uri is None:
-        return accepted
-    content = reader.load(start.uri, state, with_optimizer=not start.weights_only)
+        return []
+    accepted, content = [], reader.load(start.uri, state, with_optimizer=not start.weights_only)
     if not start.weights_only:
         accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
         if "meter" in content:

@@ -14,7 +14,6 @@ import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from most_ray.config import OptimizerOptions
 from most_ray.data.batch import Batch
+from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import UserError
 from most_ray.model.packed import pack_rows, to_device
@@ -58,26 +58,16 @@ class StepResult:
     attended: int = 0  # see `attended_pairs`
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The type that forward passes compute in."""
-
-    dtype: torch.dtype | None  # of the autocast; None for float32
-
-    @classmethod
-    def of(cls, options: OptimizerOptions) -> Precision:
-        """Return the precision of a configuration."""
-        return cls(torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None)
-
-    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, dtype=self.dtype) if self.dtype else contextlib.nullcontext()
+def autocast_dtype(options: OptimizerOptions) -> torch.dtype | None:
+    """Return the type that forward passes compute in under autocast; None for float32, without autocast."""
+    return torch.float16 if options.fp16 else torch.bfloat16 if options.bf16 else None
 
 
 @dataclass(frozen=True)
 class StepSettings:
     """How a rank makes its steps. Fields with the name of a configuration key are described in config.OptimizerOptions."""
 
-    precision: Precision
+    dtype: torch.dtype | None  # see `autocast_dtype`
     device: torch.device
     max_grad_norm: float
     asr_loss_weight: float
@@ -85,8 +75,7 @@ class StepSettings:
 
     @classmethod
     def of(cls, options: OptimizerOptions, device: torch.device) -> StepSettings:
-        """Return the settings of a configuration."""
-        return cls(Precision.of(options), device, options.max_grad_norm, options.asr_loss_weight, options.max_skipped_steps)
+        return cls(autocast_dtype(options), device, options.max_grad_norm, options.asr_loss_weight, options.max_skipped_steps)
 
 
 def run_step(state: TrainState, batch: Batch, settings: StepSettings, stop: bool = False) -> StepResult:
@@ -111,31 +100,24 @@ def run_step(state: TrainState, batch: Batch, settings: StepSettings, stop: bool
     if world_size() > 1:
         dist.all_reduce(totals)
     totals = totals.cpu()  # the only time in the step that the CPU waits for the device
-    k = len(TASKS)
-    loss_sums, aux_loss, square = totals[:k].tolist(), float(totals[2 * k]), float(totals[2 * k + 1])
+    *parts, loads = totals.split([len(TASKS), len(TASKS), 4, load.numel()])
+    loss_sums, token_counts, (aux_loss, square, any_stop, attended) = (part.tolist() for part in parts)
     learning_rate = float(state.scheduler.get_last_lr()[0])
     grad_norm = math.sqrt(square) / state.loss_scale.scale
     # The losses too: an infinite one can have finite gradients.
     skipped = not all(map(math.isfinite, (*loss_sums, aux_loss, grad_norm)))
-    load = totals[2 * k + 4 :].view(load.shape).long()
+    load = loads.view(load.shape).long()
     if not skipped:
         _update(state, grad_norm, settings.max_grad_norm)
-        _balance(state, load)
+        if state.balance_bias_rate:
+            update_balance_bias(state.model, load, state.balance_bias_rate)
+        if BALANCE_LOAD in state.buffers:
+            state.buffers[BALANCE_LOAD].copy_(load.sum(1))
     _advance(state, batch.step, skipped)
     if skipped:
         _report_skipped(state, batch, sum(loss_sums) + aux_loss, grad_norm, settings.max_skipped_steps)
-    return StepResult(
-        step=batch.step,
-        loss_sums=loss_sums,
-        token_counts=[int(count) for count in totals[k : 2 * k].tolist()],
-        aux_loss=aux_loss,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        load=load,
-        skipped=skipped,
-        stop=bool(totals[2 * k + 2]),
-        attended=int(totals[2 * k + 3]),
-    )
+    counts = list(map(int, token_counts))
+    return StepResult(batch.step, loss_sums, counts, aux_loss, grad_norm, learning_rate, load, skipped, bool(any_stop), int(attended))
 
 
 def attended_pairs(batch: Batch) -> int:
@@ -156,16 +138,14 @@ def _accumulate(state: TrainState, batch: Batch, settings: StepSettings) -> tupl
     denominator = sum(count * weight for count, weight in zip(batch.n_supervised, by_task, strict=True))
     n_aux = batch.n_records if config.seq_aux else batch.n_tokens
     loss_sums = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
-    token_counts = torch.zeros(len(TASKS), device=device, dtype=torch.float64)
+    token_counts = torch.zeros_like(loss_sums)
     aux_total = torch.zeros((), device=device, dtype=torch.float64)
     load: torch.Tensor | None = None
     previous_load = state.buffers[BALANCE_LOAD].to(device) if BALANCE_LOAD in state.buffers else None
-    for index in range(len(batch.input_ids)):
-        arrays = (batch.input_ids, batch.labels, batch.positions, batch.modality)
-        packed = pack_rows(*(array[index] for array in arrays)).to(device)
-        tasks = torch.from_numpy(batch.task[index, :, 1:][batch.labels[index, :, 1:] != IGNORE].astype(np.int64))
-        tasks = to_device(tasks, device)
-        with settings.precision.context(device):
+    for *arrays, task in zip(batch.input_ids, batch.labels, batch.positions, batch.modality, batch.task, strict=True):
+        packed = pack_rows(*arrays).to(device)
+        tasks = to_device(torch.from_numpy(task[:, 1:][arrays[1][:, 1:] != IGNORE].astype(np.int64)), device)
+        with torch.autocast(device.type, dtype=settings.dtype) if settings.dtype else contextlib.nullcontext():
             output = model(packed=packed, previous_load=previous_load)
         aux = config.aux_loss_alpha * output.aux_sum / n_aux
         loss = (output.token_losses * weights[tasks]).sum() / denominator + aux
@@ -189,14 +169,6 @@ def _update(state: TrainState, grad_norm: float, max_grad_norm: float) -> None:
     state.optimizer.step()
 
 
-def _balance(state: TrainState, load: torch.Tensor) -> None:
-    """Set the next step's balance biases and load from this step's load over all ranks, `(L, 2, E)`."""
-    if state.balance_bias_rate:
-        update_balance_bias(state.model, load, state.balance_bias_rate)
-    if BALANCE_LOAD in state.buffers:
-        state.buffers[BALANCE_LOAD].copy_(load.sum(1))
-
-
 def _advance(state: TrainState, step: int, skipped: bool) -> None:
     """Count a step, whether made or skipped: the schedule depends on the step's number alone."""
     state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
@@ -211,32 +183,23 @@ def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: flo
 
     Records are named at once, except in float16, which normally skips steps while it searches for a scale.
     """
-    at_end = state.skipped_in_row >= limit
+    at_end, records = state.skipped_in_row >= limit, ""
     what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
-    records = "" if state.loss_scale.enabled and not at_end else f" Its records: {_format_ids(_all_record_ids(batch))}."
+    if at_end or not state.loss_scale.enabled:
+        ids = all_record_ids(batch)
+        more = len(ids) - _SHOWN_RECORDS
+        records = f" Its records: {', '.join(ids[:_SHOWN_RECORDS])}{f' and {more} more' if more > 0 else ''}."
     if this_rank() == 0:
         logger.warning("step %d skipped: %s = %s.%s", batch.step, what, value, records)
     if at_end:
-        raise TrainingDivergedError(
-            what,
-            value,
-            f"is not finite; step {batch.step} is the last of {limit} skipped in a row.{records}",
-            "Use bf16, or lower learning_rate." if state.loss_scale.enabled else "Look at these records, or lower learning_rate.",
-        )
+        rule = f"is not finite; step {batch.step} is the last of {limit} skipped in a row.{records}"
+        advice = "Use bf16" if state.loss_scale.enabled else "Look at these records"
+        raise TrainingDivergedError(what, value, rule, f"{advice}, or lower learning_rate.")
 
 
-def _all_record_ids(batch: Batch) -> list[str]:
+def all_record_ids(batch: Batch) -> list[str]:
     """Return the step's records on all ranks, sorted. Collective."""
-    ids: list[list[str]] = [batch.record_ids]
-    if world_size() > 1:
-        ids = [[] for _ in range(world_size())]
-        dist.all_gather_object(ids, batch.record_ids)
-    return sorted(itertools.chain.from_iterable(ids))
-
-
-def _format_ids(ids: list[str]) -> str:
-    more = len(ids) - _SHOWN_RECORDS
-    return ", ".join(ids[:_SHOWN_RECORDS]) + (f" and {more} more" if more > 0 else "")
+    return sorted(itertools.chain.from_iterable(all_gather_or_raise(lambda: batch.record_ids)))
 
 
 @torch.no_grad()

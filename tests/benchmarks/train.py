@@ -43,7 +43,7 @@ from most_ray.records.tts_records import Conversion, prepare_tts
 from most_ray.runs.resolve import prepare_run
 from most_ray.speech.corpora.corpus import CorpusOptions
 from most_ray.speech.units.prepare import UnitsJob, prepare_units
-from most_ray.train.step import Precision, StepSettings, run_step
+from most_ray.train.step import StepSettings, run_step
 from tests.benchmarks import common
 from tests.benchmarks.peers import OriginalPeer, Record, Stopwatch, TransformersPeer, records_of, train_with_trainer
 
@@ -155,7 +155,7 @@ def copy_of(model: MostForCausalLM) -> MostForCausalLM:
 def own_step(work: Work, total: int, dtype: torch.dtype | None) -> Callable[[int], object]:
     """Our way: the batch of a step is made and trained on."""
     state = make_state(copy_of(work.model), work.config, total)
-    settings = replace(StepSettings.of(work.config, CPU), precision=Precision(dtype))
+    settings = replace(StepSettings.of(work.config, CPU), dtype=dtype)
     return lambda step: run_step(state, work.batch(step), settings)
 
 

@@ -12,7 +12,7 @@ from most_ray.data.batch import open_plan
 from most_ray.data.plan import Plan, PlanSpec
 from most_ray.distributed.devices import peak_flops
 from most_ray.distributed.ranks import world_size
-from most_ray.train.loop import LoopSettings, train
+from most_ray.train.loop import train
 from tests.support.builders import make_plan, tiny_model
 from tests.support.gloo import run_ranks
 from tests.support.runs import MEASURED, numbers_in
@@ -39,9 +39,9 @@ class Kept:
 def lines(model_dir: str, spec: PlanSpec, topology: tuple[int, int, int]) -> list[dict[str, Any]]:
     plan, kept = open_plan(spec), Kept()
     state = make(model_dir, topology)
-    settings = LoopSettings.of(config_from({"logging_steps": LOGGING, "check_replicas_steps": 0, "load_alert": 0}), STEPS, CPU)
+    config = config_from({"logging_steps": LOGGING, "check_replicas_steps": 0, "load_alert": 0})
     batches = (batch_of(plan, step) for step in range(1, STEPS + 1))
-    assert train(state, batches, settings, kept, lambda *_: 0.0)
+    assert train(state, batches, config, STEPS, CPU, kept, lambda *_: 0.0)
     return kept.lines
 
 

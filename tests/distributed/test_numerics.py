@@ -19,7 +19,7 @@ from most_ray.data.batch import open_plan
 from most_ray.data.plan import PlanSpec
 from most_ray.distributed.determinism import set_deterministic
 from most_ray.optim.train_state import TrainState
-from most_ray.train.loop import LoopSettings, train
+from most_ray.train.loop import train
 from most_ray.train.replicas import ReplicaError, check_replicas
 from most_ray.train.step import TrainingDivergedError
 from tests.support.builders import make_plan, tiny_model
@@ -156,9 +156,9 @@ class Silent:
 def diverge(setting: Setting, topology: Topology) -> str:
     plan = open_plan(setting.spec)
     state = make(setting.model_dir, topology)
-    settings = LoopSettings.of(config_from({"max_skipped_steps": 3, "check_replicas_steps": 0, "load_alert": 0}), 9, CPU)
+    config = config_from({"max_skipped_steps": 3, "check_replicas_steps": 0, "load_alert": 0})
     with spoilt(state, 1, math.nan, True), pytest.raises(TrainingDivergedError) as error:
-        train(state, (batch_of(plan, step) for step in range(1, 10)), settings, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
+        train(state, (batch_of(plan, step) for step in range(1, 10)), config, 9, CPU, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
     return str(error.value)
 
 
@@ -225,9 +225,9 @@ def drift_in_the_loop(setting: Setting) -> tuple[str, int]:
             flip_a_bit(local(state.model.get_parameter("model.layers.1.mlp.gate.weight")))
         return 0.0
 
-    settings = LoopSettings.of(config_from({"check_replicas_steps": 2, "load_alert": 0}), 9, CPU)
+    config = config_from({"check_replicas_steps": 2, "load_alert": 0})
     with pytest.raises(ReplicaError) as error:
-        train(state, (batch_of(plan, step) for step in range(1, 10)), settings, Silent(), at_step)  # type: ignore[arg-type]
+        train(state, (batch_of(plan, step) for step in range(1, 10)), config, 9, CPU, Silent(), at_step)  # type: ignore[arg-type]
     return str(error.value), state.step
 
 

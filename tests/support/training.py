@@ -21,7 +21,7 @@ from most_ray.model.build import RoutingOverrides, load_model
 from most_ray.model.placement import experts_of_ranks, row_order
 from most_ray.optim.train_state import LossScale, TrainState, make_optimizer, make_state
 from most_ray.train.recompute import apply_recompute
-from most_ray.train.step import Precision, StepResult, StepSettings, run_step
+from most_ray.train.step import StepResult, StepSettings, run_step
 from tests.support.builders import LAYOUT
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def batch_of(plan: Plan, step: int, max_rows: int = 2) -> Batch:
 
 def step_settings(dtype: torch.dtype | None = None, device: torch.device = CPU, **options: Any) -> StepSettings:
     """How steps are made with these keys of the configuration, in a precision of its own."""
-    return replace(StepSettings.of(config_from(options), device), precision=Precision(dtype))
+    return replace(StepSettings.of(config_from(options), device), dtype=dtype)
 
 
 def steps(

@@ -216,17 +216,17 @@ def test_gradient_checkpointing(model_dir: str, plan: Plan) -> None:
 
 
 def test_the_loop_refuses_a_stream_that_is_out_of_step(model_dir: str, plan: Plan) -> None:
-    from most_ray.train.loop import LoopSettings, train
+    from most_ray.train.loop import train
 
     class Silent:
         def trained(self, batch: object) -> None: ...
         def log(self, line: object) -> None: ...
 
     state = make(model_dir)
-    settings = LoopSettings.of(config_from({"check_replicas_steps": 0, "load_alert": 0}), 3, CPU)
+    config = config_from({"check_replicas_steps": 0, "load_alert": 0})
     wrong = [batch_of(plan, 1), batch_of(plan, 3)]
     with pytest.raises(RuntimeError, match="step 3 where step 2 was due"):
-        train(state, wrong, settings, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
+        train(state, wrong, config, 3, CPU, Silent(), lambda *_: 0.0)  # type: ignore[arg-type]
 
 
 def test_a_step_without_supervised_tokens_of_a_task_still_counts(model_dir: str, plan: Plan) -> None:
