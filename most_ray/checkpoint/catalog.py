@@ -7,7 +7,9 @@ hash; a folder without the marker is not a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -30,11 +32,7 @@ Corrupt = list[tuple[str, str]]  # URI and reason of each corrupt checkpoint, ne
 
 
 def step_of(uri: str) -> int:
-    """Return the step that a checkpoint's folder is named after.
-
-    Raises:
-        CheckpointError: the name is not that of a step.
-    """
+    """Return the step that a checkpoint's folder is named after. Raises CheckpointError if the name is not that of a step."""
     match = _STEP.fullmatch(storage.base_name(uri))
     if match is None:
         raise CheckpointError("checkpoint", storage.redact(uri), "is not named step-NNNNNNNNN.")
@@ -48,17 +46,12 @@ def committed(checkpoints: str) -> list[str]:
 
 def _find_steps(checkpoints: str) -> dict[int, bool]:
     """Return the steps that have a folder, each with whether it has a commit marker."""
-    found: dict[int, bool] = {}
-    if storage.is_remote(checkpoints):
-        names = [entry.name.split("/") for entry in storage.list_files(checkpoints, ("",))] if storage.exists(checkpoints) else []
-        for folder, *rest in names:
-            if rest and (match := _STEP.fullmatch(folder)):
-                found[int(match[1])] = found.get(int(match[1]), False) or rest == [COMMIT]
+    if not storage.is_remote(checkpoints):
+        marked = [(path.name, (path / COMMIT).exists()) for path in storage.local(checkpoints).glob("step-*")]
     else:
-        for path in storage.local(checkpoints).glob("step-*"):
-            if match := _STEP.fullmatch(path.name):
-                found[int(match[1])] = (path / COMMIT).exists()
-    return found
+        names = [entry.name.split("/") for entry in storage.list_files(checkpoints, ("",))] if storage.exists(checkpoints) else []
+        marked = sorted((folder, rest == [COMMIT]) for folder, *rest in names if rest)  # the marker last
+    return {int(match[1]): complete for folder, complete in marked if (match := _STEP.fullmatch(folder))}
 
 
 def read_marker(uri: str) -> dict[str, Any]:
@@ -91,16 +84,12 @@ def check_format(uri: str, found: object) -> None:
         raise CheckpointError("checkpoint", storage.redact(uri), f"has format {found}, not {FORMAT}.", remedy)
 
 
-def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = False) -> str | None:
-    """Compare a complete checkpoint's files with its commit marker.
+def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = False, limit: float = math.inf) -> str | None:
+    """Compare a complete checkpoint's files with its commit marker. Returns what is wrong with the first bad file, or None.
 
     Args:
-        rank, world: with `deep`, hash only the share of files of caller `rank` out of `world`. All sizes are checked by every caller, since
-            they cost a single listing.
-        deep: compare hashes too.
-
-    Returns:
-        What is wrong with the first bad file, or None.
+        rank, world: hash only the share of files of caller `rank` out of `world`. Every caller checks all sizes, which cost one listing.
+        deep: compare hashes too, if the checkpoint has at most `limit` bytes.
 
     Raises:
         CheckpointError: the checkpoint was never completed, or has another format.
@@ -111,6 +100,7 @@ def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = Fal
     except DamagedFileError as error:
         return str(error)
     sizes = {entry.name: entry.size for entry in storage.list_files(uri, ("",))}
+    deep = deep and sum(size for size, _ in files.values()) <= limit
     for number, (name, (size, digest)) in enumerate(sorted(files.items())):
         if name not in sizes:
             return f"{name} is missing"
@@ -130,11 +120,13 @@ def hash_file(uri: str | Path) -> str:
     return state.hexdigest()
 
 
-def latest_valid(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, Corrupt]:
-    """Find the newest checkpoint that is not corrupt, on one process.
+def latest_valid(checkpoints: str, deep_bytes: int = DEEP_BYTES, *, on_all_ranks: bool = False) -> tuple[str | None, Corrupt]:
+    """Find the newest checkpoint that is not corrupt.
 
     Args:
         deep_bytes: checkpoints larger than this are checked by file sizes alone, smaller ones by hashes too.
+        on_all_ranks: every rank of the default group calls; they share the hashing, with a limit of `deep_bytes` for each, and return the
+            same. Otherwise this process checks alone.
 
     Returns:
         Its URI (None if there is none), and the corrupt checkpoints that are newer.
@@ -143,43 +135,20 @@ def latest_valid(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | 
         CheckpointError: the newest has another format.
         DataError: the storage fails.
     """
-    return _first_valid(committed(checkpoints), lambda uri: find_corruption(uri, deep=_total_bytes(uri) <= deep_bytes))
-
-
-def latest_valid_on_all_ranks(checkpoints: str, deep_bytes: int = DEEP_BYTES) -> tuple[str | None, Corrupt]:
-    """Find the newest valid checkpoint as `latest_valid` does, on all ranks of the default group: they share the hashing, with a limit of
-    `deep_bytes` for each, and all return the same."""
-    rank, world = this_rank(), world_size()
-
-    def corruption(uri: str) -> str | None:
-        found = all_gather_or_raise(lambda: find_corruption(uri, rank, world, deep=_total_bytes(uri) <= deep_bytes * world))
-        return next((reason for reason in found if reason), None)
-
-    return _first_valid(all_gather_or_raise(lambda: committed(checkpoints) if rank == 0 else [])[0], corruption)
-
-
-def _first_valid(uris: list[str], corruption: Callable[[str], str | None]) -> tuple[str | None, Corrupt]:
+    rank, world = (this_rank(), world_size()) if on_all_ranks else (0, 1)
+    gather: Callable[[Callable[[], Any]], list[Any]] = all_gather_or_raise if on_all_ranks else lambda work: [work()]
     corrupt: Corrupt = []
-    for uri in reversed(uris):
-        if (reason := corruption(uri)) is None:
+    for uri in reversed(gather(lambda: committed(checkpoints) if rank == 0 else [])[0]):
+        reasons = gather(functools.partial(find_corruption, uri, rank, world, deep=True, limit=deep_bytes * world))
+        reason = next(filter(None, reasons), None)
+        if reason is None:
             return uri, corrupt
         corrupt.append((uri, reason))
     return None, corrupt
 
 
-def _total_bytes(uri: str) -> int:
-    try:
-        return sum(size for size, _ in read_marker(uri)["files"].values())
-    except DamagedFileError:  # which `find_corruption` reports
-        return 0
-
-
 def require_valid(valid: str | None, corrupt: Corrupt) -> None:
-    """Refuse to start a run from scratch whose checkpoints are all corrupt.
-
-    Raises:
-        CheckpointError: there is none that is valid, but at least one that is corrupt; names the newest.
-    """
+    """Raise CheckpointError, which names the newest, if all checkpoints of a run are corrupt: it must not start from scratch unnoticed."""
     if valid is None and corrupt:
         uri, reason = corrupt[0]
         rule = f"is damaged ({reason}), and so are all {len(corrupt)} of the run."

@@ -25,7 +25,6 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
     speech assets (which convert recordings to units and back), they are copied to the folder's speech/.
 
     Args:
-        uri: of the checkpoint.
         output: local folder; an earlier export there is replaced, as a whole.
 
     Raises:
@@ -51,10 +50,7 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
 
 
 def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
-    """Load model and tokenizer, in float32 in this process.
-
-    Args:
-        uri: of a model folder, a name on the Hugging Face hub, or the URI of a complete checkpoint.
+    """Load model and tokenizer of a model folder, a name on the Hugging Face hub, or a complete checkpoint, in float32 in this process.
 
     Raises:
         CheckpointError: it holds no usable model.

@@ -7,9 +7,10 @@ writing in writer.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,15 @@ from most_ray.optim.train_state import LossScale, TrainState, set_schedule
 STATE = "state.json"
 
 
-def _require_marker(uri: str) -> dict[str, Any]:
-    """Read the commit marker, with a damaged one as a CheckpointError too."""
+@contextlib.contextmanager
+def _explained(uri: str, what: str, *damage: type[Exception]) -> Iterator[None]:
+    """Raise errors of the types `damage` as a CheckpointError that says, after `what`, what is wrong with a checkpoint."""
+    caught: tuple[type[Exception], ...] = (DamagedFileError, *damage)
     try:
-        return read_marker(uri)
-    except DamagedFileError as error:
-        raise _damaged(uri, str(error)) from error
-
-
-def _damaged(uri: str, reason: str) -> CheckpointError:
-    return CheckpointError("checkpoint", storage.redact(uri), f"has a damaged file ({reason}).", "Delete it to resume from an older one.")
+        yield
+    except caught as error:
+        rule = f"has a damaged file ({what}{error})."
+        raise CheckpointError("checkpoint", storage.redact(uri), rule, "Delete it to resume from an older one.") from error
 
 
 def read_state(uri: str | Path) -> dict[str, Any]:
@@ -48,12 +48,11 @@ def read_state(uri: str | Path) -> dict[str, Any]:
         CheckpointError: the folder is missing, was never committed, is damaged, or has another format.
     """
     uri = str(uri)
-    _require_marker(uri)
-    try:
+    with _explained(uri, ""):
+        read_marker(uri)
+    with _explained(uri, f"{STATE}: ", FileNotFoundError, ValueError, TypeError, KeyError):
         content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, STATE)))
         found = content["format"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise _damaged(uri, f"{STATE}: {error}") from error
     check_format(uri, found)
     return content
 
@@ -83,19 +82,15 @@ def _state_shards(state: TrainState, stored: Container[str]) -> tuple[list[Tenso
 
 def random_shards() -> list[TensorShard]:
     """Return copies of this rank's random number generator states."""
-    rank = this_rank()
-    states = {f"random.cpu.{rank}": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"random.cuda.{rank}"] = torch.cuda.get_rng_state()
-    return [shard_of(name, value, rank=0) for name, value in states.items()]
+    states = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
+    return [shard_of(f"random.{device}.{this_rank()}", value, rank=0) for device, value in states.items()]
 
 
-def load(uri: str | Path, state: TrainState, with_optimizer: bool = True, scratch: Path | None = None) -> dict[str, Any]:
+def load(uri: str | Path, state: TrainState, with_optimizer: bool = True) -> dict[str, Any]:
     """Read a checkpoint of any layout into a live training state, in place. Every rank calls it.
 
     Args:
         with_optimizer: read the optimizer's state, step, schedule, loss scale, buffers and random states too, not the weights alone.
-        scratch: folder for the files of a remote checkpoint, one at a time; by default the temporary folder.
 
     Returns:
         The content of state.json.
@@ -105,14 +100,15 @@ def load(uri: str | Path, state: TrainState, with_optimizer: bool = True, scratc
     """
     uri = str(uri)
     content = read_state(uri)
-    files = CheckpointFiles(uri, scratch)
+    files = CheckpointFiles(uri)
     n_tensors = sum(name.startswith("model.") for name in files.index)
     if n_tensors != content["n_tensors"]:
-        raise _damaged(uri, f"{n_tensors} of {content['n_tensors']} model tensors are there")
+        with _explained(uri, ""):
+            raise DamagedFileError(f"{n_tensors} of {content['n_tensors']} model tensors are there")
     # Missing buffers that the run did not need before (balance biases are zeros), and random states of ranks that did not exist, keep
     # their initial values.
     shards, finishers = _state_shards(state, files.index) if with_optimizer else (model_shards(state.model), [])
-    found = [shard for shard in shards if shard.name in files.index or not _is_optional(shard.name)]
+    found = [s for s in shards if s.name in files.index or not (s.name.startswith("state.") or s.name.endswith(BALANCE_BIAS))]
     if not with_optimizer:
         files.read(found)
         return content
@@ -131,16 +127,8 @@ def load(uri: str | Path, state: TrainState, with_optimizer: bool = True, scratc
     return content
 
 
-def _is_optional(name: str) -> bool:
-    return name.startswith("state.") or name.endswith(BALANCE_BIAS)
-
-
 def read_model(uri: str, model: nn.Module) -> None:
-    """Fill a model, on any number of ranks, with a checkpoint's weights.
-
-    Raises:
-        CheckpointError: it is incomplete or damaged, or its tensors are not the model's.
-    """
+    """Fill a model, on any number of ranks, with a checkpoint's weights. Raises CheckpointError as `load` does."""
     CheckpointFiles(uri).read(model_shards(model))
 
 
@@ -154,20 +142,16 @@ class CheckpointFiles:
         CheckpointError: a file is missing or damaged.
     """
 
-    def __init__(self, uri: str, scratch: Path | None = None) -> None:
-        self._uri, self._scratch = uri, scratch
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        with _explained(uri, ""):
+            names = sorted(name for name in read_marker(uri)["files"] if name.endswith(".safetensors"))
         headers = {}
-        for name in sorted(_require_marker(uri)["files"]):
-            if name.endswith(".safetensors"):
-                try:
-                    with storage.open_read(storage.join(uri, name)) as stream:
-                        headers[name] = read_header(stream)
-                except (FileNotFoundError, DamagedFileError) as error:
-                    raise _damaged(uri, f"{name}: {error}") from error
-        try:
+        for name in names:
+            with _explained(uri, f"{name}: ", FileNotFoundError), storage.open_read(storage.join(uri, name)) as stream:
+                headers[name] = read_header(stream)
+        with _explained(uri, f"the header of one of {len(headers)}: ", KeyError, ValueError, TypeError):
             self.index: dict[str, StoredTensor] = index_tensors(headers)
-        except (KeyError, ValueError, TypeError) as error:
-            raise _damaged(uri, f"the header of one of {len(headers)}: {error}") from error
 
     def read(self, shards: list[TensorShard]) -> None:
         """Fill the live tensors that `shards` share memory with. The model's must be all that the checkpoint has.
@@ -175,32 +159,25 @@ class CheckpointFiles:
         Raises:
             CheckpointError: a tensor is missing, unknown or of another shape, or a file is damaged.
         """
-        shown = storage.redact(self._uri)
+        shown, live = storage.redact(self._uri), {shard.name for shard in shards}
         stored = {name: tuple(entry.metadata.size) for name, entry in self.index.items()}
-        missing = sorted(shard.name for shard in shards if shard.name not in stored)
-        if missing:
+        if missing := sorted(live - set(stored)):
             raise CheckpointError("checkpoint", shown, f"lacks {len(missing)} tensors, the first being {missing[0]}.")
         for shard in shards:
             if stored[shard.name] != shard.shape:
                 rule = f"holds {shard.name} in shape {stored[shard.name]}, the model has {shard.shape}."
                 raise CheckpointError("checkpoint", shown, rule)
-        live = {shard.name for shard in shards}
-        unread = sorted(name for name in stored if name.startswith("model.") and name not in live)
-        if unread:
+        if unread := sorted(name for name in stored if name.startswith("model.") and name not in live):
             raise CheckpointError("checkpoint", shown, f"holds {len(unread)} tensors unknown to the model, the first {unread[0]}.")
-        with tempfile.TemporaryDirectory(prefix="most_ray-load-", dir=self._scratch) as folder:
-            try:
-                read_shards(shards, self.index, lambda name: self._fetch(name, Path(folder)), self._release)
-            except (FileNotFoundError, DamagedFileError) as error:
-                raise _damaged(self._uri, str(error)) from error
+        with _explained(self._uri, "", FileNotFoundError):
+            read_shards(shards, self.index, self._fetched)
 
-    def _fetch(self, name: str, folder: Path) -> Path:
-        uri = storage.join(self._uri, name)
-        if not storage.is_remote(uri):
-            return storage.local(uri)
-        storage.download(uri, folder / name)
-        return folder / name
-
-    def _release(self, path: Path) -> None:
-        if storage.is_remote(self._uri):
-            path.unlink()
+    @contextlib.contextmanager
+    def _fetched(self, name: str) -> Iterator[Path]:
+        """Yield the local path of a file, for a remote one that of a copy, which is then removed."""
+        if not storage.is_remote(self._uri):
+            yield storage.local(self._uri) / name
+            return
+        with tempfile.TemporaryDirectory(prefix="most_ray-load-") as folder:
+            storage.download(storage.join(self._uri, name), Path(folder) / name)
+            yield Path(folder) / name

@@ -36,19 +36,11 @@ from most_ray.io import storage
 
 BLOCK_BYTES = 8 << 20  # written, hashed or copied at a time: large enough for all three to release the interpreter's lock
 _CHUNKS_KEY = "rectangles"  # in a file's metadata, what each entry is a chunk of: the file format's word, so it stays
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # as safetensors names them
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_DTYPES = {  # by the names of safetensors
+    **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (64, 32, 16, 8)},
+} | {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class DamagedFileError(Exception):
@@ -88,9 +80,7 @@ def shard_of(name: str, tensor: torch.Tensor, order: Sequence[int] | None = None
         order: if the first dimension is kept in another order than in files, each row's index in files, `(rows,)`.
         rank: of the caller, by default that in the default group.
     """
-    if rank is None:
-        rank = this_rank()
-    shape = tuple(tensor.shape)
+    rank, shape = this_rank() if rank is None else rank, tuple(tensor.shape)
     if tensor.numel() == 0 or not isinstance(tensor, DTensor):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         indices: tuple[np.ndarray | None, ...] = (None,) * len(shape)
@@ -118,8 +108,7 @@ def _global_indices(
             continue
         assert not placement.is_partial(), "what is saved has been reduced"
         dim: int = placement.dim  # type: ignore[attr-defined]
-        before = indices[dim]
-        index = torch.arange(shape[dim]) if before is None else before
+        index = torch.arange(shape[dim]) if (before := indices[dim]) is None else before
         # Split the indices as the tensor was split: correct for strided shards (experts over two mesh dimensions) as for plain ones.
         shards, _ = placement._split_tensor(index.view([1] * dim + [-1]), size, with_padding=False, contiguous=False)  # type: ignore[attr-defined]
         indices[dim] = shards[at].flatten()
@@ -133,10 +122,8 @@ def _chunks(local: torch.Tensor, indices: Sequence[np.ndarray | None]) -> Iterat
         assert index is None or len(index) == size, "the placements describe the local tensor"
         runs.append([(0, 0, size)] if index is None else _runs(index))
     for corner in itertools.product(*runs):
-        view = local
-        for dim, (start, _, length) in enumerate(corner):
-            view = view.narrow(dim, start, length)
-        yield Chunk(tuple(begin for _, begin, _ in corner), view)
+        part = tuple(slice(start, start + length) for start, _, length in corner)
+        yield Chunk(tuple(begin for _, begin, _ in corner), local[part])
 
 
 def _runs(index: np.ndarray) -> list[tuple[int, int, int]]:
@@ -172,18 +159,15 @@ class Staging:
         """Make room for `shards`."""
         needed = sum(chunk.local.nbytes for shard in shards if shard.owned for chunk in shard.chunks)
         if needed > len(self._buffer):
-            pinned = torch.cuda.is_available()
             self._buffer = torch.empty(0, dtype=torch.uint8)  # frees the old one before the new one is allocated
-            self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=pinned)
-            self._buffer.zero_()  # touches every page
+            self._buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).zero_()  # touches every page
 
     def plan(self, shards: Sequence[TensorShard]) -> None:
         """Lay out what this rank owns of `shards`. `copy` must follow before any of them changes."""
         self.prepare(shards)
         chunks = [(shard, number, chunk) for shard in shards if shard.owned for number, chunk in enumerate(shard.chunks)]
         chunks.sort(key=lambda entry: -entry[0].dtype.itemsize)  # wide types first: every offset is a multiple of its type's width
-        entries: dict[str, Any] = {}
-        where: dict[str, Any] = {}
+        entries, where = {}, {}
         self._copies, position, self.values = [], 0, {}
         for shard, number, chunk in chunks:
             key = f"{shard.name}#{number}" if number else shard.name
@@ -308,23 +292,16 @@ def index_tensors(headers: dict[str, dict[str, Any]]) -> dict[str, StoredTensor]
     return index
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A part of a file's entry and the view of a live tensor that it goes to."""
-
-    key: str
-    source: tuple[slice, ...]
-    target: torch.Tensor
+_Read = tuple[str, tuple[slice, ...], torch.Tensor]  # a file's entry, the part of it, and the view of a live tensor that it goes to
 
 
 def read_shards(
-    shards: Sequence[TensorShard], index: dict[str, StoredTensor], fetch: Callable[[str], Path], release: Callable[[Path], None]
+    shards: Sequence[TensorShard], index: dict[str, StoredTensor], fetched: Callable[[str], contextlib.AbstractContextManager[Path]]
 ) -> None:
     """Fill the live tensors that `shards` share memory with, one file after another.
 
     Args:
-        fetch: returns the local path of a file; called once for each file that is needed.
-        release: called with that path once the file has been read.
+        fetched: gives the local path of a file while it is read; called once for each file that is needed.
 
     Raises:
         DamagedFileError: a file cannot be read, or does not hold all of a chunk.
@@ -334,13 +311,11 @@ def read_shards(
         for chunk in shard.chunks:
             _plan_reads(shard.name, chunk, index[shard.name], reads)
     for file, wanted in sorted(reads.items()):
-        path = fetch(file)
-        try:
-            storage.with_retries(functools.partial(_read_file, path, wanted), str(path))
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{file}: {error}") from error
-        finally:
-            release(path)
+        with fetched(file) as path:
+            try:
+                storage.with_retries(functools.partial(_read_file, path, wanted), str(path))
+            except DamagedFileError as error:
+                raise DamagedFileError(f"{file}: {error}") from error
 
 
 def _read_file(path: Path, wanted: Sequence[_Read]) -> None:
@@ -350,13 +325,12 @@ def _read_file(path: Path, wanted: Sequence[_Read]) -> None:
         except SafetensorError as error:
             raise DamagedFileError(_one_line(error)) from error
         with handle:
-            for read in wanted:
+            for key, source, target in wanted:
                 try:
-                    # A scalar has no slices.
-                    data = handle.get_slice(read.key)[read.source] if read.source else handle.get_tensor(read.key)
+                    data = handle.get_slice(key)[source] if source else handle.get_tensor(key)  # a scalar has no slices
                 except (SafetensorError, RuntimeError, IndexError, ValueError) as error:  # the header describes something else
                     raise DamagedFileError(_one_line(error)) from error
-                read.target.copy_(data)
+                target.copy_(data)
 
 
 def _one_line(error: Exception) -> str:
@@ -371,10 +345,8 @@ def _plan_reads(name: str, chunk: Chunk, stored: StoredTensor, reads: dict[str, 
         assert item.storage_index.index is not None
         file, key = stored.locations[item.storage_index.index]
         source = tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
-        target = chunk.local
-        for dim, (start, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            target = target.narrow(dim, start, length)
-        reads.setdefault(file, []).append(_Read(key, source, target))
+        target = tuple(slice(start, start + length) for start, length in zip(item.dest_offsets, item.lengths, strict=True))
+        reads.setdefault(file, []).append((key, source, chunk.local[target]))
         covered += math.prod(item.lengths)
     if covered != chunk.local.numel():
         raise DamagedFileError(f"they hold only {covered} of {chunk.local.numel()} values of {name}")

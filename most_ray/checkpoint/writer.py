@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import most_ray
-from most_ray.checkpoint.catalog import COMMIT, FORMAT, committed, find_corruption, hash_file
+from most_ray.checkpoint.catalog import COMMIT, FORMAT, hash_file, latest_valid
 from most_ray.checkpoint.reader import STATE, random_shards, state_shards
 from most_ray.checkpoint.shards import Staging, TensorShard
 from most_ray.distributed.collectives import all_gather_or_raise
@@ -45,12 +45,14 @@ _GROUP_TIMEOUT = timedelta(hours=1)  # for the slowest rank to write its file
 _FATAL_FIELDS = ("output_dir", "attempt")  # of errors that a retry cannot fix: no room left, another attempt owns the run
 
 
+_Written = tuple[str, tuple[int, str], dict[str, int]]  # a rank's file: name, size and hash, and how many values of each tensor it holds
+
+
 class Saved(NamedTuple):
     """A checkpoint that was committed."""
 
     step: int
     uri: str
-    seconds: float  # from the copy to the commit marker
 
 
 class CheckpointWriter:
@@ -58,7 +60,6 @@ class CheckpointWriter:
 
     Args:
         background: write in a thread; otherwise `save` returns when the checkpoint is complete.
-        scratch: folder for a rank's file until it is uploaded to a remote URI; by default the temporary folder.
         overlap: let the thread also copy, during the next forward and backward pass (CPU tensors only). Nothing may then change the state
             before the next `step` of its optimizer, which waits for the copy.
 
@@ -66,17 +67,16 @@ class CheckpointWriter:
         stall_seconds: how long the calling thread has waited in `save`, in `wait` and before optimizer steps, in total.
     """
 
-    def __init__(self, background: bool = True, scratch: Path | None = None, overlap: bool = False) -> None:
-        self._background, self._scratch = background, scratch
+    def __init__(self, background: bool = True, overlap: bool = False) -> None:
+        self._background = background
         self._overlap = overlap and background and not torch.cuda.is_available()  # a GPU's copies are only queued by the caller
         self._copied = threading.Event()
         self._copied.set()
         self._hooks: dict[torch.optim.Optimizer, Any] = {}
         self._staging = Staging()
-        self._group: Any = None
-        if background and dist.is_initialized():
-            # Not training's group: there the order of collectives must stay.
-            self._group = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT)
+        # Not training's group: there the order of collectives must stay.
+        apart = background and dist.is_initialized()
+        self._group: Any = dist.new_group(backend="gloo", timeout=_GROUP_TIMEOUT) if apart else None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved: list[Saved] = []
@@ -112,15 +112,14 @@ class CheckpointWriter:
             else:
                 self._staging.copy(torch.get_num_threads())
             values, nbytes = {shard.name: math.prod(shard.shape) for shard in shards}, sum(shard.global_bytes for shard in shards)
-            where = (self._staging, self._group, self._scratch)
-            task = _SaveTask(uri, state.step, this_rank(), values, nbytes, state_json, write_files, may_commit, *where)
-            self._thread = threading.Thread(target=self._run, args=(task, time.monotonic()), name="checkpoint", daemon=True)
+            callbacks = (write_files, may_commit)
+            task = _SaveTask(uri, state.step, this_rank(), values, nbytes, state_json, *callbacks, self._staging, self._group)
             if self._background:
+                self._thread = threading.Thread(target=self._run, args=(task,), name="checkpoint", daemon=True)
                 self._thread.start()
-                return
-            self._thread = None
-            self._run(task, time.monotonic())
-            self._raise_error()
+            else:
+                self._run(task)
+                self._join()
 
     def poll(self) -> list[Saved]:
         """Return what was committed since the last call, without waiting: ranks may learn of a commit at different steps.
@@ -157,7 +156,7 @@ class CheckpointWriter:
             hook.remove()
         self._hooks = {}
 
-    def _run(self, task: _SaveTask, started: float) -> None:
+    def _run(self, task: _SaveTask) -> None:
         try:
             try:
                 if self._overlap:
@@ -165,7 +164,7 @@ class CheckpointWriter:
             finally:
                 self._copied.set()
             task.run()
-            self._saved.append(Saved(task.step, task.uri, time.monotonic() - started))
+            self._saved.append(Saved(task.step, task.uri))
         except CheckpointError as error:
             # What only the user can fix ends the run. After a RuntimeError it resumes from the checkpoint before.
             self._error = error if error.field in _FATAL_FIELDS else RuntimeError(str(error))
@@ -178,12 +177,10 @@ class CheckpointWriter:
                 self._copied.wait()
 
     def _join(self) -> None:
+        """Wait for the thread, if there is one, and raise the error of the save."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._raise_error()
-
-    def _raise_error(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -199,6 +196,7 @@ class CheckpointWriter:
 
 def _describe(state: TrainState, shards: list[TensorShard]) -> dict[str, Any]:
     """Return what state.json holds of a training state."""
+    versions = {"most_ray": most_ray.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "format": FORMAT,
         "step": state.step,
@@ -207,12 +205,7 @@ def _describe(state: TrainState, shards: list[TensorShard]) -> dict[str, Any]:
         "loss_scale": asdict(state.loss_scale),
         "n_tensors": sum(shard.name.startswith("model.") for shard in shards),
         "tensor_bytes": sum(shard.global_bytes for shard in shards),
-        "versions": {
-            "most_ray": most_ray.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**versions, "python": platform.python_version()},
         "ranks": {"world_size": world_size(), "meshes": _meshes(state.model)},
     }
 
@@ -238,7 +231,6 @@ class _SaveTask:
     may_commit: Callable[[], bool]
     staging: Staging
     group: Any  # of gloo, or None without other ranks
-    scratch: Path | None
 
     def run(self) -> None:
         """Write and commit the checkpoint.
@@ -246,11 +238,10 @@ class _SaveTask:
         Raises:
             CheckpointError: on all ranks, if one fails; then nothing is committed.
         """
-        self._on_all_ranks(self._begin if self.rank == 0 else lambda: None)
+        self._on_all_ranks(self._begin)
         try:
             written = self._on_all_ranks(self._write)
-            files = {name: entry for name, entry, _ in written}
-            self._on_all_ranks((lambda: self._commit(files, [values for _, _, values in written])) if self.rank == 0 else lambda: None)
+            self._on_all_ranks(lambda: self._commit(written) if self.rank == 0 else None)
         except CheckpointError:
             self._remove()
             raise
@@ -263,19 +254,14 @@ class _SaveTask:
                 return work()
             except CheckpointError:
                 raise
-            except OSError as error:
-                raise self._explain(error) from error
             except Exception as error:  # any (a tokenizer's, the storage's) means that there is no checkpoint
-                raise self._failure(error) from error
+                raise self._explain(error) from error
 
         return all_gather_or_raise(explained, self.group)
 
-    def _failure(self, error: Exception) -> CheckpointError:
-        return CheckpointError("checkpoint", storage.redact(self.uri), f"could not be written on rank {self.rank} ({error}).")
-
-    def _explain(self, error: OSError) -> CheckpointError:
-        if error.errno not in _DISK_FULL:
-            return self._failure(error)
+    def _explain(self, error: Exception) -> CheckpointError:
+        if not isinstance(error, OSError) or error.errno not in _DISK_FULL:
+            return CheckpointError("checkpoint", storage.redact(self.uri), f"could not be written on rank {self.rank} ({error}).")
         where = "" if error.filename is None or not storage.is_remote(self.uri) else f" at {error.filename}"
         rule = f"has no room left for a checkpoint of {self.nbytes / 1e6:,.0f} MB ({error.strerror}{where})."
         remedy = f"Make room, then start the same command again. {self._latest_valid()}".rstrip()
@@ -284,29 +270,28 @@ class _SaveTask:
     def _latest_valid(self) -> str:
         """Say whether there is a checkpoint to resume from."""
         try:
-            valid = (uri for uri in reversed(committed(storage.parent(self.uri))) if find_corruption(uri) is None)
-            if uri := next(valid, None):
-                return f"The last checkpoint is intact: {storage.redact(uri)}."
+            uri, _ = latest_valid(storage.parent(self.uri), deep_bytes=0)
+            return f"The last checkpoint is intact: {storage.redact(uri)}." if uri else "There is no earlier checkpoint."
         except Exception as error:  # noqa: BLE001 - a remark in an error must not replace that error
             logger.warning("earlier checkpoints could not be listed: %s", error)
             return ""
-        return "There is no earlier checkpoint."
 
     def _begin(self) -> None:
-        self._require_ownership()
-        storage.remove(self.uri)  # left by an attempt that died before its commit
+        if self.rank == 0:
+            self._require_ownership()
+            storage.remove(self.uri)  # left by an attempt that died before its commit
 
     def _require_ownership(self) -> None:
         """Raise CheckpointError if another attempt owns the run now, or has committed this very step."""
         if not self.may_commit() or storage.exists(storage.join(self.uri, COMMIT)):
             raise CheckpointError("attempt", None, "has been replaced by a newer one of the same run; its checkpoint was not committed.")
 
-    def _write(self) -> tuple[str, tuple[int, str], dict[str, int]]:
-        """Write this rank's file. Returns its name, its size and hash, and how many values of each tensor it holds."""
+    def _write(self) -> _Written:
+        """Write this rank's file."""
         name = f"rank-{self.rank:05d}.safetensors"
         if not storage.is_remote(self.uri):
             return name, self._write_file(storage.local(self.uri) / name), self.staging.values
-        with tempfile.TemporaryDirectory(prefix="most_ray-save-", dir=self.scratch) as folder:
+        with tempfile.TemporaryDirectory(prefix="most_ray-save-") as folder:
             entry = self._write_file(Path(folder) / name)
             storage.publish(Path(folder), self.uri, name)
         return name, entry, self.staging.values
@@ -325,17 +310,15 @@ class _SaveTask:
 
     def _require_complete(self, written: list[dict[str, int]]) -> None:
         """Raise CheckpointError unless the files of all ranks hold every value of every tensor exactly once."""
-        found: collections.Counter[str] = collections.Counter()
-        for values in written:
-            found.update(values)
-        wrong = sorted(name for name, count in self.values.items() if found[name] != count)
-        if wrong:
+        found = sum(map(collections.Counter, written), collections.Counter())
+        if wrong := sorted(name for name, count in self.values.items() if found[name] != count):
             rule = f"would hold {found[wrong[0]]} of {self.values[wrong[0]]} values of {wrong[0]} ({len(wrong)} tensors are not whole)."
             raise CheckpointError("checkpoint", storage.redact(self.uri), rule)
 
-    def _commit(self, files: dict[str, tuple[int, str]], written: list[dict[str, int]]) -> None:
+    def _commit(self, written: list[_Written]) -> None:
         """Write state.json, the caller's files, and last the commit marker."""
-        self._require_complete(written)
+        self._require_complete([values for _, _, values in written])
+        files = {name: entry for name, entry, _ in written}
         root = storage.with_retries(lambda: self._write_shared_files(files), self.uri)
         marker = json.dumps({"format": FORMAT, "step": self.step, "files": files}, indent=1)
         self._require_ownership()
@@ -347,7 +330,7 @@ class _SaveTask:
     def _write_shared_files(self, files: dict[str, tuple[int, str]]) -> Path:
         """Write all files but the ranks' and add them to `files`. Returns the local folder that they were written to."""
         remote = storage.is_remote(self.uri)
-        with tempfile.TemporaryDirectory(prefix="most_ray-save-", dir=self.scratch) if remote else contextlib.nullcontext("") as folder:
+        with tempfile.TemporaryDirectory(prefix="most_ray-save-") if remote else contextlib.nullcontext("") as folder:
             root = Path(folder) if folder else storage.local(self.uri)
             (root / STATE).write_text(self.state_json, encoding="utf-8")
             self.write_files(root)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
+import math
 import os
 import statistics
 import threading
@@ -85,16 +87,9 @@ class Calibration:
     def speed(self, workers: int) -> Speed:
         """Return the speed of each of `workers` that share this machine's cores."""
         sharing = max(1.0, workers * self.threads / (os.cpu_count() or 1))
-        return Speed(
-            half_flops=self.flops / sharing,
-            full_flops=self.flops / sharing,
-            bandwidth=float("inf"),
-            update_rate=self.update_rate / sharing,
-            links=measure_links(workers),
-            fsdp_s=self.fsdp_s * sharing,
-            fsdp_update_s=self.fsdp_update_s * sharing,
-            exchange_s=self.exchange_s * sharing,
-        )
+        flops, own_work = self.flops / sharing, (self.fsdp_s, self.fsdp_update_s, self.exchange_s)
+        links = measure_links(workers)
+        return Speed(flops, flops, math.inf, self.update_rate / sharing, links, *(seconds * sharing for seconds in own_work))
 
 
 def calibrate(
@@ -102,8 +97,7 @@ def calibrate(
 ) -> Calibration:
     """Measure steps of a model on one rank, for about ten seconds at most.
 
-    The modes alternate on each batch, so that whatever else slows the machine slows all of them; their models, up to a GiB each, are in
-    memory together.
+    The modes alternate on each batch, so that whatever else slows the machine slows all of them.
 
     Args:
         batches: a rank's batches of several steps. They must differ as a run's do, since libraries cache what depends on shapes. The first
@@ -124,24 +118,17 @@ def calibrate(
     added = [np.maximum(0.0, np.median(seconds[1:, mode] - seconds[1:, mode - 1], axis=0)) for mode in range(1, len(modes))]
     sharding, exchange = added or np.zeros((2, 2))
     layers = config.num_hidden_layers / proxy.num_hidden_layers
-    return Calibration(
-        flops=statistics.median(_operations(proxy, _first_rows(batch, rows)) for batch in batches[1 : len(seconds)]) / pass_s,
-        update_rate=ModelShapes(proxy).count / float(np.median(updates)) if len(updates) else _ASSUMED_UPDATE_RATE,
-        fsdp_s=float(sharding[0]) * layers,
-        fsdp_update_s=float(sharding[1]) * layers,
-        exchange_s=float(exchange[0]) * layers,
-        threads=threads,
-    )
+    flops = statistics.median(_operations(proxy, _first_rows(batch, rows)) for batch in batches[1 : len(seconds)]) / pass_s
+    update_rate = ModelShapes(proxy).count / float(np.median(updates)) if len(updates) else _ASSUMED_UPDATE_RATE
+    fsdp_s, fsdp_update_s, exchange_s = (float(seconds) * layers for seconds in (*sharding, exchange[0]))
+    return Calibration(flops, update_rate, fsdp_s, fsdp_update_s, exchange_s, threads)
 
 
 def _time_batches(modes: Sequence[ProxyModel], batches: Sequence[Batch]) -> np.ndarray:
     """Return the seconds `(batches, modes, 2)` of a pass and of an update, for the warm-up, the next batch, and more while time is left."""
-    started, seconds = clock(), []
-    for index, batch in enumerate(batches):
-        if index > 1 and clock() - started > _TIME_LIMIT_S:
-            break
-        seconds.append(_time_batch(modes, batch, index))
-    return np.array(seconds)
+    started = clock()
+    wanted = itertools.takewhile(lambda entry: entry[0] < 2 or clock() - started <= _TIME_LIMIT_S, enumerate(batches))
+    return np.array([_time_batch(modes, batch, index) for index, batch in wanted])
 
 
 def _time_batch(modes: Sequence[ProxyModel], batch: Batch, first: int) -> list[tuple[float, float]]:
@@ -158,17 +145,15 @@ class ProxyModel:
         if mode != "plain":
             _shard(model, exchange=mode == "exchanged")
         self._state: TrainState = make_state(model, options, CALIBRATION_BATCHES)
-        # However many steps are skipped, none ends the calibration.
-        skips = CALIBRATION_BATCHES + 1
+        skips = CALIBRATION_BATCHES + 1  # however many steps are skipped, none ends the calibration
         self._settings = dataclasses.replace(StepSettings.of(options, _CPU), dtype=dtype, max_skipped_steps=skips)
 
     def seconds(self, batch: Batch) -> tuple[float, float]:
         """Train on a batch. Returns the seconds of the forward and backward passes, and of the optimizer's update."""
         marks: list[float] = []
-        hooks = [
-            register(lambda *_: marks.append(clock()))
-            for register in (self._state.optimizer.register_step_pre_hook, self._state.optimizer.register_step_post_hook)
-        ]
+        optimizer = self._state.optimizer
+        registers = (optimizer.register_step_pre_hook, optimizer.register_step_post_hook)
+        hooks = [register(lambda *_: marks.append(clock())) for register in registers]
         started = clock()
         run_step(self._state, batch, self._settings)
         total = clock() - started
@@ -220,11 +205,7 @@ def _choose_proxy(config: MostConfig, shapes: ModelShapes, batch: Batch, peak: f
 
 
 def _count(proxy: MostConfig, shapes: ModelShapes) -> int:
-    """Return the number of a proxy's parameters.
-
-    Args:
-        shapes: of the whole model.
-    """
+    """Return the number of a proxy's parameters, from the shapes of the whole model."""
     units = {name: sum(unit) for name, unit in shapes.units().items()}
     dense, experts = (f"model.layers.{index}" for index in (0, shapes.config.num_hidden_layers - 1))
     n_dense = min(proxy.first_k_dense_replace, proxy.num_hidden_layers)
@@ -252,8 +233,7 @@ def measure_links(ranks: int) -> CpuLinks:
     ranks = min(ranks, _MAX_RANKS)
     seconds: dict[CollectiveKind, dict[int, float]] = {}
     if ranks > 1:
-        barrier = threading.Barrier(ranks)
-        store = dist.HashStore()
+        barrier, store = threading.Barrier(ranks), dist.HashStore()
 
         def rank_main(rank: int) -> dict[CollectiveKind, dict[int, float]]:
             try:
@@ -267,25 +247,16 @@ def measure_links(ranks: int) -> CpuLinks:
             for future in as_completed(futures):
                 future.result()  # raises the first error
         seconds = futures[0].result()
-    return CpuLinks(
-        ranks=ranks,
-        call={kind: each[_SMALL] for kind, each in seconds.items()},
-        byte={kind: max(0.0, each[_LARGE] - each[_SMALL]) / _sent(kind, _LARGE, ranks) for kind, each in seconds.items()},
-    )
-
-
-def _sent(kind: CollectiveKind, message: int, ranks: int) -> float:
-    """Return the bytes that a rank sends of a message, as `Collective.nbytes` counts them."""
-    return (2 if kind == "all-reduce" else 1) * message * (ranks - 1) / ranks
+    sent = {kind: (2 if kind == "all-reduce" else 1) * _LARGE * (ranks - 1) / ranks for kind in seconds}  # as in `Collective.nbytes`
+    byte = {kind: max(0.0, each[_LARGE] - each[_SMALL]) / sent[kind] for kind, each in seconds.items()}
+    return CpuLinks(ranks, {kind: each[_SMALL] for kind, each in seconds.items()}, byte)
 
 
 def _group(store: dist.Store, rank: int, ranks: int) -> Any:
     """Return a rank's member of a group that is separate from the process's own, on the loopback address."""
     gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack most of it
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
-    options._timeout = timedelta(seconds=60)
-    options._threads = 2
+    options._devices, options._timeout, options._threads = [gloo.create_device(hostname="127.0.0.1")], timedelta(seconds=60), 2
     return gloo(store, rank, ranks, options)
 
 

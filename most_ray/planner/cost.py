@@ -97,12 +97,8 @@ def distinct_ranks(shapes: ModelShapes, ep_size: int) -> float:
     k, share = config.num_experts_per_tok, config.n_routed_experts // ep_size
     placement = shapes.placement(ep_size)
     ranks = [set(placement[start : start + share]) for start in range(0, len(placement), share)]
-    found = 0.0
-    for group in shapes.groups:
-        for rank in ranks:
-            elsewhere = len(group) - len(group & rank)
-            found += len(group) * (1 - math.comb(elsewhere, k) / math.comb(len(group), k))
-    return found / sum(map(len, shapes.groups))
+    found = (len(group) * (1 - math.comb(len(group - rank), k) / math.comb(len(group), k)) for group in shapes.groups for rank in ranks)
+    return sum(found) / sum(map(len, shapes.groups))
 
 
 def collectives_of(shapes: ModelShapes, topology: Topology, work: StepWork) -> list[Collective]:
@@ -120,13 +116,11 @@ def collectives_of(shapes: ModelShapes, topology: Topology, work: StepWork) -> l
         groups.append((fsdp // ep, ep, [experts // ep for _, experts in gathered_twice.values() if experts], 0))
     found: list[Collective] = []
     for ranks, stride, sizes, once in groups:
-        others, total = (ranks - 1) / ranks, FLOAT32_BYTES * sum(sizes)
-        calls = len(sizes) * 2 - (once > 0)
-        gathered = others * (2 * total - FLOAT32_BYTES * once)
-        found.append(Collective("all-gather", ranks, stride, calls, gathered, overlappable=True))
-        found.append(Collective("reduce-scatter", ranks, stride, len(sizes), others * total, overlappable=True))
-        reduced = 2 * (replicas - 1) / replicas * total / ranks
-        found.append(Collective("all-reduce", replicas, fsdp, len(sizes), reduced, overlappable=True))
+        others, total, count = (ranks - 1) / ranks, FLOAT32_BYTES * sum(sizes), len(sizes)
+        gathered, reduced = others * (2 * total - FLOAT32_BYTES * once), 2 * (replicas - 1) / replicas * total / ranks
+        found.append(Collective("all-gather", ranks, stride, count * 2 - (once > 0), gathered, overlappable=True))
+        found.append(Collective("reduce-scatter", ranks, stride, count, others * total, overlappable=True))
+        found.append(Collective("all-reduce", replicas, fsdp, count, reduced, overlappable=True))
     if ep > 1:
         found.append(_exchange(shapes, ep, work))
     return [collective for collective in found if collective.ranks > 1]
@@ -138,9 +132,8 @@ def _exchange(shapes: ModelShapes, ep: int, work: StepWork) -> Collective:
     A row goes out with the slots and weights of its experts, padded to 16 bytes, and an output row comes back; in the backward pass the
     output's gradient goes out, and the gradients of row and weights come back.
     """
-    config = shapes.config
-    output = config.hidden_size * (2 if work.half else FLOAT32_BYTES)
-    row, k = _aligned(output), config.num_experts_per_tok
+    k, output = shapes.config.num_experts_per_tok, shapes.config.hidden_size * (2 if work.half else FLOAT32_BYTES)
+    row = _aligned(output)
     dispatch, gradient = _aligned(row + 2 * FLOAT32_BYTES * k), _aligned(row + FLOAT32_BYTES * k)
     repeated = work.recompute == "full"  # selective recomputation leaves experts out
     nbytes = dispatch + gradient + 2 * output + (dispatch + output if repeated else 0)
@@ -172,10 +165,10 @@ def step_cost(shapes: ModelShapes, topology: Topology, work: StepWork, speed: Sp
     update += speed.fsdp_update_s
     collectives = collectives_of(shapes, topology, work)
     sent: dict[str, float] = {}
-    for collective in collectives:
-        sent[collective.kind] = sent.get(collective.kind, 0.0) + work.passes * collective.nbytes
-    overlappable = work.passes * sum(speed.links.seconds(collective) for collective in collectives if collective.overlappable)
-    exposed = work.passes * sum(speed.links.seconds(collective) for collective in collectives if not collective.overlappable)
+    for each in collectives:
+        sent[each.kind] = sent.get(each.kind, 0.0) + work.passes * each.nbytes
+    overlappable = work.passes * sum(speed.links.seconds(each) for each in collectives if each.overlappable)
+    exposed = work.passes * sum(speed.links.seconds(each) for each in collectives if not each.overlappable)
     if speed.links.overlaps:
         # The first unit's weights and the last one's gradients have nothing to overlap with.
         overlappable = max(overlappable - compute, overlappable / len(shapes.units()))
@@ -184,11 +177,6 @@ def step_cost(shapes: ModelShapes, topology: Topology, work: StepWork, speed: Sp
 
 def layouts_of(world_size: int, config: MostConfig) -> list[Topology]:
     """Return all valid layouts of `world_size` workers."""
-    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    experts = config.n_routed_experts
-    return [
-        plan_topology(world_size, ep, replicas, experts)
-        for replicas in sizes
-        for ep in sizes
-        if world_size // replicas % ep == 0 and experts % ep == 0
-    ]
+    sizes, experts = [size for size in range(1, world_size + 1) if world_size % size == 0], config.n_routed_experts
+    pairs = ((replicas, ep) for replicas in sizes for ep in sizes if world_size // replicas % ep == 0 and experts % ep == 0)
+    return [plan_topology(world_size, ep, replicas, experts) for replicas, ep in pairs]

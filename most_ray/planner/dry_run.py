@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -102,10 +101,7 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, device: str = "") -> DryRun:
-    """Estimate a run.
-
-    Args:
-        device: what to estimate it for, see `device_of`.
+    """Estimate a run on a device (see `device_of`).
 
     Raises:
         UserError: a mistake that `prepare_run` finds too, if it does not depend on where it runs; an unknown device; an unknown model.
@@ -161,8 +157,9 @@ class _Preparation:
             return str(folder)
         if storage.is_remote(name) or Path(name).exists():
             return storage.absolute(name)
-        if cached := _cached(name):
-            return str(cached)
+        with contextlib.suppress(HFValidationError):  # not a valid name on the hub
+            if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+                return str(Path(cached).parent)
         known = published_name(name)
         if known is None:
             rule = "is neither a folder nor in this machine's cache of hub models."
@@ -184,8 +181,9 @@ class _Preparation:
         """Ingest all records of a small run; of a large one use the existing store, or a sample."""
         if self._small:
             return ingest_directory(directory, recipe, store_dir, run)
-        root = self.config.store_uri
-        if any(m.get("source") == storage.redact(storage.absolute(directory)) for m in _manifests(root)):
+        root, source = self.config.store_uri, storage.redact(storage.absolute(directory))
+        stores = storage.list_files(root, ("manifest.json",)) if storage.exists(root) else ()
+        if any(json.loads(storage.read_bytes(entry.uri)).get("source") == source for entry in stores):
             with contextlib.suppress(_StoreMissingError):  # it has another recipe, or its records have changed: they are sampled
                 return ingest_directory(directory, recipe, root, _refuse)
         self.sampled = True
@@ -201,37 +199,19 @@ class _StoreMissingError(Exception):
     """Parts of a token store would have to be made."""
 
 
-def _refuse(parts: object, recipe: object) -> None:
-    del parts, recipe
+def _refuse(*_: object) -> None:
     raise _StoreMissingError
 
 
-def _cached(name: str) -> Path | None:
-    """Return the folder of a hub model in this machine's cache."""
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # not a valid name on the hub
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _manifests(root: str) -> Iterator[dict[str, object]]:
-    """Yield the manifests of all token stores in a folder."""
-    for entry in storage.list_files(root, ("manifest.json",)) if storage.exists(root) else ():
-        yield json.loads(storage.read_bytes(entry.uri))
-
-
 def _estimate(config: RunConfig, prepared: Prepared, preparation: _Preparation, requested: str) -> DryRun:
-    job, plan = prepared.job, prepared.plan
+    job, plan, first, world = prepared.job, prepared.plan, prepared.done_steps + 1, prepared.job.topology.world_size
     config = dataclasses.replace(config, bf16=job.config.bf16)
     dtype = autocast_dtype(config)
-    device = device_of(requested, prepared.use_gpu, dtype, job.topology.world_size, job.threads)
+    device = device_of(requested, prepared.use_gpu, dtype, world, job.threads)
     model_config = read_config(local_copy(job.model_path), overrides_of(config))
-    shapes = ModelShapes(model_config)
-    steps = steps_of(plan, prepared.done_steps + 1, job.total_steps, _STEPS)
+    shapes, steps = ModelShapes(model_config), steps_of(plan, first, job.total_steps, _STEPS)
     calibration = None
     if device.speed is None:
-        world, first = job.topology.world_size, prepared.done_steps + 1
         batches = [rank_batch(plan, first + k, 0, world, config.train_batch_size, job.layout) for k in range(CALIBRATION_BATCHES)]
         calibration = calibrate(model_config, config, batches, dtype, device.half_flops, job.threads)
 

@@ -99,18 +99,14 @@ class Device:
 
 
 def device_of(requested: str, use_gpu: bool, dtype: torch.dtype | None, workers: int, threads: int) -> Device:
-    """Return the device that a run is estimated for.
+    """Return the device that a run is estimated for. Raises ConfigError if there is no such device.
 
     Args:
         requested: its name or the beginning of it, or `cpu`. If empty: this machine's GPU; an H100 SXM for a run on GPUs if this machine
             has none; or this machine's CPU.
-        use_gpu: whether the run uses GPUs.
         dtype: of the autocast; None for float32.
-        workers: number of workers, which share a CPU's memory.
+        workers: their number; they share a CPU's memory.
         threads: of each worker.
-
-    Raises:
-        ConfigError: there is no such device.
     """
     if requested.lower() == "cpu" or (not requested and not use_gpu):
         with torch_threads(threads):
@@ -119,18 +115,14 @@ def device_of(requested: str, use_gpu: bool, dtype: torch.dtype | None, workers:
         return Device(f"this machine's CPU, {threads} thread{'s' if threads > 1 else ''}", False, half, full, memory, None)
     if not requested and torch.cuda.is_available():
         name, total = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
-        peaks = [listed_peak(name, each, tf32=False) for each in (dtype, None)]
-        half, full = (
-            peak or measured_peak(torch.device("cuda", 0), each or torch.float32, threads)
-            for peak, each in zip(peaks, (dtype, None), strict=True)
-        )
+        gpu = torch.device("cuda", 0)
+        half, full = (listed_peak(name, each, tf32=False) or measured_peak(gpu, each or torch.float32, threads) for each in (dtype, None))
         return Device(name, True, half, full, total, _assumed_speed(half, full, _closest_spec(name, total)))
     wanted = requested or "H100 SXM"
-    by_name = {name.lower(): name for name in _GPUS}
-    prefixed = (name for lower, name in by_name.items() if lower.startswith(wanted.lower()))
-    found = by_name.get(wanted.lower()) or next(prefixed, None)
-    if found is None:
+    matches = [name for name in _GPUS if name.lower().startswith(wanted.lower())]
+    if not matches:
         raise ConfigError("dry_run", requested, "is not a known device.", nearest(requested, [*_GPUS, "cpu"]))
+    found = min(matches, key=lambda name: name.lower() != wanted.lower())  # the full name, else the first
     half, full = (listed_peak(found, each, tf32=False) or 0.0 for each in (dtype, None))
     assert half and full, "every device here is in the table of peaks"
     return Device(found, True, half, full, _GPUS[found].memory << 30, _assumed_speed(half, full, _GPUS[found]))

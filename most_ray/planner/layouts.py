@@ -104,21 +104,17 @@ class LayoutEstimator:
     def estimate(self, topology: Topology) -> LayoutEstimate:
         """Estimate the run on a layout of the workers."""
         per_rank, total = checkpoint_sizes(self._shapes, topology, self._moments)
-        memory, cost = self._memory(topology), step_cost(self._shapes, topology, self._work, self._speed)
+        memory, cost = self._memory_and_cost(topology)
         return LayoutEstimate(topology, self.passes, self.rows, memory, per_rank, total, self._operations, cost)
 
     def choices(self, available: int | None) -> tuple[LayoutChoice, ...]:
-        """Return all layouts of the workers, those that fit first, then by speed.
-
-        Args:
-            available: a rank's memory in bytes; None if unknown.
-        """
+        """Return all layouts of the workers, those that fit `available` bytes of a rank's memory (None: unknown) first, then by speed."""
         found = []
         for topology in layouts_of(self._workers, self._shapes.config):
-            memory = self._memory(topology)
+            memory, cost = self._memory_and_cost(topology)
             fits = available is None or memory.total(self._work.recompute) <= USABLE_MEMORY * available
-            found.append(LayoutChoice(topology, step_cost(self._shapes, topology, self._work, self._speed), memory, fits))
+            found.append(LayoutChoice(topology, cost, memory, fits))
         return tuple(sorted(found, key=lambda choice: (not choice.fits, choice.cost.seconds)))
 
-    def _memory(self, topology: Topology) -> Memory:
-        return memory_of(self._shapes, topology, self._forward)
+    def _memory_and_cost(self, topology: Topology) -> tuple[Memory, StepCost]:
+        return memory_of(self._shapes, topology, self._forward), step_cost(self._shapes, topology, self._work, self._speed)

@@ -60,6 +60,11 @@ class ForwardPass:
     on_gpu: bool  # where autocast covers attention too
     moment: float = FLOAT32_BYTES  # bytes of each of AdamW's two moments of a parameter
 
+    @property
+    def width(self) -> int:
+        """Bytes of a number in linear layers."""
+        return 2 if self.half else FLOAT32_BYTES
+
 
 class ModelShapes:
     """A model's parameters and saved state without storage.
@@ -91,8 +96,7 @@ class ModelShapes:
         FSDP2 cuts the first dimension into `fsdp` chunks of equal size, the last of which may be short or empty; of experts it cuts those
         of the expert-parallel rank.
         """
-        n, size = self.parameters[name][0], topology.fsdp
-        start = 0
+        n, size, start = self.parameters[name][0], topology.fsdp, 0
         if _EXPERTS in name and topology.ep > 1:
             n //= topology.ep
             start, size, rank = (rank % topology.ep) * n, size // topology.ep, rank // topology.ep
@@ -100,19 +104,19 @@ class ModelShapes:
         return range(start + min(rank * chunk, n), start + min((rank + 1) * chunk, n))
 
     @property
+    def _by_modality(self) -> tuple[Sequence[int], Sequence[int]]:
+        config = self.config
+        return (config.text_expert_indices or (), config.audio_expert_indices or ()) if config.use_modality_aware_routing else ((), ())
+
+    @property
     def groups(self) -> tuple[frozenset[int], ...]:
         """The experts that a token of each modality may use."""
-        config = self.config
-        if not config.use_modality_aware_routing:
-            return (frozenset(range(config.n_routed_experts)),)
-        return frozenset(config.text_expert_indices or ()), frozenset(config.audio_expert_indices or ())
+        aware = self.config.use_modality_aware_routing
+        return tuple(map(frozenset, self._by_modality if aware else [range(self.config.n_routed_experts)]))
 
     def placement(self, ep_size: int) -> tuple[int, ...]:
         """Return the expert in each row of the expert tensors."""
-        config = self.config
-        aware = config.use_modality_aware_routing
-        groups = (config.text_expert_indices or (), config.audio_expert_indices or ()) if aware else ((), ())
-        return plan_placement(*groups, config.n_routed_experts, ep_size)
+        return plan_placement(*self._by_modality, self.config.n_routed_experts, ep_size)
 
     def units(self) -> dict[str, tuple[int, int]]:
         """Return the units that FSDP2 gathers at once, as transformers wraps DeepSeek-V2: name -> number of parameters other than routed
@@ -121,8 +125,7 @@ class ModelShapes:
         for name, shape in self.parameters.items():
             unit = ".".join(name.split(".")[:3]) if name.startswith("model.layers.") else name.removesuffix(".weight")
             unit = "lm_head" if unit == "model.norm" else unit
-            dense, experts = found.get(unit, (0, 0))
-            count = math.prod(shape)
+            (dense, experts), count = found.get(unit, (0, 0)), math.prod(shape)
             found[unit] = (dense, experts + count) if _EXPERTS in name else (dense + count, experts)
         return found
 
@@ -137,7 +140,7 @@ def memory_of(shapes: ModelShapes, topology: Topology, forward: ForwardPass) -> 
     activations, largest_layer = _activations(shapes.config, forward, topology.ep > 1)
     tokens = forward.rows * forward.length
     residual = shapes.layers * FLOAT32_BYTES * shapes.config.hidden_size * tokens
-    attention = tokens * _recomputed_attention(shapes.config, forward)
+    attention = tokens * (_attention(shapes.config, forward) - _attention_input(shapes.config, forward))
     return Memory(
         weights=FLOAT32_BYTES * count,
         gradients=FLOAT32_BYTES * count,
@@ -177,10 +180,10 @@ def _gathered(shapes: ModelShapes, topology: Topology) -> int:
 
 def _activations(config: MostConfig, forward: ForwardPass, exchanged: bool) -> tuple[int, int]:
     """Return the bytes that autograd keeps of a forward pass on full rows: in all layers, and in the largest layer alone."""
-    attention = _attention(config, forward.half, forward.half and forward.on_gpu)
+    attention = _attention(config, forward)
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
-    dense = attention + _mlp(config, config.intermediate_size, forward.half)
-    experts = attention + _experts(config, forward.half, exchanged)
+    dense = attention + _mlp(config, config.intermediate_size, forward)
+    experts = attention + _experts(config, forward, exchanged)
     last = _norm(config.hidden_size)
     shared = 4 * 8 + FLOAT32_BYTES * config.qk_rope_head_dim  # ids, positions, record numbers, and angles as complex numbers
     tokens = forward.rows * forward.length
@@ -191,53 +194,48 @@ def _activations(config: MostConfig, forward: ForwardPass, exchanged: bool) -> t
 # The following are bytes that autograd keeps for each token of a layer.
 
 
-def _recomputed_attention(config: MostConfig, forward: ForwardPass) -> int:
-    """What selective recomputation does not keep: all of attention but its input and the norm before it."""
-    kept = _norm(config.hidden_size) + (2 if forward.half else FLOAT32_BYTES) * config.hidden_size
-    return _attention(config, forward.half, forward.half and forward.on_gpu) - kept
-
-
 def _norm(width: int) -> int:
     """An RMS norm's input in float32, and its factor."""
     return FLOAT32_BYTES * width + FLOAT32_BYTES
 
 
-def _inner_norm(width: int, half: bool) -> int:
-    """The library's norm between two linear layers: its input in float32, the normalised values in the layers' type, and the second one's
-    input."""
-    return (FLOAT32_BYTES + 2 + 2 if half else 3 * FLOAT32_BYTES) * width + FLOAT32_BYTES
+def _inner_norm(width: int, forward: ForwardPass) -> int:
+    """The library's norm between two linear layers: its input in float32, and in the layers' type the normalised values and the second
+    one's input."""
+    return (FLOAT32_BYTES + 2 * forward.width) * width + FLOAT32_BYTES
 
 
-def _attention(config: MostConfig, half: bool, half_attention: bool) -> int:
+def _attention_input(config: MostConfig, forward: ForwardPass) -> int:
+    """The norm before attention, and attention's input: all that selective recomputation keeps of it."""
+    return _norm(config.hidden_size) + forward.width * config.hidden_size
+
+
+def _attention(config: MostConfig, forward: ForwardPass) -> int:
     """Attention and the norm before it: queries, keys, values and output in the width of keys, the normaliser, and the output in its own
     width."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    width = 2 if half else FLOAT32_BYTES
-    kept = _norm(hidden) + width * hidden
-    kept += _inner_norm(config.kv_lora_rank, half) + (0 if half else FLOAT32_BYTES * config.qk_rope_head_dim)
+    kept = _attention_input(config, forward) + _inner_norm(config.kv_lora_rank, forward)
+    kept += 0 if forward.half else FLOAT32_BYTES * config.qk_rope_head_dim
     if config.q_lora_rank is not None:
-        kept += _inner_norm(config.q_lora_rank, half)
-    return kept + heads * ((2 if half_attention else FLOAT32_BYTES) * 4 * key + width * config.v_head_dim + FLOAT32_BYTES)
+        kept += _inner_norm(config.q_lora_rank, forward)
+    products = (2 if forward.half and forward.on_gpu else FLOAT32_BYTES) * 4 * key
+    return kept + config.num_attention_heads * (products + forward.width * config.v_head_dim + FLOAT32_BYTES)
 
 
-def _mlp(config: MostConfig, intermediate: int, half: bool) -> int:
+def _mlp(config: MostConfig, intermediate: int, forward: ForwardPass) -> int:
     """An MLP and the norm before it: its input, gate, up projection and the input of the down projection."""
-    return _norm(config.hidden_size) + (2 if half else FLOAT32_BYTES) * (config.hidden_size + 3 * intermediate)
+    return _norm(config.hidden_size) + forward.width * (config.hidden_size + 3 * intermediate)
 
 
-def _experts(config: MostConfig, half: bool, exchanged: bool) -> int:
+def _experts(config: MostConfig, forward: ForwardPass, exchanged: bool) -> int:
     """Router, routed experts and shared experts. All take the norm's output, the router in float32."""
     hidden, intermediate, chosen = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
-    width = 2 if half else FLOAT32_BYTES
     masks = 2 if config.use_modality_aware_routing else 0
     router = (2 * FLOAT32_BYTES + masks) * config.n_routed_experts + (8 + FLOAT32_BYTES) * chosen
-    # Of each pair of token and expert: gate, up projection and three indices.
-    pair = 2 * width * intermediate + 3 * 8
-    if exchanged:  # the row as received and as returned
-        pair += 2 * width * hidden + 8
-    shared = _mlp(config, intermediate * config.n_shared_experts, half)
-    return shared + (FLOAT32_BYTES * hidden if half else 0) + router + chosen * pair
+    # Of each pair of token and expert: gate, up projection and three indices; if exchanged, the row as received and as returned.
+    pair = 2 * forward.width * intermediate + 3 * 8 + (2 * forward.width * hidden + 8 if exchanged else 0)
+    shared = _mlp(config, intermediate * config.n_shared_experts, forward)
+    return shared + (FLOAT32_BYTES * hidden if forward.half else 0) + router + chosen * pair
 
 
 class _FileSize(Staging):
@@ -246,10 +244,6 @@ class _FileSize(Staging):
     def prepare(self, shards: Sequence[TensorShard]) -> None:
         del shards
         self._buffer = torch.empty(1 << 62, dtype=torch.uint8, device="meta")
-
-    @property
-    def header_bytes(self) -> int:
-        return len(self._header)
 
 
 def checkpoint_sizes(shapes: ModelShapes, topology: Topology, moments: Moments) -> tuple[int, int]:
@@ -262,14 +256,13 @@ def checkpoint_sizes(shapes: ModelShapes, topology: Topology, moments: Moments) 
     first, replica = _FileSize(), _FileSize()
     first.plan([*shards, *random])
     replica.plan(random)  # a rank of a further replica writes only its random states
-    each = first.header_bytes + sum(shard.global_bytes for shard in random)
+    each = len(first._header) + sum(shard.global_bytes for shard in random)
     total = sum(shard.global_bytes for shard in shards) + topology.fsdp * each + (topology.world_size - topology.fsdp) * replica.nbytes
     return first.nbytes, total
 
 
 def _first_rank_shards(shapes: ModelShapes, topology: Topology, moments: Moments) -> Iterator[TensorShard]:
     """Yield what the first rank writes, in the order of `checkpoint.reader.state_shards`."""
-    config = shapes.config
     sharded = {name: _shard(shapes, topology, name, shape, torch.float32) for name, shape in shapes.parameters.items()}
     for name, tensor in shapes.state.items():
         key = f"model.{name}"
@@ -280,9 +273,9 @@ def _first_rank_shards(shapes: ModelShapes, topology: Topology, moments: Moments
             for form, each in stored.items():
                 yield dataclasses.replace(each, name=f"optimizer.{name}.{moment}{form}")
         yield shard_of(f"optimizer.{name}.step", torch.empty((), device="meta"), rank=0)
-    if not config.seq_aux and config.aux_loss_alpha > 0:
+    if not shapes.config.seq_aux and shapes.config.aux_loss_alpha > 0:
         layers = sum(name.endswith(".mlp.gate.weight") for name in shapes.parameters)
-        load = torch.empty(layers, config.n_routed_experts, dtype=torch.int64, device="meta")
+        load = torch.empty(layers, shapes.config.n_routed_experts, dtype=torch.int64, device="meta")
         yield shard_of(f"state.{BALANCE_LOAD}", load, rank=0)
 
 

@@ -24,12 +24,11 @@ def copy_sample(directory: str, target: Path) -> float:
     lines: list[str] = []
     size = 0.0
     for entry in entries:
-        room, start, last = SAMPLE_RECORDS - len(lines), len(lines), 0
-        if room <= 0:
+        start, last = len(lines), 0
+        if start >= SAMPLE_RECORDS:
             break
-        values = read_with_offsets(entry.uri)
-        for byte, value in values:
-            if len(lines) - start == room:
+        for byte, value in read_with_offsets(entry.uri):
+            if len(lines) == SAMPLE_RECORDS:
                 last = byte
                 break
             lines.append(json.dumps("not JSON" if isinstance(value, RecordError) else value))
@@ -46,18 +45,12 @@ def copy_sample(directory: str, target: Path) -> float:
 
 
 class ExtrapolatedStore(TokenStore):
-    """A store with about as many records as a whole directory: those of its sample, repeated.
-
-    Args:
-        factor: how many times larger the directory is than the sample.
-        source: the directory.
-    """
+    """A store with about as many records as the whole directory `source`, which is `factor` times its sample: those of that, repeated."""
 
     def __init__(self, sample: TokenStore, factor: float, source: str) -> None:
         super().__init__(sample.uri)
         count = round(len(sample) * factor)
-        self.lengths = np.resize(sample.lengths, count)
-        self.prompt_lengths = np.resize(sample.prompt_lengths, count)
+        self.lengths, self.prompt_lengths = np.resize(sample.lengths, count), np.resize(sample.prompt_lengths, count)
         n_tokens = int(self.lengths.sum(dtype=np.int64))
         self.manifest = {**sample.manifest, "n_records": count, "n_tokens": n_tokens, "source": storage.redact(source)}
         self._sampled = len(sample)

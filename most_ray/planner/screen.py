@@ -56,41 +56,32 @@ def dry_screen(run: DryRun, console: Console) -> None:
 
 
 def _times(run: DryRun) -> str:
+    seconds = run.layout.cost.seconds
     first = f"{duration(run.seconds_to_first_checkpoint)} to the first checkpoint (step {run.first_checkpoint:,})"
-    return f"{_seconds(run.layout.cost.seconds)} a step, {first}, {duration(run.seconds_to_end)} to the end"
+    step = f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    return f"{step} a step, {first}, {duration(run.seconds_to_end)} to the end"
 
 
 def _checkpoints(run: DryRun) -> str:
-    kept = run.config.keep_last + run.config.keep_best
-    layout = run.layout
-    each = (
-        f"{_size(layout.checkpoint_bytes)} each, {_size(layout.checkpoint_bytes_per_rank)} of it on a rank, which needs as much main memory"
-    )
-    return f"{each}; {kept} are kept, {_size(run.kept_bytes)}, and one more exists while it is written"
+    each = f"{_size(run.layout.checkpoint_bytes)} each, {_size(run.layout.checkpoint_bytes_per_rank)} of it on a rank"
+    kept = f"{run.config.keep_last + run.config.keep_best} are kept, {_size(run.kept_bytes)}"
+    return f"{each}, which needs as much main memory; {kept}, and one more exists while it is written"
 
 
 def _workers(layout: LayoutEstimate) -> str:
-    topology = layout.topology
-    size = f"{layout_text(topology)}; {count_of(layout.passes, 'forward pass', 'es')} a step of {count_of(layout.rows, 'row')} each"
-    return f"{topology.world_size}: {size}"
+    passes = f"{count_of(layout.passes, 'forward pass', 'es')} a step of {count_of(layout.rows, 'row')} each"
+    return f"{layout.topology.world_size}: {layout_text(layout.topology)}; {passes}"
 
 
 def _device(run: DryRun) -> str:
-    device = run.device
+    device, shares = run.device, (f"{MATMUL_EFFICIENCY:.0%}", f"{BANDWIDTH_EFFICIENCY:.0%}")
     half = run.config.bf16 or run.config.fp16
     peaks = f"{device.half_flops / 1e12:,.4g} x 10^12 operations a second in half precision, " if half else ""
-    if run.calibration is None:
-        reached = (
-            f"assumed: {MATMUL_EFFICIENCY:.0%} of that in matrix products, {BANDWIDTH_EFFICIENCY:.0%} of memory's and links' bandwidth"
-        )
-    else:
+    reached = f"assumed: {shares[0]} of that in matrix products, {shares[1]} of memory's and links' bandwidth"
+    if run.calibration is not None:
         how = "measured on" if run.calibration.measured else "too large to be measured: assumed for"
         reached = f"{run.calibration.flops / 1e12:,.2g} {how} the model's steps"
     return f"{device.name}, {peaks}{device.full_flops / 1e12:,.4g} x 10^12 in float32; {reached}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _size(count: int) -> str:
@@ -111,10 +102,8 @@ def _memory(run: DryRun) -> Table:
         "logits": "a block of the head's logits",
     }
     memories = [layout.memory for layout in run.layouts]
-    for name, label in kinds.items():
+    for name, label in (*kinds.items(), *((what, f"activations{label}") for what, label in _RECOMPUTED.values())):
         table.add_row(label, *(_gib(getattr(memory, name)) for memory in memories))
-    for what, label in _RECOMPUTED.values():
-        table.add_row(f"activations{label}", *(_gib(getattr(memory, what)) for memory in memories))
     table.add_section()
     for kind, (_, label) in _RECOMPUTED.items():
         mark = " (this run)" if kind == run.config.recomputed else ""
@@ -126,18 +115,17 @@ def _memory(run: DryRun) -> Table:
 
 def _layouts(run: DryRun) -> Table:
     """Return a table of the best layouts and the run's own."""
-    shown = [choice for index, choice in enumerate(run.choices) if index < _SHOWN_LAYOUTS or choice.topology == run.layout.topology]
     table = Table(title=f"Layouts of {count_of(run.layout.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
-    headings = ("replicas x shards, expert parallel", "tokens/s", "communication", "MiB sent by a worker", "GiB of a worker")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == headings[0] else "right")
-    for choice in shown:
-        own = " (this run)" if choice.topology == run.layout.topology else ""
-        memory = f"{_gib(choice.memory.total(run.config.recomputed))}{'' if choice.fits else ', too much'}"
-        sent = sum(choice.cost.sent.values()) / (1 << 20)
-        speed = f"{run.tokens / choice.cost.seconds:,.0f}"
-        sizes = f"{choice.topology.dp_replicate} x {choice.topology.fsdp}, {choice.topology.ep}"
-        table.add_row(f"{sizes}{own}", speed, f"{choice.cost.communication:.0%}", f"{sent:,.1f}", memory)
+    table.add_column("replicas x shards, expert parallel")
+    for heading in ("tokens/s", "communication", "MiB sent by a worker", "GiB of a worker"):
+        table.add_column(heading, justify="right")
+    for index, choice in enumerate(run.choices):
+        topology, cost, own = choice.topology, choice.cost, choice.topology == run.layout.topology
+        if index < _SHOWN_LAYOUTS or own:
+            memory = f"{_gib(choice.memory.total(run.config.recomputed))}{'' if choice.fits else ', too much'}"
+            sizes = f"{topology.dp_replicate} x {topology.fsdp}, {topology.ep}{' (this run)' if own else ''}"
+            sent = f"{sum(cost.sent.values()) / (1 << 20):,.1f}"
+            table.add_row(sizes, f"{run.tokens / cost.seconds:,.0f}", f"{cost.communication:.0%}", sent, memory)
     return table
 
 
@@ -169,10 +157,7 @@ def _verdict(run: DryRun, console: Console) -> None:
     if needs <= USABLE_MEMORY * available:
         print_line(console, f"Fits: {share}; {more}.")
         return
-    remedy = "lower train_batch_size or max_seq_length, or take more workers"
-    fitting = [
-        other for other in _RECOMPUTED if layout.memory.total(other) < needs and layout.memory.total(other) <= USABLE_MEMORY * available
-    ]
-    if fitting:
-        remedy = f"set recompute: {fitting[0]}"
+    totals = ((other, layout.memory.total(other)) for other in _RECOMPUTED)
+    fitting = next((other for other, total in totals if total < needs and total <= USABLE_MEMORY * available), None)
+    remedy = f"set recompute: {fitting}" if fitting else "lower train_batch_size or max_seq_length, or take more workers"
     print_line(console, f"{'Hardly fits' if needs <= available else 'Does not fit'}: {share}, and {more}; {remedy}.")

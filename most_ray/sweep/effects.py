@@ -58,7 +58,8 @@ def effects(ledger: Ledger, objective: Objective) -> list[Effect]:
     (population based training), since its results then do not depend on its values alone.
     """
     trials = ledger.trials.values()
-    steps = [found for trial in trials if (found := _steps(trial, objective.metric))]
+    measured = [{r.step for r in trial.results if _value(trial, objective.metric, r.step) is not None} for trial in trials]
+    steps = [found for found in measured if found]
     common = set.intersection(*steps) if steps else set()
     if not common or any(len(trial.runs) > 1 for trial in trials):
         return []
@@ -69,8 +70,7 @@ def effects(ledger: Ledger, objective: Objective) -> list[Effect]:
 
 def dimensions_of(ledger: Ledger) -> list[Dimension]:
     """Return the sweep's dimensions in the order of its file, without any that the ledger describes incompletely."""
-    found = []
-    given = ledger.sweep.get("dimensions")
+    found, given = [], ledger.sweep.get("dimensions")
     for entry in given if isinstance(given, list) else ():
         try:
             values, kind = tuple(entry.get("values", ())), entry["kind"]
@@ -94,10 +94,6 @@ def level_name(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _steps(trial: Trial, metric: str) -> set[int]:
-    return {result.step for result in trial.results if _value(trial, metric, result.step) is not None}
-
-
 def _value(trial: Trial, metric: str, step: int) -> float | None:
     value = metric_at(trial, metric, step)
     return value if value is not None and math.isfinite(value) else None
@@ -109,12 +105,12 @@ def _effect(dimension: Dimension, step: int, trials: Sequence[tuple[Mapping[str,
     if not groups:
         return None
     levels = [Level(name, len(values), float(np.mean(values)), _interval(values)) for name, values in groups]
-    ends = [pick(range(len(levels)), key=lambda index: levels[index].mean) for pick in (max, min)]
-    difference = None
+    means, difference = [level.mean for level in levels], None
     if len(levels) > 1:
+        ends = means.index(max(means)), means.index(min(means))
         largest, smallest = ends if ends[0] != ends[1] else (0, 1)  # all means are equal
         bounds = _welch(groups[largest][1], groups[smallest][1])
-        difference = Difference(levels[largest], levels[smallest], levels[largest].mean - levels[smallest].mean, bounds)
+        difference = Difference(levels[largest], levels[smallest], means[largest] - means[smallest], bounds)
     return Effect(dimension.name, step, levels, difference)
 
 
@@ -142,8 +138,7 @@ def _range(values: Sequence[float]) -> str:
 def _interval(values: Sequence[float]) -> Interval | None:
     if len(values) < 2:
         return None
-    error = math.sqrt(np.var(values, ddof=1) / len(values))
-    return _interval_around(float(np.mean(values)), error, len(values) - 1)
+    return _interval_around(float(np.mean(values)), math.sqrt(np.var(values, ddof=1) / len(values)), len(values) - 1)
 
 
 def _welch(a: Sequence[float], b: Sequence[float]) -> Interval | None:

@@ -93,8 +93,7 @@ def replay(lines: Iterable[Mapping[str, Any]]) -> Ledger:
             now = float(line.get("time", 0.0))
             if line["kind"] == "sweep":
                 ledger.spent_s += last - began
-                began = last = now
-                ledger.sweep = dict(line)
+                began, last, ledger.sweep = now, now, dict(line)
             else:
                 _apply(ledger, line, now)
                 last = max(last, now)
@@ -150,11 +149,11 @@ class LedgerFile:
         if folder.remote:
             folder.claim(self._driver)
         folder.pull(LEDGER)
-        path = folder.local / LEDGER
-        content = path.read_bytes() if path.exists() else b""
+        self._path = folder.local / LEDGER
+        content = self._path.read_bytes() if self._path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         self.ledger = replay(parse_lines(whole))
-        self._stream = path.open("ab")
+        self._stream = self._path.open("ab")
         self._stream.truncate(len(whole))
 
     def write(self, kind: str, **content: Any) -> None:
@@ -177,14 +176,13 @@ class LedgerFile:
 
     def reread(self) -> Ledger:
         """Return the file's state, with the time spent up to now."""
-        return replay(read_lines(self._folder.local / LEDGER))
+        return replay(read_lines(self._path))
 
     def close(self) -> None:
         """Close the file, and remove an empty one: a sweep that was refused leaves no ledger, so that its folder can still be a run's."""
         self._stream.close()
-        path = self._folder.local / LEDGER
-        if not path.stat().st_size:
-            path.unlink()
+        if not self._path.stat().st_size:
+            self._path.unlink()
         self._lock.close()
 
 
@@ -197,21 +195,15 @@ def read_ledger(uri: str) -> Ledger | None:
 
 
 def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Return the metrics of an evaluation by name.
+    """Return the metrics by name of a line of kind `evaluation` and of the line of kind `train` of the same step.
 
-    Args:
-        evaluation: line of kind `evaluation`.
-        train: line of kind `train` of the same step.
-
-    Returns:
-        wer/SET, cer/SET, cycle_wer/SET, outside_wer/SET, unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET, duration_ratio/TASK/SET;
-        wer and loss, the means over the sets; train/KEY.
+    They are wer/SET, cer/SET, cycle_wer/SET, outside_wer/SET, unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET,
+    duration_ratio/TASK/SET; wer and loss, the means over the sets; train/KEY.
     """
     found: dict[str, Any] = {}
     for name, figures in evaluation.get("sets", {}).items():
-        for part, called in RATES.items():
-            if errors := figures.get(part):  # sets of two tasks may share a name: one without this part leaves the other's value
-                found[f"{called}/{_set_name(name)}"] = errors.get("rate")
+        # Sets of two tasks may share a name: one without a part leaves the other's value.
+        found |= {metric: errors.get("rate") for metric, errors in _error_rates(name, figures)}
         found |= {f"{called}/{name}": figures.get(key) for key, called in OBJECTIVES.items()}
     for mean in ("wer", "loss"):
         of_sets = [value for name, value in found.items() if name.startswith(f"{mean}/") and value is not None]
@@ -222,17 +214,13 @@ def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = 
 
 def intervals_of(evaluation: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Return the 95% intervals of those metrics of an evaluation that have one."""
-    found = {}
-    for name, figures in evaluation.get("sets", {}).items():
-        for part, called in RATES.items():
-            if bounds := (figures.get(part) or {}).get("interval"):
-                found[f"{called}/{_set_name(name)}"] = (bounds[0], bounds[1])
-    return found
+    rates = (rate for name, figures in evaluation.get("sets", {}).items() for rate in _error_rates(name, figures))
+    return {metric: (bounds[0], bounds[1]) for metric, errors in rates if (bounds := errors.get("interval"))}
 
 
-def _set_name(name: str) -> str:
-    """Return a set's name without its task."""
-    return name.split("/", 1)[-1]
+def _error_rates(name: str, figures: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the error rates of a set, named without its task, by metric."""
+    return [(f"{called}/{name.split('/', 1)[-1]}", errors) for part, called in RATES.items() if (errors := figures.get(part))]
 
 
 @dataclass(frozen=True)
@@ -289,14 +277,8 @@ def trial_uri(sweep_uri: str, run: str) -> str:
 
 
 def commands_of(ledger: Ledger, sweep_uri: str, run: str) -> dict[str, str]:
-    """Return the commands that train the best trial.
-
-    Args:
-        run: of that trial.
-
-    Returns:
-        `again`: a run with the same results as the trial; `in full`: one as long as the base's, if that differs from the trials.
-    """
+    """Return the commands that train the best trial, whose run is `run`. `again`: a run with the same results as the trial; `in full`: one
+    as long as the base's, if that differs from the trials."""
     again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_uri, BEST))]
     full = ledger.sweep.get("full") or {}
     if not isinstance(full, dict) or not full:

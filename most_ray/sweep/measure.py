@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from most_ray.data.batch import open_plan, rank_batch
 from most_ray.data.plan import Plan
@@ -69,12 +70,9 @@ def text_load(model: MostForCausalLM, texts: Iterator[np.ndarray], device: torch
     """Return the experts' selections by the tokens of all texts, `(layers, experts)`, and the number of tokens."""
     total, tokens, waiting = np.zeros(()), 0, list(texts)
     for start in range(0, len(waiting), _ROWS):
-        rows = waiting[start : start + _ROWS]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.from_numpy(row.astype(np.int64))
-            mask[index, : len(row)] = 1
+        rows = [torch.from_numpy(row.astype(np.int64)) for row in waiting[start : start + _ROWS]]
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         load = model.model(ids.to(device), attention_mask=mask.to(device), use_cache=False).expert_load
         total = total + load[:, TEXT].cpu().numpy()
         tokens += sum(map(len, rows))

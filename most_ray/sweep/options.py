@@ -143,8 +143,8 @@ def _objectives(options: SweepOptions, run: RunConfig) -> tuple[Objective, ...]:
 def known_metrics(run: RunConfig) -> list[str]:
     """Names of the metrics that `ledger.metrics_of` finds in a run's evaluations, in the order of its validation sets."""
     named = [(task, directory) for task in TASKS for directory in run.directories("val", task)]
-    names = distinct_names([directory for _, directory in named], [task for task, _ in named])
-    sets = [(task, name) for (task, _), name in zip(named, names, strict=True)]
+    of_sets = [task for task, _ in named]
+    sets = list(zip(of_sets, distinct_names([directory for _, directory in named], of_sets), strict=True))
     tasks = {key: FIGURES.keys[key].tasks or TASKS for key in (*RATES, *OBJECTIVES)}
     rates = {key: called for key, called in RATES.items() if run.recogniser or key != "outside"}
     found = [f"{called}/{name}" for task, name in sets for key, called in rates.items() if task in tasks[key]]
@@ -175,12 +175,12 @@ def _check(sweep: Sweep) -> None:
     _check_ends(sweep)
     endless = [d.name for d in sweep.space.dimensions if d.listed is None]
     if options.search == "grid" and endless:
-        raise ConfigError(
-            f"space.{endless[0]}", None, "has infinitely many values, so it makes no grid.", "Use `grid: [...]`, or search: random."
-        )
+        rule = "has infinitely many values, so it makes no grid."
+        raise ConfigError(f"space.{endless[0]}", None, rule, "Use `grid: [...]`, or search: random.")
     if options.search == "tpe" and (gridded := [d.name for d in sweep.space.dimensions if d.kind == "grid"]):
         raise ConfigError(f"space.{gridded[0]}", None, "is a grid, and tpe searches none.", "Use `choice`.")
-    _check_scheduler(sweep)
+    if options.scheduler == "pbt":
+        _check_pbt(sweep)
 
 
 def _check_ends(sweep: Sweep) -> None:
@@ -197,19 +197,18 @@ def _check_ends(sweep: Sweep) -> None:
                     raise ConfigError(f"space.{dimension.name}", value, error.rule, error.remedy) from error
 
 
-def _check_scheduler(sweep: Sweep) -> None:
+def _check_pbt(sweep: Sweep) -> None:
     """Raises ConfigError where population based training cannot be done with the other options."""
     options, run = sweep.options, sweep.run
-    if options.scheduler == "pbt":
-        if options.search == "tpe":
-            raise ConfigError("search", "tpe", "excludes population based training, which changes settings itself.", "Use random.")
-        if not mutable(sweep.space):
-            rule = "holds nothing that can change during training: learning rate, mix, weights of losses and sources, in a range."
-            raise ConfigError("space", None, rule, "Add `learning_rate: {loguniform: [...]}`, or use scheduler: asha.")
-        if sweep.perturb_steps % (run.eval_steps or 1):
-            raise ConfigError("perturb_steps", sweep.perturb_steps, f"is no multiple of eval_steps ({run.eval_steps}).")
-        if len(sweep.objectives) > 1:
-            raise ConfigError("objectives", options.objectives, "are several, and population based training optimises one.", "Give one.")
+    if options.search == "tpe":
+        raise ConfigError("search", "tpe", "excludes population based training, which changes settings itself.", "Use random.")
+    if not mutable(sweep.space):
+        rule = "holds nothing that can change during training: learning rate, mix, weights of losses and sources, in a range."
+        raise ConfigError("space", None, rule, "Add `learning_rate: {loguniform: [...]}`, or use scheduler: asha.")
+    if sweep.perturb_steps % (run.eval_steps or 1):
+        raise ConfigError("perturb_steps", sweep.perturb_steps, f"is no multiple of eval_steps ({run.eval_steps}).")
+    if len(sweep.objectives) > 1:
+        raise ConfigError("objectives", options.objectives, "are several, and population based training optimises one.", "Give one.")
 
 
 def mutable(space: Space) -> list[str]:

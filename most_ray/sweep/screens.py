@@ -70,15 +70,14 @@ def _cost(cost: Estimate) -> str:
 def trial_line(trial: Trial, objectives: Sequence[Objective]) -> str:
     """Format a trial's state and last metrics as a line."""
     values = ", ".join(f"{name} {format_value(value)}" for name, value in trial.values.items())
-    head = f"trial {trial.number:>3} ({values})"
     figures = ", ".join(f"{o.metric} {format_metric(trial, o.metric)}" for o in objectives if trial.metric(o.metric) is not None)
-    if trial.state == "failed":
-        return f"{head}: failed: {trial.reason}"
-    if trial.state == "stopped":
-        return f"{head}: stopped early at step {trial.step}, {figures}"
-    if trial.state == "finished":
-        return f"{head}: finished, {figures}"
-    return f"{head}: step {trial.step}, {figures}"
+    state = {
+        "failed": f"failed: {trial.reason}",
+        "stopped": f"stopped early at step {trial.step}, {figures}",
+        "finished": f"finished, {figures}",
+        "open": f"step {trial.step}, {figures}",
+    }[trial.state]
+    return f"trial {trial.number:>3} ({values}): {state}"
 
 
 def format_metric(trial: Trial, metric: str) -> str:
@@ -105,23 +104,15 @@ def last_screen(ledger: Ledger, objectives: Sequence[Objective], summary: Mappin
     for heading in ("trial", *names, "step", *(objective.metric for objective in objectives), "state"):
         table.add_column(heading, justify="left" if heading in ("expert_split", "state") else "right", overflow="fold")
     for trial in order + rest:
+        values = (format_value(trial.values.get(name, "-")) for name in names)
         figures = (format_metric(trial, objective.metric) for objective in objectives)
-        table.add_row(
-            str(trial.number), *(format_value(trial.values.get(name, "-")) for name in names), str(trial.step), *figures, trial.state
-        )
+        table.add_row(str(trial.number), *values, str(trial.step), *figures, trial.state)
     console.print(table)
     for trial in ledger.in_state("failed"):
         print_line(console, f"trial {trial.number} failed: {trial.reason}")
     if len(objectives) > 1:
-        front = pareto(ledger.trials.values(), objectives)
-        print_line(
-            console, f"Not beaten in every objective (Pareto front): trials {', '.join(str(trial.number) for trial in front) or 'none'}"
-        )
-    print_line(console, f"Time:       {duration(ledger.spent_s)}")
-    print_line(
-        console,
-        f"Best:       trial {summary['best']['trial']}" if summary["best"] else "Best:       none yet: no trial has made all its steps",
-    )
-    for name, command in summary["commands"].items():
-        print_line(console, f"{name.capitalize() + ':':<11} {command}")
-    print_line(console, f"Report:     {summary['report']}")
+        front = ", ".join(str(trial.number) for trial in pareto(ledger.trials.values(), objectives))
+        print_line(console, f"Not beaten in every objective (Pareto front): trials {front or 'none'}")
+    best = f"trial {summary['best']['trial']}" if summary["best"] else "none yet: no trial has made all its steps"
+    for name, text in {"time": duration(ledger.spent_s), "best": best, **summary["commands"], "report": summary["report"]}.items():
+        print_line(console, f"{name.capitalize() + ':':<11} {text}")

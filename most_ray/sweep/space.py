@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,11 +61,8 @@ class Dimension:
 
     def described(self) -> dict[str, Any]:
         """Return what the ledger holds of it."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            **({"values": list(self.values)} if self.values else {"low": self.low, "high": self.high}),
-        }
+        values = {"values": list(self.values)} if self.values else {"low": self.low, "high": self.high}
+        return {"name": self.name, "kind": self.kind, **values}
 
 
 @dataclass(frozen=True)
@@ -111,10 +108,7 @@ class Space:
 
     def settings(self, values: Values) -> Values:
         """Return values by key of the configuration or of ROUTING instead of by dimension."""
-        made: Values = {}
-        for name, value in values.items():
-            if "[" not in name:
-                made[name] = value
+        made = {name: value for name, value in values.items() if "[" not in name}
         for key, elements in self.lists.items():
             made[key] = [values[f"{key}[{index}]"] if element is None else element for index, element in enumerate(elements)]
         return made
@@ -138,7 +132,7 @@ def parse_space(raw: Any) -> Space:
     for key, spec in raw.items():
         key = str(key)
         _check_key(key)
-        if _is_list(key) and isinstance(spec, list):
+        if isinstance(spec, list) and key not in ROUTING and OPTIONS[key].many:
             if not any(isinstance(element, Mapping) for element in spec):
                 raise ConfigError(f"space.{key}", spec, "tries nothing: no element of the list is a choice or a range.")
             elements: list[Any] = []
@@ -149,9 +143,8 @@ def parse_space(raw: Any) -> Space:
             lists[key] = tuple(elements)
         else:
             dimensions.append(_dimension(key, spec, key))
-    named = set(raw)
-    if named & set(ROUTING) and (twice := sorted(named & set(_SETTLED_BY_ROUTING))):
-        raise ConfigError("space", twice, f"is set by {sorted(named & set(ROUTING))} too.", "Leave one of them out.")
+    if (routing := sorted(set(raw) & set(ROUTING))) and (twice := sorted(set(raw) & set(_SETTLED_BY_ROUTING))):
+        raise ConfigError("space", twice, f"is set by {routing} too.", "Leave one of them out.")
     return Space(tuple(dimensions), lists)
 
 
@@ -165,61 +158,54 @@ def _element(key: str, index: int, element: Any) -> Any:
 def _check_key(key: str) -> None:
     known = [option.name for option in OPTIONS.values() if option.sweep != "shared"]
     if key in OPTIONS and key not in known:
-        rule = "belongs to the sweep as a whole, not to a trial."
-        raise ConfigError(f"space.{key}", None, rule, "Give it beside `space`, as one value.")
+        raise ConfigError(f"space.{key}", None, "belongs to the sweep as a whole, not to a trial.", "Give it beside `space`, as one value.")
     if key not in known and key not in ROUTING:
         raise ConfigError(f"space.{key}", None, "is not a configuration key.", nearest(key, [*known, *ROUTING]))
 
 
-def _is_list(key: str) -> bool:
-    return key not in ROUTING and OPTIONS[key].many
-
-
 def _dimension(name: str, spec: Any, key: str) -> Dimension:
-    if isinstance(spec, Mapping):
-        if len(spec) != 1 or next(iter(spec)) not in typing.get_args(Kind):
-            rule = f"is not one of {', '.join(typing.get_args(Kind))}."
-            raise ConfigError(f"space.{name}", dict(spec), rule, "Write it as `{choice: [a, b]}` or `{uniform: [low, high]}`.")
-        kind, given = next(iter(spec.items()))
-        if kind in ("choice", "grid"):
-            if not isinstance(given, list) or not given:
-                raise ConfigError(f"space.{name}", given, "is not a list of values.")
-            return Dimension(name, kind, _distinct(name, [_value(key, value) for value in given]))
-        if isinstance(given, str) and (match := _RANGE.fullmatch(given)):
-            given = [int(match[1]), int(match[2])]
+    if isinstance(spec, str) and _RANGE.fullmatch(spec):
+        spec = {"randint": spec}
+    if not isinstance(spec, Mapping):
+        if isinstance(spec, str) and "|" in spec:
+            spec = [part.strip() for part in spec.split("|")]
+        spec = {"choice": spec if isinstance(spec, list) else [spec]}
+    elif len(spec) != 1 or next(iter(spec)) not in typing.get_args(Kind):
+        rule = f"is not one of {', '.join(typing.get_args(Kind))}."
+        raise ConfigError(f"space.{name}", dict(spec), rule, "Write it as `{choice: [a, b]}` or `{uniform: [low, high]}`.")
+    kind, given = next(iter(spec.items()))
+    if kind not in ("choice", "grid"):
         return _range(name, kind, given, key)
-    if isinstance(spec, str) and (match := _RANGE.fullmatch(spec)):
-        return _range(name, "randint", [int(match[1]), int(match[2])], key)
-    if isinstance(spec, str) and "|" in spec:
-        spec = [part.strip() for part in spec.split("|")]
-    given = spec if isinstance(spec, list) else [spec]
-    if not given:
-        raise ConfigError(f"space.{name}", spec, "is not a list of values.")
-    return Dimension(name, "choice", _distinct(name, [_value(key, value) for value in given]))
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"space.{name}", given, "is not a list of values.")
+    values = [_value(key, value) for value in given]
+    if any(value in values[:index] for index, value in enumerate(values)):
+        raise ConfigError(f"space.{name}", values, "names a value twice.")
+    return Dimension(name, kind, tuple(values))
 
 
 def _range(name: str, kind: Kind, given: Any, key: str) -> Dimension:
-    ends = given if isinstance(given, list) and len(given) == 2 else []
-    numbers = []
-    for end in ends:
-        try:
-            numbers.append(float(end) if not isinstance(end, bool) else math.nan)
-        except (TypeError, ValueError):  # reported below
-            numbers.append(math.nan)
+    field = f"space.{name}"
+    if isinstance(given, str) and (match := _RANGE.fullmatch(given)):
+        given = [int(match[1]), int(match[2])]
+    try:
+        numbers = [math.nan if isinstance(end, bool) else float(end) for end in given] if isinstance(given, list) else []
+    except (TypeError, ValueError):  # reported in the next lines
+        numbers = []
     if len(numbers) != 2 or not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"space.{name}", given, "is not two numbers, the lowest and the highest.")
+        raise ConfigError(field, given, "is not two numbers, the lowest and the highest.")
     low, high = numbers
     if low > high or (kind == "loguniform" and low <= 0):
-        raise ConfigError(f"space.{name}", given, "must ascend" + (" from above 0." if kind == "loguniform" else "."))
+        raise ConfigError(field, given, "must ascend" + (" from above 0." if kind == "loguniform" else "."))
     if kind == "randint":
         if not (low.is_integer() and high.is_integer()):
-            raise ConfigError(f"space.{name}", given, "are not integers.")
+            raise ConfigError(field, given, "are not integers.")
         if high - low >= _MAX_VALUES:
-            raise ConfigError(f"space.{name}", given, f"holds more than {_MAX_VALUES} values.", "Use uniform or loguniform.")
+            raise ConfigError(field, given, f"holds more than {_MAX_VALUES} values.", "Use uniform or loguniform.")
     elif key in ROUTING or OPTIONS[key].type is not float:
-        raise ConfigError(f"space.{name}", given, f"cannot be {kind}: {key} is not a fraction.", "Use randint or choice.")
-    for end in numbers if kind != "randint" else (int(low), int(high)):
-        _value(key, end)
+        raise ConfigError(field, given, f"cannot be {kind}: {key} is not a fraction.", "Use randint or choice.")
+    for end in numbers:
+        _value(key, int(end) if kind == "randint" else end)
     return Dimension(name, kind, low=low, high=high)
 
 
@@ -240,14 +226,7 @@ def _value(key: str, value: Any) -> Any:
     if isinstance(found, tuple):
         found = found[0] if len(found) == 1 and not isinstance(value, list | tuple) else list(found)
     for text in found if isinstance(found, list) else [found]:
-        if isinstance(text, str) and storage.redact(text) != text:
-            raise ConfigError(
-                f"space.{key}", storage.redact(text), "holds credentials, which the ledger would keep.", "Give them by the environment."
-            )
+        if isinstance(text, str) and (shown := storage.redact(text)) != text:
+            rule = "holds credentials, which the ledger would keep."
+            raise ConfigError(f"space.{key}", shown, rule, "Give them by the environment.")
     return found
-
-
-def _distinct(name: str, values: Sequence[Any]) -> tuple[Any, ...]:
-    if any(value in values[:index] for index, value in enumerate(values)):
-        raise ConfigError(f"space.{name}", list(values), "names a value twice.")
-    return tuple(values)

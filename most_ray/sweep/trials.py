@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,8 @@ def start_keys(sweep: Sweep) -> list[str]:
     if (many := math.prod(len(d.listed or ()) for d in dimensions)) > _MAX_STARTS and sweep.run.model_name_or_path in PRESETS:
         rule = f"makes {many} starting models, each of which is prepared before the first trial; at most {_MAX_STARTS} are."
         raise ConfigError(f"space.{dimensions[-1].name}", None, rule, "Name fewer values, or a model's folder: model_name_or_path.")
-    points = itertools.product(*(d.listed or () for d in dimensions))
-    return list(dict.fromkeys(start_key(sweep, dict(zip((d.name for d in dimensions), point, strict=True))) for point in points))
+    points = itertools.product(*([(d.name, value) for value in d.listed or ()] for d in dimensions))
+    return list(dict.fromkeys(start_key(sweep, dict(point)) for point in points))
 
 
 @dataclass(frozen=True)
@@ -83,40 +84,27 @@ class TrialBase:
         start = self.starts[start_key(self.sweep, values)]
         split, n_audio = settings.pop("expert_split", None), settings.pop("audio_experts", None)
         if split is not None or n_audio is not None:
-            n_audio = self._default_audio_experts(start.config) if n_audio is None else n_audio
+            if n_audio is None:  # as many as the starting model has, or half of the experts
+                given = self.sweep.run.audio_expert_indices or start.config.audio_expert_indices
+                n_audio = len(given) if given else start.config.n_routed_experts // 2
             text, audio = split_experts(split or "contiguous", start.config.n_routed_experts, n_audio, start.most_text_first)
             settings |= {"use_modality_aware_routing": True, "text_expert_indices": text, "audio_expert_indices": audio}
         settings |= self.shared
         _check_trainable(self.config(settings, "check"), start.config)
         return settings
 
-    def _default_audio_experts(self, model: MostConfig) -> int:
-        """Return the number of audio experts if no trial sets it: that of the starting model, or half of the experts."""
-        given = self.sweep.run.audio_expert_indices or model.audio_expert_indices
-        return len(given) if given else model.n_routed_experts // 2
-
     def config(self, settings: Mapping[str, Any], run: str) -> RunConfig:
         """Return the configuration of a trial's run, whose folder is in the sweep's; all runs share token stores."""
         base = self.sweep.run
-        uri = {
-            "name": run,
-            "output_dir": storage.join(base.run_uri, TRIALS),
-            "store_dir": base.store_uri,
-            "wandb_group": base.wandb_group or base.name,
-        }
-        return config_from({**self.sweep.values, **settings, **uri})
+        folders = {"name": run, "output_dir": storage.join(base.run_uri, TRIALS), "store_dir": base.store_uri}
+        return config_from({**self.sweep.values, **settings, **folders, "wandb_group": base.wandb_group or base.name})
 
     def best_yaml(self, trial: Trial, why: str) -> str:
-        """Return the best trial's configuration as YAML: a run of the same steps with the same results.
-
-        Args:
-            why: comment in the first line.
-        """
+        """Return the best trial's configuration as YAML, with the comment `why`: a run of the same steps with the same results."""
         base = self.sweep.run.redacted()
         kept = {name: value for name, value in vars(base).items() if name in self.sweep.values and name not in ("name", "output_dir")}
         whole = {"name": f"{base.name}-best-{trial.runs[-1]}", "output_dir": base.output_dir, **kept, **trial.settings}
-        parent = trial.parents[-1] if trial.parents else None
-        if parent:
+        if parent := trial.parents[-1] if trial.parents else None:
             kept_checkpoint = kept_uri(storage.redact(self.sweep.run.run_uri), parent["run"], parent["step"])
             whole |= {"resume_from_checkpoint": kept_checkpoint, "accept_data_change": True}
         return f"# {why}\n{yaml.safe_dump(to_plain(whole), sort_keys=False, allow_unicode=True)}"
@@ -131,11 +119,7 @@ def _check_trainable(config: RunConfig, model: MostConfig) -> None:
 
 
 def start_config(sweep: Sweep, key: str) -> MostConfig:
-    """Return the configuration of a starting model, before its tokenizer is made.
-
-    Raises:
-        CheckpointError: there is no such model.
-    """
+    """Return a starting model's configuration, before its tokenizer is made. Raises CheckpointError if there is no such model."""
     name = json.loads(key).get("model_name_or_path", sweep.run.model_name_or_path)
     if name in PRESETS:
         return MostConfig(**{setting: value for setting, value in PRESETS[name].items() if setting != "text_vocab_size"})
@@ -157,14 +141,14 @@ def first_valid(base: TrialBase) -> dict[str, Any]:
     Raises:
         ConfigError: none can; names the most frequent reason.
     """
-    reasons: dict[str, int] = {}
+    reasons = Counter[str]()
     for values in proposals(base.sweep):
         try:
             return base.settings_of(values)
         except UserError as error:
-            reasons[str(error)] = reasons.get(str(error), 0) + 1
-    most_frequent = max(reasons, key=lambda reason: reasons[reason])
-    rule = f"holds no trial that can be trained: {sum(reasons.values())} were checked, and most of them fail with: {most_frequent}"
+            reasons[str(error)] += 1
+    ((most_frequent, _),) = reasons.most_common(1)
+    rule = f"holds no trial that can be trained: {reasons.total()} were checked, and most of them fail with: {most_frequent}"
     raise ConfigError("space", base.sweep.space.names, rule)
 
 
@@ -179,13 +163,7 @@ class Estimate:
 
 
 def estimate(sweep: Sweep, total_steps: int, left: int, concurrent: int, step_s: float | None) -> Estimate:
-    """Estimate the cost of the remaining trials.
-
-    Args:
-        left: number of remaining trials.
-        concurrent: trials at a time.
-        step_s: seconds of a step; None if unknown.
-    """
+    """Estimate the cost of the `left` remaining trials, of which `concurrent` run at a time, from a step's seconds (None: unknown)."""
     most = fewest = left * total_steps
     if sweep.options.scheduler == "asha":
         fewest = sum(_fewest_at_rungs(left, sweep.grace_steps, total_steps, sweep.options.reduction_factor))

@@ -125,7 +125,7 @@ def _find_start(attempt: Attempt) -> _Start:
     """Find the run's newest valid checkpoint, or the one that the configuration names. Collective: the ranks agree on it once per attempt,
     so that weights and data resume from the same step. Each hashes a share of the files; a checkpoint that was damaged after its commit is
     skipped and an older one used."""
-    own, corrupt = catalog.latest_valid_on_all_ranks(attempt.folder.checkpoints)
+    own, corrupt = catalog.latest_valid(attempt.folder.checkpoints, on_all_ranks=True)
     catalog.require_valid(own, corrupt)
     if attempt.rank == 0:
         for damaged, reason in corrupt:

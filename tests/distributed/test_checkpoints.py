@@ -275,9 +275,9 @@ def find_intact(setting: Setting) -> list[Any]:
             data[-200] ^= 1
             path.write_bytes(data)
     dist.barrier()
-    shallow = catalog.latest_valid_on_all_ranks(str(folder), deep_bytes=0)
+    shallow = catalog.latest_valid(str(folder), deep_bytes=0, on_all_ranks=True)
     dist.barrier()
-    return [shallow, catalog.latest_valid_on_all_ranks(str(folder))]
+    return [shallow, catalog.latest_valid(str(folder), on_all_ranks=True)]
 
 
 def test_ranks_share_the_search_for_the_newest_intact_checkpoint(setting: Setting) -> None:

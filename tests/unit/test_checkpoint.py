@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -129,10 +130,11 @@ def bucket(s3: str) -> str:
     return f"{s3}/run/checkpoints"
 
 
-def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
+def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uploaded, listed, checked, read, pruned; scratch is left empty."""
     assert catalog.committed(bucket) == [] and catalog.latest_valid(bucket) == (None, [])
-    made = CheckpointWriter(scratch=tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = CheckpointWriter()
     for step in (1, 2, 3):
         state = small(float(step))
         state.step = step
@@ -144,7 +146,7 @@ def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path) -> None:
     uris = catalog.committed(bucket)
     assert [catalog.step_of(uri) for uri in uris] == [1, 2, 3] and all(uri.startswith("s3://") for uri in uris)
     state = small(-1.0)
-    assert reader.load(uris[1], state, scratch=tmp_path)["step"] == state.step == 2
+    assert reader.load(uris[1], state)["step"] == state.step == 2
     assert weight_in(uris[1]) == 2.0
     storage.write_bytes(storage.join(uris[2], "tokenizer.json"), b"[]")
     assert catalog.latest_valid(bucket) == (
