@@ -55,12 +55,8 @@ def _find_steps(checkpoints: str) -> dict[int, bool]:
 
 
 def read_marker(uri: str) -> dict[str, Any]:
-    """Read commit.json: `step`, and `files` as name -> [bytes, xxh3_128].
-
-    Raises:
-        CheckpointError: the folder is missing, was never committed, or has another format.
-        DamagedFileError: the marker cannot be parsed.
-    """
+    """Read commit.json: `step`, and `files` as name -> [bytes, xxh3_128]. Raises CheckpointError if the folder is missing, was never
+    committed, or has another format; DamagedFileError if the marker cannot be parsed."""
     try:
         data = storage.read_bytes(storage.join(uri, COMMIT))
     except FileNotFoundError:
@@ -165,11 +161,9 @@ def invalidate(uri: str) -> None:
 def prune(
     checkpoints: str, keep_last: int, keep_best: int = 0, scores: Mapping[int, float] | None = None, pending: Collection[int] = ()
 ) -> list[int]:
-    """Delete the checkpoints that `steps_to_delete` names, marker first, and incomplete folders of older steps, left by dead attempts.
-
-    One process calls it, at any time: a checkpoint that is being written is newer than all complete ones. Returns the steps of the deleted
-    checkpoints, ascending.
-    """
+    """Delete the checkpoints that `steps_to_delete` names, marker first, and incomplete folders of older steps, left by dead attempts. One
+    process calls it, at any time: a checkpoint that is being written is newer than all complete ones. Returns the steps of the deleted
+    checkpoints, ascending."""
     found = _find_steps(checkpoints)
     complete = [step for step, is_complete in found.items() if is_complete]
     deleted = steps_to_delete(complete, keep_last, keep_best, scores, pending)

@@ -51,10 +51,7 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
 
 def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
     """Load model and tokenizer of a model folder, a name on the Hugging Face hub, or a complete checkpoint, in float32 in this process.
-
-    Raises:
-        CheckpointError: it holds no usable model.
-    """
+    Raises CheckpointError if it holds no usable model."""
     if _is_checkpoint(uri):
         return _checkpoint_model(uri)
     folder = local_copy(uri)

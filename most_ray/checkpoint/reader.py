@@ -42,11 +42,8 @@ def _explained(uri: str, what: str, *damage: type[Exception]) -> Iterator[None]:
 
 
 def read_state(uri: str | Path) -> dict[str, Any]:
-    """Read state.json of a complete checkpoint.
-
-    Raises:
-        CheckpointError: the folder is missing, was never committed, is damaged, or has another format.
-    """
+    """Read state.json of a complete checkpoint. Raises CheckpointError if the folder is missing, was never committed, is damaged, or has
+    another format."""
     uri = str(uri)
     with _explained(uri, ""):
         read_marker(uri)
@@ -154,11 +151,8 @@ class CheckpointFiles:
             self.index: dict[str, StoredTensor] = index_tensors(headers)
 
     def read(self, shards: list[TensorShard]) -> None:
-        """Fill the live tensors that `shards` share memory with. The model's must be all that the checkpoint has.
-
-        Raises:
-            CheckpointError: a tensor is missing, unknown or of another shape, or a file is damaged.
-        """
+        """Fill the live tensors that `shards` share memory with. The model's must be all that the checkpoint has. Raises CheckpointError if
+        a tensor is missing, unknown or of another shape, or a file is damaged."""
         shown, live = storage.redact(self._uri), {shard.name for shard in shards}
         stored = {name: tuple(entry.metadata.size) for name, entry in self.index.items()}
         if missing := sorted(live - set(stored)):

@@ -26,14 +26,8 @@ def steps_to_delete(
 
 
 def score_of(line: Mapping[str, Mapping[str, float | None]], metric: str) -> float | None:
-    """Return the metric that checkpoints are compared by, from a line of kind `evaluation`.
-
-    Args:
-        metric: `wer` or `loss`, the mean over all sets; or that of one set, as `wer/test_takes`, with or without its task before the name.
-
-    Returns:
-        The value, or None if the line has none.
-    """
+    """Return the metric that checkpoints are compared by, from a line of kind `evaluation`; None if it has none. The metric is `wer` or
+    `loss`, the mean over all sets; or that of one set, as `wer/test_takes`, with or without its task before the name."""
     kind, _, name = metric.partition("/")
     figures = line.get({"wer": "wer", "loss": "validation_loss"}[kind], {})
     values = [value for key, value in figures.items() if not name or key == name or key.endswith(f"/{name}") or name.endswith(f"/{key}")]

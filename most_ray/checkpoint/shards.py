@@ -212,14 +212,8 @@ def write_all(file: Any, data: memoryview) -> None:
 
 
 def _copy(copies: Sequence[tuple[torch.Tensor, torch.Tensor]], threads: int) -> None:
-    """Copy tensors into byte buffers.
-
-    CPU tensors are copied by plain threads, the calling one among them: torch's own threads wait for each other at every tensor, which on
-    busy cores takes ten times as long as the copy.
-
-    Args:
-        copies: (target, source); a target is `(bytes,)` uint8.
-    """
+    """Copy tensors into byte buffers: pairs of target, `(bytes,)` uint8, and source. CPU tensors are copied by plain threads, the calling
+    one among them: torch's own threads wait for each other at every tensor, which on busy cores takes ten times as long as the copy."""
     batches: deque[list[tuple[np.ndarray, np.ndarray]]] = deque([[]])
     size = 0
     for target, source in copies:
@@ -258,11 +252,8 @@ class StoredTensor:
 
 
 def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """Read the header of a safetensors file, with `__metadata__` as key -> [tensor, its global shape, the chunk's offsets].
-
-    Raises:
-        DamagedFileError: there is no header, or it cannot be parsed.
-    """
+    """Read the header of a safetensors file, with `__metadata__` as key -> [tensor, its global shape, the chunk's offsets]. Raises
+    DamagedFileError if there is no header, or if it cannot be parsed."""
     length = int.from_bytes(stream.read(8), "little")
     if not 0 < length < 1 << 30:
         raise DamagedFileError("it has no header")
@@ -275,11 +266,7 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
 
 
 def index_tensors(headers: dict[str, dict[str, Any]]) -> dict[str, StoredTensor]:
-    """Collect the tensors of several files.
-
-    Args:
-        headers: file name -> its header, as `read_header` returns it.
-    """
+    """Collect the tensors of several files, whose headers by name are as `read_header` returns them."""
     index: dict[str, StoredTensor] = {}
     for file, header in headers.items():
         for key, (name, shape, offsets) in header["__metadata__"].items():
@@ -298,14 +285,9 @@ _Read = tuple[str, tuple[slice, ...], torch.Tensor]  # a file's entry, the part 
 def read_shards(
     shards: Sequence[TensorShard], index: dict[str, StoredTensor], fetched: Callable[[str], contextlib.AbstractContextManager[Path]]
 ) -> None:
-    """Fill the live tensors that `shards` share memory with, one file after another.
-
-    Args:
-        fetched: gives the local path of a file while it is read; called once for each file that is needed.
-
-    Raises:
-        DamagedFileError: a file cannot be read, or does not hold all of a chunk.
-    """
+    """Fill the live tensors that `shards` share memory with, one file after another. `fetched` gives the local path of a file while it is
+    read; it is called once for each file that is needed. Raises DamagedFileError if a file cannot be read, or does not hold all of a
+    chunk."""
     reads: dict[str, list[_Read]] = {}
     for shard in shards:
         for chunk in shard.chunks:

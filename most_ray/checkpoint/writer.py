@@ -122,22 +122,15 @@ class CheckpointWriter:
                 self._join()
 
     def poll(self) -> list[Saved]:
-        """Return what was committed since the last call, without waiting: ranks may learn of a commit at different steps.
-
-        Raises:
-            CheckpointError: a save failed, on any rank.
-        """
+        """Return what was committed since the last call, without waiting: ranks may learn of a commit at different steps. Raises
+        CheckpointError if a save failed, on any rank."""
         if self._thread is None or not self._thread.is_alive():
             self._join()
         saved, self._saved = self._saved, []
         return saved
 
     def wait(self) -> None:
-        """Wait for the save under way. Afterwards all ranks know of the same commits.
-
-        Raises:
-            CheckpointError: it failed.
-        """
+        """Wait for the save under way. Afterwards all ranks know of the same commits. Raises CheckpointError if it failed."""
         with self._count_stall():
             self._join()
 
@@ -233,11 +226,7 @@ class _SaveTask:
     group: Any  # of gloo, or None without other ranks
 
     def run(self) -> None:
-        """Write and commit the checkpoint.
-
-        Raises:
-            CheckpointError: on all ranks, if one fails; then nothing is committed.
-        """
+        """Write and commit the checkpoint. Raises CheckpointError on all ranks, if one fails; then nothing is committed."""
         self._on_all_ranks(self._begin)
         try:
             written = self._on_all_ranks(self._write)

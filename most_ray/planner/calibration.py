@@ -102,9 +102,7 @@ def calibrate(
     Args:
         batches: a rank's batches of several steps. They must differ as a run's do, since libraries cache what depends on shapes. The first
             is a warm-up; if steps are slow, not all are used.
-        dtype: of the autocast; None for float32.
-        peak: operations/s of the device in that type.
-        threads: of the rank.
+        dtype, peak: type of the autocast (None: float32), and the device's operations/s in it.
     """
     found = _choose_proxy(config, ModelShapes(config), batches[0], peak)
     if found is None:
@@ -189,15 +187,14 @@ def _single_rank_group() -> Iterator[None]:
 def _choose_proxy(config: MostConfig, shapes: ModelShapes, batch: Batch, peak: float) -> tuple[MostConfig, int] | None:
     """Return the proxy with the most rows of one pass, then with the most layers, that is fast and small enough, and its rows; None if not
     even one layer of each kind on one row is."""
-    n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
-    rows = batch.input_ids.shape[1]
+    total, rows = config.num_hidden_layers, batch.input_ids.shape[1]
     while rows:
         cut = _first_rows(batch, rows)
-        for layers in range(config.num_hidden_layers, min(2, config.num_hidden_layers) - 1, -1):
+        for layers in range(total, min(2, total) - 1, -1):
             proxy = copy.deepcopy(config)
             proxy.num_hidden_layers = layers
-            if layers < config.num_hidden_layers:
-                proxy.first_k_dense_replace = min(1, n_dense)
+            if layers < total:
+                proxy.first_k_dense_replace = min(1, config.first_k_dense_replace, total)
             if _operations(proxy, cut) <= _MAX_PASS_S * _ASSUMED_EFFICIENCY * peak and _count(proxy, shapes) <= _MAX_PARAMETERS:
                 return proxy, rows
         rows //= 2
@@ -226,10 +223,8 @@ def _operations(config: MostConfig, batch: Batch) -> float:
 
 
 def measure_links(ranks: int) -> CpuLinks:
-    """Measure gloo between threads of this process, over the loopback device as between processes. Takes a second or two.
-
-    With many ranks only some are measured; the number of rounds of all is extrapolated from them.
-    """
+    """Measure gloo between threads of this process, over the loopback device as between processes. Takes a second or two. With many ranks
+    only some are measured; the number of rounds of all is extrapolated from them."""
     ranks = min(ranks, _MAX_RANKS)
     seconds: dict[CollectiveKind, dict[int, float]] = {}
     if ranks > 1:

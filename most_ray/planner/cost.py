@@ -88,11 +88,9 @@ class StepCost:
 
 
 def distinct_ranks(shapes: ModelShapes, ep_size: int) -> float:
-    """Return how many expert-parallel ranks hold the experts of a token, expected under random routing.
-
-    It is the sum over ranks of one minus the probability that none of the token's k experts, out of those of its modality, is there.
-    Modalities are weighted by their numbers of experts.
-    """
+    """Return how many expert-parallel ranks hold the experts of a token, expected under random routing: the sum over ranks of one minus the
+    probability that none of the token's k experts, out of those of its modality, is there. Modalities are weighted by their numbers of
+    experts."""
     config = shapes.config
     k, share = config.num_experts_per_tok, config.n_routed_experts // ep_size
     placement = shapes.placement(ep_size)
@@ -102,12 +100,10 @@ def distinct_ranks(shapes: ModelShapes, ep_size: int) -> float:
 
 
 def collectives_of(shapes: ModelShapes, topology: Topology, work: StepWork) -> list[Collective]:
-    """Return the collectives of a forward and backward pass of mean size.
-
-    FSDP2 gathers each layer's weights in float32 for the forward pass and again for the backward pass, the head's once, and reduces the
-    gradients of each pass, over replicas too. With expert parallelism a layer's experts are gathered apart, over the ranks that share them.
-    The exchange sends a token once to each rank that holds some of its experts, returns one row, and sends the gradients of both.
-    """
+    """Return the collectives of a forward and backward pass of mean size. FSDP2 gathers each layer's weights in float32 for the forward
+    pass and again for the backward pass, the head's once, and reduces the gradients of each pass, over replicas too. With expert
+    parallelism a layer's experts are gathered apart, over the ranks that share them. The exchange sends a token once to each rank that
+    holds some of its experts, returns one row, and sends the gradients of both."""
     units = shapes.units()
     fsdp, ep, replicas = topology.fsdp, topology.ep, topology.dp_replicate
     gathered_twice = {name: unit for name, unit in units.items() if name != "lm_head"}
@@ -127,11 +123,8 @@ def collectives_of(shapes: ModelShapes, topology: Topology, work: StepWork) -> l
 
 
 def _exchange(shapes: ModelShapes, ep: int, work: StepWork) -> Collective:
-    """Return the token exchange's calls.
-
-    A row goes out with the slots and weights of its experts, padded to 16 bytes, and an output row comes back; in the backward pass the
-    output's gradient goes out, and the gradients of row and weights come back.
-    """
+    """Return the token exchange's calls. A row goes out with the slots and weights of its experts, padded to 16 bytes, and an output row
+    comes back; in the backward pass the output's gradient goes out, and the gradients of row and weights come back."""
     k, output = shapes.config.num_experts_per_tok, shapes.config.hidden_size * (2 if work.half else FLOAT32_BYTES)
     row = _aligned(output)
     dispatch, gradient = _aligned(row + 2 * FLOAT32_BYTES * k), _aligned(row + FLOAT32_BYTES * k)

@@ -101,11 +101,8 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, device: str = "") -> DryRun:
-    """Estimate a run on a device (see `device_of`).
-
-    Raises:
-        UserError: a mistake that `prepare_run` finds too, if it does not depend on where it runs; an unknown device; an unknown model.
-    """
+    """Estimate a run on a device (see `device_of`). Raises UserError for a mistake that `prepare_run` finds too, if it does not depend on
+    where it runs; an unknown device; an unknown model."""
     checked = walk({"data": lambda: check_inputs(config), "room": lambda: devices_of(config, must_be_here=False)})
     use_gpu, fewest, most = checked["room"]
     with tempfile.TemporaryDirectory(prefix="most_ray-dry-") as folder:
@@ -114,18 +111,13 @@ def dry_run(config: RunConfig, device: str = "") -> DryRun:
 
 
 class _Preparation:
-    """Prepares a run in a temporary folder.
-
-    Attributes:
-        notes: what the run's figures are based on.
-        sampled: some records were counted by samples.
-        stand_in: the model's tokenizer was replaced by one trained on the records.
-    """
+    """Prepares a run in a temporary folder."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.notes: list[str] = []
-        self.sampled = self.stand_in = False
+        self.notes: list[str] = []  # what the run's figures are based on
+        self.sampled = False  # some records were counted by samples
+        self.stand_in = False  # the model's tokenizer was replaced by one trained on the records
         directories = {d for use in ("train", "val") for task in TASKS for d in config.directories(use, task)}
         self._small = sum(entry.size for directory in directories for entry in record_files(directory)) < SMALL_BYTES
         self._samples = 0
@@ -143,8 +135,8 @@ class _Preparation:
             raise DataError(error.field, error.value, error.rule, "Fix the records or raise max_rejected_fraction.") from error
         if self.sampled or self.stand_in:  # then the plan differs from the one that a run has started with
             local = dataclasses.replace(local, accept_data_change=True)
-        started = storage.exists(self.config.run_uri)
-        return resolve_run(local, RunFolder(self.config.run_uri) if started else scratch, sources, use_gpu, fewest, most)
+        folder = RunFolder(self.config.run_uri) if storage.exists(self.config.run_uri) else scratch
+        return resolve_run(local, folder, sources, use_gpu, fewest, most)
 
     def _model(self) -> str:
         """Return a folder with the model's configuration and a tokenizer."""
@@ -166,10 +158,11 @@ class _Preparation:
             raise ConfigError("model_name_or_path", storage.redact(name), rule, "Check the path; a dry run does not use the network.")
         target = "models/most" if name in PUBLISHED else name
         stand_in = "and a tokenizer trained on the records instead of its own"
-        self.notes.append(f"{name} is not on this machine: estimated with the published sizes of {known}, {stand_in}")
-        self.notes.append(f"before the run: most-ray init-model --from_deepseek {known} --output {target}")
-        if name in PUBLISHED:
-            self.notes.append(f"and for the run: model_name_or_path: {target}")
+        self.notes += [
+            f"{name} is not on this machine: estimated with the published sizes of {known}, {stand_in}",
+            f"before the run: most-ray init-model --from_deepseek {known} --output {target}",
+            *([f"and for the run: model_name_or_path: {target}"] if name in PUBLISHED else []),
+        ]
         self.stand_in = True
         tokenizer = train_tokenizer(training_texts(self.config, sampling.SAMPLE_RECORDS), _STAND_IN_TOKENS)
         ids = token_ids(tokenizer)
@@ -186,8 +179,7 @@ class _Preparation:
         if any(json.loads(storage.read_bytes(entry.uri)).get("source") == source for entry in stores):
             with contextlib.suppress(_StoreMissingError):  # it has another recipe, or its records have changed: they are sampled
                 return ingest_directory(directory, recipe, root, _refuse)
-        self.sampled = True
-        self._samples += 1
+        self.sampled, self._samples = True, self._samples + 1
         sample = self.folder / f"sample-{self._samples}" / storage.base_name(directory)
         factor = sampling.copy_sample(directory, sample)
         store = sampling.ExtrapolatedStore(ingest_directory(sample, recipe, store_dir, run), factor, storage.absolute(directory))
@@ -220,7 +212,7 @@ def _estimate(config: RunConfig, prepared: Prepared, preparation: _Preparation, 
         assert speed is not None, "a device without assumed speed was measured"
         return LayoutEstimator(config, shapes, steps, workers, speed, device.is_gpu)
 
-    ends = dict.fromkeys((prepared.topologies[0], prepared.topologies[-1]))
+    ends = (prepared.topologies[0], prepared.topologies[-1])
     estimators = {topology: estimator(topology.world_size) for topology in ends}
     mix = plan.mix(job.total_steps)
     every = [config.save_steps, *([config.eval_steps] if job.has_validation and config.eval_steps else [])]
@@ -241,7 +233,7 @@ def _estimate(config: RunConfig, prepared: Prepared, preparation: _Preparation, 
         tokens=float(np.mean([step.lengths.sum() for step in steps])),
         supervised=float(np.mean([step.supervised.sum() for step in steps])),
         packs=float(np.mean([len(step.packs) for step in steps])),
-        layouts=tuple(estimators[topology].estimate(topology) for topology in ends),
+        layouts=tuple(each.estimate(topology) for topology, each in estimators.items()),
         choices=estimators[job.topology].choices(device.memory),
         calibration=calibration,
         notes=tuple(preparation.notes),

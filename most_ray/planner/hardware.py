@@ -69,11 +69,8 @@ class GpuLinks:
     overlaps: ClassVar = True
 
     def seconds(self, collective: Collective) -> float:
-        """Return the time of a collective's calls.
-
-        Rings cross between machines on as many links as the collective has members in each. In an all-to-all, each member's rows for other
-        machines use that member's own link.
-        """
+        """Return the time of a collective's calls. Rings cross between machines on as many links as the collective has members in each. In
+        an all-to-all, each member's rows for other machines use that member's own link."""
         ranks, stride = collective.ranks, collective.stride
         if ranks * stride <= GPUS_PER_NODE:
             return collective.calls * _INTRA_NODE_CALL_S + collective.nbytes / self.intra_node
@@ -137,11 +134,5 @@ def _closest_spec(name: str, memory: int) -> _GpuSpec:
 
 
 def _assumed_speed(half: float, full: float, spec: _GpuSpec) -> Speed:
-    gigabyte = BANDWIDTH_EFFICIENCY * 1e9
-    return Speed(
-        half_flops=MATMUL_EFFICIENCY * half,
-        full_flops=MATMUL_EFFICIENCY * full,
-        bandwidth=gigabyte * spec.bandwidth,
-        update_rate=gigabyte * spec.bandwidth / _UPDATE_BYTES,
-        links=GpuLinks(gigabyte * spec.intra_node, gigabyte * spec.inter_node),
-    )
+    memory, intra, inter = (BANDWIDTH_EFFICIENCY * 1e9 * each for each in (spec.bandwidth, spec.intra_node, spec.inter_node))
+    return Speed(MATMUL_EFFICIENCY * half, MATMUL_EFFICIENCY * full, memory, memory / _UPDATE_BYTES, GpuLinks(intra, inter))

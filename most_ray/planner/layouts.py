@@ -74,12 +74,8 @@ def steps_of(plan: Plan, first: int, last: int, count: int) -> list[StepRecords]
 
 
 class LayoutEstimator:
-    """Estimates a run on a number of workers; the forward passes are the same on any layout of them.
-
-    Args:
-        steps: a sample of the run's steps. The largest determines memory, all of them the time.
-        speed: of each worker.
-    """
+    """Estimates a run on a number of workers, each of a `speed`; the forward passes are the same on any layout of them. Of `steps`, a
+    sample of the run's, the largest determines memory, all of them the time."""
 
     def __init__(
         self, config: RunConfig, shapes: ModelShapes, steps: Sequence[StepRecords], workers: int, speed: Speed, on_gpu: bool

@@ -67,21 +67,15 @@ class ForwardPass:
 
 
 class ModelShapes:
-    """A model's parameters and saved state without storage.
-
-    Attributes:
-        parameters: name -> shape.
-        state: name -> tensor on the meta device, with the buffers that are saved.
-        linear: names of the weights that autocast casts; routers and routed experts are not among them.
-        layers: number of decoder layers.
-    """
+    """A model's parameters and saved state without storage."""
 
     def __init__(self, config: MostConfig) -> None:
         self.config = config
         with torch.device("meta"):
             model = MostForCausalLM(config)
         self.parameters: dict[str, torch.Size] = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.state: dict[str, torch.Tensor] = model.state_dict()
+        self.state: dict[str, torch.Tensor] = model.state_dict()  # on the meta device, with the buffers that are saved
+        # Names of the weights that autocast casts; routers and routed experts are not among them.
         self.linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         self.layers = len(model.model.layers)
 
@@ -91,11 +85,8 @@ class ModelShapes:
         return sum(map(math.prod, self.parameters.values()))
 
     def rows(self, name: str, topology: Topology, rank: int) -> range:
-        """Return the rows of a parameter, in the order of the running model, that a rank of a replica holds.
-
-        FSDP2 cuts the first dimension into `fsdp` chunks of equal size, the last of which may be short or empty; of experts it cuts those
-        of the expert-parallel rank.
-        """
+        """Return the rows of a parameter, in the order of the running model, that a rank of a replica holds. FSDP2 cuts the first dimension
+        into `fsdp` chunks of equal size, the last of which may be short or empty; of experts it cuts those of the expert-parallel rank."""
         n, size, start = self.parameters[name][0], topology.fsdp, 0
         if _EXPERTS in name and topology.ep > 1:
             n //= topology.ep
@@ -136,11 +127,9 @@ class ModelShapes:
 
 def memory_of(shapes: ModelShapes, topology: Topology, forward: ForwardPass) -> Memory:
     """Return the peak memory of the first rank of a replica, which never holds less than another."""
-    count = shapes.parameters_on(topology, 0)
-    activations, largest_layer = _activations(shapes.config, forward, topology.ep > 1)
-    tokens = forward.rows * forward.length
-    residual = shapes.layers * FLOAT32_BYTES * shapes.config.hidden_size * tokens
-    attention = tokens * (_attention(shapes.config, forward) - _attention_input(shapes.config, forward))
+    config, count, tokens = shapes.config, shapes.parameters_on(topology, 0), forward.rows * forward.length
+    activations, largest_layer = _activations(config, forward, topology.ep > 1)
+    attention = tokens * (_attention(config, forward) - _attention_input(config, forward))
     return Memory(
         weights=FLOAT32_BYTES * count,
         gradients=FLOAT32_BYTES * count,
@@ -149,8 +138,8 @@ def memory_of(shapes: ModelShapes, topology: Topology, forward: ForwardPass) -> 
         copies=_copies(shapes, topology) if forward.half else 0,
         activations=activations,
         selective=activations - shapes.layers * attention + attention,
-        recomputed=residual + largest_layer,
-        logits=_logits(shapes.config.vocab_size, forward),
+        recomputed=shapes.layers * FLOAT32_BYTES * config.hidden_size * tokens + largest_layer,
+        logits=_logits(config.vocab_size, forward),
     )
 
 
@@ -180,14 +169,12 @@ def _gathered(shapes: ModelShapes, topology: Topology) -> int:
 
 def _activations(config: MostConfig, forward: ForwardPass, exchanged: bool) -> tuple[int, int]:
     """Return the bytes that autograd keeps of a forward pass on full rows: in all layers, and in the largest layer alone."""
-    attention = _attention(config, forward)
+    attention, tokens = _attention(config, forward), forward.rows * forward.length
     n_dense = min(config.first_k_dense_replace, config.num_hidden_layers)
-    dense = attention + _mlp(config, config.intermediate_size, forward)
-    experts = attention + _experts(config, forward, exchanged)
+    n_experts = config.num_hidden_layers - n_dense
+    dense, experts = attention + _mlp(config, config.intermediate_size, forward), attention + _experts(config, forward, exchanged)
     last = _norm(config.hidden_size)
     shared = 4 * 8 + FLOAT32_BYTES * config.qk_rope_head_dim  # ids, positions, record numbers, and angles as complex numbers
-    tokens = forward.rows * forward.length
-    n_experts = config.num_hidden_layers - n_dense
     return tokens * (n_dense * dense + n_experts * experts + last + shared), tokens * max(dense * (n_dense > 0), experts * (n_experts > 0))
 
 
@@ -247,11 +234,8 @@ class _FileSize(Staging):
 
 
 def checkpoint_sizes(shapes: ModelShapes, topology: Topology, moments: Moments) -> tuple[int, int]:
-    """Return the bytes of the first rank's file, which is the largest, and of all ranks' files.
-
-    Headers of other ranks are assumed to be as long as the first one's. The tokenizer and the JSON files, some megabytes at most, are not
-    counted.
-    """
+    """Return the bytes of the first rank's file, which is the largest, and of all ranks' files. Headers of other ranks are assumed to be as
+    long as the first one's. The tokenizer and the JSON files, some megabytes at most, are not counted."""
     random, shards = random_shards(), list(_first_rank_shards(shapes, topology, moments))
     first, replica = _FileSize(), _FileSize()
     first.plan([*shards, *random])

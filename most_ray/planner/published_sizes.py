@@ -51,8 +51,6 @@ _FOLDERS = {"most-v2-lite": "deepseek-ai/DeepSeek-V2-Lite", "most-v2": "deepseek
 
 
 def published_name(name: str) -> str | None:
-    """Return the published model that a hub name, or the last part of a folder's path, stands for; None if there is none.
-
-    A MoST model has the same sizes as the one it was made from: units and markers of speech use spare rows of the vocabulary.
-    """
+    """Return the published model that a hub name, or the last part of a folder's path, stands for; None if there is none. A MoST model has
+    the same sizes as the one it was made from: units and markers of speech use spare rows of the vocabulary."""
     return name if name in PUBLISHED else _FOLDERS.get(storage.base_name(name))

@@ -32,12 +32,9 @@ def copy_sample(directory: str, target: Path) -> float:
                 last = byte
                 break
             lines.append(json.dumps("not JSON" if isinstance(value, RecordError) else value))
-        if not last:
-            size += entry.size
-        elif entry.name.endswith(".gz"):  # the compressed size of what was read is unknown: compress it again
-            size += len(gzip.compress("\n".join(lines[start:]).encode()))
-        else:
-            size += last
+        if last and entry.name.endswith(".gz"):  # the compressed size of what was read is unknown: compress it again
+            last = len(gzip.compress("\n".join(lines[start:]).encode()))
+        size += last or entry.size
     (target / "records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if units := read_units_manifest(storage.absolute(directory)):
         (target / UNITS_MANIFEST).write_text(json.dumps(units), encoding="utf-8")

@@ -43,9 +43,7 @@ def dry_screen(run: DryRun, console: Console) -> None:
         "time": f"{about}{_times(run)}; saving and evaluations are not counted",
         "checkpoints": _checkpoints(run),
     }
-    if run.rejected:
-        rows["rejected"] = f"{counted}{run.rejected:,} records"
-    print_rows(console, rows)
+    print_rows(console, rows | ({"rejected": f"{counted}{run.rejected:,} records"} if run.rejected else {}))
     records, tokens = ("about " if estimated else "" for estimated in (run.about_records, run.about_tokens))
     console.print(mix_table(run.config.weight_unit, run.sources, records, tokens))
     console.print(_memory(run))
@@ -133,11 +131,10 @@ def _best(run: DryRun, console: Console) -> None:
     """Print the best layout, if the run has another one that does not fit or is slower."""
     best, own = run.choices[0], next(choice for choice in run.choices if choice.topology == run.layout.topology)
     gain = own.cost.seconds / best.cost.seconds
-    if not best.fits or (own.fits and gain < _WORTH):
-        return
-    sizes = f"dp_replicate_size: {best.topology.dp_replicate}, ep_size: {best.topology.ep}"
-    why = f"about {gain:.2g} times as fast as this run's" if own.fits else "which fits, as this run's does not"
-    print_line(console, f"Best layout: {sizes}, {why}.")
+    if best.fits and not (own.fits and gain < _WORTH):
+        sizes = f"dp_replicate_size: {best.topology.dp_replicate}, ep_size: {best.topology.ep}"
+        why = f"about {gain:.2g} times as fast as this run's" if own.fits else "which fits, as this run's does not"
+        print_line(console, f"Best layout: {sizes}, {why}.")
 
 
 def _gib(count: int) -> str:
@@ -149,9 +146,8 @@ def _verdict(run: DryRun, console: Console) -> None:
     available = run.device.memory
     if not available:
         return
-    kind = run.config.recomputed
-    layout = max(run.layouts, key=lambda one: one.memory.total(kind))
-    needs = layout.memory.total(kind)
+    layout = max(run.layouts, key=lambda one: one.memory.total(run.config.recomputed))
+    needs = layout.memory.total(run.config.recomputed)
     share = f"{needs / available:.0%} of a worker's memory on {count_of(layout.topology.world_size, 'worker')}"
     more = "the device's context, its libraries' buffers and fragmentation come on top"
     if needs <= USABLE_MEMORY * available:

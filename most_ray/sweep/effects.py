@@ -125,14 +125,12 @@ def _groups(dimension: Dimension, known: Sequence[tuple[Any, float]]) -> list[tu
 def _halves(known: Sequence[tuple[Any, float]]) -> list[tuple[str, list[float]]]:
     """Split results at the median of the values, which belongs to the lower half."""
     tried = [(float(value), result) for value, result in known if isinstance(value, int | float) and math.isfinite(value)]
-    median = float(np.median([value for value, _ in tried])) if tried else 0.0
-    halves = [[pair for pair in tried if (pair[0] > median) is upper] for upper in (False, True)]
-    return [(_range([value for value, _ in half]), [result for _, result in half]) for half in halves if half]
-
-
-def _range(values: Sequence[float]) -> str:
-    low, high = level_name(float(min(values))), level_name(float(max(values)))
-    return low if low == high else f"{low} to {high}"
+    median, found = float(np.median([value for value, _ in tried])) if tried else 0.0, []
+    for upper in (False, True):
+        if half := [pair for pair in tried if (pair[0] > median) is upper]:
+            low, high = (level_name(end(value for value, _ in half)) for end in (min, max))
+            found.append((low if low == high else f"{low} to {high}", [result for _, result in half]))
+    return found
 
 
 def _interval(values: Sequence[float]) -> Interval | None:

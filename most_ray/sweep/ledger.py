@@ -128,14 +128,8 @@ def _apply(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
 
 
 class LedgerFile:
-    """The ledger's file, for the only process that writes it. An incomplete last line, left by a kill, is cut off.
-
-    Attributes:
-        ledger: the current state.
-
-    Raises:
-        ConfigError: another process on this machine writes it.
-    """
+    """The ledger's file, for the only process that writes it, with its current state as `ledger`. An incomplete last line, left by a kill,
+    is cut off. Raises ConfigError if another process on this machine writes it."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -157,11 +151,7 @@ class LedgerFile:
         self._stream.truncate(len(whole))
 
     def write(self, kind: str, **content: Any) -> None:
-        """Append a line; of a sweep at a URI, upload the file.
-
-        Raises:
-            ConfigError: another machine owns the sweep now.
-        """
+        """Append a line; of a sweep at a URI, upload the file. Raises ConfigError if another machine owns the sweep now."""
         if self._folder.remote and self._folder.owner() != self._driver:
             rule = "has been taken over by a newer start of the same sweep."
             raise ConfigError("name", storage.redact(self._folder.uri), rule, "One driver at a time.")
@@ -254,16 +244,16 @@ def ranked(trials: Iterable[Trial], objective: Objective) -> list[Trial]:
 def pareto(trials: Iterable[Trial], objectives: Sequence[Objective]) -> list[Trial]:
     """Return the Pareto front of the finished trials, sorted by the first objective: those that no other one dominates, being better in one
     objective and at least as good in all others."""
-    points = {}
+    points = []
     for trial in trials:
-        values = [trial.metric(objective.metric) for objective in objectives]
-        if trial.state == "finished" and None not in values:
-            points[trial.number] = (trial, [o.key(v) for o, v in zip(objectives, values, strict=True) if v is not None])
+        keys = [objective.key(value) for objective in objectives if (value := trial.metric(objective.metric)) is not None]
+        if trial.state == "finished" and len(keys) == len(objectives):
+            points.append((keys, trial.number, trial))
 
     def dominated(own: list[float]) -> bool:
-        return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for _, other in points.values())
+        return any(other != own and all(a <= b for a, b in zip(other, own, strict=True)) for other, _, _ in points)
 
-    return [trial for trial, own in sorted(points.values(), key=lambda point: (point[1], point[0].number)) if not dominated(own)]
+    return [trial for own, _, trial in sorted(points, key=lambda point: point[:2]) if not dominated(own)]
 
 
 def metric_at(trial: Trial, metric: str, step: int) -> float | None:

@@ -40,10 +40,8 @@ class Affinity:
 
 
 def measure_affinity(job: Job, device: torch.device) -> Affinity:
-    """Run text through the starting model, routed without regard to modality, and count the tokens of each expert.
-
-    The text is that of the run's first records in the run's mix: instructions, transcripts and prompts, without the speech.
-    """
+    """Run text through the starting model, routed without regard to modality, and count the tokens of each expert. The text is that of the
+    run's first records in the run's mix: instructions, transcripts and prompts, without the speech."""
     overrides = RoutingOverrides(use_modality_aware_routing=False, num_experts_per_tok=job.config.num_experts_per_tok)
     model = load_model(local_copy(job.model_path), overrides).to(device)
     load, tokens = text_load(model, texts_of(open_plan(job.plan), job), device)

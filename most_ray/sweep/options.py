@@ -104,11 +104,8 @@ class Sweep:
 
 
 def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
-    """The sweep of a YAML file (None: no file), overruled by flags.
-
-    Raises:
-        ConfigError: an unknown key, a value of the wrong type or outside of its range, or a space or a combination that is impossible.
-    """
+    """The sweep of a YAML file (None: no file), overruled by flags. Raises ConfigError for an unknown key, a value of the wrong type or
+    outside of its range, or a space or a combination that is impossible."""
     given = {**(read_yaml(path) if path else {}), **flags}
     raw_space = given.pop("space", None)
     check_names(given, [*SWEEP_OPTIONS, *OPTIONS, "space"])
@@ -185,16 +182,13 @@ def _check(sweep: Sweep) -> None:
 
 def _check_ends(sweep: Sweep) -> None:
     """Raises ConfigError where an end of a range is not a valid value of its key: many trials of such a range would fail."""
-    for dimension in sweep.space.dimensions:
-        if dimension.values or dimension.name in ROUTING or "[" in dimension.name:
-            continue
-        for end in (dimension.low, dimension.high):
-            value = int(end) if dimension.kind == "randint" else end
-            try:
-                config_from({**sweep.values, dimension.name: value})
-            except ConfigError as error:
-                if error.field == dimension.name:
-                    raise ConfigError(f"space.{dimension.name}", value, error.rule, error.remedy) from error
+    ranges = (d for d in sweep.space.dimensions if not d.values and d.name not in ROUTING and "[" not in d.name)
+    for name, value in ((d.name, int(end) if d.kind == "randint" else end) for d in ranges for end in (d.low, d.high)):
+        try:
+            config_from({**sweep.values, name: value})
+        except ConfigError as error:
+            if error.field == name:
+                raise ConfigError(f"space.{name}", value, error.rule, error.remedy) from error
 
 
 def _check_pbt(sweep: Sweep) -> None:

@@ -25,9 +25,8 @@ def start_screen(
     sweep: Sweep, ledger: Ledger, uri: str, job: Job, where: str, affinities: Sequence[Affinity], cost: Estimate, console: Console
 ) -> None:
     """Print what the sweep is about to do, and its estimated cost."""
-    options = sweep.options
-    ended = len(ledger.in_state("finished", "stopped", "failed"))
-    already = f"; {ended} have ended, {len(ledger.in_state('open'))} continue" if ledger.trials else ""
+    options, left = sweep.options, len(ledger.in_state("open"))
+    already = f"; {len(ledger.trials) - left} have ended, {left} continue" if ledger.trials else ""
     print_line(console, f"Sweep {storage.redact(uri)}: {sweep.max_trials} trials of {job.total_steps:,} steps{already}")
     scheduler = {
         "none": "no early stopping",
@@ -48,9 +47,7 @@ def start_screen(
         several = f" (the first of {len(affinities)})" if len(affinities) > 1 else ""
         rows["affinity"] = f"text on the starting model{several}, by expert: {shares}"
     print_rows(console, rows)
-    table = Table(title="Space")
-    for heading in ("setting", "how", "values"):
-        table.add_column(heading)
+    table = Table("setting", "how", "values", title="Space")
     for dimension in sweep.space.dimensions:
         values = ", ".join(map(str, dimension.values)) if dimension.values else f"{dimension.low:g} to {dimension.high:g}"
         table.add_row(dimension.name, dimension.kind, values)
@@ -58,9 +55,7 @@ def start_screen(
 
 
 def _cost(cost: Estimate) -> str:
-    steps = f"{cost.most_steps:,} steps"
-    if cost.fewest_steps < cost.most_steps:
-        steps = f"{cost.fewest_steps:,} to {steps}"
+    steps = f"{f'{cost.fewest_steps:,} to ' if cost.fewest_steps < cost.most_steps else ''}{cost.most_steps:,} steps"
     if cost.fewest_hours is None or cost.most_hours is None:
         return f"{steps}; their time is unknown: a step could not be timed here"
     low, high = duration(cost.fewest_hours * 3600), duration(cost.most_hours * 3600)

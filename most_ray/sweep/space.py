@@ -55,8 +55,7 @@ class Dimension:
         if self.kind == "loguniform":
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
             return min(self.high, max(self.low, value))  # rounding can exceed the range
-        known = self.listed
-        assert known is not None
+        known = self.listed or ()
         return known[min(len(known) - 1, int(share * len(known)))]
 
     def described(self) -> dict[str, Any]:
@@ -94,10 +93,8 @@ class Space:
         return point
 
     def proposal(self, search: str, seed: int, k: int) -> Values | None:
-        """Return the values of trial k, from 0; None after the end of a grid. Not for `tpe`, whose proposals depend on results.
-
-        A random search cycles through the grid's points, and draws all other dimensions for each trial.
-        """
+        """Return the values of trial k, from 0; None after the end of a grid. Not for `tpe`, whose proposals depend on results. A random
+        search cycles through the grid's points, and draws all other dimensions for each trial."""
         size = self.grid_size(search)
         if search == "grid" and k >= size:
             return None
@@ -115,15 +112,11 @@ class Space:
 
 
 def parse_space(raw: Any) -> Space:
-    """Parse the space of a sweep's YAML file.
+    """Parse the space of a sweep's YAML file. Raises ConfigError, which names the key and the rule.
 
-    Args:
-        raw: by key, `{choice: [...]}`, `{grid: [...]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or `{randint: [low, high]}`,
-            both ends included; or the short forms `2..6`, `[a, b]`, `a | b`, or a single value. For a key that holds a list, also a list
-            with any of these as elements.
-
-    Raises:
-        ConfigError: names the key and the rule.
+    It has, by key, `{choice: [...]}`, `{grid: [...]}`, `{uniform: [low, high]}`, `{loguniform: [low, high]}` or `{randint: [low, high]}`,
+    both ends included; or the short forms `2..6`, `[a, b]`, `a | b`, or a single value. For a key that holds a list, also a list with any
+    of these as elements.
     """
     if not isinstance(raw, Mapping) or not raw:
         raise ConfigError("space", raw, "names no setting to try.", "Give some, as `learning_rate: {loguniform: [1.0e-4, 1.0e-2]}`.")
@@ -135,12 +128,9 @@ def parse_space(raw: Any) -> Space:
         if isinstance(spec, list) and key not in ROUTING and OPTIONS[key].many:
             if not any(isinstance(element, Mapping) for element in spec):
                 raise ConfigError(f"space.{key}", spec, "tries nothing: no element of the list is a choice or a range.")
-            elements: list[Any] = []
-            for index, element in enumerate(spec):
-                inner = _dimension(f"{key}[{index}]", element, key) if isinstance(element, Mapping) else None
-                elements.append(None if inner else _element(key, index, element))
-                dimensions += [inner] if inner else []
-            lists[key] = tuple(elements)
+            inner = {index: _dimension(f"{key}[{index}]", each, key) for index, each in enumerate(spec) if isinstance(each, Mapping)}
+            lists[key] = tuple(None if index in inner else _element(key, index, each) for index, each in enumerate(spec))
+            dimensions += inner.values()
         else:
             dimensions.append(_dimension(key, spec, key))
     if (routing := sorted(set(raw) & set(ROUTING))) and (twice := sorted(set(raw) & set(_SETTLED_BY_ROUTING))):

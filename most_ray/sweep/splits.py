@@ -14,15 +14,11 @@ SPLITS: tuple[str, ...] = get_args(Split)
 
 
 def split_experts(split: str, n_experts: int, n_audio: int, most_text_first: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
-    """Return text_expert_indices and audio_expert_indices, each ascending.
+    """Return text_expert_indices and audio_expert_indices, each ascending. Raises ConfigError if a group would be empty.
 
     Args:
         split: which experts serve audio. `contiguous`: the last ones; `interleaved`: evenly spaced ones; `affinity`: those that the least
-            text is routed to.
-        most_text_first: for `affinity`, all experts by the text that the starting model routes to them (see `rank_experts`).
-
-    Raises:
-        ConfigError: a group would be empty.
+            text is routed to, which is the end of `most_text_first` (see `rank_experts`).
     """
     if not 1 <= n_audio < n_experts:
         raise ConfigError("audio_experts", n_audio, f"must be in 1..{n_experts - 1}: text needs experts too.")
@@ -37,15 +33,10 @@ def split_experts(split: str, n_experts: int, n_audio: int, most_text_first: Seq
 
 
 def rank_experts(load: np.ndarray) -> tuple[list[int], list[float]]:
-    """Rank experts by the text that is routed to them.
+    """Rank experts by the selections of text tokens that were routed without regard to modality, `(layers, experts)`.
 
-    Args:
-        load: selections of each expert by text tokens that were routed without regard to modality, `(layers, experts)`.
-
-    Returns:
-        The experts, the one with the most text first, among equals the lower index; and the share of each expert by index. It is the mean
-        over layers of its share in a layer, since a split is the same in all of them.
+    Returns the experts, the one with the most text first, among equals the lower index; and the share of each expert by index. It is the
+    mean over layers of its share in a layer, since a split is the same in all of them.
     """
-    totals = load.sum(axis=1, keepdims=True)
-    share = (load / np.maximum(totals, 1)).mean(axis=0)
-    return sorted(range(load.shape[1]), key=lambda expert: (-share[expert], expert)), [float(value) for value in share]
+    share = (load / np.maximum(load.sum(axis=1, keepdims=True), 1)).mean(axis=0)
+    return np.argsort(-share, kind="stable").tolist(), share.tolist()

@@ -48,11 +48,8 @@ def start_key(sweep: Sweep, values: Values) -> str:
 
 
 def start_keys(sweep: Sweep) -> list[str]:
-    """Return the keys of all starting models that trials can have.
-
-    Raises:
-        ConfigError: there are too many, or affinity cannot be measured on them.
-    """
+    """Return the keys of all starting models that trials can have. Raises ConfigError if there are too many, or if affinity cannot be
+    measured on them."""
     by_affinity = any(d.name == "expert_split" and "affinity" in d.values for d in sweep.space.dimensions)
     moved = sorted(name for name in sweep.space.names if name.startswith("train_") and name.split("[")[0].endswith("_dirs"))
     if by_affinity and moved and sweep.run.model_name_or_path in PRESETS:
@@ -75,11 +72,8 @@ class TrialBase:
     shared: Mapping[str, Any]  # settings chosen for all trials (devices, workers, threads), so that none depends on where it is started
 
     def settings_of(self, values: Values) -> dict[str, Any]:
-        """Return the configuration keys that a trial's run changes in the sweep's.
-
-        Raises:
-            UserError: the trial cannot be trained; names the value at fault.
-        """
+        """Return the configuration keys that a trial's run changes in the sweep's. Raises UserError, which names the value at fault, if the
+        trial cannot be trained."""
         settings = self.sweep.space.settings(values)
         start = self.starts[start_key(self.sweep, values)]
         split, n_audio = settings.pop("expert_split", None), settings.pop("audio_experts", None)
@@ -128,19 +122,13 @@ def start_config(sweep: Sweep, key: str) -> MostConfig:
 
 def proposals(sweep: Sweep) -> Iterator[Values]:
     """Yield the values of the trials of a random or grid search; for TPE, random values of the same space."""
-    for k in range(_TPE_PROPOSALS if sweep.options.search == "tpe" else sweep.max_trials):
-        values = sweep.space.proposal(sweep.options.search, sweep.options.search_seed, k)
-        if values is None:
-            return
-        yield values
+    search, count = sweep.options.search, _TPE_PROPOSALS if sweep.options.search == "tpe" else sweep.max_trials
+    proposed = (sweep.space.proposal(search, sweep.options.search_seed, k) for k in range(count))
+    yield from (values for values in proposed if values is not None)
 
 
 def first_valid(base: TrialBase) -> dict[str, Any]:
-    """Return the settings of the first proposal that can be trained.
-
-    Raises:
-        ConfigError: none can; names the most frequent reason.
-    """
+    """Return the settings of the first proposal that can be trained. Raises ConfigError, with the most frequent reason, if none can."""
     reasons = Counter[str]()
     for values in proposals(base.sweep):
         try:

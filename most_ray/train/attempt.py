@@ -38,11 +38,7 @@ class Attempt:
     @classmethod
     def claim(cls, job: Job) -> Attempt:
         """Start an attempt, if the run still belongs to its driver: an older attempt that is still running can then not commit. Collective.
-
-        Raises:
-            CheckpointError: a newer driver owns the run.
-            ConfigError: the run's folder is not shared by all ranks.
-        """
+        Raises CheckpointError if a newer driver owns the run, ConfigError if the run's folder is not shared by all ranks."""
         folder, rank, new = RunFolder(job.run_uri), this_rank(), [""]
         if rank == 0 and folder.owner().startswith(f"{job.driver}."):
             new = [f"{job.driver}.{uuid.uuid4().hex}"]

@@ -35,11 +35,8 @@ class CheckpointManager:
         self._writer.prepare(state)
 
     def at_step(self, state: TrainState, last: bool) -> float:
-        """Save if it is due or training ends after this step for now, and handle what was committed. Collective.
-
-        Returns:
-            Seconds that checkpoints have held up training since the previous call.
-        """
+        """Save if it is due or training ends after this step for now, and handle what was committed. Collective. Returns the seconds that
+        checkpoints have held up training since the previous call."""
         if state.step % self._config.save_steps == 0 or self._evaluations.is_due(state.step) or last:
             self._save(state)
             self._evaluations.at_step(state)

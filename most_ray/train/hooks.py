@@ -23,11 +23,7 @@ class AsyncEvaluator(Protocol):
         """Return the steps whose checkpoints must stay until they are evaluated."""
 
     def collect(self, wait_s: float) -> None:
-        """Report the evaluations that have finished, or do so within `wait_s` seconds.
-
-        Raises:
-            Exception: the evaluation of the run's last step failed.
-        """
+        """Report the evaluations that finish within `wait_s` seconds. Raises the error of the evaluation of the run's last step."""
 
 
 ReportEvaluation = Callable[[dict[str, Any]], None]  # takes a line for metrics.jsonl

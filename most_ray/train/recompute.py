@@ -49,11 +49,9 @@ def apply_layer_options(model: nn.Module, config: RunConfig) -> None:
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile in place the norms and MLPs of the decoder layers, for any number of tokens. Parameters keep their names.
-
-    Attention and routed experts are left out, since their shapes depend on the data. The compiled parts are below FSDP's units, so its
-    hooks run outside of what is compiled.
-    """
+    """Compile in place the norms and MLPs of the decoder layers, for any number of tokens. Parameters keep their names. Attention and
+    routed experts are left out, since their shapes depend on the data. The compiled parts are below FSDP's units, so its hooks run outside
+    of what is compiled."""
     for layer in _layers(model):
         mlp = getattr(layer.mlp, "shared_experts", layer.mlp)
         for part in (layer.input_layernorm, layer.post_attention_layernorm, mlp):

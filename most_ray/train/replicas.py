@@ -56,14 +56,8 @@ def shard_index(tensor: torch.Tensor) -> int:
 
 
 def find_mismatch(gathered: torch.Tensor) -> tuple[int, list[list[int]]] | None:
-    """Find the first tensor whose copies differ. Pure.
-
-    Args:
-        gathered: shard indices and checksums, int64 `(ranks, tensors, 2)`.
-
-    Returns:
-        The tensor's index, and its ranks grouped by checksum; None if all copies agree.
-    """
+    """Find the first tensor whose copies differ, from shard indices and checksums, int64 `(ranks, tensors, 2)`. Returns its index, and its
+    ranks grouped by checksum; None if all copies agree. Pure."""
     for tensor, column in enumerate(gathered.transpose(0, 1).tolist()):
         shards: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
         for rank, (shard, value) in enumerate(column):
@@ -76,10 +70,7 @@ def find_mismatch(gathered: torch.Tensor) -> tuple[int, list[list[int]]] | None:
 
 def check_replicas(state: TrainState) -> None:
     """Compare parameters, buffers of the model and buffers of the state between ranks. Collective: one all-gather of two numbers a tensor.
-
-    Raises:
-        ReplicaError: on every rank; names the first tensor whose copies differ, and the ranks.
-    """
+    Raises ReplicaError on every rank; it names the first tensor whose copies differ, and the ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     names, mine = [], []

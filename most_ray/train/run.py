@@ -50,11 +50,8 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train on this rank.
-
-    Returns:
-        The exit code. 0: the goal was reached; 2: an error that the user can fix; 75: stopped on request, after a checkpoint.
-    """
+    """Train on this rank. Returns the exit code. 0: the goal was reached; 2: an error that the user can fix; 75: stopped on request, after
+    a checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
@@ -121,14 +118,8 @@ def _init_device(world: int) -> torch.device:
 
 
 def _share_job(config: configuration.RunConfig, world: int, console: Console) -> tuple[Job | None, Prepared | None]:
-    """Rank 0 prepares the run and sends its job to all ranks.
-
-    Returns:
-        The job, None where all steps and evaluations are done; and on rank 0 the prepared run.
-
-    Raises:
-        UserError: on rank 0. The other ranks exit with its exit code, so that it is reported once.
-    """
+    """Rank 0 prepares the run and sends its job to all ranks. Returns the job, None where all steps and evaluations are done; and on rank 0
+    the prepared run. Raises UserError on rank 0; the other ranks exit with its exit code, so that it is reported once."""
     shared: list[Any] = [None]
     # Rank 0 may ingest records for hours before it sends the job.
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if dist.is_initialized() else None

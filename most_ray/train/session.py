@@ -37,14 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
-    """Train on this rank. With several ranks the process group must be initialised.
-
-    Returns:
-        Whether the goal was reached; if not, the run was stopped after a checkpoint of its current step.
-
-    Raises:
-        UserError: something that the user can fix.
-    """
+    """Train on this rank. With several ranks the process group must be initialised. Returns whether the goal was reached; if not, the run
+    was stopped after a checkpoint of its current step. Raises UserError for what the user can fix."""
     torch.set_num_threads(job.threads)
     (set_deterministic if job.config.deterministic else set_seeds)(job.config.seed, this_rank())
     attempt = Attempt.claim(job)

@@ -126,12 +126,8 @@ def attended_pairs(batch: Batch) -> int:
 
 
 def _accumulate(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accumulate the gradients of all forward passes, multiplied by the loss scale, in the parameters.
-
-    Returns:
-        This rank's sums, float64 `(2 * tasks + 1,)`: losses and supervised tokens by task, and the weighted balance loss; and its load,
-        `(L, 2, E)`.
-    """
+    """Accumulate the gradients of all forward passes, multiplied by the loss scale, in the parameters. Returns this rank's sums, float64
+    `(2 * tasks + 1,)`: losses and supervised tokens by task, and the weighted balance loss; and its load, `(L, 2, E)`."""
     model, config, ranks, device = state.model, state.model_config, world_size(), settings.device
     by_task = [settings.asr_loss_weight if task == "asr" else 1.0 for task in TASKS]
     weights = to_device(torch.tensor(by_task), device)
@@ -179,10 +175,8 @@ def _advance(state: TrainState, step: int, skipped: bool) -> None:
 
 
 def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: float, limit: int) -> None:
-    """Warn of a skipped step on rank 0, and end the run at the `limit`-th in a row. Collective.
-
-    Records are named at once, except in float16, which normally skips steps while it searches for a scale.
-    """
+    """Warn of a skipped step on rank 0, and end the run at the `limit`-th in a row. Collective. Records are named at once, except in
+    float16, which normally skips steps while it searches for a scale."""
     at_end, records = state.skipped_in_row >= limit, ""
     what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
     if at_end or not state.loss_scale.enabled:
@@ -219,10 +213,7 @@ def _local_gradients(model: nn.Module) -> dict[int, list[torch.Tensor]]:
 
 
 def grad_square(model: nn.Module) -> torch.Tensor:
-    """Return this rank's part of the squared Euclidean norm of all gradients, as a float64 scalar.
-
-    The sum over ranks is the squared norm, whatever meshes (dense, expert) the parameters are on: a shard that several ranks hold counts in
-    equal parts on each.
-    """
+    """Return this rank's part of the squared Euclidean norm of all gradients, as a float64 scalar. The sum over ranks is the squared norm,
+    whatever meshes (dense, expert) the parameters are on: a shard that several ranks hold counts in equal parts on each."""
     parts = [torch.nn.utils.get_total_norm(grads).double() ** 2 / copies for copies, grads in _local_gradients(model).items()]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
