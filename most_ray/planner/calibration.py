@@ -204,10 +204,9 @@ def _choose_proxy(config: MostConfig, shapes: ModelShapes, batch: Batch, peak: f
 def _count(proxy: MostConfig, shapes: ModelShapes) -> int:
     """Return the number of a proxy's parameters, from the shapes of the whole model."""
     units = {name: sum(unit) for name, unit in shapes.units().items()}
-    dense, experts = (f"model.layers.{index}" for index in (0, shapes.config.num_hidden_layers - 1))
+    dense, experts = (units[f"model.layers.{index}"] for index in (0, shapes.config.num_hidden_layers - 1))
     n_dense = min(proxy.first_k_dense_replace, proxy.num_hidden_layers)
-    ends = units["model.embed_tokens"] + units["lm_head"]
-    return ends + n_dense * units[dense] + (proxy.num_hidden_layers - n_dense) * units[experts]
+    return units["model.embed_tokens"] + units["lm_head"] + n_dense * dense + (proxy.num_hidden_layers - n_dense) * experts
 
 
 def _first_rows(batch: Batch, rows: int) -> Batch:
@@ -271,7 +270,7 @@ def _time_collectives(group: Any, ranks: int, barrier: threading.Barrier) -> dic
 
 def _calls(group: Any, count: int, ranks: int) -> dict[CollectiveKind, Callable[[], dist.Work]]:
     """Return a call of each kind, on messages of `count` numbers for each rank."""
-    shard, full, other = torch.zeros(count), torch.zeros(count * ranks), torch.zeros(count * ranks)
+    shard, full, other = (torch.zeros(size) for size in (count, count * ranks, count * ranks))
     return {
         "all-gather": lambda: group._allgather_base(full, shard),
         "reduce-scatter": lambda: group._reduce_scatter_base(shard, full),

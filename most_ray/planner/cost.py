@@ -155,17 +155,15 @@ def step_cost(shapes: ModelShapes, topology: Topology, work: StepWork, speed: Sp
     if topology.world_size == 1:
         return StepCost(compute, update, 0.0, {})
     compute += work.passes * (speed.fsdp_s + (speed.exchange_s if topology.ep > 1 else 0.0))
-    update += speed.fsdp_update_s
     collectives = collectives_of(shapes, topology, work)
     sent: dict[str, float] = {}
     for each in collectives:
         sent[each.kind] = sent.get(each.kind, 0.0) + work.passes * each.nbytes
     overlappable = work.passes * sum(speed.links.seconds(each) for each in collectives if each.overlappable)
     exposed = work.passes * sum(speed.links.seconds(each) for each in collectives if not each.overlappable)
-    if speed.links.overlaps:
-        # The first unit's weights and the last one's gradients have nothing to overlap with.
+    if speed.links.overlaps:  # the first unit's weights and the last one's gradients have nothing to overlap with
         overlappable = max(overlappable - compute, overlappable / len(shapes.units()))
-    return StepCost(compute, update, overlappable + exposed, sent)
+    return StepCost(compute, update + speed.fsdp_update_s, overlappable + exposed, sent)
 
 
 def layouts_of(world_size: int, config: MostConfig) -> list[Topology]:

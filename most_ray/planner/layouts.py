@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,11 +106,10 @@ class LayoutEstimator:
 
     def choices(self, available: int | None) -> tuple[LayoutChoice, ...]:
         """Return all layouts of the workers, those that fit `available` bytes of a rank's memory (None: unknown) first, then by speed."""
-        found = []
+        usable, found = math.inf if available is None else USABLE_MEMORY * available, []
         for topology in layouts_of(self._workers, self._shapes.config):
             memory, cost = self._memory_and_cost(topology)
-            fits = available is None or memory.total(self._work.recompute) <= USABLE_MEMORY * available
-            found.append(LayoutChoice(topology, cost, memory, fits))
+            found.append(LayoutChoice(topology, cost, memory, memory.total(self._work.recompute) <= usable))
         return tuple(sorted(found, key=lambda choice: (not choice.fits, choice.cost.seconds)))
 
     def _memory_and_cost(self, topology: Topology) -> tuple[Memory, StepCost]:

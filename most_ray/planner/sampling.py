@@ -20,9 +20,8 @@ SAMPLE_RECORDS = 2000  # of each directory
 def copy_sample(directory: str, target: Path) -> float:
     """Write the first records of a directory, bad ones included, to a new folder. Returns how many times larger the directory is."""
     target.mkdir(parents=True)
-    entries = record_files(directory)
+    entries, size = record_files(directory), 0.0
     lines: list[str] = []
-    size = 0.0
     for entry in entries:
         start, last = len(lines), 0
         if start >= SAMPLE_RECORDS:

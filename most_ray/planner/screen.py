@@ -44,8 +44,7 @@ def dry_screen(run: DryRun, console: Console) -> None:
         "checkpoints": _checkpoints(run),
     }
     print_rows(console, rows | ({"rejected": f"{counted}{run.rejected:,} records"} if run.rejected else {}))
-    records, tokens = ("about " if estimated else "" for estimated in (run.about_records, run.about_tokens))
-    console.print(mix_table(run.config.weight_unit, run.sources, records, tokens))
+    console.print(mix_table(run.config.weight_unit, run.sources, "about " if run.about_records else "", about))
     console.print(_memory(run))
     if len(run.choices) > 1:
         console.print(_layouts(run))
@@ -87,8 +86,7 @@ def _size(count: int) -> str:
 
 
 def _memory(run: DryRun) -> Table:
-    table = Table(title="Memory of a worker in GiB, the one that holds most")
-    table.add_column("what")
+    table = Table("what", title="Memory of a worker in GiB, the one that holds most")
     for layout in run.layouts:
         table.add_column(count_of(layout.topology.world_size, "worker"), justify="right")
     kinds = {
@@ -113,8 +111,8 @@ def _memory(run: DryRun) -> Table:
 
 def _layouts(run: DryRun) -> Table:
     """Return a table of the best layouts and the run's own."""
-    table = Table(title=f"Layouts of {count_of(run.layout.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first")
-    table.add_column("replicas x shards, expert parallel")
+    title = f"Layouts of {count_of(run.layout.topology.world_size, 'worker')}, {len(run.choices)} in all, the best first"
+    table = Table("replicas x shards, expert parallel", title=title)
     for heading in ("tokens/s", "communication", "MiB sent by a worker", "GiB of a worker"):
         table.add_column(heading, justify="right")
     for index, choice in enumerate(run.choices):
@@ -143,8 +141,7 @@ def _gib(count: int) -> str:
 
 def _verdict(run: DryRun, console: Console) -> None:
     """Print whether the run fits on the layout that needs the most memory, and what to change if it does not."""
-    available = run.device.memory
-    if not available:
+    if not (available := run.device.memory):
         return
     layout = max(run.layouts, key=lambda one: one.memory.total(run.config.recomputed))
     needs = layout.memory.total(run.config.recomputed)

@@ -51,12 +51,10 @@ class Effect:
 
 
 def effects(ledger: Ledger, objective: Objective) -> list[Effect]:
-    """Return the effect of each dimension, in the ledger's order.
-
-    Trials are compared at the last step at which all that have values of the objective have one, so that trials that were stopped early are
-    compared with the others' results at that step. The list is empty if there is no such step, or if a trial continued from another one
-    (population based training), since its results then do not depend on its values alone.
-    """
+    """Return the effect of each dimension, in the ledger's order. Trials are compared at the last step at which all that have values of the
+    objective have one, so that trials that were stopped early are compared with the others' results at that step. The list is empty if
+    there is no such step, or if a trial continued from another one (population based training), since its results then do not depend on its
+    values alone."""
     trials = ledger.trials.values()
     measured = [{r.step for r in trial.results if _value(trial, objective.metric, r.step) is not None} for trial in trials]
     steps = [found for found in measured if found]
@@ -77,8 +75,8 @@ def dimensions_of(ledger: Ledger) -> list[Dimension]:
             dimension = Dimension(str(entry["name"]), kind, values, float(entry.get("low", 0)), float(entry.get("high", 0)))
         except (AttributeError, KeyError, TypeError, ValueError):  # incomplete: the ledger's file was edited or cut
             continue
-        listed = kind in ("choice", "grid")
-        if kind in get_args(Kind) and (values if listed else math.isfinite(dimension.low) and math.isfinite(dimension.high)):
+        bounded = math.isfinite(dimension.low) and math.isfinite(dimension.high)
+        if kind in get_args(Kind) and (values if kind in ("choice", "grid") else bounded):
             found.append(dimension)
     return found
 

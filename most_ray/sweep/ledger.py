@@ -137,8 +137,8 @@ class LedgerFile:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            uri = storage.redact(folder.uri)
-            raise ConfigError("name", uri, "is being swept by another process.", "Wait for it, or choose another name.") from None
+            rule, remedy = "is being swept by another process.", "Wait for it, or choose another name."
+            raise ConfigError("name", storage.redact(folder.uri), rule, remedy) from None
         self._driver = uuid.uuid4().hex
         if folder.remote:
             folder.claim(self._driver)
@@ -185,11 +185,9 @@ def read_ledger(uri: str) -> Ledger | None:
 
 
 def metrics_of(evaluation: Mapping[str, Any], train: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """Return the metrics by name of a line of kind `evaluation` and of the line of kind `train` of the same step.
-
-    They are wer/SET, cer/SET, cycle_wer/SET, outside_wer/SET, unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET,
-    duration_ratio/TASK/SET; wer and loss, the means over the sets; train/KEY.
-    """
+    """Return the metrics by name of a line of kind `evaluation` and of the line of kind `train` of the same step: wer/SET, cer/SET,
+    cycle_wer/SET, outside_wer/SET, unit_error_rate/SET; loss/TASK/SET, perplexity/TASK/SET, duration_ratio/TASK/SET; wer and loss, the
+    means over the sets; train/KEY."""
     found: dict[str, Any] = {}
     for name, figures in evaluation.get("sets", {}).items():
         # Sets of two tasks may share a name: one without a part leaves the other's value.
@@ -270,12 +268,11 @@ def commands_of(ledger: Ledger, sweep_uri: str, run: str) -> dict[str, str]:
     """Return the commands that train the best trial, whose run is `run`. `again`: a run with the same results as the trial; `in full`: one
     as long as the base's, if that differs from the trials."""
     again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_uri, BEST))]
-    full = ledger.sweep.get("full") or {}
-    if not isinstance(full, dict) or not full:
-        return {"again": shlex.join(again)}
-    flags = [word for name, value in full.items() for word in (f"--{name}", "none" if value is None else str(value))]
-    name = f"{ledger.sweep.get('name', 'sweep')}-full-{run}"
-    return {"again": shlex.join(again), "in full": shlex.join([*again, "--name", name, *flags])}
+    commands = {"again": shlex.join(again)}
+    if isinstance(full := ledger.sweep.get("full"), dict) and full:
+        flags = [word for name, value in full.items() for word in (f"--{name}", "none" if value is None else str(value))]
+        commands["in full"] = shlex.join([*again, "--name", f"{ledger.sweep.get('name', 'sweep')}-full-{run}", *flags])
+    return commands
 
 
 def kept_uri(sweep_uri: str, run: str, step: int) -> str:

@@ -45,8 +45,7 @@ def measure_affinity(job: Job, device: torch.device) -> Affinity:
     overrides = RoutingOverrides(use_modality_aware_routing=False, num_experts_per_tok=job.config.num_experts_per_tok)
     model = load_model(local_copy(job.model_path), overrides).to(device)
     load, tokens = text_load(model, texts_of(open_plan(job.plan), job), device)
-    order, share = rank_experts(load)
-    return Affinity(order, share, tokens)
+    return Affinity(*rank_experts(load), tokens)
 
 
 def texts_of(plan: Plan, job: Job) -> Iterator[np.ndarray]:
@@ -66,15 +65,13 @@ def texts_of(plan: Plan, job: Job) -> Iterator[np.ndarray]:
 @torch.no_grad()
 def text_load(model: MostForCausalLM, texts: Iterator[np.ndarray], device: torch.device) -> tuple[np.ndarray, int]:
     """Return the experts' selections by the tokens of all texts, `(layers, experts)`, and the number of tokens."""
-    total, tokens, waiting = np.zeros(()), 0, list(texts)
-    for start in range(0, len(waiting), _ROWS):
-        rows = [torch.from_numpy(row.astype(np.int64)) for row in waiting[start : start + _ROWS]]
-        ids = pad_sequence(rows, batch_first=True)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    total, rows = np.zeros(()), [torch.from_numpy(text.astype(np.int64)) for text in texts]
+    for some in (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)):
+        ids = pad_sequence(some, batch_first=True)
+        mask = pad_sequence(list(map(torch.ones_like, some)), batch_first=True)
         load = model.model(ids.to(device), attention_mask=mask.to(device), use_cache=False).expert_load
         total = total + load[:, TEXT].cpu().numpy()
-        tokens += sum(map(len, rows))
-    return total, tokens
+    return total, sum(map(len, rows))
 
 
 def step_seconds(job: Job, device: torch.device) -> float | None:

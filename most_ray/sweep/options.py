@@ -170,8 +170,7 @@ def _check(sweep: Sweep) -> None:
         rule = f"is compared every {run.eval_steps} steps, and logged every {run.logging_steps}."
         raise ConfigError("objectives", trained[0], rule, "Let eval_steps be a multiple of logging_steps.")
     _check_ends(sweep)
-    endless = [d.name for d in sweep.space.dimensions if d.listed is None]
-    if options.search == "grid" and endless:
+    if options.search == "grid" and (endless := [d.name for d in sweep.space.dimensions if d.listed is None]):
         rule = "has infinitely many values, so it makes no grid."
         raise ConfigError(f"space.{endless[0]}", None, rule, "Use `grid: [...]`, or search: random.")
     if options.search == "tpe" and (gridded := [d.name for d in sweep.space.dimensions if d.kind == "grid"]):

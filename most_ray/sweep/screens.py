@@ -42,8 +42,8 @@ def start_screen(
     if options.max_hours:
         rows["budget"] = f"{options.max_hours:g} hours, of which {ledger.spent_s / 3600:.2f} are spent"
     if affinities:
-        first = affinities[0]
-        shares = ", ".join(f"{expert} ({first.share[expert]:.1%})" for expert in first.order[:_MOST_EXPERTS])
+        order, share = affinities[0].order[:_MOST_EXPERTS], affinities[0].share
+        shares = ", ".join(f"{expert} ({share[expert]:.1%})" for expert in order)
         several = f" (the first of {len(affinities)})" if len(affinities) > 1 else ""
         rows["affinity"] = f"text on the starting model{several}, by expert: {shares}"
     print_rows(console, rows)
@@ -94,11 +94,11 @@ def last_screen(ledger: Ledger, objectives: Sequence[Objective], summary: Mappin
     """Print all trials, best first, and the commands that train the best one."""
     names = [dimension["name"] for dimension in ledger.sweep.get("dimensions", [])]
     order = ranked(ledger.trials.values(), objectives[0])
-    rest = [trial for trial in ledger.trials.values() if trial not in order]
+    order += [trial for trial in ledger.trials.values() if trial not in order]
     table = Table(title="Trials, best first")
     for heading in ("trial", *names, "step", *(objective.metric for objective in objectives), "state"):
         table.add_column(heading, justify="left" if heading in ("expert_split", "state") else "right", overflow="fold")
-    for trial in order + rest:
+    for trial in order:
         values = (format_value(trial.values.get(name, "-")) for name in names)
         figures = (format_metric(trial, objective.metric) for objective in objectives)
         table.add_row(str(trial.number), *values, str(trial.step), *figures, trial.state)

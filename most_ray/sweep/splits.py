@@ -33,10 +33,8 @@ def split_experts(split: str, n_experts: int, n_audio: int, most_text_first: Seq
 
 
 def rank_experts(load: np.ndarray) -> tuple[list[int], list[float]]:
-    """Rank experts by the selections of text tokens that were routed without regard to modality, `(layers, experts)`.
-
-    Returns the experts, the one with the most text first, among equals the lower index; and the share of each expert by index. It is the
-    mean over layers of its share in a layer, since a split is the same in all of them.
-    """
+    """Rank experts by the selections of text tokens that were routed without regard to modality, `(layers, experts)`. Returns the experts,
+    the one with the most text first, among equals the lower index; and the share of each expert by index. It is the mean over layers of its
+    share in a layer, since a split is the same in all of them."""
     share = (load / np.maximum(load.sum(axis=1, keepdims=True), 1)).mean(axis=0)
     return np.argsort(-share, kind="stable").tolist(), share.tolist()

@@ -152,21 +152,19 @@ class Estimate:
 
 def estimate(sweep: Sweep, total_steps: int, left: int, concurrent: int, step_s: float | None) -> Estimate:
     """Estimate the cost of the `left` remaining trials, of which `concurrent` run at a time, from a step's seconds (None: unknown)."""
-    most = fewest = left * total_steps
-    if sweep.options.scheduler == "asha":
-        fewest = sum(_fewest_at_rungs(left, sweep.grace_steps, total_steps, sweep.options.reduction_factor))
+    most, asha = left * total_steps, sweep.options.scheduler == "asha"
+    fewest = _fewest_steps(left, sweep.grace_steps, total_steps, sweep.options.reduction_factor) if asha else most
     if step_s is None:
         return Estimate(fewest, most, None, None)
     low, high = ((steps * step_s + left * TRIAL_OVERHEAD_S) / concurrent / 3600 for steps in (fewest, most))
     return Estimate(fewest, most, low, high)
 
 
-def _fewest_at_rungs(trials: int, grace: int, total: int, factor: float) -> list[int]:
-    """Return the steps of all trials up to each of ASHA's rungs if at each only one in `factor` trials continues, and at least one. Every
-    trial reaches the first rung."""
-    made, rung, previous, running = [], float(min(grace, total)), 0.0, float(trials)
+def _fewest_steps(trials: int, grace: int, total: int, factor: float) -> int:
+    """Return the steps of all trials if at each of ASHA's rungs, the first of which all reach, one in `factor` continues, at least one."""
+    made, rung, previous, running = 0, float(min(grace, total)), 0.0, float(trials)
     while trials and previous < total:
-        made.append(round(running * (min(rung, total) - previous)))
+        made += round(running * (min(rung, total) - previous))
         previous, rung, running = rung, rung * factor, max(1.0, running / factor)
     return made
 

@@ -28,11 +28,9 @@ class ReplicaError(UserError):
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Hash a plain tensor's bits, as an int64 scalar on its device.
-
-    It is the sum modulo 2**64 of the tensor's words, each times an odd number that depends on its position. Sums of integers are exact in
-    any order, and a single changed word always changes the sum: its difference times an odd number is not 0 modulo 2**64.
-    """
+    """Hash a plain tensor's bits, as an int64 scalar on its device. It is the sum modulo 2**64 of the tensor's words, each times an odd
+    number that depends on its position. Sums of integers are exact in any order, and a single changed word always changes the sum: its
+    difference times an odd number is not 0 modulo 2**64."""
     words = tensor.detach().contiguous().view(-1).view(_WORD_TYPES[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), _CHUNK):
