@@ -83,8 +83,7 @@ def short_folder(tmp_path_factory: pytest.TempPathFactory, writable: list[str]) 
         return
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         writable.append(name)
-        yield Path(name)
-    writable.remove(name)
+        yield Path(name)  # it stays in the list: the check comes after this fixture's end
 
 
 @pytest.fixture(scope="package", autouse=True)
