@@ -33,8 +33,7 @@ class ExternalRecogniser:
         """The text recognised in each utterance."""
         waves, rate = self._vocoder(units)
         own = int(self._pipeline.feature_extractor.sampling_rate)
-        if rate != own:
-            waves = [soxr.resample(wave, rate, own) for wave in waves]
+        waves = waves if rate == own else [soxr.resample(wave, rate, own) for wave in waves]
         inputs = [{"raw": wave.astype(np.float32), "sampling_rate": own} for wave in waves]
         # One at a time: models such as wav2vec2 recognise something else in an utterance that is padded to a longer one's length.
         return [str(output["text"]).strip() for output in self._pipeline(inputs, batch_size=1)]

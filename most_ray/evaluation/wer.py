@@ -23,6 +23,7 @@ from most_ray.config import Normaliser
 NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
 RESAMPLES = 1000
 _AUDIO_TOKEN = re.compile(r"\[Hu\d+\]|<\|(?:begin|end)_of_audio\|>")
+_EDITS = ("substitute", "delete", "insert")  # jiwer's names
 _CHUNK = 1 << 22  # records drawn at once, so that memory does not grow with the set
 
 
@@ -37,12 +38,12 @@ def normaliser(name: Normaliser) -> Callable[[str], str]:
     clean: Callable[[str], str] = str
     if name != "none":
         from transformers.models.whisper import english_normalizer as whisper  # takes a second to import
-    if name == "basic":
+
         clean = whisper.BasicTextNormalizer()
-    elif name == "whisper-english":
+    if name == "whisper-english":
         spellings = importlib.resources.files("whisper_normalizer") / "normalizers" / "english.json"
         clean = whisper.EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
-    # Each speech token in a transcription becomes a word, so that it counts as an error: normalisers drop text in brackets.
+    # A speech token in a transcription becomes a word, so that it counts as an error: normalisers drop text in brackets.
     return lambda text: " ".join(clean(_AUDIO_TOKEN.sub(" speechtoken ", text)).split())
 
 
@@ -79,7 +80,7 @@ def _counts(output: Any) -> EditCounts:
     counts = np.zeros((4, len(output.alignments) if output else 0), np.int64)
     for record, alignment in enumerate(output.alignments if output else ()):
         for chunk in alignment:
-            if chunk.type != "equal":  # the side that lacks words has an empty range
+            if chunk.type in _EDITS:  # a deletion has no words in the hypothesis, an insertion none in the reference
                 length = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
                 counts[_EDITS.index(chunk.type), record] += length
         counts[3, record] = len(output.references[record])
@@ -89,11 +90,10 @@ def _counts(output: Any) -> EditCounts:
 def error_rate(counts: EditCounts) -> dict[str, Any]:
     """The error rate of a set, JSON-ready: rate (None if the references are empty), substitutions, deletions, insertions, reference
     (length) and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
-    sums = {name: int(column.sum()) for name, column in vars(counts).items()}
-    rate, interval = None, None
-    if sums["reference"]:
-        rate, interval = int(counts.errors.sum()) / sums["reference"], bootstrap_interval(counts.errors, counts.reference)
-    return {"rate": rate, "interval": interval, **sums}
+    names = ("substitutions", "deletions", "insertions", "reference")
+    sums = {name: int(getattr(counts, name).sum()) for name in names}
+    rate = int(counts.errors.sum()) / sums["reference"] if sums["reference"] else None
+    return {"rate": rate, "interval": None if rate is None else bootstrap_interval(counts.errors, counts.reference), **sums}
 
 
 def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES) -> list[float]:
@@ -119,7 +119,7 @@ def confusions(references: Sequence[str], hypotheses: Sequence[str], most: int =
     for record, alignment in enumerate(output.alignments):
         reference, hypothesis = output.references[record], output.hypotheses[record]
         for chunk in alignment:
-            if chunk.type != "equal":
+            if chunk.type in _EDITS:
                 left, right = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
                 counter.update(itertools.zip_longest(left, right, fillvalue=""))
     ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
