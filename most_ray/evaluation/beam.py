@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class BeamSearch:
-    """Beam search with `width` beams (W).
+    """Beam search with `width` beams (W) and the stop tokens `stops`.
 
     The score of a hypothesis is its log probability divided by its number of tokens to the power of `length_penalty`, as in transformers;
     both include the stop token. A hypothesis that reaches `cap` tokens without a stop token counts too. The search ends when W hypotheses

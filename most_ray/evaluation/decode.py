@@ -86,10 +86,8 @@ def decode(
     forward: Forward, prompts: Sequence[np.ndarray], stop: Sequence[int], caps: Sequence[int], search: SearchOptions
 ) -> list[Decoded]:
     """Decode the continuation of each prompt, int (tokens,), up to a stop token or to its cap in tokens. The result does not depend on the
-    batch size.
-
-    Prompts of similar length share a batch. A row that has ended is padding from then on, so it is neither routed nor counted.
-    """
+    batch size. Prompts of similar length share a batch. A row that has ended is padding from then on, so it is neither routed nor
+    counted."""
     results, stops = [Decoded([], None)] * len(prompts), sorted(set(stop))
     order = sorted((index for index in range(len(prompts)) if caps[index] > 0), key=lambda index: (len(prompts[index]), index))
     for start in range(0, len(order), search.batch_size):

@@ -14,9 +14,10 @@ from most_ray.speech.vocoder.vocoders import Vocoder
 
 
 class ExternalRecogniser:
-    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`. `checkpoint` is the folder or
-    hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2, ...), else a
-    CheckpointError."""
+    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`.
+
+    `checkpoint` is a folder or hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2,
+    ...); CheckpointError if it is not. `use_gpu`: where there is one."""
 
     def __init__(self, vocoder: Vocoder, checkpoint: str, use_gpu: bool = True) -> None:
         from transformers import pipeline  # takes seconds to import

@@ -51,11 +51,8 @@ class GeneratedUnits:
 def transcribe_units(
     forward: Forward, tokenizer: Any, utterances: Sequence[Sequence[int]], options: GenerationOptions, instruction: str = ASR_INSTRUCTION
 ) -> list[Transcript]:
-    """Transcribe utterances, given as units; one without units has an empty transcript.
-
-    Raises:
-        DataError: an utterance is longer than the model's positions.
-    """
+    """Transcribe utterances, given as units; one without units has an empty transcript. Raises DataError if an utterance is longer than the
+    model's positions."""
     audible = [index for index, units in enumerate(utterances) if len(units)]
     records = [Record(str(index), instruction, np.array(utterances[index], np.int32), "-") for index in audible]
     results = [Transcript([], "", True)] * len(utterances)
@@ -68,11 +65,7 @@ def transcribe_units(
 def synthesize_texts(
     forward: Forward, tokenizer: Any, texts: Sequence[str], options: GenerationOptions, instruction: str = TTS_INSTRUCTION
 ) -> list[GeneratedUnits]:
-    """Synthesise texts.
-
-    Raises:
-        DataError: a text is longer than the model's positions.
-    """
+    """Synthesise texts. Raises DataError if a text is longer than the model's positions."""
     records = [Record(str(index), instruction, text, np.zeros(1, np.int32)) for index, text in enumerate(texts)]
     return synthesize_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), texts, options)
 

@@ -174,11 +174,8 @@ def _percent(rate: dict[str, Any]) -> str:
 
 
 def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
-    """Read hypotheses.jsonl: its first line, without kind and format, and its rows.
-
-    Raises:
-        DataError: the file is missing or is something else, a line cannot be used, or records are missing or doubled.
-    """
+    """Read hypotheses.jsonl: its first line, without kind and format, and its rows. Raises DataError if the file is missing or is something
+    else, a line cannot be used, or records are missing or doubled."""
     shown = storage.redact(uri)
     try:
         raw = storage.read_bytes(uri).splitlines()
@@ -232,8 +229,8 @@ def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
 
 
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
-    """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own).
-    DataError: the file cannot be used, or the normaliser is unknown."""
+    """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own). Raises
+    DataError if the file cannot be used, or the normaliser is unknown."""
     header, rows = read_hypotheses(uri)
     name = name or header["settings"].get("normaliser")
     if name not in NORMALISERS:

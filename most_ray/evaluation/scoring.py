@@ -157,11 +157,8 @@ class _Scorer:
 
 
 def _texts(each: EvaluationSet, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:
-    """The text to synthesise in each prompt: what follows the instruction.
-
-    A store of an earlier version does not say how many lines an instruction has. If that matters, the records are read again (DataError:
-    they no longer have a prompt's text).
-    """
+    """The text to synthesise in each prompt: what follows the instruction. A store of an earlier version does not say how many lines an
+    instruction has. If that matters, the records are read again. Raises DataError if the records no longer have a prompt's text."""
     texts = [split_prompt(prompt, each.store.instruction_lines(row) or 1)[1] for row, prompt in zip(rows, prompts, strict=True)]
     if not any("\n" in text and each.store.instruction_lines(row) is None for row, text in zip(rows, texts, strict=True)):
         return texts

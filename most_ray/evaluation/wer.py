@@ -33,8 +33,7 @@ def normaliser(name: Normaliser) -> Callable[[str], str]:
 
     none: nothing else. basic: Whisper's for all languages (lower case; text in brackets, punctuation and symbols removed, so that "it's" is
     two words). whisper-english: Whisper's for English (also numbers as digits, contractions written out, British spellings as American
-    ones). Both are transformers'; the list of spellings is from the package whisper-normalizer.
-    """
+    ones). Both are transformers'; the list of spellings is from the package whisper-normalizer."""
     clean: Callable[[str], str] = str
     if name != "none":
         from transformers.models.whisper import english_normalizer as whisper  # takes a second to import
@@ -97,7 +96,7 @@ def error_rate(counts: EditCounts) -> dict[str, Any]:
 
 
 def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int = RESAMPLES) -> list[float]:
-    """The 2.5th and 97.5th percentile of sum(errors) / sum(reference), both int64 (records,), over `resamples` sets of as many records,
+    """The 2.5th and 97.5th percentile of sum(errors) / sum(reference), int64 (records,) both, over `resamples` sets of as many records,
     drawn with replacement. The draws are always the same, so a file that is scored again has the same interval."""
     generator = np.random.Generator(np.random.PCG64(0))
     rates: list[np.ndarray] = []
