@@ -23,10 +23,9 @@ class BeamSearch:
         self.n_candidates = width * (1 + len(self._stops))
 
     def advance(self, log_probabilities: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """Extend the beams by one token, out of each beam's most probable ones, (W, n_candidates); at the first call all beams are equal.
+        """Extend the beams by one token, given each beam's most probable tokens, (W, n_candidates); at the first call all beams are equal.
 
-        Returns:
-            For each of the W beams that continue, the index of the beam that it extends, and its new token; zeros if the search is done.
+        Returns for each of the W beams that continue the index of the beam that it extends, and its new token; zeros if the search is done.
         """
         if self.done:
             return [0] * self._width, [0] * self._width

@@ -38,8 +38,8 @@ class Decoded:
 
 
 class Forward:
-    """A model's forward passes. If `collective`, the ranks of the process group share the model (FSDP, expert parallelism), so every pass
-    is a collective: a rank that has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang."""
+    """A model's forward passes; `collective`: the ranks of the process group share the model (FSDP, expert parallelism), so every pass is a
+    collective. A rank that has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang."""
 
     def __init__(self, model: MostForCausalLM, collective: bool = False) -> None:
         self.model, self._collective = model, collective

@@ -34,9 +34,6 @@ class Directories:
     tts: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.asr or self.tts or self.text)
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -92,15 +89,10 @@ def merge_shards(
     wanted = [(index, row) for index, each in enumerate(sets) for row in range(len(each.store))]
     if len(rows) != len(wanted):
         raise DataError("evaluation", f"{len(rows)} of {len(wanted)}", "records were scored.")
-    about = {
-        each.name: {
-            "task": each.task,
-            "records": len(each.store),
-            "rejected": each.store.manifest["n_rejected"],
-            "rejected_file": storage.redact(storage.join(each.store.uri, REJECTED)),
-        }
-        for each in sets
-    }
+    about: dict[str, dict[str, Any]] = {}
+    for each in sets:
+        about[each.name] = {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"]}
+        about[each.name]["rejected_file"] = storage.redact(storage.join(each.store.uri, REJECTED))
     used = {"model": storage.redact(uri), **asdict(settings), "template": template_hash(), "units": getattr(config, "units_identity", None)}
     routing = load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config)
     header = {"settings": {**used, "asr_instruction": asr_instruction(tokenizer, sets)}, "sets": about, "routing": routing}

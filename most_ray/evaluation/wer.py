@@ -89,8 +89,7 @@ def _counts(output: Any) -> EditCounts:
 def error_rate(counts: EditCounts) -> dict[str, Any]:
     """The error rate of a set, JSON-ready: rate (None if the references are empty), substitutions, deletions, insertions, reference
     (length) and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
-    names = ("substitutions", "deletions", "insertions", "reference")
-    sums = {name: int(getattr(counts, name).sum()) for name in names}
+    sums = {name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions", "reference")}
     rate = int(counts.errors.sum()) / sums["reference"] if sums["reference"] else None
     return {"rate": rate, "interval": None if rate is None else bootstrap_interval(counts.errors, counts.reference), **sums}
 

@@ -59,6 +59,8 @@ class EncoderExtractor:
             self._encoder, blocks = _open_encoder(settings, config)
         layers = list(blocks)
         self._waveform = self._encoder.main_input_name == "input_values"
+        # The number of samples that the encoder's input is always padded to; 0 if it takes any length.
+        self._fixed_length = 0 if self._waveform else int(getattr(self._frontend, "n_samples", 0))
         self._device = torch.device(device)
         self.sample_rate = int(self._frontend.sampling_rate)
         _cut(blocks, [])
@@ -127,11 +129,6 @@ class EncoderExtractor:
         if length := self._fixed_length:
             hidden = hidden[: min(len(window), length) * len(hidden) // length]
         return hidden.cpu().numpy()
-
-    @property
-    def _fixed_length(self) -> int:
-        """The number of samples that the encoder's input is always padded to; 0 if it takes any length."""
-        return 0 if self._waveform else int(getattr(self._frontend, "n_samples", 0))
 
     def _probe(self, config: Any) -> tuple[int, int, int]:
         """Run the encoder on two lengths of silence to find the samples from one frame to the next, the samples that the first frame is

@@ -163,11 +163,9 @@ class EncodeUnits(_Stage):
 
 def write_codebook(path: Path, centroids: np.ndarray, speakers: Mapping[str, SpeakerStatistics]) -> Path:
     """Write what the second stage needs of the first: centroids (k, features) and each speaker's mean and deviation. Returns `path`."""
-    names, known = sorted(speakers), [speakers[name] for name in sorted(speakers)]
-    means, deviations = ([getattr(each, what) for each in known] for what in ("mean", "deviation"))
-    tables = {"means": np.array(means), "deviations": np.array(deviations)}
-    tables = {name: table.reshape(len(names), centroids.shape[1]) for name, table in tables.items()}
-    _write_arrays(path, {"centroids": centroids, "speakers": np.array(names, dtype=np.str_), **tables})
+    names, width = sorted(speakers), centroids.shape[1]
+    means, deviations = (np.array([getattr(speakers[name], each) for name in names]).reshape(-1, width) for each in ("mean", "deviation"))
+    _write_arrays(path, {"centroids": centroids, "speakers": np.array(names, dtype=np.str_), "means": means, "deviations": deviations})
     return path
 
 
