@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,10 +111,9 @@ class _Context:
 
     def logits(self, alive: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, float32 (R, V). Rows that are not `alive`, bool (R,), are padding."""
-        config, ids = self._forward.model.config, self._next
-        modality = ((ids >= config.first_audio_token) & (ids <= config.last_audio_token)).long()
-        modality = modality.masked_fill((self._mask[:, -ids.shape[1] :] == 0) | ~alive.unsqueeze(1), PADDING)
-        inputs = {"input_ids": ids, "modality": modality, "attention_mask": self._mask, "position_ids": self._positions}
+        padding = (self._mask[:, -self._next.shape[1] :] == 0) | ~alive.unsqueeze(1)
+        modality = modality_of(self._next, self._forward.model.config).masked_fill(padding, PADDING)
+        inputs = {"input_ids": self._next, "modality": modality, "attention_mask": self._mask, "position_ids": self._positions}
         output = self._forward(**inputs, cache=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = getattr(output, CACHE)
         return output.logits[:, -1].float()

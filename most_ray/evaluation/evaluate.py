@@ -79,8 +79,8 @@ def open_sets(
 def merge_shards(
     shards: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
 ) -> Evaluation:
-    """Merge the shards of all ranks to one evaluation, with its records in the order of the sets. Raises DataError if a record was scored
-    twice, or not at all."""
+    """Merge the shards of all ranks to one evaluation, with its records in the order of the sets. `uri`, of the model, goes into the
+    settings. Raises DataError if a record was scored twice, or not at all."""
     rows: dict[tuple[int, int], Row] = {}
     for shard in shards:
         if twice := rows.keys() & shard.rows.keys():

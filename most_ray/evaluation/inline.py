@@ -53,9 +53,10 @@ class EvaluationJob:
 def open_external_recogniser(
     settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True
 ) -> ExternalRecogniser | None:
-    """Open the external recogniser that the settings name, with a vocoder: theirs, else the model's own, see `find_assets`. None if they
-    name none. Raises ConfigError if the settings name a vocoder without a recogniser; CheckpointError if one of them cannot be used, or the
-    vocoder was made for other units."""
+    """Open the external recogniser that the settings name, with a vocoder: theirs, else the model's own. None if they name none. `uri` is
+    the folder of the model or of the run's checkpoint, `units_identity` the `units_hash` of the model's units (None: unknown). Raises
+    ConfigError if the settings name a vocoder without a recogniser; CheckpointError if one of them cannot be used, or the vocoder was made
+    for other units."""
     recogniser, vocoder = settings.recogniser, settings.vocoder
     if recogniser is None:
         if vocoder is not None:

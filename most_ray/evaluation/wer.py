@@ -71,9 +71,6 @@ def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Ed
     return _counts(jiwer.process_characters(list(references), list(hypotheses)) if references else None)
 
 
-_EDITS = ("substitute", "delete", "insert")  # of jiwer, in the order of EditCounts
-
-
 def _counts(output: Any) -> EditCounts:
     """Counts from jiwer's output; None: no records."""
     counts = np.zeros((4, len(output.alignments) if output else 0), np.int64)
@@ -89,7 +86,7 @@ def _counts(output: Any) -> EditCounts:
 def error_rate(counts: EditCounts) -> dict[str, Any]:
     """The error rate of a set, JSON-ready: rate (None if the references are empty), substitutions, deletions, insertions, reference
     (length) and interval, the rate's 95% bootstrap interval [low, high] over records (Bisani and Ney, ICASSP 2004), or None."""
-    sums = {name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions", "reference")}
+    sums = {name: int(column.sum()) for name, column in vars(counts).items()}
     rate = int(counts.errors.sum()) / sums["reference"] if sums["reference"] else None
     return {"rate": rate, "interval": None if rate is None else bootstrap_interval(counts.errors, counts.reference), **sums}
 
@@ -110,9 +107,9 @@ def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int
 
 def confusions(references: Sequence[str], hypotheses: Sequence[str], most: int = 30) -> list[list[Any]]:
     """The `most` most frequent [reference word, hypothesis word, times] that differ; a word is empty in a deletion or insertion."""
+    counter: collections.Counter[tuple[str, str]] = collections.Counter()
     if not references:
         return []
-    counter: collections.Counter[tuple[str, str]] = collections.Counter()
     output = jiwer.process_words(list(references), list(hypotheses))
     for record, alignment in enumerate(output.alignments):
         reference, hypothesis = output.references[record], output.hypotheses[record]
