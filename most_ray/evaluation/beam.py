@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class BeamSearch:
-    """Beam search with `width` beams (W).
+    """Beam search with `width` beams (W) and the stop tokens `stops`.
 
     The score of a hypothesis is its log probability divided by its number of tokens to the power of `length_penalty`, as in transformers;
     both include the stop token. A hypothesis that reaches `cap` tokens without a stop token counts too. The search ends when W hypotheses
@@ -19,17 +19,13 @@ class BeamSearch:
         self._ended: list[tuple[float, list[int], int | None]] = []  # score, tokens, stop token; the best first
         self._length = 0
         self.done = False
-
-    @property
-    def n_candidates(self) -> int:
-        """How many tokens of each beam can matter: enough for W beams to continue even if the most probable ones are stop tokens."""
-        return self._width * (1 + len(self._stops))
+        # Tokens of each beam that can matter: enough for W beams to continue even if the most probable ones are stop tokens.
+        self.n_candidates = width * (1 + len(self._stops))
 
     def advance(self, log_probabilities: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """Extend the beams by one token, out of each beam's most probable ones, (W, n_candidates); at the first call all beams are equal.
+        """Extend the beams by one token, given each beam's most probable tokens, (W, n_candidates); at the first call all beams are equal.
 
-        Returns:
-            For each of the W beams that continue, the index of the beam that it extends, and its new token; zeros if the search is done.
+        Returns for each of the W beams that continue the index of the beam that it extends, and its new token; zeros if the search is done.
         """
         if self.done:
             return [0] * self._width, [0] * self._width
@@ -41,7 +37,8 @@ class BeamSearch:
         ]
         grown: list[tuple[float, list[int]]] = []
         parents: list[int] = []
-        for rank, (total, parent, token) in enumerate(sorted(candidates, key=lambda candidate: -candidate[0])[: self.n_candidates]):
+        candidates.sort(key=lambda candidate: -candidate[0])
+        for rank, (total, parent, token) in enumerate(candidates[: self.n_candidates]):
             history = self._beams[parent][1]
             if token in self._stops:
                 if rank < self._width:  # one that ranks lower is worse than every beam

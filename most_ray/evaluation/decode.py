@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +37,12 @@ class Decoded:
 
 
 class Forward:
-    """A model's forward passes. If `collective`, the ranks of the process group share the model (FSDP, expert parallelism), so every pass
-    is a collective: a rank that has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang."""
+    """A model's forward passes; `collective`: the ranks of the process group share the model (FSDP, expert parallelism), so every pass is a
+    collective. A rank that has nothing left to do must join the passes of the others (`drain`), so that uneven work cannot hang."""
 
     def __init__(self, model: MostForCausalLM, collective: bool = False) -> None:
         self.model, self._collective = model, collective
-        on_gpu = next(model.parameters()).is_cuda
+        on_gpu = next(model.parameters()).device.type == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.pad = int(model.config.pad_token_id or 0)
 
@@ -71,34 +70,28 @@ def count_routing(model: MostForCausalLM) -> Iterator[torch.Tensor]:
     tensor is filled as the model runs."""
     layers = [module for module in model.modules() if isinstance(module, MostMoe)]
     load = torch.zeros(len(layers), 2, model.config.n_routed_experts, dtype=torch.long)
+    with contextlib.ExitStack() as hooks:
+        for index, layer in enumerate(layers):
 
-    def add(total: torch.Tensor, _module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, RouterStats]) -> None:
-        total.add_(output[1].load.cpu())
+            def hook(_module: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, RouterStats], index: int = index) -> None:
+                load[index] += output[1].load.cpu()
 
-    handles = [layer.register_forward_hook(functools.partial(add, load[index])) for index, layer in enumerate(layers)]
-    try:
+            hooks.enter_context(layer.register_forward_hook(hook))
         yield load
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def decode(
     forward: Forward, prompts: Sequence[np.ndarray], stop: Sequence[int], caps: Sequence[int], search: SearchOptions
 ) -> list[Decoded]:
-    """Decode the continuation of each prompt. The result does not depend on the batch size.
-
-    Prompts (token ids, int (tokens,) each) of similar length share a batch. A row that has ended, by one of the tokens `stop` or at its
-    number of tokens in `caps`, is padding from then on, so it is neither routed nor counted.
-    """
-    results: list[Decoded] = [Decoded([], None)] * len(prompts)
+    """Decode the continuation of each prompt, int (tokens,), up to a stop token or to its cap in tokens. The result does not depend on the
+    batch size. Prompts of similar length share a batch. A row that has ended is padding from then on, so it is neither routed nor
+    counted."""
+    results, stops = [Decoded([], None)] * len(prompts), sorted(set(stop))
     order = sorted((index for index in range(len(prompts)) if caps[index] > 0), key=lambda index: (len(prompts[index]), index))
-    stops = sorted(set(stop))
     for start in range(0, len(order), search.batch_size):
         chosen = order[start : start + search.batch_size]
-        batch = [prompts[index] for index in chosen]
-        limits = [caps[index] for index in chosen]
+        batch, limits = [prompts[index] for index in chosen], [caps[index] for index in chosen]
         found = _greedy(forward, batch, stops, limits) if search.num_beams == 1 else _beams(forward, batch, stops, limits, search)
         for index, result in zip(chosen, found, strict=True):
             results[index] = result
@@ -110,21 +103,18 @@ class _Context:
 
     def __init__(self, forward: Forward, prompts: Sequence[np.ndarray]) -> None:
         self._forward = forward
-        self._next, self._mask = _left_padded(prompts, forward.pad, forward.device)
+        tokens = [torch.from_numpy(prompt.astype(np.int64)).to(forward.device) for prompt in prompts]
+        self._next = pad_sequence(tokens, batch_first=True, padding_value=forward.pad, padding_side="left")
+        self._mask = pad_sequence([torch.ones_like(prompt) for prompt in tokens], batch_first=True, padding_side="left")
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
         self._cache: Any = None
 
     def logits(self, alive: torch.Tensor) -> torch.Tensor:
         """Logits of the next token, float32 (R, V). Rows that are not `alive`, bool (R,), are padding."""
-        output = self._forward(
-            input_ids=self._next,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            cache=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            modality=_modality(self._forward.model, self._next, self._mask, alive),
-        )
+        padding = (self._mask[:, -self._next.shape[1] :] == 0) | ~alive.unsqueeze(1)
+        modality = modality_of(self._next, self._forward.model.config).masked_fill(padding, PADDING)
+        inputs = {"input_ids": self._next, "modality": modality, "attention_mask": self._mask, "position_ids": self._positions}
+        output = self._forward(**inputs, cache=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = getattr(output, CACHE)
         return output.logits[:, -1].float()
 
@@ -139,8 +129,7 @@ class _Context:
 
 def _greedy(forward: Forward, prompts: Sequence[np.ndarray], stops: Sequence[int], caps: Sequence[int]) -> list[Decoded]:
     """Take the most probable token each time; see `decode`."""
-    device = forward.device
-    tokens: list[list[int]] = [[] for _ in prompts]
+    device, tokens = forward.device, [list[int]() for _ in prompts]
     ends: list[int | None] = [None] * len(prompts)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
     limits, stop_tokens = torch.tensor(caps, device=device), torch.tensor(stops, device=device)
@@ -180,16 +169,3 @@ def _beams(
         context.append(torch.tensor([token for _, row in grown for token in row], device=device), rows[parents])
         rows = torch.arange(len(beams) * width, device=device)
         logits = context.logits(alive.repeat_interleave(width))
-
-
-def _modality(model: MostForCausalLM, ids: torch.Tensor, mask: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-    """The modality of the tokens `ids` (R, T), from their ids; PADDING where the mask (R, S) is 0 or the row is not alive."""
-    padding = (mask[:, -ids.shape[1] :] == 0) | ~alive.unsqueeze(1)
-    return modality_of(ids, model.config).masked_fill(padding, PADDING)
-
-
-def _left_padded(prompts: Sequence[np.ndarray], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as token ids and attention mask, int64 (R, S) both, aligned at their ends."""
-    tokens = [torch.from_numpy(prompt.astype(np.int64)).to(device) for prompt in prompts]
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in tokens], batch_first=True, padding_side="left")
-    return pad_sequence(tokens, batch_first=True, padding_value=pad, padding_side="left"), mask

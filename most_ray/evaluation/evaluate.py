@@ -34,9 +34,6 @@ class Directories:
     tts: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.asr or self.tts or self.text)
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -60,8 +57,8 @@ def hypotheses_path(path: Path) -> Path:
 def open_sets(
     config: MostConfig, tokenizer: Any, uri: str, directories: Directories, settings: EvaluationSettings, store_root: str
 ) -> list[EvaluationSet]:
-    """Open the token stores, in the folder or URI `store_root`, of the records to evaluate a model on; stores of new or changed records are
-    built. `uri`: of the model, for errors.
+    """Open the token stores, below `store_root`, of the records to evaluate the model at `uri` on; stores of new or changed records are
+    built.
 
     Raises:
         UserError: a directory is missing or has too many bad records; the model was trained with another template, or on other units.
@@ -83,7 +80,7 @@ def merge_shards(
     shards: Sequence[EvalShard], sets: Sequence[EvaluationSet], settings: EvaluationSettings, config: MostConfig, tokenizer: Any, uri: str
 ) -> Evaluation:
     """Merge the shards of all ranks to one evaluation, with its records in the order of the sets. `uri`, of the model, goes into the
-    settings. DataError: a record was scored twice, or not at all."""
+    settings. Raises DataError if a record was scored twice, or not at all."""
     rows: dict[tuple[int, int], Row] = {}
     for shard in shards:
         if twice := rows.keys() & shard.rows.keys():
@@ -92,21 +89,12 @@ def merge_shards(
     wanted = [(index, row) for index, each in enumerate(sets) for row in range(len(each.store))]
     if len(rows) != len(wanted):
         raise DataError("evaluation", f"{len(rows)} of {len(wanted)}", "records were scored.")
-    header = {
-        "settings": {
-            "model": storage.redact(uri),
-            **asdict(settings),
-            "template": template_hash(),
-            "units": getattr(config, "units_identity", None),
-            "asr_instruction": asr_instruction(tokenizer, sets),
-        },
-        "sets": {each.name: _about(each) for each in sets},
-        "routing": load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config),
-    }
+    about: dict[str, dict[str, Any]] = {}
+    for each in sets:
+        about[each.name] = {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"]}
+        about[each.name]["rejected_file"] = storage.redact(storage.join(each.store.uri, REJECTED))
+    used = {"model": storage.redact(uri), **asdict(settings), "template": template_hash(), "units": getattr(config, "units_identity", None)}
+    routing = load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config)
+    header = {"settings": {**used, "asr_instruction": asr_instruction(tokenizer, sets)}, "sets": about, "routing": routing}
     ordered = [rows[key] for key in wanted]
     return Evaluation(header, ordered, evaluation_result(header, ordered))
-
-
-def _about(each: EvaluationSet) -> dict[str, Any]:
-    rejected_file = storage.redact(storage.join(each.store.uri, REJECTED))
-    return {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"], "rejected_file": rejected_file}

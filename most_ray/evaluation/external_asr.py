@@ -14,9 +14,10 @@ from most_ray.speech.vocoder.vocoders import Vocoder
 
 
 class ExternalRecogniser:
-    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`. `checkpoint` is the folder or
-    hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2, ...), else a
-    CheckpointError."""
+    """A transformers recogniser for units, which a vocoder turns into audio first; a `scoring.Recogniser`.
+
+    `checkpoint` is a folder or hub name of any model that transformers' automatic-speech-recognition pipeline takes (Whisper, wav2vec2,
+    ...); CheckpointError if it is not. `use_gpu`: where there is one."""
 
     def __init__(self, vocoder: Vocoder, checkpoint: str, use_gpu: bool = True) -> None:
         from transformers import pipeline  # takes seconds to import
@@ -33,8 +34,7 @@ class ExternalRecogniser:
         """The text recognised in each utterance."""
         waves, rate = self._vocoder(units)
         own = int(self._pipeline.feature_extractor.sampling_rate)
-        if rate != own:
-            waves = [soxr.resample(wave, rate, own) for wave in waves]
+        waves = waves if rate == own else [soxr.resample(wave, rate, own) for wave in waves]
         inputs = [{"raw": wave.astype(np.float32), "sampling_rate": own} for wave in waves]
         # One at a time: models such as wav2vec2 recognise something else in an utterance that is padded to a longer one's length.
         return [str(output["text"]).strip() for output in self._pipeline(inputs, batch_size=1)]

@@ -26,7 +26,8 @@ class GenerationOptions(SearchOptions):
     @classmethod
     def of(cls, options: EvaluationOptions) -> GenerationOptions:
         """The options in a configuration."""
-        return cls(options.eval_batch_size, options.num_beams, options.length_penalty, options.max_new_tokens, options.max_new_units)
+        search = (options.eval_batch_size, options.num_beams, options.length_penalty)
+        return cls(*search, options.max_new_tokens, options.max_new_units)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class GeneratedUnits:
 def transcribe_units(
     forward: Forward, tokenizer: Any, utterances: Sequence[Sequence[int]], options: GenerationOptions, instruction: str = ASR_INSTRUCTION
 ) -> list[Transcript]:
-    """Transcribe utterances, given as units; one without units has an empty transcript. DataError: one is longer than the
+    """Transcribe utterances, given as units; one without units has an empty transcript. Raises DataError if an utterance is longer than the
     model's positions."""
     audible = [index for index, units in enumerate(utterances) if len(units)]
     records = [Record(str(index), instruction, np.array(utterances[index], np.int32), "-") for index in audible]
@@ -64,7 +65,7 @@ def transcribe_units(
 def synthesize_texts(
     forward: Forward, tokenizer: Any, texts: Sequence[str], options: GenerationOptions, instruction: str = TTS_INSTRUCTION
 ) -> list[GeneratedUnits]:
-    """Synthesise texts. DataError: one is longer than the model's positions."""
+    """Synthesise texts. Raises DataError if a text is longer than the model's positions."""
     records = [Record(str(index), instruction, text, np.zeros(1, np.int32)) for index, text in enumerate(texts)]
     return synthesize_prompts(forward, tokenizer, _prompts(forward, tokenizer, records), texts, options)
 
@@ -82,8 +83,7 @@ def synthesize_prompts(
     forward: Forward, tokenizer: Any, prompts: Sequence[np.ndarray], texts: Sequence[str], options: GenerationOptions
 ) -> list[GeneratedUnits]:
     """Synthesise prompts, int32 (tokens,) each. The texts are those in the prompts."""
-    vocabulary = vocabulary_of(tokenizer)
-    ids = vocabulary.ids
+    vocabulary, ids = vocabulary_of(tokenizer), vocabulary_of(tokenizer).ids
     # A token of text takes 5 to 20 units; without a cap by length a model that loops would run up to the general cap for each.
     caps = [min(options.max_new_units, 64 + 24 * len(tokens)) for tokens in vocabulary.encode(texts)] if texts else []
     found = decode(forward, prompts, [ids.end_audio, ids.eos], _capped(forward, prompts, caps), options)

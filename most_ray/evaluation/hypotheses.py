@@ -74,14 +74,10 @@ def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
     # fsum: bitwise identical in any order of the records, so for any number of ranks.
     losses, count = [row["loss"] for row in rows], sum(row["supervised_tokens"] for row in rows)
     loss = math.fsum(losses) / count if count and None not in losses else None
-    section: dict[str, Any] = {
-        "task": task,
-        "records": len(rows),
-        "loss": loss,
-        "perplexity": None if loss is None or loss > 700.0 else math.exp(loss),  # larger ones overflow
-        "supervised_tokens": count,
-    }
-    return section | (_recognition(rows) if task == "asr" else _synthesis(rows) if task == "tts" else {})
+    perplexity = None if loss is None or loss > 700.0 else math.exp(loss)  # larger ones overflow
+    section = {"task": task, "records": len(rows), "loss": loss, "perplexity": perplexity, "supervised_tokens": count}
+    figures = {"asr": _recognition, "tts": _synthesis}.get(task)
+    return section | figures(rows) if figures else section
 
 
 def _recognition(rows: Sequence[Row]) -> dict[str, Any]:
@@ -128,10 +124,9 @@ def _fraction(flags: Any) -> float | None:
 
 def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     """A few evenly spaced records of a set, as texts on both sides."""
-    chosen = [row for row in rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES] if row["task"] != "text"]
-    sides = {"asr": ("reference", "hypothesis"), "tts": ("text", "recognised")}
-    pairs = [[row[side] for side in sides[row["task"]]] for row in chosen]
-    return [{"set": name, "id": row["id"], "reference": one, "hypothesis": other} for row, (one, other) in zip(chosen, pairs, strict=True)]
+    sides = {"asr": [("reference", "hypothesis")], "tts": [("text", "recognised")]}
+    chosen = [(row, pair) for row in rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES] for pair in sides.get(row["task"], [])]
+    return [{"set": name, "id": row["id"], "reference": row[left], "hypothesis": row[right]} for row, (left, right) in chosen]
 
 
 def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:
@@ -162,10 +157,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     lines = []
     for name, section in result["sets"].items():
         shown = [f"{TITLES[key]} {_percent(section[key])}" for key in RATES if key in section]
-        if section["loss"] is not None:
-            shown.append(f"loss {section['loss']:.4f}")
-        if section["perplexity"] is not None:
-            shown.append(f"perplexity {section['perplexity']:.3f}")
+        shown += [f"{key} {section[key]:.{digits}f}" for key, digits in (("loss", 4), ("perplexity", 3)) if section[key] is not None]
         shares = ("empty_rate", "loop_rate", "length_cap_rate", "foreign_rate")
         shown += [f"{key.removesuffix('_rate').replace('_', ' ')} {section[key]:.1%}" for key in shares if section.get(key)]
         lines.append(f"{name}: {'  '.join(shown)}  records {section['records']}")
@@ -182,11 +174,8 @@ def _percent(rate: dict[str, Any]) -> str:
 
 
 def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
-    """Read hypotheses.jsonl: its first line, without kind and format, and its rows.
-
-    Raises:
-        DataError: the file is missing or is something else, a line cannot be used, or records are missing or doubled.
-    """
+    """Read hypotheses.jsonl: its first line, without kind and format, and its rows. Raises DataError if the file is missing or is something
+    else, a line cannot be used, or records are missing or doubled."""
     shown = storage.redact(uri)
     try:
         raw = storage.read_bytes(uri).splitlines()
@@ -240,8 +229,8 @@ def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
 
 
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
-    """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own).
-    DataError: the file cannot be used, or the normaliser is unknown."""
+    """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own). Raises
+    DataError if the file cannot be used, or the normaliser is unknown."""
     header, rows = read_hypotheses(uri)
     name = name or header["settings"].get("normaliser")
     if name not in NORMALISERS:

@@ -54,12 +54,9 @@ def open_external_recogniser(
     settings: EvaluationSettings, uri: str, units_identity: str | None, use_gpu: bool = True
 ) -> ExternalRecogniser | None:
     """Open the external recogniser that the settings name, with a vocoder: theirs, else the model's own. None if they name none. `uri` is
-    the folder of the model or of the run's checkpoint, `units_identity` the `units_hash` of the model's units (None: unknown).
-
-    Raises:
-        ConfigError: the settings name a vocoder without a recogniser.
-        CheckpointError: one of them cannot be used, or the vocoder was made for other units.
-    """
+    the folder of the model or of the run's checkpoint, `units_identity` the `units_hash` of the model's units (None: unknown). Raises
+    ConfigError if the settings name a vocoder without a recogniser; CheckpointError if one of them cannot be used, or the vocoder was made
+    for other units."""
     recogniser, vocoder = settings.recogniser, settings.vocoder
     if recogniser is None:
         if vocoder is not None:
@@ -75,7 +72,7 @@ def open_external_recogniser(
 
 
 def write_evaluation(evaluation: Evaluation, run_uri: str, step: int, seconds: float) -> dict[str, Any]:
-    """Write evaluations/step-N.json and its hypotheses to the run's folder. Returns the row for metrics.jsonl."""
+    """Write evaluations/step-N.json and its hypotheses to the run's folder. Returns the row for metrics.jsonl; `seconds` is its time."""
     folder, name = RunFolder(run_uri), f"evaluations/step-{step:09d}"
     evaluation.write(folder.local / f"{name}.json")
     folder.push(f"{name}.hypotheses.jsonl", f"{name}.json")
@@ -99,12 +96,10 @@ class InlineEvaluation:
             self._recogniser = [open_external_recogniser(self._job.settings, self._run_uri, getattr(model.config, "units_identity", None))]
         forward = Forward(model, collective=world > 1)
         shard = score_shard(forward, tokenizer, sets, self._job.settings, rank, world, self._recogniser[0])
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # as training expects; the outermost module stays unsharded after a forward pass
-        shards: list[Any] = [shard]
+        for module in (module for module in model.modules() if isinstance(module, FSDPModule)):
+            module.reshard()  # as training expects; the outermost module stays unsharded after a forward pass
+        shards: list[Any] = [shard] * world
         if world > 1:
-            shards = [None] * world
             dist.gather_object(shard, shards if rank == 0 else None, dst=0)
         if rank != 0:
             return None

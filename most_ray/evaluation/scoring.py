@@ -53,7 +53,8 @@ class EvaluationSettings:
     @property
     def generation(self) -> GenerationOptions:
         """How outputs are decoded."""
-        return GenerationOptions(self.batch_size, self.num_beams, self.length_penalty, self.max_new_tokens, self.max_new_units)
+        search = (self.batch_size, self.num_beams, self.length_penalty)
+        return GenerationOptions(*search, self.max_new_tokens, self.max_new_units)
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,8 @@ def score_shard(
     world: int = 1,
     recogniser: Recogniser | None = None,
 ) -> EvalShard:
-    """Decode and score every `world`-th record of the sets, in order of length, so that all ranks have equally much to do.
-
-    Collective if `forward` is. `recogniser`: an external one, for the speech that the model synthesises.
-    """
+    """Decode and score every `world`-th record of the sets, in order of length, so that all ranks have equally much to do; `recogniser` is
+    external, for synthesised speech. Collective if `forward` is."""
     scorer = _Scorer(forward, tokenizer, settings, vocabulary_of(tokenizer).ids, asr_instruction(tokenizer, sets), recogniser)
     rows: dict[tuple[int, int], Row] = {}
     forward.model.eval()
@@ -124,11 +123,10 @@ class _Scorer:
         return self._recognise(prompts, outputs) if each.task == "asr" else self._synthesise(each, rows, prompts, outputs)
 
     def _recognise(self, prompts: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        ids, results = self.ids, []
+        speech, results = {*range(self.ids.unit_base, self.ids.unit_base + N_UNITS), self.ids.begin_audio}, []
         found = transcribe_prompts(self.forward, self.tokenizer, prompts, self.settings.generation)
         for output, transcript in zip(outputs, found, strict=True):
-            tokens = transcript.tokens
-            foreign = sum(ids.unit_base <= token < ids.unit_base + N_UNITS or token == ids.begin_audio for token in tokens)
+            tokens, foreign = transcript.tokens, sum(token in speech for token in transcript.tokens)
             texts = {"reference": decode_text(self.tokenizer, output[:-1]), "hypothesis": transcript.text}
             results.append({**texts, "ended": transcript.ended, "looping": is_looping(tokens), "foreign": foreign})
         return results
@@ -140,16 +138,13 @@ class _Scorer:
         found = synthesize_prompts(self.forward, self.tokenizer, prompts, texts, self.settings.generation)
         spoken = [result.units for result in found]
         recognised = transcribe_units(self.forward, self.tokenizer, spoken, self.settings.generation, self.instruction)
-        external: list[dict[str, str]] = [{} for _ in spoken]
-        if self.recogniser:
-            audible = [index for index, units in enumerate(spoken) if units]
-            by_index = dict(zip(audible, self.recogniser([spoken[index] for index in audible]), strict=True))
-            external = [{"heard": by_index.get(index, "")} for index in range(len(spoken))]
+        audible = [index for index, units in enumerate(spoken) if units]
+        heard = dict(zip(audible, self.recogniser([spoken[index] for index in audible]), strict=True)) if self.recogniser else {}
         return [
             {
                 "text": text,
                 "recognised": transcript.text,
-                **more,
+                **({"heard": heard.get(index, "")} if self.recogniser else {}),
                 "reference": " ".join(map(str, units_of(output.tolist(), self.ids))),
                 "hypothesis": " ".join(map(str, result.units)),
                 "ended": result.stop == self.ids.end_audio,
@@ -157,16 +152,13 @@ class _Scorer:
                 "looping": is_looping([unit for unit, _ in itertools.groupby(result.units)]),  # a repeated unit is a sustained sound
                 "foreign": len(result.tokens) - len(result.units),
             }
-            for text, transcript, more, output, result in zip(texts, recognised, external, outputs, found, strict=True)
+            for index, (text, transcript, output, result) in enumerate(zip(texts, recognised, outputs, found, strict=True))
         ]
 
 
 def _texts(each: EvaluationSet, rows: Sequence[int], prompts: Sequence[str]) -> list[str]:
-    """The text to synthesise in each prompt: what follows the instruction.
-
-    A store of an earlier version does not say how many lines an instruction has. If that matters, the records are read again (DataError:
-    they no longer have a prompt's text).
-    """
+    """The text to synthesise in each prompt: what follows the instruction. A store of an earlier version does not say how many lines an
+    instruction has. If that matters, the records are read again. Raises DataError if the records no longer have a prompt's text."""
     texts = [split_prompt(prompt, each.store.instruction_lines(row) or 1)[1] for row, prompt in zip(rows, prompts, strict=True)]
     if not any("\n" in text and each.store.instruction_lines(row) is None for row, text in zip(rows, texts, strict=True)):
         return texts
@@ -196,8 +188,8 @@ def asr_instruction(tokenizer: Any, sets: Sequence[EvaluationSet]) -> str:
 def record_losses(forward: Forward, store: TokenStore, rows: Sequence[int], tokens_per_batch: int = 8192) -> list[float]:
     """The cross-entropy of each record, summed over its supervised tokens. Rows of ascending length pack well into batches."""
     losses: list[float] = []
-    start = 0
-    while start < len(rows):
+    stop = 0
+    while (start := stop) < len(rows):
         stop = start + 1
         while stop < len(rows) and (stop + 1 - start) * int(store.lengths[rows[stop]]) <= tokens_per_batch:
             stop += 1
@@ -214,5 +206,4 @@ def record_losses(forward: Forward, store: TokenStore, rows: Sequence[int], toke
         output = forward(**inputs, use_cache=False, token_losses_only=True)
         supervised = [len(ids) - prompt for ids, prompt in zip(tokens, prompts, strict=True)]
         losses += [float(part.double().sum()) for part in output.token_losses.cpu().split(supervised)]
-        start = stop
     return losses

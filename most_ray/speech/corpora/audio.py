@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -23,12 +24,7 @@ _CUT_OGG = re.compile(r"Last page lacks an end-of-stream bit|Junk after the last
 
 
 def load_audio(
-    path: Path,
-    sample_rate: int,
-    speed: float = 1.0,
-    start: float = 0.0,
-    duration: float | None = None,
-    max_seconds: float = MAX_SECONDS,
+    path: Path, sample_rate: int, speed: float = 1.0, start: float = 0.0, duration: float | None = None, max_seconds: float = MAX_SECONDS
 ) -> np.ndarray:
     """Read a recording, or a part of it, as float32 samples in [-1, 1], shape (samples,).
 
@@ -36,8 +32,7 @@ def load_audio(
         sample_rate: of the result, in Hz.
         speed: how many times as fast to play it, by resampling, so that pitch and formants move with the tempo (Ko et al., "Audio
             augmentation for speech recognition", 2015).
-        start: seconds into the recording at which the part begins.
-        duration: seconds of the part; None: up to the end.
+        start, duration: of the part in seconds; None: up to the end.
         max_seconds: a longer part is refused before it is decoded.
 
     Raises:
@@ -59,18 +54,15 @@ def load_audio(
         raise DataError("recording", str(path), "holds samples that are not finite.")
     if mono.min() == mono.max():
         raise DataError("recording", str(path), "is silence: all its samples are equal.")
-    source_rate = rate * speed
-    if source_rate != sample_rate:
-        mono = soxr.resample(mono, source_rate, sample_rate)
+    if rate * speed != sample_rate:
+        mono = soxr.resample(mono, rate * speed, sample_rate)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
 def audio_seconds(path: Path, duration: float | None = None) -> float | None:
     """The seconds of a recording by its header, or `duration` if it is given; None where the header cannot be read."""
-    if duration is not None:
-        return duration
     try:
-        return float(soundfile.info(path).duration)
+        return float(soundfile.info(path).duration) if duration is None else duration
     except (OSError, soundfile.SoundFileError):
         return None
 
@@ -107,11 +99,8 @@ def _read(source: soundfile.SoundFile, path: Path, start: float, duration: float
 def _read_until_damage(path: Path, first: int) -> np.ndarray:
     """The samples from `first` on that can be decoded, float32 (samples, channels)."""
     blocks = []
-    with soundfile.SoundFile(path) as source:
-        try:
-            source.seek(first)
-            while len(block := source.read(source.samplerate // 10, dtype="float32", always_2d=True)):
-                blocks.append(block)
-        except soundfile.SoundFileError:
-            pass  # the damage, up to which the samples were to be read
+    with soundfile.SoundFile(path) as source, contextlib.suppress(soundfile.SoundFileError):  # the damage ends the loop
+        source.seek(first)
+        while len(block := source.read(source.samplerate // 10, dtype="float32", always_2d=True)):
+            blocks.append(block)
     return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)

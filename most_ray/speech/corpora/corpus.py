@@ -50,11 +50,7 @@ class Condition:
 
 
 def parse_condition(text: str) -> Condition:
-    """Parse `column=value` or `column!=value`, with commas between alternative values.
-
-    Raises:
-        ConfigError: the text is of neither form.
-    """
+    """Parse `column=value` or `column!=value`, with commas between alternative values. Raises ConfigError for anything else."""
     name, sign, values = text.partition("=")
     if not sign or not name.rstrip("!"):
         raise ConfigError("where", text, "is not of the form column=value or column!=value.")
@@ -67,22 +63,14 @@ def matches_all(utterance: Utterance, conditions: Sequence[Condition]) -> bool:
 
 
 def check_conditions(conditions: Sequence[Condition], columns: Collection[str]) -> None:
-    """Check conditions against the columns of all utterances of a corpus, which a stream only knows at its end.
-
-    Raises:
-        ConfigError: a condition names a column that no utterance has.
-    """
+    """Raise ConfigError where a condition names a column that no utterance of the corpus has, which a stream only knows at its end."""
     for condition in conditions:
         if condition.column not in (FOLD, *columns):
             raise ConfigError("where", condition.column, "is not a column of the corpus.", nearest(condition.column, [FOLD, *columns]))
 
 
 def check_speaker_column(column: str, columns: Collection[str]) -> None:
-    """Check the column that names an utterance's speaker; only the default one, `speaker`, may be missing from the corpus.
-
-    Raises:
-        ConfigError: no utterance has the column.
-    """
+    """Raise ConfigError where no utterance has the column that names its speaker; only the default one, `speaker`, may be missing."""
     if column != "speaker" and column not in columns:
         raise ConfigError("speaker_column", column, "is not a column of the corpus.", nearest(column, columns))
 

@@ -24,11 +24,7 @@ class CorpusOptions:
     splits: tuple[str, ...] = ()  # the splits to read; empty: all (Common Voice: validated)
 
     def choose_splits(self, known: Sequence[str]) -> list[str]:
-        """The splits to read of those that the corpus has.
-
-        Raises:
-            ConfigError: a split was requested that the corpus does not have.
-        """
+        """The splits to read of those that the corpus has. Raises ConfigError if one was requested that it does not have."""
         for split in self.splits:
             if split not in known:
                 raise ConfigError("splits", split, f"is not in {self.directory}.", nearest(split, known))

@@ -26,10 +26,8 @@ _AN4_LINE = re.compile(r"(?:<s>)?(.*?)(?:</s>)?\s*\(([^()\s]+)\)")  # text, utte
 
 
 def read_librispeech(options: CorpusOptions) -> Entries:
-    """`[LibriSpeech/][SPLIT/]SPEAKER/CHAPTER/` with `*.flac` and `S-C.trans.txt`; the sex comes from SPEAKERS.TXT where it exists.
-
-    Columns: speaker, chapter, split, sex.
-    """
+    """`[LibriSpeech/][SPLIT/]SPEAKER/CHAPTER/` with `*.flac` and `S-C.trans.txt`; the sex comes from SPEAKERS.TXT where it exists. Columns:
+    speaker, chapter, split, sex."""
     root = options.directory / "LibriSpeech"
     root = Path(os.path.abspath(root if root.is_dir() else options.directory))
     below = tables.list_folder(root)[0]
@@ -68,11 +66,9 @@ def _chapter(folder: Path, prefix: str, columns: Mapping[str, Any]) -> Entries:
 
 
 def read_libriheavy(options: CorpusOptions) -> Entries:
-    """Lhotse cuts: `libriheavy_cuts_SUBSET.jsonl[.gz]` in a folder, or one such file; the texts are those of the supervisions.
-
-    A relative recording is looked for in the folder of the cuts and in the one above it, each time as the cut names it, without
-    `download/` and without `download/librilight/`. Columns: speaker, split, language, recording_id.
-    """
+    """Lhotse cuts: `libriheavy_cuts_SUBSET.jsonl[.gz]` in a folder, or one such file; the texts are those of the supervisions. A relative
+    recording is looked for in the folder of the cuts and in the one above it, each time as the cut names it, without `download/` and
+    without `download/librilight/`. Columns: speaker, split, language, recording_id."""
     source = options.directory
     names = [source.name] if source.is_file() else [name for name in tables.list_folder(source)[1] if name.startswith(_CUTS)]
     names = [name for name in names if name.endswith((".jsonl", ".jsonl.gz"))]
@@ -84,19 +80,12 @@ def read_libriheavy(options: CorpusOptions) -> Entries:
     find = functools.lru_cache(maxsize=1)(functools.partial(_librilight, root))  # the cuts of a recording follow one another
     for name in (name for name in names if splits[name] in chosen):
         convert = functools.partial(_cut_entries, root / name, find, splits[name], options.casing)
-        yield from tables.entries_of(root / name, tables.json_rows(root / name), convert, _cut_id)
-
-
-def _cut_id(cut: Mapping[str, Any]) -> str | None:
-    return cut["id"] if isinstance(cut.get("id"), str) else None
+        rows = tables.json_rows(root / name)
+        yield from tables.entries_of(root / name, rows, convert, lambda cut: cut["id"] if isinstance(cut.get("id"), str) else None)
 
 
 def _librilight(root: Path, recorded: str) -> Path | None:
-    """Where a recording is stored; None where it is not found.
-
-    Raises:
-        RecordError: its path leads out of the folder.
-    """
+    """Where a recording is stored; None where it is not found. Raises RecordError if its path leads out of the folder."""
     if os.path.isabs(recorded):
         return Path(recorded)
     names = [recorded.removeprefix(start) for start in _LIBRILIGHT if recorded.startswith(start)]
@@ -111,10 +100,9 @@ def _cut_entries(
     path = find(_recorded(cut))
     if path is None:
         raise RecordError(NOT_THERE)
-    supervisions = cut.get("supervisions")
+    supervisions, parse = cut.get("supervisions"), tables.parse_seconds
     if not isinstance(supervisions, list) or not supervisions or not all(isinstance(s, dict) for s in supervisions):
         raise RecordError("has no text")
-    parse = tables.parse_seconds
     begin, length = parse(cut.get("start")), parse(cut.get("duration"), 1e-9)
     spans = [(parse(s.get("start", 0), -math.inf), parse(s.get("duration", length), 1e-9)) for s in supervisions]
     for index, (supervision, (offset, lasts)) in enumerate(zip(supervisions, spans, strict=True)):
@@ -132,11 +120,7 @@ def _cut_entries(
 
 
 def _recorded(cut: Mapping[str, Any]) -> str:
-    """The recording's path as the cut names it.
-
-    Raises:
-        RecordError: it is not a cut of a file.
-    """
+    """The recording's path as the cut names it. Raises RecordError if it is not a cut of a file."""
     recording = cut.get("recording")
     sources = recording.get("sources") if isinstance(recording, dict) else None
     source = sources[0] if isinstance(sources, list) and sources else None
@@ -161,11 +145,9 @@ def _text_of(supervision: Mapping[str, Any], casing: str) -> str:
 
 
 def read_common_voice(options: CorpusOptions) -> Entries:
-    """`SPLIT.tsv` (validated, unless splits are named) beside `clips/`.
-
-    Older releases quote a sentence that contains quotes as CSV does, newer ones leave all quotes alone; a quote in a row of the newer
-    ones must not swallow the rows that follow. Columns: speaker, split, up_votes, down_votes, age, gender, accent, locale.
-    """
+    """`SPLIT.tsv` (validated, unless splits are named) beside `clips/`. Older releases quote a sentence that contains quotes as CSV does,
+    newer ones leave all quotes alone; a quote in a row of the newer ones must not swallow the rows that follow. Columns: speaker, split,
+    up_votes, down_votes, age, gender, accent, locale."""
     known = [name.removesuffix(".tsv") for name in tables.list_folder(options.directory)[1] if name.endswith(".tsv")]
     if not options.splits and "validated" not in known:
         raise options.not_found("validated.tsv", "Give the folder of one language, with validated.tsv and clips, or name its splits.")
@@ -195,11 +177,9 @@ def _unquote(cell: str) -> str:
 
 
 def read_voxpopuli(options: CorpusOptions) -> Entries:
-    """`[transcribed_data/]LANG/YEAR/ID.ogg` with `asr_SPLIT.tsv`, or else with the annotations `asr_LANG.tsv[.gz]`.
-
-    The text is the normalised one, or where there is none the original. The speaker "None" stands for many people and is left out.
-    Columns: speaker, split, gender, language, accent, is_gold_transcript.
-    """
+    """`[transcribed_data/]LANG/YEAR/ID.ogg` with `asr_SPLIT.tsv`, or else with the annotations `asr_LANG.tsv[.gz]`. The text is the
+    normalised one, or where there is none the original. The speaker "None" stands for many people and is left out. Columns: speaker, split,
+    gender, language, accent, is_gold_transcript."""
     root = options.directory / "transcribed_data"
     root = Path(os.path.abspath(root if root.is_dir() else options.directory))
     languages = [root] if _manifests(root) else [root / name for name in tables.list_folder(root)[0] if _manifests(root / name)]
@@ -238,10 +218,8 @@ def _event(table: Path, splits: Sequence[str], number: int, row: Mapping[str, st
 
 
 def read_an4(options: CorpusOptions) -> Entries:
-    """`etc/an4_SPLIT.fileids` and `.transcription` ("<s> TEXT </s> (UTTERANCE)", in the test split without the marks) with `wav/`.
-
-    One split's transcription (a thousand lines) is kept in memory. Columns: speaker, split.
-    """
+    """`etc/an4_SPLIT.fileids` and `.transcription` ("<s> TEXT </s> (UTTERANCE)", in the test split without the marks) with `wav/`. One
+    split's transcription (a thousand lines) is kept in memory. Columns: speaker, split."""
     etc = options.directory / "etc"
     lists = [name for name in tables.list_folder(etc)[1] if name.endswith(".fileids")] if etc.is_dir() else []
     by_split = {name.removesuffix(".fileids").rpartition("_")[2]: etc / name for name in lists}

@@ -37,29 +37,17 @@ def walk_folders(root: Path) -> Iterator[tuple[Path, list[str]] | Unusable]:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Sorted names of the folders and of the files in `folder`, without hidden ones.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
-    below: list[str] = []
-    files: list[str] = []
+    """Sorted names of the folders and of the files in `folder`, without hidden ones. Raises DataError if it cannot be listed."""
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not entry.name.startswith("."):
-                    (below if entry.is_dir() else files).append(entry.name)
+        with os.scandir(folder) as found:
+            entries = sorted((entry.name, entry.is_dir()) for entry in found if not entry.name.startswith("."))
     except OSError as error:
         raise DataError("folder", str(folder), f"cannot be listed ({error.strerror or error}).", "Check its permissions.") from error
-    return sorted(below), sorted(files)
+    return [name for name, is_folder in entries if is_folder], [name for name, is_folder in entries if not is_folder]
 
 
 def path_below(folder: Path, relative: str) -> Path:
-    """The path of a name that a corpus gives, relative to `folder`.
-
-    Raises:
-        RecordError: the name leads out of the folder.
-    """
+    """The path of a name that a corpus gives, relative to `folder`. Raises RecordError if the name leads out of it."""
     normal = os.path.normpath(relative)
     if os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
         raise RecordError(OUTSIDE)
@@ -67,11 +55,8 @@ def path_below(folder: Path, relative: str) -> Path:
 
 
 def check_utf8(path: Path) -> None:
-    """Read a whole table before its first row is used, so that no hour's work is lost to its last row.
-
-    Raises:
-        DataError: it is not UTF-8, or cannot be read.
-    """
+    """Read a whole table before its first row is used, so that no hour's work is lost to its last row. Raises DataError if it is not
+    UTF-8, or cannot be read."""
     done = 0
     with _readable(path), path.open("rb") as stream:
         for line in stream:
@@ -83,11 +68,8 @@ def check_utf8(path: Path) -> None:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield `(line number from 1, text)`. Bytes that are not UTF-8 become lone surrogates, so that only their entry is lost.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Yield `(line number from 1, text)`. Bytes that are not UTF-8 become lone surrogates, so that only their entry is lost. Raises
+    DataError if the file cannot be read."""
     with _readable(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
         for number, line in enumerate(stream, start=1):
             yield number, line.rstrip("\r\n")
@@ -99,11 +81,8 @@ def tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield `(number of a row's last line, cells)` of a table with CSV's quoting; `.gz` is decompressed.
-
-    Raises:
-        DataError: the file cannot be read, or its quotes do not match.
-    """
+    """Yield `(number of a row's last line, cells)` of a table with CSV's quoting; `.gz` is decompressed. Raises DataError if the file
+    cannot be read, or its quotes do not match."""
     try:
         opened = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
         with cast(TextIO, opened) as stream:
@@ -118,14 +97,8 @@ def csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def dict_rows(path: Path, rows: Iterable[tuple[int, list[str]]], *needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]] | Unusable]:
-    """Yield `(number, cells by column)` of a table whose first row is the header. Cells missing at a row's end are left out.
-
-    Args:
-        needed: columns that must be there, each with its other spellings.
-
-    Raises:
-        DataError: a needed column is missing.
-    """
+    """Yield `(number, cells by column)` of a table whose first row is the header. Cells missing at a row's end are left out. Raises
+    DataError if one of the columns `needed`, each given with its other spellings, is missing."""
     rows = iter(rows)
     _, header = next(rows, (0, []))
     for spellings in needed:
@@ -139,11 +112,7 @@ def dict_rows(path: Path, rows: Iterable[tuple[int, list[str]]], *needed: Sequen
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Unusable]:
-    """Yield `(number from 1, object)` of JSON Lines, gzipped where the name ends in .gz.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
+    """Yield `(number from 1, object)` of JSON Lines, gzipped where the name ends in .gz. Raises DataError if the file cannot be read."""
     with _readable(path), path.open("rb") as stream:
         content = open_compressed(stream) if path.suffix == ".gz" else stream
         for number, (_, value) in enumerate(read_lines(content), start=1):

@@ -18,12 +18,8 @@ _AUDIO = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", "
 
 
 def read_user_folder(options: CorpusOptions) -> Entries:
-    """Read a user's folder: a table of recordings and texts, or each recording beside NAME.txt.
-
-    Raises:
-        ConfigError: splits are requested, which only published corpora have.
-        DataError: there are two tables, or neither a table nor a recording, or the table is unusable.
-    """
+    """Read a user's folder: a table of recordings and texts, or each recording beside NAME.txt. Raises ConfigError if splits are requested,
+    which only published corpora have; DataError if there are two tables, or neither a table nor a recording, or the table is unusable."""
     if options.splits:
         raise ConfigError("splits", list(options.splits), "are unknown in a folder.", "Where its table has a column for them, use where.")
     found = [name for name in TABLES if (options.directory / name).is_file()]
@@ -33,11 +29,9 @@ def read_user_folder(options: CorpusOptions) -> Entries:
 
 
 def _by_table(root: Path, table: Path) -> Entries:
-    """Yield an entry for each row. `start` and `duration` (seconds) cut an utterance out of its recording; other columns are metadata.
-
-    The id is the recording's name without suffix, followed by the milliseconds of `start` where the row has one. Recordings in the folder
-    that no row names come last, as unusable.
-    """
+    """Yield an entry for each row. `start` and `duration` (seconds) cut an utterance out of its recording; other columns are metadata. The
+    id is the recording's name without suffix, followed by the milliseconds of `start` where the row has one. Recordings in the folder that
+    no row names come last, as unusable."""
     tables.check_utf8(table)
     cells = tables.tsv_cells(table) if table.suffix == ".tsv" else tables.csv_cells(table, ",")
     rows = tables.json_rows(table) if table.suffix == ".jsonl" else tables.dict_rows(table, cells, _PATH, _TEXT)
@@ -59,8 +53,7 @@ def _row_entry(root: Path, table: Path, named: set[int], number: int, row: Mappi
     # A table that its user wrote may point anywhere, but a relative path that leaves the folder is a mistake.
     path = Path(name) if os.path.isabs(name) else tables.path_below(root, name)
     named.add(hash(os.path.abspath(path)))
-    own = {_spelling(row, _PATH), _spelling(row, _TEXT), "start", "duration"}
-    columns = {key: value for key, value in row.items() if key not in own}
+    columns = {key: row[key] for key in row if key not in (_spelling(row, _PATH), _spelling(row, _TEXT), "start", "duration")}
     # Without a start, the duration is that of the whole recording, which the recording itself gives more exactly.
     start, duration = (row.get("start"), row.get("duration")) if "start" in row else (None, None)
     begin = 0.0 if start in (None, "") else tables.parse_seconds(start)
@@ -82,8 +75,7 @@ def _by_name(root: Path) -> Entries:
         if isinstance(item, Unusable):
             yield item
             continue
-        folder, files = item
-        inner = folder.relative_to(root)
+        (folder, files), inner = item, item[0].relative_to(root)
         columns = {"folder": inner.as_posix()} if inner.parts else {}
         texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
         recordings = [path for name in files if (path := folder / name).suffix.lower() in _AUDIO]

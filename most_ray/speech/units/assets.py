@@ -55,8 +55,7 @@ class SpeechAssets:
 def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
     """Open the assets in a folder: of records, of a run (its `speech/`), or of a model.
 
-    Args:
-        encoder: folder or hub name of the speech encoder; None: the one that the manifest names.
+    `encoder`: folder or hub name of the speech encoder; None: the one that the manifest names.
 
     Raises:
         DataError: a file is missing or damaged, or the files do not belong together.
@@ -82,11 +81,7 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
 
 
 def require_units_manifest(folder: Path) -> dict[str, Any]:
-    """Read units.json of a folder.
-
-    Raises:
-        DataError: it does not exist, or is not a units manifest.
-    """
+    """Read units.json of a folder. Raises DataError if it does not exist, or is not a units manifest."""
     try:
         manifest = json.loads((folder / UNITS_MANIFEST).read_text(encoding="utf-8"))
         if not {"kmeans", "features", "repeats_removed"} <= manifest["identity"].keys():
@@ -99,28 +94,20 @@ def require_units_manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_assets(model_uri: str, identity: str | None) -> str | None:
-    """Find the folder of the assets that belong to a model: an export's or a run's `speech/`.
+    """Find the folder, path or URI, of the assets that belong to a model: an export's or a run's `speech/`; None if there are none.
 
     Args:
         model_uri: folder of a model, or of a run's checkpoint.
         identity: `units_hash` that the assets must have; None: unknown, so none are found.
-
-    Returns:
-        Path or URI of the folder; None if there are no such assets.
     """
     run = storage.parent(storage.parent(model_uri if storage.is_remote(model_uri) else storage.absolute(model_uri)))
-    for candidate in (storage.join(model_uri, SPEECH_FOLDER), storage.join(run, SPEECH_FOLDER)):
-        known = _units_hash_at(candidate)
-        if identity is not None and known == identity:
-            return candidate
-    return None
+    candidates = (storage.join(uri, SPEECH_FOLDER) for uri in (model_uri, run))
+    return next((uri for uri in candidates if _units_hash_at(uri) == identity and identity is not None), None)
 
 
 def copy_assets(sources: Sequence[str], target: str, identity: str | None) -> None:
     """Copy each asset file from the first of the folders `sources` that has it and whose `units_hash` is `identity`. All are paths or URIs.
-
-    units.json comes last: where it exists, the others do.
-    """
+    units.json comes last: where it exists, the others do."""
     same = [source for source in sources if identity is not None and _units_hash_at(source) == identity]
     for name in ASSET_FILES:
         if source := next((source for source in same if storage.exists(storage.join(source, name))), None):

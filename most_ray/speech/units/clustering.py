@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from threadpoolctl import threadpool_limits
 
 from most_ray.errors import DataError
+from most_ray.io import storage
 from most_ray.records.record import N_UNITS
 
 MANIFEST_VERSION = 1
@@ -58,19 +60,13 @@ class SpeakerStatistics:
     def map_adapt(self, mean: np.ndarray, deviation: np.ndarray) -> SpeakerStatistics:
         """Add a second's worth of frames with the mean and deviation (features,) of a corpus' speakers, since a single short recording
         gives poor statistics (maximum a posteriori adaptation, Gauvain & Lee 1994)."""
-        squares = _PRIOR_FRAMES * (deviation**2 + mean**2)
-        return self + SpeakerStatistics(int(_PRIOR_FRAMES), _PRIOR_FRAMES * mean, squares)
+        return self + SpeakerStatistics(int(_PRIOR_FRAMES), _PRIOR_FRAMES * mean, _PRIOR_FRAMES * (deviation**2 + mean**2))
 
 
 def fit_kmeans(frames: np.ndarray, k: int, seed: int, algorithm: Algorithm = "minibatch") -> np.ndarray:
-    """Fit centroids, float32 (k, features), to frames (frames, features): by mini-batch k-means (Sculley 2010), or by Lloyd's algorithm
-    on all of them.
-
-    Runs in one thread: with several, the order of additions and so the last bits of the centroids would differ from run to run.
-
-    Raises:
-        DataError: there are fewer frames than centroids.
-    """
+    """Fit centroids, float32 (k, features), to frames (frames, features): by mini-batch k-means (Sculley 2010), or by Lloyd's algorithm on
+    all of them. Runs in one thread: with several, the order of additions and so the last bits of the centroids would differ from run to
+    run. Raises DataError if there are fewer frames than centroids."""
     if len(frames) < k:
         raise DataError("fit_kmeans", k, f"is more units than there are frames ({len(frames)}).")
     from sklearn.cluster import KMeans, MiniBatchKMeans  # takes seconds to import, and most processes fit nothing
@@ -79,13 +75,7 @@ def fit_kmeans(frames: np.ndarray, k: int, seed: int, algorithm: Algorithm = "mi
         model = KMeans(n_clusters=k, n_init=1, max_iter=100, random_state=seed, algorithm="lloyd")
     else:  # as HuBERT's own recipe
         model = MiniBatchKMeans(
-            n_clusters=k,
-            n_init=3,
-            max_iter=100,
-            batch_size=10_000,
-            max_no_improvement=100,
-            reassignment_ratio=0.0,
-            random_state=seed,
+            n_clusters=k, n_init=3, max_iter=100, batch_size=10_000, max_no_improvement=100, reassignment_ratio=0.0, random_state=seed
         )
     with threadpool_limits(limits=1):
         model.fit(frames)
@@ -99,22 +89,18 @@ def default_unit_count(n_frames: int) -> int:
 
 def save_kmeans(path: Path, centroids: np.ndarray, features: Mapping[str, Any]) -> None:
     """Write centroids as .npy, or as .safetensors together with the identity of the features that they were fitted on. Atomic."""
-    temporary = path.with_name(f".{path.name}.tmp.{path.suffix[1:]}")
     if path.suffix == ".safetensors":
-        save_file({"centroids": centroids}, temporary, {"features": json.dumps(features, sort_keys=True)})
-    else:
-        with temporary.open("wb") as sink:
-            np.save(sink, centroids)
-    temporary.replace(path)
+        return storage.write_bytes(path, save({"centroids": centroids}, {"features": json.dumps(features, sort_keys=True)}))
+    with io.BytesIO() as sink:
+        np.save(sink, centroids)
+        return storage.write_bytes(path, sink.getvalue())
 
 
 def load_kmeans(path: Path, features: Mapping[str, Any] | None = None) -> np.ndarray:
     """Read centroids, float32 (k, features), from .npy or .safetensors.
 
-    Pickled objects, joblib's among them, are refused: opening one can run any code.
-
-    Args:
-        features: identity of the features that the centroids must have been fitted on, if the file says so.
+    Pickled objects, joblib's among them, are refused: opening one can run any code. `features`: identity of those that the centroids must
+    have been fitted on, if the file says so.
 
     Raises:
         DataError: the file is missing, pickled or not such an array, it has more centroids than there are units, or it was fitted on
@@ -152,11 +138,8 @@ def kmeans_hash(centroids: np.ndarray) -> str:
 
 
 def assign(frames: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    """The nearest centroid, int64 (frames,), of each frame (frames, features). Computed in float64, so that all machines agree.
-
-    Args:
-        centroids: (k, features).
-    """
+    """The nearest of the centroids (k, features), int64 (frames,), of each frame (frames, features). Computed in float64, so that all
+    machines agree."""
     x, c = frames.astype(np.float64), centroids.astype(np.float64)
     return ((c**2).sum(axis=1) - 2.0 * x @ c.T).argmin(axis=1)
 
@@ -180,21 +163,11 @@ def build_manifest(
     """The content of units.json, which says what the units mean. Only records with equal `identity` may be trained on together.
 
     Args:
-        features: an Extractor's identity.
-        rate_hz: units per second before repeats are removed.
+        features, rate_hz: an Extractor's identity and rate.
         centroids: (k, features).
         source: folder or hub name of the encoder, for people; the identity has a hash of its weights.
     """
     named = {"encoder": source} if source else {}
-    return {
-        "neighbours": nearest_units(centroids),
-        "version": MANIFEST_VERSION,
-        **named,
-        "identity": {
-            **features,
-            "kmeans": kmeans_hash(centroids),
-            "n_units": len(centroids),
-            "rate_hz": rate_hz,
-            "repeats_removed": repeats_removed,
-        },
-    }
+    identity = {**features, "kmeans": kmeans_hash(centroids), "n_units": len(centroids), "rate_hz": rate_hz}
+    identity |= {"repeats_removed": repeats_removed}
+    return {"neighbours": nearest_units(centroids), "version": MANIFEST_VERSION, **named, "identity": identity}

@@ -7,6 +7,7 @@ be made in any order, by any number of processes, and a command that was stopped
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -73,17 +74,13 @@ def worth_a_cluster(features: FeatureSettings, size: int) -> bool:
 
 def run_in_process(task: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
     """Make the parts one by one in this process; a `Runner`."""
-    make = task.open(None)
-    for part in parts:
-        yield make(part)
+    yield from map(task.open(None), parts)
 
 
 class PartWorker:
-    """Makes parts in a process of a pool, which opens its encoder once. A subclass sets `task` and `device`.
-
-    An error that a user can fix is returned in the row, because the pool would wrap it. This class is not beside the pool, so that the
-    process imports no more than it needs.
-    """
+    """Makes parts in a process of a pool, which opens its encoder once. A subclass sets `task` and `device`. An error that a user can fix
+    is returned in the row, because the pool would wrap it. This class is not beside the pool, so that the process imports no more than it
+    needs."""
 
     task: PartTask
     device: str
@@ -102,17 +99,13 @@ class PartWorker:
 def scan_corpus(
     options: CorpusOptions, conditions: Sequence[Condition], speeds: Sequence[float], speaker_column: str, scratch: Path
 ) -> Scan:
-    """List the corpus' utterances in files of PART each, below the folder `scratch`.
-
-    Listed are the utterances that meet the conditions (`chosen`) and, for the statistics of their speakers, these speakers' others.
-    """
+    """List the corpus' utterances in files of PART each, below the folder `scratch`. Listed are the utterances that meet the conditions
+    (`chosen`) and, for the statistics of their speakers, these speakers' others."""
     chunks = scratch / "chunks"
     chunks.mkdir(parents=True, exist_ok=True)
     unusable, unusable_hash = scratch / "unusable.jsonl", hashlib.blake2b(digest_size=12)
-    columns: set[str] = set()
-    speakers: set[str] = set()
+    columns, speakers, last = set[str](), set[str](), ""
     counts = {"utterances": 0, "chosen": 0, "bytes": 0}
-    last = ""
 
     def items(sink: TextIO) -> Iterator[Item]:
         nonlocal last
@@ -166,21 +159,12 @@ def file_stamp(path: Path) -> tuple[int, int] | None:
 def _write_chunks(items: Iterable[Item], folder: Path) -> list[tuple[Path, str]]:
     """Write files of PART items each; returns each file and the hash of its content."""
     files: list[tuple[Path, str]] = []
-    waiting: list[Item] = []
-
-    def write() -> None:
-        content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in waiting).encode()
+    items = iter(items)
+    while chunk := list(itertools.islice(items, PART)):
+        content = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in chunk).encode()
         key = hashlib.blake2b(content, digest_size=12).hexdigest()
         file = folder / f"{key}.jsonl"  # named by its content, so no other command can write something else under the name
         if not file.exists():
             storage.write_bytes(file, content)
         files.append((file, key))
-        waiting.clear()
-
-    for item in items:
-        waiting.append(item)
-        if len(waiting) == PART:
-            write()
-    if waiting:
-        write()
     return files

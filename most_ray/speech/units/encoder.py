@@ -31,6 +31,7 @@ _WINDOW = 30  # seconds: longer recordings go through in windows, so that memory
 _CONTEXT = 2  # seconds dropped at an end that another window overlaps: more than the 1.3 s to either side of positional convolutions
 _PROBE = 6  # seconds by which two probes differ: whole frames at any usual rate, 12.5 Hz and Moonshine's 41.67 Hz among them
 _TRAINING_ONLY = "masked_spec_embed"  # a weight that replaces masked frames, which only training has
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"  # transformers' environment variable
 _UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, ImportError, SafetensorError, UnpicklingError, StrictDataclassError)
 
 
@@ -48,12 +49,9 @@ class EncoderExtractor:
     per_speaker = False
 
     def __init__(self, settings: EncoderSettings, device: str = "cpu") -> None:
-        """Load the encoder's weights to the torch device `device`.
-
-        Raises:
-            ConfigError: the encoder is of another kind than `settings.kind`, is not a speech encoder, or does not have that layer.
-            CheckpointError: it cannot be found or read, or weights are missing or of another shape.
-        """
+        """Load the encoder's weights to the torch device `device`. Raises ConfigError if the encoder is of another kind than
+        `settings.kind`, is not a speech encoder, or does not have that layer; CheckpointError if it cannot be found or read, or weights are
+        missing or of another shape."""
         self.source: str | None = settings.source
         with _quiet_transformers():
             config = _open_config(settings)
@@ -61,6 +59,8 @@ class EncoderExtractor:
             self._encoder, blocks = _open_encoder(settings, config)
         layers = list(blocks)
         self._waveform = self._encoder.main_input_name == "input_values"
+        # The number of samples that the encoder's input is always padded to; 0 if it takes any length.
+        self._fixed_length = 0 if self._waveform else int(getattr(self._frontend, "n_samples", 0))
         self._device = torch.device(device)
         self.sample_rate = int(self._frontend.sampling_rate)
         _cut(blocks, [])
@@ -76,25 +76,18 @@ class EncoderExtractor:
         self._encoder.to(self._device)
         self._window = min(_WINDOW * self.sample_rate, self._fixed_length or _WINDOW * self.sample_rate) // self._hop * self._hop
         self._context = _CONTEXT * self.sample_rate // self._hop * self._hop
+        normalised = self._waveform and bool(getattr(self._frontend, "do_normalize", False))
+        known = {"encoder": config.model_type, "weights": _weights_hash(self._encoder.state_dict())}
+        known |= {"layer": settings.layer, "sample_rate": self.sample_rate}
         self.identity: dict[str, Any] = {
             "features": config.model_type,
-            "settings": {
-                "encoder": config.model_type,
-                "weights": _weights_hash(self._encoder.state_dict()),
-                "layer": settings.layer,
-                "sample_rate": self.sample_rate,
-                "normalised_samples": self._waveform and bool(getattr(self._frontend, "do_normalize", False)),
-                "window_s": _WINDOW,
-                "context_s": _CONTEXT,
-            },
+            "settings": known | {"normalised_samples": normalised, "window_s": _WINDOW, "context_s": _CONTEXT},
             "normalisation": "none",
         }
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
-        """Features of each recording, given as float32 (samples,) at `sample_rate`; values are float32 (frames, width).
-
-        A recording that is shorter than what one frame is computed from (25 ms for HuBERT and similar models) gives no frames.
-        """
+        """Features of each recording, given as float32 (samples,) at `sample_rate`; values are float32 (frames, width). A recording that is
+        shorter than what one frame is computed from (25 ms for HuBERT and similar models) gives no frames."""
         with torch_threads(1):  # see determinism: the result must not depend on the number of threads
             return [Frames(self._frames(wave)) for wave in waves]
 
@@ -136,11 +129,6 @@ class EncoderExtractor:
         if length := self._fixed_length:
             hidden = hidden[: min(len(window), length) * len(hidden) // length]
         return hidden.cpu().numpy()
-
-    @property
-    def _fixed_length(self) -> int:
-        """The number of samples that the encoder's input is always padded to; 0 if it takes any length."""
-        return 0 if self._waveform else int(getattr(self._frontend, "n_samples", 0))
 
     def _probe(self, config: Any) -> tuple[int, int, int]:
         """Run the encoder on two lengths of silence to find the samples from one frame to the next, the samples that the first frame is
@@ -212,23 +200,13 @@ def _open_frontend(source: str, config: Any) -> Any:
 
 
 def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.ModuleList]:
-    """Load the encoder in float32, in evaluation mode, and find its list of layers.
-
-    Raises:
-        ConfigError, CheckpointError: see EncoderExtractor; only weights up to the requested layer must be there.
-    """
+    """Load the encoder in float32, in evaluation mode, and find its list of layers. Raises what EncoderExtractor does; only weights up to
+    the requested layer must be there."""
     try:
         # safetensors where there are any. Some encoders, facebook/hubert-base-ls960 for one, are published as pytorch_model.bin alone:
         # weights_only reads tensors from it and refuses, rather than runs, anything else.
-        model, info = AutoModel.from_pretrained(
-            settings.source,
-            config=config,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        checked = {"trust_remote_code": False, "weights_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = AutoModel.from_pretrained(settings.source, config=config, dtype=torch.float32, **checked)
     except _UNREADABLE as error:
         raise CheckpointError("features", settings.source, f"has no weights that can be loaded ({one_line(error)}).") from error
     encoder = model.get_encoder() if config.is_encoder_decoder else model
@@ -274,16 +252,14 @@ def _weights_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 def _quiet_transformers() -> Iterator[None]:
     """Keep the library from showing progress bars and advice, and from what it otherwise does when it loads pytorch_model.bin from the hub:
     asking a service, from a thread, to convert the model there."""
-    verbosity, conversion = transformers.logging.get_verbosity(), os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    verbosity, conversion = transformers.logging.get_verbosity(), os.environ.get(_NO_CONVERSION)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "true"
+    os.environ[_NO_CONVERSION] = "true"
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
-        if conversion is None:
-            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
-        else:
-            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion
+        os.environ.pop(_NO_CONVERSION)
+        os.environ |= {} if conversion is None else {_NO_CONVERSION: conversion}

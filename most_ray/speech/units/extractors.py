@@ -23,10 +23,7 @@ KINDS: Mapping[str, Kind] = {"mfcc": Kind(MfccSettings, MfccExtractor)}  # by th
 
 def parse_features(text: str) -> FeatureSettings:
     """Parse one of KINDS, or KIND:SOURCE:LAYER as hubert:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute path.
-
-    Raises:
-        ConfigError: the text is of neither form.
-    """
+    Raises ConfigError if the text is of neither form."""
     if text in KINDS:
         return KINDS[text].settings()
     kind, _, rest = text.partition(":")
@@ -38,14 +35,8 @@ def parse_features(text: str) -> FeatureSettings:
 
 
 def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extractor:
-    """The extractor with these settings.
-
-    Args:
-        device: torch device, for an extractor that uses one; None: a GPU if there is one.
-
-    Raises:
-        ConfigError, CheckpointError: the encoder does not exist, or does not have that layer.
-    """
+    """The extractor with these settings, on a torch device where it uses one (None: a GPU if there is one). Raises ConfigError or
+    CheckpointError if the encoder does not exist, or does not have that layer."""
     if not isinstance(settings, EncoderSettings):
         return next(kind.extractor(settings) for kind in KINDS.values() if kind.settings is type(settings))
     import torch  # takes seconds to import, as does transformers, and the other kinds do without
@@ -56,14 +47,8 @@ def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extr
 
 
 def manifest_settings(manifest: Mapping[str, Any], source: str | None = None) -> FeatureSettings:
-    """The settings of the features that a units manifest names.
-
-    Args:
-        source: folder or hub name of the encoder; None: the one that the manifest names.
-
-    Raises:
-        KeyError, TypeError, ValueError: the manifest does not describe its features.
-    """
+    """The settings of the features that a units manifest names; `source`: folder or hub name of the encoder (None: the one that it names).
+    Raises KeyError, TypeError or ValueError if it does not describe its features."""
     identity = manifest["identity"]
     if kind := KINDS.get(identity["features"]):
         return kind.settings(**identity["settings"])

@@ -16,10 +16,8 @@ _BLOCK = 1 << 20  # samples passed to Kaldi at once: its copies stay small, howe
 
 @dataclass(frozen=True)
 class MfccSettings:
-    """Kaldi-style MFCC (Davis & Mermelstein 1980, as in Kaldi's feat/) with first and second differences.
-
-    By default frequencies stop at 4 kHz, so that recordings at 8 kHz and at 16 kHz give the same units.
-    """
+    """Kaldi-style MFCC (Davis & Mermelstein 1980, as in Kaldi's feat/) with first and second differences. By default frequencies stop at 4
+    kHz, so that recordings at 8 kHz and at 16 kHz give the same units."""
 
     cluster_bytes: ClassVar[int] = 512 << 20
     uses_gpu: ClassVar[bool] = False
@@ -48,29 +46,18 @@ class MfccExtractor:
     source: str | None = None
 
     def __init__(self, settings: MfccSettings) -> None:
-        self._settings = settings
-        self.sample_rate = settings.sample_rate
-        self.rate_hz = settings.rate_hz
+        self._settings, self.sample_rate, self.rate_hz = settings, settings.sample_rate, settings.rate_hz
         self.width = settings.num_ceps * (settings.delta_order + 1)
-        self.identity: dict[str, Any] = {
-            "features": "mfcc",
-            "settings": asdict(settings),
-            "normalisation": "mean and variance per speaker",
-        }
+        self.identity: dict[str, Any] = {"features": "mfcc", "settings": asdict(settings), "normalisation": "mean and variance per speaker"}
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
         return [mfcc(wave, self._settings) for wave in waves]
 
 
 def mfcc(samples: np.ndarray, settings: MfccSettings) -> Frames:
-    """Compute the features of one recording, values float32 (frames, num_ceps * (delta_order + 1)).
-
-    A recording shorter than one frame gives no frames. The first coefficient is the mel-weighted one (no raw energy). There is no dither:
-    equal samples always give equal features.
-
-    Args:
-        samples: float32 (samples,) at the settings' sample rate.
-    """
+    """Compute the features of one recording, values float32 (frames, num_ceps * (delta_order + 1)). A recording, float32 (samples,),
+    shorter than one frame gives no frames. The first coefficient is the mel-weighted one (no raw energy). There is no dither: equal samples
+    always give equal features."""
     options = knf.MfccOptions()
     options.frame_opts.samp_freq = settings.sample_rate
     options.frame_opts.frame_shift_ms = settings.frame_shift_ms
@@ -96,8 +83,7 @@ def mfcc(samples: np.ndarray, settings: MfccSettings) -> Frames:
         start, end = loud_range(static[:, 0] / np.sqrt(settings.num_mels), settings.trim)
         static = static[start:end]
     if settings.delta_order:
-        options_delta = knf.DeltaOptions(order=settings.delta_order, window=2)
-        static = np.asarray(knf.compute_deltas(options_delta, static), dtype=np.float32)
+        static = np.asarray(knf.compute_deltas(knf.DeltaOptions(order=settings.delta_order, window=2), static), dtype=np.float32)
     # `first` counts kept frames, so it is exact to within one of them.
     return Frames(static[settings.keep_every // 2 :: settings.keep_every], start // settings.keep_every)
 

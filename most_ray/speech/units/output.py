@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,8 @@ def publish_records(
     """Join the parts and move them to the output folder, replacing an earlier command's files. Meanwhile the folder is marked as
     unfinished, so that readers refuse it: records must never be used with another command's manifest.
 
-    Returns:
-        Counts (records, rejected, hours, longest) and the sizes of the files.
-
-    Raises:
-        DataError: there is no record; the earlier command's files are kept.
-    """
+    Returns counts (records, rejected, hours, longest) and the sizes of the files. Raises DataError if there is no record; the earlier
+    command's files are kept."""
     targets = [task.target(part) for part in scan.parts]
     summaries = [json.loads(summary_path(target).read_text(encoding="utf-8")) for target in targets]
     records = sum(summary["records"] for summary in summaries)
@@ -80,13 +76,10 @@ def _write_rejected(output: Path, scan: Scan, summaries: Iterable[Mapping[str, A
     """Write rejected.jsonl: entries of the corpus that are not utterances, then utterances that gave no record. Returns their number."""
     temporary, count = output / f".{REJECTED}.tmp", 0
     with temporary.open("w", encoding="utf-8") as sink, scan.unusable.open(encoding="utf-8") as unusable:
-        for line in unusable:
-            sink.write(line)
-            count += 1
-        for summary in summaries:
-            for entry in sorted(summary["rejected"], key=lambda entry: entry["index"]):
-                sink.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                count += 1
+        entries = (entry for summary in summaries for entry in sorted(summary["rejected"], key=lambda entry: entry["index"]))
+        lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        for line in itertools.chain(unusable, lines):
+            count += bool(sink.write(line))
     if count:
         temporary.replace(output / REJECTED)
     else:
@@ -106,24 +99,17 @@ def _vocoder_units(path: Path) -> Any:
 
 def _write_shards(scratch: str, form: str, parts: Sequence[Path]) -> list[Path]:
     """Write the parts' bytes one after the other (gzip members make one gzip file) to files of some 64 MiB in the folder `scratch`."""
-    shards: list[list[Path]] = [[]]
-    size = 0
+    shards, size = [list[Path]()], 0
     for part in parts:
         if size >= SHARD_BYTES and form != "json":  # a JSON list ends with its file
-            shards.append([])
-            size = 0
+            shards, size = [*shards, []], 0
         shards[-1].append(part)
         size += part.stat().st_size
     written = []
     for index, shard in enumerate(shards):
         path = Path(scratch) / (f"records.{form}" if len(shards) == 1 else f"records-{index:05d}.{form}")
         with path.open("wb") as sink:
-            if form == "json":
-                sink.writelines(_as_list(shard))
-            else:
-                for part in shard:
-                    with part.open("rb") as source:
-                        shutil.copyfileobj(source, sink)
+            sink.writelines(_as_list(shard) if form == "json" else (part.read_bytes() for part in shard))
         written.append(path)
     return written
 
@@ -131,9 +117,7 @@ def _write_shards(scratch: str, form: str, parts: Sequence[Path]) -> list[Path]:
 def _as_list(parts: Iterable[Path]) -> Iterator[bytes]:
     """Yield the lines of JSON Lines files as the lines of one JSON list."""
     before = b"[\n"
-    for part in parts:
-        with part.open("rb") as lines:
-            for line in lines:
-                yield before + line.rstrip(b"\n")
-                before = b",\n"
+    for line in (line for part in parts for line in part.read_bytes().splitlines()):
+        yield before + line
+        before = b",\n"
     yield b"\n]\n"

@@ -79,8 +79,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
     Raises:
         ConfigError, DataError: a wrong option, or a corpus that cannot be read.
     """
-    _check(job)
-    extractor = open_extractor(job.features, "cpu")  # only to describe the features: who makes the parts opens its own
+    extractor = _check(job)
     centroids = _known_centroids(job, extractor)
     with _locked_folder(job.output.absolute() / ".work") as scratch:
         scan = _scan(job, scratch)
@@ -107,19 +106,11 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
 def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: ChooseRunner = lambda _: run_in_process) -> dict[str, Any]:
     """Fit centroids to the selected recordings and write them to `output` (.npy, or .safetensors that says what it was fitted on).
 
-    Args:
-        progress, runner: as for `prepare_units`.
-
-    Returns:
-        Counts: units, frames (of which at most `fit_frames` were used), inertia (mean squared distance to the nearest centroid).
-
-    Raises:
-        ConfigError, DataError: a wrong option, or a corpus that cannot be read.
-    """
+    Arguments and errors are those of `prepare_units`. Returns counts: units, frames (of which at most `fit_frames` were used), inertia
+    (mean squared distance to the nearest centroid)."""
     if output.suffix not in (".npy", ".safetensors"):
         raise ConfigError("output", str(output), "is neither a .npy nor a .safetensors file.")
-    _check(job)
-    extractor = open_extractor(job.features, "cpu")  # only to describe the features: who makes the parts opens its own
+    extractor = _check(job)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _locked_folder(output.absolute().with_name(f".{output.name}.work")) as scratch:
         scan = _scan(job, scratch)
@@ -131,19 +122,26 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Choo
     return {"units": len(centroids), "frames": statistics.frames, "inertia": _inertia(statistics.sample, centroids)}
 
 
-def _check(job: UnitsJob) -> None:
+def _check(job: UnitsJob) -> Extractor:
+    """Check a job's options. Returns the extractor, which here only describes the features: who makes the parts opens its own."""
     if (job.kmeans is None) == (job.fit_kmeans is None):
         raise ConfigError("kmeans", job.kmeans and str(job.kmeans), "or fit_kmeans, exactly one of them, says which units to use.")
-    if job.fit_kmeans and not 2 <= job.fit_kmeans <= N_UNITS:
-        raise ConfigError("fit_kmeans", job.fit_kmeans, f"must be in 2..{N_UNITS}.")
-    if not job.perturb or any(not 0.5 <= speed <= 2.0 for speed in job.perturb) or len(set(job.perturb)) != len(job.perturb):
-        raise ConfigError("perturb", list(job.perturb), "must hold different speeds between 0.5 and 2.")
-    if job.fit_frames < 1:
-        raise ConfigError("fit_frames", job.fit_frames, "must be at least 1.")
-    if not 0 <= job.seed < 1 << 32:
-        raise ConfigError("seed", job.seed, "must be in 0..4294967295.")
-    if not job.max_seconds > 0:
-        raise ConfigError("max_seconds", job.max_seconds, "must be above 0.")
+    speeds = list(job.perturb)
+    for name, value, allowed, rule in (
+        ("fit_kmeans", job.fit_kmeans, not job.fit_kmeans or 2 <= job.fit_kmeans <= N_UNITS, f"must be in 2..{N_UNITS}."),
+        (
+            "perturb",
+            speeds,
+            0 < len(speeds) == len({s for s in speeds if 0.5 <= s <= 2.0}),
+            "must hold different speeds between 0.5 and 2.",
+        ),
+        ("fit_frames", job.fit_frames, job.fit_frames >= 1, "must be at least 1."),
+        ("seed", job.seed, 0 <= job.seed < 1 << 32, "must be in 0..4294967295."),
+        ("max_seconds", job.max_seconds, job.max_seconds > 0, "must be above 0."),
+    ):
+        if not allowed:
+            raise ConfigError(name, value, rule)
+    return open_extractor(job.features, "cpu")
 
 
 def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
@@ -158,11 +156,8 @@ def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _locked_folder(scratch: Path) -> Iterator[Path]:
-    """A folder for intermediate files, for one command at a time. A command with wrong options leaves no new folder.
-
-    Raises:
-        DataError: another command is working there.
-    """
+    """A folder for intermediate files, for one command at a time; DataError if another one works there. A command with wrong options leaves
+    no new folder."""
     new = [folder for folder in (scratch, scratch.parent) if not folder.exists()]
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / "lock").open("a") as lock:
@@ -195,14 +190,10 @@ def _scan(job: UnitsJob, scratch: Path) -> Scan:
 
 def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray | None) -> str:
     """Hash of everything that the records depend on."""
-    return json_digest(
-        [(part.key, part.speed) for part in scan.parts],
-        scan.unusable_key,
-        VERSION,
-        features_key,
-        kmeans_hash(centroids) if centroids is not None else [job.fit_kmeans, job.algorithm, job.fit_frames, job.seed],
-        [job.speaker_column, job.keep_repeats, job.max_seconds, job.form, dataset_name(job.corpus)],
-    )
+    parts = [(part.key, part.speed) for part in scan.parts]
+    units = kmeans_hash(centroids) if centroids is not None else [job.fit_kmeans, job.algorithm, job.fit_frames, job.seed]
+    settings = [job.speaker_column, job.keep_repeats, job.max_seconds, job.form, dataset_name(job.corpus)]
+    return json_digest(parts, scan.unusable_key, VERSION, features_key, units, settings)
 
 
 def _fit(job: UnitsJob, statistics: CorpusStatistics) -> np.ndarray:
@@ -238,14 +229,10 @@ class _Stages:
         """The second stage. Returns its task, which names the parts' files."""
         job = self.job
         sums = [(name, speakers[name].count, speakers[name].total.tolist(), speakers[name].squares.tolist()) for name in sorted(speakers)]
-        task = EncodeUnits(
-            **self._common(features_key),
-            codebook=str(write_codebook(self.scratch / "codebook.npz", centroids, speakers)),
-            codebook_key=json_digest(kmeans_hash(centroids), json_digest(sums)),
-            keep_repeats=job.keep_repeats,
-            name=dataset_name(job.corpus),
-            form=job.form,
-        )
+        codebook = write_codebook(self.scratch / "codebook.npz", centroids, speakers)
+        key = json_digest(kmeans_hash(centroids), json_digest(sums))
+        settings = self._common(features_key) | {"codebook": str(codebook), "codebook_key": key}
+        task = EncodeUnits(**settings, keep_repeats=job.keep_repeats, name=dataset_name(job.corpus), form=job.form)
         self._make_parts(task, "units")
         return task
 

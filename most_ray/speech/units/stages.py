@@ -36,11 +36,7 @@ class _Stage:
     scratch: str  # folder of the parts' files
 
     def _open_extractor(self, device: str | None) -> Extractor:
-        """Open the extractor that the command was started with in this process.
-
-        Raises:
-            CheckpointError: the encoder of that name has other weights here.
-        """
+        """Open the command's extractor in this process. Raises CheckpointError if the encoder of that name has other weights here."""
         extractor = open_extractor(self.features, device)
         if json_digest(extractor.identity) != self.features_key:
             reason = f"are other ones on {socket.gethostname()} than where the command was started: {extractor.identity}."
@@ -88,21 +84,19 @@ class CollectStatistics(_Stage):
                 priorities.append(drawn[keep])
         values, drawn = np.concatenate(frames), np.concatenate(priorities)
         keep = lowest(drawn, self.sample)
-        names = sorted(statistics)
+        names, known = sorted(statistics), [statistics[name] for name in sorted(statistics)]
         arrays = {
             "speakers": np.array(names, dtype=np.str_),
-            "counts": np.array([statistics[name].count for name in names], np.int64),
-            "totals": np.array([statistics[name].total for name in names]).reshape(len(names), extractor.width),
-            "squares": np.array([statistics[name].squares for name in names]).reshape(len(names), extractor.width),
+            "counts": np.array([each.count for each in known], np.int64),
+            "totals": np.array([each.total for each in known]).reshape(len(names), extractor.width),
+            "squares": np.array([each.squares for each in known]).reshape(len(names), extractor.width),
             "sample": values[keep],
             "owners": np.array(owners, dtype=np.str_)[keep] if owners else np.zeros(0, np.str_),
             "priorities": drawn[keep],
             "frames": np.array(total),
             "reason": np.array(reason),
         }
-        with io.BytesIO() as sink:
-            np.savez(sink, **arrays)
-            storage.write_bytes(self.target(part), sink.getvalue())
+        _write_arrays(self.target(part), arrays)
         return {"seconds": seconds, "utterances": len(items)}
 
 
@@ -134,9 +128,7 @@ class EncodeUnits(_Stage):
         return lambda part: self._make(part, extractor, centroids, speakers)
 
     def _make(self, part: Part, extractor: Extractor, centroids: np.ndarray, speakers: Normalisation) -> dict[str, float]:
-        records: list[str] = []
-        rejected: list[Item] = []
-        seconds, longest = 0.0, 0
+        records, rejected, seconds, longest = [], [], 0.0, 0
         items = [item for item in read_chunk(part.chunk) if item["chosen"]]
         speed = {"speed": part.speed} if part.speed != 1.0 else {}
         for item, found, length in _extract_features(items, part.speed, extractor, self.max_seconds):
@@ -147,21 +139,10 @@ class EncodeUnits(_Stage):
             units = assign(values, centroids)
             units = units if self.keep_repeats else remove_repeats(units)
             seconds, longest = seconds + length, max(longest, len(units) + len(item["text"]))
-            metadata = {
-                **item["columns"],
-                "dataset": self.name,
-                "duration": round(length, 3),
-                "unit_rate_hz": extractor.rate_hz,
-                "deduplicated": not self.keep_repeats,
-                **speed,
-            }
-            record = {
-                "id": f"{item['id']}_sp{part.speed:g}" if speed else item["id"],
-                "instruction": ASR_INSTRUCTION,
-                "input": units_to_text(units.tolist()),
-                "output": item["text"],
-                "metadata": metadata,
-            }
+            metadata = {**item["columns"], "dataset": self.name, "duration": round(length, 3), "unit_rate_hz": extractor.rate_hz}
+            metadata |= {"deduplicated": not self.keep_repeats, **speed}
+            record = {"id": f"{item['id']}_sp{part.speed:g}" if speed else item["id"], "instruction": ASR_INSTRUCTION}
+            record |= {"input": units_to_text(units.tolist()), "output": item["text"], "metadata": metadata}
             records.append(json.dumps(record, ensure_ascii=False) + "\n")
         target = self.target(part)
         summary = {"seconds": seconds, "records": len(records), "longest": longest, "rejected": rejected}
@@ -182,16 +163,16 @@ class EncodeUnits(_Stage):
 
 def write_codebook(path: Path, centroids: np.ndarray, speakers: Mapping[str, SpeakerStatistics]) -> Path:
     """Write what the second stage needs of the first: centroids (k, features) and each speaker's mean and deviation. Returns `path`."""
-    names = sorted(speakers)
-    arrays = {
-        "centroids": centroids,
-        "speakers": np.array(names, dtype=np.str_),
-        "means": np.array([speakers[name].mean for name in names]).reshape(len(names), centroids.shape[1]),
-        "deviations": np.array([speakers[name].deviation for name in names]).reshape(len(names), centroids.shape[1]),
-    }
-    with path.open("wb") as sink:
-        np.savez(sink, **arrays)  # type: ignore[arg-type]
+    names, width = sorted(speakers), centroids.shape[1]
+    means, deviations = (np.array([getattr(speakers[name], each) for name in names]).reshape(-1, width) for each in ("mean", "deviation"))
+    _write_arrays(path, {"centroids": centroids, "speakers": np.array(names, dtype=np.str_), "means": means, "deviations": deviations})
     return path
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with io.BytesIO() as sink:
+        np.savez(sink, **arrays)  # type: ignore[arg-type]
+        storage.write_bytes(path, sink.getvalue())
 
 
 def summary_path(target: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -62,11 +63,8 @@ class CodeHifiGan:
 
     @torch.no_grad()
     def __call__(self, utterances: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
-        """Waveforms, each float32 (samples,) in [-1, 1], and their rate in Hz. An utterance without units gives a short silence.
-
-        Raises:
-            DataError: a unit that the vocoder does not know.
-        """
+        """Waveforms, each float32 (samples,) in [-1, 1], and their rate in Hz. An utterance without units gives a short silence. Raises
+        DataError for a unit that the vocoder does not know."""
         return [self._synthesise(check_units(units, self.n_units)) for units in utterances], self._rate
 
     def _synthesise(self, units: np.ndarray) -> np.ndarray:
@@ -98,16 +96,14 @@ def _language_number(source: str, language: str | None, n_languages: int) -> int
 def _load(model: torch.nn.Module, source: str) -> None:
     """Load exactly the tensors of a model that is on the meta device, in float32; nothing else is read."""
     try:
-        where = {key: path for path in _shards(source) for key in _keys(path)}
-        prefix = _PREFIX if any(key.startswith(_PREFIX) for key in where) else ""
-        held, wanted = {key for key in where if key.startswith(prefix)}, {prefix + key for key in model.state_dict()}
-        if held != wanted:
-            raise ValueError(f"missing: {sorted(wanted - held)[:3]}, left over: {sorted(held - wanted)[:3]}")
-        tensors: dict[str, torch.Tensor] = {}
-        for path in sorted(set(where.values())):
-            with safe_open(path, framework="pt") as file:
-                chosen = [key for key in sorted(held) if where[key] == path]
-                tensors |= {key.removeprefix(prefix): file.get_tensor(key).float() for key in chosen}
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in _shards(source)]
+            file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
+            prefix = _PREFIX if any(key.startswith(_PREFIX) for key in file_of) else ""
+            held, wanted = {key for key in file_of if key.startswith(prefix)}, {prefix + key for key in model.state_dict()}
+            if held != wanted:
+                raise ValueError(f"missing: {sorted(wanted - held)[:3]}, left over: {sorted(held - wanted)[:3]}")
+            tensors = {key.removeprefix(prefix): file_of[key].get_tensor(key).float() for key in held}
         model.load_state_dict(tensors, assign=True)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError("vocoder", source, f"does not hold the vocoder's tensors ({one_line(error)}).", _REMEDY) from error
@@ -115,25 +111,15 @@ def _load(model: torch.nn.Module, source: str) -> None:
 
 def _shards(source: str) -> list[Path]:
     """The model's safetensors files that may contain the vocoder's tensors."""
-    index = _file(source, "model.safetensors.index.json")
-    if index is None:
-        names = ["model.safetensors"]
-    else:
+    names = ["model.safetensors"]
+    if index := _file(source, "model.safetensors.index.json"):
         where: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         whole = any(key.startswith(_PREFIX) for key in where)
         names = sorted({name for key, name in where.items() if key.startswith(_PREFIX) or not whole})
-    paths = []
-    for name in names:
-        path = _file(source, name) if re.fullmatch(r"[\w.-]+\.safetensors", name) else None
-        if path is None:
-            raise FileNotFoundError(f"no {name}")
-        paths.append(path)
-    return paths
-
-
-def _keys(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    found = [_file(source, name) if re.fullmatch(r"[\w.-]+\.safetensors", name) else None for name in names]
+    if None in found:
+        raise FileNotFoundError(f"no {names[found.index(None)]}")
+    return [path for path in found if path]
 
 
 def _file(source: str, name: str) -> Path | None:

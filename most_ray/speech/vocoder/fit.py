@@ -57,8 +57,7 @@ def fit_vocoder(
     equal bytes on one machine.
 
     Args:
-        n_units: the units are 0..n_units-1.
-        rate_hz: units per second, before repeats are removed.
+        n_units, rate_hz: the units are 0..n_units-1; so many per second, before repeats are removed.
         units: identity of the units manifest.
         repeats_removed: the vocoder will get units without repeats, so durations are learned too.
         made_of: hash of the examples' source, to be kept in the file.
@@ -129,12 +128,8 @@ def _match_voice(predicted: torch.Tensor, voice: torch.Tensor) -> torch.Tensor:
 
 
 def _fit(net: ContextNet, sequences: Sequence[np.ndarray], targets: Sequence[torch.Tensor], settings: VocoderSettings) -> None:
-    """Minimise the absolute error on windows of all utterances in a row, with padding of a context's length between them.
-
-    Args:
-        sequences: units (frames,) of each utterance.
-        targets: (frames, outputs) of each utterance.
-    """
+    """Minimise the absolute error on windows of all utterances in a row, each of units (frames,) and targets (frames, outputs), with
+    padding of a context's length between them."""
     gap = torch.full((net.context,), net.padding)
     ids = torch.cat([gap, *(part for sequence in sequences for part in (torch.from_numpy(sequence), gap))])
     counts = (ids != net.padding).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 from collections import defaultdict
@@ -53,11 +54,9 @@ def prepare_vocoder(
     speaker's voice. Recordings that cannot be read are skipped.
 
     Args:
-        corpus: the recordings that the records were made from.
-        records: the folder.
-        conditions: the utterances to use.
+        corpus, records: the recordings that the records were made from; the folder.
+        conditions, max_seconds: the utterances to use; longer ones are skipped.
         progress: wraps the recordings to show how far the work is.
-        max_seconds: longer utterances are skipped.
         encoder: folder or hub name of the units' speech encoder; None: the one that the units manifest names.
 
     Returns:
@@ -74,7 +73,9 @@ def prepare_vocoder(
     stamps = ((each.id, each.start, each.duration, each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in drawn)
     made_of = json_digest(list(stamps), asdict(settings), speaker_column, max_seconds)
     identity = assets.manifest["identity"]
-    known = _existing(records / VOCODER)
+    known = None
+    with contextlib.suppress(CheckpointError):  # one that cannot be read is replaced
+        known = UnitVocoder.load(records / VOCODER)
     if known and known.made_of == made_of and known.units == identity:
         return {"voice": known.voice, "unchanged": True}
     recordings = list(progress(_read(drawn, assets, speaker_column, settings.max_seconds, max_seconds), "recordings", len(drawn)))
@@ -87,14 +88,6 @@ def prepare_vocoder(
     vocoder = fit_vocoder(examples, identity["n_units"], identity["rate_hz"], identity, identity["repeats_removed"], settings, made_of)
     vocoder.save(records / VOCODER)
     return {"recordings": len(recordings), "seconds": seconds, "voice": vocoder.voice}
-
-
-def _existing(path: Path) -> UnitVocoder | None:
-    """An earlier command's vocoder; None if there is none that can be read."""
-    try:
-        return UnitVocoder.load(path)
-    except CheckpointError:
-        return None  # it is replaced
 
 
 def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, seed: int) -> list[Utterance]:
@@ -111,12 +104,9 @@ def _draw(corpus: CorpusOptions, conditions: Sequence[Condition], column: str, s
     lowest = heapq.nsmallest(_MOST_DRAWN, keyed(), key=lambda each: (each[0], each[1], each[2].id))
     corpora.check_conditions(conditions, columns)
     corpora.check_speaker_column(column, columns)
-    first: list[Utterance] = []
-    others: list[Utterance] = []
-    for _, group in itertools.groupby(lowest, key=lambda each: each[0]):
-        for number, (_, _, utterance) in enumerate(group):
-            (first if number < _OF_EACH_SPEAKER else others).append(utterance)
-    return first + others
+    groups = (enumerate(group) for _, group in itertools.groupby(lowest, key=lambda each: each[0]))
+    numbered = [(number >= _OF_EACH_SPEAKER, utterance) for group in groups for number, (_, _, utterance) in group]
+    return [utterance for _, utterance in sorted(numbered, key=lambda each: each[0])]
 
 
 def _read(
@@ -139,12 +129,10 @@ def _read(
 
 def _examples(recordings: Sequence[_Recording], assets: SpeechAssets) -> Iterator[Example]:
     """Yield each recording with its units; if features are normalised per speaker, by its speaker's recordings among these."""
-    known: dict[str, SpeakerStatistics] = {}
-    if assets.extractor.per_speaker:
-        frames_of: dict[str, list[np.ndarray]] = defaultdict(list)
-        for each in recordings:
-            frames_of[each.speaker].append(each.frames.values)
-        known = {speaker: SpeakerStatistics.from_frames(np.concatenate(frames)) for speaker, frames in frames_of.items()}
+    frames_of: dict[str, list[np.ndarray]] = defaultdict(list)
+    for each in recordings if assets.extractor.per_speaker else ():
+        frames_of[each.speaker].append(each.frames.values)
+    known = {speaker: SpeakerStatistics.from_frames(np.concatenate(frames)) for speaker, frames in frames_of.items()}
     for each in recordings:
         values = known[each.speaker].normalise(each.frames.values) if known else each.frames.values
         yield Example(assign(values, assets.centroids), each.wave, each.frames.first, each.speaker)

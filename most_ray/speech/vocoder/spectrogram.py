@@ -20,15 +20,6 @@ def log_mel(wave: torch.Tensor, hop: int) -> torch.Tensor:
     return (_stft(wave, hop).abs().T @ _filters()).clamp(min=_FLOOR).log()
 
 
-def mel_to_wave(mel: torch.Tensor, hop: int, iterations: int) -> np.ndarray:
-    """Samples, float32 (frames * hop,), with these mel magnitudes (frames, mels).
-
-    Args:
-        iterations: of Griffin-Lim, which finds the phases.
-    """
-    return _griffin_lim(_magnitudes(mel), hop, iterations)
-
-
 @functools.cache
 def _filters() -> torch.Tensor:
     """Mel filters of unit area, float32 (bins, mels)."""
@@ -39,23 +30,22 @@ def _filters() -> torch.Tensor:
 
 def _stft(wave: torch.Tensor, hop: int) -> torch.Tensor:
     """Complex spectrum (bins, 1 + samples // hop) of a waveform (samples,)."""
-    window = torch.hann_window(_WINDOW)
-    return torch.stft(wave, N_FFT, hop, _WINDOW, window, center=True, pad_mode="constant", return_complex=True)
+    return torch.stft(wave, N_FFT, hop, _WINDOW, torch.hann_window(_WINDOW), center=True, pad_mode="constant", return_complex=True)
 
 
 def _magnitudes(mel: torch.Tensor) -> torch.Tensor:
     """Nonnegative magnitudes (bins, frames) with these mel spectra (frames, mels): least squares by Lee & Seung's (2001) updates."""
-    filters = _filters()
-    projected = mel @ filters.T
+    filters, projected = _filters(), mel @ _filters().T
     x = projected + 1e-8
     for _ in range(20):
         x = x * projected / (x @ filters @ filters.T + 1e-8)
     return x.T
 
 
-def _griffin_lim(magnitudes: torch.Tensor, hop: int, iterations: int) -> np.ndarray:
-    """Samples (frames * hop,) with these magnitudes (bins, frames): fast Griffin-Lim (Perraudin et al. 2013), momentum 0.99."""
-    length = magnitudes.shape[1] * hop
+def mel_to_wave(mel: torch.Tensor, hop: int, iterations: int) -> np.ndarray:
+    """Samples, float32 (frames * hop,), with these mel magnitudes (frames, mels); phases by `iterations` of fast Griffin-Lim (Perraudin et
+    al. 2013), momentum 0.99."""
+    magnitudes, length = _magnitudes(mel), len(mel) * hop
     magnitudes = torch.cat([magnitudes, magnitudes[:, -1:]], dim=1)  # centred frames: one more than whole hops
     window = torch.hann_window(_WINDOW)
     spectrum, previous = magnitudes.to(torch.complex64), torch.zeros_like(magnitudes, dtype=torch.complex64)

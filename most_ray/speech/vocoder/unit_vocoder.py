@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import nn
 
 from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, DataError, one_line
+from most_ray.io import storage
 from most_ray.speech.vocoder.spectrogram import MELS, N_FFT, RATE, mel_to_wave
 
 VERSION = 1  # of the file
@@ -76,17 +76,12 @@ class UnitVocoder:
 
     def __init__(self, about: Mapping[str, Any], mel: ContextNet, duration: ContextNet | None, statistics: torch.Tensor) -> None:
         self.about, self._mel, self._duration, self._statistics = dict(about), mel.eval(), duration, statistics
-        self.n_units: int = int(about["n_units"])
+        self.n_units, self.voice, self.made_of = int(about["n_units"]), str(about["voice"]), str(about["made_of"])
         self.units: dict[str, Any] = about["units"]
-        self.voice = str(about["voice"])
-        self.made_of = str(about["made_of"])
 
     def __call__(self, utterances: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
-        """Waveforms, each float32 (samples,) in [-1, 1], and their rate, 16000 Hz. An utterance without units gives a short silence.
-
-        Raises:
-            DataError: a unit that the vocoder does not know.
-        """
+        """Waveforms, each float32 (samples,) in [-1, 1], and their rate, 16000 Hz. An utterance without units gives a short silence. Raises
+        DataError for a unit that the vocoder does not know."""
         with torch_threads(1):
             return [self._synthesise(check_units(units, self.n_units)) for units in utterances], RATE
 
@@ -108,21 +103,12 @@ class UnitVocoder:
         nets = {"mel": self._mel, "duration": self._duration}
         tensors = {f"{name}.{key}": value for name, net in nets.items() if net is not None for key, value in net.state_dict().items()}
         tensors = {key: value.half().contiguous() for key, value in tensors.items()} | {"statistics": self._statistics}
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            # One key: the order of several is not fixed.
-            temporary.write_bytes(safetensors.torch.save(tensors, {"vocoder": json.dumps(self.about, sort_keys=True)}))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # One key: the order of several is not fixed.
+        storage.write_bytes(path, safetensors.torch.save(tensors, {"vocoder": json.dumps(self.about, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> UnitVocoder:
-        """Read a file that `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing, damaged, or something else.
-        """
+        """Read a file that `save` wrote. Raises CheckpointError if it is missing, damaged, or something else."""
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["vocoder"])
@@ -151,15 +137,10 @@ class UnitVocoder:
 
 
 def check_units(units: Sequence[int] | np.ndarray, n_units: int) -> np.ndarray:
-    """Units of an utterance as int64 (units,).
-
-    Raises:
-        DataError: one of them is not in 0..n_units-1.
-    """
+    """Units of an utterance as int64 (units,). Raises DataError if one of them is not in 0..n_units-1."""
     ids = np.asarray(units, dtype=np.int64).reshape(-1)
-    if len(ids) and not (ids.min() >= 0 and ids.max() < n_units):
-        wrong = int(ids[(ids < 0) | (ids >= n_units)][0])
-        raise DataError("units", wrong, f"is not a unit of this vocoder, which knows 0..{n_units - 1}.")
+    if len(wrong := ids[(ids < 0) | (ids >= n_units)]):
+        raise DataError("units", int(wrong[0]), f"is not a unit of this vocoder, which knows 0..{n_units - 1}.")
     return ids
 
 
