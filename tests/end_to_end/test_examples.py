@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ def outputs(notebook: Any) -> dict[str, list[str]]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(path, as_version=4)
-    for name, value in {"STEPS": "6", "DIGITS": few_digits, "IPYTHONDIR": tmp_path / "ipython"}.items():
+    for name, value in {"STEPS": "6", "DIGITS": few_digits, "IPYTHONDIR": tmp_path, "JUPYTER_RUNTIME_DIR": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of the file by which the kernel is found
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     found = outputs(notebook)
