@@ -27,6 +27,7 @@ from tests.support.fresh import FreshPython
 _LIBC = ctypes.CDLL(None)
 _CREATES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _written: list[str] = []  # by this process, since a test has begun
+_at_import: list[str] = []  # before the first test of all; tests of other folders may come before those of this one
 
 
 def _note_what_is_written(event: str, arguments: tuple[Any, ...]) -> None:
@@ -47,6 +48,10 @@ tempfile.gettempdir()  # tries the folder out; libraries ask for it when they ar
 sys.addaudithook(_note_what_is_written)
 
 
+def pytest_collection_finish() -> None:
+    _at_import[:] = _written
+
+
 @pytest.fixture(scope="package", autouse=True)
 def writable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Where tests may write: below pytest's folder, in which temporary files and caches of libraries lie too; and devices. (What Python,
@@ -54,7 +59,7 @@ def writable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     base = tmp_path_factory.getbasetemp()
     at_import = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # which torch sets, and makes
     made = (str(base), str(base.parent), str(base.parent / "pytest-current"), at_import)
-    _written[:] = [path for path in _written if path not in made]
+    _written[:] = [path for path in _at_import if path not in made]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("TMPDIR", "XDG_CACHE_HOME", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
             folder = base / name[0].lower() / name.rpartition("_")[0].lower()  # short: sockets lie in it
