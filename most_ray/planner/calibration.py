@@ -232,8 +232,8 @@ def measure_links(ranks: int) -> CpuLinks:
         def rank_main(rank: int) -> dict[CollectiveKind, dict[int, float]]:
             try:
                 return _time_collectives(_group(store, rank, ranks), ranks, barrier)
-            except BaseException:
-                barrier.abort()  # the other ranks must not wait
+            except BaseException:  # whatever it is, the other ranks must not wait; it is raised again
+                barrier.abort()
                 raise
 
         with ThreadPoolExecutor(ranks) as pool:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.fresh import FreshPython
 
 SCRIPT = """
@@ -14,6 +16,7 @@ assert "ray" not in sys.modules and "pytest" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_gpu_check_skips_without_a_gpu_and_its_code_runs_on_a_cpu(fresh_python: FreshPython, tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     done = fresh_python.run(SCRIPT, str(output), CUDA_VISIBLE_DEVICES="")

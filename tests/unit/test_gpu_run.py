@@ -18,6 +18,7 @@ assert "ray" not in sys.modules and "pytest" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_gpu_run_skips_without_a_gpu_and_its_code_runs_on_a_cpu(fresh_python: FreshPython, tmp_path: Path) -> None:
     """Our paths and the plain ones agree within their bounds, and every contender is timed, without Ray and without pytest."""
     output = tmp_path / "gpu_run.json"

@@ -116,6 +116,7 @@ def on_ranks(model_dir: str, spec: Any, topology: tuple[int, int, int]) -> list[
     return [*found, {**followed(state, plan), "names": names}]
 
 
+@pytest.mark.slow
 def test_over_expert_parallel_ranks(model_dir: str, plan: Plan) -> None:
     """(1, 2, 2): computing again changes nothing to the bit and leaves no rank waiting; compiled parts, with FSDP's hooks around
     them, give the same to rounding, and every tensor keeps its name."""

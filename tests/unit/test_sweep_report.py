@@ -201,27 +201,27 @@ def scaled(kind: dict[str, Any], values: list[Any]) -> tuple[list[Any], dict[str
 
 
 def test_categories_are_ticks_in_the_order_of_the_space() -> None:
-    uris, ticks = scaled({"kind": "choice", "values": ["b", "a"]}, ["a", "b", "a"])
-    assert uris == [0.75, 0.25, 0.75]
+    places, ticks = scaled({"kind": "choice", "values": ["b", "a"]}, ["a", "b", "a"])
+    assert places == [0.75, 0.25, 0.75]
     assert ticks == {"b": 0.25, "a": 0.75}
-    uris, ticks = scaled({"kind": "grid", "values": [0.1, 1, 10]}, [10, 0.1])
-    assert uris == pytest.approx([5 / 6, 1 / 6], abs=1e-5)
+    places, ticks = scaled({"kind": "grid", "values": [0.1, 1, 10]}, [10, 0.1])
+    assert places == pytest.approx([5 / 6, 1 / 6], abs=1e-5)
     assert list(ticks) == ["0.1", "1", "10"]
     assert list(scaled({"kind": "choice", "values": ["a" * 17, "b" * 16]}, ["b" * 16])[1]) == ["a" * 15 + "…", "b" * 16]
     assert list(scaled({"kind": "choice", "values": list(range(30))}, [4])[1]) == [str(3 * index) for index in range(10)]
 
 
 def test_log_uniform_dimensions_have_logarithmic_axes() -> None:
-    uris, ticks = scaled({"kind": "loguniform", "low": 1e-4, "high": 1e-2}, [1e-3, 1e-4, 1e-2])
-    assert uris == pytest.approx([0.5, 0, 1])
+    places, ticks = scaled({"kind": "loguniform", "low": 1e-4, "high": 1e-2}, [1e-3, 1e-4, 1e-2])
+    assert places == pytest.approx([0.5, 0, 1])
     assert ticks == pytest.approx({"0.0001": 0, "0.001": 0.5, "0.01": 1})
-    uris, ticks = scaled({"kind": "loguniform", "low": 0.002, "high": 0.05}, [0.01])
+    places, ticks = scaled({"kind": "loguniform", "low": 0.002, "high": 0.05}, [0.01])
     assert list(ticks) == ["0.003", "0.01", "0.03"]
 
 
 def test_whole_numbers_and_fractions_have_round_ticks() -> None:
-    uris, ticks = scaled({"kind": "randint", "low": 2, "high": 6}, [2, 5])
-    assert uris == pytest.approx([0, 0.75])
+    places, ticks = scaled({"kind": "randint", "low": 2, "high": 6}, [2, 5])
+    assert places == pytest.approx([0, 0.75])
     assert ticks == pytest.approx({"2": 0, "3": 0.25, "4": 0.5, "5": 0.75, "6": 1})
     assert list(scaled({"kind": "randint", "low": 0, "high": 12}, [3])[1]) == ["0", "3", "6", "9", "12"]
     assert list(scaled({"kind": "randint", "low": 0, "high": 64}, [3])[1]) == ["0", "20", "40", "60"]
