@@ -10,16 +10,19 @@ train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/d
 
 # What the model is in every release of transformers that pyproject.toml allows: run on the oldest too.
 FLOOR := $(addprefix tests/unit/test_,$(addsuffix .py,generation decode model routing step checkpoint evaluation encoder library_names))
-# A file's tests stay in one process, for they share what they have built. Long files go first; each process has a Ray of its own.
+# A file's tests stay in one process, for they share what they have built. Long files go first: each is named once, or pytest would sort
+# them. Those with Ray have processes of their own, and each process has a Ray of its own: its threads outlive it, and start another.
 XDIST := -n 2 --dist loadfile --no-loadscope-reorder
-LONG := $(addprefix tests/service/test_,$(addsuffix .py,sweep training)) tests/end_to_end tests/service tests/distributed
+LONGEST := tests/service/test_sweep.py tests/service/test_training.py tests/end_to_end/faults/test_faults.py
+RAY := $(LONGEST) $(filter-out $(LONGEST),$(wildcard $(addsuffix /test_*.py,tests/service tests/end_to_end tests/end_to_end/*)))
 test: .venv/.installed-dev .venv-floor/.installed  ## all tests
 	@sh .ci/chromium.sh
 	@sh .ci/prometheus.sh
 	@sh .ci/slurm.sh
-	@$(BIN)/python -m pytest $(XDIST) $(LONG) tests/golden tests/browser tests/unit; all=$$?; \
+	@$(BIN)/python -m pytest $(XDIST) $(RAY); ray=$$?; \
+	$(BIN)/python -m pytest $(XDIST) tests/distributed tests/golden tests/browser tests/unit; all=$$?; \
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest $(XDIST) $(FLOOR); floor=$$?; \
-	test $$all = 0 -a $$floor = 0
+	test $$ray = 0 -a $$all = 0 -a $$floor = 0
 
 quick: .venv/.installed-dev  ## the unit tests that take no more than seconds each: under 3 minutes on two cores
 	$(BIN)/python -m pytest -q $(XDIST) -m "not slow and not s3" tests/unit

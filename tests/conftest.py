@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # read when Ray is imported: a call without Ray is an error, and starts none
 settings.register_profile("busy", deadline=None)  # cores are shared: a slow example is no failure
 settings.load_profile("busy")
 ROOT = Path(__file__).resolve().parents[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -11,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from most_ray.data.batch import Batch, rank_batch
 from most_ray.data.feed import StreamSpec, StreamStalledError, prefetch
@@ -19,6 +20,7 @@ from most_ray.data.plan import Plan
 from most_ray.errors import DataError
 from most_ray.service.tasks import batch_stream
 from most_ray.service.tasks.batch_stream import decode_batch, encode_batch, stream_batches
+from tests.conftest import ROOT
 from tests.support.builders import make_plan
 from tests.unit.test_plan import LAYOUT
 
@@ -99,25 +101,13 @@ def test_a_batch_is_made_ahead_and_no_more(plan: Plan) -> None:
     batches.close()
 
 
-def _slow(*_: Any) -> Any:
-    time.sleep(25)
-
-
-def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, tmp_path: Path) -> None:
     """A task that cannot be scheduled, and one that reads for ever."""
-    spec = StreamSpec(plan.spec, LAYOUT, 0, 1, 2, timeout_s=8.0)
-    monkeypatch.setattr(batch_stream, "TASK_CPUS", 1e4)
-    with pytest.raises(StreamStalledError, match=r"stage schedule: .*steps 1 to .*has not begun \([\d.]+ of the cluster's [\d.]+ CPUs"):
-        next(stream_batches(spec, 1, 10))
-    monkeypatch.setattr(batch_stream, "TASK_CPUS", 0.25)
-    monkeypatch.setattr(batch_stream, "rank_batch", _slow)
-    monkeypatch.setattr(batch_stream._fetch, "__module__", "__main__")  # by value, so that the task has the slow one
-    ray.cloudpickle.register_pickle_by_value(batch_stream)
-    try:
-        with pytest.raises(StreamStalledError, match=r"stage read \(records from the token store\): steps 1 to .*, on .* for \d+ s"):
-            next(stream_batches(spec, 1, 10))
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(batch_stream)
+    command = [sys.executable, "-m", "tests.support.stalled_streams", ray_cluster, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    unscheduled, endless = ended.stdout.splitlines() or [ended.stderr]
+    assert re.search(r"stage schedule: .*steps 1 to .*has not begun \([\d.]+ of the cluster's [\d.]+ CPUs", unscheduled)
+    assert re.search(r"stage read \(records from the token store\): steps 1 to .*, on .* for \d+ s", endless)
 
 
 def test_a_damaged_shard_ends_the_stream_with_its_name(ray_cluster: str, tmp_path: Path) -> None:

@@ -36,7 +36,23 @@ from tests.support.fake_run import wer_of
 CONFIG = ROOT / "jobs" / "configs" / "sweep-digits.yaml"
 # One of each for a whole cluster, which Ray Data and, for the dashboard, Ray Train leave there by design.
 OF_RAY = ("_StatsActor", "_AutoscalingCoordinatorActor", "TrainStateActor")
+_before: set[str] = set()  # actors that were there when the test began
 FAKE = ("-m", "tests.support.fake_run")
+
+
+def living() -> dict[str, str]:
+    """The actors of the tests' Ray, names of classes by id."""
+    here = ray.get_runtime_context().gcs_address  # another Ray may run on this machine
+    actors = list_actors(address=here, limit=10_000)
+    return {actor.actor_id: actor.class_name for actor in actors if actor.state != "DEAD" and actor.class_name not in OF_RAY}
+
+
+@pytest.fixture(autouse=True)
+def actors_before(ray_cluster: str) -> None:
+    """What other files' tests have left is not this sweep's: behind a driver that was killed, Ray Train's detached PlacementGroupCleaner
+    stays (Ray 2.60: its thread cannot end the actor)."""
+    _before.clear()
+    _before.update(living())
 
 
 @pytest.fixture
@@ -84,8 +100,8 @@ def starts(folder: Path, name: str) -> dict[str, int]:
 
 def nothing_left(folder: Path) -> dict[str, Any]:
     """What there is in the cluster, by Ray's state API, and of the processes of trials below a folder."""
-    here = ray.get_runtime_context().gcs_address  # another Ray may run on this machine
-    actors = [a.class_name for a in list_actors(address=here, limit=10_000) if a.state != "DEAD" and a.class_name not in OF_RAY]
+    here = ray.get_runtime_context().gcs_address
+    actors = [name for identity, name in living().items() if identity not in _before]
     groups = [(g.placement_group_id, g.state) for g in list_placement_groups(address=here, limit=10_000) if g.state != "REMOVED"]
     runs = []
     for process in psutil.process_iter(["cmdline"]):
