@@ -3,7 +3,7 @@ export PYTHON TORCH TORCH_INDEX
 BIN := .venv/bin
 .NOTPARALLEL:
 
-.PHONY: train test quick coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock digits-data clean asked
+.PHONY: train test quick bad-inputs coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock digits-data clean asked
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
@@ -26,6 +26,9 @@ test: .venv/.installed-dev .venv-floor/.installed  ## all tests
 
 quick: .venv/.installed-dev  ## the unit tests that take no more than seconds each: under 3 minutes on two cores
 	$(BIN)/python -m pytest -q $(XDIST) -m "not slow and not s3" tests/unit
+
+bad-inputs: .venv/.installed-dev  ## every command on hundreds of bad inputs, each in a process and a folder of its own
+	$(BIN)/python -m pytest -q -n 2 tests/bad_inputs
 
 coverage: .venv/.installed-dev  ## which lines of most_ray the unit and distributed tests run: htmlcov/index.html
 	$(BIN)/python -m pytest -q $(XDIST) --cov --cov-report=html --cov-report=term:skip-covered tests/unit tests/distributed

@@ -3,9 +3,51 @@
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable
 
+_MOST = 1200  # characters of a rule or a remedy in a message
+# What a terminal acts on instead of showing it: control characters, line ends of Unicode, marks that turn the direction of text around;
+# and half surrogate pairs, which cannot be written.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h) of a run that was stopped before its end: the same command resumes it
+
+
+def printable(text: str) -> str:
+    """Text of users, files and models as it may go to a terminal or a log: in one line, with escapes (`\\x1b`) for what is not shown but
+    acted on. (rich's markup is another matter: print with `markup=False`.)"""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def redact(text: str) -> str:
+    """Replace the credentials and the options of all URIs in `text` by `***`."""
+    text = re.sub(r"://(?:[^/@:\s]*:[^\s'\"]*|[^/@\s'\"]*)@", "://***@", text)
+    return re.sub(r"\?[\w.-]+=[^\s'\"]*", "?***", text)
+
+
+class _Shown(reprlib.Repr):
+    """Values in messages: the beginning and the end of long ones, the outer levels of deep ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 300, 300, 40
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
+
+    def repr_int(self, number: int, level: int) -> str:
+        # Python refuses to write numbers of thousands of digits.
+        return super().repr_int(number, level) if number.bit_length() <= 10_000 else f"<a number of {number.bit_length()} bits>"
+
+
+def shown(value: object) -> str:
+    """The `repr` of any value, of bounded length and time."""
+    return _cut(_Shown().repr(value), 700)
+
+
+def _cut(text: str, most: int) -> str:
+    """A text, or the beginning and the end of a longer one."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 class RecordError(ValueError):
@@ -15,7 +57,7 @@ class RecordError(ValueError):
 class UserError(ValueError):
     """Base of the errors that the command line reports in one paragraph, without a traceback.
 
-    The message is "FIELD = VALUE: RULE REMEDY", in one line.
+    The message is "FIELD = VALUE: RULE REMEDY", in one line of bounded length, without credentials or control characters.
 
     Args:
         field: the flag, key, file or quantity at fault.
@@ -29,8 +71,9 @@ class UserError(ValueError):
 
     def __init__(self, field: str, value: object, rule: str, remedy: str = "") -> None:
         self.field, self.value, self.rule, self.remedy = field, value, rule, remedy
-        shown = "" if value is None else f" = {value!r}"
-        super().__init__(f"{field}{shown}: {rule}" + (f" {remedy}" if remedy else ""))
+        what = field[:300] + ("" if value is None else f" = {shown(value)}")
+        sentences = " ".join(_cut(" ".join(each.split()), _MOST) for each in (rule, remedy) if each)
+        super().__init__(printable(redact(f"{what}: {sentences}")))
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
         # Errors are pickled from Ray workers to the driver: rebuild from the four parts, not from the joined message.
@@ -62,8 +105,8 @@ class TopologyError(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of a library's error on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:300]
+    """The message of a library's error on one line, cut to 300 characters, as it may be shown."""
+    return printable(redact(" ".join(str(error).split())))[:300]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

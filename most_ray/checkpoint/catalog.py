@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -23,6 +22,7 @@ from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, step_uri
 
 FORMAT = 2  # of a checkpoint's files; others are refused
@@ -62,7 +62,7 @@ def read_marker(uri: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError("checkpoint", storage.redact(uri), f"is missing or was never completed (no {COMMIT}).") from None
     try:
-        marker: dict[str, Any] = json.loads(data)
+        marker: dict[str, Any] = parse_json(data)
         found, _ = marker.get("format", 1), marker["step"]
         parsed = found != FORMAT or all(isinstance(size, int) and isinstance(digest, str) for size, digest in marker["files"].values())
     except (ValueError, KeyError, AttributeError, TypeError) as error:

@@ -8,7 +8,6 @@ writing in writer.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from most_ray.checkpoint.shards import DamagedFileError, StoredTensor, TensorSha
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.optim.optimizer import saved_state
@@ -48,7 +48,7 @@ def read_state(uri: str | Path) -> dict[str, Any]:
     with _explained(uri, ""):
         read_marker(uri)
     with _explained(uri, f"{STATE}: ", FileNotFoundError, ValueError, TypeError, KeyError):
-        content: dict[str, Any] = json.loads(storage.read_bytes(storage.join(uri, STATE)))
+        content: dict[str, Any] = parse_json(storage.read_bytes(storage.join(uri, STATE)))
         found = content["format"]
     check_format(uri, found)
     return content

@@ -33,6 +33,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from most_ray.distributed.ranks import this_rank
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 
 BLOCK_BYTES = 8 << 20  # written, hashed or copied at a time: large enough for all three to release the interpreter's lock
 _CHUNKS_KEY = "rectangles"  # in a file's metadata, what each entry is a chunk of: the file format's word, so it stays
@@ -259,8 +260,8 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
         raise DamagedFileError("it has no header")
     data = stream.read(length)
     try:
-        header = json.loads(data)
-        return {**header, "__metadata__": json.loads(header["__metadata__"][_CHUNKS_KEY])}
+        header = parse_json(data)
+        return {**header, "__metadata__": parse_json(header["__metadata__"][_CHUNKS_KEY])}
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError("its header is broken") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import re
 import shlex
@@ -20,6 +19,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths, to_read
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.records.files import PREPARED
 from most_ray.speech.corpora.corpus import LAYOUTS, CorpusOptions, Utterance, guess_layout, parse_condition, read_corpus
 
@@ -137,7 +137,7 @@ def choose_division(speakers: Mapping[str, int], splits: Mapping[str, int], fold
 
 def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
     """The configuration of a run on the records in `data`: the tiny preset, with steps for `_PASSES` epochs of the ASR records."""
-    made = json.loads((data / "train_asr" / PREPARED).read_text(encoding="utf-8"))
+    made = parse_json((data / "train_asr" / PREPARED).read_text(encoding="utf-8"))
     batch = 64 if made["records"] >= 640 else 16
     longest = 1 << max(8, (int(made["longest"]) * 5 // 4 + 64).bit_length())
     steps = round(_PASSES * made["records"] / (_ASR_SHARE * batch) / 50) * 50

@@ -8,7 +8,6 @@ for in the copy first, then below that home.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 from most_ray.config import OPTIONS, RunConfig
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.options import Location
 
 HOME = "MOST_RAY_HOME"  # environment variable that names the home folder
@@ -27,7 +27,7 @@ def job_home(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The folder that a job's relative paths are taken from: MOST_RAY_HOME of the cluster's machines, else the user's home folder there.
     None in a process that is no submitted job."""
     try:
-        submitted = "job_submission_id" in json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]
+        submitted = "job_submission_id" in parse_json(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]
     except (ValueError, TypeError, KeyError):  # no job's environment
         submitted = False
     return Path(environ.get(HOME) or Path.home()).absolute() if submitted else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -20,6 +19,7 @@ from most_ray.console.progress import duration
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
 from most_ray.metrics.figures import TITLES
 from most_ray.runs.resolve import Prepared
@@ -140,7 +140,7 @@ def _parameters(folder: Path) -> int | None:
         for path in folder.glob("*.safetensors"):
             with path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
+                header = parse_json(stream.read(length))
             total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, struct.error):
         return None

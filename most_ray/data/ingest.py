@@ -27,6 +27,7 @@ from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, che
 from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import read_lines
+from most_ray.io.json_values import parse_json
 from most_ray.records.files import REJECTED, read_with_offsets
 from most_ray.records.record import Record, parse_records
 from most_ray.records.template import EncodedRecord, encode_records
@@ -65,7 +66,7 @@ def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Pa
     store = TokenStore(ingest.uri)
     if len(store) == 0:
         lines = store.rejected_lines().splitlines()
-        why = f"; the first one {json.loads(lines[0])['reason']}" if lines else ""
+        why = f"; the first one {parse_json(lines[0])['reason']}" if lines else ""
         raise DataError("directory", str(directory), f"has no usable {recipe.task} record{why}.")
     return store
 
@@ -183,7 +184,7 @@ def _write_store(ingest: IngestPlan) -> None:
                 # Not in the pool: numpy parses a file's header with `ast`, which fails in several threads at once in Python 3.11 ("AST
                 # constructor recursion depth mismatch").
                 index.append(np.load(io.BytesIO(part_index), allow_pickle=False))
-                for line in map(json.loads, rejected):
+                for line in map(parse_json, rejected):
                     line = {"file": storage.redact(part.file), **line, "index": line["index"] + seen_of.get(part.file, 0)}
                     sink.write(json.dumps(line).encode() + b"\n")
                 seen_of[part.file] = seen_of.get(part.file, 0) + content["n_seen"]
@@ -211,7 +212,7 @@ def check_rejected(stores: Sequence[TokenStore], limit: float, report: str | Pat
     for store in stores:
         rejected, seen = store.manifest["n_rejected"], store.manifest["n_seen"]
         if rejected > limit * seen:
-            lines = [json.loads(line) for line in store.rejected_lines().splitlines()]
+            lines = [parse_json(line) for line in store.rejected_lines().splitlines()]
             bad = [line for line in lines if not line.get("set_aside")]
             first = next((line for line in bad if "not JSON at" in line["reason"] or "gzip" in line["reason"]), bad[0])  # the worst of them
             where = (

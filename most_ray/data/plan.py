@@ -24,6 +24,7 @@ from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
 from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.records.record import TASKS, units_hash
 
 
@@ -182,7 +183,7 @@ def check_cursor(plan: Plan, cursor: Cursor, ingredients: dict[str, Any], accept
     """
     if cursor.fingerprint == plan.fingerprint:
         return []
-    changed = _changes(ingredients, json.loads(json.dumps(plan.ingredients))) or ["plan"]
+    changed = _changes(ingredients, parse_json(json.dumps(plan.ingredients))) or ["plan"]
     if accept_change:
         return changed
     rule = "changed since the checkpoint was written, so the run cannot continue exactly."

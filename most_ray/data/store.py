@@ -26,6 +26,7 @@ import xxhash
 
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.node_cache import node_cache
 from most_ray.records.files import REJECTED
 from most_ray.records.template import EncodedRecord
@@ -230,7 +231,7 @@ def checksummed_json(content: Mapping[str, Any]) -> bytes:
 def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
     """Read a file that `checksummed_json` has built. Raises DataError, in which `what` names it, if it is damaged or does not exist."""
     with _reading(what, uri):
-        content = json.loads(storage.read_bytes(uri))
+        content = parse_json(storage.read_bytes(uri))
         found = content.pop("digest", None)
     if found != digest(json.dumps(content, sort_keys=True).encode()) and content.get("version", STORE_VERSION) == STORE_VERSION:
         raise DataError(what, uri, "does not match its checksum.", _remedy(uri))

@@ -22,7 +22,7 @@ import numpy as np
 from most_ray.errors import DataError, nearest
 from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, normaliser, word_counts
 from most_ray.io import storage
-from most_ray.io.json_lines import decode
+from most_ray.io.json_values import parse_json
 from most_ray.metrics.figures import RATES, TITLES
 from most_ray.records.record import TASKS
 
@@ -184,7 +184,7 @@ def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
     lines: list[dict[str, Any]] = []
     for number, line in enumerate(raw, 1):
         try:
-            value = decode(line)
+            value = parse_json(line)
         except ValueError as error:
             raise DataError("rescore", f"{shown}:{number}", f"is not JSON ({error}).") from error
         lines.append(_first_line(value, f"{shown}:1") if number == 1 else _record_line(value, f"{shown}:{number}", lines[0]["sets"]))

@@ -9,7 +9,6 @@ import collections
 import functools
 import importlib.resources
 import itertools
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import jiwer
 import numpy as np
 
 from most_ray.config import Normaliser
+from most_ray.io.json_values import parse_json
 
 NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
 RESAMPLES = 1000
@@ -41,7 +41,7 @@ def normaliser(name: Normaliser) -> Callable[[str], str]:
         clean = whisper.BasicTextNormalizer()
     if name == "whisper-english":
         spellings = importlib.resources.files("whisper_normalizer") / "normalizers" / "english.json"
-        clean = whisper.EnglishTextNormalizer(json.loads(spellings.read_text(encoding="utf-8")))
+        clean = whisper.EnglishTextNormalizer(parse_json(spellings.read_text(encoding="utf-8")))
     # A speech token in a transcription becomes a word, so that it counts as an error: normalisers drop text in brackets.
     return lambda text: " ".join(clean(_AUDIO_TOKEN.sub(" speechtoken ", text)).split())
 

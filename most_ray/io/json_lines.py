@@ -6,30 +6,17 @@ such a line, so that all readers skip it in the same way. Records that users giv
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-
-def decode(line: bytes | str) -> Any:
-    """The value of one line.
-
-    Raises:
-        ValueError: the line is not JSON.
-    """
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return json.loads(line)  # NaN and half surrogate pairs, which the standard library accepts
+from most_ray.io.json_values import parse_json
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
     """The object of one line; None where the line is damaged or is no object."""
     try:
-        value = decode(line)
+        value = parse_json(line)
     except ValueError:  # the documented result, which callers skip: the writer was killed in the middle of the line
         return None
     return value if isinstance(value, dict) else None

@@ -10,16 +10,10 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, redact
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")  # handled by pyarrow; others by fsspec
 _URI = re.compile(r"([A-Za-z][\w+.-]*)(://[^/?]*)/*(.*?)/*(\?[\w.-]+=.*)?", re.DOTALL)
-
-
-def redact(text: str) -> str:
-    """Replace the credentials and the options of all URIs in `text` by `***`."""
-    text = re.sub(r"://(?:[^/@:\s]*:[^\s'\"]*|[^/@\s'\"]*)@", "://***@", text)
-    return re.sub(r"\?[\w.-]+=[^\s'\"]*", "?***", text)
 
 
 def is_remote(uri: str | Path) -> bool:

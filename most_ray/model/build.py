@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 
 from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.model.configuration import MostConfig, OriginalMostConfig
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import place_experts
@@ -201,4 +202,4 @@ def check_units(config: MostConfig, units: str | None, path: str) -> None:
 
 def config_json(config: MostConfig) -> str:
     """The content of config.json in a model folder."""
-    return json.dumps(json.loads(config.to_json_string()), indent=2)
+    return json.dumps(parse_json(config.to_json_string()), indent=2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here
 from most_ray.data.store import TokenStore
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.model.build import PRESETS, init_model, read_config
 from most_ray.model.configuration import MostConfig
@@ -176,7 +176,7 @@ class _Preparation:
             return ingest_directory(directory, recipe, store_dir, run)
         root, source = self.config.store_uri, storage.redact(storage.absolute(directory))
         stores = storage.list_files(root, ("manifest.json",)) if storage.exists(root) else ()
-        if any(json.loads(storage.read_bytes(entry.uri)).get("source") == source for entry in stores):
+        if any(parse_json(storage.read_bytes(entry.uri)).get("source") == source for entry in stores):
             with contextlib.suppress(_StoreMissingError):  # it has another recipe, or its records have changed: they are sampled
                 return ingest_directory(directory, recipe, root, _refuse)
         self.sampled, self._samples = True, self._samples + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import re
 import string
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from most_ray.errors import CheckpointError
+from most_ray.io.json_values import parse_json
 
 
 class BatchTokenizer:
@@ -169,7 +169,7 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 
     False where in doubt.
     """
-    content = json.loads(tokenizer.to_str())
+    content = parse_json(tokenizer.to_str())
     splitters = list(_parts_of(content.get("pre_tokenizer"), "pretokenizers"))
     normalisers = list(_parts_of(content.get("normalizer"), "normalizers"))
     return (

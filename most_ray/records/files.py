@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.io.json_stream import open_compressed, read_lines, read_values
+from most_ray.io.json_values import parse_json
 from most_ray.io.storage import Entry
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -36,7 +36,7 @@ def load_units_manifest(folder: str) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     try:
-        return dict(json.loads(storage.read_bytes(uri)))
+        return dict(parse_json(storage.read_bytes(uri)))
     except (ValueError, TypeError) as error:
         raise DataError("units manifest", uri, f"is not JSON ({error}).") from error
 

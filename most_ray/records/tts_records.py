@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from most_ray.errors import ConfigError, DataError, RecordError, nearest
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.records.files import ASSET_FILES, CONVERTED, REJECTED, UNFINISHED, read_raw, record_files
 from most_ray.records.record import asr_to_tts, parse_record
 
@@ -39,7 +40,7 @@ def read_conversions(path: Path) -> list[Conversion]:
         ConfigError: the file cannot be read, or has another form.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError("config", str(path), f"cannot be read as JSON ({error}).") from error
     entries = value if isinstance(value, list) else [value]
@@ -128,7 +129,7 @@ def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, stora
 def _converted_before(output: Path) -> set[str]:
     """Names of the files that an earlier conversion wrote to this folder; none if it kept no valid list of them."""
     try:
-        names = json.loads((output / CONVERTED).read_text(encoding="utf-8"))["files"]
+        names = parse_json((output / CONVERTED).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in names if isinstance(name, str) and name.endswith(".jsonl.gz") and not {"..", "/"} & set(Path(name).parts)}

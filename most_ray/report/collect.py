@@ -5,7 +5,6 @@ Missing and incomplete files, lines and values are left out; only a folder witho
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines
+from most_ray.io.json_values import parse_json
 from most_ray.options import current_words
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
 
@@ -306,7 +306,7 @@ def read_file(uri: str, name: str) -> bytes | None:
         return None
 
 
-def read_mapping(uri: str, name: str, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:
+def read_mapping(uri: str, name: str, parse: Callable[[bytes], Any] = parse_json) -> dict[str, Any]:
     """The mapping in a file in a folder; empty where the file is missing or damaged (cut off while it was written), or holds none."""
     try:
         return mapping(parse(read_file(uri, name) or b""))

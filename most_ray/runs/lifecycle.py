@@ -15,6 +15,7 @@ from most_ray.errors import ConfigError
 from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
 from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import RunFolder
 from most_ray.runs.environment import environment
 from most_ray.runs.resolve import Prepared, keep_speech_assets
@@ -28,7 +29,7 @@ def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
     folder, total_steps = prepared.folder, prepared.job.total_steps
     folder.pull("summary.json")
     try:
-        summary = json.loads((folder.local / "summary.json").read_bytes())
+        summary = parse_json((folder.local / "summary.json").read_bytes())
     except (OSError, ValueError):  # missing, or cut off by a kill: the end of the run writes it again
         return None
     finished = isinstance(summary, dict) and summary.get("step") == total_steps and prepared.done_steps >= total_steps
@@ -83,7 +84,7 @@ def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) ->
         folder.pull(f"{name}.json", f"{name}.hypotheses.jsonl")
         for source, target in ((f"{name}.json", "evaluation.json"), (f"{name}.hypotheses.jsonl", "hypotheses.jsonl")):
             storage.write_bytes(folder.local / target, (folder.local / source).read_bytes())
-        result = json.loads((folder.local / "evaluation.json").read_bytes())
+        result = parse_json((folder.local / "evaluation.json").read_bytes())
         summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
     storage.write_bytes(folder.local / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")

@@ -25,6 +25,7 @@ from most_ray.distributed.devices import prefers_bf16
 from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
 from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
 from most_ray.model.compat import check_workers
@@ -243,7 +244,7 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
     directories = [directory for task in TASKS for directory in config.directories("train", task)]
     made_from = {"preset": name, "seed": config.seed, "content": [content_digest(each, config.store_uri) for each in directories]}
     try:
-        made = json.loads(storage.read_bytes(storage.join(uri, MADE_FROM)))
+        made = parse_json(storage.read_bytes(storage.join(uri, MADE_FROM)))
     except (FileNotFoundError, ValueError):  # no model yet, or one whose making was cut short
         made = None
     if made != made_from:

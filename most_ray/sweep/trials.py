@@ -16,6 +16,7 @@ from most_ray.config import RunConfig, config_from
 from most_ray.distributed.topology import plan_topologies
 from most_ray.errors import ConfigError, UserError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import PRESETS, read_config
 from most_ray.model.compat import check_workers
@@ -114,7 +115,7 @@ def _check_trainable(config: RunConfig, model: MostConfig) -> None:
 
 def start_config(sweep: Sweep, key: str) -> MostConfig:
     """Return a starting model's configuration, before its tokenizer is made. Raises CheckpointError if there is no such model."""
-    name = json.loads(key).get("model_name_or_path", sweep.run.model_name_or_path)
+    name = parse_json(key).get("model_name_or_path", sweep.run.model_name_or_path)
     if name in PRESETS:
         return MostConfig(**{setting: value for setting, value in PRESETS[name].items() if setting != "text_vocab_size"})
     return read_config(local_copy(storage.absolute(name) if storage.is_remote(name) else name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.determinism import set_deterministic, set_seeds
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import load_model
 from most_ray.model.exchange import EXCHANGE
@@ -97,7 +97,7 @@ def _build_model(job: Job, device: torch.device, start: _Start) -> torch.nn.Modu
         sizes = {"dp_replicate_size": topology.dp_replicate, "fsdp_size": topology.fsdp, "ep_size": topology.ep}
         distributed = DistributedConfig(**sizes, ep_implementation=EXCHANGE)
     if start.uri is not None:
-        biased = bool(json.loads(storage.read_bytes(storage.join(start.uri, "config.json"))).get("use_balance_bias"))
+        biased = bool(parse_json(storage.read_bytes(storage.join(start.uri, "config.json"))).get("use_balance_bias"))
     model = load_model(local_copy(job.model_path), overrides_of(job.config, biased), distributed)
     model.config.template_hash = template_hash()
     model.config.units_identity = job.units_identity

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from most_ray.io.journal import Follower
-from most_ray.io.json_lines import decode, parse_line, parse_lines, read_lines
+from most_ray.io.json_lines import parse_line, parse_lines, read_lines
+from most_ray.io.json_values import parse_json
 
 DAMAGED = b'{"kind": "sweep"}\n[1]\n"text"\n7\n\n{"a"\n\xff\xfe\n\x00\x00\x00\n\x00{"a": 1}\n{"b": 2}\n{"c'
 WHOLE = [{"kind": "sweep"}, {"b": 2}]
@@ -31,7 +32,7 @@ def test_values_of_the_standard_library_are_read() -> None:
     line = parse_line(json.dumps({"loss": math.nan, "top": -math.inf, "text": "\ud800"}).encode())
     assert line is not None and math.isnan(line["loss"]) and line["top"] == -math.inf and line["text"] == "\ud800"
     with pytest.raises(ValueError, match="column 2"):
-        decode("{")
+        parse_json("{")
 
 
 def lines(first: int, last: int, attempt: int = 1) -> str:

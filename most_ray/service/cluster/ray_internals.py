@@ -7,13 +7,13 @@ Private names of a single subject stay with it: requests for nodes (capacity.py)
 
 from __future__ import annotations
 
-import json
-
 import ray
 from ray._private import ray_constants
 from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
+
+from most_ray.io.json_values import parse_json
 
 
 def kv_put(key: bytes, value: bytes) -> None:
@@ -55,7 +55,7 @@ def has_autoscaler() -> bool:
     that only monitors the cluster names each node's type after the node."""
     if is_autoscaler_v2(fetch_from_server=True):
         return True
-    report = json.loads(kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or b"{}")
+    report = parse_json(kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS) or b"{}")
     types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}
     return any(not kind.startswith("node_") for kind in types.values())
 

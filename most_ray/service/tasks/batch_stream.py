@@ -25,6 +25,7 @@ from safetensors.numpy import save as pack_arrays
 from most_ray.data.batch import Batch, open_plan, rank_batch
 from most_ray.data.feed import StreamSpec, prefetch
 from most_ray.errors import DataError
+from most_ray.io.json_values import parse_json
 from most_ray.service.cluster.capacity import TASK_CPUS
 from most_ray.service.cluster.ray_internals import kv_delete, kv_get, kv_put
 
@@ -73,7 +74,7 @@ class _FetchStatus:
             return f"stage cluster: Ray does not answer ({error})"
         if note is None:
             return f"stage schedule: the task that fetches {block} has not begun ({free:g} of the cluster's {cpus:g} CPUs are free)"
-        known = json.loads(note)
+        known = parse_json(note)
         return f"stage {known['stage']}: {block}, on {known['node']} for {time.time() - known['since']:.0f} s"
 
 
@@ -120,7 +121,7 @@ def _stream_span(spec: StreamSpec, first: int, last: int, chunk: int, status: _F
     for table in dataset.iter_batches(batch_size=None, prefetch_batches=2, batch_format="pyarrow"):
         for payload, error in zip(table.column("payload"), table.column("error"), strict=True):
             if found := error.as_py():
-                raise DataError(*json.loads(found))
+                raise DataError(*parse_json(found))
             batch = decode_batch(payload.as_py())
             if (batch.step - first) % chunk == chunk - 1:
                 kv_delete(_note_key(status.stream, status.waiting_for[0]))
@@ -167,4 +168,4 @@ def encode_batch(batch: Batch) -> bytes:
 def decode_batch(payload: bytes) -> Batch:
     """The batch that `encode_batch` has encoded."""
     values: dict[str, Any] = unpack_arrays(payload)
-    return Batch(**json.loads(values.pop("rest").tobytes()), **values)
+    return Batch(**parse_json(values.pop("rest").tobytes()), **values)

@@ -15,6 +15,7 @@ from ray.data import DataContext
 from most_ray.config import RunConfig
 from most_ray.data.ingest import Part, Recipe, Runner, build_part, run_here
 from most_ray.errors import DataError
+from most_ray.io.json_values import parse_json
 from most_ray.service.cluster.connection import start_ray
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def run_in_tasks(parts: Sequence[Part], recipe: Recipe) -> None:
         if row["error"]:
             failures.append(row["error"])
     if failures:
-        raise DataError(*json.loads(failures[0]))
+        raise DataError(*parse_json(failures[0]))
 
 
 def dataset_of(parts: Sequence[Any]) -> ray.data.Dataset:

@@ -23,6 +23,7 @@ from rich.console import Console
 from most_ray.config import OPTIONS, config_from
 from most_ray.errors import ConfigError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, LEDGER, RunFolder
 from most_ray.options import current_words, to_plain
 from most_ray.report import write_report
@@ -112,15 +113,15 @@ def _fixed(sweep: Sweep) -> dict[str, Any]:
     run, options = vars(sweep.run.redacted()), vars(sweep.options)
     kept = {name: value for name, value in {**run, **options}.items() if not {**OPTIONS, **SWEEP_OPTIONS}[name].inert}
     content = {**kept, "objectives": [str(objective) for objective in sweep.objectives], "space": dict(sweep.raw_space)}
-    return json.loads(json.dumps(content))
+    return parse_json(json.dumps(content))
 
 
 def _prepare(sweep: Sweep, key: str) -> Prepared:
     """Prepare what all trials of one starting model (`key`: see `start_key`) share: make a run's checks, ingest its data, build the
     model."""
     base = sweep.run
-    name = "start" + "".join(f"-{value}" for value in json.loads(key).values() if isinstance(value, int))
-    changes = {**json.loads(key), "output_dir": base.run_uri, "name": name, "store_dir": base.store_uri}
+    name = "start" + "".join(f"-{value}" for value in parse_json(key).values() if isinstance(value, int))
+    changes = {**parse_json(key), "output_dir": base.run_uri, "name": name, "store_dir": base.store_uri}
     return prepare_run(config_from({**sweep.values, **changes}), ingest_runner, gpus=cluster_gpus(base))
 
 
@@ -152,7 +153,7 @@ def _measure(jobs: Mapping[str, Job], affinities: Sequence[str]) -> tuple[dict[s
 def _read_affinities(folder: RunFolder) -> dict[str, Affinity]:
     """The affinities that an earlier start has measured; empty where there are none, which are then measured."""
     try:
-        return {key: Affinity(**each) for key, each in json.loads(storage.read_bytes(folder.at(AFFINITY)))["starts"].items()}
+        return {key: Affinity(**each) for key, each in parse_json(storage.read_bytes(folder.at(AFFINITY)))["starts"].items()}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return {}
 

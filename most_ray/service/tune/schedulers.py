@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 
 from most_ray.errors import UserError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT
 from most_ray.service.tune.search import NotPickled, OnTrialUpdate
 from most_ray.sweep.ledger import LedgerFile, Trial, kept_uri
@@ -35,7 +35,7 @@ class Recorder:
         trial = self._file.ledger.trials[spec["trial"]]
         if "details" not in result or any((known.run, known.step) == (spec["run"], result["step"]) for known in trial.results):
             return  # nothing new: no evaluation, or one that was reported by an actor that is lost
-        self._file.write("result", trial=spec["trial"], run=spec["run"], step=result["step"], **json.loads(result["details"]))
+        self._file.write("result", trial=spec["trial"], run=spec["run"], step=result["step"], **parse_json(result["details"]))
         if result["step"] < self._total_steps:  # else the trial's end follows
             self._on_update(trial)
 

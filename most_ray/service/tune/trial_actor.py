@@ -29,6 +29,7 @@ from ray import tune
 from most_ray.errors import EXIT_STOPPED
 from most_ray.io import storage
 from most_ray.io.journal import Follower
+from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, RunFolder, step_uri
 from most_ray.sweep.ledger import intervals_of, kept_uri, metrics_of
 
@@ -186,7 +187,7 @@ class TrialActor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """A trial that was paused continues after its last reported step; one that takes over another's checkpoint begins its own run."""
-        pointer = json.loads((Path(checkpoint) / _POINTER).read_text(encoding="utf-8"))
+        pointer = parse_json((Path(checkpoint) / _POINTER).read_text(encoding="utf-8"))
         if pointer["run"] == self._run:
             self._last = max(self._last, int(pointer["step"]))
 

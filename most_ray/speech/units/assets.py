@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from most_ray.errors import CheckpointError, DataError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.records.files import ASSET_FILES, KMEANS, SPEECH_FOLDER, UNITS_MANIFEST, load_units_manifest
 from most_ray.records.record import units_hash
 from most_ray.speech.units.clustering import SpeakerStatistics, assign, kmeans_hash, load_kmeans, remove_repeats
@@ -83,7 +83,7 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
 def require_units_manifest(folder: Path) -> dict[str, Any]:
     """Read units.json of a folder. Raises DataError if it does not exist, or is not a units manifest."""
     try:
-        manifest = json.loads((folder / UNITS_MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / UNITS_MANIFEST).read_text(encoding="utf-8"))
         if not {"kmeans", "features", "repeats_removed"} <= manifest["identity"].keys():
             raise KeyError("identity")
     except FileNotFoundError as error:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from most_ray.errors import UserError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Unusable, matches_all, read_corpus
 from most_ray.speech.units.features import FeatureSettings
 
@@ -139,7 +140,7 @@ def scan_corpus(
 def read_chunk(file: str | Path) -> list[Item]:
     """The utterances that a part's file lists."""
     with open(file, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [parse_json(line) for line in lines]
 
 
 def json_digest(*values: Any) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from most_ray.errors import DataError
+from most_ray.io.json_values import parse_json
 from most_ray.records.files import KMEANS, PREPARED, REJECTED, UNFINISHED, UNITS_MANIFEST, VOCODER
 from most_ray.speech.units.clustering import save_kmeans
 from most_ray.speech.units.corpus_parts import Scan
@@ -25,7 +26,7 @@ _REPLACED = re.compile(r"records(-\d{5})?\.(jsonl\.gz|jsonl|json)|units\.json|km
 def find_prepared(output: Path, key: str) -> dict[str, Any] | None:
     """The counts of an earlier command, if its `key` is the same and its files still exist."""
     try:
-        done = json.loads((output / PREPARED).read_text(encoding="utf-8"))
+        done = parse_json((output / PREPARED).read_text(encoding="utf-8"))
         whole = all((output / name).stat().st_size == size for name, size in done["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # no such command, or a damaged list of its files: the work is done again
@@ -41,12 +42,12 @@ def publish_records(
     Returns counts (records, rejected, hours, longest) and the sizes of the files. Raises DataError if there is no record; the earlier
     command's files are kept."""
     targets = [task.target(part) for part in scan.parts]
-    summaries = [json.loads(summary_path(target).read_text(encoding="utf-8")) for target in targets]
+    summaries = [parse_json(summary_path(target).read_text(encoding="utf-8")) for target in targets]
     records = sum(summary["records"] for summary in summaries)
     rejected = _write_rejected(output, scan, summaries)
     if not records:
         with (output / REJECTED).open(encoding="utf-8") as lines:
-            reason = f"holds no usable recording; the first one {json.loads(lines.readline())['reason']}."
+            reason = f"holds no usable recording; the first one {parse_json(lines.readline())['reason']}."
         raise DataError("input", str(corpus), reason, f"See {output / REJECTED}.")
     parts = [target for target, summary in zip(targets, summaries, strict=True) if summary["records"]]
     shards = _write_shards(task.scratch, task.form, parts)
@@ -92,7 +93,7 @@ def _vocoder_units(path: Path) -> Any:
     """The identity of the units that a vocoder was fitted to; None if there is no vocoder that names them."""
     try:
         with safe_open(path, framework="numpy") as tensors:
-            return json.loads((tensors.metadata() or {})["vocoder"])["units"]
+            return parse_json((tensors.metadata() or {})["vocoder"])["units"]
     except (OSError, SafetensorError, ValueError, KeyError):
         return None  # a file that is not ours is left alone
 

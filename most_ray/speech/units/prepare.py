@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from most_ray.errors import ConfigError, DataError
+from most_ray.io.json_values import parse_json
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.audio import MAX_SECONDS
 from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, check_speaker_column, dataset_name
@@ -178,7 +178,7 @@ def _scan(job: UnitsJob, scratch: Path) -> Scan:
     scan = scan_corpus(job.corpus, job.where, job.perturb, job.speaker_column, scratch)
     if not scan.utterances:
         first = scan.unusable.read_text(encoding="utf-8").split("\n", 1)[0]
-        reason = f"; the first entry, {json.loads(first)['file']}, {json.loads(first)['reason']}" if first else ""
+        reason = f"; the first entry, {parse_json(first)['file']}, {parse_json(first)['reason']}" if first else ""
         raise DataError("input", str(job.corpus.directory), f"holds no utterance{reason}.", "See `most-ray prepare units --help`.")
     check_conditions(job.where, set(scan.columns))
     if not scan.chosen:

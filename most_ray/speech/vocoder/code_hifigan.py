@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import Seamles
 from transformers.utils import cached_file
 
 from most_ray.errors import CheckpointError, one_line
+from most_ray.io.json_values import parse_json
 from most_ray.speech.units.clustering import remove_repeats
 from most_ray.speech.vocoder.unit_vocoder import check_units
 
@@ -80,7 +80,7 @@ def _language_number(source: str, language: str | None, n_languages: int) -> int
     """The number of a language, given as a code, a number, or None for the default."""
     try:
         path = _file(source, "generation_config.json")
-        codes: dict[str, int] = dict(json.loads(path.read_text("utf-8")).get("vocoder_lang_code_to_id") or {}) if path else {}
+        codes: dict[str, int] = dict(parse_json(path.read_text("utf-8")).get("vocoder_lang_code_to_id") or {}) if path else {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         rule = f"has a generation_config.json that cannot be read ({one_line(error)})."
         raise CheckpointError("vocoder", source, rule, _REMEDY) from error
@@ -113,7 +113,7 @@ def _shards(source: str) -> list[Path]:
     """The model's safetensors files that may contain the vocoder's tensors."""
     names = ["model.safetensors"]
     if index := _file(source, "model.safetensors.index.json"):
-        where: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        where: dict[str, str] = parse_json(index.read_text("utf-8"))["weight_map"]
         whole = any(key.startswith(_PREFIX) for key in where)
         names = sorted({name for key, name in where.items() if key.startswith(_PREFIX) or not whole})
     found = [_file(source, name) if re.fullmatch(r"[\w.-]+\.safetensors", name) else None for name in names]

@@ -20,6 +20,7 @@ from torch import nn
 from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, DataError, one_line
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
 from most_ray.speech.vocoder.spectrogram import MELS, N_FFT, RATE, mel_to_wave
 
 VERSION = 1  # of the file
@@ -111,7 +112,7 @@ class UnitVocoder:
         """Read a file that `save` wrote. Raises CheckpointError if it is missing, damaged, or something else."""
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["vocoder"])
+                about = parse_json((file.metadata() or {})["vocoder"])
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
             statistics = tensors.pop("statistics")
             if about["version"] != VERSION or statistics.shape != (2, MELS) or not 0 < int(about["hop"]) < N_FFT:

@@ -1,0 +1,52 @@
+"""JSON from files, messages and metadata: the one place that parses it, so that what is hostile in it fails in one way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+MAX_DEPTH = 100  # of values in each other; recursive code, as that of `json.dumps`, fails near a thousand
+_TOO_DEEP = f"is nested more than {MAX_DEPTH} deep"
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, is nested more than `MAX_DEPTH` deep, or holds a number of thousands of digits.
+    """
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        try:
+            value = json.loads(text)  # NaN, half surrogate pairs, integers of more than 64 bits and other encodings than UTF-8
+        except RecursionError:
+            raise ValueError(_TOO_DEEP) from None
+        except ValueError as error:
+            if str(error).startswith("Exceeds the limit"):  # Python's advice is for programmers
+                raise ValueError("holds a number of thousands of digits") from None
+            raise
+    check_depth(text, value)
+    return value
+
+
+def check_depth(text: bytes | str, value: Any) -> None:
+    """Raise ValueError where a value, parsed from `text`, is nested more than `MAX_DEPTH` deep."""
+    opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
+    if opened <= MAX_DEPTH:
+        return
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for each in level for inner in _inner(each)]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _inner(value: Any) -> Iterable[Any]:
+    """The lists and objects in a list or an object."""
+    values = value.values() if isinstance(value, dict) else value
+    return (each for each in values if isinstance(each, dict | list))
