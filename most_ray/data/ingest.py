@@ -26,7 +26,6 @@ from most_ray.data.ingest_plan import IngestPlan, Part, Recipe, plan_ingest
 from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, checksummed_json, digest, file_digest, read_checksummed_json
 from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
-from most_ray.io.json_stream import read_lines
 from most_ray.io.json_values import parse_json
 from most_ray.records.files import REJECTED, read_with_offsets
 from most_ray.records.record import Record, parse_records
@@ -84,7 +83,7 @@ def build_part(part: Part, recipe: Recipe) -> None:
         return
     # `closing`: after any error, KeyboardInterrupt too, no half-written folder stays.
     with _scratch(part.uri) as scratch, contextlib.closing(PartWriter(scratch)) as writer:
-        n_seen, values = 0, enumerate(_values(part))
+        n_seen, values = 0, enumerate(read_with_offsets(part.file, part.start, part.stop))
         while batch := list(itertools.islice(values, _BATCH)):
             n_seen += len(batch)
             _add_batch(writer, recipe, batch)
@@ -103,25 +102,16 @@ def _scratch(uri: str) -> Iterator[Path]:
         yield folder
 
 
-def _values(part: Part) -> Iterator[tuple[int, object]]:
-    """Yield `(byte, value)` for the records of a part; a RecordError in place of a value that is not JSON."""
-    if part.start == 0 and part.stop is None:
-        yield from read_with_offsets(part.file)
-    else:
-        with storage.open_read(part.file) as stream:
-            stream.seek(max(0, part.start - 1))
-            yield from read_lines(stream, part.start, part.stop)
-
-
 def _add_batch(writer: PartWriter, recipe: Recipe, batch: Sequence[tuple[int, tuple[int, object]]]) -> None:
     """Check and encode records, given as (index, (byte, value)), and add them to the part or to its rejected records."""
     good: list[tuple[int, int, Record]] = []
     for (index, (byte, raw)), record in zip(batch, parse_records([raw for _, (_, raw) in batch]), strict=True):
         if isinstance(record, RecordError):
             record_id = raw.get("id") if isinstance(raw, dict) else None
-            writer.reject(index, byte, str(record), None if record_id is None else str(record_id))
+            writer.reject(index, byte, str(record), None if record_id is None else str(record_id)[:300])
         elif record.task != recipe.task:
-            writer.reject(index, byte, f"is a {record.task} record in a source of {recipe.task} records", record.id)
+            hint = ": neither its input nor its output holds speech units, [Hu7][Hu90]..." if record.task == "text" else ""
+            writer.reject(index, byte, f"is a {record.task} record in a source of {recipe.task} records{hint}", record.id)
         else:
             good.append((index, byte, record))
     ids: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import orjson
 
 from most_ray.errors import RecordError
+from most_ray.io.json_values import TOO_LONG, check_depth, parse_json
 
 MAX_RECORD = 64 << 20  # bytes of one JSON value; a longer one is rejected
 _CHUNK = 1 << 18  # bytes read at once at least
@@ -120,14 +121,23 @@ def read_lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Ite
 def _line_value(line: bytes, begin: int) -> object:
     """The value of a line at offset `begin`, or a RecordError."""
     try:
-        return _parse(line)
-    except orjson.JSONDecodeError:
+        return _shallow(_parse(line))
+    except (orjson.JSONDecodeError, RecursionError):
         pass  # it may be valid for `json`, which accepts NaN, half surrogate pairs and a byte order mark
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return parse_json(line.decode("utf-8-sig"))
+    except ValueError as error:
         position = begin + (error.pos if isinstance(error, json.JSONDecodeError) else 0)
         return RecordError(f"is not JSON at byte {position} ({error})")
+
+
+def _shallow(value: object) -> object:
+    """A value, or a RecordError in place of one that is nested too deep."""
+    try:
+        check_depth(value)
+    except ValueError as error:
+        return RecordError(str(error))
+    return value
 
 
 def _parse(text: bytes) -> Any:
@@ -142,7 +152,7 @@ def read_values(stream: BinaryIO) -> Iterator[tuple[int, object]]:
     source = _Window(stream)
     if source.more() and source.data.startswith(b"\xef\xbb\xbf"):
         source.position = 3
-    yield from _ValueReader(source).values()
+    yield from ((byte, _shallow(value)) for byte, value in _ValueReader(source).values())
     if source.damage:
         yield source.offset, RecordError(source.damage)
 
@@ -283,8 +293,8 @@ class _ValueReader:
                     continue
                 position = begin + len(text[: error.pos].encode("utf-8", "surrogateescape"))
                 return RecordError(f"is not JSON at byte {position} ({error.msg})")
-            except ValueError as error:  # a number of thousands of digits
-                return RecordError(f"is not JSON at byte {begin} ({error})")
+            except ValueError:
+                return RecordError(f"is not JSON at byte {begin} ({TOO_LONG})")
             if end == len(text) and not whole and window <= MAX_RECORD:
                 window *= 4  # a number may continue
                 continue

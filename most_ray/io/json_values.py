@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 MAX_DEPTH = 100  # of values in each other; recursive code, as that of `json.dumps`, fails near a thousand
+TOO_LONG = "holds a number of thousands of digits"  # the other ValueErrors of `json`, whose own advice is for programmers
 _TOO_DEEP = f"is nested more than {MAX_DEPTH} deep"
 
 
@@ -26,19 +27,14 @@ def parse_json(text: bytes | str) -> Any:
         except RecursionError:
             raise ValueError(_TOO_DEEP) from None
         except ValueError as error:
-            if str(error).startswith("Exceeds the limit"):  # Python's advice is for programmers
-                raise ValueError("holds a number of thousands of digits") from None
-            raise
-    check_depth(text, value)
+            raise (error if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else ValueError(TOO_LONG)) from None
+    check_depth(value)
     return value
 
 
-def check_depth(text: bytes | str, value: Any) -> None:
-    """Raise ValueError where a value, parsed from `text`, is nested more than `MAX_DEPTH` deep."""
-    opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
-    if opened <= MAX_DEPTH:
-        return
-    level: list[Any] = [value]
+def check_depth(value: Any) -> None:
+    """Raise ValueError where a JSON value is nested more than `MAX_DEPTH` deep."""
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         level = [inner for each in level for inner in _inner(each)]
         if not level:

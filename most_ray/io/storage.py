@@ -29,6 +29,7 @@ from most_ray.io.retries import with_retries
 from most_ray.io.uris import ARROW_SCHEMES, absolute, base_name, is_remote, join, local, parent, redact, split  # noqa: F401
 
 T = TypeVar("T")
+SMALL = 64 << 20  # bytes of the largest file that people write, or that describes others
 _CHUNK = 4 << 20  # bytes of a range request, which takes tens of milliseconds whatever its length
 _FLUSH = 16  # chunks between two flushes: pyarrow queues uploads without bound
 # Fields of fsspec's listings that change when a file does.
@@ -75,18 +76,57 @@ def list_files(root: str, suffixes: tuple[str, ...]) -> list[Entry]:
 
 
 def open_read(uri: str | Path) -> BinaryIO:
-    """Open a file for reading, buffered and seekable. A remote file is read by ranges; a range that fails is read again."""
+    """Open a file for reading, buffered and seekable. A remote file is read by ranges; a range that fails is read again. Raises DataError
+    where it is a pipe, a socket or a device."""
     if is_remote(uri):
         return cast(BinaryIO, io.BufferedReader(_Reader(str(uri)), _CHUNK))
-    return with_retries(lambda: local(uri).open("rb"), str(uri))
+    return with_retries(lambda: _open_regular(local(uri)), str(uri))
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Open a local file for reading; at once, where reading a pipe could block and reading a device could go on without end."""
+    try:
+        stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))  # noqa: SIM115
+    except OSError as error:
+        if error.errno not in (errno.ENXIO, errno.ENODEV):  # as sockets have
+            raise
+        raise _odd(path) from None
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise _odd(path)
+    return stream
+
+
+def _odd(path: Path) -> DataError:
+    return DataError("file", str(path), "is not a regular file.", "Name a file that holds what is read, or move this one away.")
 
 
 def read_bytes(uri: str | Path) -> bytes:
-    """The content of a file."""
-    if not is_remote(uri):
-        return with_retries(local(uri).read_bytes, str(uri))
-    with open_read(uri) as stream:
-        return stream.read()
+    """The content of a file. Raises DataError where it is a pipe, a socket or a device."""
+    return _read(uri, -1)
+
+
+def read_small(uri: str | Path, most: int = SMALL) -> bytes:
+    """The content of a file that people write, or that describes others, which has at most `most` bytes. Raises DataError where it has
+    more, or is a pipe, a socket or a device."""
+    content = _read(uri, most + 1)
+    if len(content) > most:
+        rule = f"has more than {most >> 20} MiB, which no file of its kind has." if most >> 20 else f"has more than {most} bytes."
+        raise DataError("file", redact(str(uri)), rule, "Check that it is the right file.")
+    return content
+
+
+def _read(uri: str | Path, size: int) -> bytes:
+    """The first `size` bytes of a file, all of them if `size` is -1."""
+    if is_remote(uri):
+        with open_read(uri) as stream:
+            return stream.read(size)
+
+    def read() -> bytes:
+        with _open_regular(local(uri)) as stream:
+            return stream.read(size)
+
+    return with_retries(read, str(uri))
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
@@ -256,8 +296,8 @@ def _list_local(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, int, s
         names.extend(os.path.relpath(os.path.join(folder, name), root) for name in files if new and name.endswith(suffixes))
     stats = [(name, (root / name).stat()) for name in names]
     odd = next((name for name, status in stats if not stat.S_ISREG(status.st_mode)), None)
-    if odd is not None:  # reading a pipe could block without end
-        raise DataError("file", str(root / odd), "is not a regular file.", "Move it away.")
+    if odd is not None:
+        raise _odd(root / odd)
     return [(name, status.st_size, f"{status.st_mtime_ns}-{status.st_ino}") for name, status in stats]
 
 

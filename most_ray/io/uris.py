@@ -6,6 +6,7 @@ percent-encoding); options are those of pyarrow (`?region=...`).
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -26,12 +27,22 @@ def local(uri: str | Path) -> Path:
     """The path of a local URI.
 
     Raises:
-        DataError: the URI is remote, or was (making a Path of `s3://x` removes a slash from its scheme).
+        DataError: the URI is remote, or was (making a Path of `s3://x` removes a slash from its scheme); no file can have the name.
     """
     text = str(uri)
+    if "\0" in text or (not text.isascii() and not _encodable(text)):
+        raise DataError("path", text, "is a name that no file can have: it holds NUL or half a surrogate pair.", "Check it.")
     if is_remote(text) or re.match(rf"({'|'.join(ARROW_SCHEMES)}|memory):/", text):
         raise DataError("path", redact(text), "is not a local path.", "Give a path; keep URIs as text.")
     return Path(unquote(re.sub("(?i)^file://(localhost(?=/))?", "", text)) if text.lower().startswith("file://") else text)
+
+
+def _encodable(text: str) -> bool:
+    """Whether a name can be given to the file system."""
+    try:
+        return bool(os.fsencode(text))
+    except UnicodeEncodeError:
+        return False
 
 
 def split(uri: str) -> tuple[str, str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import open_compressed, read_lines, read_values
 from most_ray.io.json_values import parse_json
@@ -23,6 +25,7 @@ CONVERTED = "converted.json"  # what `prepare tts` wrote
 UNFINISHED = ".unfinished"  # present while the records are being replaced: until it is gone, they may not match units.json
 SPEECH_FOLDER = "speech"  # in the folder of a run and of an export: copies of ASSET_FILES
 ASSET_FILES = (KMEANS, VOCODER, UNITS_MANIFEST)  # the manifest last: where it exists, the others have been copied
+_HEAD = 4096  # bytes of a file that show its form
 _NOT_RECORDS = frozenset({UNITS_MANIFEST, REJECTED, PREPARED, CONVERTED})
 
 
@@ -74,8 +77,37 @@ def read_raw(uri: str | Path) -> Iterator[tuple[int, object]]:
         yield index, value
 
 
-def read_with_offsets(uri: str) -> Iterator[tuple[int, object]]:
-    """Stream `(byte offset, value)` as `read_raw` does; offsets count bytes of the decompressed content."""
+def read_with_offsets(uri: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, object]]:
+    """Stream `(byte offset, value)` as `read_raw` does; offsets count bytes of the decompressed content.
+
+    `start`, `stop`: of uncompressed JSON Lines, the records that begin at these bytes (see `read_lines`).
+    """
     with storage.open_read(uri) as stream:
+        head = stream.read(_HEAD) if start == 0 else b""
+        stream.seek(max(0, start - 1))
         content = open_compressed(stream) if uri.endswith(".gz") else stream
-        yield from read_lines(content) if is_json_lines(uri) else read_values(content)
+        values = read_lines(content, start, stop) if is_json_lines(uri) else read_values(content)
+        for number, (byte, value) in enumerate(values):
+            hint = _form_hint(uri, head) if number == 0 and not isinstance(value, dict) and start == 0 else ""
+            if hint and isinstance(value, RecordError):
+                value = RecordError(f"{value}: {hint}")
+            elif hint and isinstance(value, list):
+                value = RecordError(f"is a JSON list, not an object: {hint}")
+            yield byte, value
+
+
+def _form_hint(uri: str, head: bytes) -> str:
+    """What to do about a file whose name says another form than its first bytes; empty where nothing is known."""
+    zipped, lines = head.startswith(b"\x1f\x8b"), is_json_lines(uri)
+    if zipped != uri.endswith(".gz"):
+        return "the file is gzipped, so its name must end in .gz" if zipped else "the file is not gzipped, so its name must not end in .gz"
+    with contextlib.suppress(zlib.error):
+        head = zlib.decompressobj(wbits=31).decompress(head, _HEAD) if zipped else head
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "the file is UTF-16; save it as UTF-8"
+    if lines and text.startswith(b"["):
+        return "the file holds one JSON list, not a record on each line, so its name must end in .json"
+    if lines and text.startswith(b"{") and not text.partition(b"\n")[0].rstrip().endswith(b"}") and b"\n" in text:
+        return "a record has more than one line, so the name of its file must end in .json"
+    return ""

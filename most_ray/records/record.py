@@ -26,7 +26,14 @@ TTS_INSTRUCTION = "Convert the following text into speech."
 ASR_INSTRUCTION = "Transcribe the following speech into text."
 
 _UNIT = re.compile(r"\[Hu(\d+)\]")
+_UNIT_ROW = re.compile(r"(?:\[Hu\d+\]\s*){3}")
 _UNITS_ONLY = re.compile(r"\s*(?:\[Hu\d+\]\s*)+")
+_BEGINS_UNIT = re.compile(r"\[Hu\s*\d")  # [Humming] is text
+# How other projects spell units: a row of them, or a field of nothing else, is no text.
+_OTHER_UNIT = r"(?:<\|?(?:unit|audio|speech|sound|token|code|hubert|hu|km|u|s)?[ _-]?\d{1,5}\|?>|\[(?:hubert|hu|unit|u)[ _-]?\d{1,5}\]) ?"
+_MARKER = r"(?:<\|?/?[a-z_]{1,24}\|?>|\[[a-z]{1,12}\]) ?"
+_MISSPELLED = re.compile(rf"(?:{_OTHER_UNIT}){{3}}|\A\s*(?:{_MARKER})?(?:{_OTHER_UNIT}){{1,2}}(?:{_MARKER})?\s*\Z", re.IGNORECASE)
+_UNITS_RULE = "speech units are one string, [Hu7][Hu90]..."
 _REQUIRED = ("id", "instruction", "input", "output")
 
 
@@ -60,7 +67,8 @@ def parse_units(text: str) -> np.ndarray:
         RecordError: there is other text between the units, or a unit is outside 0..499.
     """
     if not _UNITS_ONLY.fullmatch(text):
-        raise RecordError("mixes speech units with other text")
+        other = _UNIT.sub("", text).strip()[:30]
+        raise RecordError(f"mixes speech units with other text ({other!r}); {_UNITS_RULE}")
     numbers = _UNIT.findall(text)
     outside = next((number for number in numbers if len(number) > 9 or int(number) >= N_UNITS), None)
     if outside is not None:
@@ -157,7 +165,9 @@ def parse_record(raw: object) -> Record:
 def parse_records(raws: Sequence[object]) -> list[Record | RecordError]:
     """Check decoded JSON values and convert each to a Record, or to the error that says why it is none. All units are parsed together."""
     checked = [_check_fields(raw) for raw in raws]
-    sides = [(i, side) for i, c in enumerate(checked) if not isinstance(c, RecordError) for side in ("input", "output") if "[Hu" in c[side]]
+    sides = [
+        (i, side) for i, c in enumerate(checked) if not isinstance(c, RecordError) for side in ("input", "output") if _holds_units(c[side])
+    ]
     units = dict(zip(sides, parse_units_batch([checked[i][side] for i, side in sides]), strict=True))  # type: ignore[index]
     spoken = [{side: units[i, side] for side in ("input", "output") if (i, side) in units} for i in range(len(checked))]
     return [c if isinstance(c, RecordError) else _with_units(c, found) for c, found in zip(checked, spoken, strict=True)]
@@ -171,9 +181,14 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
         return RecordError(f"is a JSON {type(raw).__name__}, not an object")
     if missing := [name for name in _REQUIRED if name not in raw]:
         return RecordError(f"has no field {', '.join(map(repr, missing))}")
+    if isinstance(raw["id"], list | dict):
+        return RecordError(f"field 'id' is {type(raw['id']).__name__}, not a string or a number")
     for name in _REQUIRED[1:]:
         if not isinstance(raw[name], str):
-            return RecordError(f"field {name!r} is {type(raw[name]).__name__}, not a string")
+            hint = f" ({_UNITS_RULE})" if isinstance(raw[name], list) else ""
+            return RecordError(f"field {name!r} is {type(raw[name]).__name__}, not a string{hint}")
+        if found := _misspelled_units(name, raw[name]):
+            return RecordError(f"field {name!r} {found}")
     for name in _REQUIRED:
         if isinstance(raw[name], str) and not _encodable(raw[name]):
             return RecordError(f"field {name!r} holds bytes that are not UTF-8, or half a surrogate pair, which is not text")
@@ -182,6 +197,20 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
     if not raw["output"].strip():
         return RecordError("has an empty output")
     return raw
+
+
+def _holds_units(text: str) -> bool:
+    return "[Hu" in text and _BEGINS_UNIT.search(text) is not None
+
+
+def _misspelled_units(name: str, text: str) -> str:
+    """What is wrong with a field that holds speech as no record does, and would be trained on as text; empty where nothing is."""
+    if "]" not in text and ">" not in text:
+        return ""
+    if name == "instruction":
+        return "holds speech units, which belong to input or output" if _UNIT_ROW.search(text) else ""
+    found = None if _holds_units(text) else _MISSPELLED.search(text)
+    return f"spells speech units as {found[0].strip()[:40]!r}; {_UNITS_RULE}" if found else ""
 
 
 def _with_units(raw: dict[str, Any], units: Mapping[str, np.ndarray | RecordError]) -> Record | RecordError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from most_ray.errors import ConfigError, DataError, RecordError, nearest
+from most_ray.errors import ConfigError, DataError, RecordError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.records.files import ASSET_FILES, CONVERTED, REJECTED, UNFINISHED, read_raw, record_files
@@ -40,9 +40,11 @@ def read_conversions(path: Path) -> list[Conversion]:
         ConfigError: the file cannot be read, or has another form.
     """
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(storage.read_small(path))
+    except DataError:  # it is a pipe, a device, or far too large
+        raise
     except (OSError, ValueError) as error:
-        raise ConfigError("config", str(path), f"cannot be read as JSON ({error}).") from error
+        raise ConfigError("config", str(path), f"cannot be read as JSON ({one_line(error)}).", _FORM) from error
     entries = value if isinstance(value, list) else [value]
     if not entries:
         raise ConfigError("config", str(path), "names no data set.", _FORM)
@@ -129,9 +131,10 @@ def _targets(entries: Sequence[storage.Entry], output: Path) -> dict[Path, stora
 def _converted_before(output: Path) -> set[str]:
     """Names of the files that an earlier conversion wrote to this folder; none if it kept no valid list of them."""
     try:
-        names = parse_json((output / CONVERTED).read_text(encoding="utf-8"))["files"]
+        names = parse_json(storage.read_small(output / CONVERTED))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
+    names = names if isinstance(names, list) else []
     return {name for name in names if isinstance(name, str) and name.endswith(".jsonl.gz") and not {"..", "/"} & set(Path(name).parts)}
 
 
@@ -167,9 +170,16 @@ def _write(path: Path, records: Iterator[dict[str, Any]]) -> int:
     count = 0
     with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as sink:
         for record in records:
-            sink.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            sink.write(_line(record))
             count += 1
     return count
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # metadata may hold half a surrogate pair, which only an escape spells
+        return json.dumps(record).encode() + b"\n"
 
 
 def _unfinished(target: Path) -> Path:
