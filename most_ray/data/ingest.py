@@ -15,7 +15,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ import numpy as np
 
 from most_ray.data.ingest_plan import IngestPlan, Part, Recipe, plan_ingest
 from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, checksummed_json, digest, file_digest, read_checksummed_json
-from most_ray.errors import DataError, RecordError
+from most_ray.errors import DataError, RecordError, printable
 from most_ray.io import storage
+from most_ray.io.json_lines import parse_lines
 from most_ray.io.json_values import parse_json
 from most_ray.records.files import REJECTED, read_with_offsets
+from most_ray.records.keys import ID, KEYS, ROW_BYTES, WHOLE, read_keys, repeated, share_compared, speech_key
 from most_ray.records.record import Record, parse_records
 from most_ray.records.template import EncodedRecord, encode_records
 
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 Runner = Callable[[Sequence[Part], Recipe], None]
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the CPU's cache
 _READERS = 16  # threads that read finished parts: on object stores most of the time is latency
+_SURE = 1000  # records compared of a file, where not all are, that tell a copy
 _STALE_S = 86_400.0  # seconds after which an unfinished folder counts as left by a process that was killed
 
 
@@ -64,8 +67,8 @@ def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Pa
         _write_store(ingest)
     store = TokenStore(ingest.uri)
     if len(store) == 0:
-        lines = store.rejected_lines().splitlines()
-        why = f"; the first one {parse_json(lines[0])['reason']}" if lines else ""
+        first = next(parse_lines(store.rejected_lines()), {})
+        why = f"; the first one {first['reason']}" if "reason" in first else ""
         raise DataError("directory", str(directory), f"has no usable {recipe.task} record{why}.")
     return store
 
@@ -116,17 +119,20 @@ def _add_batch(writer: PartWriter, recipe: Recipe, batch: Sequence[tuple[int, tu
             good.append((index, byte, record))
     ids: list[str] = []
     kept: list[EncodedRecord] = []
+    speech: list[int] = []
     for (index, byte, record), item in zip(good, encode_records([r for _, _, r in good], recipe.vocabulary), strict=True):
         if len(item.input_ids) <= recipe.max_seq_length:
             ids.append(record.id)
             kept.append(item)
+            speech.append(speech_key(record, item.input_ids))
         elif recipe.overlong == "split" and (pieces := _split(item, recipe.max_seq_length)):
             ids += [f"{record.id}#{number}" for number in range(1, len(pieces) + 1)]
             kept += pieces
+            speech += [speech_key(record, piece.input_ids) for piece in pieces]
         else:
             reason = f"has {len(item.input_ids)} tokens, more than max_seq_length ({recipe.max_seq_length})"
             writer.reject(index, byte, reason, record.id, set_aside=recipe.overlong == "set_aside")
-    writer.add(ids, kept)
+    writer.add(ids, kept, speech)
 
 
 def _split(item: EncodedRecord, limit: int) -> list[EncodedRecord]:
@@ -143,8 +149,9 @@ def _split(item: EncodedRecord, limit: int) -> list[EncodedRecord]:
     return [EncodedRecord(np.concatenate([prompt, cut]), item.prompt_length, item.task) for cut in cuts]
 
 
-def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
-    """The contents of part.json and index.npy and the lines of rejected.jsonl. Raises DataError where one does not match its checksum."""
+def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes], bytes | None]:
+    """The contents of part.json and index.npy, the lines of rejected.jsonl, and the records' keys (None: the part is of an earlier
+    version). Raises DataError where one does not match its checksum."""
     content = read_checksummed_json(storage.join(part.uri, "part.json"), "part")
     files = {}
     for name in PART_FILES:
@@ -153,7 +160,11 @@ def _read_part(part: Part) -> tuple[dict[str, Any], bytes, list[bytes]]:
         if digest(files[name]) != content["files"][name]:
             remedy = f"Delete {storage.redact(part.uri)}; it is built again."
             raise DataError("part", storage.redact(uri), "does not match its checksum.", remedy)
-    return content, files["index.npy"], files[REJECTED].splitlines()
+    try:
+        keys = storage.read_bytes(storage.join(part.uri, KEYS))
+    except FileNotFoundError:
+        keys = None
+    return content, files["index.npy"], files[REJECTED].splitlines(), keys
 
 
 def _write_store(ingest: IngestPlan) -> None:
@@ -165,9 +176,11 @@ def _write_store(ingest: IngestPlan) -> None:
         instruction_lines: list[list[int]] = []
         index: list[np.ndarray] = []
         seen_of: dict[str, int] = {}
+        records_of: dict[str, int] = {}  # by file
         known = True
-        with (folder / REJECTED).open("wb") as sink, ThreadPoolExecutor(_READERS) as pool:
-            for part, (content, part_index, rejected) in zip(ingest.parts, pool.map(_read_part, ingest.parts), strict=True):
+        with (folder / REJECTED).open("wb") as sink, (folder / KEYS).open("wb") as all_keys, ThreadPoolExecutor(_READERS) as pool:
+            for part, (content, part_index, rejected, keys) in zip(ingest.parts, pool.map(_read_part, ingest.parts), strict=True):
+                all_keys.write(keys or b"")
                 shards += [{"part": part.key, **shard} for shard in content["shards"]]
                 instruction_lines += [[totals["n_records"] + row, lines] for row, lines in content.get("instruction_lines", ())]
                 known = known and "instruction_lines" in content  # parts of earlier versions do not say
@@ -178,8 +191,11 @@ def _write_store(ingest: IngestPlan) -> None:
                     line = {"file": storage.redact(part.file), **line, "index": line["index"] + seen_of.get(part.file, 0)}
                     sink.write(json.dumps(line).encode() + b"\n")
                 seen_of[part.file] = seen_of.get(part.file, 0) + content["n_seen"]
+                records_of[part.file] = records_of.get(part.file, 0) + content["n_records"]
                 for name in totals:
                     totals[name] += content[name]
+        if (folder / KEYS).stat().st_size == ROW_BYTES * totals["n_records"]:
+            check_doubled(folder / KEYS, records_of, ingest.manifest["source"])
         lengths, prompts = np.concatenate(index, axis=1)
         np.save(folder / "lengths.npy", lengths)
         np.save(folder / "prompt_lengths.npy", prompts)
@@ -202,12 +218,50 @@ def check_rejected(stores: Sequence[TokenStore], limit: float, report: str | Pat
     for store in stores:
         rejected, seen = store.manifest["n_rejected"], store.manifest["n_seen"]
         if rejected > limit * seen:
-            lines = [parse_json(line) for line in store.rejected_lines().splitlines()]
-            bad = [line for line in lines if not line.get("set_aside")]
-            first = next((line for line in bad if "not JSON at" in line["reason"] or "gzip" in line["reason"]), bad[0])  # the worst of them
-            where = (
-                f"{rejected} of {seen} records of {store.manifest['source']} are bad; the first, {first['file']} record {first['index']}"
-            )
+            where = f"{rejected} of {seen} records of {store.manifest['source']} are bad{_worst(store.rejected_lines())}"
             remedy = f"See {report}; fix the records or raise max_rejected_fraction."
-            raise DataError("max_rejected_fraction", limit, f"is exceeded: {where}, {first['reason']}.", remedy)
+            raise DataError("max_rejected_fraction", limit, f"is exceeded: {where}.", remedy)
     return total
+
+
+def _worst(rejected: bytes) -> str:
+    """The place and reason of the worst line of a rejected.jsonl: of damage, else of the first record that is bad."""
+    lines = [line for line in parse_lines(rejected) if not line.get("set_aside") and {"file", "index", "reason"} <= line.keys()]
+    damaged = (line for line in lines if "not JSON at" in line["reason"] or "gzip" in line["reason"])
+    first = next(damaged, lines[0] if lines else None)
+    return f"; the first, {first['file']} record {first['index']}, {first['reason']}" if first else ""
+
+
+def check_doubled(keys: Path, records_of: Mapping[str, int], source: str) -> None:
+    """Look for records that are in a source more than once, and log a warning where ids are.
+
+    Args:
+        keys: the file of the records' keys.
+        records_of: the number of records in each file, in their order.
+
+    Raises:
+        DataError: a file holds the same records as another one, so it is a copy.
+    """
+    files, ends = [storage.redact(file) for file in records_of], np.cumsum(list(records_of.values()))
+    share = share_compared(int(ends[-1]))
+    with keys.open("rb") as stream:
+        whole, rows = read_keys(stream, share, WHOLE)
+    later, before = (np.searchsorted(ends, each, side="right") for each in repeated(whole, rows))
+    seen = np.bincount(np.searchsorted(ends, rows, side="right"), minlength=len(files))
+    for index in np.unique(later):
+        others = before[later == index]
+        other = int(others[0])
+        whole_file = len(others) == seen[index] == seen[other] and (others == other).all() and other != index
+        if whole_file and (share == 1.0 or seen[index] >= _SURE):
+            rule = f"holds the same records as {files[other]}: they would be trained on twice as often."
+            remedy = "Remove one of the two; to weight records, give their folder a larger weight (train_asr_weights, ...)."
+            raise DataError("file", files[index], rule, remedy)
+    with keys.open("rb") as stream:
+        later, before = repeated(*read_keys(stream, share, ID))
+    if len(later):
+        about = "" if share == 1.0 else "about "
+        places = [files[int(np.searchsorted(ends, row[0], side="right"))] for row in (before, later)]
+        where = places[0] if places[0] == places[1] else " and ".join(places)
+        count = round(len(later) / share)
+        text = f"{about}{count} records of {source} have an id that an earlier record has; the first such pair is in {where}"
+        logger.warning("%s", printable(text))

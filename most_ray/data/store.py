@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import io
 import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.node_cache import node_cache
 from most_ray.records.files import REJECTED
+from most_ray.records.keys import KEYS, ROW_BYTES, id_key
 from most_ray.records.template import EncodedRecord
 
 STORE_VERSION = 2
@@ -71,7 +73,7 @@ class TokenStore:
         self._cache = node_cache() if storage.is_remote(self.uri) else None
         # What the store was built from, its counts and its shards.
         self.manifest = read_checksummed_json(storage.join(self.uri, "manifest.json"), "token store")
-        if (version := self.manifest["version"]) != STORE_VERSION:
+        if (version := self.manifest.get("version")) != STORE_VERSION:
             raise DataError("token store", self.uri, f"is of version {version}, not {STORE_VERSION}.", f"Delete it; {_BUILT_AGAIN}")
         self.lengths: np.ndarray = self._index("lengths.npy")  # tokens of each record, int32 (records,)
         self.prompt_lengths: np.ndarray = self._index("prompt_lengths.npy")  # unsupervised ones at its start, int32 (records,)
@@ -132,6 +134,8 @@ class TokenStore:
                 raise self._corrupt(index, f"has {content.size()} bytes instead of {shard['bytes']}")
             batch = pa.ipc.open_file(content).get_batch(0)
             batch.validate(full=True)  # offsets out of range would crash the process where they are used
+            if batch.schema != _SCHEMA or batch.num_rows != shard["rows"]:
+                raise self._corrupt(index, "has other columns or rows than were written")
             return batch
         except (OSError, pa.ArrowException) as error:
             raise self._corrupt(index, f"cannot be read ({error})") from error
@@ -197,8 +201,22 @@ class TokenStore:
         return whole
 
     def rejected_lines(self) -> bytes:
-        """The content of rejected.jsonl."""
-        return storage.read_bytes(storage.join(self.uri, REJECTED))
+        """The content of rejected.jsonl. Raises DataError where it is missing."""
+        uri = storage.join(self.uri, REJECTED)
+        with _reading("token store", uri):
+            return storage.read_bytes(uri)
+
+    def open_keys(self) -> BinaryIO | None:
+        """The file of the records' keys (see `records.keys`); None where the store, as those of earlier versions, has no whole one."""
+        try:
+            stream = storage.open_read(storage.join(self.uri, KEYS))
+        except FileNotFoundError:
+            return None
+        if stream.seek(0, io.SEEK_END) != ROW_BYTES * len(self):
+            stream.close()
+            return None
+        stream.seek(0)
+        return stream
 
 
 @lru_cache(maxsize=64)
@@ -219,8 +237,8 @@ def _reading(what: str, uri: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(what, uri, f"cannot be read ({error}).", _remedy(uri)) from error
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise DataError(what, storage.redact(uri), f"cannot be read ({one_line(error)}).", _remedy(uri)) from error
 
 
 def checksummed_json(content: Mapping[str, Any]) -> bytes:
@@ -232,17 +250,20 @@ def read_checksummed_json(uri: str, what: str) -> dict[str, Any]:
     """Read a file that `checksummed_json` has built. Raises DataError, in which `what` names it, if it is damaged or does not exist."""
     with _reading(what, uri):
         content = parse_json(storage.read_bytes(uri))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
         found = content.pop("digest", None)
     if found != digest(json.dumps(content, sort_keys=True).encode()) and content.get("version", STORE_VERSION) == STORE_VERSION:
-        raise DataError(what, uri, "does not match its checksum.", _remedy(uri))
-    return dict(content)
+        raise DataError(what, storage.redact(uri), "does not match its checksum.", _remedy(uri))
+    return content
 
 
 class PartWriter:
     """Writes one part to a temporary folder in `scratch`; `publish` moves it to its URI. At most one shard's tokens are in memory.
 
-    A part is shard-NNNN.arrow, index.npy (lengths and prompt lengths, int32 (2, records)), rejected.jsonl and, last, part.json. There and
-    in a store's manifest, `instruction_lines` is a list of [row, lines]: from that row on, TTS records have instructions of so many lines.
+    A part is shard-NNNN.arrow, index.npy (lengths and prompt lengths, int32 (2, records)), rejected.jsonl, keys.bin (see `records.keys`)
+    and, last, part.json. There and in a store's manifest, `instruction_lines` is a list of [row, lines]: from that row on, TTS records have
+    instructions of so many lines.
     """
 
     def __init__(self, scratch: Path) -> None:
@@ -251,16 +272,19 @@ class PartWriter:
         self._shards: list[dict[str, Any]] = []
         self._ids: list[str] = []  # of the records that are not in a shard yet
         self._tokens: list[np.ndarray] = []  # of these records
+        self._speech: list[int] = []  # the keys of their speech
         self._buffered = 0  # the number of these tokens
         self._lengths: list[np.ndarray] = []
         self._prompts: list[int] = []
         self._rejected = (self.folder / REJECTED).open("wb")
+        self._keys = (self.folder / KEYS).open("wb")
         self._counts = {"n_rejected": 0, "n_set_aside": 0}
         self._instruction_lines: list[tuple[int, int]] = [(0, 1)]
 
-    def add(self, ids: Sequence[str], encoded: Sequence[EncodedRecord]) -> None:
-        """Append records."""
+    def add(self, ids: Sequence[str], encoded: Sequence[EncodedRecord], speech: Sequence[int] = ()) -> None:
+        """Append records. `speech`: their `speech_key`s; by default unknown."""
         self._ids += ids
+        self._speech += speech or [0] * len(ids)
         for item in encoded:
             if item.task == "tts" and item.instruction_lines != self._instruction_lines[-1][1]:
                 self._instruction_lines.append((len(self._prompts), item.instruction_lines))
@@ -286,17 +310,19 @@ class PartWriter:
         lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.int32()))
         sums = np.fromiter(map(record_checksum, self._ids, self._tokens), np.uint64, len(self._ids))
         batch = pa.RecordBatch.from_arrays([pa.array(self._ids, pa.string()), lists, pa.array(sums)], schema=_SCHEMA)
+        keys = np.stack([np.fromiter(map(id_key, self._ids), np.uint64), np.array(self._speech, np.uint64), sums], axis=1)
+        self._keys.write(keys.astype("<u8").tobytes())
         path = self.folder / f"shard-{len(self._shards):04d}.arrow"
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             writer.write_batch(batch)
         self._shards.append({"name": path.name, "rows": len(lengths), "bytes": path.stat().st_size, "digest": file_digest(path)})
         self._lengths.append(lengths.astype(np.int32))
-        self._ids, self._tokens, self._buffered = [], [], 0
+        self._ids, self._tokens, self._speech, self._buffered = [], [], [], 0
 
     def publish(self, uri: str, n_seen: int) -> None:
         """Finish the part and move it to `uri`. `n_seen`: records of the input, good and bad."""
         self._flush()
-        self._rejected.close()
+        self._close_files()
         index = np.stack([np.concatenate([np.zeros(0, np.int32), *self._lengths]), np.array(self._prompts, np.int32)])
         np.save(self.folder / "index.npy", index)
         content = {
@@ -312,7 +338,11 @@ class PartWriter:
         (self.folder / "part.json").write_bytes(checksummed_json(content))
         storage.publish(self.folder, uri, "part.json")
 
+    def _close_files(self) -> None:
+        self._rejected.close()
+        self._keys.close()
+
     def close(self) -> None:
         """Remove the temporary folder, if it still exists."""
-        self._rejected.close()
+        self._close_files()
         shutil.rmtree(self.folder, ignore_errors=True)

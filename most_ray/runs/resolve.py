@@ -36,6 +36,7 @@ from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
+from most_ray.runs.overlap import warn_of_overlaps
 from most_ray.runs.start_checks import walk
 from most_ray.speech.units.assets import copy_assets, find_assets
 
@@ -200,6 +201,7 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, i
     validation = stores_of("val", model_config.max_position_embeddings, "reject")
     n_rejected = check_rejected(training + validation, config.max_rejected_fraction, folder.local / REJECTED)
     folder.push(REJECTED)
+    warn_of_overlaps(training, validation)
     return Sources(model_path, vocabulary, training, validation, n_rejected)
 
 

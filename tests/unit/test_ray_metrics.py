@@ -241,3 +241,34 @@ def test_a_failure_of_rays_metrics_ends_no_run(monkeypatch: pytest.MonkeyPatch, 
     tracker.log(train(1))
     tracker.close()
     assert tracker.failure and "no exporter" in tracker.failure
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"), [("r-1", "r-1"), ("数据", "\\u6570\\u636e"), ("a\nb\x1b", "a\\nb\\x1b"), ("half \ud800", "half \\ud800"), ("", "")]
+)
+def test_values_of_tags_are_printable_ascii(text: str, shown: str) -> None:
+    assert prometheus.tag_value(text) == shown
+    assert len(prometheus.tag_value(text * 400)) <= 255
+
+
+def test_figures_of_folders_with_other_letters_are_exported_as_all_others(series: Series, tmp_path: Path) -> None:
+    tracker, journal = started(tmp_path / "metrics.jsonl")
+    line = train(1)
+    line["mix"] = {"asr/数据": next(iter(line["mix"].values()))}
+    write(journal, tracker, line, train(2))
+    assert all(text.isascii() for _, tags in series for _, text in tags)
+    assert of(series, "mix_share", source="asr/\\u6570\\u636e") is not None and of(series, "step") == 2
+
+
+def test_a_gauge_that_fails_ends_no_other(
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker, journal = started(tmp_path / "metrics.jsonl")
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such gauge")
+
+    monkeypatch.setattr(tracker._gauges["most_ray_loss"], "set", refuse)
+    write(journal, tracker, train(1), train(2))
+    assert of(series, "step") == 2 and of(series, "gradient_norm") == 1.5
+    assert caplog.text.count("most_ray_loss is not exported to Prometheus: no such gauge") == 1

@@ -335,3 +335,79 @@ def test_units_are_not_joined_over_records() -> None:
     for texts in (["[Hu1", "2][Hu3]"], ["[Hu4][Hu", "5]"], ["[Hu4]", "[", "Hu5]"]):
         found = parse_units_batch(texts)
         assert [isinstance(units, RecordError) for units in found] == [text != "[Hu4]" for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.jsonl", json.dumps(RECORDS).encode(), "must end in .json"),
+        ("a.jsonl", json.dumps(RECORDS, indent=1).encode(), "holds one JSON list"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(RECORDS, indent=1).encode()), "holds one JSON list"),
+        ("a.jsonl", json.dumps(RECORDS[0], indent=1).encode(), "a record has more than one line"),
+        ("a.json", gzip.compress(json.dumps(RECORDS).encode()), "must end in .gz"),
+        ("a.jsonl.gz", "\n".join(map(json.dumps, RECORDS)).encode(), "must not end in .gz"),
+        ("a.jsonl", "\n".join(map(json.dumps, RECORDS)).encode("utf-16"), "is UTF-16"),
+        ("a.json", json.dumps(RECORDS).encode("utf-16-be"), ""),
+    ],
+)
+def test_a_file_of_another_form_than_its_name_says_is_explained(tmp_path: Path, name: str, content: bytes, hint: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    good, reasons = read(tmp_path / name)
+    assert not [value for value in good if isinstance(value, dict)] and hint in reasons[0]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "wrapped.json"])
+def test_deep_values_cost_one_record(tmp_path: Path, name: str) -> None:
+    """Ids and metadata that are nested deeper than code that recurses can take, by a little and by far."""
+    for depth in (120, 500, 900, 2000):
+        deep = "[" * depth + "]" * depth
+        objects = '{"a": ' * depth + "1" + "}" * depth
+        bad = [json.dumps(RECORDS[1]).replace('"utt_1"', deep), json.dumps(RECORDS[1]).replace('{"speaker": 1}', objects)]
+        texts = [json.dumps(RECORDS[0]), *bad, json.dumps(RECORDS[2])]
+        content = "\n".join(texts) if name.endswith("l") else "[" + ",".join(texts) + "]"
+        (tmp_path / name).write_text('{"data": ' + content + "}" if name.startswith("w") else content)
+        good, reasons = read(tmp_path / name)
+        assert good == [RECORDS[0], RECORDS[2]] and len(reasons) in (1, 2), (depth, reasons)
+        assert all("nested" in reason for reason in reasons)
+
+
+UNITS = [7, 90, 481]
+SPELLINGS = {
+    "cosy": "".join(f"<|unit_{unit}|>" for unit in UNITS),
+    "speechgpt": "<sosp>" + "".join(f"<{unit}>" for unit in UNITS) + "<eosp>",
+    "glm": "<|begin_of_audio|>" + "".join(f"<|audio_{unit}|>" for unit in UNITS) + "<|end_of_audio|>",
+    "lower": "[hu7][hu90][hu481]",
+    "upper": "[HU7]",
+    "one": "<7>",
+    "spaced": "[Hu 7][Hu 90]",
+    "within": "say <|unit_7|><|unit_90|><|unit_481|> now",
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_units_of_other_projects_are_refused_with_the_right_spelling(name: str, side: str) -> None:
+    """As text they would be trained on in silence."""
+    raw = {"id": "a", "instruction": "Say it.", "input": "seven", "output": "seven", side: SPELLINGS[name]}
+    with pytest.raises(RecordError, match=rf"field '{side}' .*\[Hu7\]\[Hu90\]"):
+        parse_record(raw)
+
+
+@pytest.mark.parametrize(
+    "words", ["[Humming] la la", "[Hugh:] hi", "<h1>Title</h1><h2>x</h2>", "see [1][2][3] and <7>", "<s> hi </s>", "a <b> c", "x<1>y<2>"]
+)
+def test_brackets_in_texts_are_text(words: str) -> None:
+    assert parse_record({**asr(0), "output": words}).task == "asr"
+    assert parse_record({"id": "a", "instruction": words, "input": words, "output": words}).task == "text"
+
+
+def test_units_in_the_instruction_are_refused() -> None:
+    with pytest.raises(RecordError, match="'instruction' holds speech units"):
+        parse_record({**asr(0), "instruction": "Transcribe [Hu1][Hu2][Hu3]"})
+
+
+@pytest.mark.parametrize("value", [["x"], {"a": 1}])
+def test_ids_are_strings_or_numbers(value: Any) -> None:
+    with pytest.raises(RecordError, match="field 'id' is"):
+        parse_record({**asr(0), "id": value})
+    assert parse_record({**asr(0), "id": 7}).id == "7"

@@ -7,6 +7,7 @@ import gzip
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -403,3 +404,35 @@ def test_the_cache_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     with pytest.raises(DataError, match="not a directory of this user"):
         node_cache()
+
+
+def test_pipes_sockets_and_devices_are_not_read(tmp_path: Path) -> None:
+    """Opening a pipe would wait for a writer, and a device may have no end."""
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        controller, terminal = os.openpty()
+        try:
+            for path in (tmp_path / "pipe", tmp_path / "socket", os.ttyname(terminal)):
+                for read in (storage.open_read, storage.read_bytes, storage.read_small):
+                    with pytest.raises(DataError, match="is not a regular file"):
+                        read(str(path))
+        finally:
+            os.close(controller)
+            os.close(terminal)
+    with pytest.raises(IsADirectoryError):
+        storage.read_small(tmp_path)
+
+
+def test_small_files_are_small(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert storage.read_small(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(DataError, match="has more than 4 bytes"):
+        storage.read_small(tmp_path / "a", 4)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "half \ud800"])
+def test_names_that_no_file_can_have_are_said(name: str) -> None:
+    with pytest.raises(DataError, match="is a name that no file can have"):
+        storage.exists(name)
+    assert not storage.exists("bytes \udcff")

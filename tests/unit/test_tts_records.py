@@ -265,3 +265,12 @@ def test_a_record_without_metadata(tmp_path: Path) -> None:
     (made,) = convert(source, tmp_path / "out")
     stamp = dt.datetime.fromisoformat(made["metadata"]["conversion_timestamp"])
     assert made == asr_to_tts(asr(0) | {"metadata": {}}, "in", stamp)
+
+
+def test_half_a_surrogate_pair_in_metadata_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    line = json.dumps({"id": "a", "instruction": "T.", "input": "[Hu1]", "output": "one", "metadata": {"name": "\ud83d"}})
+    (tmp_path / "in" / "r.jsonl").write_text(line)
+    assert prepare_tts(Conversion(tmp_path / "in", tmp_path / "out"))["records"] == 1
+    with gzip.open(tmp_path / "out" / "r.jsonl.gz") as stream:
+        assert json.loads(stream.read())["metadata"]["name"] == "\ud83d"

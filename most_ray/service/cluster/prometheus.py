@@ -7,6 +7,7 @@ do not exist before their first event, so that this event could not be seen as a
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,15 @@ from collections.abc import Iterable, Mapping
 from ray.util.metrics import Gauge as RayGauge
 
 from most_ray.config import RunConfig
+from most_ray.errors import one_line, printable
 from most_ray.io import storage
 from most_ray.metrics.keys import Gauge, Key, Parts, leaves, nested
 from most_ray.metrics.rows import kind_of
 from most_ray.metrics.schema import ALL, KINDS
 from most_ray.trackers.base import Line
 
+logger = logging.getLogger(__name__)
+_TAG = 255  # characters of a tag's value
 _REFRESH_S = 5.0  # half of Ray's interval between exports
 _EVENTS = (  # gauges that follow from events instead of a key of a line
     Gauge("most_ray_starts", "Times that the run was started or resumed"),
@@ -40,7 +44,7 @@ class RayMetrics:
     failure: str | None = None  # it raises instead
 
     def __init__(self, config: RunConfig) -> None:
-        self._run = storage.redact(config.name)
+        self._run = tag_value(storage.redact(config.name))
         self._gauges: dict[str, RayGauge] = {}
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self._changing = threading.Lock()  # of the values
@@ -50,6 +54,7 @@ class RayMetrics:
         self._evaluated = -1  # step of the newest evaluation
         self._line_time: float | None = None
         self._checkpoints = 0
+        self._failed: set[str] = set()  # names of gauges that could not be set
 
     def begin(self, step: int, lines: Iterable[Line]) -> None:
         self._gauges = {name: RayGauge(name, gauge.description, ("run", *gauge.tags)) for name, gauge in METRICS.items()}
@@ -113,14 +118,30 @@ class RayMetrics:
         if value is not None:
             value *= METRICS[name].scale
             with self._changing:
-                self._values[name, (("run", self._run), *tags.items())] = float(value)
-                self._gauges[name].set(float(value), {"run": self._run, **tags})
+                key = (name, (("run", self._run), *((tag, tag_value(text)) for tag, text in tags.items())))
+                self._values[key] = float(value)
+                self._export(*key)
+
+    def _export(self, name: str, tags: tuple[tuple[str, str], ...]) -> None:
+        """Give Ray a gauge's value. A failure is logged once for each gauge, and ends no other one."""
+        try:
+            self._gauges[name].set(self._values[name, tags], dict(tags))
+        except Exception as error:  # noqa: BLE001 - whatever Ray refuses
+            if name not in self._failed:
+                logger.warning("%s is not exported to Prometheus: %s", name, one_line(error))
+            self._failed.add(name)
 
     def _refresh(self) -> None:
         while not self._closed.wait(_REFRESH_S):
             with self._changing:
-                for (name, tags), value in self._values.items():
-                    self._gauges[name].set(value, dict(tags))
+                for name, tags in self._values:
+                    self._export(name, tags)
+
+
+def tag_value(text: str) -> str:
+    """A text as Ray takes it for the value of a tag: at most 255 printable ASCII characters, with escapes (`\\u6570`) for others."""
+    safe = printable(text).encode("ascii", "backslashreplace").decode()
+    return safe if len(safe) <= _TAG else f"{safe[: _TAG // 2 - 2]}...{safe[-_TAG // 2 + 2 :]}"
 
 
 def _tags(key: Key, parts: Parts) -> dict[str, str]:
