@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands
-from most_ray.cli.parser import Parser, print_error, remember_flags
-from most_ray.errors import UserError
+from most_ray.console.streams import drop_stream, open_streams
+from most_ray.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from most_ray.cli.parser import Parser
+
+_READER_GONE = 141  # exit code of shells for a process that nobody reads any more
 
 
 def build_parser() -> Parser:
     """The parser of all commands; a command's module adds its own."""
+    # Imported here: it takes a second, in which an interrupt must end as in any other (see `main`).
+    from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands
+    from most_ray.cli.parser import Parser, remember_flags
+
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for each in (prepare_commands, run_commands, evaluate_command, speech_commands, cluster_commands):
@@ -26,28 +34,54 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, `argv` (None: that of this process). Returns the exit code. 0: done. 1: a run failed. 2: an error that the user can
     fix. 75: stopped on request; the same command resumes. 130: interrupted. 141: whoever read the output has closed it."""
+    open_streams()
+    try:
+        code = _run(argv)
+    except KeyboardInterrupt:
+        _tell("most-ray: interrupted; the same command resumes from the last checkpoint")
+        code = 130
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        code = _READER_GONE
+    try:
+        sys.stdout.flush()
+    except OSError:
+        drop_stream(sys.stdout.fileno())  # or the end of the process would try once more, and fail
+        code = code or _READER_GONE
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run a command; see `main`. Interrupts and a screen without a reader are left to it."""
     # Read when torch is loaded, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on an
     # idle machine, and on a busy one they make a step up to 25 times faster (tests/benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # shows progress as it happens, in a log file too
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    from most_ray.console.terminal import log_to_stderr, shown_text  # takes a tenth of a second
+
+    log_to_stderr(logging.WARNING)
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
     try:
         args = build_parser().parse_args(argv)
         return int(args.run(args))
     except UserError as error:
-        print_error(error)
+        _tell(f"most-ray: {error.kind}: {error}")
         return error.exit_code
-    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        raise
+    except UnicodeEncodeError as error:  # of a path: what is shown is written with escapes
+        rule = f"cannot be written as {error.encoding}, this system's encoding of names."
+        named = ConfigError("name", error.object[:200], rule, "Correct the name, or set LC_ALL=C.UTF-8.")
+        _tell(f"most-ray: {named.kind}: {named}")
+        return named.exit_code
     except OSError as error:
         logging.getLogger("most_ray").debug("", exc_info=True)  # the error itself is printed; this adds where it was raised
-        print(f"most-ray: error: {error}", file=sys.stderr)
+        _tell(f"most-ray: error: {shown_text(str(error))}")
         return 2
-    except KeyboardInterrupt:
-        print("most-ray: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+
+
+def _tell(line: str) -> None:
+    """Write a last line to standard error; where nobody reads that any more, the exit code says it."""
+    try:
+        sys.stderr.write(line + "\n")
+    except OSError:
+        drop_stream(sys.stderr.fileno())

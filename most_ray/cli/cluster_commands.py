@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from most_ray import config as configuration
 from most_ray.cli.parser import Parser, add_command, config_of
+from most_ray.console.terminal import Terminal
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
 
@@ -128,7 +126,9 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
             from most_ray.records.tts_records import read_conversions
 
             read_conversions(args.config)
-            _check_secrets(args.config, {"input_dir": args.config.read_text()})  # as text: a Path has lost one slash of a URI
+            _check_secrets(
+                args.config, {"input_dir": args.config.read_text(encoding="utf-8", errors="replace")}
+            )  # as text: a Path has lost one slash of a URI
         return f"prepare-{args.what}-{Path(uri).stem}", uri
     if args.command == "sweep":
         from most_ray.sweep.options import flag_values, load_sweep
@@ -166,4 +166,4 @@ def _doctor(args: argparse.Namespace) -> int:
     config = config_of(args)
     from most_ray.service.preflight.doctor import examine_run, show
 
-    return show(examine_run(config), Console(width=None if sys.stdout.isatty() else 140))
+    return show(examine_run(config), Terminal(140))

@@ -10,6 +10,7 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli.job_files import to_read, to_write
 from most_ray.cli.parser import add_command, check_model, check_output, config_of_flags
+from most_ray.console.terminal import say
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.options import add_flag, flag_values
@@ -107,5 +108,6 @@ def _rescore(args: argparse.Namespace) -> int:
 def _show_evaluation(result: dict[str, Any], output: Path) -> int:
     from most_ray.evaluation.hypotheses import result_lines
 
-    print("\n".join([*result_lines(result), str(output)]))
+    for line in (*result_lines(result), str(output)):
+        say(line)
     return 0

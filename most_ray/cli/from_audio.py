@@ -17,7 +17,8 @@ import yaml
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths, to_read
-from most_ray.errors import ConfigError, DataError
+from most_ray.console.terminal import say
+from most_ray.errors import ConfigError, DataError, printable
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.records.files import PREPARED
@@ -67,7 +68,8 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
         raise ConfigError("output_dir", storage.redact(output), "is not on this machine, where records are made.", "Name a local folder.")
     data = Path(output) / f"{name}-data"
     division, hours = _divide(args.from_audio, layout)
-    print(f"{args.from_audio}: {layout}, {division.description}\n")
+    say(f"{args.from_audio}: {layout}, {division.description}")
+    say("")
     corpus = ["--corpus", layout, "--input", str(args.from_audio)]
     units = ["prepare", "units", *corpus, "--features", args.features or "mfcc", "--max_seconds", _MAX_SECONDS]
     train, val = str(data / "train_asr"), str(data / "val_asr")
@@ -78,10 +80,12 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
     for part in ("train", "val"):
         run(["prepare", "tts", "--input_dir", str(data / f"{part}_asr"), "--output_dir", str(data / f"{part}_tts"), "--dataset_name", name])
     path, settings = data / "run.yaml", run_settings(name, output, data)
-    path.write_text(f"# Made by `most-ray train --from_audio {args.from_audio}`.\n" + yaml.safe_dump(settings, sort_keys=False))
+    text = f"# Made by `most-ray train --from_audio {printable(str(args.from_audio))}`.\n" + yaml.safe_dump(settings, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
     words = {key: value if isinstance(value, list | tuple) else [value] for key, value in flags.items()}
     given_flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
-    print(f"most-ray {shlex.join(['train', '--config', str(path), *given_flags])}\n\n{path}:\n{path.read_text()}")
+    for line in (f"most-ray {shlex.join(['train', '--config', str(path), *given_flags])}", "", f"{path}:", *text.split("\n")):
+        say(line)
     return path
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import TimeRemainingColumn
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths
+from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
 
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
@@ -95,7 +96,7 @@ def check_above_0(flag: str, number: float) -> None:
 
 
 def print_error(error: UserError) -> None:
-    print(f"most-ray: {error.kind}: {error}", file=sys.stderr)
+    say(f"most-ray: {error.kind}: {error}", stream=sys.stderr)
 
 
 def check_local(flag: str, path: Path, what: str) -> None:
@@ -107,7 +108,8 @@ def check_local(flag: str, path: Path, what: str) -> None:
 def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:
     """The items, with a progress bar on a terminal; in a log file, with a line every 30 s."""
     if console.is_terminal:
-        yield from track(items, what, total=total, console=console)
+        with progress_bar(console, what, "{task.percentage:>3.0f}%", TimeRemainingColumn()) as progress:
+            yield from progress.track(items, total=total)
         return
     began = reported = time.monotonic()
     for number, item in enumerate(items, start=1):
@@ -116,4 +118,4 @@ def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> It
         if now - reported >= _REPORT_S and number < total:
             reported = now
             left = (now - began) / number * (total - number)
-            console.print(f"{what}: {number} of {total}, {left / 60:.0f} min left", highlight=False, soft_wrap=True)
+            print_line(console, f"{what}: {number} of {total}, {left / 60:.0f} min left")

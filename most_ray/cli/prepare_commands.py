@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from most_ray import config as configuration
 from most_ray.cli.job_files import to_read, to_write
 from most_ray.cli.parser import Parser, add_command, check_above_0, check_local, check_output, config_of, tracked
+from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
@@ -109,7 +108,7 @@ def _corpus(args: argparse.Namespace) -> tuple[CorpusOptions, list[Condition]]:
 
 
 def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    return tracked(items, what, total, Console())
+    return tracked(items, what, total, Terminal())
 
 
 def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
@@ -156,9 +155,9 @@ def _units(args: argparse.Namespace) -> int:
     counts = prepare_units(job, _progress, _runner(args, job))
     unchanged = ": nothing has changed" if counts.get("unchanged") else ""
     of = f" of {counts['speakers']} speakers" if counts["speakers"] else ""
-    print(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
+    say(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
     if counts["rejected"]:
-        print(f"{counts['rejected']} entries were rejected: {args.output / 'rejected.jsonl'}")
+        say(f"{counts['rejected']} entries were rejected: {args.output / 'rejected.jsonl'}")
     return 0
 
 
@@ -168,7 +167,7 @@ def _kmeans(args: argparse.Namespace) -> int:
     check_output(args.output)
     job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
     found = prepare_kmeans(job, args.output, _progress, _runner(args, job))
-    print(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
+    say(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
     return 0
 
 
@@ -183,7 +182,7 @@ def _vocoder(args: argparse.Namespace) -> int:
     made = ": nothing has changed"
     if not found.get("unchanged"):
         made = f" of {found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
-    print(f"vocoder{made}: {args.records / 'vocoder.safetensors'}")
+    say(f"vocoder{made}: {args.records / 'vocoder.safetensors'}")
     return 0
 
 
@@ -203,9 +202,9 @@ def _tts(args: argparse.Namespace) -> int:
         check_local("output_dir", conversion.output_dir, "folder")
     for conversion in conversions:
         counts = prepare_tts(conversion)
-        print(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")
+        say(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")
         if counts["rejected"]:
-            print(f"{counts['rejected']} records were rejected: {conversion.output_dir / 'rejected.jsonl'}")
+            say(f"{counts['rejected']} records were rejected: {conversion.output_dir / 'rejected.jsonl'}")
     return 0
 
 
@@ -224,5 +223,5 @@ def _store(args: argparse.Namespace) -> int:
     from most_ray.service.tasks.ingest_tasks import ingest_runner
 
     started = time.monotonic()
-    print_stores(make_stores(config, args.verify, ingest_runner), time.monotonic() - started, Console())
+    print_stores(make_stores(config, args.verify, ingest_runner), time.monotonic() - started, Terminal())
     return 0

@@ -6,18 +6,16 @@ import argparse
 import json
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from most_ray import config as configuration
 from most_ray.cli import from_audio
 from most_ray.cli.job_files import resolve_paths, to_read, to_write
 from most_ray.cli.parser import add_command, check_output, config_of
+from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 
@@ -78,7 +76,7 @@ def _init_model(args: argparse.Namespace) -> int:
         model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), args.output, args.seed)
     else:
         model = from_deepseek(args.from_deepseek, args.output)
-    print(f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size}: {args.output}")
+    say(f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size}: {args.output}")
     return 0
 
 
@@ -91,7 +89,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.from_audio:
         args.config = from_audio.prepare(args, configuration.flag_values(args), _echoed)
     config = config_of(args)
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width
+    console = Terminal(120)
     if args.dry_run is not None:
         from most_ray.planner.dry_run import dry_run
         from most_ray.planner.screen import dry_screen
@@ -109,11 +107,11 @@ def _echoed(words: Sequence[str]) -> None:
     """Print a command and run it. Raises DataError where its exit code is not 0."""
     from most_ray.cli import build_parser  # which imports this module
 
-    print(f"most-ray {shlex.join(words)}")
+    say(f"most-ray {shlex.join(words)}")
     args = build_parser().parse_args(words)
     if code := args.run(args):
         raise DataError("command", shlex.join(words), f"ended with exit code {code}.")
-    print()
+    say("")
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -132,7 +130,7 @@ def _plan(args: argparse.Namespace) -> int:
     lines = ({"step": step, "records": plan.record_ids(plan.step(step))} for step in range(first, last + 1))
     with args.trace.open("w", encoding="utf-8") as sink:
         sink.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    print(f"steps {first} to {last}: {args.trace}")
+    say(f"steps {first} to {last}: {args.trace}")
     return 0
 
 
@@ -143,7 +141,7 @@ def _report(args: argparse.Namespace) -> int:
     output = args.output or (Path("report.html") if apart else storage.local(args.runs[0]) / "report.html")
     check_output(output)
     write_report(args.runs, output)
-    print(output)
+    say(str(output))
     return 0
 
 
@@ -151,7 +149,7 @@ def _export(args: argparse.Namespace) -> int:
     from most_ray.checkpoint.export import export_checkpoint
 
     export_checkpoint(args.checkpoint, args.output)
-    print(args.output)
+    say(str(args.output))
     return 0
 
 
@@ -163,5 +161,5 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
     from most_ray.service.tune.runner import run_sweep
 
-    run_sweep(sweep, Console(width=None if sys.stdout.isatty() else 140))  # a log file has no width
+    run_sweep(sweep, Terminal(140))
     return 0

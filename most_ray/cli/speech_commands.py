@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from most_ray import config as configuration
 from most_ray.cli.job_files import to_read, to_write
 from most_ray.cli.parser import Parser, add_command, check_above_0, check_model, check_output, config_of_flags, print_error
-from most_ray.errors import ConfigError, DataError, RecordError
+from most_ray.console.terminal import say
+from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
 from most_ray.options import add_flag
 from most_ray.records.files import UNITS_MANIFEST
@@ -81,9 +82,10 @@ def _transcribe(args: argparse.Namespace) -> int:
                 line = {"file": str(path), "text": transcript.text, "units": " ".join(map(str, units)), "ended": transcript.ended}
                 sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
-                print(transcript.text if len(args.recordings) == 1 else f"{path}\t{transcript.text}")
+                cells = (transcript.text,) if len(args.recordings) == 1 else (str(path), transcript.text)
+                print(*map(printable, cells), sep="\t")
     if args.output:
-        print(f"{written} transcriptions: {args.output}")
+        say(f"{written} transcriptions: {args.output}")
     return 0 if written == len(args.recordings) else 2
 
 
@@ -149,7 +151,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     known = folder or own
     vocoder = open_vocoder(args.vocoder or str(folder), require_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
-        print(f"{_synthesize_records(args, vocoder)} recordings: {args.output}")
+        say(f"{_synthesize_records(args, vocoder)} recordings: {args.output}")
         return 0
     if args.units:
         try:
@@ -162,11 +164,11 @@ def _synthesize(args: argparse.Namespace) -> int:
         if not (units := generated.units):
             raise DataError("text", args.text, "gave no speech: the model answered without a unit.", "It may need more training.")
         if generated.stop is None:
-            print(f"most-ray: the speech was cut off after {len(units)} units", file=sys.stderr)
+            say(f"most-ray: the speech was cut off after {len(units)} units", stream=sys.stderr)
     waves, rate = vocoder([units])
     args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(args.output, waves[0], rate)
-    print(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
+    say(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
     return 0
 
 

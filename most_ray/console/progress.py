@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeElapsedColumn
 
+from most_ray.console.terminal import print_line, progress_bar
 from most_ray.io.journal import Follower
 
 _HALF_LIFE = 20.0  # steps after which a step's time counts half
@@ -138,14 +139,13 @@ class ProgressWatcher:
         self._thread.join(timeout=10)
 
     def _follow(self) -> None:
-        count, figures = TextColumn("step {task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[figures]}")
-        columns = (count, BarColumn(), figures, TimeElapsedColumn())
-        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+        steps = "step {task.completed:.0f}/{task.total:.0f}"
+        with progress_bar(self._console, steps, "{task.fields[figures]}", TimeElapsedColumn()) as progress:
             bar = progress.add_task("train", total=self._total, completed=self._text.step, figures=self._text.figures)
             stopping = False
             while not stopping:
                 stopping = self._stop.wait(_POLL_S)
                 for line in self._lines.new_lines():
                     if text := self._text.update(line, time.monotonic()):
-                        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+                        print_line(self._console, text)
                 progress.update(bar, completed=self._text.step, figures=self._text.figures)

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from most_ray.config import RunConfig
 from most_ray.console.progress import duration
+from most_ray.console.terminal import print_line
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
 from most_ray.io import storage
@@ -92,11 +92,6 @@ def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
     where = f"on {config.eval_gpus:g} GPUs" if config.eval_gpus else "on CPUs" if prepared.use_gpu else shared
     tasks = f" in {config.eval_workers} tasks" if config.eval_workers > 1 else ""
     return f"{when}, beside training{tasks}, {where}"
-
-
-def print_line(console: Console, text: str) -> None:
-    """Print text as it is: without markup or highlighting, and without breaking lines."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_rows(console: Console, rows: Mapping[str, str]) -> None:
@@ -245,8 +240,7 @@ def _samples(samples: list[dict[str, Any]]) -> Table | None:
     for heading in ("record", "reference", "hypothesis"):
         table.add_column(heading)
     for sample in spread(samples, 5):
-        # As Text: the output of a model may contain what rich takes for markup, as [Hu7].
-        table.add_row(*map(Text, (f"{sample['set']} {sample['id']}", sample["reference"], sample["hypothesis"])))
+        table.add_row(f"{sample['set']} {sample['id']}", sample["reference"], sample["hypothesis"])
     return table
 
 
@@ -284,5 +278,5 @@ def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console)
         table.add_row(store.name, store.task, *numbers)
     console.print(table)
     for store in stores:
-        console.print(f"{store.task}/{store.name}: {store.uri}", highlight=False, soft_wrap=True)
-    console.print(f"{sum(len(store) for store in stores):,} records in {seconds:.1f} s", highlight=False)
+        print_line(console, f"{store.task}/{store.name}: {store.uri}")
+    print_line(console, f"{sum(len(store) for store in stores):,} records in {seconds:.1f} s")

@@ -16,6 +16,7 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.hypotheses import Row, evaluation_result, write_hypotheses, write_result
 from most_ray.evaluation.scoring import EvalShard, EvaluationSet, EvaluationSettings, asr_instruction
+from most_ray.evaluation.wer import NORMALISER_VERSION
 from most_ray.io import storage
 from most_ray.model.build import check_template, check_units
 from most_ray.model.configuration import MostConfig
@@ -95,6 +96,7 @@ def merge_shards(
         about[each.name]["rejected_file"] = storage.redact(storage.join(each.store.uri, REJECTED))
     used = {"model": storage.redact(uri), **asdict(settings), "template": template_hash(), "units": getattr(config, "units_identity", None)}
     routing = load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config)
-    header = {"settings": {**used, "asr_instruction": asr_instruction(tokenizer, sets)}, "sets": about, "routing": routing}
+    used |= {"asr_instruction": asr_instruction(tokenizer, sets), "normaliser_version": NORMALISER_VERSION}
+    header = {"settings": used, "sets": about, "routing": routing}
     ordered = [rows[key] for key in wanted]
     return Evaluation(header, ordered, evaluation_result(header, ordered))

@@ -12,33 +12,66 @@ tokens; null if it is not finite), supervised_tokens, and
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from most_ray.errors import DataError, nearest
-from most_ray.evaluation.wer import NORMALISERS, character_counts, confusions, error_rate, normaliser, word_counts
+from most_ray.errors import DataError, nearest, shown
+from most_ray.evaluation.wer import (
+    NORMALISER_VERSION,
+    NORMALISERS,
+    character_counts,
+    confusions,
+    error_rate,
+    normaliser,
+    word_counts,
+)
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
+from most_ray.io.json_values import json_text, parse_json
 from most_ray.metrics.figures import RATES, TITLES
 from most_ray.records.record import TASKS
 
+logger = logging.getLogger(__name__)
 FORMAT = 1  # of the file
 _SAMPLES = 5  # of each set, in the result
 _REMEDY = "Name a hypotheses.jsonl that an evaluation has written."
-_NUMBER = (int, float, type(None))
-_FIRST = {"settings": dict, "sets": dict, "routing": dict}
-_ABOUT = {"task": str, "records": int, "rejected": int, "rejected_file": str}
-_COMMON = {"set": str, "row": int, "id": str, "loss": _NUMBER, "supervised_tokens": int}
-_SIDES = {"reference": str, "hypothesis": str, "ended": bool, "looping": bool, "foreign": int}
-_FIELDS: dict[str, dict[str, Any]] = {
-    "asr": _COMMON | _SIDES,
-    "tts": _COMMON | _SIDES | {"text": str, "recognised": str, "hit_cap": bool},
-    "text": _COMMON,
-}
+_MOST = 1 << 53  # of a count: larger ones are no longer exact as floats
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _is_loss(value: Any) -> bool:
+    """Whether a value is null, or a number whose sums stay finite."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e200)
+
+
+Fields = Mapping[str, Callable[[Any], bool]]  # names of fields, and whether a value may be theirs
+_FIRST: Fields = {"settings": _is_object, "sets": _is_object, "routing": _is_object}
+_ABOUT: Fields = {"task": lambda value: value in TASKS, "records": _is_count, "rejected": _is_count, "rejected_file": _is_text}
+_COMMON: Fields = {"set": _is_text, "row": _is_count, "id": _is_text, "loss": _is_loss, "supervised_tokens": _is_count}
+_SIDES: Fields = {"reference": _is_text, "hypothesis": _is_text, "ended": _is_flag, "looping": _is_flag, "foreign": _is_count}
+_SPEECH: Fields = {"text": _is_text, "recognised": _is_text, "hit_cap": _is_flag}
+_FIELDS: Mapping[str, Fields] = {"asr": {**_COMMON, **_SIDES}, "tts": {**_COMMON, **_SIDES, **_SPEECH}, "text": _COMMON}
 
 Row = dict[str, Any]  # a line of the file, of a record
 
@@ -144,12 +177,12 @@ def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_le
 def write_hypotheses(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
     """Write hypotheses.jsonl. Atomic."""
     lines = [{"kind": "settings", "format": FORMAT, **header}, *rows]
-    storage.write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    storage.write_bytes(path, "".join(json_text(line) + "\n" for line in lines).encode())
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result as JSON. Atomic."""
-    storage.write_bytes(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    storage.write_bytes(path, json_text(result, indent=1).encode())
 
 
 def result_lines(result: dict[str, Any]) -> list[str]:
@@ -176,26 +209,33 @@ def _percent(rate: dict[str, Any]) -> str:
 def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
     """Read hypotheses.jsonl: its first line, without kind and format, and its rows. Raises DataError if the file is missing or is something
     else, a line cannot be used, or records are missing or doubled."""
-    shown = storage.redact(uri)
+    shown_uri = storage.redact(uri)
     try:
         raw = storage.read_bytes(uri).splitlines()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError("rescore", shown, "does not exist, or is a folder.", _REMEDY) from error
+        raise DataError("rescore", shown_uri, "does not exist, or is a folder.", _REMEDY) from error
+    except OSError as error:
+        raise DataError("rescore", shown_uri, f"cannot be read ({error.strerror or error}).", _REMEDY) from error
     lines: list[dict[str, Any]] = []
     for number, line in enumerate(raw, 1):
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise DataError("rescore", f"{shown}:{number}", f"is not JSON ({error}).") from error
-        lines.append(_first_line(value, f"{shown}:1") if number == 1 else _record_line(value, f"{shown}:{number}", lines[0]["sets"]))
+            raise DataError("rescore", f"{shown_uri}:{number}", f"is not JSON ({error}).", _REMEDY) from error
+        where = f"{shown_uri}:{number}"
+        lines.append(_first_line(value, where) if number == 1 else _record_line(value, where, lines[0]["sets"]))
     if not lines:
-        raise DataError("rescore", shown, "is empty.", _REMEDY)
+        raise DataError("rescore", shown_uri, "is empty.", _REMEDY)
     header = {key: value for key, value in lines[0].items() if key not in ("kind", "format")}
+    found: dict[str, set[int]] = {name: set() for name in header["sets"]}
+    count = Counter(row["set"] for row in lines[1:])
+    for row in lines[1:]:
+        found[row["set"]].add(row["row"])
     for name, about in header["sets"].items():
-        rows = sorted(row["row"] for row in lines[1:] if row["set"] == name)
-        if rows != list(range(about["records"])):
-            rule = f"holds {len(rows)} records of {name}, {len(set(rows))} different ones; {about['records']} were evaluated."
-            raise DataError("rescore", shown, rule, "Take the whole file, each record once.")
+        rows, records = found[name], about["records"]
+        if not (count[name] == len(rows) == records and max(rows, default=-1) == records - 1):
+            rule = f"holds {count[name]} records of {name}, {len(rows)} different ones; {records} were evaluated."
+            raise DataError("rescore", shown_uri, rule, "Take the whole file, each record once.")
     return header, lines[1:]
 
 
@@ -203,11 +243,19 @@ def _first_line(line: Any, where: str) -> dict[str, Any]:
     if not isinstance(line, dict) or line.get("kind") != "settings":
         raise DataError("rescore", where, "is not a settings line.", _REMEDY)
     if line.get("format") != FORMAT:
-        raise DataError("rescore", where, f"has format {line.get('format')!r}; this version reads {FORMAT}.")
+        raise DataError("rescore", where, f"has format {shown(line.get('format'))}; this version reads {FORMAT}.")
     _check_fields(line, _FIRST, where)
-    _check_fields(line["routing"], {"leaked": int}, where)
-    for about in line["sets"].values():
+    _check_fields(line["routing"], {"leaked": _is_count}, where)
+    try:
+        json.dumps(line, allow_nan=False)
+    except ValueError as error:
+        raise DataError("rescore", where, "has a number that is not finite.", _REMEDY) from error
+    for name, about in line["sets"].items():
         _check_fields(about, _ABOUT, where)
+        if not re.fullmatch(rf"{about['task']}/.+", name, re.DOTALL):
+            raise DataError(
+                "rescore", where, f"has a set {shown(name)} of the task {about['task']}, which is not {about['task']}/NAME.", _REMEDY
+            )
     return line
 
 
@@ -215,17 +263,19 @@ def _record_line(line: Any, where: str, sets: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(line, dict) or line.get("kind") != "hypothesis" or line.get("task") not in TASKS:
         raise DataError("rescore", where, "is not a line of a record.", _REMEDY)
     _check_fields(line, _FIELDS[line["task"]], where)
+    if not _is_text(line.get("heard", "")):
+        raise DataError("rescore", where, f"has {shown(line['heard'])} in field 'heard'.", _REMEDY)
     if line["set"] not in sets or sets[line["set"]]["task"] != line["task"]:
-        raise DataError("rescore", where, f"belongs to no set of line 1: {line['set']!r}.")
+        raise DataError("rescore", where, f"belongs to no set of line 1: {shown(line['set'])}.", _REMEDY)
     return line
 
 
-def _check_fields(found: Any, fields: Mapping[str, Any], where: str) -> None:
-    for name, kind in fields.items():
+def _check_fields(found: Any, fields: Fields, where: str) -> None:
+    for name, holds in fields.items():
         if not isinstance(found, dict) or name not in found:
             raise DataError("rescore", where, f"has no field {name!r}.", _REMEDY)
-        if not isinstance(found[name], kind):
-            raise DataError("rescore", where, f"has {found[name]!r} in field {name!r}.", _REMEDY)
+        if not holds(found[name]):
+            raise DataError("rescore", where, f"has {shown(found[name])} in field {name!r}.", _REMEDY)
 
 
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
@@ -234,6 +284,10 @@ def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
     header, rows = read_hypotheses(uri)
     name = name or header["settings"].get("normaliser")
     if name not in NORMALISERS:
-        raise DataError("normaliser", name, "is not known.", nearest(str(name), NORMALISERS))
-    header["settings"] = header["settings"] | {"normaliser": name}
+        raise DataError("normaliser", name, "is not known.", nearest(str(name)[:100], NORMALISERS))
+    version = header["settings"].get("normaliser_version", 1)  # which files of the first version do not name
+    if version != NORMALISER_VERSION and name != "none":
+        text = "%s was scored by version %s of the normalisers, and is scored by version %d now: compare figures of one version only"
+        logger.warning(text, storage.redact(uri), shown(version), NORMALISER_VERSION)
+    header["settings"] = header["settings"] | {"normaliser": name, "normaliser_version": NORMALISER_VERSION}
     return evaluation_result(header, [add_normalised(row, name) for row in rows])

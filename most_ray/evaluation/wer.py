@@ -10,6 +10,7 @@ import functools
 import importlib.resources
 import itertools
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -23,6 +24,12 @@ from most_ray.io.json_values import parse_json
 NORMALISERS: tuple[Normaliser, ...] = get_args(Normaliser)
 RESAMPLES = 1000
 _AUDIO_TOKEN = re.compile(r"\[Hu\d+\]|<\|(?:begin|end)_of_audio\|>")
+# Of the texts that `normaliser` makes: rates by two versions are of two measures. 2: marks stay with their letters, apostrophes are equal.
+NORMALISER_VERSION = 2
+_PLAIN = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u2032\u00b4`\uff07"), "'")  # characters that are typed for an apostrophe
+_BRACKETS = (("<[", ">]", re.compile(r"[<\[][^>\]]*[>\]]")), ("(", ")", re.compile(r"\([^)]+\)")))
+_MOST_MARKS = 30  # on one letter, as in Unicode's stream-safe texts (UAX 15): the time to put marks in order is quadratic
+_SELECTORS = re.compile("[\u180b-\u180d\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 _EDITS = ("substitute", "delete", "insert")  # jiwer's names
 _CHUNK = 1 << 22  # records drawn at once, so that memory does not grow with the set
 
@@ -32,18 +39,65 @@ def normaliser(name: Normaliser) -> Callable[[str], str]:
     """The function that both sides are normalised with before they are compared. Each reduces runs of white space to one blank.
 
     none: nothing else. basic: Whisper's for all languages (lower case; text in brackets, punctuation and symbols removed, so that "it's" is
-    two words). whisper-english: Whisper's for English (also numbers as digits, contractions written out, British spellings as American
-    ones). Both are transformers'; the list of spellings is from the package whisper-normalizer."""
-    clean: Callable[[str], str] = str
-    if name != "none":
-        from transformers.models.whisper import english_normalizer as whisper  # takes a second to import
+    two words), but marks stay with their letters: vowel signs make words. whisper-english: Whisper's for English (also numbers as digits,
+    contractions written out, British spellings as American ones), transformers' with the list of spellings of the package
+    whisper-normalizer. For the last two a typographic apostrophe is the same as a plain one."""
+    if name == "none":
+        return lambda text: " ".join(_marked(text).split())
+    clean = _english() if name == "whisper-english" else _basic
+    # One blank for many, or an expression of the library would search them from each on.
+    return lambda text: " ".join(clean(" ".join(_without_brackets(_marked(text).translate(_PLAIN).lower()).split())).split())
 
-        clean = whisper.BasicTextNormalizer()
-    if name == "whisper-english":
-        spellings = importlib.resources.files("whisper_normalizer") / "normalizers" / "english.json"
-        clean = whisper.EnglishTextNormalizer(parse_json(spellings.read_text(encoding="utf-8")))
-    # A speech token in a transcription becomes a word, so that it counts as an error: normalisers drop text in brackets.
-    return lambda text: " ".join(clean(_AUDIO_TOKEN.sub(" speechtoken ", text)).split())
+
+def _marked(text: str) -> str:
+    """A text in which each speech token is a word, which counts as an error: normalisers drop text in brackets."""
+    return _AUDIO_TOKEN.sub(" speechtoken ", text)
+
+
+def _without_brackets(text: str) -> str:
+    """A text without what is in brackets, as Whisper's expressions for it leave it, and with blanks, which Whisper makes of them later, for
+    opening brackets that nothing closes: from each of these an expression would search the rest of the text."""
+    for opening, closing, pattern in _BRACKETS:
+        end = max(map(text.rfind, closing)) + 1
+        text = pattern.sub("", text[:end]) + text[end:].translate(dict.fromkeys(map(ord, opening), " "))
+    return text
+
+
+def _basic(text: str) -> str:
+    """A text in lower case, in Unicode's composed form, with blanks for symbols, punctuation, and marks that follow no letter."""
+    kept, on_letter = [], False
+    for character in unicodedata.normalize("NFKC", _few_marks(text)):
+        category = unicodedata.category(character)
+        if category in ("Mn", "Mc") and on_letter:
+            if not _SELECTORS.match(character):  # which choose between forms of a letter
+                kept.append(character)
+        else:
+            on_letter = category[0] == "L" or (on_letter and category == "Cf")  # joiners stand between letters
+            kept.append(" " if category[0] in "MSP" else character)
+    return "".join(kept).lower()
+
+
+def _few_marks(text: str) -> str:
+    """A text without the marks that follow `_MOST_MARKS` others."""
+    if text.isascii():
+        return text
+    groups = itertools.groupby(text, lambda character: unicodedata.combining(character) > 0)
+    return "".join("".join(itertools.islice(group, _MOST_MARKS) if marks else group) for marks, group in groups)
+
+
+def _english() -> Callable[[str], str]:
+    from transformers.models.whisper import english_normalizer as whisper  # takes a second to import
+
+    spellings = importlib.resources.files("whisper_normalizer") / "normalizers" / "english.json"
+    clean = whisper.EnglishTextNormalizer(parse_json(spellings.read_text(encoding="utf-8")))
+
+    def normalise(text: str) -> str:
+        try:
+            return str(clean(_few_marks(text)))
+        except ValueError:  # a number of thousands of digits; its words are compared as they are
+            return _basic(text)
+
+    return normalise
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import orjson
 
 MAX_DEPTH = 100  # of values in each other; recursive code, as that of `json.dumps`, fails near a thousand
 TOO_LONG = "holds a number of thousands of digits"  # the other ValueErrors of `json`, whose own advice is for programmers
+_HALF_PAIRS = re.compile(r"[\ud800-\udfff]")
 _TOO_DEEP = f"is nested more than {MAX_DEPTH} deep"
 
 
@@ -30,6 +32,12 @@ def parse_json(text: bytes | str) -> Any:
             raise (error if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else ValueError(TOO_LONG)) from None
     check_depth(value)
     return value
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON text that every encoding of Unicode can hold: with escapes where a text has half surrogate pairs."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return json.dumps(value, indent=indent) if _HALF_PAIRS.search(text) else text
 
 
 def check_depth(value: Any) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from most_ray.console.progress import duration
-from most_ray.console.run_screens import print_line, print_rows
+from most_ray.console.run_screens import print_rows
+from most_ray.console.terminal import print_line
 from most_ray.io import storage
 from most_ray.metrics.figures import RATES
 from most_ray.runs.job import Job

@@ -33,6 +33,8 @@ from rich.console import Console
 from most_ray import config as configuration
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
+from most_ray.console.streams import open_streams
+from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
@@ -52,7 +54,8 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Train on this rank. Returns the exit code. 0: the goal was reached; 2: an error that the user can fix; 75: stopped on request, after
     a checkpoint."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    open_streams()
+    log_to_stderr(logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
     configuration.add_flags(parser)
@@ -61,12 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
-        summary = train(config, Console(), stop)
+        summary = train(config, Terminal(), stop)
     except UserError as error:
-        sys.stderr.write(f"most-ray: {error.kind}: {error}\n")
+        say(f"most-ray: {error.kind}: {error}", stream=sys.stderr)
         return error.exit_code
     if summary is None and int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write("most-ray: stopped after a checkpoint; the same command resumes the run\n")
+        say("most-ray: stopped after a checkpoint; the same command resumes the run", stream=sys.stderr)
     return EXIT_STOPPED if summary is None else 0
 
 
@@ -144,7 +147,7 @@ def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: C
     for uri, reason in prepared.corrupt:
         logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(uri), reason)
     if finished_summary(prepared) is not None:
-        console.print(f"The run {config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.", highlight=False)
+        print_line(console, f"The run {config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.")
         return prepared, None
     begin_run(prepared, config)
     first_screen(prepared, console, validation=evaluation_plan(prepared, inline=True))

@@ -12,13 +12,14 @@ from safetensors.numpy import save_file
 
 from most_ray.config import config_from
 from most_ray.console.run_screens import first_screen, last_screen, spread, where
+from most_ray.console.terminal import Terminal
 from most_ray.distributed.topology import Topology
 from most_ray.io.run_folder import RunFolder
 from tests.support.builders import make_plan
 
 
 def screen() -> Console:
-    return Console(file=io.StringIO(), width=160)
+    return Terminal(file=io.StringIO(), width=160)
 
 
 def shown(console: Console) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from most_ray.checkpoint import catalog
 from most_ray.config import OPTIONS, RunConfig
+from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError, DataError, UserError, one_line
 from most_ray.io import storage
 from most_ray.model.build import PRESETS
@@ -94,7 +95,7 @@ def report_findings(findings: Sequence[Finding], console: Console) -> None:
     errors = [finding.error() for finding in findings if finding.level == "error"]
     lines = [f"Warning: {finding.sentence()}" for finding in findings if finding.level == "warning"]
     for line in (*lines, *(f"Also wrong: {error}" for error in errors[1:])):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, line)
     if errors:
         raise errors[0]
 

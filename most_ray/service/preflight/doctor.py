@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from most_ray.config import RunConfig
+from most_ray.console.terminal import print_line
 from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import UserError
 from most_ray.io import storage
@@ -103,8 +104,8 @@ def show(findings: Sequence[Finding], console: Console) -> int:
         value = "" if finding.value is None else f" = {finding.value!r}"
         named = f"{finding.field}{value}: " if finding.field else ""
         level = Text(finding.level, styles[finding.level])
-        table.add_row(Text(finding.check), level, *map(Text, (finding.where, named + finding.text, finding.remedy)))
+        table.add_row(finding.check, level, finding.where, named + finding.text, finding.remedy)
     console.print(table)
     count = sum(finding.level == "error" for finding in findings)
-    console.print("No problem was found." if not count else f"{count} of these would end a run.", highlight=False)
+    print_line(console, "No problem was found." if not count else f"{count} of these would end a run.")
     return 2 if count else 0

@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
 from most_ray.checkpoint import catalog
+from most_ray.console.terminal import print_line
 from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
@@ -102,7 +103,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
                 times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
                 rule = f"failed {times}, the last time: {cause.rstrip('.')}."
                 raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
-            console.print(text, highlight=False, markup=False, soft_wrap=True)  # gloo's errors contain brackets
+            print_line(console, text)
     finally:
         request.cancel()
 
@@ -175,7 +176,7 @@ def _wait_for_resources(
             raise RunIncompleteError("num_workers", smallest.world_size, rule, remedy)
         if not fitting and waited - announced > 15:
             announced = waited
-            console.print(f"Waiting for room: {needs}.", highlight=False, soft_wrap=True)
+            print_line(console, f"Waiting for room: {needs}.")
         shutdown.wait(1.0)
     raise run_stopped("was received before training had started again.")
 
@@ -193,7 +194,8 @@ def _cause(error: BaseException) -> UserError | str:
         # Of a lost worker the error says only that it is lost; Ray's account of its end is an attribute.
         shown[rank] = str(getattr(failure, "health_check_failure", failure)).strip()
     if (own := _first_to_fail(shown)) is not None:
-        logger.error("rank %d failed:\n%s", own, shown[own])
+        for line in shown[own].splitlines():
+            logger.error("rank %d failed: %s", own, line)
         return f"rank {own}: {_headline(shown[own])}"
     # A failure before the workers have started is in a task's error inside Ray Train's, whose own first lines do not name it.
     inner = getattr(error, "controller_failure", None) or error

@@ -13,6 +13,7 @@ from rich.console import Console
 from most_ray.config import RunConfig
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen
+from most_ray.console.terminal import print_line
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
@@ -47,9 +48,9 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     job, folder = prepared.job, prepared.folder
     for uri, reason in prepared.corrupt:
         text = f"Checkpoint {storage.redact(uri)} is damaged and is skipped: {reason}."
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+        print_line(console, text)
     if (summary := finished_summary(prepared)) is not None:
-        console.print(f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.", highlight=False, soft_wrap=True)
+        print_line(console, f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.")
         return summary
     begin_run(prepared, config)
     model = read_config(local_copy(job.model_path), overrides_of(job.config))

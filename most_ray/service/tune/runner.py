@@ -21,6 +21,7 @@ from ray.tune.stopper import Stopper
 from rich.console import Console
 
 from most_ray.config import OPTIONS, config_from
+from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
@@ -93,9 +94,9 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
             raise run_stopped("was received: the running trials have stopped after a checkpoint.", shutdown.name)
         if out_of_time:
             text = f"max_hours = {sweep.options.max_hours:g} are used up; the same command with a higher value resumes."
-            console.print(text, highlight=False, soft_wrap=True)
+            print_line(console, text)
     else:
-        console.print(f"All {len(file.ledger.trials)} trials of {sweep.run.name!r} have ended; nothing to do.", highlight=False)
+        print_line(console, f"All {len(file.ledger.trials)} trials of {sweep.run.name!r} have ended; nothing to do.")
     return _finish(sweep, folder, file, console)
 
 
@@ -202,7 +203,7 @@ def _search(
     stopper = TimeBudgetStopper(shutdown, None if left_s is None else time.monotonic() + left_s)
 
     def on_update(trial: Trial) -> None:
-        console.print(trial_line(trial, sweep.objectives), highlight=False, soft_wrap=True, markup=False)
+        print_line(console, trial_line(trial, sweep.objectives))
 
     recorder, proposals = Recorder(file, on_update, job.total_steps), Proposals(setting, file, on_update)
     search: dict[str, Any] = {"search_alg": proposals, "num_samples": sweep.max_trials, "max_concurrent_trials": concurrent}

@@ -1,0 +1,107 @@
+"""Where text goes to a screen: nothing of users', files' or models' text is taken for markup there, acts on the terminal, or shows
+credentials. Screens are printed to a `Terminal`, lines of commands by `say`, warnings by logging with a `LogFormatter`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import IO, Any, TextIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn
+from rich.table import Column
+from rich.text import Text
+
+from most_ray.console.streams import drop_stream
+from most_ray.errors import printable, redact
+
+logger = logging.getLogger(__name__)
+
+
+def shown_text(text: str) -> str:
+    """Text as it may go to a screen or a log: in one line, with escapes for control characters, without credentials."""
+    return printable(redact(text))
+
+
+class _Output:
+    """Standard output, whose reader may go away, as `head` does: the work that is shown goes on without it."""
+
+    def write(self, text: str) -> int:
+        self._try(lambda: sys.stdout.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(sys.stdout.flush)
+
+    def _try(self, call: Any) -> None:
+        try:
+            call()
+        except OSError as error:
+            drop_stream(sys.stdout.fileno())
+            logger.warning("nothing more can be shown (%s); the work goes on", error.strerror)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
+class Terminal(Console):
+    """A console that shows text as it is: without markup or highlighting, with control characters as escapes, without credentials.
+
+    Args:
+        log_width: characters of a line where the output is no terminal: a log file has no width of its own.
+        options: those of rich's Console.
+    """
+
+    def __init__(self, log_width: int | None = None, **options: Any) -> None:
+        file = options.pop("file", None) or _Output()
+        width = options.pop("width", None) or (None if file.isatty() else log_width)
+        super().__init__(file=cast(IO[str], file), width=width, markup=False, highlight=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # Of all texts: arguments of print, cells, headings and titles of tables.
+        return super().render_str(shown_text(text), **{**options, "markup": False, "emoji": False})
+
+
+class _TextColumn(ProgressColumn):
+    """A column of a progress bar: a text with the names of the task's fields, as it is."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        super().__init__(Column(no_wrap=True))
+
+    def render(self, task: Any) -> Text:
+        return Text(shown_text(self._text.format(task=task)))
+
+
+def progress_bar(console: Console, before: str, *after: str | ProgressColumn) -> Progress:
+    """A bar between texts, which may name the task's fields as `{task.completed:.0f}`; it is shown on terminals only."""
+    columns = [_TextColumn(each) if isinstance(each, str) else each for each in (before, BarColumn(), *after)]
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def print_line(console: Console, text: str) -> None:
+    """Print text as it is: without markup or highlighting, and without breaking lines."""
+    console.print(shown_text(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write a line of a command to a stream (None: standard output)."""
+    (stream or sys.stdout).write(f"{shown_text(text)}\n")
+
+
+class LogFormatter(logging.Formatter):
+    """Messages in one line each, as `shown_text` makes them; a traceback below them stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return shown_text(super().formatMessage(record))
+
+
+def log_to_stderr(level: int) -> None:
+    """Write the warnings of all libraries, and of this one, to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
