@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+import unicodedata
+from typing import Any
+
 import jiwer
 import numpy as np
 import pytest
@@ -105,3 +109,54 @@ def test_confusions() -> None:
     found = confusions(["one two", "one two", "three", ""], ["one too", "one too", "", "four"], most=3)
     assert found == [["two", "too", 2], ["", "four", 1], ["three", "", 1]]
     assert confusions([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "words"),
+    [
+        ("हिन्दी में बोलो", "हन्द में बला", (2, 3)),  # Hindi: other vowel signs are other words
+        ("น้ำ เก้า", "นำ เก้า", (1, 2)),  # Thai: a tone mark
+        ("كَتَبَ", "كُتِبَ", (1, 1)),  # Arabic: wrote, was written
+        ("שָׁלוֹם", "שלום", (1, 1)),
+        ("நன்றி", "நன்றி", (0, 1)),
+        ("ọ́ x̂", "ọ́ x̂", (0, 2)),  # marks for which there is no composed letter
+        ("می‌خواهم", "می‌خواهم", (0, 1)),
+    ],
+)
+def test_marks_are_part_of_their_words(reference: str, hypothesis: str, words: tuple[int, int]) -> None:
+    clean = normaliser("basic")
+    for form in ("NFC", "NFD"):
+        found = error_rate(word_counts([clean(reference)], [clean(unicodedata.normalize(form, hypothesis))]))
+        assert (found["substitutions"], found["deletions"], found["insertions"], found["reference"]) == (words[0], 0, 0, words[1])
+
+
+def test_forms_of_a_letter_and_marks_without_one_count_as_before() -> None:
+    clean = normaliser("basic")
+    assert [clean(text) for text in ("葛\U000e0100飾", "1\ufe0f\u20e3 ❤\ufe0f ok", "\u0301a", "Ünï")] == ["葛飾", "1 ok", "a", "ünï"]
+
+
+@pytest.mark.parametrize("apostrophe", "'\u2019\u2018\u201b\u02bc\uff07\u00b4`")
+def test_typographic_apostrophes_are_apostrophes(apostrophe: str) -> None:
+    written = "I'm sure it's Peter's, we don't".replace("'", apostrophe)
+    assert normaliser("whisper-english")(written) == "i am sure it is peter is we do not"
+    assert normaliser("basic")(written) == "i m sure it s peter s we don t"
+
+
+@given(st.text(st.sampled_from("abİé日()[]<> '.,1½\u00a0\u200d-"), max_size=40))
+def test_other_texts_are_normalised_as_whispers_do(text: str) -> None:
+    from transformers.models.whisper import english_normalizer as whisper
+
+    if "İ" not in text:  # its small form has a mark
+        assert normaliser("basic")(text) == " ".join(whisper.BasicTextNormalizer()(text).split())
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+@pytest.mark.parametrize(
+    "text",
+    ["(" * 50_000, "[<" * 25_000, "( " * 25_000, " " * 50_000 + "'", "a" + "\u0300\u0316" * 25_000, "7" * 5000, "9" * 4299 + " trillion"],
+    ids=["parens", "brackets", "blanks", "apostrophe", "marks", "digits", "spoken"],
+)
+def test_no_text_takes_long_or_fails(name: Any, text: str) -> None:
+    began = time.process_time()
+    normaliser(name)(text)
+    assert time.process_time() - began < 3.0

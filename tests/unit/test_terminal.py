@@ -1,0 +1,136 @@
+"""What reaches a screen: no markup of data, no escapes, no credentials; and streams that are closed, full, or of another encoding."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.progress import TimeElapsedColumn
+from rich.table import Table
+
+from most_ray.console.terminal import LogFormatter, Terminal, print_line, progress_bar, say
+
+HOSTILE = "[/b]\x1b]52;c;cm0=\x07\x9b31m\u202e s3://user:sekret@bucket/x :smile: \udcff"
+WORDS = Path(sys.executable).with_name("most-ray")
+
+
+def check(text: str) -> None:
+    assert "[/b]" in text and ":smile:" in text and r"\x1b]52" in text and "sekret" not in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\udc80-\udcff]", text)
+
+
+def test_a_terminal_shows_data_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = io.StringIO()
+    console = Terminal(file=sink, width=300)
+    table = Table(HOSTILE, title=HOSTILE, caption=HOSTILE)
+    table.add_row(HOSTILE)
+    for what in (table, HOSTILE):
+        console.print(what)
+    print_line(console, HOSTILE)
+    text = sink.getvalue()
+    check(text)
+    assert text.count("[/b]") == 6
+    say(HOSTILE)
+    say(HOSTILE, sys.stderr)
+    for stream in capsys.readouterr():
+        check(stream)
+
+
+def test_a_progress_bar_shows_data_as_it_is() -> None:
+    sink = io.StringIO()
+    with progress_bar(Terminal(file=sink, width=300, force_terminal=True), HOSTILE, "{task.fields[x]}", TimeElapsedColumn()) as progress:
+        progress.add_task("", x=f"x {HOSTILE}")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sink.getvalue())
+    assert "x [/b]" in lines and "\x1b]52" not in lines and "sekret" not in lines
+
+
+def test_a_log_line_is_one_line() -> None:
+    record = logging.LogRecord("most_ray.x", logging.WARNING, "", 0, "of %s\nmost-ray: done", (HOSTILE,), None)
+    text = LogFormatter().format(record)
+    check(text)
+    assert text.startswith("WARNING most_ray.x: of [/b]") and "\n" not in text
+
+
+def command(*words: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`most-ray` in a process of its own, by a shell that redirects its streams."""
+    code = "import sys; from most_ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = f'exec "$0" -c "$1" "${{@:2}}" {redirect}'
+    return subprocess.run(
+        ["bash", "-c", script, sys.executable, code, *words],
+        env={**os.environ, **environment},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def rescore_file(folder: Path, text: str) -> Path:
+    about = '{"task": "asr", "records": 1, "rejected": 0, "rejected_file": "x"}'
+    first = '{"kind": "settings", "format": 1, "settings": {"normaliser": "none"}, "routing": {"leaked": 0}, '
+    first += f'"sets": {{"asr/{text}": {about}}}}}'
+    row = f'{{"kind": "hypothesis", "set": "asr/{text}", "task": "asr", "row": 0, "id": "a", "loss": 1.0, "supervised_tokens": 1, '
+    row += '"reference": "a", "hypothesis": "b", "ended": true, "looping": false, "foreign": 0}'
+    (folder / "h.jsonl").write_text(f"{first}\n{row}\n", encoding="utf-8")
+    return folder / "h.jsonl"
+
+
+@pytest.mark.parametrize("redirect", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full"])
+def test_streams_that_are_closed(tmp_path: Path, redirect: str) -> None:
+    """The work is done, and what is written does not get into files that are opened at the numbers of closed streams."""
+    file, output = rescore_file(tmp_path, "set"), tmp_path / "e.json"
+    found = command("evaluate", "--rescore", str(file), "--output", str(output), redirect=redirect)
+    assert found.returncode == (2 if "full" in redirect else 0), found
+    assert output.read_text().startswith("{") and output.read_text().endswith("}") and b"Traceback" not in found.stderr
+    refused = command("evaluate", "--rescore", "nowhere", "--output", str(output), redirect=redirect)
+    assert refused.returncode == 2 and b"Traceback" not in refused.stderr
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    code = "from most_ray.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    script = f"{sys.executable} -c '{code}' train --help | true; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, check=False)
+    assert found.stdout in (b"0\n", b"141\n") and found.stderr == b""
+    code = (
+        "import os, sys; from most_ray.console.streams import open_streams; from most_ray.console.terminal import Terminal;"
+        "read, write = os.pipe(); os.close(read); os.dup2(write, 1); open_streams(); console = Terminal(80);"
+        "[console.print('x' * 70000) for _ in range(3)]; sys.stderr.write('goes on\\n')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert found.returncode == 0 and found.stderr.decode().splitlines() == [
+        "nothing more can be shown (Broken pipe); the work goes on",
+        "goes on",
+    ]
+
+
+@pytest.mark.parametrize(
+    "environment", [{"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}]
+)
+def test_a_screen_of_another_encoding(tmp_path: Path, environment: dict[str, str]) -> None:
+    file = rescore_file(tmp_path, "données — 日本")
+    found = command("evaluate", "--rescore", str(file), "--output", str(tmp_path / "e.json"), **environment)
+    assert (found.returncode, found.stderr) == (0, b"") and rb"\u65e5" in found.stdout
+    refused = command("evaluate", "--rescore", "日本", "--output", str(tmp_path / "e.json"), **environment)
+    assert refused.returncode == 2 and b"Traceback" not in refused.stderr and refused.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("module", ["yaml", "rich.console", "argparse"])
+def test_an_interrupt_while_the_command_is_loaded(module: str) -> None:
+    """At the import of a module, as Ctrl-C in the first second."""
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        os.kill(os.getpid(), signal.SIGINT) if name == {module!r} else None\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from most_ray.cli import main; sys.exit(main(['train', '--help']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert found.returncode == 128 + signal.SIGINT and found.stdout == b""
+    assert found.stderr.decode().startswith("most-ray: interrupted") and found.stderr.count(b"\n") == 1
