@@ -3,7 +3,7 @@ export PYTHON TORCH TORCH_INDEX
 BIN := .venv/bin
 .NOTPARALLEL:
 
-.PHONY: train test quick bad-inputs coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock digits-data clean asked
+.PHONY: train test quick bad-inputs coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock sbom audit digits-data clean asked
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml
@@ -112,10 +112,18 @@ asked:
 	@rm -rf .venv-floor && $(BIN)/python -m pip install -qq --no-user --no-deps --require-hashes --target .venv-floor --requirement .ci/locks/floor.txt
 	@touch $@
 
+# Of what the image installs; TORCH=cpu: without CUDA.
+MATERIALS = $(BIN)/python .ci/materials.py
+sbom: .venv/.installed-dev  ## a bill of materials of the locks, in CycloneDX: sbom.json
+	$(MATERIALS) sbom sbom.json --torch $(or $(TORCH),cuda)
+
+audit: .venv/.installed-dev  ## known vulnerabilities in the locks' versions, as OSV's database has them, where it can be reached
+	$(MATERIALS) audit --torch $(or $(TORCH),cuda)
+
 lock:  ## .ci/locks again, from the newest releases that pyproject.toml allows; KEEP=1: only what must change
 	@test -x $(BIN)/uv || sh .ci/venv.sh dev
 	$(BIN)/python .ci/lock.py $(if $(KEEP),--keep)
 
 clean:  ## everything that was made, runs included
-	rm -rf .venv .venv-newest .venv-oldest .venv-floor runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache site
+	rm -rf .venv .venv-newest .venv-oldest .venv-floor runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache site sbom.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

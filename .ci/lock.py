@@ -7,6 +7,8 @@ changes what it must alone.
     torch-cuda.txt  torch from PyPI with CUDA and all that only this build needs
     floor.txt       the oldest transformers that pyproject.toml allows, on which tests run too
     pip.txt         what installs all this
+    aws.txt         what `ray up` needs on the head of cluster/vm/aws.yaml beside run.txt
+    gcp.txt         and on that of cluster/vm/gcp.yaml
 
 Each holds exact versions and hashes for Linux and macOS, CPython 3.11 to 3.14; uv resolves them. Where PyTorch's index cannot be reached,
 the hashes of its builds stay as they are, as long as the version does. Where the locks themselves are broken, any Python with uv makes new
@@ -30,6 +32,8 @@ LOCKS = ROOT / ".ci" / "locks"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # What only torch's CUDA build asks for, and torch itself.
 TORCH = re.compile(r"(torch|triton|cuda-.*|nvidia-.*)$")
+# What Ray's autoscaler imports to start and end machines of a cloud.
+CLOUDS = {"aws": ("boto3",), "gcp": ("google-api-python-client", "google-auth", "cryptography")}
 # uv's marker of what is needed on each of pyproject.toml's [tool.uv] environments.
 EVERYWHERE = " ; python_full_version < '3.15' and (sys_platform == 'darwin' or sys_platform == 'linux')"
 HEADER = "# Made by `make lock`: exact versions with hashes. What each file is for: .ci/lock.py\n"
@@ -111,6 +115,7 @@ def lock(keep: bool) -> None:
     (version,) = {version_of(entry) for entry in cuda if name_of(entry) == "torch"}
     cpu = cpu_builds(version)
     (floor,) = [re.sub(r">=([\d.]+).*", r"==\1", line) for line in needed if line.startswith("transformers")]
+    clouds = {cloud: compile_lock("\n".join(packages), preferred=pins) for cloud, packages in CLOUDS.items()}
     made = {
         "run": [entry for entry in plain if name_of(entry) in used],
         "dev": [entry for entry in plain if name_of(entry) not in used],
@@ -118,6 +123,7 @@ def lock(keep: bool) -> None:
         "torch-cpu": cpu,
         "floor": compile_lock(floor, "--no-deps"),
         "pip": compile_lock("pip", "--no-deps", preferred=read("pip") if keep else ""),
+        **{cloud: [entry for entry in entries if name_of(entry) not in used] for cloud, entries in clouds.items()},
     }
     for name, entries in made.items():  # all or none: what cannot be resolved ends before
         (LOCKS / f"{name}.txt").write_text(HEADER + "".join(f"{entry}\n" for entry in entries), encoding="utf-8")

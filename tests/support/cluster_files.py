@@ -20,7 +20,7 @@ _BINARY = (".gz", ".npy", ".png", ".pyc", ".safetensors", ".opus", ".flac")
 # What no line of cluster/ and jobs/ may hold outside comments, by pattern.
 _EVERYWHERE = r"(?:host|address|bind|listen)[-_a-z]*[\"']?\s*[=:]?\s*[\"']?::(?:[\"'\s]|$)"
 _UNASKED = r"--disable-[\w-]*auth|mode:\s*disabled|(?i:anonymous\S*\s*[=:]\s*true)"
-_KEYS = r"AKIA[0-9A-Z]{16}|-----BEGIN|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\beyJ[\w-]{10,}\.|\b[0-9a-f]{32,}\b"
+_KEYS = r"AKIA[0-9A-Z]{16}|-----BEGIN|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\beyJ[\w-]{10,}\.|(?<!@sha256:)\b[0-9a-f]{32,}\b"
 FORBIDDEN = {
     "listens on every address": rf"(?<![\d.])0\.0\.0\.0(?![\d./])|\[::\]|{_EVERYWHERE}",
     "open to every address": r"0\.0\.0\.0/0|(?<![\w:])::/0",

@@ -239,6 +239,14 @@ def test_machines_get_the_working_copy(machines: dict[str, Any]) -> None:
         assert "TORCH=cuda sh ~/most_ray/.ci/venv.sh run" in machines[f"{of}_setup_commands"]
 
 
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_the_head_gets_its_clouds_packages_from_a_lock(cloud: str) -> None:
+    loaded = yaml.safe_load((CLUSTER / "vm" / f"{cloud}.yaml").read_text())
+    (install,) = loaded["head_setup_commands"]
+    assert install.startswith("~/most_ray/.venv/bin/python -m pip install ")
+    assert install.endswith(f" --no-deps --require-hashes --only-binary :all: --requirement ~/most_ray/.ci/locks/{cloud}.txt")
+
+
 def test_machines_without_work_are_given_back(machines: dict[str, Any]) -> None:
     assert 0 < machines["idle_timeout_minutes"] <= 30
     if machines["provider"]["type"] == "local":
@@ -276,14 +284,17 @@ def test_machines_of_gcp_are_in_a_network_of_their_own() -> None:
 # The image
 
 
+DIGEST = (CLUSTER / "Dockerfile").read_text().partition("@sha256:")[2][:64]
+
+
 def dockerfile_faults(text: str) -> Iterator[str]:
     """What is wrong with an image's recipe."""
     found = instructions(text)
     if found[0][0] != "FROM":
         yield "starts without FROM"
     for name, rest in found:
-        if name == "FROM" and (":" not in rest or rest.split()[0].endswith(":latest")):
-            yield f"no version: {rest}"
+        if name == "FROM" and not re.fullmatch(r"[\w./-]+:(?!latest)[\w.-]+@sha256:[0-9a-f]{64}", rest.split()[0]):
+            yield f"no version with its digest: {rest}"
         if name == "ADD":
             yield f"ADD: {rest}"
         if name in ("ENV", "ARG") and re.search(r"token|secret|passw|key", rest, re.IGNORECASE):
@@ -305,9 +316,9 @@ def test_the_image_is_safe_and_holds_the_working_copy() -> None:
     user = next(rest for name, rest in instructions(text) if name == "USER")
     assert int(user) == pods("RayJob")["head"]["spec"]["securityContext"]["runAsUser"]
     installs = [rest for name, rest in instructions(text) if name == "RUN" and "pip install" in rest]
-    assert len(installs) == 3 and all("--no-deps" in rest for rest in installs)  # all that is installed is named
+    assert len(installs) == 4 and all("--no-deps" in rest for rest in installs)  # all that is installed is named
     locks = [re.findall(r"\.ci/locks/([a-z-]+(?:\$TORCH)?)\.txt", rest) for rest in installs if "--require-hashes" in rest]
-    assert locks == [["torch-$TORCH"], ["run"]] and ("ARG", "TORCH=cuda") in instructions(text)
+    assert locks == [["pip"], ["torch-$TORCH"], ["run"]] and ("ARG", "TORCH=cuda") in instructions(text)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +326,9 @@ def test_the_image_is_safe_and_holds_the_working_copy() -> None:
     [
         ("python:3.11-slim-bookworm", "python:latest"),
         ("python:3.11-slim-bookworm", "python"),
+        ("@sha256:", "@sha256:0"),
+        (f"@sha256:{DIGEST}", ""),
+        (f"python:3.11-slim-bookworm@sha256:{DIGEST}", "$BASE"),
         ("USER 1000", "USER root"),
         ("USER 1000", ""),
         ("COPY jobs jobs", "ADD https://example.org/jobs.tar.gz jobs"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ensurepip
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -32,13 +34,24 @@ RUN = [*PROJECT["project"]["dependencies"], *EXTRAS["int8"], *PROJECT["build-sys
 DEV = [line for line in EXTRAS["dev"] if not line.startswith("most_ray")]
 
 
-@pytest.fixture(scope="module")
-def lock() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lock", ROOT / ".ci" / "lock.py")
+def script(name: str) -> ModuleType:
+    """A program of .ci, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def lock() -> ModuleType:
+    return script("lock")
+
+
+@pytest.fixture
+def materials(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it adds its own folder
+    return script("materials")
 
 
 def entries(lock: ModuleType, *names: str) -> dict[str, list[str]]:
@@ -61,7 +74,7 @@ def test_every_requirement_is_locked_inside_its_range(lock: ModuleType, files: t
 
 
 def test_every_entry_has_an_exact_version_and_hashes(lock: ModuleType) -> None:
-    for name in ("run", "dev", "torch-cpu", "torch-cuda", "floor", "pip"):
+    for name in (path.stem for path in lock.LOCKS.glob("*.txt")):
         assert lock.blocks(lock.read(name)), name
         for block in lock.blocks(lock.read(name)):
             first, *hashes = block.splitlines()
@@ -88,6 +101,82 @@ def test_both_builds_of_torch_are_of_one_version_and_no_one_elses(lock: ModuleTy
     assert cuda.startswith(f"torch==={version} ")
     hashes = [set(re.findall(r"[0-9a-f]{64}", block)) for block in (linux, cuda)]
     assert not hashes[0] & hashes[1] and len(hashes[0]) >= 6  # 3 Pythons, 2 kinds of processor
+
+
+def test_a_clouds_packages_move_none_of_the_others(lock: ModuleType) -> None:
+    run, dev = entries(lock, "run"), entries(lock, "dev")
+    for cloud, packages in lock.CLOUDS.items():
+        own = entries(lock, cloud)
+        assert set(packages) <= {*own, *run} and not set(own) & set(run)
+        assert all(
+            sorted(map(lock.version_of, blocks)) == sorted(map(lock.version_of, dev[name])) for name, blocks in own.items() if name in dev
+        )
+
+
+INSTALL = re.compile(r"(?:\bpip|\buv pip) install(?P<rest>(?:[^&|;\n]|\\\n)*)")
+# What is no part of an installation: without a lock on purpose, or words for a reader.
+UNLOCKED = ("--resolution lowest-direct", "-q --no-input", "pip install .)")
+
+
+def test_nothing_is_installed_but_from_a_lock_with_hashes() -> None:
+    files = [
+        path
+        for folder in (".ci", "cluster", "jobs", ".github")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".sh", ".yaml", ".yml", ".sbatch")
+    ]
+    found = []
+    for path in [*files, ROOT / "cluster" / "Dockerfile", ROOT / "Makefile", ROOT / ".ci" / "run"]:
+        for match in INSTALL.finditer(path.read_text(encoding="utf-8")):
+            rest = " ".join(match["rest"].split())
+            if not any(words in match[0] for words in UNLOCKED):
+                found.append((path.name, "--require-hashes" in rest or (rest.endswith(" .") and "--no-deps --no-build-isolation" in rest)))
+    assert len(found) >= 7 and all(locked for _, locked in found), found
+
+
+def test_actions_are_named_by_commit() -> None:
+    used = re.findall(r"uses: *(.*)", (ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert used and all(re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", each) for each in used), used
+
+
+# What an installation consists of
+
+
+@pytest.mark.parametrize("torch", ["cpu", "cuda"])
+def test_the_bill_of_materials_is_the_lock(materials: ModuleType, lock: ModuleType, tmp_path: Path, torch: str) -> None:
+    """By uv, without a network."""
+    assert materials.write_sbom(tmp_path / "sbom.json", torch) == 0
+    sbom = json.loads((tmp_path / "sbom.json").read_text())
+    assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.5") and sbom["metadata"]["component"]["name"] == "most-ray"
+    locked = {(name, lock.version_of(block)) for name, blocks in entries(lock, "run", f"torch-{torch}").items() for block in blocks}
+    assert {(each["name"], each["version"]) for each in sbom["components"]} == locked
+    assert all(each["purl"].startswith("pkg:pypi/") for each in sbom["components"])
+
+
+def test_an_audit_of_nothing_says_so_in_one_line(
+    materials: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(materials, "run_uv", None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert materials.audit("cpu", f"http://127.0.0.1:{port}") == 0
+    assert re.fullmatch(rf"Nothing was audited: http://127\.0\.0\.1:{port} cannot be reached \(.+\)\.\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_an_audit_ends_with_what_it_found(
+    materials: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def run(torch: str, *command: str) -> subprocess.CompletedProcess[str]:
+        asked.append((torch, *command))
+        return subprocess.CompletedProcess(command, code, "six 1.17.0 has 1 known vulnerability\n", "")
+
+    monkeypatch.setattr(materials, "run_uv", run)
+    monkeypatch.setattr(materials, "unreachable", lambda url: "")
+    assert materials.audit("cuda", "http://database") == code
+    assert asked[0][:2] == ("cuda", "audit") and asked[0][-1] == "http://database" and "six" in capsys.readouterr().out
 
 
 def test_the_floor_is_the_oldest_that_is_allowed(lock: ModuleType) -> None:
