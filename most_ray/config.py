@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from most_ray import options
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, printable
 from most_ray.io import storage
 from most_ray.options import (
     ABOVE_0,
@@ -33,6 +33,7 @@ from most_ray.options import (
     read_yaml,
 )
 
+_LONGEST_NAME = 255  # bytes; of a folder's name, on most file systems
 _WORKERS = "is neither a number from 1 on nor two of them, the fewest and the most."
 
 # Choices that other modules name, too.
@@ -352,6 +353,12 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError("recompute", config.recompute, "and gradient_checkpointing (recompute: full) exclude each other.", "Choose one.")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError("name", config.name, "must be a plain folder name.", "Put the path into output_dir.")
+    if printable(config.name) != config.name:
+        raise ConfigError("name", config.name, "holds characters that a terminal acts on instead of showing.", "Leave them out.")
+    if len(config.name.encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            "name", config.name, f"is longer than the {_LONGEST_NAME} bytes that a folder's name may have.", "Choose a shorter one."
+        )
     for task in ("asr", "tts", "text"):
         weights, n_dirs = getattr(config, f"train_{task}_weights"), len(config.directories("train", task))
         if weights is not None and len(weights) != n_dirs:
@@ -362,7 +369,7 @@ def _check_together(config: RunConfig) -> None:
 
 def load_config(path: str | Path | None, flags: Mapping[str, Any] | None = None) -> RunConfig:
     """The configuration of a YAML file (None: no file), overruled by flags. Raises as `config_from` and `read_yaml`."""
-    return config_from({**(read_yaml(path) if path else {}), **(flags or {})})
+    return config_from({**(read_yaml(path) if path is not None else {}), **(flags or {})})
 
 
 def to_yaml(config: RunConfig) -> str:

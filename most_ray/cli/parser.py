@@ -22,19 +22,33 @@ from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
 
 
+class _StoreOnce(argparse._StoreAction):
+    """Stores a flag's value. A list may be given once: a second one would replace the first."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        if self.nargs == "+" and option_string and getattr(namespace, self.dest, self.default) is not self.default:
+            raise ConfigError(
+                self.dest, values, "is given twice, and the first list would be lost.", f"Give all values after one {option_string}."
+            )
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag."""
+    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag. Of a flag
+    that is given twice the last value holds, unless it is a list."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         formatter = partial(argparse.HelpFormatter, max_help_position=36, width=130)
         super().__init__(*args, **{"formatter_class": formatter, **keywords, "allow_abbrev": False})
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
-        if word := next((word for word in unknown if word.startswith("--")), None):
+        if word := next((word for word in unknown if word.startswith("--") and word != "--"), None):
             name = word[2:].split("=", 1)[0]
             raise ConfigError(f"--{name}", None, "is no known flag.", nearest(name, getattr(parsed, "known_flags", [])))
-        if unknown:
+        if unknown := [word for word in unknown if word != "--"]:
             raise ConfigError("argument", unknown[0], "belongs to no flag.")
         return parsed
 

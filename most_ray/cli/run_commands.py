@@ -19,6 +19,8 @@ from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 
+_MOST_PLANNED = 1_000_000  # steps that `plan` lists at once
+
 
 def add(commands: Any) -> None:
     from most_ray.sweep import options as sweep_options
@@ -119,6 +121,8 @@ def _plan(args: argparse.Namespace) -> int:
     first, last = (max(1, int(match[1])), int(match[2])) if match else (1, 0)
     if first > last:
         raise ConfigError("steps", args.steps, "is not a range FROM:TO of steps, which are counted from 1.")
+    if last - first >= _MOST_PLANNED:
+        raise ConfigError("steps", args.steps, f"holds more than {_MOST_PLANNED:,} steps.", "Give several ranges, one after the other.")
     if args.trace.is_dir():
         raise ConfigError("trace", str(args.trace), "is a folder.", "Name a file.")
     config = config_of(args)

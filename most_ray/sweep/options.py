@@ -106,7 +106,7 @@ class Sweep:
 def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
     """The sweep of a YAML file (None: no file), overruled by flags. Raises ConfigError for an unknown key, a value of the wrong type or
     outside of its range, or a space or a combination that is impossible."""
-    given = {**(read_yaml(path) if path else {}), **flags}
+    given = {**(read_yaml(path) if path is not None else {}), **flags}
     raw_space = given.pop("space", None)
     check_names(given, [*SWEEP_OPTIONS, *OPTIONS, "space"])
     options = SweepOptions(**parse_values(SWEEP_OPTIONS, {name: value for name, value in given.items() if name in SWEEP_OPTIONS}))

@@ -180,7 +180,7 @@ def _range(name: str, kind: Kind, given: Any, key: str) -> Dimension:
         given = [int(match[1]), int(match[2])]
     try:
         numbers = [math.nan if isinstance(end, bool) else float(end) for end in given] if isinstance(given, list) else []
-    except (TypeError, ValueError):  # reported in the next lines
+    except (TypeError, ValueError, OverflowError):  # reported in the next lines
         numbers = []
     if len(numbers) != 2 or not all(map(math.isfinite, numbers)):
         raise ConfigError(field, given, "is not two numbers, the lowest and the highest.")
@@ -211,6 +211,7 @@ def _value(key: str, value: Any) -> Any:
         return value
     try:
         found = OPTIONS[key].parse(value)
+        OPTIONS[key].check(found)
     except ConfigError as error:
         raise ConfigError(f"space.{key}", value, error.rule, error.remedy) from error
     if isinstance(found, tuple):
