@@ -34,8 +34,8 @@ class _StoreOnce(argparse._StoreAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag. Of a flag
-    that is given twice the last value holds, unless it is a list."""
+    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag. A flag
+    may be given twice, as by a script that sets it for those who do not: the last value holds. Of a list, that is an error."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         formatter = partial(argparse.HelpFormatter, max_help_position=36, width=130)

@@ -168,7 +168,7 @@ def _dimension(name: str, spec: Any, key: str) -> Dimension:
         return _range(name, kind, given, key)
     if not isinstance(given, list) or not given:
         raise ConfigError(f"space.{name}", given, "is not a list of values.")
-    values = [_value(key, value) for value in given]
+    values = [_listed_value(key, value) for value in given]
     if any(value in values[:index] for index, value in enumerate(values)):
         raise ConfigError(f"space.{name}", values, "names a value twice.")
     return Dimension(name, kind, tuple(values))
@@ -199,6 +199,17 @@ def _range(name: str, kind: Kind, given: Any, key: str) -> Dimension:
     return Dimension(name, kind, low=low, high=high)
 
 
+def _listed_value(key: str, value: Any) -> Any:
+    """`_value`, within the key's range. (Of a range of numbers, `sweep.options` checks the ends, with the run's other keys.)"""
+    found = _value(key, value)
+    if key not in ROUTING:
+        try:
+            OPTIONS[key].check(OPTIONS[key].parse(value))
+        except ConfigError as error:
+            raise ConfigError(f"space.{key}", value, error.rule, error.remedy) from error
+    return found
+
+
 def _value(key: str, value: Any) -> Any:
     """Convert a value to its key's type; a single value of a key that holds a list, to the type of an element."""
     if key == "expert_split":
@@ -211,7 +222,6 @@ def _value(key: str, value: Any) -> Any:
         return value
     try:
         found = OPTIONS[key].parse(value)
-        OPTIONS[key].check(found)
     except ConfigError as error:
         raise ConfigError(f"space.{key}", value, error.rule, error.remedy) from error
     if isinstance(found, tuple):
