@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 import reprlib
 from collections.abc import Iterable
@@ -48,6 +50,16 @@ def shown(value: object) -> str:
 def _cut(text: str, most: int) -> str:
     """A text, or the beginning and the end of a longer one."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+_REMEDIES = {  # by errno, of errors of the system
+    (errno.ENOSPC, errno.EDQUOT): "Free some space there, or name another place.",
+    (errno.EFBIG,): "Raise the limit on the size of files (ulimit -f), or name another place.",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "Check its permissions, or name another place.",
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTEMPTY): "Check the path.",
+    (errno.EMFILE, errno.ENFILE): "Raise the limit on open files (ulimit -n).",
+    (errno.ENOMEM,): "Free some memory.",
+}
 
 
 class RecordError(ValueError):
@@ -102,6 +114,18 @@ class TopologyError(UserError):
     """The number of workers does not fit the requested layout of replicas, shards and expert-parallel groups."""
 
     kind = "topology error"
+
+
+def explain_os_error(error: OSError, field: str = "file") -> UserError:
+    """An error of the system, as one that names the file, what is wrong with it, and a remedy.
+
+    Args:
+        field: the flag or key that the file is of, where it is known.
+    """
+    rule = f"cannot be used ({error.strerror or one_line(error) or type(error).__name__})."
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+    remedy = next((remedy for codes, remedy in _REMEDIES.items() if error.errno in codes), "Check it.")
+    return DataError(field, name, rule, remedy)
 
 
 def one_line(error: BaseException) -> str:

@@ -20,6 +20,7 @@ import yaml
 
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
+from most_ray.io.uris import expand
 
 _UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -126,13 +127,18 @@ class Option:
             raise ConfigError(self.name, value, "needs a value.")
         if self.many:
             parts = value if isinstance(value, list | tuple) else str(value).split(",")
-            return tuple(_scalar(self.name, self.type, part) for part in parts if part != "")
+            return tuple(self._element(part) for part in parts if part != "")
         if self.choices:
             value = self.old_words.get(value, value) if isinstance(value, str) else value
             if value not in self.choices:
                 raise ConfigError(self.name, value, "is not one of its choices.", nearest(str(value), self.choices))
             return value
-        return _scalar(self.name, self.type, value)
+        return self._element(value)
+
+    def _element(self, value: Any) -> Any:
+        """`parse` for one value, or for an element of a list."""
+        found = _scalar(self.name, self.type, value)
+        return expand(self.name, found) if self.location else found
 
     def check(self, value: Any) -> None:
         """Raises ConfigError where a parsed value is outside of the option's range."""

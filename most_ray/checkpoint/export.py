@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import tempfile
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast, initialization
 from most_ray.checkpoint import catalog, reader
 from most_ray.errors import ConfigError
 from most_ray.io import storage
+from most_ray.io.json_values import parse_json
+from most_ray.io.outputs import check_folder, replacing_folder
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import load_model, read_config, save_model
 from most_ray.model.configuration import MostConfig
@@ -18,6 +20,11 @@ from most_ray.model.modeling import MostForCausalLM
 from most_ray.records.files import SPEECH_FOLDER
 from most_ray.records.tokenizer import load_tokenizer
 from most_ray.speech.units.assets import copy_assets, find_assets
+
+# Names in an export, of this version and earlier ones.
+_EXPORTED = re.compile(
+    rf"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|.*token.*\.json|chat_template\.\w+|{SPEECH_FOLDER}"
+)
 
 
 def export_checkpoint(uri: str | Path, output: Path) -> None:
@@ -35,18 +42,11 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
     reader.read_state(uri)
     _check_output(uri, output)
     model, tokenizer = _checkpoint_model(uri)
-    output = output.absolute()
-    temporary, old = output.with_name(f".{output.name}.tmp"), output.with_name(f".{output.name}.old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_model(model, tokenizer, temporary)
     identity = getattr(model.config, "units_identity", None)
-    if kit := find_assets(uri, identity):
-        copy_assets([kit], str(temporary / SPEECH_FOLDER), identity)
-    if output.exists():
-        output.rename(old)
-    temporary.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder("output", output) as folder:
+        save_model(model, tokenizer, folder)
+        if kit := find_assets(uri, identity):
+            copy_assets([kit], str(folder / SPEECH_FOLDER), identity)
 
 
 def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
@@ -93,12 +93,23 @@ def _model_files(uri: str, scratch: Path) -> str:
 
 
 def _check_output(uri: str, output: Path) -> None:
-    """Raise ConfigError if `output` exists and is not an earlier export, which may be replaced."""
+    """Raise ConfigError if `output` cannot be written to, or is not an earlier export, which may be replaced as a whole."""
+    check_folder("output", output)
     if not output.exists():
         return
     directory = None if storage.is_remote(uri) else storage.local(uri).resolve()
     if directory and output.resolve() in (directory, *directory.parents):
         raise ConfigError("output", str(output), "holds the checkpoint itself.", "Name another folder.")
-    names = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
-    if names and not {"config.json", "generation_config.json"} <= names:
+    names = sorted(path.name for path in output.iterdir())
+    if names and not ({"config.json", "generation_config.json"} <= set(names) and _model_type(output) == MostConfig.model_type):
         raise ConfigError("output", str(output), "exists and is no exported model.", "Name another folder.")
+    if mine := next((name for name in names if not _EXPORTED.fullmatch(name)), None):
+        raise ConfigError("output", str(output), f"holds {mine}, which is of no export: it would be lost.", "Move it away.")
+
+
+def _model_type(folder: Path) -> object:
+    """What config.json of a folder says that the model is; None where it cannot be read."""
+    try:
+        return parse_json((folder / "config.json").read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from most_ray.console.streams import drop_stream, open_streams
-from most_ray.errors import ConfigError, UserError
+from most_ray.errors import ConfigError, UserError, explain_os_error
 
 if TYPE_CHECKING:
     from most_ray.cli.parser import Parser
@@ -56,10 +56,11 @@ def _run(argv: Sequence[str] | None) -> int:
     # idle machine, and on a busy one they make a step up to 25 times faster (tests/benchmarks/RESULTS.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from most_ray.console.terminal import log_to_stderr, shown_text  # takes a tenth of a second
+    from most_ray.console.terminal import log_to_stderr  # takes a tenth of a second
 
     log_to_stderr(logging.WARNING)
     logging.getLogger("most_ray").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    args = None
     try:
         args = build_parser().parse_args(argv)
         return int(args.run(args))
@@ -75,7 +76,10 @@ def _run(argv: Sequence[str] | None) -> int:
         return named.exit_code
     except OSError as error:
         logging.getLogger("most_ray").debug("", exc_info=True)  # the error itself is printed; this adds where it was raised
-        _tell(f"most-ray: error: {shown_text(str(error))}")
+        from most_ray.cli.parser import flag_of
+
+        explained = explain_os_error(error, flag_of(args, error.filename))
+        _tell(f"most-ray: {explained.kind}: {explained}")
         return 2
 
 

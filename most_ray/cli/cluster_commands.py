@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from most_ray import config as configuration
+from most_ray.cli.job_files import as_given
 from most_ray.cli.parser import Parser, add_command, config_of
 from most_ray.console.terminal import Terminal
 from most_ray.errors import ConfigError, nearest
@@ -22,7 +23,7 @@ _out = partial(print, end="", flush=True)
 
 def add(commands: Any) -> None:
     doctor = add_command(commands, "doctor", _doctor, "check what would fail on this machine or the named cluster, with a remedy for each")
-    doctor.add_argument("--config", help="a run's YAML file (default: the checks of a run without one)")
+    doctor.add_argument("--config", type=as_given(str), help="a run's YAML file (default: the checks of a run without one)")
     configuration.add_flags(doctor)
 
     text = "run a command as a job on a cluster and follow it; the same run is never submitted twice at once"
@@ -38,7 +39,8 @@ def add(commands: Any) -> None:
 def _own_flags(parser: argparse.ArgumentParser) -> None:
     text = "the cluster's dashboard as http://HOST:8265, or its head as HOST:6379"
     parser.add_argument("--address", default=argparse.SUPPRESS, help=f"{text} (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)")
-    parser.add_argument("--working_dir", type=Path, default=argparse.SUPPRESS, help="folder that is sent with the job (default: this one)")
+    text = "folder that is sent with the job (default: this one)"
+    parser.add_argument("--working_dir", type=as_given(Path), default=argparse.SUPPRESS, help=text)
     parser.add_argument("--detach", action="store_true", default=argparse.SUPPRESS, help="do not follow the job's log")
     parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="stop a job after a checkpoint, and wait until it has")
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import to_read, to_write
-from most_ray.cli.parser import add_command, check_model, check_output, config_of_flags
+from most_ray.cli.job_files import as_given, to_read, to_write
+from most_ray.cli.parser import add_command, check_model, config_of_flags
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError
 from most_ray.io import storage
+from most_ray.io.outputs import check_file
 from most_ray.options import add_flag, flag_values
 
 # Flags that are keys of the configuration; some have a shorter name here, where everything concerns evaluation.
@@ -41,7 +42,7 @@ def add(commands: Any) -> None:
         parser.add_argument(f"--{task}_dirs", type=to_read(str), nargs="+", default=[], help=text)
     text = "JSON file for the results; OUTPUT.hypotheses.jsonl is written beside it"
     parser.add_argument("--output", type=to_write(Path), required=True, help=text)
-    parser.add_argument("--rescore", metavar="FILE", help="score a hypotheses.jsonl again, without a model")
+    parser.add_argument("--rescore", type=as_given(str), metavar="FILE", help="score a hypotheses.jsonl again, without a model")
     helps = {
         "normaliser": f"of references and hypotheses (default: {configuration.EvaluationOptions.normaliser}; of --rescore: the file's)",
         "vocoder": "turns the units of that speech into sound for it (default: the model's own)",
@@ -55,11 +56,14 @@ def add(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    check_output(args.output)
+    from most_ray.evaluation.hypotheses import HYPOTHESES, RESULT, hypotheses_path
+
     if args.output.name.endswith(".hypotheses.jsonl"):
         raise ConfigError("output", str(args.output), "is a name of hypotheses, which are written beside the output.", "Name a JSON file.")
     if args.rescore:
         return _rescore(args)
+    check_file("output", args.output, RESULT)
+    check_file("output", hypotheses_path(args.output), HYPOTHESES)
     if not args.model:
         raise ConfigError("model", None, "is needed: a model folder, a checkpoint or a hub name.")
     if not (args.asr_dirs or args.tts_dirs or args.text_dirs):
@@ -76,7 +80,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     from most_ray.service.cluster.connection import check_evaluation_gpus, start_ray
     from most_ray.service.tasks.evaluation_tasks import evaluate_checkpoint
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     # Tasks have another working directory.
     directories = Directories(*(tuple(map(storage.absolute, dirs)) for dirs in (args.asr_dirs, args.tts_dirs, args.text_dirs)))
     store_dir = storage.absolute(config.store_dir or args.output.absolute().parent / "store")
@@ -91,15 +94,16 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _rescore(args: argparse.Namespace) -> int:
-    if args.output.exists() and Path(args.rescore).exists() and args.output.samefile(args.rescore):
+    if args.output.is_file() and Path(args.rescore).exists() and args.output.samefile(args.rescore):
         raise ConfigError("output", str(args.output), "is the file that is scored: it would be lost.", "Name another.")
     given = flag_values(args, _KEYS)
     if given.get("recogniser") or given.get("vocoder"):
         raise ConfigError("rescore", args.rescore, "runs no recogniser: recogniser and vocoder are for the evaluation of a model.")
     if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:
         raise ConfigError("rescore", args.rescore, "takes neither a model nor directories: the file holds what was decoded.")
-    from most_ray.evaluation.hypotheses import rescore, write_result
+    from most_ray.evaluation.hypotheses import RESULT, rescore, write_result
 
+    check_file("output", args.output, RESULT)
     result = rescore(args.rescore, given.get("normaliser"))
     write_result(args.output, result)
     return _show_evaluation(result, args.output)

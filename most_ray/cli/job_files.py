@@ -7,6 +7,7 @@ for in the copy first, then below that home.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from most_ray.config import OPTIONS, RunConfig
+from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
+from most_ray.io.uris import expand
 from most_ray.options import Location
 
 HOME = "MOST_RAY_HOME"  # environment variable that names the home folder
@@ -30,7 +33,7 @@ def job_home(environ: Mapping[str, str] = os.environ) -> Path | None:
         submitted = "job_submission_id" in parse_json(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))["metadata"]
     except (ValueError, TypeError, KeyError):  # no job's environment
         submitted = False
-    return Path(environ.get(HOME) or Path.home()).absolute() if submitted else None
+    return Path(environ.get(HOME) or Path.home()).expanduser().absolute() if submitted else None
 
 
 def resolve_paths(config: RunConfig, home: Path | None = None) -> RunConfig:
@@ -46,14 +49,27 @@ def resolve_paths(config: RunConfig, home: Path | None = None) -> RunConfig:
     return dataclasses.replace(config, **changes)
 
 
+def as_given(kind: Callable[[str], P]) -> Callable[[str], P]:
+    """The `type` of a flag with a path or URI that is used as it is, in a job too."""
+    return lambda text: kind(_written(text))
+
+
 def to_read(kind: Callable[[str], P]) -> Callable[[str], P]:
     """The `type` of a flag that names what a command reads: its path as a job uses it, as a str or a Path."""
-    return lambda text: kind(find(home, text) if (home := job_home()) else text)
+    return lambda text: kind(find(home, written) if (written := _written(text)) and (home := job_home()) else written)
 
 
 def to_write(kind: Callable[[str], P]) -> Callable[[str], P]:
     """The `type` of a flag that names what a command writes: its path as a job uses it, as a str or a Path."""
-    return lambda text: kind(_below(home, text) if (home := job_home()) else text)
+    return lambda text: kind(_below(home, written) if (written := _written(text)) and (home := job_home()) else written)
+
+
+def _written(text: str) -> str:
+    """`expand` for the text of a flag, whose name argparse adds to the error."""
+    try:
+        return expand("path", text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error.value!r} {error.rule} {error.remedy}".rstrip(". ")) from None
 
 
 def find(home: Path, uri: str) -> str:
@@ -71,4 +87,4 @@ def _resolve(home: Path, location: Location, uri: str) -> str:
 
 
 def _below(home: Path, uri: str) -> str:
-    return uri if storage.is_remote(uri) else str(home / storage.local(uri).expanduser())
+    return uri if storage.is_remote(uri) else str(home / storage.local(uri))

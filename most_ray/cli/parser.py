@@ -1,9 +1,8 @@
-"""What all commands share: the parser, flags that are keys of the configuration, checks of outputs, and progress."""
+"""What all commands share: the parser, flags that are keys of the configuration, and progress."""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,17 +90,20 @@ def remember_flags(parser: Parser) -> None:
                 remember_flags(command)
 
 
-def check_output(path: Path) -> None:
-    """Check the path of an output file before any work is done for it: raises ConfigError for a URI or a folder."""
-    check_local("output", path, "file")
-    if path.is_dir():
-        raise ConfigError("output", str(path), "is a folder.", "Name a file.")
-
-
 def check_model(model: str) -> None:
     """Raises CheckpointError for a path of a model that does not exist; other texts may be names on a hub."""
     if model.startswith((".", "/")) and not Path(model).exists():
         raise CheckpointError("model", model, "does not exist.")
+
+
+def flag_of(args: argparse.Namespace | None, filename: object) -> str:
+    """The flag whose path is `filename`, or a folder that it is in; "file" where there is none."""
+    for name, value in vars(args).items() if args is not None and isinstance(filename, str) else ():
+        for each in value if isinstance(value, list) else [value]:
+            text = str(each) if isinstance(each, str | Path) and name not in ("command", "what") else ""
+            if text and Path(str(filename)).absolute().is_relative_to(Path(text).absolute()):
+                return name
+    return "file"
 
 
 def check_above_0(flag: str, number: float) -> None:
@@ -111,12 +113,6 @@ def check_above_0(flag: str, number: float) -> None:
 
 def print_error(error: UserError) -> None:
     say(f"most-ray: {error.kind}: {error}", stream=sys.stderr)
-
-
-def check_local(flag: str, path: Path, what: str) -> None:
-    """Raises ConfigError for a URI, which would become a folder of that name here; `what` is to be named instead: "file", "folder"."""
-    if re.match(r"[a-z0-9]+:/", str(path)):
-        raise ConfigError(flag, str(path), "is not a local path.", f"Name a {what} on this machine.")
 
 
 def tracked(items: Iterable[Any], what: str, total: int, console: Console) -> Iterator[Any]:

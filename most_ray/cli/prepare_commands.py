@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_above_0, check_local, check_output, config_of, tracked
+from most_ray.cli.job_files import as_given, to_read, to_write
+from most_ray.cli.parser import Parser, add_command, check_above_0, config_of, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError
 from most_ray.records.record import N_UNITS
@@ -48,12 +48,13 @@ def add(commands: Any) -> None:
     _corpus_flags(vocoder, features=False)
     text = "folder of `prepare units`; vocoder.safetensors is written to it"
     vocoder.add_argument("--records", type=to_read(Path), required=True, help=text)
-    vocoder.add_argument("--encoder", help="folder of the units' speech encoder (default: the one that they were made with)")
+    text = "folder of the units' speech encoder (default: the one that they were made with)"
+    vocoder.add_argument("--encoder", type=as_given(str), help=text)
     vocoder.add_argument("--seconds", type=float, default=1800.0, help="seconds of speech to learn from, at most (default: 1800)")
     vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of the choice of recordings (default: 0)")
 
     tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of all that --config lists")
-    tts.add_argument("--config", type=Path, help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
+    tts.add_argument("--config", type=as_given(Path), help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
     tts.add_argument("--input_dir", type=to_read(Path), help="directory of ASR records")
     tts.add_argument("--output_dir", type=to_write(Path), help="directory for the TTS records")
     tts.add_argument("--dataset_name", help="written to the records' metadata (default: the directory's name)")
@@ -61,7 +62,7 @@ def add(commands: Any) -> None:
 
     store = add_command(prepare, "store", _store, "make the token stores of a run's records, as `train` does at its first start")
     store.description = _STORE_HELP
-    store.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
+    store.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")
     store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare the checksums")
     configuration.add_flags(store)
 
@@ -144,7 +145,6 @@ def _how_many(flag: str, text: str | None) -> int | None:
 def _units(args: argparse.Namespace) -> int:
     from most_ray.speech.units.prepare import prepare_units
 
-    check_local("output", args.output, "folder")
     try:
         perturb = tuple(float(speed) for speed in args.perturb.split(","))
     except ValueError as error:
@@ -164,7 +164,6 @@ def _units(args: argparse.Namespace) -> int:
 def _kmeans(args: argparse.Namespace) -> int:
     from most_ray.speech.units.prepare import prepare_kmeans
 
-    check_output(args.output)
     job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
     found = prepare_kmeans(job, args.output, _progress, _runner(args, job))
     say(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
@@ -187,7 +186,7 @@ def _vocoder(args: argparse.Namespace) -> int:
 
 
 def _tts(args: argparse.Namespace) -> int:
-    from most_ray.records.tts_records import Conversion, prepare_tts, read_conversions
+    from most_ray.records.tts_records import Conversion, check_conversion, prepare_tts, read_conversions
 
     if args.config:
         if args.input_dir or args.output_dir or args.dataset_name or args.file_pattern != "*":
@@ -199,7 +198,7 @@ def _tts(args: argparse.Namespace) -> int:
     else:
         conversions = [Conversion(args.input_dir, args.output_dir, args.dataset_name, args.file_pattern)]
     for conversion in conversions:
-        check_local("output_dir", conversion.output_dir, "folder")
+        check_conversion(conversion)
     for conversion in conversions:
         counts = prepare_tts(conversion)
         say(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")

@@ -13,11 +13,13 @@ from typing import Any
 
 from most_ray import config as configuration
 from most_ray.cli import from_audio
-from most_ray.cli.job_files import resolve_paths, to_read, to_write
-from most_ray.cli.parser import add_command, check_output, config_of
+from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
+from most_ray.cli.parser import add_command, config_of
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
+from most_ray.io.journal import TRACE
+from most_ray.io.outputs import check_file, check_new_folder, replacing, replacing_folder
 
 _MOST_PLANNED = 1_000_000  # steps that `plan` lists at once
 
@@ -33,7 +35,7 @@ def add(commands: Any) -> None:
     init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
 
     train = add_command(commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes")
-    train.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
+    train.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")
     text = "describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing"
     default = "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)"
     train.add_argument("--dry_run", nargs="?", const="", metavar="DEVICE", help=f"{text} {default}")
@@ -41,13 +43,13 @@ def add(commands: Any) -> None:
     configuration.add_flags(train)
 
     plan = add_command(commands, "plan", _plan, "list the records of each step, without training")
-    plan.add_argument("--config", help="the run's YAML file")
+    plan.add_argument("--config", type=as_given(str), help="the run's YAML file")
     plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
-    plan.add_argument("--trace", type=Path, required=True, help="file for the lines that `train --trace_records` would write")
+    plan.add_argument("--trace", type=as_given(Path), required=True, help="file for the lines that `train --trace_records` would write")
     configuration.add_flags(plan)
 
     report = add_command(commands, "report", _report, "write an HTML page about one run, several runs side by side, or a sweep")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
+    report.add_argument("runs", type=as_given(str), nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
     report.add_argument("--output", type=to_write(Path), help="HTML file (default: RUN/report.html; for several runs report.html)")
 
     export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout")
@@ -61,7 +63,7 @@ def add(commands: Any) -> None:
         "both ends included; short forms: 2..6, [a, b], a | b."
     )
     text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which apply to all trials; flags overrule it"
-    sweep.add_argument("--config", required=True, help=text)
+    sweep.add_argument("--config", type=as_given(str), required=True, help=text)
     sweep_options.add_flags(sweep)
     configuration.add_flags(sweep)
 
@@ -72,12 +74,14 @@ def _init_model(args: argparse.Namespace) -> int:
 
     if (args.preset is None) == (args.from_deepseek is None):
         raise ConfigError("preset", args.preset, "or from_deepseek is needed to start from, exactly one of them.")
-    if args.preset:
-        if not args.records:
-            raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
-        model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), args.output, args.seed)
-    else:
-        model = from_deepseek(args.from_deepseek, args.output)
+    if args.preset and not args.records:
+        raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
+    check_new_folder("output", args.output)
+    with replacing_folder("output", args.output) as folder:
+        if args.preset:
+            model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), folder, args.seed)
+        else:
+            model = from_deepseek(args.from_deepseek, folder)
     say(f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size}: {args.output}")
     return 0
 
@@ -123,27 +127,25 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError("steps", args.steps, "is not a range FROM:TO of steps, which are counted from 1.")
     if last - first >= _MOST_PLANNED:
         raise ConfigError("steps", args.steps, f"holds more than {_MOST_PLANNED:,} steps.", "Give several ranges, one after the other.")
-    if args.trace.is_dir():
-        raise ConfigError("trace", str(args.trace), "is a folder.", "Name a file.")
+    check_file("trace", args.trace, TRACE)
     config = config_of(args)
     from most_ray.runs.resolve import prepare_run
     from most_ray.service.tasks.ingest_tasks import ingest_runner
 
     plan = prepare_run(config, ingest_runner).plan
-    args.trace.parent.mkdir(parents=True, exist_ok=True)
     lines = ({"step": step, "records": plan.record_ids(plan.step(step))} for step in range(first, last + 1))
-    with args.trace.open("w", encoding="utf-8") as sink:
+    with replacing("trace", args.trace) as temporary, temporary.open("w", encoding="utf-8") as sink:
         sink.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     say(f"steps {first} to {last}: {args.trace}")
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    from most_ray.report import write_report
+    from most_ray.report import REPORT, write_report
 
     apart = storage.is_remote(args.runs[0]) or len(args.runs) > 1
     output = args.output or (Path("report.html") if apart else storage.local(args.runs[0]) / "report.html")
-    check_output(output)
+    check_file("output", output, REPORT)
     write_report(args.runs, output)
     say(str(output))
     return 0

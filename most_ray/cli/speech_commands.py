@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
 import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_above_0, check_model, check_output, config_of_flags, print_error
+from most_ray.cli.job_files import as_given, to_read, to_write
+from most_ray.cli.parser import Parser, add_command, check_above_0, check_model, config_of_flags, print_error
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
+from most_ray.io.outputs import Kind, begins_with, check_file, check_folder, replacing
 from most_ray.options import add_flag
 from most_ray.records.files import UNITS_MANIFEST
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from most_ray.evaluation.decode import Forward
     from most_ray.evaluation.generate import GenerationOptions, Transcript
     from most_ray.speech.units.assets import SpeechAssets
@@ -29,15 +32,17 @@ if TYPE_CHECKING:
 _AT_ONCE = 32  # recordings in a batch
 _PROMPT = 64  # tokens of a prompt without its speech, and of a short answer
 _KEYS = {key: key for key in ("num_beams", "max_new_tokens", "max_new_units")}  # flags that are keys of the configuration
+_SOFTWARE = "most_ray"  # the mark in recordings that `synthesize` has written
 _NO_ASSETS = "Name the folder of the records that it was trained on: --speech DIR."
 
 
 def add(commands: Any) -> None:
     transcribe = add_command(commands, "transcribe", _transcribe, "convert recordings to text by a model")
     text = "audio files, in any format that libsndfile reads"
-    transcribe.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=text)
+    transcribe.add_argument("recordings", nargs="+", type=as_given(Path), metavar="RECORDING", help=text)
     _model_flags(transcribe)
-    transcribe.add_argument("--encoder", help="folder of the speech encoder of its units (default: the one that they were made with)")
+    text = "folder of the speech encoder of its units (default: the one that they were made with)"
+    transcribe.add_argument("--encoder", type=as_given(str), help=text)
     text = "the recordings are of one speaker, whose features are normalised over all of them"
     transcribe.add_argument("--one_speaker", action="store_true", help=text)
     transcribe.add_argument("--max_seconds", type=float, default=120.0, help="refuse longer recordings (default: 120)")
@@ -60,7 +65,8 @@ def add(commands: Any) -> None:
 def _model_flags(parser: Parser, optional: bool = False) -> None:
     text = "model folder or checkpoint" + " (not needed for units)" * optional
     parser.add_argument("--model", type=to_read(str), required=not optional, help=text)
-    parser.add_argument("--speech", metavar="DIR", help="folder with units.json and kmeans.npy (default: the model's own)")
+    text = "folder with units.json and kmeans.npy (default: the model's own)"
+    parser.add_argument("--speech", type=as_given(str), metavar="DIR", help=text)
     for key in _KEYS:
         add_flag(parser, configuration.OPTIONS[key])
 
@@ -69,24 +75,23 @@ def _transcribe(args: argparse.Namespace) -> int:
     from most_ray.speech.units.assets import open_assets
 
     if args.output:
-        check_output(args.output)
+        check_file("output", args.output, TRANSCRIPTS)
     check_above_0("max_seconds", args.max_seconds)
     options = _generation_options(args)
     assets = open_assets(_assets_folder(args), args.encoder)
-    written = 0
-    with contextlib.ExitStack() as stack:
-        sink = stack.enter_context(args.output.open("w", encoding="utf-8")) if args.output else None
-        for path, units, transcript in _transcripts(args, assets, options):
-            written += 1
-            if sink:
-                line = {"file": str(path), "text": transcript.text, "units": " ".join(map(str, units)), "ended": transcript.ended}
-                sink.write(json.dumps(line, ensure_ascii=False) + "\n")
-            else:
-                cells = (transcript.text,) if len(args.recordings) == 1 else (str(path), transcript.text)
-                print(*map(printable, cells), sep="\t")
+    lines: list[str] = []
+    for path, units, transcript in _transcripts(args, assets, options):
+        line = {"file": str(path), "text": transcript.text, "units": " ".join(map(str, units)), "ended": transcript.ended}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if not args.output:
+            cells = (transcript.text,) if len(args.recordings) == 1 else (str(path), transcript.text)
+            print(*map(printable, cells), sep="\t")
+    if args.output and lines:  # without any, what an earlier command wrote stays
+        with replacing("output", args.output) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
     if args.output:
-        say(f"{written} transcriptions: {args.output}")
-    return 0 if written == len(args.recordings) else 2
+        say(f"{len(lines)} transcriptions: {args.output}" if lines else "no transcriptions: nothing was written")
+    return 0 if len(lines) == len(args.recordings) else 2
 
 
 def _transcripts(
@@ -120,8 +125,6 @@ def _transcripts(
 
 
 def _synthesize(args: argparse.Namespace) -> int:
-    import soundfile
-
     from most_ray.evaluation.generate import synthesize_texts
     from most_ray.records.record import parse_units
     from most_ray.speech.units.assets import require_units_manifest
@@ -129,8 +132,10 @@ def _synthesize(args: argparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise ConfigError("limit", args.limit, "must be at least 1.")
-    if not args.records:
-        check_output(args.output)
+    if args.records:
+        check_folder("output", args.output)
+    else:
+        check_file("output", args.output, RECORDING)
         if args.output.suffix.lower() not in (".wav", ".flac"):
             raise ConfigError("output", str(args.output), "is neither a .wav nor a .flac file.")
     if args.text is not None and not args.text.strip():
@@ -166,29 +171,58 @@ def _synthesize(args: argparse.Namespace) -> int:
         if generated.stop is None:
             say(f"most-ray: the speech was cut off after {len(units)} units", stream=sys.stderr)
     waves, rate = vocoder([units])
-    args.output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(args.output, waves[0], rate)
+    _write_recording(args.output, waves[0], rate)
     say(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
     return 0
 
 
 def _synthesize_records(args: argparse.Namespace, vocoder: Any) -> int:
     """Write the speech of records to a file each, named after the record's id. Returns their number."""
+    names = _recording_names(record_id for record_id, _ in itertools.islice(_speech_of(args.records), args.limit))
+    if not names:
+        raise DataError("records", args.records, "contain no speech.")
+    for name in names:  # before the first is written: a file of that name may be the recording itself
+        check_file("output", args.output / name, RECORDING)
+    for name, (_, units) in zip(names, _speech_of(args.records), strict=False):
+        waves, rate = vocoder([units])
+        _write_recording(args.output / name, waves[0], rate)
+    return len(names)
+
+
+def _recording_names(record_ids: Iterable[str]) -> list[str]:
+    """A file name for each record, all different."""
+    names: dict[str, None] = {}
+    for record_id in record_ids:
+        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", record_id).lstrip(".")[:120] or "record"
+        names[next(name for n in range(1, len(names) + 3) if (name := f"{stem}.wav" if n == 1 else f"{stem}-{n}.wav") not in names)] = None
+    return list(names)
+
+
+def _write_recording(path: Path, wave: np.ndarray, rate: int) -> None:
+    """Write float32 (samples,) as WAV or FLAC, by the path's suffix, with the mark by which `_is_own_recording` knows it."""
     import soundfile
 
-    if args.output.exists() and not args.output.is_dir():
-        raise ConfigError("output", str(args.output), "is a file; records go to a folder.")
-    args.output.mkdir(parents=True, exist_ok=True)
-    taken: set[str] = set()
-    for record_id, units in itertools.islice(_speech_of(args.records), args.limit):
-        stem = re.sub(r"[^A-Za-z0-9_.-]", "_", record_id).lstrip(".")[:120] or "record"
-        name = next(name for n in range(1, len(taken) + 3) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)
-        taken.add(name)
-        waves, rate = vocoder([units])
-        soundfile.write(args.output / f"{name}.wav", waves[0], rate)
-    if not taken:
-        raise DataError("records", args.records, "contain no speech.")
-    return len(taken)
+    content = io.BytesIO()
+    with soundfile.SoundFile(content, "w", rate, 1, format=path.suffix[1:].upper()) as sink:
+        sink.software = _SOFTWARE
+        sink.write(wave)
+    with replacing("output", path) as temporary:
+        temporary.write_bytes(content.getvalue())
+
+
+def _is_own_recording(path: Path) -> bool:
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(path) as stream:
+            return str(stream.software).startswith(_SOFTWARE)
+    except soundfile.SoundFileError:
+        return False
+
+
+# What these commands write, and may replace.
+TRANSCRIPTS = Kind("file of transcriptions", begins_with(rb'\{"file": ?"[^\n]*"text": ?"'))
+RECORDING = Kind("recording that `most-ray synthesize` has written", _is_own_recording)
 
 
 def _speech_of(directory: str) -> Iterator[tuple[str, list[int]]]:

@@ -14,7 +14,7 @@ from most_ray.data.ingest import Recipe, check_rejected, ingest_directory
 from most_ray.data.plan import check_units as common_units
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
-from most_ray.evaluation.hypotheses import Row, evaluation_result, write_hypotheses, write_result
+from most_ray.evaluation.hypotheses import Row, evaluation_result, hypotheses_path, write_hypotheses, write_result
 from most_ray.evaluation.scoring import EvalShard, EvaluationSet, EvaluationSettings, asr_instruction
 from most_ray.evaluation.wer import NORMALISER_VERSION
 from most_ray.io import storage
@@ -48,11 +48,6 @@ class Evaluation:
         """Write the result to `path`, and the hypotheses to `hypotheses_path(path)`; each write is atomic."""
         write_hypotheses(hypotheses_path(path), self.header, self.rows)
         write_result(path, self.result)
-
-
-def hypotheses_path(path: Path) -> Path:
-    """The file of hypotheses beside a file of results: NAME.hypotheses.jsonl."""
-    return path.with_name(f"{path.name.removesuffix('.json')}.hypotheses.jsonl")
 
 
 def open_sets(

@@ -34,12 +34,15 @@ from most_ray.evaluation.wer import (
 )
 from most_ray.io import storage
 from most_ray.io.json_values import json_text, parse_json
+from most_ray.io.outputs import Kind, begins_with
 from most_ray.metrics.figures import RATES, TITLES
 from most_ray.records.record import TASKS
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the file
 _SAMPLES = 5  # of each set, in the result
+RESULT = Kind("result of an evaluation", begins_with(rb'\{\s*"wer": ?\{.*"sets": ?\{'))
+HYPOTHESES = Kind("file of hypotheses", begins_with(rb'\{"kind": ?"settings", ?"format": ?\d'))
 _REMEDY = "Name a hypotheses.jsonl that an evaluation has written."
 _MOST = 1 << 53  # of a count: larger ones are no longer exact as floats
 
@@ -172,6 +175,11 @@ def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_le
         if len(edges) and int((edges[1::2] - edges[::2]).max()) >= needed:
             return True
     return False
+
+
+def hypotheses_path(path: Path) -> Path:
+    """The file of hypotheses beside a file of results: NAME.hypotheses.jsonl."""
+    return path.with_name(f"{path.name.removesuffix('.json')}.hypotheses.jsonl")
 
 
 def write_hypotheses(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:

@@ -12,8 +12,12 @@ from typing import Any, BinaryIO
 
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_line, parse_lines, read_lines
+from most_ray.io.outputs import Kind, begins_with
 from most_ray.io.run_folder import RunFolder
 
+# First lines of the journals. (In metrics of earlier versions the step may come first.)
+TRACE = Kind("trace", begins_with(rb'\{"step": ?\d+, ?"records": ?\['))
+METRICS = Kind("run's metrics.jsonl", begins_with(rb'\{"kind": ?"|\{"step": ?\d[^\n]*"kind": ?"'))
 _TAIL = 200  # bytes by which `Follower` recognises its position: those of a line of metrics hold the step and the time
 
 

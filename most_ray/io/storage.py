@@ -145,11 +145,17 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _replacing(path: Path, name: str) -> Iterator[Path]:
-    """A temporary file called `name` beside `path`, which replaces it at the end unless there was an error."""
+    """A temporary file called `name` beside `path`, which replaces it at the end unless there was an error. Raises DataError where `path`
+    is a device, a pipe or a socket."""
     temporary = path.with_name(name)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError("file", str(path), "is not a regular file.", "Move it away.")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

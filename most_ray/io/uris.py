@@ -11,10 +11,31 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from most_ray.errors import DataError, redact
+from most_ray.errors import ConfigError, DataError, redact
 
 ARROW_SCHEMES = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")  # handled by pyarrow; others by fsspec
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")  # as a shell writes it
 _URI = re.compile(r"([A-Za-z][\w+.-]*)(://[^/?]*)/*(.*?)/*(\?[\w.-]+=.*)?", re.DOTALL)
+
+
+def expand(field: str, text: str) -> str:
+    """A path or URI as a user has written it, with the home folder where it begins with `~`.
+
+    Raises:
+        ConfigError: it is empty, holds a NUL character, names a variable as `$HOME`, which nothing would replace, or begins with the `~` of
+            an unknown user.
+    """
+    if not text.strip():
+        raise ConfigError(field, text, "is empty.", "Name a file or folder; . is the current one.")
+    if "\0" in text:
+        raise ConfigError(field, text, "holds a NUL character.")
+    if (variable := _VARIABLE.search(redact(text))) and (is_remote(text) or not os.path.lexists(text)):
+        remedy = "Write out what it stands for; ~ is the home folder."
+        raise ConfigError(field, text, f"holds {variable[0]}: variables are not replaced here.", remedy)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ConfigError(field, text, "names the home folder of a user who is not known here.", "Write it out.")
+    return expanded
 
 
 def is_remote(uri: str | Path) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +180,12 @@ def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, outpu
     model.generation_config.eos_token_id = sorted({model.config.eos_token_id, token_ids(tokenizer).end_audio})
     model.generation_config.pad_token_id = token_ids(tokenizer).pad
     with quiet_transformers():
-        model.save_pretrained(output)
+        try:
+            model.save_pretrained(output)
+        except SafetensorError as error:  # as where the disk is full: "... No space left on device (os error 28)"
+            if code := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
+            raise
         tokenizer.save_pretrained(output)
 
 

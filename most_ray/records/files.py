@@ -13,6 +13,7 @@ from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import open_compressed, read_lines, read_values
 from most_ray.io.json_values import parse_json
+from most_ray.io.outputs import Kind, begins_with
 from most_ray.io.storage import Entry
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -20,6 +21,7 @@ UNITS_MANIFEST = "units.json"  # says what the units of the records mean
 KMEANS = "kmeans.npy"  # centroids of the units
 VOCODER = "vocoder.safetensors"  # turns the units into sound
 REJECTED = "rejected.jsonl"  # one line for each entry that gave no record, with the reason
+REJECTED_LIST = Kind("list of rejected entries", begins_with(rb'\{"file": ?"[^\n]*"reason": ?"'))
 PREPARED = "prepared.json"  # what `prepare units` wrote, and from what
 CONVERTED = "converted.json"  # what `prepare tts` wrote
 UNFINISHED = ".unfinished"  # present while the records are being replaced: until it is gone, they may not match units.json

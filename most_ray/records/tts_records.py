@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,7 +15,9 @@ from typing import Any, TextIO
 from most_ray.errors import ConfigError, DataError, RecordError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.records.files import ASSET_FILES, CONVERTED, REJECTED, UNFINISHED, read_raw, record_files
+from most_ray.io.outputs import check_file, check_folder
+from most_ray.io.uris import expand
+from most_ray.records.files import ASSET_FILES, CONVERTED, REJECTED, REJECTED_LIST, UNFINISHED, read_raw, record_files
 from most_ray.records.record import asr_to_tts, parse_record
 
 _FORM = "An entry is {dataset_name, input_dir, output_dir, file_pattern}; the last is optional."
@@ -60,7 +62,8 @@ def read_conversions(path: Path) -> list[Conversion]:
         if missing := [key for key in ("input_dir", "output_dir") if not entry.get(key)]:
             raise ConfigError(missing[0], None, f"is missing in entry {index} of {path}.", _FORM)
         given = {key: entry[key] for key in ("dataset_name", "file_pattern") if entry.get(key)}
-        found.append(Conversion(Path(entry["input_dir"]), Path(entry["output_dir"]), **given))
+        source, output = (Path(expand(key, entry[key])) for key in ("input_dir", "output_dir"))
+        found.append(Conversion(source, output, **given))
     outputs = [each.output_dir.absolute() for each in found]
     if twice := next((output for output in outputs if outputs.count(output) > 1), None):
         raise ConfigError("output_dir", str(twice), "is named by two entries, which would overwrite each other.", "Name different ones.")
@@ -78,9 +81,10 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
         DataError: there are no record files, or no ASR record in them.
     """
     output = conversion.output_dir
-    _check_separate(conversion)
+    check_conversion(conversion)
     entries = record_files(conversion.input_dir, conversion.file_pattern)
     targets = _targets(entries, output)
+    _check_own(output, targets)
     output.mkdir(parents=True, exist_ok=True)
     name = conversion.dataset_name or conversion.input_dir.absolute().name
     counts = {"records": 0, "rejected": 0, "files": 0}
@@ -98,7 +102,8 @@ def prepare_tts(conversion: Conversion) -> dict[str, int]:
         raise DataError("input_dir", str(conversion.input_dir), reason)
     (output / UNFINISHED).touch()
     for old in _converted_before(output) - {target.relative_to(output).as_posix() for target in targets}:
-        (output / old).unlink(missing_ok=True)
+        if _is_inside(output / old, output):
+            (output / old).unlink(missing_ok=True)
     for target in targets:
         _unfinished(target).replace(target)
     rejected_path.replace(output / REJECTED)
@@ -138,8 +143,31 @@ def _converted_before(output: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and name.endswith(".jsonl.gz") and not {"..", "/"} & set(Path(name).parts)}
 
 
-def _check_separate(conversion: Conversion) -> None:
-    """Check that no input is overwritten, and that the output is not read as input the next time: else raise ConfigError."""
+def _check_own(output: Path, targets: Mapping[Path, storage.Entry]) -> None:
+    """Check that what would be replaced is an earlier conversion's, and that no link leads out of the folder: else raise ConfigError."""
+    for target in targets:
+        if not _is_inside(target, output):
+            rule = f"has a link in it, by which {target.relative_to(output)} would be written elsewhere."
+            raise ConfigError("output_dir", str(output), rule, "Name the folder itself.")
+    check_file("output_dir", output / REJECTED, REJECTED_LIST)
+    written = _converted_before(output)
+    if (output / UNFINISHED).exists() or ((output / CONVERTED).exists() and not written):
+        return  # an earlier conversion was stopped, or its list is damaged
+    replaced = [target.relative_to(output).as_posix() for target in targets] + ([] if written else list(ASSET_FILES))
+    if mine := next((name for name in replaced if os.path.lexists(output / name) and name not in written), None):
+        rule = f"holds {mine}, which no earlier conversion has written: it would be lost."
+        raise ConfigError("output_dir", str(output), rule, "Name another folder, or move it away.")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether the folder of a path, without links, is in `folder` or is `folder` itself."""
+    return Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(folder))
+
+
+def check_conversion(conversion: Conversion) -> None:
+    """Check that the output is a folder, that no input is overwritten, and that the output is not read as input the next time: else raise
+    ConfigError."""
+    check_folder("output_dir", conversion.output_dir)
     source, output = (Path(os.path.realpath(uri)) for uri in (conversion.input_dir, conversion.output_dir))
     shown = str(conversion.output_dir)
     if output in (source, source.parent if source.is_file() else source):

@@ -4,6 +4,6 @@ Functions here read folders and give plain data; templates/ turn it into HTML, s
 function in figures.py or sweep_figures.py, a new table one in run_tables.py or sweep_tables.py with its place in a template.
 """
 
-from most_ray.report.page import write_report
+from most_ray.report.page import REPORT, write_report
 
-__all__ = ["write_report"]
+__all__ = ["REPORT", "write_report"]

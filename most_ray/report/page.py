@@ -15,10 +15,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.outputs import Kind, begins_with
 from most_ray.report import run_tables, sweep_tables
 from most_ray.report.collect import RunData, collect
 from most_ray.report.figures import figures
 from most_ray.report.speech_samples import voices
+
+REPORT = Kind("report of a run or a sweep", begins_with(rb"\s*<!DOCTYPE html>.*<title>[^<]*: (run|sweep) report</title>"))
 
 
 def write_report(uris: Sequence[str], output: Path) -> None:

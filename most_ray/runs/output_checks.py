@@ -10,33 +10,32 @@ from pathlib import Path
 from most_ray.config import RunConfig
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
+from most_ray.io.journal import METRICS, TRACE
+from most_ray.io.outputs import check_file, check_folder, failure_rule, nearest_folder
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Check that the run's folder, the folder of token stores and the trace can be written to, that the disk has room, and that W&B has a
-    key where wandb_mode is online; raise ConfigError where one of these does not hold."""
-    _check_writable("output_dir", config.run_uri)
+    """Check that the run's folder, the folder of token stores and the trace can be written to and hold nothing of a user's that would be
+    lost, that the disk has room, and that W&B has a key where wandb_mode is online; raise ConfigError where one of these does not hold."""
+    _check_folder("output_dir", config.run_uri)
     if config.store_dir:
-        _check_writable("store_dir", config.store_dir)
-    if not storage.is_remote(config.run_uri) and shutil.disk_usage(storage.local(config.run_uri)).free < 1 << 28:
-        raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
+        _check_folder("store_dir", config.store_dir)
+    if not storage.is_remote(config.run_uri):
+        run = storage.local(config.run_uri)
+        if shutil.disk_usage(nearest_folder(run)).free < 1 << 28:
+            raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
+        check_file("output_dir", run / "metrics.jsonl", METRICS)
     if config.trace_records:
-        try:
-            Path(config.trace_records).parent.mkdir(parents=True, exist_ok=True)
-            with Path(config.trace_records).open("a+b") as stream:
-                stream.seek(0)
-                first = stream.readline(1 << 26)
-        except OSError as error:
-            raise ConfigError("trace_records", config.trace_records, f"cannot be written to ({error.strerror}).") from error
-        if first and not first.startswith(b'{"step"'):
-            raise ConfigError("trace_records", config.trace_records, "exists and is no trace.", "Name another file.")
+        check_file("trace_records", Path(config.trace_records), TRACE)
     if config.wandb_project and config.wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
         remedy = "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
         raise ConfigError("wandb_mode", "online", "needs a key.", remedy)
 
 
-def _check_writable(field: str, uri: str) -> None:
-    """Check that bytes written below a path or URI can be read back. Raises ConfigError."""
+def _check_folder(field: str, uri: str) -> None:
+    """Check that files can be written below a path, or that bytes written below a URI can be read back. Raises ConfigError."""
+    if not storage.is_remote(uri):
+        return check_folder(field, storage.local(uri))
     probe = storage.join(uri, f".probe-{uuid.uuid4().hex[:8]}")
     try:
         storage.write_bytes(probe, b"probe")
@@ -46,11 +45,6 @@ def _check_writable(field: str, uri: str) -> None:
     except (OSError, DataError) as error:
         rule = f"{failure_rule(error, 'written to')}."
         raise ConfigError(field, storage.redact(uri), rule, "Name a folder or URI that can be written to.") from error
-
-
-def failure_rule(error: OSError | DataError, what: str) -> str:
-    """Why a path or URI cannot be `what` ("read", "written to"), as the end of a sentence, without its full stop."""
-    return error.rule.rstrip(".") if isinstance(error, DataError) else f"cannot be {what} ({error.strerror or error})"
 
 
 def _has_netrc() -> bool:

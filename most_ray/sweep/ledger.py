@@ -13,7 +13,6 @@ Lines are JSON, each with `kind` and `time`; a later line about a trial adds to 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import shlex
@@ -28,6 +27,7 @@ from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines, read_lines
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
+from most_ray.io.run_lock import RunLock
 from most_ray.metrics.figures import OBJECTIVES, RATES
 from most_ray.options import current_words
 
@@ -129,16 +129,11 @@ def _apply(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
 
 class LedgerFile:
     """The ledger's file, for the only process that writes it, with its current state as `ledger`. An incomplete last line, left by a kill,
-    is cut off. Raises ConfigError if another process on this machine writes it."""
+    is cut off. Raises ConfigError if another process writes it."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._lock = (folder.local / ".lock").open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            rule, remedy = "is being swept by another process.", "Wait for it, or choose another name."
-            raise ConfigError("name", storage.redact(folder.uri), rule, remedy) from None
+        self._lock = RunLock(folder.uri, "swept")
         self._driver = uuid.uuid4().hex
         if folder.remote:
             folder.claim(self._driver)

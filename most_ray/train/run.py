@@ -36,12 +36,14 @@ from most_ray.console.run_screens import evaluation_plan, first_screen, last_scr
 from most_ray.console.streams import open_streams
 from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say
 from most_ray.distributed.ranks import this_rank
-from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError
+from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, explain_os_error
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
+from most_ray.io.run_lock import RunLock
 from most_ray.report import write_report
 from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
+from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.trackers.select import trackers_of, wandb_key
 from most_ray.train.attempt import claim_run
@@ -68,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"most-ray: {error.kind}: {error}", stream=sys.stderr)
         return error.exit_code
+    except OSError as error:  # as where the disk is full
+        explained = explain_os_error(error)
+        sys.stderr.write(f"most-ray: {explained.kind}: {explained}\n")
+        return explained.exit_code
     if summary is None and int(os.environ.get("RANK", "0")) == 0:
         say("most-ray: stopped after a checkpoint; the same command resumes the run", stream=sys.stderr)
     return EXIT_STOPPED if summary is None else 0
@@ -91,8 +97,9 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
     console, stop = console or Console(quiet=True), stop or threading.Event()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     device = _init_device(world)
+    lock = contextlib.ExitStack()  # rank 0 holds it until the run's end
     try:
-        job, prepared = _share_job(config, world, console)
+        job, prepared = _share_job(config, world, console, lock)
         started = time.monotonic()
         if job and not _train(job, prepared, device, stop, console):
             return None
@@ -105,6 +112,7 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
             last_screen(summary, console)
         return summary
     finally:
+        lock.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -120,9 +128,11 @@ def _init_device(world: int) -> torch.device:
     return device
 
 
-def _share_job(config: configuration.RunConfig, world: int, console: Console) -> tuple[Job | None, Prepared | None]:
+def _share_job(
+    config: configuration.RunConfig, world: int, console: Console, lock: contextlib.ExitStack
+) -> tuple[Job | None, Prepared | None]:
     """Rank 0 prepares the run and sends its job to all ranks. Returns the job, None where all steps and evaluations are done; and on rank 0
-    the prepared run. Raises UserError on rank 0; the other ranks exit with its exit code, so that it is reported once."""
+    the prepared run, which `lock` then holds. Raises UserError on rank 0; the other ranks exit with its exit code: it is reported once."""
     shared: list[Any] = [None]
     # Rank 0 may ingest records for hours before it sends the job.
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=24)) if dist.is_initialized() else None
@@ -131,9 +141,13 @@ def _share_job(config: configuration.RunConfig, world: int, console: Console) ->
         raise ConfigError("use_gpu", False, "but this machine has GPUs.", "Hide them: CUDA_VISIBLE_DEVICES=.")
     if this_rank() == 0:
         try:
+            check_outputs(config)
+            lock.enter_context(RunLock(config.run_uri, "trained"))
             prepared, shared[0] = _prepare(config, cuda, world, console)
         except UserError as error:
             shared[0] = error
+        except OSError as error:
+            shared[0] = explain_os_error(error)
     if dist.is_initialized():
         dist.broadcast_object_list(shared, src=0, group=patient)
     if isinstance(shared[0], UserError):

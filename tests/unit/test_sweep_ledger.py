@@ -232,9 +232,7 @@ def test_behind_a_uri_every_line_goes_there(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_place_that_is_taken_is_told_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
-    for name in ("pull", "claim"):
-        monkeypatch.setattr(RunFolder, name, lambda *_: None)
-    uri = "s3://key:hunter2@bucket/sweep"
+    uri = "memory://key:hunter2@bucket/sweep"
     held = LedgerFile(RunFolder(uri))
     with pytest.raises(ConfigError, match="another process") as caught:
         LedgerFile(RunFolder(uri))
@@ -253,15 +251,10 @@ def test_a_sweep_that_was_refused_leaves_no_ledger(tmp_path: Path) -> None:
 
 def test_a_sweep_that_another_machine_has_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locks do not work across machines: the sweep names its owner, and a driver that has lost it writes nothing more."""
-    owners: dict[str, str] = {}
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path))
-    for name in ("pull", "push"):
-        monkeypatch.setattr(RunFolder, name, lambda *_: None)
-    monkeypatch.setattr(RunFolder, "claim", lambda folder, owner: owners.update({folder.uri: owner}))
-    monkeypatch.setattr(RunFolder, "owner", lambda folder: owners[folder.uri])
-    file = LedgerFile(RunFolder("s3://bucket/sweep"))
+    file = LedgerFile(folder := RunFolder("memory://bucket/taken-over"))
     file.write("sweep", name="mine")
-    owners["s3://bucket/sweep"] = "another"
+    folder.claim("another")
     with pytest.raises(ConfigError, match="taken over by a newer start"):
         file.write("sweep", name="mine")
     file.close()

@@ -17,8 +17,8 @@ from pathlib import Path
 import most_ray
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.outputs import failure_rule
 from most_ray.runs.environment import version_of
-from most_ray.runs.output_checks import failure_rule
 
 LIBRARIES = ("ray", "torch", "transformers", "numpy", "pyarrow")  # whose versions are compared between nodes
 

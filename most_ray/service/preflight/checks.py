@@ -20,8 +20,8 @@ from most_ray.config import OPTIONS, RunConfig
 from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError, DataError, UserError, one_line
 from most_ray.io import storage
+from most_ray.io.outputs import failure_rule
 from most_ray.model.build import PRESETS
-from most_ray.runs.output_checks import failure_rule
 from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import start_on_nodes, usable_nodes
 from most_ray.service.cluster.connection import cluster_address

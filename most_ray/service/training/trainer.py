@@ -17,11 +17,13 @@ from most_ray.console.terminal import print_line
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
+from most_ray.io.run_lock import RunLock
 from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
 from most_ray.runs.job import overrides_of
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
+from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of, prepare_run
 from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
@@ -35,7 +37,8 @@ from most_ray.service.training.attempts import RunIncompleteError, run_attempts
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     """Train, evaluate and export a run. A run of the same name resumes; a complete one is not changed. Returns the summary. Raises
     UserError where the user can fix something, the run was asked to stop, or it ended before its last step."""
-    with ShutdownSignal().on_sigterm() as shutdown:
+    check_outputs(config)
+    with ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
         return _run(config, console, shutdown)
 
 

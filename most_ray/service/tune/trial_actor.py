@@ -31,6 +31,7 @@ from most_ray.io import storage
 from most_ray.io.journal import Follower
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, RunFolder, step_uri
+from most_ray.io.run_lock import is_held
 from most_ray.sweep.ledger import intervals_of, kept_uri, metrics_of
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,9 @@ class TrialActor(tune.Trainable):
             time.sleep(_POLL_S)
             return {"step": self._last}
         if self._process is None:
+            if is_held(self._folder.uri):  # by its process of before, whose actor was lost: it still writes a checkpoint
+                time.sleep(_POLL_S)
+                return {"step": self._last}
             self._process = self._start()
             self._lines = self._evaluations()
         line = next(self._lines, _ENDED)

@@ -17,11 +17,16 @@ from threadpoolctl import threadpool_limits
 
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.outputs import Kind, begins_with
 from most_ray.records.record import N_UNITS
 
 MANIFEST_VERSION = 1
 FIT_FRAMES = 200_000  # to fit k-means to, by default
 _PRIOR_FRAMES = 50.0  # weight of the corpus' statistics where a single speaker's are adapted to them, in frames: one second
+# As `save_kmeans` writes them: a float32 table of at most three digits of rows, or tensors that name the features.
+CENTROIDS = Kind(
+    "file of centroids", begins_with(rb"\x93NUMPY.{2,6}\{'descr': '<f4'.*'shape': \(\d{1,3}, \d+\)|.{8}\{\"__metadata__\":\{\"features\"")
+)
 _PICKLED = (".joblib", ".pkl", ".pickle", ".bin", ".pt")  # suffixes
 Algorithm = Literal["minibatch", "lloyd"]
 

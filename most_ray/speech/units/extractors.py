@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from most_ray.errors import ConfigError
 from most_ray.io import storage
+from most_ray.io.uris import expand
 from most_ray.speech.units.features import EncoderSettings, Extractor, FeatureSettings
 from most_ray.speech.units.mfcc import MfccExtractor, MfccSettings
 
@@ -31,7 +32,8 @@ def parse_features(text: str) -> FeatureSettings:
     if not kind or not source or not layer.isdecimal():
         remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
         raise ConfigError("features", text, f"is neither {', '.join(KINDS)} nor KIND:NAME_OR_PATH:LAYER.", remedy)
-    return EncoderSettings(kind, storage.absolute_if_exists(source), int(layer))  # other processes have other working directories
+    source = storage.absolute_if_exists(expand("features", source))  # other processes have other working directories
+    return EncoderSettings(kind, source, int(layer))
 
 
 def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extractor:

@@ -12,15 +12,43 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from most_ray.errors import DataError
+from most_ray.errors import ConfigError, DataError
 from most_ray.io.json_values import parse_json
-from most_ray.records.files import KMEANS, PREPARED, REJECTED, UNFINISHED, UNITS_MANIFEST, VOCODER
+from most_ray.io.outputs import check_file, check_folder
+from most_ray.records.files import KMEANS, PREPARED, REJECTED, REJECTED_LIST, UNFINISHED, UNITS_MANIFEST, VOCODER
 from most_ray.speech.units.clustering import save_kmeans
 from most_ray.speech.units.corpus_parts import Scan
 from most_ray.speech.units.stages import EncodeUnits, summary_path
 
 SHARD_BYTES = 64 << 20  # of a file of records, about
 _REPLACED = re.compile(r"records(-\d{5})?\.(jsonl\.gz|jsonl|json)|units\.json|kmeans\.npy")  # files of an earlier command like this one
+
+
+def check_records_folder(output: Path, kmeans: Path | None) -> None:
+    """Check that a folder holds nothing of a user's that `publish_records` would replace. `kmeans`: the centroids that the user has named,
+    which may be there already. Raises ConfigError."""
+    check_folder("output", output)
+    check_file("output", output / REJECTED, REJECTED_LIST)
+    present = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if UNFINISHED in present:  # an earlier command, stopped while it replaced its own files
+        return
+    written = _files_written(output, present)
+    for name in present:
+        given = kmeans is not None and name == KMEANS and kmeans.exists() and (output / name).samefile(kmeans)
+        if _REPLACED.fullmatch(name) and name not in written and not given:
+            rule = f"holds {name}, which no earlier command like this one has written: it would be lost."
+            raise ConfigError("output", str(output), rule, "Name another folder, or move it away.")
+
+
+def _files_written(output: Path, present: Sequence[str]) -> set[str]:
+    """Names of the files in a folder that an earlier command wrote."""
+    try:
+        return set(parse_json((output / PREPARED).read_text(encoding="utf-8"))["files"])
+    except FileNotFoundError:
+        # Its list may be gone, but units and centroids that name each other are its own.
+        return set(present) if {UNITS_MANIFEST, KMEANS} <= set(present) else set()
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged list of its files
+        return set(present)
 
 
 def find_prepared(output: Path, key: str) -> dict[str, Any] | None:

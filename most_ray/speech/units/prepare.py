@@ -14,6 +14,7 @@ import numpy as np
 
 from most_ray.errors import ConfigError, DataError
 from most_ray.io.json_values import parse_json
+from most_ray.io.outputs import check_file
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.audio import MAX_SECONDS
 from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, check_speaker_column, dataset_name
@@ -23,7 +24,7 @@ from most_ray.speech.units.corpus_parts import VERSION, PartTask, Progress, Runn
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import Extractor, FeatureSettings
 from most_ray.speech.units.mfcc import MfccSettings
-from most_ray.speech.units.output import find_prepared, mark_prepared, publish_records
+from most_ray.speech.units.output import check_records_folder, find_prepared, mark_prepared, publish_records
 from most_ray.speech.units.stages import CollectStatistics, EncodeUnits, lowest, write_codebook
 
 _ROWS = 10_000  # frames that are computed on together
@@ -79,6 +80,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
     Raises:
         ConfigError, DataError: a wrong option, or a corpus that cannot be read.
     """
+    check_records_folder(job.output, job.kmeans)
     extractor = _check(job)
     centroids = _known_centroids(job, extractor)
     with _locked_folder(job.output.absolute() / ".work") as scratch:
@@ -110,6 +112,7 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Choo
     (mean squared distance to the nearest centroid)."""
     if output.suffix not in (".npy", ".safetensors"):
         raise ConfigError("output", str(output), "is neither a .npy nor a .safetensors file.")
+    check_file("output", output, clustering.CENTROIDS)
     extractor = _check(job)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _locked_folder(output.absolute().with_name(f".{output.name}.work")) as scratch:

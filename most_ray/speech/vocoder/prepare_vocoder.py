@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from most_ray.errors import CheckpointError, DataError
+from most_ray.io.outputs import check_file
 from most_ray.records.files import VOCODER
 from most_ray.speech.corpora import corpus as corpora
 from most_ray.speech.corpora.audio import MAX_SECONDS, load_audio
@@ -24,7 +25,7 @@ from most_ray.speech.units.corpus_parts import Progress, json_digest
 from most_ray.speech.units.features import Frames
 from most_ray.speech.vocoder.fit import Example, VocoderSettings, fit_vocoder
 from most_ray.speech.vocoder.spectrogram import RATE
-from most_ray.speech.vocoder.unit_vocoder import UnitVocoder
+from most_ray.speech.vocoder.unit_vocoder import VOCODER_FILE, UnitVocoder
 
 _MOST_DRAWN = 20_000  # recordings
 _OF_EACH_SPEAKER = 12  # recordings that come before all further ones
@@ -67,6 +68,7 @@ def prepare_vocoder(
         DataError: the folder has no units, or the corpus no recording that can be used.
     """
     assets = open_assets(records, encoder)
+    check_file("records", records / VOCODER, VOCODER_FILE)
     if assets.extractor.sample_rate != RATE:
         raise DataError("features", assets.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {RATE} Hz.")
     drawn = _draw(corpus, conditions, speaker_column, settings.seed)

@@ -21,6 +21,7 @@ from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, DataError, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
+from most_ray.io.outputs import Kind, begins_with
 from most_ray.speech.vocoder.spectrogram import MELS, N_FFT, RATE, mel_to_wave
 
 VERSION = 1  # of the file
@@ -62,6 +63,9 @@ def build_nets(about: Mapping[str, Any]) -> tuple[ContextNet, ContextNet | None]
     n_units, width = about["n_units"], about["settings"]["width"]
     mel = ContextNet(n_units, width, _MEL_KERNELS, about["parts"] * MELS)
     return mel, ContextNet(n_units, width // 2, _DURATION_KERNELS, 1) if about["repeats_removed"] else None
+
+
+VOCODER_FILE = Kind("vocoder that `most-ray prepare vocoder` has written", begins_with(rb'.{8}\{"__metadata__":\{"vocoder"'))
 
 
 class UnitVocoder:
