@@ -39,8 +39,8 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
         ConfigError: `output` holds something else than an export.
     """
     uri = str(uri)
-    reader.read_state(uri)
     _check_output(uri, output)
+    reader.read_state(uri)
     model, tokenizer = _checkpoint_model(uri)
     identity = getattr(model.config, "units_identity", None)
     with replacing_folder("output", output) as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _rescore(args: argparse.Namespace) -> int:
-    if args.output.is_file() and Path(args.rescore).exists() and args.output.samefile(args.rescore):
+    if os.path.exists(args.output) and os.path.exists(args.rescore) and os.path.samefile(args.output, args.rescore):
         raise ConfigError("output", str(args.output), "is the file that is scored: it would be lost.", "Name another.")
     given = flag_values(args, _KEYS)
     if given.get("recogniser") or given.get("vocoder"):

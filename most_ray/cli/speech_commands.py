@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +153,11 @@ def _synthesize(args: argparse.Namespace) -> int:
         raise DataError("records", args.records, reason, "Leave --speech and --model out, or name the records' own.")
     if not (folder or args.vocoder):
         raise ConfigError("speech", None, "or vocoder or model is needed, to turn units into speech.")
+    names = _recording_names(args) if args.records else []
     known = folder or own
     vocoder = open_vocoder(args.vocoder or str(folder), require_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
-        say(f"{_synthesize_records(args, vocoder)} recordings: {args.output}")
+        say(f"{_synthesize_records(args, names, vocoder)} recordings: {args.output}")
         return 0
     if args.units:
         try:
@@ -176,25 +177,25 @@ def _synthesize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _synthesize_records(args: argparse.Namespace, vocoder: Any) -> int:
-    """Write the speech of records to a file each, named after the record's id. Returns their number."""
-    names = _recording_names(record_id for record_id, _ in itertools.islice(_speech_of(args.records), args.limit))
-    if not names:
-        raise DataError("records", args.records, "contain no speech.")
-    for name in names:  # before the first is written: a file of that name may be the recording itself
-        check_file("output", args.output / name, RECORDING)
+def _synthesize_records(args: argparse.Namespace, names: Sequence[str], vocoder: Any) -> int:
+    """Write the speech of records to files of these names. Returns their number."""
     for name, (_, units) in zip(names, _speech_of(args.records), strict=False):
         waves, rate = vocoder([units])
         _write_recording(args.output / name, waves[0], rate)
     return len(names)
 
 
-def _recording_names(record_ids: Iterable[str]) -> list[str]:
-    """A file name for each record, all different."""
+def _recording_names(args: argparse.Namespace) -> list[str]:
+    """The name of each record's file, after its id, all different. Raises ConfigError where a file of a name is there already and is
+    another's, as the recording itself, and DataError where no record contains speech."""
     names: dict[str, None] = {}
-    for record_id in record_ids:
+    for record_id, _ in itertools.islice(_speech_of(args.records), args.limit):
         stem = re.sub(r"[^A-Za-z0-9_.-]", "_", record_id).lstrip(".")[:120] or "record"
         names[next(name for n in range(1, len(names) + 3) if (name := f"{stem}.wav" if n == 1 else f"{stem}-{n}.wav") not in names)] = None
+    if not names:
+        raise DataError("records", args.records, "contain no speech.")
+    for name in names:
+        check_file("output", args.output / name, RECORDING)
     return list(names)
 
 

@@ -110,9 +110,9 @@ def prepare_kmeans(job: UnitsJob, output: Path, progress: Progress, runner: Choo
 
     Arguments and errors are those of `prepare_units`. Returns counts: units, frames (of which at most `fit_frames` were used), inertia
     (mean squared distance to the nearest centroid)."""
+    check_file("output", output, clustering.CENTROIDS)
     if output.suffix not in (".npy", ".safetensors"):
         raise ConfigError("output", str(output), "is neither a .npy nor a .safetensors file.")
-    check_file("output", output, clustering.CENTROIDS)
     extractor = _check(job)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _locked_folder(output.absolute().with_name(f".{output.name}.work")) as scratch:
