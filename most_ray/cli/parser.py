@@ -21,26 +21,24 @@ from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
 
 
-class _StoreOnce(argparse._StoreAction):
-    """Stores a flag's value. A list may be given once: a second one would replace the first."""
+class _Store(argparse._StoreAction):
+    """Stores a flag's value. A second list replaces the first one, as with every flag, but not without a word."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
         if self.nargs == "+" and option_string and getattr(namespace, self.dest, self.default) is not self.default:
-            raise ConfigError(
-                self.dest, values, "is given twice, and the first list would be lost.", f"Give all values after one {option_string}."
-            )
+            print(f"most-ray: {option_string} is given twice: only the last list is used. One flag takes several values.")
         super().__call__(parser, namespace, values, option_string)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag. A flag
-    may be given twice, as by a script that sets it for those who do not: the last value holds. Of a list, that is an error."""
+    """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag. Where a
+    flag is given twice, as by a script that sets it for those who do not, the last value is used."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         formatter = partial(argparse.HelpFormatter, max_help_position=36, width=130)
         super().__init__(*args, **{"formatter_class": formatter, **keywords, "allow_abbrev": False})
-        self.register("action", None, _StoreOnce)
-        self.register("action", "store", _StoreOnce)
+        self.register("action", None, _Store)
+        self.register("action", "store", _Store)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -13,7 +13,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import Parser, add_command, check_above_0, config_of, tracked
 from most_ray.console.terminal import Terminal, say
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, UserError, printable
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
 from most_ray.speech.units.extractors import KINDS, parse_features
@@ -104,6 +104,8 @@ def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
 
 def _corpus(args: argparse.Namespace) -> tuple[CorpusOptions, list[Condition]]:
     """The corpus of the flags, and the conditions that its utterances must meet."""
+    if args.name and printable(args.name) != args.name:
+        raise ConfigError("name", args.name, "holds characters that a terminal acts on instead of showing.", "Leave them out.")
     corpus = CorpusOptions(args.corpus, args.input, args.name, args.casing, tuple(args.splits))
     return corpus, [parse_condition(text) for text in args.where]
 
@@ -165,7 +167,12 @@ def _kmeans(args: argparse.Namespace) -> int:
     from most_ray.speech.units.prepare import prepare_kmeans
 
     job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
-    found = prepare_kmeans(job, args.output, _progress, _runner(args, job))
+    try:
+        found = prepare_kmeans(job, args.output, _progress, _runner(args, job))
+    except UserError as error:
+        if error.field == "fit_kmeans":  # the name of this command's flag in `prepare units`
+            raise type(error)("k", error.value, error.rule, error.remedy) from error
+        raise
     say(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
     return 0
 

@@ -118,11 +118,15 @@ class Plan:
         Raises:
             ConfigError: no source, or more than one, has the name `of`.
         """
+        return -(-self.mixture.records_for_epochs(epochs, self.source_named(of)) // self.spec.global_batch_size)
+
+    def source_named(self, of: str) -> int | None:
+        """The index of the source of a name, None for "all". Raises ConfigError as `steps_for_epochs`."""
         found = [i for i, name in enumerate(self.names) if of in (name, name.split("/", 1)[1])] if of != "all" else [None]
         if len(found) != 1:
             rule = "is no training source." if not found else "is the name of more than one source."
             raise ConfigError("epochs_of", of, rule, nearest(of, ["all", *self.names]))
-        return -(-self.mixture.records_for_epochs(epochs, found[0]) // self.spec.global_batch_size)
+        return found[0]
 
     def cursor(self, step: int) -> Cursor:
         """The cursor after `step` steps."""

@@ -80,7 +80,11 @@ def local_copy(uri: str, last: str = "config.json") -> str:
     """
     if not storage.is_remote(uri):
         return uri
-    target = node_cache().directory / "models" / _hash(uri + "".join(e.stamp for e in storage.list_files(uri, (last,))))
+    try:
+        stamps = "".join(entry.stamp for entry in storage.list_files(uri, (last,)))
+    except DataError as error:
+        raise DataError("model_name_or_path", storage.redact(uri), error.rule, error.remedy) from error
+    target = node_cache().directory / "models" / _hash(uri + stamps)
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".lock-{target.name}").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -113,6 +113,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     if not config.accept_data_change:
         check_units(model_config, units, sources.model_path)
     plan = Plan(spec, sources.training)
+    plan.source_named(config.epochs_of)  # also where max_steps leaves it unused: a name that is wrong was meant to have an effect
     ids = sources.vocabulary.ids
     job = Job(
         config=config,

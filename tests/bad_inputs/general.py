@@ -11,6 +11,7 @@ import yaml
 from tests.bad_inputs.harness import Case, Outcome
 from tests.bad_inputs.inputs import base, plan, run_yaml
 
+UNITS = ("prepare", "units", "--input", ".", "--output", "o", "--fit_kmeans", "4")
 Make = Callable[[Path], Sequence[str | Path]]
 
 
@@ -191,6 +192,10 @@ MISSING = [
     Case("train with a corpus of nothing", words("train", "--corpus", "an4"), "corpus"),
     Case("plan without a trace", words("plan"), "trace"),
     Case("plan of missing records", plan(lambda: run_yaml(train_asr_dirs=["none"])), ["train_asr_dirs", "none"]),
+    Case("epochs of nobody, beside max_steps", plan(run_yaml, "--epochs_of", "nobody"), "epochs_of", may_change=["runs*"]),
+    Case("a model at a missing URI", plan(run_yaml, "--model_name_or_path", "http://127.0.0.1:1/x"), "model_name", may_change=["runs*"]),
+    Case("a set's name with an escape", words(*UNITS, "--name", "\x1b[1m"), "name"),
+    Case("a set's name that is no text", words(*UNITS, "--name", "\udcff"), "name"),
     Case("report without a run", words("report"), "RUN|runs"),
     Case("report of a missing run", words("report", "none"), "none"),
     Case("report of a file", lambda f: ((f / "x").touch(), ["report", "x"])[1], "x"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from most_ray.cli import main
+from most_ray.cli import build_parser, main
 from most_ray.cli.parser import tracked
 from most_ray.model import compat
 from tests.conftest import ROOT
@@ -150,7 +150,6 @@ def test_bad_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ),
         (["plan", "--config", CONFIG, "--steps", "5", "--trace", "OUT"], "FROM:TO"),
         (["plan", "--config", CONFIG, "--steps", "1:1000001", "--trace", "OUT"], "more than 1,000,000 steps"),
-        (["train", "--train_asr_dirs", "a", "--train_asr_dirs", "b"], "train_asr_dirs = ['b']: is given twice"),
         (["train", "--config", ""], "config = ''"),
         (["train", "--", "x"], "argument = 'x': belongs to no flag"),
         (["trian"], "invalid choice"),
@@ -203,6 +202,7 @@ def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     write_records(tmp_path / "asr", [asr(i) for i in range(5)])
     words = ["plan", "--train_asr_dirs", str(tmp_path / "asr"), "--output_dir", str(tmp_path / "runs"), "--trace", str(tmp_path / "t")]
     assert "is no training source" in refused(capsys, *words, "--epochs_of", "nobody")
+    assert "is no training source" in refused(capsys, *words, "--epochs_of", "nobody", "--max_steps", "3")
     assert "weight_unit" in refused(capsys, *words, "--weight_unit", "frames")
     assert "data_timeout_s" in refused(capsys, *words, "--data_timeout_s", "-1")
     assert "overlong" in refused(capsys, *words, "--overlong", "cut")
@@ -216,6 +216,15 @@ def test_store_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for second in (f"{tmp_path}/asr/", f"{tmp_path}/./asr", f"{tmp_path}/runs/../asr"):
         assert "names a directory twice" in refused(capsys, *words, "--train_asr_dirs", str(tmp_path / "asr"), second)
     assert "secret" not in refused(capsys, *words, "--train_tts_dirs", "nowhere://key:secret@x/y")
+
+
+def test_a_list_that_replaces_another_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed = build_parser().parse_args(["train", "--seed", "1", "--val_asr_dirs", "a", "--train_asr_dirs", "a", "b", "--seed", "2"])
+    assert parsed.train_asr_dirs == ["a", "b"] and parsed.seed == "2" and capsys.readouterr().out == ""
+    parsed = build_parser().parse_args(["train", "--train_asr_dirs", "a", "b", "--train_asr_dirs", "c"])
+    assert parsed.train_asr_dirs == ["c"]
+    told = "most-ray: --train_asr_dirs is given twice: only the last list is used. One flag takes several values.\n"
+    assert capsys.readouterr().out == told
 
 
 def test_a_log_file_is_told_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
