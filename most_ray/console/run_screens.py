@@ -135,9 +135,9 @@ def _parameters(folder: Path) -> int | None:
         for path in folder.glob("*.safetensors"):
             with path.open("rb") as stream:
                 (length,) = struct.unpack("<Q", stream.read(8))
-                header = parse_json(stream.read(length))
+                header = parse_json(stream.read(min(length, storage.SMALL)))
             total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
         return None
     return total or None
 

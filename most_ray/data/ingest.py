@@ -68,7 +68,7 @@ def ingest_directory(directory: str | Path, recipe: Recipe, store_root: str | Pa
     store = TokenStore(ingest.uri)
     if len(store) == 0:
         first = next(parse_lines(store.rejected_lines()), {})
-        why = f"; the first one {first['reason']}" if "reason" in first else ""
+        why = f"; the first one {first['reason']} ({first['file']} record {first['index']})" if "reason" in first else ""
         raise DataError("directory", str(directory), f"has no usable {recipe.task} record{why}.")
     return store
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ def _splits(entry: Entry) -> bool:
 def _digests(directory: str, entries: Sequence[Entry], root: str) -> dict[str, list[str]]:
     """Digests of the ranges of each file, by its name. They are remembered in `root` with the file's size and time stamp: files that have
     not changed since are not read again."""
-    memory = storage.join(root, "files", f"{digest(directory.encode())}.json")
+    memory = storage.join(root, "files", f"{digest(os.fsencode(directory))}.json")
     known: dict[str, Any] = {}
     if storage.exists(memory):
         try:

@@ -21,10 +21,9 @@ from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.data.batch import rank_batch
 from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here
-from most_ray.data.store import TokenStore
+from most_ray.data.store import TokenStore, read_checksummed_json
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.model.build import PRESETS, init_model, read_config
 from most_ray.model.configuration import MostConfig
@@ -176,7 +175,7 @@ class _Preparation:
             return ingest_directory(directory, recipe, store_dir, run)
         root, source = self.config.store_uri, storage.redact(storage.absolute(directory))
         stores = storage.list_files(root, ("manifest.json",)) if storage.exists(root) else ()
-        if any(parse_json(storage.read_bytes(entry.uri)).get("source") == source for entry in stores):
+        if any(_source_of(entry.uri) == source for entry in stores):
             with contextlib.suppress(_StoreMissingError):  # it has another recipe, or its records have changed: they are sampled
                 return ingest_directory(directory, recipe, root, _refuse)
         self.sampled, self._samples = True, self._samples + 1
@@ -185,6 +184,14 @@ class _Preparation:
         store = sampling.ExtrapolatedStore(ingest_directory(sample, recipe, store_dir, run), factor, storage.absolute(directory))
         self.notes.append(f"{storage.redact(directory)}: about {len(store):,} records, by the first {sampling.SAMPLE_RECORDS:,}")
         return store
+
+
+def _source_of(manifest: str) -> str | None:
+    """The records that a token store was made from; None where its manifest is damaged."""
+    try:
+        return read_checksummed_json(manifest, "token store").get("source")
+    except DataError:
+        return None
 
 
 class _StoreMissingError(Exception):

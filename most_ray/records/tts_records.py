@@ -62,7 +62,7 @@ def read_conversions(path: Path) -> list[Conversion]:
         if missing := [key for key in ("input_dir", "output_dir") if not entry.get(key)]:
             raise ConfigError(missing[0], None, f"is missing in entry {index} of {path}.", _FORM)
         given = {key: entry[key] for key in ("dataset_name", "file_pattern") if entry.get(key)}
-        source, output = (Path(expand(key, entry[key])) for key in ("input_dir", "output_dir"))
+        source, output = (storage.local(expand(key, entry[key])) for key in ("input_dir", "output_dir"))
         found.append(Conversion(source, output, **given))
     outputs = [each.output_dir.absolute() for each in found]
     if twice := next((output for output in outputs if outputs.count(output) > 1), None):

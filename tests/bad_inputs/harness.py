@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import resource
@@ -140,6 +141,7 @@ def _run_command(case: Case, arguments: Sequence[str], folder: Path, out: Path, 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         from most_ray.cli import main
 
+        logging.getLogger().handlers.clear()  # those of pytest; the command makes its own, which write to its standard error
         try:
             code = main(arguments)
         except SystemExit as error:

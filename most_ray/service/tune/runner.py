@@ -155,7 +155,7 @@ def _read_affinities(folder: RunFolder) -> dict[str, Affinity]:
     """The affinities that an earlier start has measured; empty where there are none, which are then measured."""
     try:
         return {key: Affinity(**each) for key, each in parse_json(storage.read_bytes(folder.at(AFFINITY)))["starts"].items()}
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 

@@ -122,7 +122,7 @@ def _vocoder_units(path: Path) -> Any:
     try:
         with safe_open(path, framework="numpy") as tensors:
             return parse_json((tensors.metadata() or {})["vocoder"])["units"]
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None  # a file that is not ours is left alone
 
 
