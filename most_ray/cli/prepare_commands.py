@@ -35,6 +35,8 @@ def add(commands: Any) -> None:
     _fit_flags(units)
     units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
     units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
+    text = "end with an error where a larger share of the corpus' entries cannot be used (default: 0.5, if they are more than six)"
+    units.add_argument("--max_rejected_fraction", type=float, help=text)
     text = "file format of the records (default: jsonl.gz)"
     units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help=text)
 
@@ -153,6 +155,7 @@ def _units(args: argparse.Namespace) -> int:
         raise ConfigError("perturb", args.perturb, "is not a list of numbers as 0.9,1.0,1.1.") from error
     fit = _how_many("fit_kmeans", args.fit_kmeans)
     more = {"kmeans": args.kmeans, "fit_kmeans": fit, "perturb": perturb, "keep_repeats": args.keep_repeats, "form": args.form}
+    more["max_rejected_fraction"] = args.max_rejected_fraction
     job = _job(args, output=args.output, **more)
     counts = prepare_units(job, _progress, _runner(args, job))
     unchanged = ": nothing has changed" if counts.get("unchanged") else ""
@@ -160,13 +163,16 @@ def _units(args: argparse.Namespace) -> int:
     say(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
     if counts["rejected"]:
         say(f"{counts['rejected']} entries were rejected: {args.output / 'rejected.jsonl'}")
+    if unread := counts.get("unread"):
+        found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
+        say(f"of them, recordings in formats that are not read: {found}; convert them to WAV or FLAC")
     return 0
 
 
 def _kmeans(args: argparse.Namespace) -> int:
     from most_ray.speech.units.prepare import prepare_kmeans
 
-    job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k))
+    job = _job(args, output=args.output.parent, fit_kmeans=_how_many("k", args.k), max_rejected_fraction=1.0)
     try:
         found = prepare_kmeans(job, args.output, _progress, _runner(args, job))
     except UserError as error:

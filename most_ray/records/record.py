@@ -166,7 +166,7 @@ def parse_records(raws: Sequence[object]) -> list[Record | RecordError]:
     """Check decoded JSON values and convert each to a Record, or to the error that says why it is none. All units are parsed together."""
     checked = [_check_fields(raw) for raw in raws]
     sides = [
-        (i, side) for i, c in enumerate(checked) if not isinstance(c, RecordError) for side in ("input", "output") if _holds_units(c[side])
+        (i, side) for i, c in enumerate(checked) if not isinstance(c, RecordError) for side in ("input", "output") if holds_units(c[side])
     ]
     units = dict(zip(sides, parse_units_batch([checked[i][side] for i, side in sides]), strict=True))  # type: ignore[index]
     spoken = [{side: units[i, side] for side in ("input", "output") if (i, side) in units} for i in range(len(checked))]
@@ -199,7 +199,8 @@ def _check_fields(raw: object) -> dict[str, Any] | RecordError:
     return raw
 
 
-def _holds_units(text: str) -> bool:
+def holds_units(text: str) -> bool:
+    """Whether there is a speech unit in a text, or what was meant to be one."""
     return "[Hu" in text and _BEGINS_UNIT.search(text) is not None
 
 
@@ -209,7 +210,7 @@ def _misspelled_units(name: str, text: str) -> str:
         return ""
     if name == "instruction":
         return "holds speech units, which belong to input or output" if _UNIT_ROW.search(text) else ""
-    found = None if _holds_units(text) else _MISSPELLED.search(text)
+    found = None if holds_units(text) else _MISSPELLED.search(text)
     return f"spells speech units as {found[0].strip()[:40]!r}; {_UNITS_RULE}" if found else ""
 
 

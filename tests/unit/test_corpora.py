@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -227,12 +228,13 @@ def test_missing_halves_are_told(tmp_path: Path) -> None:
 
 
 def test_two_recordings_never_share_an_id(tmp_path: Path) -> None:
-    """a_b.wav and a/b.wav, a.wav and a.flac: the first in the order of reading is kept, the other is told."""
+    """a_b.wav and a/b.wav: both are kept. a.wav and a.flac: the first in the order of reading is kept, the other is told."""
     for name in ("a.wav", "a.flac", "a.txt", "a_b.wav", "a_b.txt", "a/b.wav", "a/b.txt"):
         put(tmp_path / name, "text" if name.endswith("txt") else "")
     utterances, unusable = read("folder", tmp_path, name="n")
-    assert [utterance.path.relative_to(tmp_path).as_posix() for utterance in utterances] == ["a.flac", "a_b.wav"]
-    assert reasons(unusable) == [("a.wav", 0, "gives the id 'n_a' a second time"), ("b.wav", 0, "gives the id 'n_a_b' a second time")]
+    found = {utterance.id: utterance.path.relative_to(tmp_path).as_posix() for utterance in utterances}
+    assert found == {"n_a": "a.flac", "n_a_b": "a_b.wav", "n_a/b.wav": "a/b.wav"}
+    assert reasons(unusable) == [("a.wav", 0, "gives the id 'n_a' a second time")]
 
 
 def test_names_that_are_not_utf8_are_told(tmp_path: Path) -> None:
@@ -276,7 +278,9 @@ def test_any_name_and_text_come_back(tmp_path_factory: pytest.TempPathFactory, t
     for name in texts:
         put(folder / f"{name}.wav")
     expected = sorted((f"n_{name}", text.strip()) for name, text in texts.items())
-    rows = {"transcripts.tsv": ["path\ttext", *(f"{name}.wav\t{text}" for name, text in texts.items())]}
+    quoted = io.StringIO()
+    csv.writer(quoted, delimiter="\t", lineterminator="\n").writerows([f"{name}.wav", text] for name, text in texts.items())
+    rows = {"transcripts.tsv": ["path\ttext", quoted.getvalue()]}
     rows["transcripts.jsonl"] = [json.dumps({"path": f"{name}.wav", "text": text}) for name, text in texts.items()]
     for file, lines in rows.items():
         put(folder / file, "\n".join(lines) + "\n")

@@ -235,16 +235,17 @@ def test_bad_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str], content:
     assert message in refused(capsys, *units_command(corpus, tmp_path / "o", *FIT))
 
 
-def test_a_second_recording_of_that_name_is_set_aside(tmp_path: Path) -> None:
-    """Ids are names; the first keeps its."""
+def test_a_second_recording_of_that_name_has_an_id_of_its_own(tmp_path: Path) -> None:
+    """Ids are names; the first keeps its. The same recording again is rejected."""
     corpus = tones(tmp_path / "corpus")
     (corpus / "x").mkdir()
     shutil.copy(corpus / "1.flac", corpus / "x" / "0.flac")
     with (corpus / "transcripts.tsv").open("a") as rows:
-        rows.write("x/0.flac\ta\tanother\ttrain\n")
-    assert len(prepare(corpus, tmp_path / "o", *FIT)) == 8
+        rows.write("x/0.flac\ta\tanother\ttrain\n./0.flac\ta\tagain\ttrain\n")
+    found = {record["id"]: record["output"] for record in prepare(corpus, tmp_path / "o", *FIT)}
+    assert len(found) == 9 and (found["corpus_0"], found["corpus_x_0"]) == ("word 0", "another")
     (entry,) = lines_of(tmp_path / "o" / "rejected.jsonl")
-    assert entry["index"] == 10 and "'corpus_0' a second time" in entry["reason"]
+    assert entry["index"] == 11 and "'corpus_0' a second time" in entry["reason"]
 
 
 # Wrong uses of what goes with it

@@ -1,6 +1,6 @@
 """Corpora as checked streams of utterances: a user's folder, or one of the published layouts.
 
-Memory does not grow with the corpus, apart from 64 bits for each id.
+Memory does not grow with the corpus, apart from two hashes of 64 bits for each id.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from most_ray.errors import ConfigError, DataError, nearest
+from most_ray.io.json_values import check_depth
+from most_ray.records.record import holds_units
 from most_ray.speech.corpora.entries import NOT_THERE, CorpusOptions, Entries, Entry, Unusable
 from most_ray.speech.corpora.published import PUBLISHED, Layout
 from most_ray.speech.corpora.user_folder import TABLES, read_user_folder
@@ -33,6 +35,8 @@ class Utterance:
     columns: Mapping[str, Any]  # metadata, JSON-ready: `speaker` and `split` where the layout knows them, and the layout's own
     start: float = 0.0  # seconds into the recording
     duration: float | None = None  # seconds; None: up to the recording's end
+    channel: int | None = None  # counted from 0, or audio.ANY_CHANNEL; None: all of them, mixed
+    length: float | None = None  # seconds of the whole recording, where the table gives them
 
 
 @dataclass(frozen=True)
@@ -100,40 +104,62 @@ def read_corpus(options: CorpusOptions) -> Iterator[Utterance | Unusable]:
         raise ConfigError("casing", options.casing, "must be cased or upper.")
     if options.casing != "cased" and options.layout != "libriheavy":
         raise ConfigError("casing", options.casing, f"is a choice of libriheavy; {options.layout} has one text only.", "Leave it out.")
-    if not options.directory.exists():
+    if not os.path.exists(options.directory):
         raise DataError("input", str(options.directory), "does not exist.", "Check the path.")
-    if not options.directory.is_dir() and options.layout != "libriheavy":
+    if not os.path.isdir(options.directory) and options.layout != "libriheavy":
         raise DataError("input", str(options.directory), "is not a folder.", f"Give the folder of the corpus, as {options.layout} has it.")
     return _checked(LAYOUTS[options.layout].read(options), dataset_name(options))
 
 
 def _checked(entries: Entries, name: str) -> Iterator[Utterance | Unusable]:
     """Yield entries as utterances, or with the reason why they cannot be used."""
-    seen: set[int] = set()
+    seen: dict[int, int] = {}  # hashes of the ids, and of what each stands for
     for entry in entries:
-        known = entry.id if entry.id is None or entry.id.startswith(f"{name}_") else f"{name}_{entry.id}"
         if isinstance(entry, Unusable):
-            yield Unusable(_printable(entry.file), entry.index, _printable(entry.reason), known and _printable(known))
+            known = entry.id and _printable(_full_id(entry.id, name))
+            yield replace(entry, file=_printable(entry.file), reason=_printable(entry.reason), id=known)
             continue
-        assert known is not None
+        known = _full_id(entry.id, name)
         reason = _fault(known, entry)
-        if reason is None and (key := _hash64(known)) not in seen:
-            seen.add(key)
-            yield Utterance(known, entry.path, entry.text.strip(), entry.columns, entry.start, entry.duration)
-        else:
-            reason = reason or f"gives the id {known!r} a second time"
-            yield Unusable(_printable(str(entry.file)), entry.index, reason, _printable(known))
+        if reason is None:
+            meant = _hash64(f"{entry.start} {entry.channel} {os.path.abspath(entry.path)}")
+            if found := _free_id([known, *(_full_id(each, name) for each in entry.other_ids)], meant, seen):
+                seen[_hash64(found)] = meant
+                text = entry.text.strip()
+                yield Utterance(found, entry.path, text, entry.columns, entry.start, entry.duration, entry.channel, entry.length)
+                continue
+            reason = f"gives the id {known!r} a second time"
+        yield Unusable(_printable(str(entry.file)), entry.index, reason, _printable(known))
+
+
+def _full_id(name: str, dataset: str) -> str:
+    return name if name.startswith(f"{dataset}_") else f"{dataset}_{name}"
+
+
+def _free_id(ids: Iterable[str], meant: int, seen: Mapping[int, int]) -> str | None:
+    """The first of `ids` that nothing has yet; None where all are taken, or one of them already stands for the same, `meant`."""
+    for each in ids:
+        if (taken_by := seen.get(_hash64(each))) is None:
+            return each
+        if taken_by == meant:
+            return None
+    return None
 
 
 def _fault(known: str, entry: Entry) -> str | None:
     if not entry.text.strip():
         return "has no text"
+    if holds_units(entry.text):
+        return "has a text with speech units, which is no transcript"
     try:
-        json.dumps([known, entry.text, entry.columns], ensure_ascii=False, allow_nan=False).encode()
+        # As deep as the columns will be in a record and in a part's list of utterances.
+        value = [[[known, entry.text, entry.columns]]]
+        check_depth(json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), value)
     except UnicodeEncodeError:
         return "holds bytes that are not UTF-8, or half a surrogate pair, which is not text"
-    except ValueError:
-        return "has a column with a number that is not finite"
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError) or "nested" in str(error)
+        return "has a column that is nested too deep" if deep else "has a column with a number that is not finite"
     return None if os.path.isfile(entry.path) else NOT_THERE
 
 

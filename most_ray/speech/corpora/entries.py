@@ -47,6 +47,9 @@ class Entry:
     columns: Mapping[str, Any]  # metadata, JSON-ready
     start: float = 0.0  # seconds into the recording
     duration: float | None = None  # seconds; None: up to the recording's end
+    channel: int | None = None  # counted from 0, or audio.ANY_CHANNEL; None: all of them, mixed
+    length: float | None = None  # seconds of the whole recording, where the table gives them
+    other_ids: tuple[str, ...] = ()  # to be used in turn where `id` is another recording's
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Unusable:
     index: int  # line in that file, from 1 (JSON Lines: blank lines not counted); 0 where the file as a whole is meant
     reason: str  # continues a sentence that begins with "the entry"
     id: str | None = None  # the id that its utterance would have had, where that is known
+    suffix: str | None = None  # of a recording in a format that is not read
+    unlisted: bool = False  # it is a recording that the corpus' table does not list, perhaps on purpose
 
 
 Entries = Iterator[Entry | Unusable]

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from most_ray.errors import RecordError
+from most_ray.errors import RecordError, shown
 from most_ray.speech.corpora import tables
+from most_ray.speech.corpora.audio import ANY_CHANNEL
 from most_ray.speech.corpora.entries import NOT_THERE, CorpusOptions, Entries, Entry, Unusable
 
 _CUTS = "libriheavy_cuts_"  # start of the names of LibriHeavy's files
 _LIBRILIGHT = ("", "download/", "download/librilight/")  # what may be missing at the start of LibriHeavy's paths
+_LEAST_RATE = 16_000  # Hz that lose nothing of what features are made of
+_MOST_DIGITS = 18  # of a number of votes
 _VOXPOPULI = ("train", "dev", "test")  # splits
 _AN4_SUFFIXES = (".wav", ".sph", ".ogg", ".flac")
 _AN4_LINE = re.compile(r"(?:<s>)?(.*?)(?:</s>)?\s*\(([^()\s]+)\)")  # text, utterance
@@ -97,7 +100,8 @@ def _cut_entries(
     file: Path, find: Callable[[str], Path | None], split: str, casing: str, number: int, cut: Mapping[str, Any]
 ) -> Iterator[Entry]:
     """Yield an entry for each supervision: one cut may hold several utterances, which are not one sentence."""
-    path = find(_recorded(cut))
+    recorded, channel = _recorded(cut)
+    path = find(recorded)
     if path is None:
         raise RecordError(NOT_THERE)
     supervisions, parse = cut.get("supervisions"), tables.parse_seconds
@@ -116,19 +120,58 @@ def _cut_entries(
         known["recording_id"] = supervision.get("recording_id", cut["recording"].get("id"))
         columns = {key: value for key, value in known.items() if value is not None}
         name = cut["id"] if len(supervisions) == 1 else f"{cut['id']}_{index}"
-        yield Entry(file, number, name, path, _text_of(supervision, casing), columns, round(begin + inside, 6), round(left, 6))
+        other = supervision.get("channel", cut.get("channel"))
+        if "channel" in cut and _listed(other) != _listed(cut["channel"]):
+            raise RecordError(f"has a supervision of channel {shown(other)}, which is not the cut's, {shown(cut['channel'])}")
+        yield Entry(file, number, name, path, _text_of(supervision, casing), columns, round(begin + inside, 6), round(left, 6), channel)
 
 
-def _recorded(cut: Mapping[str, Any]) -> str:
-    """The recording's path as the cut names it. Raises RecordError if it is not a cut of a file."""
+def _recorded(cut: Mapping[str, Any]) -> tuple[str, int | None]:
+    """The recording's path as the cut names it, and the channel of that file, None for its only one. Raises RecordError if it is not a cut
+    of one channel of a file as it is."""
     recording = cut.get("recording")
-    sources = recording.get("sources") if isinstance(recording, dict) else None
-    source = sources[0] if isinstance(sources, list) and sources else None
-    if cut.get("type", "MonoCut") != "MonoCut" or not isinstance(cut.get("id"), str) or not isinstance(source, dict):
+    recording = recording if isinstance(recording, dict) else {}
+    sources = _listed(recording.get("sources"))
+    mono = cut.get("type", "MonoCut") == "MonoCut" and isinstance(cut.get("id"), str)
+    if not mono or not sources or not all(isinstance(source, dict) for source in sources):
         raise RecordError("is not a MonoCut with an id and a recording")
+    if changed := [_transform_name(each) for each in _listed(recording.get("transforms")) if not _is_harmless(each)]:
+        raise RecordError(f"has a recording that is changed by {', '.join(changed)[:100]}, which is not done here: store what it gives")
+    source, channel = _source_of(sources, cut.get("channel"))
     if source.get("type") != "file" or not isinstance(source.get("source"), str):
-        raise RecordError(f"has a recording of type {source.get('type')!r}, not a file")
-    return str(source["source"])
+        raise RecordError(f"has a recording of type {shown(source.get('type'))}, not a file")
+    return str(source["source"]), channel
+
+
+def _source_of(sources: Sequence[Mapping[str, Any]], wanted: object) -> tuple[Mapping[str, Any], int | None]:
+    """The source that has the channel `wanted` (None: the only one) of a recording, and which of its channels that is; None if it is alone.
+    Raises RecordError where there is no such channel, or several could be meant."""
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0):
+        raise RecordError(f"has a channel that is no number of one: {shown(wanted)}")
+    channels = [_listed(source.get("channels")) for source in sources]
+    if not any(channels) and len(sources) == 1:  # they are not listed: the file has the last word
+        return sources[0], ANY_CHANNEL if wanted is None else int(wanted)
+    found = [index for index, each in enumerate(channels) if wanted in each or (wanted is None and each)]
+    if len(found) != 1 or (wanted is None and sum(map(len, channels)) != 1):
+        known = sorted({str(channel) for each in channels for channel in each})[:8]
+        raise RecordError(f"is of channel {shown(wanted)} of a recording with the channels {', '.join(known)}")
+    own = channels[found[0]]
+    return sources[found[0]], None if len(own) == 1 else own.index(wanted)
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _transform_name(transform: object) -> str:
+    return str(transform.get("name") if isinstance(transform, dict) else transform)
+
+
+def _is_harmless(transform: object) -> bool:
+    """Whether a transform changes nothing that is used: recordings are resampled here in any case."""
+    settings = transform.get("kwargs") if isinstance(transform, dict) else None
+    rate = settings.get("target_sampling_rate", settings.get("sampling_rate")) if isinstance(settings, dict) else None
+    return _transform_name(transform) == "Resample" and isinstance(rate, int) and rate >= _LEAST_RATE
 
 
 def _text_of(supervision: Mapping[str, Any], casing: str) -> str:
@@ -146,8 +189,7 @@ def _text_of(supervision: Mapping[str, Any], casing: str) -> str:
 
 def read_common_voice(options: CorpusOptions) -> Entries:
     """`SPLIT.tsv` (validated, unless splits are named) beside `clips/`. Older releases quote a sentence that contains quotes as CSV does,
-    newer ones leave all quotes alone; a quote in a row of the newer ones must not swallow the rows that follow. Columns: speaker, split,
-    up_votes, down_votes, age, gender, accent, locale."""
+    newer ones leave all quotes alone. Columns: speaker, split, up_votes, down_votes, age, gender, accent, locale."""
     known = [name.removesuffix(".tsv") for name in tables.list_folder(options.directory)[1] if name.endswith(".tsv")]
     if not options.splits and "validated" not in known:
         raise options.not_found("validated.tsv", "Give the folder of one language, with validated.tsv and clips, or name its splits.")
@@ -163,17 +205,12 @@ def _clip(table: Path, clips: Path, split: str, number: int, row: Mapping[str, s
         raise RecordError("names no recording")
     path = tables.path_below(clips, clip if PurePosixPath(clip).suffix else f"{clip}.mp3")  # the first releases give no suffix
     columns: dict[str, Any] = {"speaker": row.get("client_id", ""), "split": split}
-    columns |= {key: int(row[key]) for key in ("up_votes", "down_votes") if row.get(key, "").isdecimal()}
+    votes = {key: row[key] for key in ("up_votes", "down_votes") if row.get(key, "").isdecimal()}
+    if wrong := next((key for key, cell in votes.items() if len(cell) > _MOST_DIGITS), None):
+        raise RecordError(f"has {wrong} of {len(votes[wrong])} digits")
+    columns |= {key: int(cell) for key, cell in votes.items()}
     columns |= {key.removesuffix("s"): row[key] for key in ("age", "gender", "accent", "accents", "locale") if key in row}
-    yield Entry(table, number, path.stem, path, _unquote(row.get("sentence", "")), columns)
-
-
-def _unquote(cell: str) -> str:
-    """A cell without CSV's quotes, where it has them: around doubled quotes or around nothing."""
-    inner = cell[1:-1]
-    if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', "") or (inner and '""' not in inner):
-        return cell
-    return inner.replace('""', '"')
+    yield Entry(table, number, path.stem, path, tables.one_line(row.get("sentence", "")), columns)
 
 
 def read_voxpopuli(options: CorpusOptions) -> Entries:
@@ -189,7 +226,7 @@ def read_voxpopuli(options: CorpusOptions) -> Entries:
     others = {f"asr_{split}.tsv" for split in _VOXPOPULI if split not in splits}
     for folder in languages:
         for table in (folder / name for name in _manifests(folder) if name not in others):
-            # Manifests are cells joined by tabs, where quotes mean nothing; annotations are CSV with "|".
+            # Manifests are cells joined by tabs; annotations are CSV with "|".
             piped = table.suffix == ".gz" or "|" in next(tables.text_lines(table), (0, ""))[1]
             needed = (("id", "id_"), ("normalized_text", "normed_text"), ("split",))
             rows = tables.dict_rows(table, tables.csv_cells(table, "|") if piped else tables.tsv_cells(table), *needed)
@@ -214,7 +251,7 @@ def _event(table: Path, splits: Sequence[str], number: int, row: Mapping[str, st
         columns: dict[str, Any] = {"split": split, "language": table.parent.name.removesuffix("_accented")}
         cells = {"speaker": row.get("speaker_id")} | {key: row.get(key) for key in ("gender", "accent", "is_gold_transcript")}
         columns |= {key: cell for key, cell in cells.items() if cell not in (None, "", "None")}
-        yield Entry(table, number, name, path, text or row.get("raw_text", row.get("original_text", "")), columns)
+        yield Entry(table, number, name, path, tables.one_line(text or row.get("raw_text", row.get("original_text", ""))), columns)
 
 
 def read_an4(options: CorpusOptions) -> Entries:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,10 +41,17 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files in `folder`, without hidden ones. Raises DataError if it cannot be listed."""
     try:
         with os.scandir(folder) as found:
-            entries = sorted((entry.name, entry.is_dir()) for entry in found if not entry.name.startswith("."))
+            entries = sorted((entry.name, _is_folder(entry)) for entry in found if not entry.name.startswith("."))
     except OSError as error:
         raise DataError("folder", str(folder), f"cannot be listed ({error.strerror or error}).", "Check its permissions.") from error
     return [name for name, is_folder in entries if is_folder], [name for name, is_folder in entries if not is_folder]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def path_below(folder: Path, relative: str) -> Path:
@@ -70,14 +78,85 @@ def check_utf8(path: Path) -> None:
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield `(line number from 1, text)`. Bytes that are not UTF-8 become lone surrogates, so that only their entry is lost. Raises
     DataError if the file cannot be read."""
-    with _readable(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
+    with _opened(path) as stream:
         for number, line in enumerate(stream, start=1):
             yield number, line.rstrip("\r\n")
 
 
 def tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield `(line number, cells)` of a table whose quotes mean nothing. (The csv module would stop at a carriage return in a cell.)"""
-    return ((number, line.split("\t")) for number, line in text_lines(path) if line)
+    """Yield `(number of a row's last line, cells)` of a table with tabs. Quotes mean what they mean in CSV where the whole table was
+    written so, by Python's csv module or pandas; elsewhere they are text, but for cells that are quoted alone as CSV does. Raises DataError
+    if the file cannot be read, or nobody can tell which of the two it is."""
+    if not _is_quoted(path):
+        yield from ((number, [_unquote(cell) for cell in line.split("\t")]) for number, line in text_lines(path) if line)
+        return
+    with _opened(path) as stream:
+        yield from ((number, cells) for number, _, cells in _csv_rows(stream) if cells)
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether a table with tabs is CSV throughout: every cell with a quote is quoted and whole, and in one of them at least, or in the
+    header, the quotes are needed. (Text that merely stands in quotes is text.) A row's lines are kept in memory, no more."""
+    with _readable(path), path.open("rb") as raw:
+        if not any(b'"' in block for block in iter(lambda: raw.read(1 << 20), b"")):
+            return False
+    needed, width = False, 0
+    with _opened(path) as stream:
+        try:
+            for number, row, cells in _csv_rows(stream):
+                if '"' in row:
+                    if (found := _needs_quotes(row, cells)) is None:
+                        return False
+                    needed = needed or found or not width
+                    if width and "\n" in row[:-1] and all(line.count("\t") == width - 1 for line in row.rstrip("\n").split("\n")):
+                        rule = "ends a quote that begins in another row: whether that is one text of several lines is not known."
+                        raise DataError(path.name, f"{path}:{number}", rule, "Double the quotes that are text, or write .jsonl.")
+                width = width or len(cells)
+        except csv.Error:
+            return False
+    return needed
+
+
+def _csv_rows(stream: TextIO) -> Iterator[tuple[int, str, list[str]]]:
+    """Yield `(number of a row's last line, its text, its cells)`. Raises csv.Error where the text is not CSV with tabs."""
+    lines: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for line in stream:
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(remembered(), delimiter="\t", strict=True)
+    for cells in reader:
+        yield reader.line_num, "".join(lines), cells
+        lines.clear()
+
+
+def _needs_quotes(row: str, cells: Sequence[str]) -> bool | None:
+    """Whether a cell of a row is quoted that must be; None where the row has a quote that CSV's writers would have quoted."""
+    position, needed = 0, False
+    for cell in cells:
+        quoted, special = '"' + cell.replace('"', '""') + '"', any(mark in cell for mark in '"\t\r\n')
+        if row.startswith(quoted, position):
+            needed, position = needed or special, position + len(quoted) + 1
+        elif special:
+            return None
+        else:
+            position += len(cell) + 1
+    return needed
+
+
+def _unquote(cell: str) -> str:
+    """A cell without CSV's quotes, where it has them: around doubled quotes or around nothing."""
+    inner = cell[1:-1]
+    if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', "") or (inner and '""' not in inner):
+        return cell
+    return inner.replace('""', '"')
+
+
+def one_line(text: str) -> str:
+    """The lines of a text joined by spaces."""
+    return text if text.isprintable() else " ".join(line.strip() for line in re.split("[\r\n]+", text) if line.strip())
 
 
 def csv_cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -159,3 +238,10 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(path.name, str(path), f"cannot be read ({error.strerror or error}).", "Check its permissions.") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file, in lines that end with a line feed."""
+    with _readable(path), path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as stream:
+        yield stream

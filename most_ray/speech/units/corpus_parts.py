@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -23,7 +24,8 @@ from most_ray.speech.units.features import FeatureSettings
 PART = 128  # utterances
 VERSION = 1  # of how recordings become records: to be raised with every change that changes a unit
 
-Item = dict[str, Any]  # an utterance: id, index (in the corpus), path, text, start, duration, columns, chosen, stamp
+# An utterance: id, index (in the corpus), path, text, start, duration, columns, chosen, stamp; channel and length where they are given.
+Item = dict[str, Any]
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (items, what they are, how many) -> the items, shown as they come
 
 
@@ -48,6 +50,8 @@ class Scan:
     utterances: int
     chosen: int  # utterances that meet the conditions
     bytes: int  # of the chosen utterances' recordings
+    unusable_entries: int  # without recordings that a table does not list
+    unread: Mapping[str, int]  # recordings in formats that are not read, by suffix
 
 
 PartFunction = Callable[[Part], dict[str, float]]  # makes the file of a part; returns how much it read: {"seconds", "utterances"}
@@ -106,15 +110,19 @@ def scan_corpus(
     chunks.mkdir(parents=True, exist_ok=True)
     unusable, unusable_hash = scratch / "unusable.jsonl", hashlib.blake2b(digest_size=12)
     columns, speakers, last = set[str](), set[str](), ""
-    counts = {"utterances": 0, "chosen": 0, "bytes": 0}
+    counts = {"utterances": 0, "chosen": 0, "bytes": 0, "unusable_entries": 0}
+    unread = Counter[str]()
 
     def items(sink: TextIO) -> Iterator[Item]:
         nonlocal last
         for entry in read_corpus(options):
             if isinstance(entry, Unusable):
-                line = json.dumps({key: value for key, value in asdict(entry).items() if value is not None}, ensure_ascii=False) + "\n"
+                shown = {key: value for key, value in asdict(entry).items() if value is not None and key != "unlisted"}
+                line = json.dumps(shown, ensure_ascii=False) + "\n"
                 unusable_hash.update(line.encode())
                 sink.write(line)
+                counts["unusable_entries"] += not entry.unlisted
+                unread.update([entry.suffix] if entry.suffix else [])
                 continue
             chosen = matches_all(entry, conditions)
             columns.update(entry.columns)
@@ -123,7 +131,8 @@ def scan_corpus(
                 speakers.add(str(entry.columns.get(speaker_column, "")))
                 counts["bytes"] += stamp[0] if stamp and str(entry.path) != last else 0  # a long recording with many utterances counts once
                 last = str(entry.path)
-            yield {**asdict(entry), "path": str(entry.path.absolute()), "index": counts["utterances"], "chosen": chosen, "stamp": stamp}
+            item = {key: value for key, value in asdict(entry).items() if value is not None or key not in ("channel", "length")}
+            yield {**item, "path": str(entry.path.absolute()), "index": counts["utterances"], "chosen": chosen, "stamp": stamp}
             counts["utterances"] += 1
             counts["chosen"] += chosen
 
@@ -134,7 +143,7 @@ def scan_corpus(
         listed = _write_chunks(kept, chunks)
     pairs = [(speed, file, key) for speed in speeds for file, key in listed]
     parts = tuple(Part(index, str(file), speed, key) for index, (speed, file, key) in enumerate(pairs))
-    return Scan(parts, unusable, unusable_hash.hexdigest(), frozenset(columns), **counts)
+    return Scan(parts, unusable, unusable_hash.hexdigest(), frozenset(columns), **counts, unread=dict(unread))
 
 
 def read_chunk(file: str | Path) -> list[Item]:

@@ -20,6 +20,8 @@ from most_ray.speech.units.clustering import save_kmeans
 from most_ray.speech.units.corpus_parts import Scan
 from most_ray.speech.units.stages import EncodeUnits, summary_path
 
+MOST_REJECTED = 0.5  # share of a corpus' entries: where more cannot be used, the layout, the table or the folder is likely another one
+_FEW = 6  # entries that may be rejected in any corpus: of a handful, half says little
 SHARD_BYTES = 64 << 20  # of a file of records, about
 _REPLACED = re.compile(r"records(-\d{5})?\.(jsonl\.gz|jsonl|json)|units\.json|kmeans\.npy")  # files of an earlier command like this one
 
@@ -62,13 +64,19 @@ def find_prepared(output: Path, key: str) -> dict[str, Any] | None:
 
 
 def publish_records(
-    corpus: Path, output: Path, scan: Scan, task: EncodeUnits, manifest: Mapping[str, Any], centroids: np.ndarray
+    corpus: Path,
+    output: Path,
+    scan: Scan,
+    task: EncodeUnits,
+    manifest: Mapping[str, Any],
+    centroids: np.ndarray,
+    max_rejected_fraction: float | None,
 ) -> dict[str, Any]:
     """Join the parts and move them to the output folder, replacing an earlier command's files. Meanwhile the folder is marked as
     unfinished, so that readers refuse it: records must never be used with another command's manifest.
 
-    Returns counts (records, rejected, hours, longest) and the sizes of the files. Raises DataError if there is no record; the earlier
-    command's files are kept."""
+    Returns counts (records, rejected, hours, longest) and the sizes of the files. Raises DataError if there is no record, or too many
+    entries were rejected; the earlier command's files are kept."""
     targets = [task.target(part) for part in scan.parts]
     summaries = [parse_json(summary_path(target).read_text(encoding="utf-8")) for target in targets]
     records = sum(summary["records"] for summary in summaries)
@@ -77,6 +85,7 @@ def publish_records(
         with (output / REJECTED).open(encoding="utf-8") as lines:
             reason = f"holds no usable recording; the first one {parse_json(lines.readline())['reason']}."
         raise DataError("input", str(corpus), reason, f"See {output / REJECTED}.")
+    share = check_rejected(scan, summaries, max_rejected_fraction, output / REJECTED)
     parts = [target for target, summary in zip(targets, summaries, strict=True) if summary["records"]]
     shards = _write_shards(task.scratch, task.form, parts)
     (output / UNFINISHED).touch()
@@ -92,7 +101,24 @@ def publish_records(
     files = {path.name: path.stat().st_size for path in (*written, output / KMEANS, output / UNITS_MANIFEST)}
     hours = sum(summary["seconds"] for summary in summaries) / 3600.0
     longest = max(summary["longest"] for summary in summaries)
-    return {"records": records, "rejected": rejected, "hours": hours, "longest": longest, "files": files}
+    found = {"records": records, "rejected": rejected, "hours": hours, "longest": longest, "files": files, "rejected_share": share}
+    return {**found, "unread": dict(scan.unread)} if scan.unread else found
+
+
+def check_rejected(scan: Scan, summaries: Sequence[Mapping[str, Any]], limit: float | None, report: Path | None = None) -> float:
+    """The share of a corpus' entries that gave no record: of all entries those that are no utterances, and of the chosen utterances, by the
+    parts' `summaries` (none: no part has been made yet), those that gave none. Raises DataError where it is above `limit` (None: above the
+    usual one, and more than a few entries); `report` is the file that says why."""
+    failed = sum(len(summary["rejected"]) for summary in summaries)
+    read = max(1, sum(summary["records"] for summary in summaries) + failed)
+    share = 1.0 - scan.utterances / (scan.utterances + scan.unusable_entries) * (1.0 - failed / read)
+    if share <= (MOST_REJECTED if limit is None else limit) or (limit is None and scan.unusable_entries + failed <= _FEW):
+        return share
+    with scan.unusable.open(encoding="utf-8") as lines:
+        first = parse_json(lines.readline()) if scan.unusable_entries else next(e for summary in summaries for e in summary["rejected"])
+    where = f"{scan.unusable_entries + failed} entries cannot be used; the first, {first['file']}, {first['reason']}"
+    remedy = f"{f'See {report}; mend' if report else 'Mend'} them, or raise max_rejected_fraction."
+    raise DataError("max_rejected_fraction", MOST_REJECTED if limit is None else limit, f"is exceeded: {where}.", remedy)
 
 
 def mark_prepared(output: Path, result: Mapping[str, Any]) -> None:

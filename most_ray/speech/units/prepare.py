@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.errors import ConfigError, DataError
+from most_ray.errors import ConfigError, DataError, UserError
 from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import check_file
 from most_ray.records.record import N_UNITS
@@ -24,7 +24,7 @@ from most_ray.speech.units.corpus_parts import VERSION, PartTask, Progress, Runn
 from most_ray.speech.units.extractors import open_extractor
 from most_ray.speech.units.features import Extractor, FeatureSettings
 from most_ray.speech.units.mfcc import MfccSettings
-from most_ray.speech.units.output import check_records_folder, find_prepared, mark_prepared, publish_records
+from most_ray.speech.units.output import check_records_folder, check_rejected, find_prepared, mark_prepared, publish_records
 from most_ray.speech.units.stages import CollectStatistics, EncodeUnits, lowest, write_codebook
 
 _ROWS = 10_000  # frames that are computed on together
@@ -50,6 +50,7 @@ class UnitsJob:
     max_seconds: float = MAX_SECONDS  # longer utterances are rejected
     form: Literal["jsonl.gz", "jsonl", "json"] = "jsonl.gz"  # of the records
     seed: int = 0  # of k-means and of the sample of frames
+    max_rejected_fraction: float | None = None  # of the corpus' entries; with more the command fails. None: see output.check_rejected
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
         scan = _scan(job, scratch)
         features_key = json_digest(extractor.identity)
         key = _job_key(job, scan, features_key, centroids)
-        if done := find_prepared(job.output, key):
+        if (done := find_prepared(job.output, key)) and done.get("rejected_share", 0.0) <= _limit(job):
             shutil.rmtree(scratch, ignore_errors=True)
             return {**done, "unchanged": True}
         stages = _Stages(job, scan, scratch, runner(scan.bytes), progress)
@@ -98,7 +99,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
         manifest = clustering.build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, extractor.source)
         if statistics.speakers:
             manifest["reference"] = _reference(statistics.speakers)
-        written = publish_records(job.corpus.directory, job.output, scan, task, manifest, centroids)
+        written = publish_records(job.corpus.directory, job.output, scan, task, manifest, centroids, job.max_rejected_fraction)
         result = {**written, "speakers": len(statistics.speakers), "units": len(centroids)}
         mark_prepared(job.output, {"key": key, **result})
         shutil.rmtree(scratch, ignore_errors=True)
@@ -141,6 +142,7 @@ def _check(job: UnitsJob) -> Extractor:
         ("fit_frames", job.fit_frames, job.fit_frames >= 1, "must be at least 1."),
         ("seed", job.seed, 0 <= job.seed < 1 << 32, "must be in 0..4294967295."),
         ("max_seconds", job.max_seconds, job.max_seconds > 0, "must be above 0."),
+        ("max_rejected_fraction", job.max_rejected_fraction, 0 <= (job.max_rejected_fraction or 0) <= 1, "must be in 0..1."),
     ):
         if not allowed:
             raise ConfigError(name, value, rule)
@@ -159,8 +161,8 @@ def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
 
 @contextlib.contextmanager
 def _locked_folder(scratch: Path) -> Iterator[Path]:
-    """A folder for intermediate files, for one command at a time; DataError if another one works there. A command with wrong options leaves
-    no new folder."""
+    """A folder for intermediate files, for one command at a time; DataError if another one works there. A command that fails before a part
+    is made leaves no new folder."""
     new = [folder for folder in (scratch, scratch.parent) if not folder.exists()]
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / "lock").open("a") as lock:
@@ -171,9 +173,10 @@ def _locked_folder(scratch: Path) -> Iterator[Path]:
             raise DataError("output", str(scratch.parent), rule, "Wait for it, or name another folder.") from error
         try:
             yield scratch
-        except ConfigError:
-            for folder in new:
-                shutil.rmtree(folder, ignore_errors=True)
+        except UserError:
+            if not any(scratch.glob("*-*.*")):  # a part's file: the next command goes on from it
+                for folder in new:
+                    shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
@@ -188,7 +191,13 @@ def _scan(job: UnitsJob, scratch: Path) -> Scan:
         shown = [f"{c.column}{'!' * c.negated}={','.join(c.values)}" for c in job.where]
         raise ConfigError("where", shown, "leaves no recording.")
     check_speaker_column(job.speaker_column, scan.columns)
+    check_rejected(scan, [], job.max_rejected_fraction)
     return scan
+
+
+def _limit(job: UnitsJob) -> float:
+    """The share of entries that a finished command may have rejected: where none is given, it was within the usual one."""
+    return 1.0 if job.max_rejected_fraction is None else job.max_rejected_fraction
 
 
 def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray | None) -> str:

@@ -195,12 +195,14 @@ def _extract_features(
 
     def flush() -> Iterator[tuple[Item, Frames | str, float]]:
         for (item, wave), frames in zip(waiting, extractor([wave for _, wave in waiting]), strict=True):
-            yield item, frames if len(frames.values) else "is shorter than one frame", len(wave) / extractor.sample_rate
+            fault = "is shorter than one frame" if not len(frames.values) else "gives features that are not finite"
+            yield item, frames if np.isfinite(frames.values).all() and len(frames.values) else fault, len(wave) / extractor.sample_rate
         waiting.clear()
 
     for item in items:
         try:
-            wave = load_audio(Path(item["path"]), extractor.sample_rate, speed, item["start"], item["duration"], max_seconds)
+            part = (item["start"], item["duration"], max_seconds, item.get("channel"), item.get("length"))
+            wave = load_audio(Path(item["path"]), extractor.sample_rate, speed, *part)
         except DataError as error:
             if item["stamp"] is not None and list(file_stamp(Path(item["path"])) or ()) != item["stamp"]:
                 reason = f"has changed since the corpus was listed, or cannot be reached from {socket.gethostname()}."

@@ -21,7 +21,7 @@ from most_ray.speech.corpora.audio import MAX_SECONDS, load_audio
 from most_ray.speech.corpora.corpus import Condition, CorpusOptions, Utterance
 from most_ray.speech.units.assets import SpeechAssets, open_assets
 from most_ray.speech.units.clustering import SpeakerStatistics, assign
-from most_ray.speech.units.corpus_parts import Progress, json_digest
+from most_ray.speech.units.corpus_parts import Progress, file_stamp, json_digest
 from most_ray.speech.units.features import Frames
 from most_ray.speech.vocoder.fit import Example, VocoderSettings, fit_vocoder
 from most_ray.speech.vocoder.spectrogram import RATE
@@ -72,8 +72,9 @@ def prepare_vocoder(
     if assets.extractor.sample_rate != RATE:
         raise DataError("features", assets.extractor.sample_rate, f"Hz: a vocoder is fitted to units of {RATE} Hz.")
     drawn = _draw(corpus, conditions, speaker_column, settings.seed)
-    stamps = ((each.id, each.start, each.duration, each.path.stat().st_size, each.path.stat().st_mtime_ns) for each in drawn)
-    made_of = json_digest(list(stamps), asdict(settings), speaker_column, max_seconds)
+    stamps = [(each.id, each.start, each.duration, *(file_stamp(each.path) or (0, 0))) for each in drawn]
+    channels = {each.id: each.channel for each in drawn if each.channel is not None}
+    made_of = json_digest(stamps, asdict(settings), speaker_column, max_seconds, *([channels] if channels else []))
     identity = assets.manifest["identity"]
     known = None
     with contextlib.suppress(CheckpointError):  # one that cannot be read is replaced
@@ -120,11 +121,12 @@ def _read(
         if seconds >= total_seconds:
             return
         try:
-            wave = load_audio(utterance.path, RATE, 1.0, utterance.start, utterance.duration, max_seconds)
+            part = (utterance.start, utterance.duration, max_seconds, utterance.channel, utterance.length)
+            wave = load_audio(utterance.path, RATE, 1.0, *part)
         except DataError:
             continue  # rejected.jsonl of the records has the reason
         frames = assets.extractor([wave])[0]
-        if len(frames.values):
+        if len(frames.values) and np.isfinite(frames.values).all():
             seconds += len(wave) / RATE
             yield _Recording(wave, str(utterance.columns.get(column, "")), frames)
 
