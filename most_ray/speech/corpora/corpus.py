@@ -154,12 +154,12 @@ def _fault(known: str, entry: Entry) -> str | None:
     try:
         # As deep as the columns will be in a record and in a part's list of utterances.
         value = [[[known, entry.text, entry.columns]]]
-        check_depth(json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), value)
+        check_depth(value)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         return "holds bytes that are not UTF-8, or half a surrogate pair, which is not text"
-    except (ValueError, RecursionError) as error:
-        deep = isinstance(error, RecursionError) or "nested" in str(error)
-        return "has a column that is nested too deep" if deep else "has a column with a number that is not finite"
+    except ValueError as error:
+        return "has a column that is nested too deep" if "nested" in str(error) else "has a column with a number that is not finite"
     return None if os.path.isfile(entry.path) else NOT_THERE
 
 
