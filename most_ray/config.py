@@ -25,6 +25,7 @@ from most_ray.options import (
     FOLDER,
     LOCAL_FILE,
     MODEL,
+    MOST_SEED,
     NOT_NEGATIVE,
     RECORDS,
     SHARE,
@@ -34,6 +35,8 @@ from most_ray.options import (
 )
 
 _LONGEST_NAME = 255  # bytes; of a folder's name, on most file systems
+_MOST_PROCESSES = 100_000  # more than any cluster starts
+_MOST_RECORDS = 1_000_000  # of a step: its plan is made at once
 _WORKERS = "is neither a number from 1 on nor two of them, the fewest and the most."
 
 # Choices that other modules name, too.
@@ -90,13 +93,13 @@ class DataOptions:
     )
     text_mix_ratio: float = option(0.0, "share of text-only records among all records trained on", range=SHARE, sweep="adapts")
     train_asr_weights: tuple[float, ...] | None = option(
-        None, "weight of each ASR directory among them (default: by size)", range=ABOVE_0, sweep="adapts"
+        None, "weight of each ASR directory among them (default: by size)", range=ABOVE_0, most=1e15, sweep="adapts"
     )
     train_tts_weights: tuple[float, ...] | None = option(
-        None, "weight of each TTS directory among them (default: by size)", range=ABOVE_0, sweep="adapts"
+        None, "weight of each TTS directory among them (default: by size)", range=ABOVE_0, most=1e15, sweep="adapts"
     )
     train_text_weights: tuple[float, ...] | None = option(
-        None, "weight of each text directory among them (default: by size)", range=ABOVE_0, sweep="adapts"
+        None, "weight of each text directory among them (default: by size)", range=ABOVE_0, most=1e15, sweep="adapts"
     )
     weight_unit: WeightUnit = option(
         "records", "what the mix is exact in: after each record every source is within one of its share", old_words={"rows": "records"}
@@ -106,7 +109,7 @@ class DataOptions:
     )
     unit_replace_prob: float = option(0.0, "share of them replaced by any unit", range=SHARE, sweep="adapts")
     unit_drop_prob: float = option(0.0, "share of them left out", range=SHARE, sweep="adapts")
-    max_seq_length: int = option(2048, "tokens in a packed row; longer records are never cut", range=AT_LEAST_1)
+    max_seq_length: int = option(2048, "tokens in a packed row; longer records are never cut", range=AT_LEAST_1, most=1 << 24)
     overlong: Overlong = option(
         "reject", "records longer than that: bad records, skipped without counting as bad, or (text-only ones) split over several rows"
     )
@@ -131,12 +134,13 @@ class DataOptions:
 class OptimizerOptions:
     """How it is trained."""
 
-    train_batch_size: int = option(1, "packed rows per worker and forward pass", range=AT_LEAST_1)
-    gradient_accumulation_steps: int = option(16, "sets the default of global_batch_size", range=AT_LEAST_1)
+    train_batch_size: int = option(1, "packed rows per worker and forward pass", range=AT_LEAST_1, most=_MOST_RECORDS)
+    gradient_accumulation_steps: int = option(16, "sets the default of global_batch_size", range=AT_LEAST_1, most=_MOST_RECORDS)
     global_batch_size: int | None = option(
         None,
         "records per optimizer step over all workers (default: train_batch_size x gradient_accumulation_steps x workers)",
         range=AT_LEAST_1,
+        most=_MOST_RECORDS,
     )
     max_steps: int | None = option(
         None, "optimizer steps of the whole run (default: from epochs)", range=AT_LEAST_1, sweep="shared", length=True
@@ -147,31 +151,36 @@ class OptimizerOptions:
     epochs_of: str = option(
         "all", "the source whose epochs count, by its folder as train_asr or asr/train_asr; all: the slowest", sweep="shared"
     )
-    learning_rate: float = option(1e-4, "peak learning rate of AdamW", range=ABOVE_0, sweep="adapts")
-    lr_scheduler: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up")
-    warmup_steps: int = option(0, "steps of linear warm-up", range=NOT_NEGATIVE)
-    warmup_ratio: float = option(0.0, "steps of linear warm-up as a share of all steps, where warmup_steps is 0", range=SHARE)
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW", range=ABOVE_0, sweep="adapts", learns=True)
+    lr_scheduler: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up", learns=True)
+    warmup_steps: int = option(0, "steps of linear warm-up", range=NOT_NEGATIVE, learns=True)
+    warmup_ratio: float = option(0.0, "steps of linear warm-up as a share of all steps, where warmup_steps is 0", range=SHARE, learns=True)
     asr_loss_weight: float = option(
-        1.0, "weight of a supervised ASR token's loss, against 1 for TTS and text tokens", range=ABOVE_0, sweep="adapts"
+        1.0, "weight of a supervised ASR token's loss, against 1 for TTS and text tokens", range=ABOVE_0, sweep="adapts", learns=True
     )
-    weight_decay: float = option(0.01, "AdamW weight decay of matrices (norms have none)", range=NOT_NEGATIVE, sweep="adapts")
-    adam_beta1: float = option(0.9, "AdamW beta1", range=BELOW_1)
-    adam_beta2: float = option(0.95, "AdamW beta2", range=BELOW_1)
-    adam_epsilon: float = option(1e-8, "AdamW epsilon", range=ABOVE_0)
-    max_grad_norm: float = option(1.0, "gradient norm to clip to (0: off)", range=NOT_NEGATIVE, sweep="adapts")
+    weight_decay: float = option(0.01, "AdamW weight decay of matrices (norms have none)", range=NOT_NEGATIVE, sweep="adapts", learns=True)
+    adam_beta1: float = option(0.9, "AdamW beta1", range=BELOW_1, learns=True)
+    adam_beta2: float = option(0.95, "AdamW beta2", range=BELOW_1, learns=True)
+    adam_epsilon: float = option(1e-8, "AdamW epsilon", range=ABOVE_0, learns=True)
+    max_grad_norm: float = option(1.0, "gradient norm to clip to (0: off)", range=NOT_NEGATIVE, sweep="adapts", learns=True)
     balance_bias_rate: float = option(
         0.0,
         "step by which biases on the choice of experts follow each step's load, as 0.001: balances without a loss (0: off)",
         range=NOT_NEGATIVE,
         sweep="adapts",
+        learns=True,
     )
     max_skipped_steps: int = option(
         20, "steps in a row with a loss or gradient that is not finite, and so skipped, that end the run", range=AT_LEAST_1
     )
-    fp16: bool = option(False, "float16 autocast with loss scaling")
-    bf16: bool | None = option(None, "bfloat16 autocast (default: where the device is made for it; a resumed run keeps what it began with)")
+    fp16: bool = option(False, "float16 autocast with loss scaling", learns=True)
+    bf16: bool | None = option(
+        None, "bfloat16 autocast (default: where the device is made for it; a resumed run keeps what it began with)", learns=True
+    )
     optimizer_state: Moments = option(
-        "float32", "AdamW's moments: int8 takes 2 bytes a parameter instead of 8, needs most_ray[int8], and compiles for a minute on GPUs"
+        "float32",
+        "AdamW's moments: int8 takes 2 bytes a parameter instead of 8, needs most_ray[int8], and compiles for a minute on GPUs",
+        learns=True,
     )
     gradient_checkpointing: bool = option(False, "the same as recompute: full")
     recompute: Recompute = option(
@@ -179,7 +188,7 @@ class OptimizerOptions:
     )
     compile_layers: bool = option(False, "compile norms and MLPs (not attention and routed experts, whose shapes change): costs a minute")
     deterministic: bool = option(False, "the same run gives bitwise identical weights on the same machines; slower")
-    seed: int = option(0, "seed of initialisation, mixing and shuffling", range=NOT_NEGATIVE)
+    seed: int = option(0, "seed of initialisation, mixing and shuffling", range=NOT_NEGATIVE, most=MOST_SEED)
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,7 @@ class ParallelOptions:
         None,
         "training processes, as 4; or fewest and most, as 2,4: as many as the cluster has room for (default: one per GPU, or 1)",
         range=Range(_WORKERS, "at least 1", AT_LEAST_1.holds),
+        most=_MOST_PROCESSES,
         sweep="shared",
     )
     cpus_per_worker: float = option(
@@ -205,7 +215,7 @@ class ParallelOptions:
     )
     use_gpu: bool | None = option(None, "train on GPUs (default: where there are any)", sweep="shared")
     threads_per_worker: int | None = option(
-        None, "CPU threads of each worker (default: the machine's cores shared out)", range=AT_LEAST_1, sweep="shared"
+        None, "CPU threads of each worker (default: the machine's cores shared out)", range=AT_LEAST_1, most=10_000, sweep="shared"
     )
     max_failures: int = option(
         3, "lost workers within failure_window_s that a run recovers from; one more ends it", range=NOT_NEGATIVE, inert=True
@@ -248,10 +258,12 @@ class EvaluationOptions:
         None, "steps between evaluations of a checkpoint (default: only at the end)", range=AT_LEAST_1, sweep="shared", length=True
     )
     eval_inline: bool = option(False, "evaluate in between steps, on the training workers, rather than beside training")
-    eval_workers: int = option(1, "tasks that share out an evaluation beside training", range=AT_LEAST_1, sweep="shared")
+    eval_workers: int = option(
+        1, "tasks that share out an evaluation beside training", range=AT_LEAST_1, most=_MOST_PROCESSES, sweep="shared"
+    )
     eval_gpus: float = option(0.0, "GPUs of each of them", range=NOT_NEGATIVE, sweep="shared")
     eval_batch_size: int = option(64, "records decoded at once", range=AT_LEAST_1)
-    num_beams: int = option(1, "beams of the search for an output (1: greedy)", range=AT_LEAST_1)
+    num_beams: int = option(1, "beams of the search for an output (1: greedy)", range=AT_LEAST_1, most=10_000)
     length_penalty: float = option(
         1.0, "with beams: a hypothesis' score is its log probability over its length to this power", range=NOT_NEGATIVE
     )

@@ -7,6 +7,7 @@ jobs, sweeps, preflight checks and the reference pages in docs/ all use these, s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import types
@@ -16,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
 from most_ray.io.uris import expand
+from most_ray.io.yaml_values import parse_yaml
 
 _UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
-_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+MOST_SEED = (1 << 63) - 1  # the largest number of all: what torch, numpy and integers of 64 bits take
+_MOST: dict[type, float] = {int: 10**12, float: 1e9}  # the largest number of an option that states none
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ def option(
     help_text: str,
     *,
     range: Range | None = None,
+    most: float | None = None,
     location: Location | None = None,
     sweep: Sweep = "varies",
     inert: bool = False,
     length: bool = False,
+    learns: bool = False,
     old_words: Mapping[str, str] | None = None,
 ) -> Any:
     """A field of a section.
@@ -86,15 +90,18 @@ def option(
         default: the default; None where it depends on something else.
         help_text: one line. Where the default is None, it ends with what is used then, as "(default: the model's)".
         range: the numbers that the option may have. Every number has a range.
+        most: the largest number that it may have, beyond what any real run needs (default: by its type).
         location: what the path or URI is used for. Every path and URI has a location.
         sweep: whether trials of a sweep may differ in the option.
         inert: whether no trial's result depends on the option, so that it may differ between two starts of the same sweep.
         length: whether the option says how long a run is or how often it saves and evaluates. In these, a sweep's trials often differ from
             the run that they search settings for.
+        learns: whether the weights after a step follow from the option, data and model being equal, so that a run that resumes with
+            another value does not continue exactly.
         old_words: choices of earlier versions, which are still read, and today's words for them.
     """
-    stated = {"range": range, "location": location, "sweep": sweep, "inert": inert, "length": length, "old_words": old_words or {}}
-    return field(default=default, metadata={"help": help_text, **stated})
+    stated = {"range": range, "most": most, "location": location, "sweep": sweep, "inert": inert, "length": length, "learns": learns}
+    return field(default=default, metadata={"help": help_text, **stated, "old_words": old_words or {}})
 
 
 @dataclass(frozen=True)
@@ -109,23 +116,27 @@ class Option:
     default: Any
     help: str
     range: Range | None
+    most: float | None
     location: Location | None
     sweep: Sweep
     inert: bool
     length: bool
+    learns: bool
     old_words: Mapping[str, str]
 
     def parse(self, value: Any) -> Any:
         """Convert a YAML value or a flag's text to the option's type.
 
         Raises:
-            ConfigError: the value is of another type, or is none of the choices.
+            ConfigError: the value is of another type, is none of the choices, or is larger than any number of its type may be.
         """
         if value is None or (self.optional and isinstance(value, str) and value.lower() in ("none", "null", "")):
             if self.optional:
                 return None
             raise ConfigError(self.name, value, "needs a value.")
         if self.many:
+            if isinstance(value, dict):
+                raise ConfigError(self.name, value, "is not a list.")
             parts = value if isinstance(value, list | tuple) else str(value).split(",")
             return tuple(self._element(part) for part in parts if part != "")
         if self.choices:
@@ -142,8 +153,8 @@ class Option:
 
     def check(self, value: Any) -> None:
         """Raises ConfigError where a parsed value is outside of the option's range."""
-        if self.range and not all(map(self.range.holds, self.elements(value))):
-            raise ConfigError(self.name, value, self.range.rule)
+        for number in self.elements(value) if self.range else ():
+            check_number(self.name, number, self.range, self.most, value)
 
     def elements(self, value: Any) -> tuple[Any, ...]:
         """The elements of a list; of another value, the value itself; of None, nothing."""
@@ -173,26 +184,68 @@ def options_of(*sections: type) -> dict[str, Option]:
 def _scalar(name: str, type_: type, value: Any) -> Any:
     """Convert a value to a type. Raises ConfigError with the option's name."""
     if type_ is bool:
-        truth = _TRUTH.get(str(value).lower())
+        truth = _TRUTH.get(str(value).lower()) if isinstance(value, str | bool | int) else None
         if truth is None:
             raise ConfigError(name, value, "is neither true nor false.")
         return truth
-    if type_ is str:
-        if isinstance(value, str) and "\0" in value:
-            raise ConfigError(name, value, "holds a NUL character.")
-        if isinstance(value, list | dict | bool):
-            raise ConfigError(name, value, "is not a string.")
-        return str(value)
+    if type_ is not str:
+        return parse_number(name, type_, value)
+    if value is None or isinstance(value, list | tuple | dict | bool | bytes):
+        raise ConfigError(name, value, "is not a string.")
+    text = str(value)
+    if "\0" in text:
+        raise ConfigError(name, value, "holds a NUL character.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # it could be written to no file, not even to config.yaml
+        raise ConfigError(name, value, "holds bytes or half characters that are no text.", "Use names in UTF-8.") from error
+    return text
+
+
+def parse_number(name: str, type_: type, value: Any) -> Any:
+    """Convert a value of YAML or JSON, or a flag's text, to `type_`, int or float. `name`: of the option or flag. A whole number may be
+    written as 1e3.
+
+    Raises:
+        ConfigError: it is no number of that type, is not finite, or is larger than any number may be.
+    """
     rule = f"is not {'a whole number' if type_ is int else 'a number'}."
-    if isinstance(value, bool | list | dict) or (type_ is int and isinstance(value, float) and not value.is_integer()):
+    if isinstance(value, bool | bytes | list | dict):
         raise ConfigError(name, value, rule)
     try:
-        number = type_(value)
-    except (TypeError, ValueError) as error:
+        number = _whole(value) if type_ is int else float(value)
+    except (TypeError, ValueError, OverflowError) as error:  # Python reads no number of thousands of digits
         raise ConfigError(name, value, rule) from error
+    if isinstance(number, int) and abs(number) > MOST_SEED:
+        raise ConfigError(name, value, "is too large.")
     if not math.isfinite(number):
         raise ConfigError(name, value, "is not finite.")
     return number
+
+
+def _whole(value: Any) -> int:
+    """A whole number of any type, or its text. Raises ValueError, OverflowError or TypeError where it is none."""
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            value = float(value)
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(value)
+    return int(value)
+
+
+def check_number(name: str, number: float, range: Range, most: float | None = None, value: Any = None) -> None:
+    """Raise ConfigError where a number is outside of a range, or larger than `most` (None: than any of its type may be).
+
+    Args:
+        name, value: what the error says; `value` where it is not the number itself, as the list that the number is in.
+    """
+    shown = number if value is None else value
+    if not range.holds(number):
+        raise ConfigError(name, shown, range.rule)
+    if number > (limit := _MOST[type(number)] if most is None else most):
+        raise ConfigError(name, shown, f"must be at most {limit:,}." if isinstance(limit, int) else f"must be at most {limit:g}.")
 
 
 def parse_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,24 +276,39 @@ def current_words(options: Mapping[str, Option], values: Mapping[str, Any]) -> d
     }
 
 
+def stored_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name from the configuration of a run of any version, converted to their options' types. Those that no option has or takes
+    any more stay as they are."""
+    found = current_words(options, values)
+    for name, value in found.items():
+        if name in options:
+            with contextlib.suppress(ConfigError):
+                found[name] = options[name].parse(value)
+    return found
+
+
 def read_yaml(uri: str | Path) -> dict[str, Any]:
-    """The keys and values of a configuration file.
+    """The keys and values of a configuration file, as `parse_yaml` reads them.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or is no mapping.
+        ConfigError: the file is missing, is not YAML that is read (see `parse_yaml`), or is no mapping.
     """
     shown = storage.redact(str(uri))
     try:
-        values = yaml.safe_load(storage.read_bytes(uri).decode("utf-8"))
-    except (OSError, UnicodeDecodeError, DataError) as error:
+        content = storage.read_bytes(uri)
+    except (OSError, DataError) as error:
         raise ConfigError("config", shown, f"cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        raise ConfigError("config", shown, f"is not YAML ({' '.join(str(error).split())}).") from error
+    try:
+        values = parse_yaml(content)
+    except UnicodeDecodeError as error:
+        raise ConfigError("config", shown, f"cannot be read ({error}).") from error
+    except ValueError as error:
+        raise ConfigError("config", shown, f"{error}.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError("config", shown, "holds no `key: value` lines.")
-    return {str(key): value for key, value in values.items()}
+    return values
 
 
 def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:

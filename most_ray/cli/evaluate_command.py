@@ -98,6 +98,7 @@ def _rescore(args: argparse.Namespace) -> int:
     if os.path.exists(args.output) and os.path.exists(args.rescore) and os.path.samefile(args.output, args.rescore):
         raise ConfigError("output", str(args.output), "is the file that is scored: it would be lost.", "Name another.")
     given = flag_values(args, _KEYS)
+    config_of_flags(args, _KEYS)  # wrong values of flags that have no use here are errors too
     if given.get("recogniser") or given.get("vocoder"):
         raise ConfigError("rescore", args.rescore, "runs no recogniser: recogniser and vocoder are for the evaluation of a model.")
     if args.model or args.asr_dirs or args.tts_dirs or args.text_dirs:

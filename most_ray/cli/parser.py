@@ -17,6 +17,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths
 from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
+from most_ray.options import Range, check_number, parse_number
 
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
 
@@ -55,6 +56,30 @@ class Parser(argparse.ArgumentParser):
     def flag_names(self) -> list[str]:
         """Names of the flags, without their dashes."""
         return [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+
+class _NumberAction(argparse.Action):
+    """Stores a flag's number; see `number`. Not a `type`, of whose errors argparse keeps the text alone."""
+
+    def __init__(self, *args: Any, kind: type, range: Range, most: float | None, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._kind, self._range, self._most = kind, range, most
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        del parser, option_string
+        found = parse_number(self.dest, self._kind, values)
+        check_number(self.dest, found, self._range, self._most)
+        setattr(namespace, self.dest, found)
+
+
+def number(kind: type, range: Range, most: float | None = None) -> Any:
+    """The `action` of a flag whose value is a number, by the rules of the configuration's numbers.
+
+    Args:
+        kind: int or float.
+        range, most: the numbers that it may be, as in `options.option`.
+    """
+    return partial(_NumberAction, kind=kind, range=range, most=most)
 
 
 def add_command(where: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
@@ -102,11 +127,6 @@ def flag_of(args: argparse.Namespace | None, filename: object) -> str:
             if text and Path(str(filename)).absolute().is_relative_to(Path(text).absolute()):
                 return name
     return "file"
-
-
-def check_above_0(flag: str, number: float) -> None:
-    if not number > 0:
-        raise ConfigError(flag, number, "must be above 0.")
 
 
 def print_error(error: UserError) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_above_0, config_of, tracked
+from most_ray.cli.parser import Parser, add_command, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
+from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, parse_number
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
 from most_ray.speech.units.extractors import KINDS, parse_features
@@ -21,6 +21,8 @@ from most_ray.speech.units.extractors import KINDS, parse_features
 if TYPE_CHECKING:
     from most_ray.speech.units.corpus_parts import Runner
     from most_ray.speech.units.prepare import ChooseRunner, UnitsJob
+
+_MOST_ACTORS = 100_000  # more than any cluster starts
 
 
 def add(commands: Any) -> None:
@@ -52,8 +54,10 @@ def add(commands: Any) -> None:
     vocoder.add_argument("--records", type=to_read(Path), required=True, help=text)
     text = "folder of the units' speech encoder (default: the one that they were made with)"
     vocoder.add_argument("--encoder", type=as_given(str), help=text)
-    vocoder.add_argument("--seconds", type=float, default=1800.0, help="seconds of speech to learn from, at most (default: 1800)")
-    vocoder.add_argument("--seed", type=int, default=0, help="of its weights and of the choice of recordings (default: 0)")
+    text = "seconds of speech to learn from, at most (default: 1800)"
+    vocoder.add_argument("--seconds", action=number(float, ABOVE_0), default=1800.0, help=text)
+    text = "of its weights and of the choice of recordings (default: 0)"
+    vocoder.add_argument("--seed", action=number(int, NOT_NEGATIVE, MOST_SEED), default=0, help=text)
 
     tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of all that --config lists")
     tts.add_argument("--config", type=as_given(Path), help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
@@ -78,21 +82,23 @@ def _corpus_flags(parser: Parser, features: bool = True) -> None:
     text = "use only these utterances; != excludes, commas separate values"
     parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help=text)
     parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)")
-    parser.add_argument("--max_seconds", type=float, default=120.0, help="reject longer utterances (default: 120)")
+    parser.add_argument("--max_seconds", action=number(float, ABOVE_0), default=120.0, help="reject longer utterances (default: 120)")
     if features:
         text = f"{', '.join(KINDS)}, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
         parser.add_argument("--features", default="mfcc", help=text)
         text = "processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)"
-        parser.add_argument("--num_actors", type=int, help=text)
+        parser.add_argument("--num_actors", action=number(int, NOT_NEGATIVE, _MOST_ACTORS), help=text)
         text = "GPUs of each process; 0.5 lets two share one (default: 1 for encoders where there are GPUs)"
-        parser.add_argument("--gpus_per_actor", type=float, help=text)
+        parser.add_argument("--gpus_per_actor", action=number(float, NOT_NEGATIVE), help=text)
         parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else Ray is started on this machine)")
 
 
 def _fit_flags(parser: Parser) -> None:
     parser.add_argument("--algorithm", choices=["minibatch", "lloyd"], default="minibatch", help="of the k-means (default: minibatch)")
-    parser.add_argument("--fit_frames", type=int, default=200_000, help="frames to fit it to, drawn at random (default: 200000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the k-means (default: 0)")
+    parser.add_argument(
+        "--fit_frames", action=number(int, AT_LEAST_1), default=200_000, help="frames to fit it to, drawn at random (default: 200000)"
+    )
+    parser.add_argument("--seed", action=number(int, NOT_NEGATIVE, (1 << 32) - 1), default=0, help="of the k-means (default: 0)")
 
 
 def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
@@ -128,10 +134,6 @@ def _runner(args: argparse.Namespace, job: UnitsJob) -> ChooseRunner:
 
         return pool_runner(job.features, args.num_actors, args.gpus_per_actor, args.ray_address)
 
-    if args.num_actors is not None and args.num_actors < 0:
-        raise ConfigError("num_actors", args.num_actors, "must be 0 or more.")
-    if args.gpus_per_actor is not None and not 0 <= args.gpus_per_actor < math.inf:
-        raise ConfigError("gpus_per_actor", args.gpus_per_actor, "must be 0 or more.")
     return choose
 
 
@@ -139,19 +141,21 @@ def _how_many(flag: str, text: str | None) -> int | None:
     """The number of units to fit, from a flag's text; 0 for "auto", as many as the frames support; None: the flag is not given."""
     if text is None or text == "auto":
         return None if text is None else 0
-    if not text.isdecimal() or int(text) == 0:
-        raise ConfigError(flag, text, "is neither a number of units nor auto.")
-    if not 2 <= int(text) <= N_UNITS:
-        raise ConfigError(flag, int(text), f"must be in 2..{N_UNITS}.")
-    return int(text)
+    try:
+        count: int = parse_number(flag, int, text)
+    except ConfigError as error:
+        raise ConfigError(flag, text, "is neither a number of units nor auto.") from error
+    if not 2 <= count <= N_UNITS:
+        raise ConfigError(flag, count, f"must be in 2..{N_UNITS}.")
+    return count
 
 
 def _units(args: argparse.Namespace) -> int:
     from most_ray.speech.units.prepare import prepare_units
 
     try:
-        perturb = tuple(float(speed) for speed in args.perturb.split(","))
-    except ValueError as error:
+        perturb = tuple(parse_number("perturb", float, speed) for speed in args.perturb.split(","))
+    except ConfigError as error:
         raise ConfigError("perturb", args.perturb, "is not a list of numbers as 0.9,1.0,1.1.") from error
     fit = _how_many("fit_kmeans", args.fit_kmeans)
     more = {"kmeans": args.kmeans, "fit_kmeans": fit, "perturb": perturb, "keep_repeats": args.keep_repeats, "form": args.form}
@@ -187,7 +191,6 @@ def _vocoder(args: argparse.Namespace) -> int:
     from most_ray.speech.vocoder.fit import VocoderSettings
     from most_ray.speech.vocoder.prepare_vocoder import prepare_vocoder
 
-    check_above_0("seconds", args.seconds)
     (corpus, where), settings = _corpus(args), VocoderSettings(seed=args.seed, max_seconds=args.seconds)
     column = args.speaker_column
     found = prepare_vocoder(corpus, args.records, where, column, settings, _progress, args.max_seconds, args.encoder)

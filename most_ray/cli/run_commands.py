@@ -14,12 +14,13 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
-from most_ray.cli.parser import add_command, config_of
+from most_ray.cli.parser import add_command, config_of, number
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
 from most_ray.io.outputs import check_file, check_new_folder, replacing, replacing_folder
+from most_ray.options import MOST_SEED, NOT_NEGATIVE
 
 _MOST_PLANNED = 1_000_000  # steps that `plan` lists at once
 
@@ -32,7 +33,7 @@ def add(commands: Any) -> None:
     init.add_argument("--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout")
     init.add_argument("--records", type=to_read(Path), nargs="+", default=[], help="directories of records whose text the tokenizer learns")
     init.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
-    init.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
+    init.add_argument("--seed", action=number(int, NOT_NEGATIVE, MOST_SEED), default=0, help="of the weights (default: 0)")
 
     train = add_command(commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes")
     train.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")

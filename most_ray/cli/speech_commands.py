@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_above_0, check_model, config_of_flags, print_error
+from most_ray.cli.parser import Parser, add_command, check_model, config_of_flags, number, print_error
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
 from most_ray.io.outputs import Kind, begins_with, check_file, check_folder, replacing
-from most_ray.options import add_flag
+from most_ray.options import ABOVE_0, AT_LEAST_1, add_flag
 from most_ray.records.files import UNITS_MANIFEST
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add(commands: Any) -> None:
     transcribe.add_argument("--encoder", type=as_given(str), help=text)
     text = "the recordings are of one speaker, whose features are normalised over all of them"
     transcribe.add_argument("--one_speaker", action="store_true", help=text)
-    transcribe.add_argument("--max_seconds", type=float, default=120.0, help="refuse longer recordings (default: 120)")
+    transcribe.add_argument("--max_seconds", action=number(float, ABOVE_0), default=120.0, help="refuse longer recordings (default: 120)")
     text = "JSON Lines file for {file, text, units, ended} (default: text to the screen)"
     transcribe.add_argument("--output", type=to_write(Path), help=text)
 
@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     _model_flags(speak, optional=True)
     text = "a vocoder.safetensors, or a SeamlessM4T vocoder by folder or name (default: the model's own)"
     speak.add_argument("--vocoder", type=to_read(str), help=text)
-    speak.add_argument("--limit", type=int, help="with records: the number of records, at most")
+    speak.add_argument("--limit", action=number(int, AT_LEAST_1), help="with records: the number of records, at most")
     speak.add_argument("--output", type=to_write(Path), required=True, help="WAV or FLAC file (with records: a folder)")
 
 
@@ -76,7 +76,6 @@ def _transcribe(args: argparse.Namespace) -> int:
 
     if args.output:
         check_file("output", args.output, TRANSCRIPTS)
-    check_above_0("max_seconds", args.max_seconds)
     options = _generation_options(args)
     assets = open_assets(_assets_folder(args), args.encoder)
     lines: list[str] = []
@@ -130,8 +129,6 @@ def _synthesize(args: argparse.Namespace) -> int:
     from most_ray.speech.units.assets import require_units_manifest
     from most_ray.speech.vocoder.vocoders import open_vocoder
 
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError("limit", args.limit, "must be at least 1.")
     if args.records:
         check_folder("output", args.output)
     else:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
-
 from most_ray.config import OPTIONS
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
@@ -20,7 +18,8 @@ from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines
 from most_ray.io.json_values import parse_json
-from most_ray.options import current_words
+from most_ray.io.yaml_values import parse_yaml
+from most_ray.options import stored_values
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
 
 _SPOKEN = 5  # utterances with players
@@ -165,7 +164,7 @@ def _read(uri: str, name: str) -> RunData:
             kinds[kind][int(step)] = line
     train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
     summary, final, environment = (read_mapping(uri, f"{file}.json") for file in ("summary", "evaluation", "environment"))
-    config = current_words(OPTIONS, {str(key): value for key, value in read_mapping(uri, "config.yaml", yaml.safe_load).items()})
+    config = stored_values(OPTIONS, read_mapping(uri, "config.yaml", parse_yaml))
     if final:
         last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
         if int(last) not in kinds["evaluation"]:
@@ -310,5 +309,5 @@ def read_mapping(uri: str, name: str, parse: Callable[[bytes], Any] = parse_json
     """The mapping in a file in a folder; empty where the file is missing or damaged (cut off while it was written), or holds none."""
     try:
         return mapping(parse(read_file(uri, name) or b""))
-    except (ValueError, yaml.YAMLError):  # the page says what is absent
+    except ValueError:  # the page says what is absent
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from most_ray.records.record import TASKS
 from most_ray.sweep.ledger import Objective
 from most_ray.sweep.space import ROUTING, Space, parse_space
 
+_MOST_TRIALS = 100_000  # of a sweep: the ledger holds all of them
+
 
 @dataclass(frozen=True)
 class SweepOptions:
@@ -43,12 +46,14 @@ class SweepOptions:
         None, "a run's YAML file, whose keys hold for every trial where this file's own do not", location=CONFIGURATION, inert=True
     )
     search: Literal["random", "grid", "tpe"] = option("random", "how settings are proposed; tpe: Optuna's, which learns from results")
-    search_seed: int = option(0, "seed of the proposals", range=NOT_NEGATIVE)
+    search_seed: int = option(0, "seed of the proposals", range=NOT_NEGATIVE, most=(1 << 31) - 1)
     scheduler: Literal["none", "asha", "pbt"] = option(
         "none", "asha stops the worse trials early; pbt replaces them by changed copies of the better ones (population based training)"
     )
     objectives: tuple[str, ...] = option((), "figures to minimise, as wer/test_takes, or max:NAME (default: WER of the first ASR set)")
-    max_trials: int | None = option(None, "trials in all (default: 10; of a grid all its points)", range=AT_LEAST_1, inert=True)
+    max_trials: int | None = option(
+        None, "trials in all (default: 10; of a grid all its points)", range=AT_LEAST_1, most=_MOST_TRIALS, inert=True
+    )
     max_hours: float | None = option(
         None, "hours that the sweep may take, all its starts together (default: no limit)", range=ABOVE_0, inert=True
     )
@@ -99,8 +104,20 @@ class Sweep:
         redacted = vars(self.run.redacted())
         run = {name: redacted[name] for name in self.values}
         changed = {name: value for name, value in vars(self.options).items() if value != SWEEP_OPTIONS[name].default and name != "base"}
-        content = {"name": self.run.name, "output_dir": redacted["output_dir"], **run, **changed, "space": dict(self.raw_space)}
+        content = {"name": self.run.name, "output_dir": redacted["output_dir"], **run, **changed, "space": _unquoted(self.raw_space)}
         return yaml.safe_dump(to_plain(content), sort_keys=False, allow_unicode=True)
+
+
+def _unquoted(value: Any) -> Any:
+    """A value of a YAML file with numbers for their texts where these are read as the same text again: PyYAML puts texts in quotes."""
+    if isinstance(value, Mapping):
+        return {key: _unquoted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return list(map(_unquoted, value))
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", value):
+        number = float(value) if "." in value else int(value)
+        return number if str(number) == value else value
+    return value
 
 
 def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
@@ -173,6 +190,9 @@ def _check(sweep: Sweep) -> None:
     if options.search == "grid" and (endless := [d.name for d in sweep.space.dimensions if d.listed is None]):
         rule = "has infinitely many values, so it makes no grid."
         raise ConfigError(f"space.{endless[0]}", None, rule, "Use `grid: [...]`, or search: random.")
+    if sweep.max_trials > _MOST_TRIALS:  # of a grid: its points
+        rule = f"is a grid of {sweep.max_trials:,} points; at most {_MOST_TRIALS:,} trials are made."
+        raise ConfigError("space", sweep.space.names, rule, "Give max_trials, fewer values, or search: random.")
     if options.search == "tpe" and (gridded := [d.name for d in sweep.space.dimensions if d.kind == "grid"]):
         raise ConfigError(f"space.{gridded[0]}", None, "is a grid, and tpe searches none.", "Use `choice`.")
     if options.scheduler == "pbt":

@@ -17,6 +17,7 @@ import numpy as np
 from most_ray.config import OPTIONS
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
+from most_ray.options import parse_number
 from most_ray.sweep.splits import SPLITS
 
 Kind = Literal["choice", "grid", "uniform", "loguniform", "randint"]
@@ -217,9 +218,13 @@ def _value(key: str, value: Any) -> Any:
             raise ConfigError(f"space.{key}", value, "is not a way to split experts.", nearest(str(value), SPLITS))
         return value
     if key == "audio_experts":
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        try:
+            number: int = parse_number(key, int, value)
+        except ConfigError:
+            number = 0
+        if number < 1:
             raise ConfigError(f"space.{key}", value, "must be a number of experts, at least 1.")
-        return value
+        return number
     try:
         found = OPTIONS[key].parse(value)
     except ConfigError as error:

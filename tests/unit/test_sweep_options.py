@@ -63,7 +63,7 @@ def test_flags_overrule_the_file_and_the_file_its_base(tmp_path: Path) -> None:
     assert (run.name, run.output_dir) == ("sweep", "runs")
     assert (sweep.options.max_trials, sweep.options.search, sweep.options.scheduler) == (1, "grid", "none")
     assert sweep.objectives == (Objective("loss"), Objective("wer/x", True))
-    assert sweep.space == parse_space(space) and sweep.raw_space == space
+    assert sweep.space == parse_space(space) and sweep.raw_space == {"asr_tts_mix_ratio": ["0.5", "0.6"]}
     assert load_sweep(file, {"name": "other"}).run.name == "other"
     assert load_sweep(file, {"base": str(write(tmp_path / "b2.yaml", val_tts_dirs=["y"], eval_steps=1))}).run.seed == 0
 

@@ -45,6 +45,7 @@ from most_ray.sweep.ledger import BEST, KEPT, LedgerFile, Trial, commands_of, ke
 from most_ray.sweep.measure import Affinity, measure_affinity, step_seconds
 from most_ray.sweep.options import SWEEP_OPTIONS, Sweep
 from most_ray.sweep.screens import last_screen, start_screen, trial_line
+from most_ray.sweep.space import parse_space
 from most_ray.sweep.trials import StartModel, TrialBase, estimate, first_valid, start_config, start_keys
 from most_ray.trackers.select import wandb_key
 
@@ -103,6 +104,8 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
 def _check_unchanged(sweep: Sweep, file: LedgerFile) -> None:
     """Raise ConfigError where the ledger's trials could not be compared with this sweep's, because a key has changed."""
     before, now = current_words(OPTIONS, file.ledger.sweep.get("fixed") or {}), _fixed(sweep)
+    if "space" in before:  # earlier versions kept numbers where this one keeps their text
+        before["space"], now["space"] = parse_space(before["space"]), sweep.space
     # A key that only one of the two has belongs to another version, and its default does what that version did.
     if changed := sorted(name for name in {*before} & {*now} if before[name] != now[name]):
         rule = f"is the name of a sweep with {'another value' if len(changed) == 1 else 'other values'} of {', '.join(changed)}."
