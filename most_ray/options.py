@@ -153,7 +153,9 @@ class Option:
 
     def check(self, value: Any) -> None:
         """Raises ConfigError where a parsed value is outside of the option's range."""
-        for number in self.elements(value) if self.range else ():
+        if self.range is None:
+            return
+        for number in self.elements(value):
             check_number(self.name, number, self.range, self.most, value)
 
     def elements(self, value: Any) -> tuple[Any, ...]:

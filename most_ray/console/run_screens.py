@@ -37,7 +37,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     if prepared.n_rejected:
         print_line(console, f"{prepared.n_rejected} records were rejected: {uri}/rejected.jsonl")
     done = prepared.done_steps
-    exact = f"exact: no, changed since: {', '.join(prepared.accepted)}" if prepared.accepted else "exact: yes"
+    exact = f"exact: no, changed since: {', '.join(prepared.changed)}" if prepared.changed else "exact: yes"
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
     print_line(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
     mix = plan.mix(job.total_steps)

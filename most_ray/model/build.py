@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 from transformers.distributed import DistributedConfig
 
@@ -171,6 +172,17 @@ def load_model(
     if distributed and distributed.ep_size > 1:
         place_experts(model, distributed.ep_size)
     return model
+
+
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """Names of a model's weights and buffers that hold a value which is not finite, in this rank's shards."""
+    tensors = {name: _local(tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    finite = {name: torch.stack(tensor.aminmax()).isfinite().all() for name, tensor in tensors.items() if tensor.numel()}
+    return [name for name, good in zip(finite, torch.stack([*finite.values()]).tolist(), strict=True) if not good] if finite else []
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from most_ray.checkpoint import catalog, reader
+from most_ray.checkpoint.resume import changes_since, check_model
 from most_ray.config import OPTIONS, Overlong, RunConfig
 from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, Runner, check_rejected, ingest_directory, run_here
@@ -65,7 +66,7 @@ class Prepared:
     use_gpu: bool
     n_rejected: int  # bad records of all sources
     corrupt: list[tuple[str, str]]  # (URI, reason) of newer checkpoints, which are damaged
-    accepted: list[str]  # what changed since that checkpoint and was accepted, by name
+    changed: list[str]  # what changed since that checkpoint and does not keep the run from continuing, by name
 
     def job_for(self, topology: Topology, driver: str) -> Job:
         """The job of one attempt, which process `driver` starts. At any number of workers its steps hold the same records."""
@@ -104,7 +105,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     for store in stores:
         store.verify(VERIFIED_BYTES)
     _check_best_metric(config, sources.validation)
-    start, corrupt = _starting_point(config, folder, sources.vocabulary.fingerprint())
+    uri, start, corrupt = _starting_point(config, folder, sources.vocabulary.fingerprint())
     if config.bf16 is None:
         # Checkpoints that do not state it are from versions in which float32 was the default.
         config = replace(config, bf16=not config.fp16 and (bool(start.get("bf16")) if start else prefers_bf16(use_gpu)))
@@ -128,9 +129,21 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
         units_identity=units,
         has_validation=bool(sources.validation),
     )
-    accepted = check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"], config.accept_data_change) if start else []
-    done = int(start["step"]) if start else 0
-    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, corrupt, accepted)
+    changed, done = [], int(start["step"]) if start else 0
+    if start and uri:
+        changed = check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"], config.accept_data_change)
+        changed += changes_since(uri, start, config, model_config, job.total_steps)
+        _check_trained(uri, start, job.total_steps)
+    elif uri:
+        check_model(uri, model_config)
+    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, corrupt, changed)
+
+
+def _check_trained(uri: str, start: dict[str, Any], total_steps: int) -> None:
+    """Raise CheckpointError where a run has made all its steps and has skipped every one: its last checkpoint is its first model."""
+    if start["step"] >= total_steps and start["skipped_in_row"] >= start["step"]:
+        rule = f"ends a run whose {start['step']} steps were all skipped, as losses or gradients were not finite: it has trained nothing."
+        raise CheckpointError("checkpoint", storage.redact(uri), rule, "See the run's warnings, and give it another name.")
 
 
 def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> None:
@@ -302,26 +315,30 @@ def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = 
 
 def _starting_point(
     config: RunConfig, folder: RunFolder, vocabulary: dict[str, str]
-) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
-    """state.json of the checkpoint whose step a run resumes from (None: it starts at step 0), and (URI, reason) of newer checkpoints, which
-    are damaged. Raises CheckpointError where resume_from_checkpoint is damaged, or was made with another vocabulary."""
+) -> tuple[str | None, dict[str, Any] | None, list[tuple[str, str]]]:
+    """Where a run starts from. Raises CheckpointError where resume_from_checkpoint is damaged, or was made with another vocabulary.
+
+    Returns:
+        The URI of the checkpoint whose weights it starts with (None: the model's); the content of its state.json where the run also resumes
+        from its step (None: it starts at step 0); and (URI, reason) of newer checkpoints, which are damaged.
+    """
     own, corrupt = catalog.latest_valid(folder.checkpoints)
     catalog.require_valid(own, corrupt)
     if own:
-        return reader.read_state(own), corrupt
+        return own, reader.read_state(own), corrupt
     given = config.resume_from_checkpoint
     if not given:
-        return None, corrupt
+        return None, None, corrupt
     content = reader.read_state(given)
     if damage := catalog.find_corruption(given, deep=True):
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")
     if not config.ignore_optimizer_state:
-        return content, corrupt
+        return given, content, corrupt
     if content["ingredients"]["vocabulary"] != vocabulary:
         rule = "was trained with another tokenizer or template than model_name_or_path's, so its embeddings would mean other tokens."
         remedy = "Name that run's init or export folder as model_name_or_path."
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), rule, remedy)
-    return None, corrupt
+    return given, None, corrupt
 
 
 def _global_batch_size(config: RunConfig, n_workers: int, start: dict[str, Any] | None) -> int:
@@ -330,4 +347,6 @@ def _global_batch_size(config: RunConfig, n_workers: int, start: dict[str, Any] 
         return config.global_batch_size
     if start:
         return int(start["ingredients"]["global_batch_size"])
-    return config.train_batch_size * config.gradient_accumulation_steps * n_workers
+    size = config.train_batch_size * config.gradient_accumulation_steps * n_workers
+    OPTIONS["global_batch_size"].check(size)
+    return size

@@ -53,6 +53,7 @@ class CheckpointManager:
             "units": job.units_identity,
             "meter": self._meter.state(),
             "bf16": bool(self._config.bf16),
+            "total_steps": job.total_steps,
         }
         model_config = config_json(state.model_config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 
@@ -47,6 +48,8 @@ def train(
         Whether the goal was reached.
     """
     meter, settings, iterator = meter or make_meter(state, config, device), StepSettings.of(config, device), iter(batches)
+    # A run none of whose steps is made has trained nothing, however few they are.
+    settings = dataclasses.replace(settings, max_skipped_steps=min(config.max_skipped_steps, total_steps))
     meter.begin()
     while state.step < total_steps:
         waiting = time.perf_counter()

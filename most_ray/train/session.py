@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any, NamedTuple
 
@@ -9,17 +10,18 @@ import torch
 from transformers.distributed import DistributedConfig
 
 from most_ray.checkpoint import catalog, reader
-from most_ray.config import RunConfig
+from most_ray.checkpoint.resume import changes_since
 from most_ray.data.batch import open_plan
 from most_ray.data.feed import StreamSpec
 from most_ray.data.plan import Cursor, Plan, check_cursor
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.determinism import set_deterministic, set_seeds
 from most_ray.distributed.ranks import this_rank, world_size
+from most_ray.errors import CheckpointError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
-from most_ray.model.build import load_model
+from most_ray.model.build import load_model, not_finite
 from most_ray.model.exchange import EXCHANGE
 from most_ray.optim.train_state import TrainState, make_state
 from most_ray.records.template import template_hash
@@ -49,8 +51,9 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
     meter = make_meter(state, job.config, device)
-    accepted = _resume(start, state, plan, job.config, meter)
-    about = _describe_attempt(job, state, device, accepted)
+    changed = _resume(start, state, plan, job, meter)
+    _check_weights(state, start, job.model_path)
+    about = _describe_attempt(job, state, device, changed)
     reporter = RunReporter(job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about)
     evaluations = EvaluationScheduler(attempt, reporter, hooks, meter)
     checkpoints = CheckpointManager(attempt, plan, reporter, evaluations, meter)
@@ -67,8 +70,8 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     return reached
 
 
-def _describe_attempt(job: Job, state: TrainState, device: torch.device, accepted: list[str]) -> dict[str, Any]:
-    """Return an attempt's line of kind `start`, with the changes since the checkpoint that were accepted."""
+def _describe_attempt(job: Job, state: TrainState, device: torch.device, changed: list[str]) -> dict[str, Any]:
+    """Return an attempt's line of kind `start`, with what has changed since the checkpoint."""
     config, topology = state.model_config, job.topology
     every, aware = list(range(config.n_routed_experts)), config.use_modality_aware_routing
     return {
@@ -77,8 +80,8 @@ def _describe_attempt(job: Job, state: TrainState, device: torch.device, accepte
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": job.threads,
         "precision": "float16" if job.config.fp16 else "bfloat16" if job.config.bf16 else "float32",
-        "exact": not accepted,
-        "changed": accepted,
+        "exact": not changed,
+        "changed": changed,
         "global_batch_size": job.plan.global_batch_size,
         "total_steps": job.total_steps,
         "first_expert_layer": config.first_k_dense_replace,
@@ -132,14 +135,24 @@ def _find_start(attempt: Attempt) -> _Start:
     return _Start(uri, weights_only, step)
 
 
-def _resume(start: _Start, state: TrainState, plan: Plan, config: RunConfig, meter: Meter) -> list[str]:
-    """Load the checkpoint to resume from. Returns the changes since then that the configuration accepts."""
+def _resume(start: _Start, state: TrainState, plan: Plan, job: Job, meter: Meter) -> list[str]:
+    """Load the checkpoint to resume from. Returns what has changed since then and does not keep the run from continuing."""
     if start.uri is None:
         return []
-    accepted, content = [], reader.load(start.uri, state, with_optimizer=not start.weights_only)
+    changed, content = [], reader.load(start.uri, state, with_optimizer=not start.weights_only)
     if not start.weights_only:
-        accepted = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
+        changed = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], job.config.accept_data_change)
+        changed += changes_since(start.uri, content, job.config, state.model_config, job.total_steps)
         if "meter" in content:
             meter.restore(content["meter"])
     assert state.step == start.step, "weights and data resume from the same step"
-    return accepted
+    return changed
+
+
+def _check_weights(state: TrainState, start: _Start, model_path: str) -> None:
+    """Raise CheckpointError, on every rank, where weights that training starts from are not finite: every step would be skipped.
+    Collective."""
+    if names := sorted(set(itertools.chain.from_iterable(all_gather_or_raise(lambda: not_finite(state.model))))):
+        rule = f"holds {len(names)} tensors with values that are not finite, the first {names[0]}: no step could be made."
+        field, uri = ("checkpoint", start.uri) if start.uri else ("model_name_or_path", model_path)
+        raise CheckpointError(field, storage.redact(uri), rule, "Start from sound weights.")

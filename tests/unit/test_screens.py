@@ -36,7 +36,7 @@ def prepared(root: Path, **changes: Any) -> Any:
     asked = {"output_dir": str(root), "name": "mine", "wandb_project": "speech", "tensorboard": True}
     job = SimpleNamespace(config=config_from(asked), total_steps=40, plan=plan.spec, threads=1, model_path=str(model))
     settings = {"job": job, "plan": plan, "folder": RunFolder(str(root / "mine")), "topologies": (Topology(1, 2, 2),)}
-    return SimpleNamespace(**{**settings, "done_steps": 0, "use_gpu": False, "n_rejected": 0, "accepted": [], **changes})
+    return SimpleNamespace(**{**settings, "done_steps": 0, "use_gpu": False, "n_rejected": 0, "changed": [], **changes})
 
 
 def test_the_first_screen_says_what_will_be_done(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_first_screen_says_what_will_be_done(tmp_path: Path) -> None:
 
 def test_the_first_screen_of_a_resumed_run_says_where_and_whether_exactly(tmp_path: Path) -> None:
     console = screen()
-    first_screen(prepared(tmp_path, done_steps=10, accepted=["packer"], n_rejected=3), console, validation=None)
+    first_screen(prepared(tmp_path, done_steps=10, changed=["packer"], n_rejected=3), console, validation=None)
     text = shown(console)
     assert "Resuming after step 10, epoch 1.412" in text and "exact: no, changed since: packer" in text
     assert "3 records were rejected" in text and "30 to make" in text and "evaluation  none" in text

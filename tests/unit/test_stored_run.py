@@ -58,7 +58,7 @@ def test_it_resumes_from_its_checkpoint_to_the_same_losses_on_the_same_records(s
     expected, trace = losses_of(stored / "metrics.jsonl"), Path(f"{stored}.trace").read_bytes()
     assert sorted(expected) == list(range(1, LAST + 1))
     prepared = prepare_run(config_of(stored), no_new_parts)
-    assert (prepared.done_steps, prepared.job.total_steps, prepared.accepted) == (3, LAST, [])
+    assert (prepared.done_steps, prepared.job.total_steps, prepared.changed) == (3, LAST, [])
     assert go(prepared)
     found = losses_of(stored / "metrics.jsonl")
     assert {step: found[step] for step in range(1, 4)} == {step: expected[step] for step in range(1, 4)}
