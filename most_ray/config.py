@@ -190,6 +190,10 @@ class OptimizerOptions:
     deterministic: bool = option(False, "the same run gives bitwise identical weights on the same machines; slower")
     seed: int = option(0, "seed of initialisation, mixing and shuffling", range=NOT_NEGATIVE, most=MOST_SEED)
 
+    def warmup_of(self, total_steps: int) -> int:
+        """Steps of linear warm-up of a run of `total_steps`."""
+        return self.warmup_steps or round(self.warmup_ratio * total_steps)
+
 
 @dataclass(frozen=True)
 class ParallelOptions:

@@ -50,6 +50,10 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
     if prepared.done_steps > job.total_steps:
         rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
         raise ConfigError("max_steps", job.total_steps, rule, "Raise it or rename the run.")
+    if (warmup := job.config.warmup_of(job.total_steps)) >= job.total_steps:
+        text = "warmup_steps: the warm-up takes %d steps, the run has %d: the learning rate only rises, to %.3g at the end instead of %.3g."
+        last = job.config.learning_rate * (job.total_steps - 1) / warmup  # the first step is made with a rate of 0
+        logger.warning(text, warmup, job.total_steps, last, job.config.learning_rate)
     keep_speech_assets(prepared)
     if job.has_validation:
         open_external_recogniser(EvaluationJob.of(config).settings, folder.uri, job.units_identity, use_gpu=False)

@@ -45,7 +45,7 @@ from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
-from most_ray.trackers.select import trackers_of, wandb_key
+from most_ray.trackers.select import trackers_of, wandb_key, with_environment
 from most_ray.train.attempt import claim_run
 from most_ray.train.hooks import TrainHooks
 from most_ray.train.session import run_rank
@@ -157,7 +157,7 @@ def _share_job(
 
 def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: Console) -> tuple[Prepared, Job | None]:
     """Rank 0's part of `_share_job`."""
-    prepared = prepare_run(replace(config, use_gpu=cuda), workers=world)
+    prepared = prepare_run(replace(with_environment(config), use_gpu=cuda), workers=world)
     for uri, reason in prepared.corrupt:
         logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(uri), reason)
     if finished_summary(prepared) is not None:

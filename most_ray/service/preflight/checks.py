@@ -26,7 +26,7 @@ from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import start_on_nodes, usable_nodes
 from most_ray.service.cluster.connection import cluster_address
 from most_ray.service.cluster.probe import NodeReport, Probe, remove_marker, run_probe, versions, write_marker
-from most_ray.trackers.select import uses_wandb, wandb_key
+from most_ray.trackers.select import uses_wandb, wandb_key, with_environment
 
 Level = Literal["ok", "warning", "error"]
 ANSWER_S = 25.0  # seconds for a node to start a process and make all checks
@@ -226,7 +226,7 @@ def check_tracking(config: RunConfig) -> list[Finding]:
     """Whether W&B can be used, as far as that is known without a request to it."""
     if not uses_wandb(config):
         return []
-    if config.wandb_mode == "offline":
+    if with_environment(config).wandb_mode == "offline":
         return [Finding("tracking", "ok", "driver", "Weights & Biases is offline")]
     if wandb_key(config):
         return [Finding("tracking", "ok", "driver", "a key is set")]

@@ -32,6 +32,7 @@ from most_ray.service.cluster.stop_requests import ShutdownSignal
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import ingest_runner
 from most_ray.service.training.attempts import RunIncompleteError, run_attempts
+from most_ray.trackers.select import with_environment
 
 
 def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     if gpus is not None:
         shutdown.install()
         _check_on_cluster(config, gpus, console)
-    prepared = prepare_run(config, ingest_runner, gpus=gpus)
+    prepared = prepare_run(with_environment(config), ingest_runner, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     for uri, reason in prepared.corrupt:
         text = f"Checkpoint {storage.redact(uri)} is damaged and is skipped: {reason}."

@@ -20,7 +20,7 @@ from ray.tune.error import TuneError
 from ray.tune.stopper import Stopper
 from rich.console import Console
 
-from most_ray.config import OPTIONS, config_from
+from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError
 from most_ray.io import storage
@@ -267,10 +267,16 @@ def _common(setting: TrialBase, folder: RunFolder) -> dict[str, Any]:
         "values": {**plain, "ray_address": ray.get_runtime_context().gcs_address},
         "sweep_uri": folder.uri,
         "directory": os.getcwd(),
-        "environment": {"WANDB_API_KEY": key.reveal()} if (key := wandb_key(setting.sweep.run)) else {},
+        "environment": _tracking_environment(setting.sweep.run),
         "train": TRAIN,
         "objectives": [objective.metric for objective in setting.sweep.objectives],
     }
+
+
+def _tracking_environment(config: RunConfig) -> dict[str, str]:
+    """Variables of W&B that trials are started with, as this process has them."""
+    found = {"WANDB_API_KEY": key.reveal()} if (key := wandb_key(config)) else {}
+    return found | {name: os.environ[name] for name in ("WANDB_MODE",) if os.environ.get(name)}
 
 
 @contextlib.contextmanager
