@@ -47,8 +47,9 @@ def changes_since(uri: str, content: Mapping[str, Any], config: RunConfig, model
     learned = [option.name for option in OPTIONS.values() if option.learns and stored.get(option.name) is not None]
     pairs |= {name: (stored[name], getattr(config, name)) for name in learned}
     steps = content.get("total_steps", stored.get("max_steps"))
+    # On which the learning rate of each step depends.
     if steps is not None and (config.lr_scheduler != "constant" or (config.warmup_ratio and not config.warmup_steps)):
-        pairs["total steps, and so the learning rate of each"] = (steps, total_steps)
+        pairs["total_steps"] = (steps, total_steps)
     return [f"{name} ({shown(old)} -> {shown(new)})" for name, (old, new) in pairs.items() if old != new]
 
 

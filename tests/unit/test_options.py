@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from most_ray.options import (
     AT_LEAST_1,
     BELOW_1,
     FOLDER,
+    MOST_SEED,
     NOT_NEGATIVE,
     RECORDS,
     SHARE,
@@ -31,6 +33,7 @@ from most_ray.options import (
     flag_values,
     option,
     options_of,
+    parse_number,
     parse_values,
 )
 from most_ray.sweep.options import SWEEP_OPTIONS
@@ -90,6 +93,53 @@ def test_what_all_trials_share_is_in_no_space(name: str) -> None:
 )
 def test_ranges(range: Range, inside: list[float], outside: list[float]) -> None:
     assert all(map(range.holds, inside)) and not any(map(range.holds, outside))
+
+
+@pytest.mark.parametrize("name", [name for name, each in EVERY.items() if each.type in (int, float)])
+def test_no_number_is_without_bounds(name: str) -> None:
+    each = EVERY[name]
+    for value in ("9" * 400, "9" * 5000, 10**400, 1e308, math.inf, math.nan, "nan", "-inf", "1e999", [10**20]):
+        with pytest.raises(ConfigError, match=f"^{name} = "):
+            each.check(each.parse(value))
+
+
+@pytest.mark.parametrize(
+    ("type_", "value", "number"),
+    [
+        (int, "1e3", 1000),
+        (int, " 12 ", 12),
+        (int, "012", 12),
+        (int, 3.0, 3),
+        (int, str(MOST_SEED), MOST_SEED),
+        (float, "1e-4", 1e-4),
+        (float, 3, 3.0),
+        (float, "0." + "1" * 2000, 1 / 9),
+    ],
+)
+def test_numbers(type_: type, value: Any, number: float) -> None:
+    found = parse_number("n", type_, value)
+    assert found == number and type(found) is type_
+
+
+@pytest.mark.parametrize("type_", [int, float])
+@pytest.mark.parametrize("value", [True, None, [1], {1: 2}, b"1", "0x10", "12:30", "2020-01-01", "one", "", "1,5", "nan", object()])
+def test_no_numbers(type_: type, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^n( = .*)?: is not "):
+        parse_number("n", type_, value)
+
+
+def test_the_largest_number_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^num_workers = \(2, 100001\): must be at most 100,000\.$"):
+        config_from({"num_workers": "2,100001"})
+    with pytest.raises(ConfigError, match=r"^learning_rate = 10000000000\.0: must be at most 1e\+09\.$"):
+        config_from({"learning_rate": 1e10})
+    assert config_from({"seed": MOST_SEED, "num_workers": 100_000, "global_batch_size": 1_000_000}).seed == MOST_SEED
+
+
+@pytest.mark.parametrize("value", ["a\udcff", "\ud800", "a\0b", ["a"], {"a": 1}, True, b"a"])
+def test_no_texts(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^name = "):
+        config_from({"name": value})
 
 
 def test_a_list_is_in_its_range_where_every_element_is() -> None:

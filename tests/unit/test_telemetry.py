@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from most_ray.config import config_from
+from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.journal import Journal, journal_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import row_of
 from most_ray.trackers.base import Background, Line, Secret
-from most_ray.trackers.select import trackers_of, wandb_key
+from most_ray.trackers.select import tracker_notes, trackers_of, uses_wandb, wandb_key, with_environment
 from most_ray.trackers.tensorboard import TensorBoard
 from most_ray.trackers.wandb import Wandb
 from tests.conftest import ROOT
@@ -364,6 +365,47 @@ def test_the_key_is_looked_up_only_where_the_run_can_use_it(monkeypatch: pytest.
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
     key = wandb_key(config_from(used))
     assert key and key.reveal() == KEY
+
+
+@pytest.mark.parametrize(
+    ("environment", "stated", "mode", "used", "online"),
+    [
+        ("offline", None, "offline", True, False),
+        ("dryrun", None, "offline", True, False),
+        ("disabled", None, "disabled", False, False),
+        ("DISABLED", None, "disabled", False, False),
+        ("online", None, None, True, True),
+        ("", None, None, True, True),
+        ("offline", "online", "online", True, True),
+        ("disabled", "offline", "offline", True, False),
+        ("online", "disabled", "disabled", False, False),
+    ],
+)
+def test_the_mode_of_the_environment_holds_where_the_run_states_none(
+    monkeypatch: pytest.MonkeyPatch, environment: str, stated: str | None, mode: str | None, used: bool, online: bool
+) -> None:
+    """`used`: W&B gets the run, `online`: with a key, which there is."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_MODE", environment)
+    config = config_from({"wandb_project": "p", "wandb_mode": stated})
+    assert with_environment(config).wandb_mode == mode
+    assert (uses_wandb(config), wandb_key(config) is not None) == (used, online)
+    sent = with_environment(config)
+    monkeypatch.delenv("WANDB_MODE")  # as where the workers are
+    assert uses_wandb(sent) == used
+
+
+def test_a_mode_that_overrules_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    notes = tracker_notes(config_from({"wandb_project": "p", "wandb_mode": "online"}))
+    assert notes == ["Weights & Biases, project p (online: wandb_mode overrules WANDB_MODE=offline)"]
+    assert tracker_notes(config_from({"wandb_project": "p"})) == ["Weights & Biases, project p (offline, in wandb/)"]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert tracker_notes(config_from({"wandb_project": "p"})) == ["Weights & Biases, project p (disabled)"]
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    assert tracker_notes(config_from({})) == []
+    with pytest.raises(ConfigError, match=r"^WANDB_MODE = .ofline.: is no mode of Weights & Biases\. Did you mean 'offline'"):
+        tracker_notes(config_from({"wandb_project": "p"}))
 
 
 def test_trackers_that_are_not_asked_for_are_not_imported(tmp_path: Path) -> None:
