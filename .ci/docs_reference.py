@@ -32,7 +32,8 @@ def configuration_markdown() -> str:
 
 _INTRODUCTION = """
 Every key can stand in a run's YAML file, and every key is also a flag of the same name: `learning_rate: 1.0e-4` in the file is
-`--learning_rate 1e-4` on the command line. Flags overrule the file. An unknown key, or one that stands twice, is an error. A number may be written as `1e3` or `1_000`; a text stays as it is written, as `name: 1.10`. The column "Sweep" says whether the trials
+`--learning_rate 1e-4` on the command line. Flags overrule the file. An unknown key, or one that stands twice, is an error. A number may be
+written as `1e3` or `1_000`; a text stays as it is written, as `name: 1.10`. The column "Sweep" says whether the trials
 of a sweep may differ in a key; population based training may change some of them during training, too. Wherever the program writes a path
 or a URI down, it leaves out the credentials that these can hold.
 """

@@ -35,7 +35,7 @@ from most_ray.options import (
 )
 
 _LONGEST_NAME = 255  # bytes; of a folder's name, on most file systems
-_MOST_PROCESSES = 100_000  # more than any cluster starts
+_PROCESSES = 100_000  # more than any cluster starts
 _MOST_RECORDS = 1_000_000  # of a step: its plan is made at once
 _WORKERS = "is neither a number from 1 on nor two of them, the fewest and the most."
 
@@ -190,10 +190,6 @@ class OptimizerOptions:
     deterministic: bool = option(False, "the same run gives bitwise identical weights on the same machines; slower")
     seed: int = option(0, "seed of initialisation, mixing and shuffling", range=NOT_NEGATIVE, most=MOST_SEED)
 
-    def warmup_of(self, total_steps: int) -> int:
-        """Steps of linear warm-up of a run of `total_steps`."""
-        return self.warmup_steps or round(self.warmup_ratio * total_steps)
-
 
 @dataclass(frozen=True)
 class ParallelOptions:
@@ -203,7 +199,7 @@ class ParallelOptions:
         None,
         "training processes, as 4; or fewest and most, as 2,4: as many as the cluster has room for (default: one per GPU, or 1)",
         range=Range(_WORKERS, "at least 1", AT_LEAST_1.holds),
-        most=_MOST_PROCESSES,
+        most=_PROCESSES,
         sweep="shared",
     )
     cpus_per_worker: float = option(
@@ -262,9 +258,7 @@ class EvaluationOptions:
         None, "steps between evaluations of a checkpoint (default: only at the end)", range=AT_LEAST_1, sweep="shared", length=True
     )
     eval_inline: bool = option(False, "evaluate in between steps, on the training workers, rather than beside training")
-    eval_workers: int = option(
-        1, "tasks that share out an evaluation beside training", range=AT_LEAST_1, most=_MOST_PROCESSES, sweep="shared"
-    )
+    eval_workers: int = option(1, "tasks that share out an evaluation beside training", range=AT_LEAST_1, most=_PROCESSES, sweep="shared")
     eval_gpus: float = option(0.0, "GPUs of each of them", range=NOT_NEGATIVE, sweep="shared")
     eval_batch_size: int = option(64, "records decoded at once", range=AT_LEAST_1)
     num_beams: int = option(1, "beams of the search for an output (1: greedy)", range=AT_LEAST_1, most=10_000)

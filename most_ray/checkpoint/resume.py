@@ -1,4 +1,4 @@
-"""What has changed since the checkpoint that a run resumes from, besides its data: settings that steps depend on, and the model.
+"""What has changed since the checkpoint that a run resumes from, apart from its data: settings that steps depend on, and the model.
 
 A changed setting is named: the run continues, but not as one that had it from the start. Weights in another model than they were trained in
 mean nothing: that is refused.

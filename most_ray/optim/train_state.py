@@ -56,12 +56,17 @@ class TrainState:
         return self.model.config  # type: ignore[return-value]
 
 
+def warmup_of(options: OptimizerOptions, total_steps: int) -> int:
+    """Steps of linear warm-up of a run of `total_steps`."""
+    return options.warmup_steps or round(options.warmup_ratio * total_steps)
+
+
 def make_state(model: nn.Module, options: OptimizerOptions, total_steps: int) -> TrainState:
     """Create the optimizer with its moments, the schedule over `total_steps` of the whole run, and the loss scale, for a model that is
     already laid out over its ranks."""
     optimizer = make_optimizer(model, options)
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=options.warmup_of(total_steps), num_training_steps=total_steps)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_of(options, total_steps), num_training_steps=total_steps)
     scale = LossScale(scale=2.0**16, enabled=True) if options.fp16 else LossScale()
     state = TrainState(model, optimizer, scheduler, scale, balance_bias_rate=options.balance_bias_rate)
     config = state.model_config

@@ -17,6 +17,7 @@ from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import RunFolder
+from most_ray.optim.train_state import warmup_of
 from most_ray.runs.environment import environment
 from most_ray.runs.resolve import Prepared, keep_speech_assets
 
@@ -50,7 +51,7 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
     if prepared.done_steps > job.total_steps:
         rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
         raise ConfigError("max_steps", job.total_steps, rule, "Raise it or rename the run.")
-    if (warmup := job.config.warmup_of(job.total_steps)) >= job.total_steps:
+    if (warmup := warmup_of(job.config, job.total_steps)) >= job.total_steps:
         text = "warmup_steps: the warm-up takes %d steps, the run has %d: the learning rate only rises, to %.3g at the end instead of %.3g."
         last = job.config.learning_rate * (job.total_steps - 1) / warmup  # the first step is made with a rate of 0
         logger.warning(text, warmup, job.total_steps, last, job.config.learning_rate)
