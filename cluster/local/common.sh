@@ -4,6 +4,11 @@
 STATE=${MOST_RAY_CLUSTER_DIR:-${HOME:?names no folder}/.most_ray/cluster}
 case $STATE in /*) ;; *) STATE=$PWD/$STATE ;; esac
 
+# Whether a folder is the user's own, and no one else may enter it.
+closed() {
+    [ -n "$(find "$1" -maxdepth 0 -type d -user "$(id -u)" ! -perm /077 2>/dev/null)" ]
+}
+
 # Every process: its pid, its parent's, and its start in clock ticks since boot, which distinguishes a pid that is used again.
 processes() {
     # A process may end between the listing and the reading.

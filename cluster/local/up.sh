@@ -9,8 +9,7 @@
 #   GRAFANA_PORT          3000, or off
 #   NUM_CPUS              logical CPUs (all cores and two)
 #   MOST_RAY_HOME         where jobs write what they give a relative name, as runs/ (this checkout)
-#   RAY_TMPDIR            Ray's sockets and logs (ray in the state's folder)
-#   MOST_RAY_HOME         where jobs' relative folders are (this checkout)
+#   RAY_TMPDIR            Ray's sockets and logs, in a folder below it that no other user can enter (ray in the state's folder)
 set -eu
 umask 077
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,8 +34,8 @@ ray=$here/../../.venv/bin/ray
 python=$(dirname "$ray")/python
 [ -x "$python" ] || python=python3
 
-mkdir -p "$STATE"
-chmod 700 "$STATE"
+{ mkdir -p "$STATE" && chmod 700 "$STATE"; } 2>/dev/null || true
+closed "$STATE/." || fail "MOST_RAY_CLUSTER_DIR=$STATE cannot be used: set it to a folder of your own."
 exec 9>"$STATE/lock"
 flock -n 9 || fail "another up.sh is starting the cluster of $STATE." 1
 
@@ -85,15 +84,25 @@ token=$STATE/auth_token
 [ -s "$token" ] || "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token"
 chmod 600 "$token"
 
-# Unix sockets have names of at most 107 bytes, of which Ray needs 64.
-temp=${RAY_TMPDIR:-$STATE/ray}
-if [ "${#temp}" -gt 43 ]; then
-    [ -z "${RAY_TMPDIR:-}" ] || fail "RAY_TMPDIR=$temp is too long for Ray's sockets: set it to a folder of at most 43 characters."
-    temp=$(cat "$STATE/temp" 2>/dev/null || true)
-    [ -d "$temp" ] || temp=$(mktemp -d /tmp/most_ray.XXXXXX)
-    printf '%s' "$temp" >"$STATE/temp"
+# Unix sockets have names of at most 107 bytes, of which Ray's dashboard needs 68. Ray opens its folder to everyone: the one above it is closed.
+parent=$STATE
+if [ -n "${RAY_TMPDIR:-}" ]; then
+    case $RAY_TMPDIR in /*) parent=$RAY_TMPDIR ;; *) parent=$PWD/$RAY_TMPDIR ;; esac
+    if [ -e "$parent" ] && ! closed "$parent/."; then
+        parent=$parent/ray-$(id -u)
+        [ ! -L "$parent" ] || fail "$parent is a link: set RAY_TMPDIR to a folder of your own (chmod 700)."
+    fi
 fi
-mkdir -p "$temp"
+room=$((39 - ${#parent} - 4)) # /ray
+if [ "$room" -lt 0 ]; then
+    [ -z "${RAY_TMPDIR:-}" ] || fail "RAY_TMPDIR=$RAY_TMPDIR is too long for Ray's sockets: set it to a folder of at most $((${#RAY_TMPDIR} + room)) characters."
+    parent=$(cat "$STATE/temp_parent" 2>/dev/null || true)
+    closed "$parent" || parent=$(mktemp -d /tmp/most_ray.XXXXXX)
+    printf '%s' "$parent" >"$STATE/temp_parent"
+fi
+temp=$parent/ray
+mkdir -p "$parent" 2>/dev/null || true # closed, by the umask
+{ closed "$parent/." && mkdir -p "$temp"; } || fail "$parent cannot be used: set RAY_TMPDIR to a folder of your own (chmod 700)."
 
 # name command...: runs it beside us, for down.sh to find.
 start() {

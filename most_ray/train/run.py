@@ -7,8 +7,8 @@ the other has begun. Evaluations run on the ranks in between steps, as with `eva
 
 From Python, `train(config)` trains such a run in this process.
 
-SIGTERM stops the run after it has written a checkpoint, with exit code 75. torchrun itself then exits with 1, and kills ranks that have
-not ended after its `--shutdown-timeout` (30 s): set it to the time that a save takes.
+SIGTERM or SIGHUP stops the run after it has written a checkpoint, with exit code 75. torchrun itself then exits with 1, and kills ranks
+that have not ended after its `--shutdown-timeout` (30 s): set it to the time that a save takes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from most_ray.console.run_screens import evaluation_plan, first_screen, last_scr
 from most_ray.console.streams import open_streams
 from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say
 from most_ray.distributed.ranks import this_rank
+from most_ray.distributed.stop_signals import drop_lost_output, stop_signals
 from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, explain_os_error
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     configuration.add_flags(parser)
     args = parser.parse_args(argv)
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    _stop_on_signal(stop)
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
         summary = train(config, Terminal(), stop)
@@ -77,6 +78,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if summary is None and int(os.environ.get("RANK", "0")) == 0:
         say("most-ray: stopped after a checkpoint; the same command resumes the run", stream=sys.stderr)
     return EXIT_STOPPED if summary is None else 0
+
+
+def _stop_on_signal(stop: threading.Event) -> None:
+    """Set `stop` on the signals that stop a run."""
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        stop.set()
+        if number == signal.SIGHUP:
+            drop_lost_output()
+
+    for number in stop_signals():
+        signal.signal(number, handle)
 
 
 def train(config: configuration.RunConfig, console: Console | None = None, stop: threading.Event | None = None) -> dict[str, Any] | None:

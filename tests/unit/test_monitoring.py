@@ -6,6 +6,7 @@ Ray, Prometheus and Grafana are stand-ins here, tests/cluster has the real ones.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -128,10 +129,28 @@ def test_where_the_states_folder_is_too_deep_for_sockets_they_lie_elsewhere(plac
     assert place.run("up.sh", RAY_TMPDIR="").returncode == 0
     argv = place.told("ray")["argv"]
     folder = Path(argv[argv.index("--temp-dir") + 1])
-    assert len(str(folder)) <= 43 < len(str(place.state)) and folder.stat().st_mode & 0o077 == 0
+    assert len(str(folder)) <= 39 < len(str(place.state / "ray")) and folder.parent.stat().st_mode & 0o777 == 0o700
     assert place.run("down.sh").returncode == 0 and place.run("up.sh", RAY_TMPDIR="").returncode == 0
     assert str(folder) in place.told("ray")["argv"]  # once, not at every start
-    shutil.rmtree(folder)
+    shutil.rmtree(folder.parent)
+
+
+@pytest.mark.parametrize(("mode", "below"), [(0o700, "ray"), (0o755, f"ray-{os.geteuid()}/ray"), (0o1777, f"ray-{os.geteuid()}/ray")])
+def test_rays_folder_is_in_one_that_no_one_else_can_enter(place: Place, short_folder: Path, mode: int, below: str) -> None:
+    """Ray opens its own folder to everyone, without the sticky bit."""
+    short_folder.chmod(mode)
+    assert place.run("up.sh").returncode == 0
+    argv = place.told("ray")["argv"]
+    assert argv[argv.index("--temp-dir") + 1] == str(short_folder / below)
+    assert (short_folder / below).parent.stat().st_mode & 0o777 == 0o700
+    place.run("down.sh")
+
+
+def test_a_folder_that_another_user_prepared_is_not_used(place: Place, short_folder: Path) -> None:
+    short_folder.chmod(0o1777)
+    (short_folder / f"ray-{os.geteuid()}").symlink_to(place.root)
+    up = place.run("up.sh")
+    assert up.returncode == 2 and "is a link: set RAY_TMPDIR to a folder of your own" in up.stderr and not place.processes()
 
 
 def test_up_and_down_start_and_stop_what_is_theirs(place: Place) -> None:
@@ -215,7 +234,7 @@ def test_a_taken_port_is_told_in_one_sentence_and_nothing_is_left(place: Place, 
         ("DASHBOARD_PORT", "70000", "DASHBOARD_PORT=70000 is no port"),
         ("NUM_CPUS", "two", "NUM_CPUS=two is no number"),
         ("NUM_CPUS", "0", "NUM_CPUS=0 is no number"),
-        ("RAY_TMPDIR", "/tmp/" + "long" * 20, "at most 43 characters"),
+        ("RAY_TMPDIR", "/tmp/" + "long" * 20, "at most 35 characters"),
     ],
 )
 def test_a_setting_that_cannot_be_is_told(place: Place, setting: str, value: str, part: str) -> None:

@@ -21,13 +21,15 @@ SCRIPT = ROOT / "cluster" / "slurm" / "train.sbatch"
 
 # `ray start --head --block`: says where it is, then waits for its end.
 _RAY = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, stat, sys
 here = pathlib.Path(os.environ["TEST_FOLDER"])
 (here / "ray.json").write_text(json.dumps([os.getpid(), sys.argv[1:]]))
 if os.environ.get("TEST_HEAD") == "fails":
     sys.exit("no port is free")
 folder = next(word.split("=", 1)[1] for word in sys.argv if word.startswith("--temp-dir="))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+(here / "above.json").write_text(json.dumps([folder, stat.S_IMODE(pathlib.Path(folder).parent.stat().st_mode)]))
+pathlib.Path(folder).mkdir(0o777)
 pathlib.Path(folder, "ray_current_cluster").write_text("127.0.0.1:4321")
 signal.pause()
 """
@@ -147,6 +149,13 @@ def test_the_token_is_the_jobs_own_and_its_owners_alone(job: Job) -> None:
         tokens.add(seen["token"])
         assert seen["token"] not in " ".join(job.seen("ray")[1])  # others on the node see command lines
     assert len(tokens) == 2
+
+
+def test_rays_folder_is_in_one_that_no_one_else_can_enter(job: Job) -> None:
+    """Ray opens its own folder to everyone, without the sticky bit."""
+    assert job.run()[0] == 0
+    folder, above = job.seen("above")
+    assert above == 0o700 and folder.startswith(f"/tmp/most_ray-{job.number}-") and len(folder) <= 43
 
 
 def test_ports_are_free_ones_and_one_node_stays_on_loopback(job: Job) -> None:

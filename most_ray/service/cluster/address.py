@@ -18,6 +18,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from most_ray.errors import ConfigError
+from most_ray.service.cluster.private_files import check_token
 from most_ray.service.cluster.ray_internals import keep_loopback
 
 NO_TOKEN = "requires a token, and none is set here."
@@ -27,14 +28,16 @@ _CONNECT_S, _ANSWER_S = 5.0, 10.0  # seconds to open a connection, and for Ray t
 
 
 def use_token() -> None:
-    """Present this machine's token (~/.ray/auth_token), also where RAY_AUTH_MODE is not set: as `ray.init` does."""
+    """Present this machine's token (~/.ray/auth_token), also where RAY_AUTH_MODE is not set: as `ray.init` does. Raises ConfigError where
+    others can read it."""
+    check_token()
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)  # it warns of just that
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def check_address(address: str) -> None:
-    """Check that a Ray of this process's version listens at HOST:PORT and accepts its token, else raise ConfigError. Other forms of
-    address, as "auto", are left to Ray.
+    """Check that a Ray of this process's version listens at HOST:PORT and accepts its token, which no one else can read, else raise
+    ConfigError. Other forms of address, as "auto", are left to Ray.
 
     Ray replaces a loopback address by this machine's outward one, where a head node that listens on loopback alone does not answer: in
     that case this process is set to keep the loopback address.
@@ -42,6 +45,7 @@ def check_address(address: str) -> None:
     if re.match(r"https?://", address):
         rule = "is a dashboard's address, which accepts jobs: a run joins Ray itself."
         raise ConfigError("ray_address", address, rule, "Use `most-ray submit`, or HOST:6379 on one of the cluster's machines.")
+    check_token()
     match = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
     if not match:
         return

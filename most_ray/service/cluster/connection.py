@@ -10,10 +10,12 @@ import ray
 import ray.exceptions
 
 from most_ray.config import RunConfig
+from most_ray.distributed.stop_signals import hangup_blocked
 from most_ray.errors import ConfigError, one_line
 from most_ray.io import storage
 from most_ray.service.cluster.address import check_address
 from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare
+from most_ray.service.cluster.private_files import check_ray_folder, check_token, ray_folder, require_private_token
 from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback, largest_resources
 
 
@@ -57,11 +59,19 @@ def cluster_address(config: RunConfig) -> str | None:
 
 
 def cluster_gpus(config: RunConfig) -> int | None:
-    """Join the named cluster, see `connect`, and return the GPUs that it has now; None for a run on this machine."""
+    """Join the named cluster, see `connect`, and return the GPUs that it has now; None for a run on this machine, for which `check_local`
+    is called."""
     if not cluster_address(config):
+        check_local()
         return None
     connect(config, 0)
     return int(ray.cluster_resources().get("GPU", 0.0))
+
+
+def check_local() -> None:
+    """Check what Ray on this machine needs, before any work is done for a run. Raises ConfigError."""
+    check_token()
+    check_ray_folder()
 
 
 def connect(config: RunConfig, local_cpus: int) -> None:
@@ -91,11 +101,19 @@ def connect(config: RunConfig, local_cpus: int) -> None:
 
 
 def start_local_ray(num_cpus: int, **changes: Any) -> Any:
-    """Start Ray on this machine, on loopback alone, with `changes` in the arguments of `ray.init`, whose context is returned. `num_cpus`:
-    logical CPUs, one for each worker, and two for their data tasks and an evaluation."""
+    """Start Ray on this machine, on loopback alone, with a token and a folder that no other user can read. A hangup of the terminal does
+    not end it: that is left to this process. Raises ConfigError where the token or folder that the environment names cannot be used.
+
+    Args:
+        num_cpus: logical CPUs, one for each worker, and two for their data tasks and an evaluation.
+        changes: in the arguments of `ray.init`, whose context is returned.
+    """
+    require_private_token()
     # Else Ray replaces 127.0.0.1 by the machine's outward address and listens on every one. Its processes read the variable; this one has
     # read it already.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     keep_loopback()
+    where = {"_node_ip_address": "127.0.0.1", "_temp_dir": changes.pop("_temp_dir", None) or ray_folder()}
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, "_node_ip_address": "127.0.0.1", **quiet, **changes})
+    with hangup_blocked():
+        return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, **where, **quiet, **changes})

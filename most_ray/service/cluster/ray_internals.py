@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, _enable_token_auth
 from ray._private.state import available_resources_per_node, state
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental import internal_kv
@@ -63,3 +64,9 @@ def has_autoscaler() -> bool:
 def keep_loopback() -> None:
     """Let this process use a loopback address as it is: by default Ray replaces it by the machine's outward address."""
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def require_token() -> None:
+    """Let this process, and the Ray that it starts, require a token, which is read again: Ray remembers what it has found before."""
+    _enable_token_auth()
+    AuthenticationTokenLoader.instance().reset_cache()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import ray
 
+from most_ray.distributed.stop_signals import drop_lost_output, stop_signals
 from most_ray.errors import EXIT_STOPPED, UserError
 from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put
 
@@ -66,13 +67,13 @@ class RunStoppedError(UserError):
     kind, exit_code = "stopped", EXIT_STOPPED
 
 
-def run_stopped(rule: str, name: str = "SIGTERM") -> RunStoppedError:
+def run_stopped(rule: str, name: str) -> RunStoppedError:
     """The error that ends a run after the signal `name`; `rule` continues the sentence that begins with the name."""
     return RunStoppedError(name, None, rule, "Run the same command again to resume.")
 
 
 class ShutdownSignal(threading.Event):
-    """Set once the process has received SIGTERM (or Ctrl-C, where `install` includes it).
+    """Set once the process has received SIGTERM or SIGHUP (or Ctrl-C, where `install` includes it).
 
     Within `grace_period` the first signal only sets the event, so that workers have the time to write a checkpoint. Outside of it, and
     from the second signal on, the handler raises RunStoppedError, which ends the process.
@@ -82,15 +83,17 @@ class ShutdownSignal(threading.Event):
     _graceful = False
 
     def install(self, interrupt: bool = False) -> None:
-        """Handle SIGTERM, with `interrupt` Ctrl-C as well. To be called again after `ray.init`, which installs a handler of its own."""
+        """Handle `stop_signals`, with `interrupt` Ctrl-C as well. To be called again after `ray.init`, which installs its own handlers."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT) if interrupt else (signal.SIGTERM,):
+            for number in [*stop_signals(), signal.SIGINT] if interrupt else stop_signals():
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         del frame
         repeated, self.name = self.is_set(), signal.Signals(number).name
         self.set()
+        if number == signal.SIGHUP:
+            drop_lost_output()
         if repeated or not self._graceful:
             raise run_stopped("was received.", self.name)
 
@@ -105,8 +108,8 @@ class ShutdownSignal(threading.Event):
 
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[ShutdownSignal]:
-        """Handle SIGTERM within the block, and restore the handlers of both signals at its end."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Handle `stop_signals` within the block, and restore the handlers of all signals at its end."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         self.install()
         try:
             yield self

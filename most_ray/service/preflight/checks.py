@@ -24,7 +24,8 @@ from most_ray.io.outputs import failure_rule
 from most_ray.model.build import PRESETS
 from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import start_on_nodes, usable_nodes
-from most_ray.service.cluster.connection import cluster_address
+from most_ray.service.cluster.connection import check_local, cluster_address
+from most_ray.service.cluster.private_files import open_token
 from most_ray.service.cluster.probe import NodeReport, Probe, remove_marker, run_probe, versions, write_marker
 from most_ray.trackers.select import uses_wandb, wandb_key, with_environment
 
@@ -240,7 +241,18 @@ def check_safety(config: RunConfig) -> list[Finding]:
     if not cluster_address(config) or not ray.is_initialized() or requires_token(ray.get_runtime_context().gcs_address):
         return []
     nodes = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-    if all(node.startswith("127.") for node in nodes):
-        return []
-    text = "the cluster requires no token: anyone who can reach its ports can run code on it"
+    anyone = "every user of this machine" if all(node.startswith("127.") for node in nodes) else "anyone who can reach its ports"
+    text = f"the cluster requires no token: {anyone} can run code on it"
     return [Finding("safety", "warning", "cluster", text, "Start all nodes with RAY_AUTH_MODE=token and one token (cluster/README.md)")]
+
+
+def check_own_files() -> list[Finding]:
+    """Whether others can read the token of a Ray that a run would start on this machine, or replace the folder of its sockets."""
+    if path := open_token():
+        text = f"other users of this machine can read or change the token in {path}, which a run closes to them"
+        return [Finding("safety", "warning", "driver", text, "Remove it, for a new one, where one of them may have read it")]
+    try:
+        check_local()
+    except ConfigError as error:
+        return [Finding("safety", "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value)]
+    return []

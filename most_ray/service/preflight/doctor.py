@@ -23,9 +23,18 @@ from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of
 from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
-from most_ray.service.cluster.connection import check_resources, cluster_gpus
+from most_ray.service.cluster.connection import check_resources, cluster_address, cluster_gpus
 from most_ray.service.cluster.probe import Probe, run_probe, versions
-from most_ray.service.preflight.checks import Finding, NodeAnswer, assess_nodes, check_cluster, check_safety, check_space, check_tracking
+from most_ray.service.preflight.checks import (
+    Finding,
+    NodeAnswer,
+    assess_nodes,
+    check_cluster,
+    check_own_files,
+    check_safety,
+    check_space,
+    check_tracking,
+)
 
 
 def examine_run(config: RunConfig) -> list[Finding]:
@@ -36,9 +45,9 @@ def examine_run(config: RunConfig) -> list[Finding]:
 
     def cluster() -> list[Finding]:
         nonlocal gpus
-        gpus = cluster_gpus(config)
-        if gpus is None:
+        if not cluster_address(config):  # the check "safety" looks at what Ray on this machine needs
             return [Finding("cluster", "ok", "driver", "none is named: a run would start Ray on this machine")]
+        gpus = cluster_gpus(config)
         total = ray.cluster_resources()
         resources = ", ".join(f"{total[name]:g} {name}" for name in ("CPU", "GPU") if total.get(name))
         return [Finding("cluster", "ok", "cluster", f"{resources} on {len(usable_nodes())} node(s)")]
@@ -50,6 +59,9 @@ def examine_run(config: RunConfig) -> list[Finding]:
     def room() -> None:
         nonlocal topologies
         topologies = _plan_layouts(config, gpus)
+
+    def safety() -> list[Finding]:
+        return check_safety(config) if cluster_address(config) else check_own_files()
 
     def failed(name: str, error: UserError) -> None:
         findings.append(Finding(name, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value))
@@ -64,7 +76,10 @@ def examine_run(config: RunConfig) -> list[Finding]:
         "room": (room, "the workers have room"),
         "space": (lambda: _check_space(config, topologies[-1]), ""),
         "tracking": (lambda: check_tracking(config), "Weights & Biases is not used"),
-        "safety": (lambda: check_safety(config), "no other machine can reach it without a token"),
+        "safety": (
+            lambda: check_safety(config) if cluster_address(config) else check_own_files(),
+            "no one else can use it without a token",
+        ),
     }
     if not any((config.train_asr_dirs, config.train_tts_dirs, config.train_text_dirs)):
         del checks["data"]

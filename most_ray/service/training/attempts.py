@@ -70,7 +70,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
     """Train until the run is complete. `validation`: how its checkpoints are evaluated, if they are.
 
     Raises:
-        RunStoppedError: SIGTERM was received; a checkpoint was written if workers were training.
+        RunStoppedError: SIGTERM or SIGHUP was received; a checkpoint was written if workers were training.
         RunIncompleteError: too many failures, or no room for the workers.
         UserError: raised by a rank, for something that the user can fix.
     """
@@ -89,7 +89,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
                 raise cause from error
             if shutdown.is_set():
                 result = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
-                raise run_stopped(f"was received: {result}, the run has stopped.") from error
+                raise run_stopped(f"was received: {result}, the run has stopped.", shutdown.name) from error
             if error is None:
                 text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
             elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
@@ -178,7 +178,7 @@ def _wait_for_resources(
             announced = waited
             print_line(console, f"Waiting for room: {needs}.")
         shutdown.wait(1.0)
-    raise run_stopped("was received before training had started again.")
+    raise run_stopped("was received before training had started again.", shutdown.name)
 
 
 def _cause(error: BaseException) -> UserError | str:

@@ -1,0 +1,197 @@
+"""Ray's files on this machine that let in whoever can read or replace them: its token, and the folder with its sockets.
+
+Ray 2.60 writes the token by the umask, by default readable by everyone, and gives everyone the right to write to its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import stat
+import tempfile
+from pathlib import Path
+
+from most_ray.errors import ConfigError, nearest
+from most_ray.service.cluster.ray_internals import require_token
+
+logger = logging.getLogger(__name__)
+_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_MODES = ("token", "disabled")  # of RAY_AUTH_MODE; Ray takes any other word for the second
+_TOKEN_BYTES = 4096  # that a token has at most
+# Of the folder for Ray: names of sockets have at most 107 bytes, of which Ray needs 64 (`/session_TIME_PID/sockets/plasma_store`).
+_FOLDER_BYTES = 43
+_FOLDER_REMEDY = "Name a folder of your own with a short path."
+
+
+def check_token() -> None:
+    """Check the token that Ray presents, without changing anything. Raises ConfigError where there is one that others can read or change,
+    or that is none, and for an unknown RAY_AUTH_MODE."""
+    if _auth_mode() == "disabled":
+        return
+    if token := os.environ.get(_TOKEN):
+        if not _is_token(token):
+            raise ConfigError(_TOKEN, None, "holds no token: it is one line of letters and digits.")
+        return
+    named = os.environ.get(_TOKEN_PATH)
+    path = Path(named) if named else home_token()
+    if path is None or not (named or os.path.lexists(path)):
+        return
+    if problem := _problem(path):
+        raise ConfigError(_TOKEN_PATH if named else "token", str(path), *problem)
+
+
+def home_token() -> Path | None:
+    """The file where Ray keeps the user's token, `~/.ray/auth_token`; None where there is no home folder."""
+    return Path(home) / ".ray" / "auth_token" if (home := os.environ.get("HOME")) else None
+
+
+def open_token() -> Path | None:
+    """The user's own token file where others can read it, and no setting names another token. `require_private_token` closes it."""
+    path = None if os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH) else home_token()
+    return path if path is not None and path.is_file() and path.stat().st_mode & 0o077 else None
+
+
+def require_private_token() -> None:
+    """Let the Ray that this process is about to start require a token that no one else can read: that of the environment's settings, else
+    the user's own, which is made, or closed to others, as needed. Raises ConfigError as `check_token`."""
+    if _auth_mode() == "disabled":
+        logger.warning("%s=disabled is not used: every user of this machine could run code in a Ray without a token", _MODE)
+        del os.environ[_MODE]
+    if path := open_token():
+        _close(path)
+    elif not (os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH)):
+        _make_token(home_token())
+    check_token()
+    require_token()
+
+
+def _auth_mode() -> str | None:
+    """The value of RAY_AUTH_MODE; None where it is not set."""
+    given = os.environ.get(_MODE)
+    if given and given.lower() not in _MODES:  # Ray takes it for "disabled", in silence
+        raise ConfigError(_MODE, given, "is not one of its choices.", nearest(given, _MODES))
+    return given.lower() if given else None
+
+
+def _problem(path: Path) -> tuple[str, str] | None:
+    """The rule that a token's file breaks, if any, and the remedy."""
+    try:  # O_NONBLOCK: a pipe is not waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        return f"cannot be read ({error.strerror}).", "Name the file that holds the cluster's token."
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return "is no file.", "Name the file that holds the cluster's token."
+        if status.st_mode & 0o077:
+            rule = f"can be read or changed by other users of this machine (mode {stat.S_IMODE(status.st_mode):o})."
+            return rule, f"chmod 600 {path}, and make a new token where one of them may have read it."
+        text = stream.read(_TOKEN_BYTES + 1)
+    if not _is_token(text.decode("ascii", "replace")):
+        return "holds no token: it is one line of letters and digits.", "Copy the cluster's token to it, or remove it."
+    return None
+
+
+def _is_token(text: str) -> bool:
+    """Whether Ray finds a token in a text: its first line."""
+    token = text.split("\n", 1)[0].strip()
+    return bool(token) and len(text) <= _TOKEN_BYTES and token.isascii() and token.isprintable()
+
+
+def _close(path: Path) -> None:
+    """Take a token's file away from other users. Where that is not permitted, `check_token` refuses it."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        path.chmod(0o600)
+    except OSError:
+        return
+    text = "%s could be read or changed by other users of this machine (mode %o), and is closed to them now (600). Remove it where one of "
+    logger.warning(text + "them may have read it: the next run makes a new one", path, mode)
+
+
+def _make_token(path: Path | None) -> None:
+    """Make the user's token, unless there is one, in a file that never exists with another mode or half written. Without a home folder that
+    can be written to, the token is in the environment of Ray's processes alone."""
+    token = secrets.token_hex(32)
+    try:
+        if path is None:
+            raise FileNotFoundError
+        if os.path.lexists(path):
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".auth_token-") as stream:  # for its owner alone
+            stream.write(token)
+            stream.flush()
+            with contextlib.suppress(FileExistsError):  # another run is starting, and its token serves both
+                os.link(stream.name, path)
+    except OSError:
+        os.environ[_TOKEN] = token
+
+
+def ray_folder() -> str:
+    """A folder for Ray that no other user can enter or replace: below RAY_TMPDIR, else TMPDIR, else /tmp. Ray makes the folder itself, open
+    to everyone; the one above it is closed. Raises ConfigError where RAY_TMPDIR cannot be used."""
+    if named := os.environ.get("RAY_TMPDIR"):
+        folder, problem = _private_below(Path(named).absolute())
+        if problem:
+            raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
+        return str(folder)
+    if (given := os.environ.get("TMPDIR")) and Path(given).absolute() != Path("/tmp"):
+        folder, problem = _private_below(Path(given).absolute())
+        if not problem:
+            return str(folder)
+        logger.warning("TMPDIR = %r %s Ray's files are below /tmp instead; RAY_TMPDIR names another folder for them", given, problem)
+    folder, problem = _private_below(Path("/tmp"))
+    if problem:
+        raise ConfigError("/tmp", None, problem, "Name a folder for Ray's files by RAY_TMPDIR.")
+    return str(folder)
+
+
+def check_ray_folder() -> None:
+    """Raise ConfigError where `ray_folder` would because of what RAY_TMPDIR names, without making anything."""
+    if named := os.environ.get("RAY_TMPDIR"):
+        base = Path(named).absolute()
+        existing = next(each for each in (base, *base.parents) if each.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+        if problem := _unusable(base) if writable else "cannot be written to.":
+            raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
+
+
+def _private_below(base: Path) -> tuple[Path, str | None]:
+    """The folder for Ray below `base`, which is made where it is missing, and why it cannot be used, if so."""
+    if problem := _unusable(base):
+        return base, problem
+    above = _above(base)
+    try:
+        above.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = above.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise FileExistsError
+        above.chmod(0o700)
+    except FileExistsError:  # another user has taken the name
+        above = Path(tempfile.mkdtemp(prefix="ray-", dir=base))
+    except OSError as error:
+        return base, f"cannot be written to ({error.strerror})."
+    return above / "ray", None
+
+
+def _above(base: Path) -> Path:
+    """The closed folder around Ray's: `base` where it is closed or will be made, else a folder for each user in it."""
+    if not base.exists():
+        return base
+    status = base.stat()
+    return base if status.st_uid == os.geteuid() and not status.st_mode & 0o077 else base / f"ray-{os.geteuid()}"
+
+
+def _unusable(base: Path) -> str | None:
+    """Why no folder for Ray can be below `base`, if so."""
+    excess = len(os.fsencode(_above(base) / "ray")) - _FOLDER_BYTES
+    if excess > 0:
+        return f"is {excess} bytes too long for Ray's sockets, whose names have at most 107."
+    for each in {*base.parents, base.resolve(), *base.resolve().parents}:
+        mode = each.stat().st_mode if each.exists() else 0
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"can be replaced by other users of this machine: {each} is open to everyone (mode {stat.S_IMODE(mode):o})."
+    return None
