@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given
 from most_ray.cli.parser import Parser, add_command, config_of
+from most_ray.config import OPTIONS, RunConfig
 from most_ray.console.terminal import Terminal
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
@@ -62,6 +64,8 @@ def _submit(args: argparse.Namespace) -> int:
     package = package_of(folder)
     if job.config:
         package.check_contains(job.config)
+    for sentence in package.omissions(job.reads):
+        _out(f"{sentence}\n")
     client = service.open_client(address)
     cluster = service.describe_cluster(client)
     base = service.job_name(job.name, job.uri)
@@ -94,6 +98,7 @@ class _Job:
     command: list[str]  # with the path of its configuration as the job will see it
     config: str | None  # that path, where the configuration is sent with the job
     resumes: bool  # whether it resumes from a checkpoint when it is submitted again
+    reads: list[tuple[str, str]]  # (flag or key, path or URI) of what it reads
 
 
 def _check_command(command: list[str], folder: Path) -> _Job:
@@ -108,30 +113,21 @@ def _check_command(command: list[str], folder: Path) -> _Job:
         rule = "contains credentials, and everyone who can see the cluster can see a job's command."
         raise ConfigError("flag", storage.redact(secret), rule, _CREDENTIALS_REMEDY)
     args = build_parser().parse_args(command)
-    name, uri = _identity(args)
+    run = _run_of(args)
+    name, uri = _identity(args, run)
     config = str(args.config) if getattr(args, "config", None) else None
     inner = _inner(config, folder) if config and not storage.is_remote(config) else None
     if inner:
         pairs = zip(["", *command], command, strict=False)
         command = [f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word for last, word in pairs]
-    return _Job(name, uri, command, inner, args.command == "sweep" or (args.command == "train" and args.dry_run is None))
+    resumes = args.command == "sweep" or (args.command == "train" and args.dry_run is None)
+    return _Job(name, uri, command, inner, resumes, list(_reads(args, run)))
 
 
-def _identity(args: argparse.Namespace) -> tuple[str, str]:
-    """A name and a URI that are equal for the same command, and differ between two commands that may run at once."""
-    if args.command == "evaluate":
-        return f"evaluate-{args.output.stem}", str(args.output)
-    if args.command == "prepare" and args.what != "store":
-        given = vars(args)
-        uri = next(str(given[name]) for name in ("output", "output_dir", "records", "config", "what") if given.get(name))
-        if args.what == "tts" and args.config:
-            from most_ray.records.tts_records import read_conversions
-
-            read_conversions(args.config)
-            _check_secrets(
-                args.config, {"input_dir": args.config.read_text(encoding="utf-8", errors="replace")}
-            )  # as text: a Path has lost one slash of a URI
-        return f"prepare-{args.what}-{Path(uri).stem}", uri
+def _run_of(args: argparse.Namespace) -> RunConfig | None:
+    """The run that a command is for; None for a command that has no run. Raises ConfigError where its configuration holds a credential."""
+    if args.command == "evaluate" or (args.command == "prepare" and args.what != "store"):
+        return None
     if args.command == "sweep":
         from most_ray.sweep.options import flag_values, load_sweep
 
@@ -141,6 +137,31 @@ def _identity(args: argparse.Namespace) -> tuple[str, str]:
     if args.config and not storage.is_remote(args.config):
         redacted = run.redacted()
         _check_secrets(args.config, {name: str(value) for name, value in vars(run).items() if value != getattr(redacted, name)})
+    return run
+
+
+def _reads(args: argparse.Namespace, run: RunConfig | None) -> Iterator[tuple[str, str]]:
+    """What a command reads, as (flag or key, path or URI)."""
+    for name, value in vars(run or args).items():
+        location = OPTIONS[name].location if name in OPTIONS else None
+        if (location and location.access == "read") or name in args.read_flags:
+            yield from ((name, str(uri)) for uri in (value if isinstance(value, list | tuple) else [value]) if uri)
+
+
+def _identity(args: argparse.Namespace, run: RunConfig | None) -> tuple[str, str]:
+    """A name and a URI that are equal for the same command, and differ between two commands that may run at once."""
+    if args.command == "evaluate":
+        return f"evaluate-{args.output.stem}", str(args.output)
+    if run is None:
+        given = vars(args)
+        uri = next(str(given[name]) for name in ("output", "output_dir", "records", "config", "what") if given.get(name))
+        if args.what == "tts" and args.config:
+            from most_ray.records.tts_records import read_conversions
+
+            read_conversions(args.config)
+            # As text: a Path has lost one slash of a URI.
+            _check_secrets(args.config, {"input_dir": args.config.read_text(encoding="utf-8", errors="replace")})
+        return f"prepare-{args.what}-{Path(uri).stem}", uri
     uri = str(Path(run.output_dir, run.name))
     if args.command == "prepare":
         return f"prepare-store-{run.name}", (run.store_dir or uri) + " verified" * args.verify

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from most_ray.config import OPTIONS, RunConfig
 from most_ray.errors import ConfigError
@@ -54,9 +54,14 @@ def as_given(kind: Callable[[str], P]) -> Callable[[str], P]:
     return lambda text: kind(_written(text))
 
 
-def to_read(kind: Callable[[str], P]) -> Callable[[str], P]:
+@dataclasses.dataclass(frozen=True)
+class to_read(Generic[P]):  # noqa: N801 - used as a function
     """The `type` of a flag that names what a command reads: its path as a job uses it, as a str or a Path."""
-    return lambda text: kind(find(home, written) if (written := _written(text)) and (home := job_home()) else written)
+
+    kind: Callable[[str], P]
+
+    def __call__(self, text: str) -> P:
+        return self.kind(find(home, written) if (written := _written(text)) and (home := job_home()) else written)
 
 
 def to_write(kind: Callable[[str], P]) -> Callable[[str], P]:

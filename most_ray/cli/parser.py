@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import resolve_paths
+from most_ray.cli.job_files import resolve_paths, to_read
 from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
 from most_ray.options import Range, check_number, parse_number
@@ -105,8 +105,9 @@ def config_of_flags(args: argparse.Namespace, keys: Mapping[str, str]) -> config
 
 
 def remember_flags(parser: Parser) -> None:
-    """Keep the names of a parser's flags, and of its commands', for errors that suggest the nearest one."""
+    """Keep the names of a parser's flags, and of its commands', for errors that suggest the nearest one; and those of what is read."""
     parser.set_defaults(known_flags=parser.flag_names())
+    parser.set_defaults(read_flags=[action.dest for action in parser._actions if isinstance(action.type, to_read)])
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

@@ -45,9 +45,9 @@ def check_address(address: str) -> None:
     if re.match(r"https?://", address):
         rule = "is a dashboard's address, which accepts jobs: a run joins Ray itself."
         raise ConfigError("ray_address", address, rule, "Use `most-ray submit`, or HOST:6379 on one of the cluster's machines.")
-    check_token()
     match = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
     if not match:
+        use_token()
         return
     host, port = match[1], int(match[2])
     if is_localhost(host):

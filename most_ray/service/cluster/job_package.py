@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray._private.runtime_env import packaging
 
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, one_line, printable, redact, shown
+from most_ray.io import storage
+from most_ray.service.cluster.private_files import token_path
 
 # Patterns of what is never sent; .gitignore and .rayignore add to them.
 EXCLUDES = (".git", ".venv*", "venv", "runs", "wandb", "**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache")
+# Patterns of what is not sent because it may hold credentials, in small letters.
+CREDENTIALS = (
+    *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".git-credentials", ".pypirc", ".npmrc", ".pgpass", ".my.cnf", ".htpasswd"),
+    *(".ssh", ".gnupg", ".password-store", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx"),
+    *("*.jks", "*.keystore", "*.kdbx", ".aws", ".azure", ".kube", "kubeconfig", ".oci", ".boto", ".s3cfg", "rclone.conf", "*.tfstate*"),
+    *("**/.config/gcloud", "**/.config/gh", "**/.docker/config.json", ".dockercfg", "**/.cargo/credentials*", ".modal.toml"),
+    *("credentials", "credentials.json", "*_credentials.json", "client_secret*.json", "*service*account*.json", "kaggle.json"),
+    *("secrets.json", "secrets.toml", "secrets.y*ml", ".secrets", "auth_token", "token.txt", "*.token", ".vault-token", ".databrickscfg"),
+    *(".huggingface", "**/huggingface/token", "**/huggingface/stored_tokens", "grafana_password", ".*_history"),
+)
+_CREDENTIALS = re.compile("|".join(f"(?:.*/)?{fnmatch.translate(pattern.removeprefix('**/'))}" for pattern in CREDENTIALS))
+_SHOWN = 8  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,39 @@ class Package:
     bytes: int  # of the archive that Ray makes
     largest: tuple[tuple[str, int], ...]  # (name, bytes) of the largest entries directly below the folder
     files: frozenset[str]  # paths relative to the folder, with "/"
+    withheld: tuple[str, ...] = ()  # paths that are not sent because they may hold credentials
+    loops: tuple[str, ...] = ()  # links to a folder that they are in, which are not sent
+
+    @property
+    def excludes(self) -> list[str]:
+        """Ray's patterns of what is not sent."""
+        return [*EXCLUDES, *CREDENTIALS, *(_pattern(name) for name in (*self.withheld, *self.loops))]
+
+    def omissions(self, reads: Iterable[tuple[str, str]]) -> list[str]:
+        """What the user would miss in the job, as sentences. `reads`: (flag or key, path or URI) of what the job reads."""
+        found = []
+        for what, names in (("it may hold credentials", self.withheld), ("it is a link to a folder around it", self.loops)):
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                text = (
+                    f"Not sent with the job, as {what}: {', '.join(sorted(names)[:_SHOWN])}{more}. Copy what the job needs to another name."
+                )
+                found.append(text)
+        for field, uri in reads:
+            if (missing := self._missing(uri)) is not None:
+                cause, remedy = self._why_excluded(missing)
+                where = "below MOST_RAY_HOME of the cluster's machines (default: the home folder there)"
+                found.append(f"{field} = {shown(uri)}: {missing} is not sent with the job, which looks for it {where}: {cause}. {remedy}")
+        return [printable(redact(each)) for each in found]
+
+    def _missing(self, uri: str) -> str | None:
+        """A file that is not sent among those of a path that is read, relative to the folder; None where all are sent, or none is here."""
+        root = self.folder / uri
+        if storage.is_remote(uri) or Path(uri).is_absolute() or not os.path.lexists(root):
+            return None
+        below = (Path(each) / name for each, _, names in os.walk(root) for name in sorted(names) if not name.startswith("."))
+        paths = (path.relative_to(self.folder).as_posix() for path in ([root] if root.is_file() else below))
+        return next((path for path in paths if os.path.normpath(path) not in self.files), None)
 
     def check_size(self) -> None:
         """Raise ConfigError for an archive that is too large: Ray itself refuses it only after it has packed it for minutes."""
@@ -51,6 +101,8 @@ class Package:
             for pattern in EXCLUDES:
                 if packaging._get_excludes(self.folder, [pattern])(step):
                     return f"{pattern} never is", "Copy it elsewhere in the folder."
+            if _holds_credentials(step, step.relative_to(self.folder).as_posix()):
+                return f"{step.relative_to(self.folder)} may hold credentials", "Copy it to another name in the folder."
             for parent in [self.folder, *(each for each in reversed(below) if each in step.parents)]:
                 for name in (".gitignore", ".rayignore") if _honours_gitignore() else (".rayignore",):
                     ignores = packaging._get_ignore_file(parent, name)
@@ -67,20 +119,65 @@ def package_of(folder: Path) -> Package:
     """Find the files of a folder that would be sent, and the size of their archive, without packing them."""
     if not folder.is_dir():
         raise ConfigError("working_dir", str(folder), "is no folder.", "Name the folder of the job's files.")
-    sizes, files = Counter[str](), []
-    overhead = 22  # bytes of a zip file's end record
+    found = _Inventory(folder)
+    try:
+        packaging._dir_travel(folder, [found.is_excluded], found.count, include_gitignore=_honours_gitignore())
+    except (OSError, ValueError) as error:  # the latter: a name or an ignore file that is not UTF-8, a pattern that is none
+        rule = f"cannot be packed ({one_line(error)})."
+        raise ConfigError("working_dir", str(folder), rule, "Correct that, or name a folder without it.") from error
+    largest = tuple(found.sizes.most_common(3))
+    return Package(folder, found.sizes.total() + found.overhead, largest, frozenset(found.files), tuple(found.withheld), tuple(found.loops))
 
-    def count(path: Path) -> None:
-        nonlocal overhead
-        name = path.relative_to(folder).as_posix()
+
+class _Inventory:
+    """What a walk through a folder finds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sizes, self.overhead = Counter[str](), 22  # bytes of a zip file's end record
+        self.files: list[str] = []
+        self.withheld: list[str] = []
+        self.loops: list[str] = []
+        self._folder, self._excluded = folder, packaging._get_excludes(folder, list(EXCLUDES))
+
+    def is_excluded(self, path: Path) -> bool:
+        """Whether the walk leaves out a path and all below it."""
+        if self._excluded(path):
+            return True
+        if path.is_symlink() and path.is_dir() and path.parent.resolve().is_relative_to(path.resolve()):
+            self.loops.append(path.relative_to(self._folder).as_posix())
+            return True
+        return False
+
+    def count(self, path: Path) -> None:
+        """Take up a path that neither the user nor `is_excluded` leaves out."""
+        name = path.relative_to(self._folder).as_posix()
+        if self.withheld and name.startswith(f"{self.withheld[-1]}/"):
+            return
+        if _holds_credentials(path, name):
+            self.withheld.append(name)
+            return
         if path.is_file():
-            sizes[name.split("/", 1)[0]] += path.stat().st_size
-            files.append(name)
+            self.sizes[name.split("/", 1)[0]] += path.stat().st_size
+            self.files.append(name)
         elif path.is_dir() and next(path.iterdir(), None) is None:
             name += "/"
         else:
             return
-        overhead += 76 + 2 * len(name.encode())  # the entry's two headers; Ray stores files without compression
+        self.overhead += 76 + 2 * len(name.encode())  # the entry's two headers; Ray stores files without compression
 
-    packaging._dir_travel(folder, [packaging._get_excludes(folder, list(EXCLUDES))], count, include_gitignore=_honours_gitignore())
-    return Package(folder, sizes.total() + overhead, tuple(sizes.most_common(3)), frozenset(files))
+
+def _holds_credentials(path: Path, name: str) -> bool:
+    """Whether a file or folder may hold credentials: by its name below the folder, by what it links to, or as the token in use."""
+    names = [name]
+    if path.is_symlink():
+        target = path.resolve()
+        names += [each.as_posix() for each in (target, *target.parents)]
+    if any(_CREDENTIALS.fullmatch(each.lower()) for each in names):
+        return True
+    token = token_path()
+    return token is not None and (path.is_symlink() or path.name == token.name) and path.resolve() == token.resolve()
+
+
+def _pattern(name: str) -> str:
+    """The pattern that matches this path alone."""
+    return "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", name)

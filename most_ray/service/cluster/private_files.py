@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import secrets
+import shlex
 import stat
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ _MODES = ("token", "disabled")  # of RAY_AUTH_MODE; Ray takes any other word for
 _TOKEN_BYTES = 4096  # that a token has at most
 # Of the folder for Ray: names of sockets have at most 107 bytes, of which Ray needs 64 (`/session_TIME_PID/sockets/plasma_store`).
 _FOLDER_BYTES = 43
+_TMP = Path("/tmp")
 _FOLDER_REMEDY = "Name a folder of your own with a short path."
 
 
@@ -34,12 +36,17 @@ def check_token() -> None:
         if not _is_token(token):
             raise ConfigError(_TOKEN, None, "holds no token: it is one line of letters and digits.")
         return
-    named = os.environ.get(_TOKEN_PATH)
-    path = Path(named) if named else home_token()
+    named, path = os.environ.get(_TOKEN_PATH), token_path()
     if path is None or not (named or os.path.lexists(path)):
         return
     if problem := _problem(path):
         raise ConfigError(_TOKEN_PATH if named else "token", str(path), *problem)
+
+
+def token_path() -> Path | None:
+    """The file that Ray reads its token from, whether it is there or not; None where there is none."""
+    named = os.environ.get(_TOKEN_PATH)
+    return None if os.environ.get(_TOKEN) else Path(named) if named else home_token()
 
 
 def home_token() -> Path | None:
@@ -81,14 +88,16 @@ def _problem(path: Path) -> tuple[str, str] | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         return f"cannot be read ({error.strerror}).", "Name the file that holds the cluster's token."
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return "is no file.", "Name the file that holds the cluster's token."
-        if status.st_mode & 0o077:
-            rule = f"can be read or changed by other users of this machine (mode {stat.S_IMODE(status.st_mode):o})."
-            return rule, f"chmod 600 {path}, and make a new token where one of them may have read it."
-        text = stream.read(_TOKEN_BYTES + 1)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        text = os.read(descriptor, _TOKEN_BYTES + 1) if stat.S_ISREG(mode) else b""
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(mode):
+        return "is no file.", "Name the file that holds the cluster's token."
+    if mode & 0o077:
+        rule = f"can be read or changed by other users of this machine (mode {stat.S_IMODE(mode):o})."
+        return rule, f"chmod 600 {shlex.quote(str(path))}, and make a new token where one of them may have read it."
     if not _is_token(text.decode("ascii", "replace")):
         return "holds no token: it is one line of letters and digits.", "Copy the cluster's token to it, or remove it."
     return None
@@ -138,35 +147,31 @@ def ray_folder() -> str:
         if problem:
             raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
         return str(folder)
-    if (given := os.environ.get("TMPDIR")) and Path(given).absolute() != Path("/tmp"):
+    if (given := os.environ.get("TMPDIR")) and Path(given).absolute() != _TMP:
         folder, problem = _private_below(Path(given).absolute())
         if not problem:
             return str(folder)
-        logger.warning("TMPDIR = %r %s Ray's files are below /tmp instead; RAY_TMPDIR names another folder for them", given, problem)
-    folder, problem = _private_below(Path("/tmp"))
+        logger.warning("TMPDIR = %r %s Ray's files are below %s instead; RAY_TMPDIR names another folder for them", given, problem, _TMP)
+    folder, problem = _private_below(_TMP)
     if problem:
-        raise ConfigError("/tmp", None, problem, "Name a folder for Ray's files by RAY_TMPDIR.")
+        raise ConfigError(str(_TMP), None, problem, "Name a folder for Ray's files by RAY_TMPDIR.")
     return str(folder)
 
 
 def check_ray_folder() -> None:
     """Raise ConfigError where `ray_folder` would because of what RAY_TMPDIR names, without making anything."""
-    if named := os.environ.get("RAY_TMPDIR"):
-        base = Path(named).absolute()
-        existing = next(each for each in (base, *base.parents) if each.exists())
-        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-        if problem := _unusable(base) if writable else "cannot be written to.":
-            raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
+    if (named := os.environ.get("RAY_TMPDIR")) and (problem := _unusable(Path(named).absolute())):
+        raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
 
 
 def _private_below(base: Path) -> tuple[Path, str | None]:
     """The folder for Ray below `base`, which is made where it is missing, and why it cannot be used, if so."""
     if problem := _unusable(base):
         return base, problem
-    above = _above(base)
     try:
+        above = _above(base)
         above.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = above.lstat()
+        status = above.stat(follow_symlinks=above == base)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise FileExistsError
         above.chmod(0o700)
@@ -187,11 +192,17 @@ def _above(base: Path) -> Path:
 
 def _unusable(base: Path) -> str | None:
     """Why no folder for Ray can be below `base`, if so."""
-    excess = len(os.fsencode(_above(base) / "ray")) - _FOLDER_BYTES
-    if excess > 0:
-        return f"is {excess} bytes too long for Ray's sockets, whose names have at most 107."
-    for each in {*base.parents, base.resolve(), *base.resolve().parents}:
-        mode = each.stat().st_mode if each.exists() else 0
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            return f"can be replaced by other users of this machine: {each} is open to everyone (mode {stat.S_IMODE(mode):o})."
+    try:
+        existing = next(each for each in (base, *base.parents) if each.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            return f"cannot be written to: {existing} is no folder that you may write to."
+        excess = len(os.fsencode(_above(base) / "ray")) - _FOLDER_BYTES
+        if excess > 0:
+            return f"is {excess} bytes too long for Ray's sockets, whose names have at most 107."
+        for each in {*base.parents, base.resolve(), *base.resolve().parents}:
+            mode = each.stat().st_mode if each.exists() else 0
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                return f"can be replaced by other users of this machine: {each} is open to everyone (mode {stat.S_IMODE(mode):o})."
+    except OSError as error:  # one that may not even be looked into
+        return f"cannot be used ({error.strerror})."
     return None

@@ -21,7 +21,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from most_ray.errors import EXIT_STOPPED, ConfigError, UserError, nearest, one_line
 from most_ray.io import storage
 from most_ray.service.cluster.address import NO_TOKEN, TOKEN_REMEDY, WRONG_TOKEN, check_address, use_token, version_mismatch
-from most_ray.service.cluster.job_package import EXCLUDES, Package
+from most_ray.service.cluster.job_package import Package
 
 T = TypeVar("T")
 Write = Callable[[str], Any]  # writes text to the screen
@@ -143,7 +143,7 @@ def submit(client: JobSubmissionClient, base: str, command: Sequence[str], packa
     if running:
         return submission, False
     package.check_size()
-    environment = {"working_dir": str(package.folder), "excludes": list(EXCLUDES), "env_vars": dict(ENVIRONMENT)}
+    environment = {"working_dir": str(package.folder), "excludes": package.excludes, "env_vars": dict(ENVIRONMENT)}
     try:
         client.submit_job(entrypoint=shlex.join(command), submission_id=submission, runtime_env=environment, metadata={"run": base})
     except AuthenticationError as error:
