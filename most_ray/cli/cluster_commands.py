@@ -14,7 +14,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import as_given
 from most_ray.cli.parser import Parser, add_command, config_of
 from most_ray.config import OPTIONS, RunConfig
-from most_ray.console.terminal import Terminal
+from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
 
@@ -65,7 +65,7 @@ def _submit(args: argparse.Namespace) -> int:
     if job.config:
         package.check_contains(job.config)
     for sentence in package.omissions(job.reads):
-        _out(f"{sentence}\n")
+        say(sentence)
     client = service.open_client(address)
     cluster = service.describe_cluster(client)
     base = service.job_name(job.name, job.uri)

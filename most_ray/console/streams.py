@@ -29,3 +29,12 @@ def drop_stream(number: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)
+
+
+def drop_lost_streams() -> None:
+    """Let what is written to a terminal that has ended go nowhere: it would raise an error in whoever writes. Called on a signal."""
+    for number in (1, 2):
+        try:
+            os.write(number, b"")
+        except OSError:
+            drop_stream(number)

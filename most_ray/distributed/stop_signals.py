@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 
@@ -22,14 +21,3 @@ def hangup_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def drop_lost_output() -> None:
-    """Let what is written to a terminal that is gone go nowhere, where it would raise an error in whoever writes. Called on a signal."""
-    for number in (1, 2):
-        try:
-            os.write(number, b"")
-        except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, number)
-            os.close(null)

@@ -33,10 +33,10 @@ from rich.console import Console
 from most_ray import config as configuration
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
-from most_ray.console.streams import open_streams
+from most_ray.console.streams import drop_lost_streams, open_streams
 from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say
 from most_ray.distributed.ranks import this_rank
-from most_ray.distributed.stop_signals import drop_lost_output, stop_signals
+from most_ray.distributed.stop_signals import stop_signals
 from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, explain_os_error
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
@@ -87,7 +87,7 @@ def _stop_on_signal(stop: threading.Event) -> None:
         del frame
         stop.set()
         if number == signal.SIGHUP:
-            drop_lost_output()
+            drop_lost_streams()
 
     for number in stop_signals():
         signal.signal(number, handle)

@@ -1,8 +1,11 @@
-"""What another user of the machine can do to a local run of Ray: `python -m tests.support.other_user SETTINGS FOLDER`, as root, in a network
-namespace of its own. SETTINGS: "rays" (those of `ray.init`) or "ours". Prints one JSON object, see `main`."""
+"""What another user of the machine can do to a local run of Ray: `python -m tests.support.other_user SETTINGS FOLDER`.
+
+To be run as root, in a network namespace of its own. SETTINGS: "rays" (those of `ray.init`) or "ours". Prints one JSON object, see `main`.
+"""
 
 from __future__ import annotations
 
+import encodings.idna  # noqa: F401 - loaded before there is another user, who cannot read this Python
 import glob
 import json
 import logging
@@ -21,6 +24,14 @@ import psutil
 _NOBODY = 65534
 _AGENT = "http://127.0.0.1:52365/api/job_agent/jobs/"  # where Ray's agent takes jobs by default
 _SOON_S = 60.0
+_METHODS = (  # of Ray's services, one of each
+    "NodeInfoGcsService/CheckAlive",
+    "NodeManagerService/GetNodeStats",
+    "CoreWorkerService/GetCoreWorkerStats",
+    "ObjectManagerService/Push",
+    "ReporterService/GetTraceback",
+    "EventAggregatorService/AddEvents",
+)
 
 
 def post_job(home: str, proof: Path) -> str:
@@ -62,6 +73,9 @@ def replace_socket(home: str, proof: Path) -> str:
     except OSError as error:
         return type(error).__name__
     return "replaced"
+
+
+ATTACKS = (post_job, post_without_token, replace_socket)
 
 
 def as_another_user(attack: Callable[[str, Path], str], home: str, proof: Path) -> Callable[[], str]:
@@ -132,38 +146,39 @@ def process_group(count: int) -> list[Any]:
 
 
 def listening() -> list[dict[str, Any]]:
-    """Every socket of this network namespace that takes connections or datagrams, with its process, and each of Ray's in the file system."""
+    """Every socket of this network namespace that takes connections or datagrams, with its process and what it answers without a token."""
     found = []
     for each in psutil.net_connections("inet"):
         if each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM:
             who = psutil.Process(each.pid).name() if each.pid else "?"
-            found.append({"process": who, "address": each.laddr.ip, "port": each.laddr.port, "answer": _answer(each.laddr.ip, each.laddr.port)})
+            address, port = each.laddr.ip.removeprefix("::ffff:"), each.laddr.port
+            found.append({"process": who, "address": address, "port": port, "answer": _answer(port)})
     return found
 
 
-def _answer(address: str, port: int) -> str:
-    """What a port answers to a call of Ray's, and to a request by HTTP, without a token."""
+def _answer(port: int) -> str:
+    """What a port answers to calls of Ray's and to requests by HTTP, without a token."""
     import grpc
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=3)
-            return "grpc: answers"
-        except grpc.RpcError as error:
-            code = error.code().name
-    if code in ("UNAUTHENTICATED", "UNIMPLEMENTED"):
-        return f"grpc: {code}"
-    for path in ("/", "/metrics"):
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=3).read()
-            return f"http: answers {path}"
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                return f"http: {error.code}"
-        except (OSError, ValueError, Exception) as error:  # noqa: BLE001
-            return f"no answer ({code}, {type(error).__name__})"
-    return "http: 404"
+        for method in _METHODS:
+            try:
+                channel.unary_unary(f"/ray.rpc.{method}", lambda _: b"", lambda text: text)(None, timeout=3)
+                return f"grpc: {method} answers"
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                    return "grpc: refused"
+                if error.code() != grpc.StatusCode.UNIMPLEMENTED:
+                    break
+        else:
+            return "grpc: no known method"
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=3) as answer:
+            return "http: metrics" if b"# HELP" in answer.read() else "http: answers"
+    except urllib.error.HTTPError as error:
+        return "http: refused" if error.code == 401 else f"http: {error.code}"
+    except OSError as error:
+        return f"neither ({type(error).__name__})"
 
 
 def main(settings: str, folder: Path) -> dict[str, Any]:
@@ -172,13 +187,16 @@ def main(settings: str, folder: Path) -> dict[str, Any]:
     os.environ |= {"HOME": home, "TMPDIR": str(folder / "t"), "RAY_USAGE_STATS_ENABLED": "0"}
     for name in [name for name in os.environ if name.startswith("RAY_") and name != "RAY_USAGE_STATS_ENABLED"]:
         del os.environ[name]
-    attacks = {each.__name__: as_another_user(each, home, folder / "open" / each.__name__) for each in (post_job, post_without_token, replace_socket)}
+    attacks = {
+        each.__name__: as_another_user(each, home, folder / "open" / each.__name__)
+        for each in (post_job, post_without_token, replace_socket)
+    }
     session = start(settings).address_info["session_dir"]
     Path(home, "session.json").write_text(json.dumps([session]))
     workers = process_group(2) if settings == "ours" else []
     result: dict[str, Any] = {"listening": listening() if workers else []}
     result |= {name: attack() for name, attack in attacks.items()}
-    result["session"], result["sockets"] = session, glob.glob(f"{session}/sockets/*")
+    result["sockets"] = glob.glob(f"{session}/sockets/*")
     return result
 
 

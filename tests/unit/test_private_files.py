@@ -72,6 +72,8 @@ def test_two_runs_that_start_at_once_have_one_token(home: Path) -> None:
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620, 0o666])
 def test_a_users_own_token_that_is_open_is_closed_with_a_warning(home: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
     path = token_in(home, mode)
+    connection.check_local()
+    assert stat.S_IMODE(path.stat().st_mode) == mode
     require_private_token()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == TOKEN
     assert f"(mode {mode:o}), and is closed to them now (600). Remove it where one of them may have read it" in caplog.text

@@ -15,7 +15,7 @@ from most_ray.errors import ConfigError, one_line
 from most_ray.io import storage
 from most_ray.service.cluster.address import check_address
 from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare
-from most_ray.service.cluster.private_files import check_ray_folder, check_token, ray_folder, require_private_token
+from most_ray.service.cluster.private_files import check_ray_folder, check_token, open_token, ray_folder, require_private_token
 from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback, largest_resources
 
 
@@ -70,7 +70,8 @@ def cluster_gpus(config: RunConfig) -> int | None:
 
 def check_local() -> None:
     """Check what Ray on this machine needs, before any work is done for a run. Raises ConfigError."""
-    check_token()
+    if open_token() is None:  # which `require_private_token` closes
+        check_token()
     check_ray_folder()
 
 

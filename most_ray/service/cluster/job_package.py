@@ -13,7 +13,7 @@ from pathlib import Path
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, RAY_RUNTIME_ENV_IGNORE_GITIGNORE
 from ray._private.runtime_env import packaging
 
-from most_ray.errors import ConfigError, one_line, printable, redact, shown
+from most_ray.errors import ConfigError, one_line, shown
 from most_ray.io import storage
 from most_ray.service.cluster.private_files import token_path
 
@@ -64,7 +64,7 @@ class Package:
                 cause, remedy = self._why_excluded(missing)
                 where = "below MOST_RAY_HOME of the cluster's machines (default: the home folder there)"
                 found.append(f"{field} = {shown(uri)}: {missing} is not sent with the job, which looks for it {where}: {cause}. {remedy}")
-        return [printable(redact(each)) for each in found]
+        return found
 
     def _missing(self, uri: str) -> str | None:
         """A file that is not sent among those of a path that is read, relative to the folder; None where all are sent, or none is here."""

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 import ray
 
-from most_ray.distributed.stop_signals import drop_lost_output, stop_signals
+from most_ray.console.streams import drop_lost_streams
+from most_ray.distributed.stop_signals import stop_signals
 from most_ray.errors import EXIT_STOPPED, UserError
 from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put
 
@@ -93,7 +94,7 @@ class ShutdownSignal(threading.Event):
         repeated, self.name = self.is_set(), signal.Signals(number).name
         self.set()
         if number == signal.SIGHUP:
-            drop_lost_output()
+            drop_lost_streams()
         if repeated or not self._graceful:
             raise run_stopped("was received.", self.name)
 
