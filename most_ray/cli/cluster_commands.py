@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,9 +159,9 @@ def _identity(args: argparse.Namespace, run: RunConfig | None) -> tuple[str, str
         if args.what == "tts" and args.config:
             from most_ray.records.tts_records import read_conversions
 
+            with contextlib.suppress(OSError):  # as text: a Path has lost one slash of a URI
+                _check_secrets(args.config, {"input_dir": args.config.read_text(encoding="utf-8", errors="replace")})
             read_conversions(args.config)
-            # As text: a Path has lost one slash of a URI.
-            _check_secrets(args.config, {"input_dir": args.config.read_text(encoding="utf-8", errors="replace")})
         return f"prepare-{args.what}-{Path(uri).stem}", uri
     uri = str(Path(run.output_dir, run.name))
     if args.command == "prepare":
