@@ -14,11 +14,10 @@ from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import check_folder, replacing_folder
 from most_ray.io.run_folder import local_copy
-from most_ray.model.build import load_model, read_config, save_model
+from most_ray.model.build import count_parameters, load_model, read_description, save_model
 from most_ray.model.configuration import MostConfig
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.records.files import SPEECH_FOLDER
-from most_ray.records.tokenizer import load_tokenizer
 from most_ray.speech.units.assets import copy_assets, find_assets
 
 # Names in an export, of this version and earlier ones.
@@ -55,18 +54,18 @@ def open_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
     if _is_checkpoint(uri):
         return _checkpoint_model(uri)
     folder = local_copy(uri)
-    return load_model(folder), load_tokenizer(folder)
+    _, tokenizer = read_description(folder)
+    return load_model(folder), tokenizer
 
 
 def open_description(uri: str) -> tuple[MostConfig, PreTrainedTokenizerFast]:
     """Load configuration and tokenizer of what `open_model` opens, without the weights."""
     if not _is_checkpoint(uri):
-        folder = local_copy(uri)
-        return read_config(folder), load_tokenizer(folder)
+        return read_description(local_copy(uri))
     reader.read_state(uri)
     with tempfile.TemporaryDirectory(prefix="most_ray-export-") as scratch:
         folder = _model_files(uri, Path(scratch))
-        return read_config(folder), load_tokenizer(folder)
+        return read_description(folder)
 
 
 def _is_checkpoint(uri: str) -> bool:
@@ -75,6 +74,7 @@ def _is_checkpoint(uri: str) -> bool:
 
 def _checkpoint_model(uri: str) -> tuple[MostForCausalLM, PreTrainedTokenizerFast]:
     config, tokenizer = open_description(uri)
+    reader.check_model_size(uri, count_parameters(config, uri))
     with initialization.no_init_weights():  # buffers that no file holds are still initialised
         model = MostForCausalLM(config)
     reader.read_model(uri, model)

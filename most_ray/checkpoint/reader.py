@@ -22,6 +22,7 @@ from most_ray.distributed.ranks import this_rank
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
+from most_ray.io.model_files import check_weight_count
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.optim.optimizer import saved_state
@@ -122,6 +123,14 @@ def load(uri: str | Path, state: TrainState, with_optimizer: bool = True) -> dic
     if state.loss_scale.enabled and stored_scale.enabled:
         state.loss_scale = stored_scale  # a run that was not in float16 before starts with a fresh scale
     return content
+
+
+def check_model_size(uri: str, wanted: int) -> None:
+    """Raise CheckpointError if a model of `wanted` weights is far larger than a checkpoint's, before memory is allocated for it, or if
+    the checkpoint is incomplete or damaged."""
+    index = CheckpointFiles(uri).index
+    held = {name: tuple(entry.metadata.size) for name, entry in index.items() if name.startswith("model.")}
+    check_weight_count(wanted, held, uri, "checkpoint")
 
 
 def read_model(uri: str, model: nn.Module) -> None:

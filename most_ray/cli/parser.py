@@ -16,7 +16,8 @@ from rich.progress import TimeRemainingColumn
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths, to_read
 from most_ray.console.terminal import print_line, progress_bar, say
-from most_ray.errors import CheckpointError, ConfigError, UserError, nearest
+from most_ray.errors import ConfigError, UserError, nearest
+from most_ray.io.hub import check_model_name
 from most_ray.options import Range, check_number, parse_number
 
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
@@ -115,9 +116,8 @@ def remember_flags(parser: Parser) -> None:
 
 
 def check_model(model: str) -> None:
-    """Raises CheckpointError for a path of a model that does not exist; other texts may be names on a hub."""
-    if model.startswith((".", "/")) and not Path(model).exists():
-        raise CheckpointError("model", model, "does not exist.")
+    """Raises CheckpointError for a model that is neither a folder, nor a URI, nor a name on the hub."""
+    check_model_name(model, "model")
 
 
 def flag_of(args: argparse.Namespace | None, filename: object) -> str:

@@ -25,9 +25,10 @@ from most_ray.errors import DataError
 from most_ray.io import storage
 from most_ray.io.json_stream import MAX_RECORD
 from most_ray.io.storage import Entry
-from most_ray.records.files import RECORD_SUFFIXES, UNFINISHED, is_json_lines, load_units_manifest, record_files
+from most_ray.records.files import RECORD_SUFFIXES, UNFINISHED, is_json_lines, record_files
 from most_ray.records.record import Task
 from most_ray.records.template import Vocabulary
+from most_ray.records.units_manifest import load_units_manifest
 
 logger = logging.getLogger(__name__)
 RANGE = MAX_RECORD  # bytes of a part's range; no record reaches further than the next one

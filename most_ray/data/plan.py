@@ -22,10 +22,11 @@ from most_ray.data.mixture import MIXTURE_VERSION, Mixture, integer_weights
 from most_ray.data.noise import NO_NOISE, UnitNoise
 from most_ray.data.packing import PACKER_VERSION, best_fit
 from most_ray.data.store import TokenStore, open_store
-from most_ray.errors import CheckpointError, ConfigError, DataError, nearest
+from most_ray.errors import CheckpointError, ConfigError, DataError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.records.record import TASKS, units_hash
+from most_ray.records.units_manifest import neighbours_of
 
 
 @dataclass(frozen=True)
@@ -265,9 +266,13 @@ def _noise(config: RunConfig, stores: Sequence[TokenStore]) -> UnitNoise:
 
 
 def unit_neighbours(store: TokenStore) -> np.ndarray | None:
-    """Near units of each unit, int64 (n_units, k), from the units manifest of the store's records; None where there is none."""
-    table = (store.manifest.get("units") or {}).get("neighbours")
-    return None if table is None else np.array(table, dtype=np.int64)
+    """Near units of each unit, int64 (n_units, k), from the units manifest of the store's records; None where there is none. Raises
+    DataError for a wrong one, which stores of earlier versions may hold."""
+    try:
+        return neighbours_of(store.manifest.get("units"))
+    except ValueError as error:
+        rule = f"of {store.manifest['source']} are described by a wrong units.json ({one_line(error)})."
+        raise DataError("units", store.name, rule, "Put the right one beside the records (`most-ray prepare units`).") from error
 
 
 def check_units(stores: Sequence[TokenStore]) -> str | None:

@@ -8,6 +8,7 @@ import shutil
 
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.hub import model_folder
 from most_ray.io.node_cache import node_cache
 
 LEDGER = "trials.jsonl"  # in the folder of a sweep; a run has none
@@ -73,13 +74,15 @@ class RunFolder:
 
 
 def local_copy(uri: str, last: str = "config.json") -> str:
-    """A model's folder on this machine: `uri` itself where it is a path (or a hub name), else a copy, which is downloaded once.
+    """A model's folder on this machine: `uri` itself where it is a path; for a name on the hub, that in the cache (see `hub.model_folder`);
+    else a copy, which is downloaded once.
 
     Raises:
-        DataError: the folder does not exist, has no file `last`, or cannot be read.
+        CheckpointError: there is no folder and no model of that name.
+        DataError: the remote folder does not exist, has no file `last`, or cannot be read.
     """
     if not storage.is_remote(uri):
-        return uri
+        return model_folder(uri)
     try:
         stamps = "".join(entry.stamp for entry in storage.list_files(uri, (last,)))
     except DataError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,21 +15,25 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, initialization
 from transformers.distributed import DistributedConfig
 
-from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
+from most_ray.errors import CheckpointError, ConfigError, nearest, one_line, printable
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.model.configuration import MostConfig, OriginalMostConfig
+from most_ray.io.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, weight_shapes
+from most_ray.io.run_folder import local_copy
+from most_ray.model.configuration import MostConfig, OriginalMostConfig, parse_config
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import place_experts
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.records.template import template_hash
-from most_ray.records.tokenizer import add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
+from most_ray.records.tokenizer import AUDIO_TOKENS, add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
+
+logger = logging.getLogger(__name__)
+_OTHER_TOKENIZER = "They belong to different models: use the tokenizer that it was made with."
 
 # Fields of MostConfig by preset; `text_vocab_size` is that of the tokenizer without audio tokens.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -103,14 +109,16 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
     """Convert DeepSeek-V2(-Lite), a folder or hub name in Hugging Face layout, to a MoST folder `output`.
 
     Units and markers are added to the vocabulary, and the experts are assigned to groups. Where the embedding has too few rows, new ones
-    are added, which start as the mean of the others.
+    are added, which start as the mean of the others. Raises CheckpointError as `read_description` does.
     """
+    source = local_copy(source)
     with quiet_transformers():
         tokenizer = add_audio_tokens(load_tokenizer(source))
         ids = token_ids(tokenizer)
         model = load_model(source, overrides, first_audio_token=ids.unit_base, last_audio_token=ids.end_audio)
         if model.config.vocab_size <= ids.end_audio:
             model.resize_token_embeddings(-(-(ids.end_audio + 1) // 64) * 64)
+    check_vocabulary(model.config, tokenizer, source)
     save_model(model, tokenizer, output)
     return model
 
@@ -123,22 +131,60 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
         CheckpointError: there is no configuration, or it is of another model type.
         ConfigError: the overrides do not fit it.
     """
-    try:
-        values, _ = transformers.PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError("model_name_or_path", path, f"holds no model configuration ({one_line(error)}).") from error
-    if not values:
-        raise CheckpointError("model_name_or_path", path, "holds no config.json.")
+    check_model_files(path)
+    values = read_json_object(path, CONFIG)
+    if values is None:
+        raise CheckpointError("model_name_or_path", path, f"holds no {CONFIG}.")
     kind = values.get("model_type")
-    known = {MostConfig.model_type, OriginalMostConfig.model_type, "deepseek_v2"}
+    known = (MostConfig.model_type, OriginalMostConfig.model_type, "deepseek_v2")
     if kind not in known:
         raise CheckpointError("model_name_or_path", path, f"holds a model of type {kind!r}, not one of {sorted(known)}.")
-    for key in ("auto_map", "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
-        values.pop(key, None)
+    unusable = f"has a {CONFIG} that cannot be used"
     try:
+        values, unknown = parse_config(values)
+    except ValueError as error:
+        remedy = "Correct it, or get the model again."
+        raise CheckpointError("model_name_or_path", path, f"{unusable} ({one_line(error)}).", remedy) from error
+    if unknown:
+        _warn_of_keys(path, tuple(unknown))
+    with loading(CheckpointError, "model_name_or_path", path, unusable):
         return MostConfig(**(overrides or RoutingOverrides()).apply({**values, **changes}))
-    except StrictDataclassError as error:
-        raise CheckpointError("model_name_or_path", path, f"has a config.json that cannot be used ({one_line(error)}).") from error
+
+
+@functools.cache
+def _warn_of_keys(path: str, keys: tuple[str, ...]) -> None:
+    """Warn, once in a process, of keys in a config.json that nothing here knows."""
+    logger.warning("%s", printable(f"{storage.redact(path)}/{CONFIG}: {', '.join(keys[:12])}: not known, not used"))
+
+
+def read_description(path: str, overrides: RoutingOverrides | None = None) -> tuple[MostConfig, PreTrainedTokenizerFast]:
+    """The configuration and the tokenizer of a model folder, which fit each other. Raises what `read_config`, `load_tokenizer` and
+    `check_vocabulary` raise."""
+    config, tokenizer = read_config(path, overrides), load_tokenizer(path)
+    check_vocabulary(config, tokenizer, path)
+    return config, tokenizer
+
+
+def check_vocabulary(config: MostConfig, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """Raise CheckpointError unless a model and its tokenizer agree on what is audio: else all speech would go to the experts of text. The
+    tokens in the audio range of the configuration must be the units and the audio markers, and every token must have an embedding. `path`
+    is only shown."""
+    vocabulary, where = tokenizer.get_vocab(), storage.redact(path)
+    make = f"most-ray init-model --from_deepseek {where} --output models/most"
+    if not vocabulary.keys() & set(AUDIO_TOKENS):
+        remedy = f"Make a model that does, and name its folder: {make}."
+        raise CheckpointError("model_name_or_path", where, "has a tokenizer that knows no speech units.", remedy)
+    ids = token_ids(tokenizer)
+    audio, first, last = {vocabulary[token] for token in AUDIO_TOKENS}, config.first_audio_token, config.last_audio_token
+    if {number for number in vocabulary.values() if first <= number <= last} != audio:
+        rule = f"has audio tokens {first}..{last} by its {CONFIG}, and by its tokenizer units and audio markers {min(audio)}..{max(audio)}"
+        rule += f" ({len(audio)} of them)."
+        raise CheckpointError("model_name_or_path", where, rule, _OTHER_TOKENIZER)
+    if (most := max(vocabulary.values())) >= config.vocab_size:
+        rule = f"has a tokenizer with ids up to {most}, and by its {CONFIG} {config.vocab_size} embeddings (vocab_size)."
+        raise CheckpointError("model_name_or_path", where, rule, _OTHER_TOKENIZER)
+    if special := audio & {ids.bos, ids.eos, ids.pad}:
+        raise CheckpointError("model_name_or_path", where, f"has a tokenizer whose special token {min(special)} is an audio token.")
 
 
 def load_model(
@@ -155,13 +201,11 @@ def load_model(
         CheckpointError: a weight is missing, unexpected or of another shape.
     """
     config = read_config(path, overrides, **changes)
+    check_weight_count(count_parameters(config, path), weight_shapes(path), path)
     keywords: dict[str, Any] = {"distributed_config": distributed} if distributed else {}
-    with quiet_transformers():
-        try:
-            keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-            model, info = MostForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, **keywords)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError("model_name_or_path", path, f"cannot be loaded ({one_line(error)}).") from error
+    keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False, "use_safetensors": True}
+    with quiet_transformers(), loading(CheckpointError, "model_name_or_path", path, "cannot be loaded"):
+        model, info = MostForCausalLM.from_pretrained(path, config=config, dtype=torch.float32, **keywords)
     biases = {name for name, _ in model.named_buffers() if name.endswith(BALANCE_BIAS)}
     if biases <= set(info["missing_keys"]):
         info["missing_keys"] = set(info["missing_keys"]) - biases
@@ -185,11 +229,20 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def count_parameters(config: MostConfig, path: str) -> int:
+    """The number of parameters of a model, for which no memory is allocated. `path` is only shown. Raises CheckpointError if no model can
+    be made of the configuration."""
+    unusable = loading(CheckpointError, "model_name_or_path", path, f"has a {CONFIG} of which no model can be made")
+    with unusable, torch.device("meta"), initialization.no_init_weights():
+        return sum(parameter.numel() for parameter in MostForCausalLM(config).parameters())
+
+
 def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Save a model and its tokenizer in Hugging Face layout (with keys per expert, as DeepSeek-V2); `AutoModelForCausalLM` loads it after
     `import most_ray`."""
     model.config.template_hash = template_hash()
-    model.generation_config.eos_token_id = sorted({model.config.eos_token_id, token_ids(tokenizer).end_audio})
+    eos = model.config.eos_token_id
+    model.generation_config.eos_token_id = sorted({*(eos if isinstance(eos, list) else [eos]), token_ids(tokenizer).end_audio})
     model.generation_config.pad_token_id = token_ids(tokenizer).pad
     with quiet_transformers():
         try:

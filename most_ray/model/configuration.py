@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, shown
+from most_ray.io.model_files import IMPLEMENTATIONS
 
 FIRST_AUDIO_TOKEN = 100002  # of the original vocabulary, in which 0..100001 are text
 LAST_AUDIO_TOKEN = 100503  # of the original vocabulary: 500 units and two audio markers
+
+# The numbers that a config.json may state, least and most, so that a wrong one is refused before memory is allocated for it: far above the
+# largest published model of this kind.
+_SIZES: Mapping[str, tuple[int, int]] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank"), (1, 1 << 20)),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim", "qk_head_dim"), (1, 1 << 16)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"), (1, 1 << 14)),
+    **dict.fromkeys(("n_group", "topk_group"), (1, 1 << 14)),
+    **dict.fromkeys(("first_audio_token", "last_audio_token", "pad_token_id", "bos_token_id"), (0, 1 << 24)),
+    "vocab_size": (1, 1 << 24),
+    "num_hidden_layers": (1, 1 << 10),
+    "n_shared_experts": (0, 1 << 10),
+    "first_k_dense_replace": (0, 1 << 14),
+    "max_position_embeddings": (1, 1 << 31),
+}
+_NUMBERS: Mapping[str, tuple[float, float]] = {
+    **dict.fromkeys(("initializer_range", "rms_norm_eps", "routed_scaling_factor", "aux_loss_alpha", "rope_theta"), (0.0, 1e12)),
+    "attention_dropout": (0.0, 1.0),
+}
+# Keys whose values choose what is computed, and the values that this code computes. None: as if the key were missing.
+_CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "topk_method": ("greedy", "group_limited_greedy", None),
+    "scoring_func": ("softmax", None),
+    "moe_layer_freq": (1, None),
+    **{f"{mark}{key}": (*known, None) for key, known in IMPLEMENTATIONS.items() for mark in ("", "_")},
+}
+_FROM_ELSEWHERE = ("rope_scaling", "output_attentions", "ep_size", "template_hash", "units_identity")  # keys that are kept as they are
+_NOT_USED = (  # keys of whoever wrote the file, and `auto_map`, which names code that is not loaded
+    *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
+    *("_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
+)
 
 
 @strict
@@ -46,6 +83,58 @@ class OriginalMostConfig(MostConfig):
     """MostConfig with the `model_type` of the original MoST, so that its checkpoint folders load as they are."""
 
     model_type = "MoST"
+
+
+def parse_config(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """From the content of a config.json to arguments of MostConfig, which checks types and groups of experts.
+
+    Returns:
+        The arguments, and the keys that are not known and are left out.
+
+    Raises:
+        ValueError: a value is of the wrong kind, out of range, or asks for something that this code does not compute.
+    """
+    known = {field.name for field in fields(MostConfig)} | {*_SIZES, *_NUMBERS, *_CHOICES, *_FROM_ELSEWHERE}
+    kept = {key: value for key, value in values.items() if key in known and key not in _NOT_USED}
+    for key, value in kept.items():
+        _check_value(key, value)
+    for key in ("rope_parameters", "rope_scaling"):
+        _check_rope(key, kept.get(key))
+    if kept.get("topk_method") == "group_limited_greedy":
+        n_experts, n_group, chosen = (kept.get(key) or 0 for key in ("n_routed_experts", "n_group", "topk_group"))
+        if not 1 <= chosen <= n_group or n_experts % n_group:
+            raise ValueError(f"topk_group {chosen} of n_group {n_group} do not divide n_routed_experts {n_experts} into groups to choose")
+    return kept, sorted(map(str, values.keys() - known - set(_NOT_USED)))
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Raise ValueError if the value of a key of config.json, where it is a number or a choice, is none that the key may have."""
+    if key in _CHOICES and (isinstance(value, bool | list | dict) or value not in _CHOICES[key]):
+        raise ValueError(f"{key} {shown(value)} is not one of {', '.join(map(str, _CHOICES[key]))}")
+    limits = _SIZES.get(key) or _NUMBERS.get(key)
+    if limits is None or value is None:
+        return
+    kinds: Any = int if key in _SIZES else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not limits[0] <= value <= limits[1]:
+        what = "a whole number" if key in _SIZES else "a number"
+        raise ValueError(f"{key} {shown(value)} is not {what} in {limits[0]:g}..{limits[1]:g}")
+
+
+def _check_rope(key: str, values: Any) -> None:
+    """Raise ValueError unless `values` are parameters of a position embedding that the library knows; None: the default one."""
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise ValueError(f"{key} {shown(values)} is no object")
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
+        raise ValueError(f"{key} has the type {shown(kind)}, not one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
+    for name, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if name in ("rope_type", "type") or value is None or isinstance(value, bool):
+            continue
+        if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+            raise ValueError(f"{key} has {name} {shown(value)}, which is no number")
 
 
 def _check_experts(config: MostConfig) -> None:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
@@ -23,7 +21,7 @@ from most_ray.data.batch import rank_batch
 from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here
 from most_ray.data.store import TokenStore, read_checksummed_json
 from most_ray.errors import ConfigError, DataError
-from most_ray.io import storage
+from most_ray.io import hub, storage
 from most_ray.io.run_folder import RunFolder, local_copy
 from most_ray.model.build import PRESETS, init_model, read_config
 from most_ray.model.configuration import MostConfig
@@ -148,19 +146,19 @@ class _Preparation:
             return str(folder)
         if storage.is_remote(name) or Path(name).exists():
             return storage.absolute(name)
-        with contextlib.suppress(HFValidationError):  # not a valid name on the hub
-            if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-                return str(Path(cached).parent)
+        if cached := hub.cached_folder(name):
+            return cached
         known = published_name(name)
         if known is None:
             rule = "is neither a folder nor in this machine's cache of hub models."
             raise ConfigError("model_name_or_path", storage.redact(name), rule, "Check the path; a dry run does not use the network.")
-        target = "models/most" if name in PUBLISHED else name
+        is_published = name.removeprefix(hub.PREFIX) in PUBLISHED
+        target = "models/most" if is_published else name
         stand_in = "and a tokenizer trained on the records instead of its own"
         self.notes += [
             f"{name} is not on this machine: estimated with the published sizes of {known}, {stand_in}",
-            f"before the run: most-ray init-model --from_deepseek {known} --output {target}",
-            *([f"and for the run: model_name_or_path: {target}"] if name in PUBLISHED else []),
+            f"before the run: most-ray init-model --from_deepseek {hub.PREFIX}{known} --output {target}",
+            *([f"and for the run: model_name_or_path: {target}"] if is_published else []),
         ]
         self.stand_in = True
         tokenizer = train_tokenizer(training_texts(self.config, sampling.SAMPLE_RECORDS), _STAND_IN_TOKENS)

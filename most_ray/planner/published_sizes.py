@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from most_ray.io import storage
+from most_ray.io.hub import PREFIX
 
 # From config.json in each repository on huggingface.co. The position embedding (YaRN) has no weights and is left out.
 _LITE: dict[str, Any] = {
@@ -51,6 +52,7 @@ _FOLDERS = {"most-v2-lite": "deepseek-ai/DeepSeek-V2-Lite", "most-v2": "deepseek
 
 
 def published_name(name: str) -> str | None:
-    """Return the published model that a hub name, or the last part of a folder's path, stands for; None if there is none. A MoST model has
-    the same sizes as the one it was made from: units and markers of speech use spare rows of the vocabulary."""
-    return name if name in PUBLISHED else _FOLDERS.get(storage.base_name(name))
+    """Return the published model that a name on the hub, or the last part of a folder's path, stands for; None if there is none. A MoST
+    model has the same sizes as the one it was made from: units and markers of speech use spare rows of the vocabulary."""
+    plain = name.removeprefix(PREFIX)
+    return plain if plain in PUBLISHED else _FOLDERS.get(storage.base_name(plain))

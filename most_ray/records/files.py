@@ -7,12 +7,10 @@ import fnmatch
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from most_ray.errors import DataError, RecordError
 from most_ray.io import storage
 from most_ray.io.json_stream import open_compressed, read_lines, read_values
-from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import Kind, begins_with
 from most_ray.io.storage import Entry
 
@@ -29,21 +27,6 @@ SPEECH_FOLDER = "speech"  # in the folder of a run and of an export: copies of A
 ASSET_FILES = (KMEANS, VOCODER, UNITS_MANIFEST)  # the manifest last: where it exists, the others have been copied
 _HEAD = 4096  # bytes of a file that show its form
 _NOT_RECORDS = frozenset({UNITS_MANIFEST, REJECTED, PREPARED, CONVERTED})
-
-
-def load_units_manifest(folder: str) -> dict[str, Any] | None:
-    """Read the units manifest of a folder, a path or URI; None if it has none.
-
-    Raises:
-        DataError: it is not a JSON object.
-    """
-    uri = storage.join(folder, UNITS_MANIFEST)
-    if not storage.exists(uri):
-        return None
-    try:
-        return dict(parse_json(storage.read_bytes(uri)))
-    except (ValueError, TypeError) as error:
-        raise DataError("units manifest", uri, f"is not JSON ({error}).") from error
 
 
 def record_files(directory: str | Path, pattern: str = "*") -> list[Entry]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from most_ray.errors import CheckpointError
+from most_ray.errors import CheckpointError, redact, shown
+from most_ray.io.model_files import check_chooses_no_code, loading, no_panic_output, read_json_object
 from most_ray.records.batch_tokenizer import BatchTokenizer
 from most_ray.records.record import N_UNITS
 from most_ray.records.template import TokenIds, Vocabulary
@@ -18,6 +19,23 @@ from most_ray.records.template import TokenIds, Vocabulary
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜pad｜>"
 BEGIN_AUDIO, END_AUDIO = "<|begin_of_audio|>", "<|end_of_audio|>"
 AUDIO_TOKENS = (*(f"[Hu{unit}]" for unit in range(N_UNITS)), BEGIN_AUDIO, END_AUDIO)
+_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_PROBE = "User: Transcribe the following speech into text.\n\n\nAssistant: seven"
+# Keys of tokenizer_config.json whose values are neither plain nor tokens, and what they are. (Plain values of unknown keys are kept only.)
+_STRUCTURED: dict[str, type | tuple[type, ...]] = {
+    "added_tokens_decoder": dict,
+    "additional_special_tokens": list,
+    "auto_map": (dict, list),  # names code, which is not loaded
+    "chat_template": (dict, list),
+    "extra_special_tokens": (dict, list),
+    "model_input_names": list,
+    "model_specific_special_tokens": dict,
+    "sp_model_kwargs": dict,
+}
+_OTHER_FILES = frozenset(  # arguments of the library's class by which it would read other files than tokenizer.json
+    {"fast_tokenizer_files", "merges", "merges_file", "post_processor", "tokenizer_file", "tokenizer_object", "tokenizer_padding"}
+    | {"tokenizer_truncation", "vocab", "vocab_file"}
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -66,12 +84,30 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a model directory.
+    """Load the tokenizer of a model directory from its tokenizer.json: the class that tokenizer_config.json names could be built from other
+    files, or be code.
 
     Raises:
-        CheckpointError: it has none that can be loaded.
+        CheckpointError: it has none that can be loaded, or one that cannot encode a text.
     """
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError("model_name_or_path", str(directory), f"has no usable tokenizer ({error}).") from error
+    _check_tokenizer_config(directory)
+    unusable = loading(CheckpointError, "model_name_or_path", str(directory), "has no usable tokenizer")
+    with unusable, no_panic_output():
+        if not (Path(directory) / _TOKENIZER).is_file():
+            raise ValueError(f"it holds no {_TOKENIZER}")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), trust_remote_code=False)
+        if not tokenizer.encode(_PROBE, add_special_tokens=False):
+            raise ValueError("it finds no token in a text")
+    return tokenizer
+
+
+def _check_tokenizer_config(directory: str | Path) -> None:
+    """Raise CheckpointError if tokenizer_config.json has a key by which other files or code would be loaded, or values that no key has."""
+    values = read_json_object(directory, _TOKENIZER_CONFIG) or {}
+    check_chooses_no_code(values, directory, _TOKENIZER_CONFIG)
+    for key, value in values.items():
+        kinds = _STRUCTURED.get(key)
+        plain = value is None or isinstance(value, str | int | float) or (key.endswith("_token") and isinstance(value, dict))
+        if key in _OTHER_FILES or not (isinstance(value, kinds) if kinds and value is not None else plain):
+            rule = f"has a {_TOKENIZER_CONFIG} with a value that is not known: {key} is {shown(value)[:200]}."
+            raise CheckpointError("model_name_or_path", redact(str(directory)), rule, f"Remove {key} from it.")

@@ -26,15 +26,16 @@ from most_ray.distributed.devices import prefers_bf16
 from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.io import storage
+from most_ray.io.hub import check_model_name
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
-from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config
+from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config, read_description
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
 from most_ray.records.files import REJECTED, SPEECH_FOLDER, read_raw, record_files
 from most_ray.records.record import TASKS, parse_record
 from most_ray.records.template import Vocabulary, template_texts
-from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer, vocabulary_of
+from most_ray.records.tokenizer import vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.overlap import warn_of_overlaps
@@ -84,7 +85,7 @@ def prepare_run(config: RunConfig, runner: MakeRunner = ingest_here, workers: in
         gpus: GPUs of the cluster (None: of this machine).
     """
     room = partial(devices_of, config, gpus=gpus)
-    checked = walk({"storage": partial(check_outputs, config), "data": partial(check_inputs, config), "room": room})
+    checked = walk({"storage": partial(check_outputs, config), "data": partial(_check_all_inputs, config), "room": room})
     use_gpu, fewest, most = checked["room"]
     folder = RunFolder(config.run_uri)
     sources = open_sources(config, folder, runner(config, use_gpu))
@@ -163,6 +164,15 @@ def check_inputs(config: RunConfig) -> None:
         raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_uri)} holds {LEDGER}.", "Choose another name.")
 
 
+def _check_all_inputs(config: RunConfig) -> None:
+    """`check_inputs`, and that a model in a folder of this machine can be read: before anything is made for the run."""
+    check_inputs(config)
+    if (name := config.model_name_or_path) not in PRESETS:
+        check_model_name(name)
+        if not storage.is_remote(name) and storage.exists(name):
+            read_description(local_copy(name), overrides_of(config))
+
+
 def _check_directories(config: RunConfig) -> None:
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
@@ -197,11 +207,10 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, i
         ingest: opens or builds the token store of one directory.
     """
     model_path = _model_path(config, folder)
-    local_model = local_copy(model_path)
-    model_config = read_config(local_model, overrides_of(config))
+    model_config, tokenizer = read_description(local_copy(model_path), overrides_of(config))
     if not config.accept_data_change:
         check_template(model_config, model_path)
-    vocabulary = _vocabulary(config, local_model)
+    vocabulary = vocabulary_of(tokenizer)
 
     def stores_of(use: Literal["train", "val"], limit: int, overlong: Overlong) -> list[TokenStore]:
         return [
@@ -217,16 +226,6 @@ def open_sources(config: RunConfig, folder: RunFolder, run: Runner = run_here, i
     folder.push(REJECTED)
     warn_of_overlaps(training, validation)
     return Sources(model_path, vocabulary, training, validation, n_rejected)
-
-
-def _vocabulary(config: RunConfig, model: str) -> Vocabulary:
-    """The vocabulary of a model folder. Raises CheckpointError where its tokenizer knows no speech, as DeepSeek-V2's own."""
-    tokenizer = load_tokenizer(model)
-    if not tokenizer.get_vocab().keys() & set(AUDIO_TOKENS):
-        name = storage.redact(config.model_name_or_path)
-        remedy = f"Make a model that does, and name its folder: most-ray init-model --from_deepseek {name} --output models/most."
-        raise CheckpointError("model_name_or_path", name, "has a tokenizer that knows no speech units.", remedy)
-    return vocabulary_of(tokenizer)
 
 
 def keep_speech_assets(prepared: Prepared) -> None:
@@ -253,7 +252,8 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
     """Folder or hub name of the model to start from. A preset's model is made once per run, with a tokenizer for the training records."""
     name = config.model_name_or_path
     if name not in PRESETS:
-        return storage.absolute(name) if storage.is_remote(name) or Path(name).exists() else name
+        check_model_name(name)
+        return storage.absolute(name) if storage.is_remote(name) or storage.exists(name) else name
     uri = folder.at("init")
     if catalog.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
         return uri  # the run has started from it

@@ -293,7 +293,7 @@ def test_a_model_that_is_not_here_has_its_published_sizes(data: Path, monkeypatc
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
     run = dry_run(config_of(data, model_name_or_path=name, num_workers=8, ep_size=8, use_gpu=True, bf16=True, max_steps=5))
     assert run.parameters == 15_706_484_224 and run.about_tokens and not run.about_records
-    assert any("init-model --from_deepseek deepseek-ai/DeepSeek-V2-Lite" in note for note in run.notes)
+    assert any("init-model --from_deepseek hf:deepseek-ai/DeepSeek-V2-Lite" in note for note in run.notes)
     assert run.layout.checkpoint_bytes == pytest.approx(12 * run.parameters, rel=1e-3)
 
 

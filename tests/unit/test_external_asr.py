@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Processor
 
 from most_ray.errors import CheckpointError
@@ -78,5 +79,10 @@ def test_audio_of_another_rate_is_resampled(recogniser: str, monkeypatch: pytest
 
 def test_what_is_no_recogniser_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        ExternalRecogniser(tones, str(tmp_path))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="is not a usable recogniser"):
         ExternalRecogniser(tones, str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"^recogniser = 'openai/none': is neither a folder .* hf:OWNER/NAME\.$"):
+        ExternalRecogniser(tones, "openai/none")

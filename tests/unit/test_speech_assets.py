@@ -175,7 +175,7 @@ def test_only_the_kit_that_was_asked_for_is_copied(kit: Path, made: Path, tmp_pa
         copy_assets(sources, str(tmp_path / "c"), identity)
     assert not (tmp_path / "c").exists()
     (other / "units.json").write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="is not a units manifest"):
         copy_assets(sources, str(tmp_path / "d"), identity_of(kit))
 
 

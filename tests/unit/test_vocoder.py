@@ -315,7 +315,7 @@ def test_what_a_seamless_folder_lacks_is_said(seamless: tuple[Path, Any], tmp_pa
         open_vocoder(str(folder), None, language="fra")
     with pytest.raises(CheckpointError, match="speaker = 2"):
         open_vocoder(str(folder), None, speaker=2)
-    with pytest.raises(CheckpointError, match="cannot be opened"):
+    with pytest.raises(CheckpointError, match="is neither a folder nor in"):
         open_vocoder(str(tmp_path / "nothing"), None)
     with pytest.raises(CheckpointError, match="is not on this machine"):
         open_vocoder("s3://bucket/vocoder.safetensors", None)
@@ -341,5 +341,5 @@ def test_tensors_must_be_exactly_the_vocoders(seamless: tuple[Path, Any], change
         index["weight_map"]["vocoder.hifi_gan.conv_pre.bias"] = f"../model/{name}"
     safetensors.torch.save_file(tensors, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="does not hold the vocoder's tensors"):
+    with pytest.raises(CheckpointError, match="weight_map does not name" if change == "outside" else "does not hold the vocoder's tensors"):
         open_vocoder(str(folder), None)

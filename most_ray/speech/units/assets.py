@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.errors import CheckpointError, DataError
+from most_ray.errors import CheckpointError, DataError, UserError
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
-from most_ray.records.files import ASSET_FILES, KMEANS, SPEECH_FOLDER, UNITS_MANIFEST, load_units_manifest
+from most_ray.records.files import ASSET_FILES, KMEANS, SPEECH_FOLDER, UNITS_MANIFEST
 from most_ray.records.record import units_hash
+from most_ray.records.units_manifest import NEEDED_FOR_SPEECH, load_units_manifest
 from most_ray.speech.units.clustering import SpeakerStatistics, assign, kmeans_hash, load_kmeans, remove_repeats
 from most_ray.speech.units.extractors import manifest_settings, open_extractor
 from most_ray.speech.units.features import Extractor
@@ -69,28 +69,32 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
     centroids = load_kmeans(folder / KMEANS)
     if kmeans_hash(centroids) != identity["kmeans"]:
         raise DataError("kmeans", str(folder / KMEANS), "is not the one that units.json beside it names.", _REMEDY)
+    if len(centroids) != identity.get("n_units", len(centroids)):
+        rule = f"holds {len(centroids)} centroids, and units.json beside it describes {identity['n_units']} units."
+        raise DataError("kmeans", str(folder / KMEANS), rule, _REMEDY)
     try:
         settings = manifest_settings(manifest, encoder)
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise DataError("speech", str(folder / UNITS_MANIFEST), f"does not say how to make its features ({error!r}).", _REMEDY) from error
     extractor = open_extractor(settings)
     if any(identity.get(key) != value for key, value in extractor.identity.items()):
         given, wanted = extractor.identity, {key: identity.get(key) for key in extractor.identity}
         raise CheckpointError("features", given, f"are not those that the units were made with: {wanted}.", "Name the same one: --encoder.")
+    reference = len(manifest["reference"]["mean"]) if manifest.get("reference") else extractor.width
+    if not centroids.shape[1] == reference == extractor.width:
+        rule = f"has {centroids.shape[1]} features in its centroids, {reference} in its reference, and makes {extractor.width}."
+        raise DataError("speech", str(folder), rule, _REMEDY)
     return SpeechAssets(folder, manifest, centroids, extractor)
 
 
 def require_units_manifest(folder: Path) -> dict[str, Any]:
-    """Read units.json of a folder. Raises DataError if it does not exist, or is not a units manifest."""
-    try:
-        manifest = parse_json((folder / UNITS_MANIFEST).read_text(encoding="utf-8"))
-        if not {"kmeans", "features", "repeats_removed"} <= manifest["identity"].keys():
-            raise KeyError("identity")
-    except FileNotFoundError as error:
-        raise DataError("speech", str(folder), f"holds no {UNITS_MANIFEST}, which says what the units mean.", _REMEDY) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError("speech", str(folder / UNITS_MANIFEST), f"is not a units manifest ({error!r}).", _REMEDY) from error
-    return dict(manifest)
+    """Read units.json of a folder. Raises DataError if it does not exist, or does not describe units of speech."""
+    manifest = load_units_manifest(str(folder), NEEDED_FOR_SPEECH)
+    if manifest is None:
+        raise DataError("speech", str(folder), f"holds no {UNITS_MANIFEST}, which says what the units mean.", _REMEDY)
+    return manifest
 
 
 def find_assets(model_uri: str, identity: str | None) -> str | None:

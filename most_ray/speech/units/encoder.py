@@ -11,20 +11,19 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pickle import UnpicklingError
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
-from transformers.utils import cached_file
 
 from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, ConfigError, one_line
+from most_ray.io.hub import model_folder
+from most_ray.io.model_files import check_foreign_model, loading
 from most_ray.speech.units.features import EncoderSettings, Frames
 
 _WINDOW = 30  # seconds: longer recordings go through in windows, so that memory does not grow with them
@@ -32,7 +31,7 @@ _CONTEXT = 2  # seconds dropped at an end that another window overlaps: more tha
 _PROBE = 6  # seconds by which two probes differ: whole frames at any usual rate, 12.5 Hz and Moonshine's 41.67 Hz among them
 _TRAINING_ONLY = "masked_spec_embed"  # a weight that replaces masked frames, which only training has
 _NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"  # transformers' environment variable
-_UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, ImportError, SafetensorError, UnpicklingError, StrictDataclassError)
+_FIELD = "features"  # of errors
 
 
 class EncoderExtractor:
@@ -53,10 +52,13 @@ class EncoderExtractor:
         `settings.kind`, is not a speech encoder, or does not have that layer; CheckpointError if it cannot be found or read, or weights are
         missing or of another shape."""
         self.source: str | None = settings.source
+        # Encoders may be pickled: facebook/hubert-base-ls960, for one, is published as pytorch_model.bin alone.
+        folder = model_folder(settings.source, _FIELD, pickled=True)
+        check_foreign_model(folder, _FIELD)
         with _quiet_transformers():
-            config = _open_config(settings)
-            self._frontend = _open_frontend(settings.source, config)
-            self._encoder, blocks = _open_encoder(settings, config)
+            config = _open_config(settings, folder)
+            self._frontend = _open_frontend(settings.source, folder, config)
+            self._encoder, blocks = _open_encoder(settings, folder, config)
         layers = list(blocks)
         self._waveform = self._encoder.main_input_name == "input_values"
         # The number of samples that the encoder's input is always padded to; 0 if it takes any length.
@@ -136,7 +138,7 @@ class EncoderExtractor:
         short, long = self.sample_rate, (1 + _PROBE) * self.sample_rate
         try:
             (n_short, width), (n_long, _) = (self._forward(np.zeros(length, np.float32)).shape for length in (short, long))
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise ConfigError("features", self.source, f"cannot be run on samples of speech ({one_line(error)}).") from error
         frames = n_long - n_short
         if frames <= 0 or (long - short) % frames:
@@ -171,44 +173,36 @@ def _cut(blocks: nn.ModuleList, layers: list[nn.Module]) -> None:
     blocks.extend([*layers, _Stop()])
 
 
-def _open_config(settings: EncoderSettings) -> Any:
-    try:
-        config = AutoConfig.from_pretrained(settings.source, trust_remote_code=False)
-    except _UNREADABLE as error:
-        remedy = "Name a folder with config.json and weights, or a model on the hub (with HF_HUB_OFFLINE=1, one already downloaded)."
-        raise CheckpointError("features", settings.source, f"holds no encoder that can be opened ({one_line(error)}).", remedy) from error
+def _open_config(settings: EncoderSettings, folder: str) -> Any:
+    remedy = "Name a folder with config.json and weights, or a model on the hub: hf:OWNER/NAME."
+    with loading(CheckpointError, _FIELD, settings.source, "holds no encoder that can be opened", remedy):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if settings.kind not in (config.model_type, "auto"):
         rule = f"is not what {settings.source} holds: its model_type is {config.model_type!r}."
         raise ConfigError("features", settings.kind, rule, f"Write {config.model_type}:{settings.source}:{settings.layer}.")
     return config
 
 
-def _open_frontend(source: str, config: Any) -> Any:
+def _open_frontend(source: str, folder: str, config: Any) -> Any:
     """The library's feature extractor; without preprocessor_config.json, the one that wav2vec 2.0 and similar models were trained with."""
-    try:
+    remedy = "Put the encoder's own preprocessor_config.json beside its weights."
+    with loading(CheckpointError, _FIELD, source, "has no usable preprocessor_config.json", remedy):
         try:
-            return AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False)
+            return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError):
-            absent = cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is None
-            if not absent or not getattr(config, "conv_kernel", None):
+            if (Path(folder) / "preprocessor_config.json").exists() or not getattr(config, "conv_kernel", None):
                 raise
             norm = getattr(config, "feat_extract_norm", "layer")  # data2vec has no other
             return Wav2Vec2FeatureExtractor(sampling_rate=16000, do_normalize=norm == "layer")
-    except _UNREADABLE as error:
-        remedy = "Put the encoder's own preprocessor_config.json beside its weights."
-        raise CheckpointError("features", source, f"has no usable preprocessor_config.json ({one_line(error)}).", remedy) from error
 
 
-def _open_encoder(settings: EncoderSettings, config: Any) -> tuple[Any, nn.ModuleList]:
+def _open_encoder(settings: EncoderSettings, folder: str, config: Any) -> tuple[Any, nn.ModuleList]:
     """Load the encoder in float32, in evaluation mode, and find its list of layers. Raises what EncoderExtractor does; only weights up to
     the requested layer must be there."""
-    try:
-        # safetensors where there are any. Some encoders, facebook/hubert-base-ls960 for one, are published as pytorch_model.bin alone:
-        # weights_only reads tensors from it and refuses, rather than runs, anything else.
+    with loading(CheckpointError, _FIELD, settings.source, "has no weights that can be loaded"):
+        # safetensors where there are any. From pytorch_model.bin, weights_only reads tensors and refuses, rather than runs, anything else.
         checked = {"trust_remote_code": False, "weights_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, info = AutoModel.from_pretrained(settings.source, config=config, dtype=torch.float32, **checked)
-    except _UNREADABLE as error:
-        raise CheckpointError("features", settings.source, f"has no weights that can be loaded ({one_line(error)}).") from error
+        model, info = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **checked)
     encoder = model.get_encoder() if config.is_encoder_decoder else model
     blocks = _layers_of(encoder)
     if blocks is None or encoder.main_input_name not in ("input_values", "input_features"):

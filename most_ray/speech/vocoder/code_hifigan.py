@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCodeHifiGan
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2CodeHifiGan
-from transformers.utils import cached_file
 
-from most_ray.errors import CheckpointError, one_line
-from most_ray.io.json_values import parse_json
+from most_ray.errors import CheckpointError
+from most_ray.io.hub import model_folder
+from most_ray.io.model_files import check_foreign_model, loading, read_json_object, weight_files
 from most_ray.speech.units.clustering import remove_repeats
 from most_ray.speech.vocoder.unit_vocoder import check_units
 
 _MODELS: dict[str, Any] = {"seamless_m4t": SeamlessM4TCodeHifiGan, "seamless_m4t_v2": SeamlessM4Tv2CodeHifiGan}
+_FIELD = "vocoder"  # of errors
 _PREFIX = "vocoder."  # of the vocoder's tensors in a whole model
-_REMEDY = "Name a folder or hub name of SeamlessM4T, with safetensors, or of its vocoder alone, or a vocoder of `prepare vocoder`."
+_REMEDY = "Name SeamlessM4T (a folder or hf:OWNER/NAME) with safetensors, its vocoder alone, or a vocoder of `prepare vocoder`."
 
 
 class CodeHifiGan:
@@ -42,24 +41,26 @@ class CodeHifiGan:
     """
 
     def __init__(self, source: str, n_units: int | None = None, language: str | None = None, speaker: int = 0) -> None:
-        try:
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError("vocoder", source, f"cannot be opened ({one_line(error)}).", _REMEDY) from error
-        if config.model_type not in _MODELS:
-            raise CheckpointError("vocoder", source, f"is a {config.model_type}, not a SeamlessM4T vocoder.", _REMEDY)
-        self.n_units = int(config.unit_hifi_gan_vocab_size)
+        folder = model_folder(source, _FIELD)
+        check_foreign_model(folder, _FIELD)
+        with loading(CheckpointError, _FIELD, source, "cannot be opened", _REMEDY):
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            if config.model_type not in _MODELS:
+                raise CheckpointError("vocoder", source, f"is a {config.model_type}, not a SeamlessM4T vocoder.", _REMEDY)
+            self.n_units, self._rate = int(config.unit_hifi_gan_vocab_size), int(config.sampling_rate)
+            n_languages, n_speakers = int(config.vocoder_num_langs), int(config.vocoder_num_spkrs)
+            with torch.device("meta"):
+                self._model = _MODELS[config.model_type](config)
         if n_units is not None and n_units > self.n_units:
             raise CheckpointError("vocoder", source, f"knows {self.n_units} units, fewer than the {n_units} it is to speak.", _REMEDY)
-        if not 0 <= speaker < config.vocoder_num_spkrs:
-            raise CheckpointError("speaker", speaker, f"is none of the voices 0..{config.vocoder_num_spkrs - 1} of {source}.")
+        if not 0 <= speaker < n_speakers:
+            raise CheckpointError("speaker", speaker, f"is none of the voices 0..{n_speakers - 1} of {source}.")
         self._speaker = torch.tensor([[speaker]])
-        self._language = torch.tensor([[_language_number(source, language, config.vocoder_num_langs)]])
-        self._rate = int(config.sampling_rate)
-        with torch.device("meta"):
-            self._model = _MODELS[config.model_type](config)
-        _load(self._model, source)
+        self._language = torch.tensor([[_language_number(source, folder, language, n_languages)]])
+        _load(self._model, source, folder)
         self._model.eval()
+        with loading(CheckpointError, _FIELD, source, "cannot speak", _REMEDY), torch.no_grad():
+            self._synthesise(np.zeros(1, np.int64))
 
     @torch.no_grad()
     def __call__(self, utterances: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], int]:
@@ -76,14 +77,12 @@ class CodeHifiGan:
         return waves.reshape(-1).numpy()
 
 
-def _language_number(source: str, language: str | None, n_languages: int) -> int:
+def _language_number(source: str, folder: str, language: str | None, n_languages: int) -> int:
     """The number of a language, given as a code, a number, or None for the default."""
-    try:
-        path = _file(source, "generation_config.json")
-        codes: dict[str, int] = dict(parse_json(path.read_text("utf-8")).get("vocoder_lang_code_to_id") or {}) if path else {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        rule = f"has a generation_config.json that cannot be read ({one_line(error)})."
-        raise CheckpointError("vocoder", source, rule, _REMEDY) from error
+    codes = (read_json_object(folder, "generation_config.json", _FIELD) or {}).get("vocoder_lang_code_to_id") or {}
+    if not isinstance(codes, dict) or not all(isinstance(number, int) for number in codes.values()):
+        rule = "has a generation_config.json whose vocoder_lang_code_to_id is no table of numbers."
+        raise CheckpointError("vocoder", source, rule, _REMEDY)
     if language is None:
         language = "eng" if "eng" in codes else "0"
     number = codes.get(language, int(language) if language.isdecimal() else -1)
@@ -93,36 +92,18 @@ def _language_number(source: str, language: str | None, n_languages: int) -> int
     return number
 
 
-def _load(model: torch.nn.Module, source: str) -> None:
+def _load(model: torch.nn.Module, source: str, folder: str) -> None:
     """Load exactly the tensors of a model that is on the meta device, in float32; nothing else is read."""
-    try:
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in _shards(source)]
-            file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
-            prefix = _PREFIX if any(key.startswith(_PREFIX) for key in file_of) else ""
-            held, wanted = {key for key in file_of if key.startswith(prefix)}, {prefix + key for key in model.state_dict()}
-            if held != wanted:
-                raise ValueError(f"missing: {sorted(wanted - held)[:3]}, left over: {sorted(held - wanted)[:3]}")
-            tensors = {key.removeprefix(prefix): file_of[key].get_tensor(key).float() for key in held}
+    files = weight_files(folder, _FIELD, _PREFIX)
+    lacks = loading(CheckpointError, _FIELD, source, "does not hold the vocoder's tensors", _REMEDY)
+    with lacks, contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        file_of = {key: file for file in opened for key in file.keys()}  # noqa: SIM118 - not a dict
+        prefix = _PREFIX if any(key.startswith(_PREFIX) for key in file_of) else ""
+        held, wanted = {key for key in file_of if key.startswith(prefix)}, {prefix + key for key in model.state_dict()}
+        if held != wanted:
+            raise ValueError(f"missing: {sorted(wanted - held)[:3]}, left over: {sorted(held - wanted)[:3]}")
+        tensors = {key.removeprefix(prefix): file_of[key].get_tensor(key).float() for key in held}
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+            raise ValueError("numbers that are not finite")
         model.load_state_dict(tensors, assign=True)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError("vocoder", source, f"does not hold the vocoder's tensors ({one_line(error)}).", _REMEDY) from error
-
-
-def _shards(source: str) -> list[Path]:
-    """The model's safetensors files that may contain the vocoder's tensors."""
-    names = ["model.safetensors"]
-    if index := _file(source, "model.safetensors.index.json"):
-        where: dict[str, str] = parse_json(index.read_text("utf-8"))["weight_map"]
-        whole = any(key.startswith(_PREFIX) for key in where)
-        names = sorted({name for key, name in where.items() if key.startswith(_PREFIX) or not whole})
-    found = [_file(source, name) if re.fullmatch(r"[\w.-]+\.safetensors", name) else None for name in names]
-    if None in found:
-        raise FileNotFoundError(f"no {names[found.index(None)]}")
-    return [path for path in found if path]
-
-
-def _file(source: str, name: str) -> Path | None:
-    """The local path of a file of a folder or of a model on the hub; None if there is no such file."""
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    return Path(found) if found else None
