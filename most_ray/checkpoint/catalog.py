@@ -16,13 +16,13 @@ from typing import Any
 
 import xxhash
 
+from most_ray.checkpoint.content import STATE, check_files, check_state, parse_marker, parse_state
 from most_ray.checkpoint.retention import steps_to_delete
-from most_ray.checkpoint.shards import BLOCK_BYTES, DamagedFileError
+from most_ray.checkpoint.shards import BLOCK_BYTES, DamagedFileError, read_header
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, step_uri
 
 FORMAT = 2  # of a checkpoint's files; others are refused
@@ -61,15 +61,9 @@ def read_marker(uri: str) -> dict[str, Any]:
         data = storage.read_bytes(storage.join(uri, COMMIT))
     except FileNotFoundError:
         raise CheckpointError("checkpoint", storage.redact(uri), f"is missing or was never completed (no {COMMIT}).") from None
-    try:
-        marker: dict[str, Any] = parse_json(data)
-        found, _ = marker.get("format", 1), marker["step"]
-        parsed = found != FORMAT or all(isinstance(size, int) and isinstance(digest, str) for size, digest in marker["files"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DamagedFileError(f"{COMMIT} is cut off or garbage ({error})") from error
-    if not parsed:
-        raise DamagedFileError(f"{COMMIT} is cut off or garbage (its list of files)")
-    check_format(uri, found)
+    marker = parse_marker(data)
+    check_format(uri, marker["format"])
+    check_files(marker)
     return marker
 
 
@@ -92,9 +86,10 @@ def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = Fal
         DataError: the storage fails.
     """
     try:
-        files = read_marker(uri)["files"]
+        marker = read_marker(uri)
     except DamagedFileError as error:
         return str(error)
+    files = marker["files"]
     sizes = {entry.name: entry.size for entry in storage.list_files(uri, ("",))}
     deep = deep and sum(size for size, _ in files.values()) <= limit
     for number, (name, (size, digest)) in enumerate(sorted(files.items())):
@@ -104,6 +99,26 @@ def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = Fal
             return f"{name} has {sizes[name]:,} bytes, not {size:,}"
         if deep and number % world == rank and hash_file(storage.join(uri, name)) != digest:
             return f"{name} has other content than was written (its hash differs)"
+        if number % world == rank and (reason := _find_wrong_content(uri, name, marker["step"], deep)):
+            return reason
+    return None
+
+
+def _find_wrong_content(uri: str, name: str, step: int, deep: bool) -> str | None:
+    """What is wrong in a file, though it is the one that was written: in state.json of step `step` and, if `deep`, in the header of a
+    safetensors file. None if nothing is."""
+    try:
+        if name == STATE:
+            content = parse_state(storage.read_bytes(storage.join(uri, name)))
+            check_format(uri, content["format"])
+            check_state(content)
+            if content["step"] != step:
+                return f"{name} is of step {content['step']}, and {COMMIT} of {step}"
+        elif deep and name.endswith(".safetensors"):
+            with storage.open_read(storage.join(uri, name)) as stream:
+                read_header(stream)
+    except DamagedFileError as error:
+        return f"{name}: {error}"
     return None
 
 

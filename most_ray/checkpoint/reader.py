@@ -17,18 +17,16 @@ import torch
 from torch import nn
 
 from most_ray.checkpoint.catalog import check_format, read_marker
+from most_ray.checkpoint.content import STATE, check_state, parse_state
 from most_ray.checkpoint.shards import DamagedFileError, StoredTensor, TensorShard, index_tensors, read_header, read_shards, shard_of
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
 from most_ray.io.model_files import check_weight_count
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.optim.optimizer import saved_state
 from most_ray.optim.train_state import LossScale, TrainState, set_schedule
-
-STATE = "state.json"
 
 
 @contextlib.contextmanager
@@ -48,10 +46,11 @@ def read_state(uri: str | Path) -> dict[str, Any]:
     uri = str(uri)
     with _explained(uri, ""):
         read_marker(uri)
-    with _explained(uri, f"{STATE}: ", FileNotFoundError, ValueError, TypeError, KeyError):
-        content: dict[str, Any] = parse_json(storage.read_bytes(storage.join(uri, STATE)))
-        found = content["format"]
-    check_format(uri, found)
+    with _explained(uri, f"{STATE}: ", FileNotFoundError):
+        content = parse_state(storage.read_bytes(storage.join(uri, STATE)))
+    check_format(uri, content["format"])
+    with _explained(uri, ""):
+        check_state(content)
     return content
 
 
@@ -115,7 +114,8 @@ def load(uri: str | Path, state: TrainState, with_optimizer: bool = True) -> dic
     for finish in finishers:
         finish()
     for shard in random:
-        (torch.set_rng_state if ".cpu." in shard.name else torch.cuda.set_rng_state)(shard.chunks[0].local)
+        with _explained(uri, f"{shard.name}: ", RuntimeError):
+            (torch.set_rng_state if ".cpu." in shard.name else torch.cuda.set_rng_state)(shard.chunks[0].local)
     state.step = content["step"]
     state.skipped_in_row = content["skipped_in_row"]
     set_schedule(state, content["scheduler"]["last_epoch"])
@@ -156,7 +156,7 @@ class CheckpointFiles:
         for name in names:
             with _explained(uri, f"{name}: ", FileNotFoundError), storage.open_read(storage.join(uri, name)) as stream:
                 headers[name] = read_header(stream)
-        with _explained(uri, f"the header of one of {len(headers)}: ", KeyError, ValueError, TypeError):
+        with _explained(uri, ""):
             self.index: dict[str, StoredTensor] = index_tensors(headers)
 
     def read(self, shards: list[TensorShard]) -> None:

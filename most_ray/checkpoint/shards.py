@@ -261,21 +261,40 @@ def read_header(stream: BinaryIO) -> dict[str, Any]:
     data = stream.read(length)
     try:
         header = parse_json(data)
-        return {**header, "__metadata__": parse_json(header["__metadata__"][_CHUNKS_KEY])}
-    except (ValueError, KeyError, TypeError) as error:
+        chunks = parse_json(header["__metadata__"][_CHUNKS_KEY])
+        if not isinstance(chunks, dict) or not all(_is_chunk(header[key], *chunk) for key, chunk in chunks.items()):
+            raise ValueError("a tensor's entry")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedFileError("its header is broken") from error
+    return {**header, "__metadata__": chunks}
+
+
+def _is_chunk(entry: dict[str, Any], name: object, shape: list[int], offsets: list[int]) -> bool:
+    """Whether an entry of a safetensors header can be a chunk, at `offsets`, of a tensor of that name and shape."""
+    begin, end = entry["data_offsets"]
+    size, numbers = entry["shape"], [*shape, *offsets, *entry["shape"], begin, end]
+    if not isinstance(name, str) or not len(shape) == len(offsets) == len(size):
+        return False
+    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62 for number in numbers):
+        return False
+    inside = all(start + length <= most for start, length, most in zip(offsets, size, shape, strict=True))
+    return inside and end - begin == math.prod(size) * _DTYPES[entry["dtype"]].itemsize
 
 
 def index_tensors(headers: dict[str, dict[str, Any]]) -> dict[str, StoredTensor]:
-    """Collect the tensors of several files, whose headers by name are as `read_header` returns them."""
+    """Collect the tensors of several files, whose headers by name are as `read_header` returns them. Raises DamagedFileError if two files
+    describe one tensor differently."""
     index: dict[str, StoredTensor] = {}
     for file, header in headers.items():
         for key, (name, shape, offsets) in header["__metadata__"].items():
             entry = header[key]
+            dtype = _DTYPES[entry["dtype"]]
             if name not in index:
-                properties = TensorProperties(dtype=_DTYPES[entry["dtype"]])
-                index[name] = StoredTensor(TensorStorageMetadata(properties, torch.Size(shape), []), [])
-            index[name].metadata.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(entry["shape"])))
+                index[name] = StoredTensor(TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []), [])
+            found = index[name].metadata
+            if found.size != torch.Size(shape) or found.properties.dtype != dtype:
+                raise DamagedFileError(f"{file}: {name} has another shape or type than in other files")
+            found.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(entry["shape"])))
             index[name].locations.append((file, key))
     return index
 
@@ -311,9 +330,9 @@ def _read_file(path: Path, wanted: Sequence[_Read]) -> None:
             for key, source, target in wanted:
                 try:
                     data = handle.get_slice(key)[source] if source else handle.get_tensor(key)  # a scalar has no slices
+                    target.copy_(data)
                 except (SafetensorError, RuntimeError, IndexError, ValueError) as error:  # the header describes something else
                     raise DamagedFileError(_one_line(error)) from error
-                target.copy_(data)
 
 
 def _one_line(error: Exception) -> str:

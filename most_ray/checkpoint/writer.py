@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor
 
 import most_ray
 from most_ray.checkpoint.catalog import COMMIT, FORMAT, hash_file, latest_valid
-from most_ray.checkpoint.reader import STATE, random_shards, state_shards
+from most_ray.checkpoint.content import STATE
+from most_ray.checkpoint.reader import random_shards, state_shards
 from most_ray.checkpoint.shards import Staging, TensorShard
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size

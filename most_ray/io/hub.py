@@ -42,6 +42,8 @@ def check_model_name(source: str, field: str = "model_name_or_path") -> None:
         return
     if os.path.exists(path):
         raise CheckpointError(field, redact(source), "is a file, not a folder.", "Name the folder with config.json.")
+    if source.startswith((".", "/", "~")):
+        raise CheckpointError(field, redact(source), "does not exist.", "Check the path.")
     if _cached(source) is None:
         rule = "is neither a folder nor in this machine's cache of hub models."
         raise CheckpointError(field, redact(source), rule, f"Check the path; a model on the hub is {PREFIX}OWNER/NAME.")
