@@ -28,8 +28,8 @@ from most_ray.data.plan import PlanSpec
 from most_ray.errors import CheckpointError
 from most_ray.model.placement import row_order
 from most_ray.optim.train_state import TrainState
-from most_ray.records.tokenizer import train_tokenizer
-from tests.support.builders import WORDS, make_plan, tiny_model
+from tests.support.builders import make_plan, tiny_model
+from tests.support.checkpoints import copy_tokenizer
 from tests.support.gloo import run_ranks
 from tests.support.training import bare_state, content_of, full_weights, loss_of, make, save_to, steps
 
@@ -49,7 +49,7 @@ class Setting:
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     root = tmp_path_factory.mktemp("checkpoints")
     tiny_model().save_pretrained(root / "model")
-    train_tokenizer(WORDS, 300).save_pretrained(root / "model")
+    copy_tokenizer(root / "model")
     return Setting(str(root / "model"), make_plan(root / "data", batch=11).spec, str(root))
 
 

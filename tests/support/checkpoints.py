@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from most_ray.checkpoint import catalog, reader
 from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.optim.train_state import TrainState
+from tests.conftest import ROOT
 from tests.support.training import bare_state
 
 
@@ -21,6 +23,12 @@ def save(
     made = CheckpointWriter(background=False)
     made.save(str(uri), state, {}, files, may_commit)
     made.close()
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Put the tokenizer of the stored run, which has the ids of `builders.IDS`, into a folder."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tests" / "fixtures" / "run-0.1" / "stored" / "init" / name, folder)
 
 
 def small(value: float = 0.0) -> Any:

@@ -15,9 +15,8 @@ from most_ray.checkpoint.writer import CheckpointWriter
 from most_ray.data.plan import Plan
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
-from most_ray.records.tokenizer import train_tokenizer
-from tests.support.builders import WORDS, tiny_model
-from tests.support.checkpoints import save, small, weight_in
+from tests.support.builders import tiny_model
+from tests.support.checkpoints import copy_tokenizer, save, small, weight_in
 from tests.support.training import full_weights, loss_of, make, save_to, steps
 
 
@@ -163,12 +162,11 @@ def test_checkpoints_behind_a_uri(bucket: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_checkpoint_behind_a_uri_is_exported(bucket: str, model_dir: str, plan: Plan, tmp_path: Path) -> None:
-    train_tokenizer(WORDS, 300).save_pretrained(tmp_path / "tokenizer")
     state = make(model_dir)
     steps(state, plan, 1)
 
     def files(folder: Path) -> None:
-        shutil.copytree(tmp_path / "tokenizer", folder, dirs_exist_ok=True)
+        copy_tokenizer(folder)
         shutil.copy(Path(model_dir) / "config.json", folder)
 
     for number, uri in enumerate((bucket + "/step-000000001", str(tmp_path / "step-000000001"))):
