@@ -326,8 +326,9 @@ class RunConfig(TrackingOptions, EvaluationOptions, CheckpointOptions, ParallelO
         return found
 
     def redacted(self) -> RunConfig:
-        """The configuration as it may be written down: without the credentials that paths and URIs can hold."""
-        shown = {each.name: each.map(storage.redact, getattr(self, each.name)) for each in OPTIONS.values() if each.location}
+        """The configuration as it may be written down: without the credentials that paths, URIs and addresses can hold."""
+        texts = (each for each in OPTIONS.values() if each.type is str and not each.choices)
+        shown = {each.name: each.map(storage.redact, getattr(self, each.name)) for each in texts}
         return dataclasses.replace(self, **shown)
 
 

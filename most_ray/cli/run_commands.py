@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
+from most_ray.io.json_values import json_text
 from most_ray.io.outputs import check_file, check_new_folder, replacing, replacing_folder
 from most_ray.options import MOST_SEED, NOT_NEGATIVE
 
@@ -136,7 +136,7 @@ def _plan(args: argparse.Namespace) -> int:
     plan = prepare_run(config, ingest_runner).plan
     lines = ({"step": step, "records": plan.record_ids(plan.step(step))} for step in range(first, last + 1))
     with replacing("trace", args.trace) as temporary, temporary.open("w", encoding="utf-8") as sink:
-        sink.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        sink.writelines(json_text(line) + "\n" for line in lines)
     say(f"steps {first} to {last}: {args.trace}")
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from most_ray.cli.parser import Parser, add_command, check_model, config_of_flag
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
+from most_ray.io.json_values import json_text
 from most_ray.io.outputs import Kind, begins_with, check_file, check_folder, replacing
 from most_ray.options import ABOVE_0, AT_LEAST_1, add_flag
 from most_ray.records.files import UNITS_MANIFEST
@@ -81,7 +81,7 @@ def _transcribe(args: argparse.Namespace) -> int:
     lines: list[str] = []
     for path, units, transcript in _transcripts(args, assets, options):
         line = {"file": str(path), "text": transcript.text, "units": " ".join(map(str, units)), "ended": transcript.ended}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        lines.append(json_text(line) + "\n")
         if not args.output:
             cells = (transcript.text,) if len(args.recordings) == 1 else (str(path), transcript.text)
             print(*map(printable, cells), sep="\t")

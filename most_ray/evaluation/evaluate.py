@@ -89,7 +89,8 @@ def merge_shards(
     for each in sets:
         about[each.name] = {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"]}
         about[each.name]["rejected_file"] = storage.redact(storage.join(each.store.uri, REJECTED))
-    used = {"model": storage.redact(uri), **asdict(settings), "template": template_hash(), "units": getattr(config, "units_identity", None)}
+    used = {"model": uri, **asdict(settings), "template": template_hash(), "units": getattr(config, "units_identity", None)}
+    used = {name: storage.redact(value) if isinstance(value, str) else value for name, value in used.items()}
     routing = load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config)
     used |= {"asr_instruction": asr_instruction(tokenizer, sets), "normaliser_version": NORMALISER_VERSION}
     header = {"settings": used, "sets": about, "routing": routing}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, BinaryIO
 
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_line, parse_lines, read_lines
+from most_ray.io.json_values import json_text
 from most_ray.io.outputs import Kind, begins_with
 from most_ray.io.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ class Journal:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; it survives the end of this process at once."""
-        self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._stream.write(json_text(line).encode() + b"\n")
         self._stream.flush()
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from most_ray.errors import printable
 from most_ray.metrics.figures import ERRORS
 from most_ray.metrics.keys import leaves, nested
 from most_ray.metrics.schema import EXPERTS, KINDS, TRAIN
@@ -54,8 +55,8 @@ def _with_overall(line: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _name(template: str, parts: tuple[str, ...]) -> str:
-    """A declared name with the names of items in it."""
-    for part in parts:
+    """A declared name with the names of items in it, as trackers can take and show them."""
+    for part in map(printable, parts):
         template = re.sub(r"\{\w+\}", lambda _, part=part: part, template, count=1)  # type: ignore[misc]
     return template
 

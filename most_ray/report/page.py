@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, redact
 from most_ray.io import storage
 from most_ray.io.outputs import Kind, begins_with
 from most_ray.report import run_tables, sweep_tables
@@ -55,15 +55,19 @@ def _render(template: str, **content: Any) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    """Jinja2 set up so that every value is escaped and a misspelt name in a template is an error."""
+    """Jinja2 set up so that every value is escaped and shown without credentials, and a misspelt name in a template is an error."""
     loader, extensions = PackageLoader("most_ray.report"), ["jinja2.ext.do"]
-    found = Environment(
-        loader=loader, extensions=extensions, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    found = Environment(loader=loader, extensions=extensions, autoescape=True, undefined=StrictUndefined, finalize=_finalize)
+    found.trim_blocks = found.lstrip_blocks = True
     found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}  # of the filter tojson
     found.filters |= {"anchor": _anchor, "sha256": _sha256}
     found.globals["static"] = _static
     return found
+
+
+def _finalize(value: Any) -> Any:
+    """A value as the page shows it: texts without credentials. (Markup, which the templates make, is another type.)"""
+    return redact(value) if type(value) is str else value
 
 
 def _static(name: str) -> str:

@@ -15,7 +15,7 @@ from most_ray.errors import ConfigError
 from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
 from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
-from most_ray.io.json_values import parse_json
+from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.run_folder import RunFolder
 from most_ray.optim.train_state import warmup_of
 from most_ray.runs.environment import environment
@@ -91,7 +91,7 @@ def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) ->
             storage.write_bytes(folder.local / target, (folder.local / source).read_bytes())
         result = parse_json((folder.local / "evaluation.json").read_bytes())
         summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
-    storage.write_bytes(folder.local / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    storage.write_bytes(folder.local / "summary.json", json_text(summary, indent=1).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
     save_report(folder, write_report)
     return summary

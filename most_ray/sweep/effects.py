@@ -18,6 +18,7 @@ from most_ray.sweep.ledger import Ledger, Objective, Trial, metric_at
 from most_ray.sweep.space import Dimension, Kind
 
 Interval = tuple[float, float]
+_LARGEST = 1e200  # of values that are compared: their sums are finite
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def dimensions_of(ledger: Ledger) -> list[Dimension]:
         try:
             values, kind = tuple(entry.get("values", ())), entry["kind"]
             dimension = Dimension(str(entry["name"]), kind, values, float(entry.get("low", 0)), float(entry.get("high", 0)))
-        except (AttributeError, KeyError, TypeError, ValueError):  # incomplete: the ledger's file was edited or cut
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # incomplete: the ledger's file was edited or cut
             continue
         bounded = math.isfinite(dimension.low) and math.isfinite(dimension.high)
         if kind in get_args(Kind) and (values if kind in ("choice", "grid") else bounded):
@@ -122,7 +123,7 @@ def _groups(dimension: Dimension, known: Sequence[tuple[Any, float]]) -> list[tu
 
 def _halves(known: Sequence[tuple[Any, float]]) -> list[tuple[str, list[float]]]:
     """Split results at the median of the values, which belongs to the lower half."""
-    tried = [(float(value), result) for value, result in known if isinstance(value, int | float) and math.isfinite(value)]
+    tried = [(float(value), result) for value, result in known if isinstance(value, int | float) and abs(value) < _LARGEST]
     median, found = float(np.median([value for value, _ in tried])) if tried else 0.0, []
     for upper in (False, True):
         if half := [pair for pair in tried if (pair[0] > median) is upper]:

@@ -13,7 +13,6 @@ Lines are JSON, each with `kind` and `time`; a later line about a trial adds to 
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import time
@@ -23,9 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from most_ray.config import OPTIONS
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, shown
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines, read_lines
+from most_ray.io.json_values import json_text
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
 from most_ray.io.run_lock import RunLock
 from most_ray.metrics.figures import OBJECTIVES, RATES
@@ -33,6 +33,7 @@ from most_ray.options import current_words
 
 logger = logging.getLogger(__name__)
 TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"  # in the sweep's folder: runs, checkpoints for other trials, the best configuration
+_MOST = 1 << 53  # of steps and trials
 State = Literal["open", "finished", "stopped", "failed"]
 
 
@@ -98,7 +99,7 @@ def replay(lines: Iterable[Mapping[str, Any]]) -> Ledger:
                 _apply(ledger, line, now)
                 last = max(last, now)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            logger.warning("an incomplete line of %s is skipped (%r): %s", LEDGER, error, line)
+            logger.warning("an incomplete line of %s is skipped (%s): %s", LEDGER, shown(error), shown(dict(line)))
     ledger.spent_s += last - began
     ledger.trials = dict(sorted(ledger.trials.items()))
     return ledger
@@ -106,7 +107,7 @@ def replay(lines: Iterable[Mapping[str, Any]]) -> Ledger:
 
 def _apply(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
     """Add a line about a trial to a ledger."""
-    number = int(line["trial"])
+    number = _count(line["trial"])
     if line["kind"] == "trial":
         run, values, settings = str(line["run"]), dict(line["values"]), dict(line["settings"])
         trial = ledger.trials.setdefault(number, Trial(number, began=now))
@@ -120,11 +121,18 @@ def _apply(ledger: Ledger, line: Mapping[str, Any], now: float) -> None:
     trial = ledger.trials[number]
     if line["kind"] == "result":
         bounds = {name: (float(low), float(high)) for name, (low, high) in dict(line.get("intervals", {})).items()}
-        result = Result(str(line["run"]), int(line["step"]), dict(line["metrics"]), bounds)
+        result = Result(str(line["run"]), _count(line["step"]), dict(line["metrics"]), bounds)
         if all((known.run, known.step) != (result.run, result.step) for known in trial.results):
             trial.results.append(result)
     elif line["kind"] == "end" and line["state"] in ("finished", "stopped", "failed"):
         trial.state, trial.reason, trial.ended = line["state"], line.get("reason"), now
+
+
+def _count(value: Any) -> int:
+    """A trial's number or a step. Raises ValueError for numbers that none has."""
+    if not 0 <= (number := int(value)) <= _MOST:
+        raise ValueError(f"{number} is neither a step nor a trial")
+    return number
 
 
 class LedgerFile:
@@ -151,7 +159,7 @@ class LedgerFile:
             rule = "has been taken over by a newer start of the same sweep."
             raise ConfigError("name", storage.redact(self._folder.uri), rule, "One driver at a time.")
         line = {"kind": kind, "time": round(time.time(), 3), **content}
-        self._stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._stream.write(json_text(line).encode() + b"\n")
         self._stream.flush()
         self._folder.push(LEDGER)
         if kind == "sweep":

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+from most_ray.errors import printable
 from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.figures import SAMPLE
@@ -18,6 +19,11 @@ SAMPLE_COLUMNS = tuple(SAMPLE.keys)  # of an evaluation's samples in a table
 _BACKLOG = 20_000  # the most lines that wait for a tracker
 _BEGINNING_S = 600.0  # the most seconds that the end of a run waits until a tracker has the lines of earlier starts
 _CLOSING_S = 60.0  # seconds for a tracker to write what it was given
+
+
+def sample_cells(sample: Mapping[str, Any]) -> list[str]:
+    """The texts of a sample in the order of `SAMPLE_COLUMNS`, each in one line, as trackers can take and show them."""
+    return [printable(str(sample.get(name, "")).replace("\n", " ")) for name in SAMPLE_COLUMNS]
 
 
 class Tracker(Protocol):

@@ -10,13 +10,13 @@ from most_ray.io import storage
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import AXES, kind_of, row_of
 from most_ray.metrics.schema import EVALUATION
-from most_ray.trackers.base import SAMPLE_COLUMNS, Line, push_files
+from most_ray.trackers.base import SAMPLE_COLUMNS, Line, push_files, sample_cells
 
 _GROWTH = 1.25  # of the event file before it is copied to the run's URI again, so that all copies together are a few times its size
 
 
 def _markdown(samples: list[dict[str, Any]]) -> str:
-    cells = [[str(sample.get(name, "")).replace("|", "\\|").replace("\n", " ") for name in SAMPLE_COLUMNS] for sample in samples]
+    cells = [[cell.replace("|", "\\|") for cell in sample_cells(sample)] for sample in samples]
     return "\n".join(f"| {' | '.join(row)} |" if row else "|---|---|---|---|" for row in (SAMPLE_COLUMNS, (), *cells))
 
 

@@ -19,7 +19,7 @@ from most_ray.io.json_lines import read_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import AXES, GROUPS, kind_of, row_of
 from most_ray.metrics.schema import EVALUATION
-from most_ray.trackers.base import SAMPLE_COLUMNS, Line, Secret, push_files
+from most_ray.trackers.base import SAMPLE_COLUMNS, Line, Secret, push_files, sample_cells
 
 logger = logging.getLogger(__name__)
 _ROWS_PER_STEP = 100  # row numbers for each step of training: its own row, the experts', and evaluations that end meanwhile
@@ -120,7 +120,7 @@ class Wandb:
         if kind == "evaluation" and line.get("samples"):
             import wandb
 
-            data = [[*(str(sample.get(name, "")) for name in SAMPLE_COLUMNS), line["step"]] for sample in line["samples"]]
+            data = [[*sample_cells(sample), line["step"]] for sample in line["samples"]]
             row[EVALUATION["samples"].tracker] = wandb.Table(columns=[*SAMPLE_COLUMNS, "step"], data=data)
         self._run.log(row, step=number, commit=True)
         self._next = number + 1

@@ -25,7 +25,7 @@ from most_ray.config import OptimizerOptions
 from most_ray.data.batch import Batch
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
-from most_ray.errors import UserError
+from most_ray.errors import UserError, printable
 from most_ray.model.packed import pack_rows, to_device
 from most_ray.model.routing import update_balance_bias
 from most_ray.optim.train_state import BALANCE_LOAD, TrainState
@@ -184,7 +184,7 @@ def _report_skipped(state: TrainState, batch: Batch, loss: float, grad_norm: flo
         more = len(ids) - _SHOWN_RECORDS
         records = f" Its records: {', '.join(ids[:_SHOWN_RECORDS])}{f' and {more} more' if more > 0 else ''}."
     if this_rank() == 0:
-        logger.warning("step %d skipped: %s = %s.%s", batch.step, what, value, records)
+        logger.warning("step %d skipped: %s = %s.%s", batch.step, what, value, printable(records))
     if at_end:
         rule = f"is not finite; step {batch.step} is the last of {limit} skipped in a row.{records}"
         advice = "Use bf16" if state.loss_scale.enabled else "Look at these records"

@@ -24,7 +24,7 @@ from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
+from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.run_folder import COMMIT, LEDGER, RunFolder
 from most_ray.options import current_words, to_plain
 from most_ray.report import write_report
@@ -326,7 +326,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         "hours": round(ledger.spent_s / 3600, 4),
         "report": storage.redact(folder.at("report.html")),
     }
-    storage.write_bytes(folder.at("summary.json"), json.dumps(summary, indent=1, ensure_ascii=False).encode())
+    storage.write_bytes(folder.at("summary.json"), json_text(summary, indent=1).encode())
     save_report(folder, write_report)
     last_screen(ledger, sweep.objectives, summary, console)
     if ledger.trials and not best and not ledger.in_state("open", "stopped"):
