@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 _SECONDS = 30.0  # that a command may take
 _BYTES = 8 << 30  # of memory that it may address
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Outcome(NamedTuple):
