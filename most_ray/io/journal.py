@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from most_ray.io import storage
 from most_ray.io.json_lines import parse_line, parse_lines, read_lines
 from most_ray.io.json_values import json_text
-from most_ray.io.outputs import Kind, begins_with
+from most_ray.io.outputs import Kind, begins_with, named
 from most_ray.io.run_folder import RunFolder
 
 # First lines of the journals. (In metrics of earlier versions the step may come first.)
@@ -38,13 +38,14 @@ class Journal:
                 target.writelines(moved)
             temporary.replace(path)
             keep += sum(map(len, moved))
-        self._stream = path.open("ab")
+        self._path, self._stream = path, path.open("ab")
         self._stream.truncate(keep)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; it survives the end of this process at once."""
-        self._stream.write(json_text(line).encode() + b"\n")
-        self._stream.flush()
+        with named(self._path):
+            self._stream.write(json_text(line).encode() + b"\n")
+            self._stream.flush()
 
     def close(self) -> None:
         self._stream.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
+from most_ray.io.uris import expand
 
 
 class NodeCache:
@@ -67,7 +68,9 @@ def node_cache() -> NodeCache:
     given, size = os.environ.get("MOST_RAY_CACHE_DIR"), os.environ.get("MOST_RAY_CACHE_GB") or "64"
     if not re.fullmatch(r"(?=.*[1-9])\d{1,9}(\.\d*)?", size):
         raise ConfigError("MOST_RAY_CACHE_GB", size, "must be a positive number of gigabytes.")
-    directory = Path(given).resolve() if given else Path(tempfile.gettempdir(), f"most_ray-cache-{os.getuid()}")
+    directory = (
+        Path(expand("MOST_RAY_CACHE_DIR", given)).resolve() if given else Path(tempfile.gettempdir(), f"most_ray-cache-{os.getuid()}")
+    )
     with contextlib.suppress(FileExistsError):  # what exists is checked below
         directory.mkdir(mode=0o700, parents=True)
     status = directory.lstat()  # the default's name is predictable: another user could have made a link of that name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -90,8 +91,8 @@ def replacing(field: str, path: Path) -> Iterator[Path]:
     """The path of a new file beside `path`, with its suffix, which replaces `path` at the end unless there was an error. Missing folders
     are made; where `path` is a link, what it leads to is replaced. Raises ConfigError where it cannot be written."""
     target = Path(os.path.realpath(path))
-    with _explained(field, path), made_folder(target.parent):
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp{target.suffix}")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp{target.suffix}")
+    with _explained(field, path, temporary, target), made_folder(target.parent):
         try:
             yield temporary
             temporary.replace(target)
@@ -105,7 +106,7 @@ def replacing_folder(field: str, path: Path) -> Iterator[Path]:
     ConfigError where it cannot be written."""
     target = Path(os.path.realpath(path))
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-    with _explained(field, path), made_folder(target.parent):
+    with _explained(field, path, temporary, old, target), made_folder(target.parent):
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -124,9 +125,19 @@ def replacing_folder(field: str, path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let errors of the system name `path` where they name no file, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def made_folder(folder: Path) -> Iterator[None]:
     """Make a folder and those that it is in; after an error, those that were made and are empty are removed again."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    missing = list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
@@ -154,13 +165,14 @@ def failure_rule(error: OSError | DataError, what: str) -> str:
 
 
 @contextlib.contextmanager
-def _explained(field: str, path: Path) -> Iterator[None]:
-    """Raise ConfigError for errors of writing `path`; those of other files, which a block may read, are left as they are."""
+def _explained(field: str, path: Path, *written: Path) -> Iterator[None]:
+    """Raise ConfigError for errors of writing `path`, in fact the files or folders `written`, or of a full disk. Those of other files,
+    which a block may read, are left as they are."""
     try:
         yield
     except OSError as error:
-        here = str(Path(os.path.realpath(path)).parent)
-        if error.errno not in DISK_FULL and not (error.filename and str(error.filename).startswith(here)):
+        at = Path(str(error.filename or os.devnull))
+        if error.errno not in DISK_FULL and not any(at.is_relative_to(each) or each.is_relative_to(at) for each in written):
             raise
         remedy = "Free some space, or name another place." if error.errno in DISK_FULL else "Name another place."
         raise ConfigError(field, str(path), f"{failure_rule(error, 'written to')}.", remedy) from error

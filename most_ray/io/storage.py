@@ -25,6 +25,7 @@ import fsspec
 from pyarrow import fs
 
 from most_ray.errors import DataError, nearest
+from most_ray.io.outputs import made_folder, named
 from most_ray.io.retries import with_retries
 from most_ray.io.uris import ARROW_SCHEMES, absolute, base_name, is_remote, join, local, parent, redact, split  # noqa: F401
 
@@ -136,8 +137,7 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     path = local(uri)
 
     def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path, f".{secrets.token_hex(8)}.tmp") as temporary:
+        with made_folder(path.parent), _replacing(path, f".{secrets.token_hex(8)}.tmp") as temporary:
             temporary.write_bytes(data)
 
     return with_retries(write, str(path))
@@ -151,11 +151,9 @@ def _replacing(path: Path, name: str) -> Iterator[Path]:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError("file", str(path), "is not a regular file.", "Move it away.")
     try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
-        raise
+        with named(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

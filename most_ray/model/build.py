@@ -247,11 +247,11 @@ def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, outpu
     with quiet_transformers():
         try:
             model.save_pretrained(output)
-        except SafetensorError as error:  # as where the disk is full: "... No space left on device (os error 28)"
+            tokenizer.save_pretrained(output)
+        except Exception as error:  # libraries in Rust have classes of their own for "No space left on device (os error 28)"
             if code := re.search(r"\(os error (\d+)\)", str(error)):
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
             raise
-        tokenizer.save_pretrained(output)
 
 
 def check_template(config: MostConfig, path: str) -> None:

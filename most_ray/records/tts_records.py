@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from most_ray.errors import ConfigError, DataError, RecordError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.io.outputs import check_file, check_folder
+from most_ray.io.outputs import check_file, check_folder, named
 from most_ray.io.uris import expand
 from most_ray.records.files import ASSET_FILES, CONVERTED, REJECTED, REJECTED_LIST, UNFINISHED, read_raw, record_files
 from most_ray.records.record import asr_to_tts, parse_record
@@ -196,7 +196,7 @@ def _converted(path: Path, name: str, rejected: TextIO, counts: dict[str, int]) 
 def _write(path: Path, records: Iterator[dict[str, Any]]) -> int:
     """Write gzipped JSON Lines; equal records always give equal bytes. Returns their number."""
     count = 0
-    with path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as sink:
+    with named(path), path.open("wb") as raw, gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as sink:
         for record in records:
             sink.write(_line(record))
             count += 1

@@ -12,6 +12,11 @@ from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
 from most_ray.io.journal import METRICS, TRACE
 from most_ray.io.outputs import check_file, check_folder, failure_rule, nearest_folder
+from most_ray.io.run_folder import LEDGER
+
+# By which a folder is known to be a run's or a sweep's; and what a run replaces in its folder.
+_OF_A_RUN = ("metrics.jsonl", "environment.json", "checkpoints", ".attempt", LEDGER)
+_REPLACED = ("config.yaml", "summary.json", "evaluation.json", "hypotheses.jsonl", "report.html", "export")
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -25,11 +30,21 @@ def check_outputs(config: RunConfig) -> None:
         if shutil.disk_usage(nearest_folder(run)).free < 1 << 28:
             raise ConfigError("output_dir", config.output_dir, "has less than 256 MiB free.")
         check_file("output_dir", run / "metrics.jsonl", METRICS)
+        _check_own(run)
     if config.trace_records:
         check_file("trace_records", Path(config.trace_records), TRACE)
     if config.wandb_project and config.wandb_mode == "online" and not (os.environ.get("WANDB_API_KEY") or _has_netrc()):
         remedy = "Set WANDB_API_KEY, run `wandb login`, or use wandb_mode offline or disabled."
         raise ConfigError("wandb_mode", "online", "needs a key.", remedy)
+
+
+def _check_own(run: Path) -> None:
+    """Raise ConfigError where a run's folder is none yet, and holds what a run would replace."""
+    if any((run / name).exists() for name in _OF_A_RUN):
+        return
+    if mine := next((name for name in _REPLACED if os.path.lexists(run / name)), None):
+        rule = f"holds {mine}, which no start of a run has written: it would be lost."
+        raise ConfigError("name", str(run), rule, "Choose another name, or move it away.")
 
 
 def _check_folder(field: str, uri: str) -> None:

@@ -52,6 +52,7 @@ class Case:
         check: raises AssertionError for what else is wrong.
         environment: variables to set, or to remove (None).
         seconds: that the command may take.
+        file_bytes: size of the files that it can write, beyond which writing fails as on a full disk.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     check: Callable[[Path, Outcome], None] | None = None
     environment: dict[str, str | None] = field(default_factory=dict)
     seconds: float = _SECONDS
+    file_bytes: int | None = None
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -139,6 +141,8 @@ def _run_command(case: Case, arguments: Sequence[str], folder: Path, out: Path, 
             os.environ.update({name: value} if value is not None else {})
         resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if case.file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_bytes, case.file_bytes))
         from most_ray.cli import main
 
         logging.getLogger().handlers.clear()  # those of pytest; the command makes its own, which write to its standard error

@@ -340,4 +340,17 @@ OWN = [
     Case("train: another program's metrics", _others_metrics, ["output_dir", "is no run's metrics"]),
     Case("from_audio: nowhere", _config_there, ["output_dir", "is empty"]),
 ]
-CASES = [*_cases(), *OWN]
+
+
+def _onto(name: str, output: str) -> Callable[[Path], Words]:
+    """A command with an output that is in order."""
+    return lambda folder: [*_of(name)(folder), output]
+
+
+# A disk that is full within the output.
+FULL = [
+    Case("init-model: a full disk", _onto("init-model", "new/model"), ["output", "File too large"], file_bytes=200_000),
+    Case("report: a full disk", _onto("report", "new/o.html"), ["output", "File too large"], file_bytes=2_000),
+    Case("tts: a full disk", _onto("tts", "o"), ["output_dir", "File too large"], file_bytes=600, may_change=["o", "o/*"]),
+]
+CASES = [*_cases(), *OWN, *FULL]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from most_ray.errors import ConfigError, DataError
 from most_ray.io.json_values import parse_json
-from most_ray.io.outputs import check_file, check_folder
+from most_ray.io.outputs import check_file, check_folder, named
 from most_ray.records.files import KMEANS, PREPARED, REJECTED, REJECTED_LIST, UNFINISHED, UNITS_MANIFEST, VOCODER
 from most_ray.speech.units.clustering import save_kmeans
 from most_ray.speech.units.corpus_parts import Scan
@@ -163,7 +163,7 @@ def _write_shards(scratch: str, form: str, parts: Sequence[Path]) -> list[Path]:
     written = []
     for index, shard in enumerate(shards):
         path = Path(scratch) / (f"records.{form}" if len(shards) == 1 else f"records-{index:05d}.{form}")
-        with path.open("wb") as sink:
+        with named(path), path.open("wb") as sink:
             sink.writelines(_as_list(shard) if form == "json" else (part.read_bytes() for part in shard))
         written.append(path)
     return written
