@@ -7,7 +7,6 @@ for in the copy first, then below that home.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from most_ray.config import OPTIONS, RunConfig
-from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.uris import expand
@@ -49,32 +47,38 @@ def resolve_paths(config: RunConfig, home: Path | None = None) -> RunConfig:
     return dataclasses.replace(config, **changes)
 
 
-def as_given(kind: Callable[[str], P]) -> Callable[[str], P]:
-    """The `type` of a flag with a path or URI that is used as it is, in a job too."""
-    return lambda text: kind(_written(text))
+class PathFlag(Generic[P]):
+    """The `type` of a flag with a path or URI: its value as a str or a Path, as a job uses it.
+
+    Args:
+        kind: str or Path.
+        resolve: the path that a job uses, from the job's home and the path as it is written.
+        reads: whether the command reads what is there.
+    """
+
+    def __init__(self, kind: Callable[[str], P], resolve: Callable[[Path, str], str], reads: bool = False) -> None:
+        self._kind: Callable[[str], P] = kind
+        self._resolve, self.reads = resolve, reads
+
+    def __call__(self, text: str, field: str = "path") -> P:
+        """The value; `field` is the flag's name, for the ConfigError of a path that nobody can mean."""
+        written, home = expand(field, text), job_home()
+        return self._kind(self._resolve(home, written) if home else written)
 
 
-@dataclasses.dataclass(frozen=True)
-class to_read(Generic[P]):  # noqa: N801 - used as a function
-    """The `type` of a flag that names what a command reads: its path as a job uses it, as a str or a Path."""
-
-    kind: Callable[[str], P]
-
-    def __call__(self, text: str) -> P:
-        return self.kind(find(home, written) if (written := _written(text)) and (home := job_home()) else written)
+def as_given(kind: Callable[[str], P]) -> PathFlag[P]:
+    """The `type` of a flag whose path is used as it is, in a job too."""
+    return PathFlag(kind, lambda _, text: text)
 
 
-def to_write(kind: Callable[[str], P]) -> Callable[[str], P]:
-    """The `type` of a flag that names what a command writes: its path as a job uses it, as a str or a Path."""
-    return lambda text: kind(_below(home, written) if (written := _written(text)) and (home := job_home()) else written)
+def to_read(kind: Callable[[str], P]) -> PathFlag[P]:
+    """The `type` of a flag that names what a command reads."""
+    return PathFlag(kind, find, reads=True)
 
 
-def _written(text: str) -> str:
-    """`expand` for the text of a flag, whose name argparse adds to the error."""
-    try:
-        return expand("path", text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(f"{error.value!r} {error.rule} {error.remedy}".rstrip(". ")) from None
+def to_write(kind: Callable[[str], P]) -> PathFlag[P]:
+    """The `type` of a flag that names what a command writes."""
+    return PathFlag(kind, _below)
 
 
 def find(home: Path, uri: str) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import TimeRemainingColumn
 
 from most_ray import config as configuration
-from most_ray.cli.job_files import resolve_paths, to_read
+from most_ray.cli.job_files import PathFlag, resolve_paths
 from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import ConfigError, UserError, nearest
 from most_ray.io.hub import check_model_name
@@ -50,6 +50,12 @@ class Parser(argparse.ArgumentParser):
         if unknown := [word for word in unknown if word != "--"]:
             raise ConfigError("argument", unknown[0], "belongs to no flag.")
         return parsed
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # argparse would call a path's ConfigError an "invalid value": the flag's name goes where the error is made.
+        if isinstance(action.type, PathFlag):
+            return action.type(arg_string, action.dest)
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError("command line", None, f"{message}.", f"See `{self.prog} --help`.")
@@ -108,7 +114,7 @@ def config_of_flags(args: argparse.Namespace, keys: Mapping[str, str]) -> config
 def remember_flags(parser: Parser) -> None:
     """Keep the names of a parser's flags, and of its commands', for errors that suggest the nearest one; and those of what is read."""
     parser.set_defaults(known_flags=parser.flag_names())
-    parser.set_defaults(read_flags=[action.dest for action in parser._actions if isinstance(action.type, to_read)])
+    parser.set_defaults(read_flags=[action.dest for action in parser._actions if isinstance(action.type, PathFlag) and action.type.reads])
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

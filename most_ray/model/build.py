@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, initialization
 from transformers.distributed import DistributedConfig
