@@ -4,8 +4,16 @@ Importing this package is cheap, and `AutoModelForCausalLM.from_pretrained` load
 """
 
 import logging
+import os
+import sys
 
-from most_ray.registration import register_on_import
+try:
+    from most_ray.registration import register_on_import  # a tenth of a second
+except KeyboardInterrupt:
+    if os.path.basename(sys.argv[0]) != "most-ray":
+        raise
+    sys.stderr.write("most-ray: interrupted\n")  # as `most_ray.cli.main` would, which is not loaded yet
+    sys.exit(130)
 
 __version__ = "0.1.0"
 

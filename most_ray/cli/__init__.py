@@ -37,11 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     try:
         code = _run(argv)
-    except KeyboardInterrupt:
-        _tell("most-ray: interrupted; the same command resumes from the last checkpoint")
-        code = 130
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         code = _READER_GONE
+    except BaseException as error:
+        if not _is_interrupt(error):
+            raise
+        _tell("most-ray: interrupted; the same command resumes from the last checkpoint")
+        code = 130
     try:
         sys.stdout.flush()
     except OSError:
@@ -81,6 +83,11 @@ def _run(argv: Sequence[str] | None) -> int:
         explained = explain_os_error(error, flag_of(args, error.filename))
         _tell(f"most-ray: {explained.kind}: {explained}")
         return 2
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is an interrupt, or what a library has made of one: extension modules end their import with their own error."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__))
 
 
 def _tell(line: str) -> None:

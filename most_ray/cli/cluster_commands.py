@@ -7,7 +7,6 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from most_ray.io import storage
 
 _SUBMITTED = ("train", "sweep", "evaluate", "prepare", "doctor")  # commands that can be jobs
 _CREDENTIALS_REMEDY = "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like."
-_out = partial(print, end="", flush=True)
+_out = write_log
 
 
 def add(commands: Any) -> None:

@@ -5,6 +5,7 @@ credentials. Screens are printed to a `Terminal`, lines of commands by `say`, wa
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import IO, Any, TextIO, cast
 
@@ -17,6 +18,7 @@ from most_ray.console.streams import drop_stream
 from most_ray.errors import printable, redact
 
 logger = logging.getLogger(__name__)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def shown_text(text: str) -> str:
@@ -88,6 +90,13 @@ def print_line(console: Console, text: str) -> None:
 def say(text: str, stream: TextIO | None = None) -> None:
     """Write a line of a command to a stream (None: standard output)."""
     (stream or sys.stdout).write(f"{shown_text(text)}\n")
+
+
+def write_log(text: str) -> None:
+    """Write a part of another process's log to standard output: its lines, without colours, as `shown_text` makes them."""
+    lines = _COLOUR.sub("", text).expandtabs(4).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    sys.stdout.write("\n".join(map(shown_text, lines)))
+    sys.stdout.flush()
 
 
 class LogFormatter(logging.Formatter):

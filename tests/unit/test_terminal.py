@@ -15,7 +15,8 @@ import pytest
 from rich.progress import TimeElapsedColumn
 from rich.table import Table
 
-from most_ray.console.terminal import LogFormatter, Terminal, print_line, progress_bar, say
+from most_ray.cli import main
+from most_ray.console.terminal import LogFormatter, Terminal, print_line, progress_bar, say, write_log
 
 HOSTILE = "[/b]\x1b]52;c;cm0=\x07\x9b31m\u202e s3://user:sekret@bucket/x :smile: \udcff"
 WORDS = Path(sys.executable).with_name("most-ray")
@@ -51,6 +52,13 @@ def test_a_progress_bar_shows_data_as_it_is() -> None:
     assert "x [/b]" in lines and "\x1b]52" not in lines and "sekret" not in lines
 
 
+def test_another_processs_log(capsys: pytest.CaptureFixture[str]) -> None:
+    write_log("\x1b[36m(worker)\x1b[0m step 1\r\nstep\t2\rstep 3\n")
+    assert capsys.readouterr().out == "(worker) step 1\nstep    2\nstep 3\n"
+    write_log(HOSTILE)
+    check(capsys.readouterr().out)
+
+
 def test_a_log_line_is_one_line() -> None:
     record = logging.LogRecord("most_ray.x", logging.WARNING, "", 0, "of %s\nmost-ray: done", (HOSTILE,), None)
     text = LogFormatter().format(record)
@@ -69,6 +77,21 @@ def command(*words: str, redirect: str = "", **environment: str) -> subprocess.C
         timeout=60,
         check=False,
     )
+
+
+@pytest.mark.parametrize("cause", [None, KeyboardInterrupt()])
+def test_an_interrupt_that_an_import_has_turned_into_an_error(
+    cause: BaseException | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load() -> None:
+        raise ImportError("initialization failed") from cause
+
+    monkeypatch.setattr("most_ray.cli.build_parser", load)
+    if cause is None:
+        with pytest.raises(ImportError):
+            main(["plan"])
+    else:
+        assert main(["plan"]) == 130 and capsys.readouterr().err.startswith("most-ray: interrupted")
 
 
 def rescore_file(folder: Path, text: str) -> Path:
@@ -120,10 +143,11 @@ def test_a_screen_of_another_encoding(tmp_path: Path, environment: dict[str, str
     assert refused.returncode == 2 and b"Traceback" not in refused.stderr and refused.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("module", ["yaml", "rich.console", "argparse"])
+@pytest.mark.parametrize("module", ["wrapt", "yaml", "rich.console", "most_ray.cli.run_commands"])
 def test_an_interrupt_while_the_command_is_loaded(module: str) -> None:
     """At the import of a module, as Ctrl-C in the first second."""
     code = (
+        "import sys; sys.argv[0] = 'most-ray'\n"
         "import os, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, path, target=None):\n"
