@@ -14,7 +14,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import as_given
 from most_ray.cli.parser import Parser, add_command, config_of
 from most_ray.config import OPTIONS, RunConfig
-from most_ray.console.terminal import Terminal, say
+from most_ray.console.terminal import Terminal, say, write_log
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
 
