@@ -20,7 +20,7 @@ from typing import Any, Literal
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
 from most_ray.io.uris import expand
-from most_ray.io.yaml_values import parse_yaml
+from most_ray.io.yaml_values import MAX_BYTES, parse_yaml
 
 _UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
@@ -297,7 +297,7 @@ def read_yaml(uri: str | Path) -> dict[str, Any]:
     """
     shown = storage.redact(str(uri))
     try:
-        content = storage.read_bytes(uri)
+        content = storage.read_small(uri, MAX_BYTES)
     except (OSError, DataError) as error:
         raise ConfigError("config", shown, f"cannot be read ({error}).") from error
     try:

@@ -41,6 +41,7 @@ from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserErro
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
 from most_ray.io.run_lock import RunLock
+from most_ray.options import parse_number
 from most_ray.report import write_report
 from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         explained = explain_os_error(error)
         sys.stderr.write(f"most-ray: {explained.kind}: {explained}\n")
         return explained.exit_code
-    if summary is None and int(os.environ.get("RANK", "0")) == 0:
+    if summary is None and _number_of("RANK", 0) == 0:
         say("most-ray: stopped after a checkpoint; the same command resumes the run", stream=sys.stderr)
     return EXIT_STOPPED if summary is None else 0
 
@@ -109,7 +110,7 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
         UserError: something that the user can fix.
     """
     console, stop = console or Console(quiet=True), stop or threading.Event()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _number_of("WORLD_SIZE", 1)
     device = _init_device(world)
     lock = contextlib.ExitStack()  # rank 0 holds it until the run's end
     try:
@@ -131,11 +132,17 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
             dist.destroy_process_group()
 
 
+def _number_of(variable: str, default: int) -> int:
+    """A number that torchrun states in the environment. Raises ConfigError where it is none."""
+    number: int = parse_number(variable, int, os.environ.get(variable, default))
+    return number
+
+
 def _init_device(world: int) -> torch.device:
     """This rank's device; initialises the process group where there are several ranks."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _number_of("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -153,6 +153,6 @@ def _check_weights(state: TrainState, start: _Start, model_path: str) -> None:
     """Raise CheckpointError, on every rank, where weights that training starts from are not finite: every step would be skipped.
     Collective."""
     if names := sorted(set(itertools.chain.from_iterable(all_gather_or_raise(lambda: not_finite(state.model))))):
-        rule = f"holds {len(names)} tensors with values that are not finite, the first {names[0]}: no step could be made."
+        rule = f"holds values that are not finite, in {len(names)} of its tensors, the first being {names[0]}: no step could be made."
         field, uri = ("checkpoint", start.uri) if start.uri else ("model_name_or_path", model_path)
         raise CheckpointError(field, storage.redact(uri), rule, "Start from sound weights.")

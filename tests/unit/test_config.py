@@ -99,7 +99,7 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, near: str) -> None
         ({"name": "a\nb"}, "acts on"),
         ({"name": "\x1b[31mred"}, "acts on"),
         ({"name": "\u202egnp.exe"}, "acts on"),
-        ({"name": "\udcff"}, "acts on"),
+        ({"name": "\udcff"}, "no text"),
         ({"text_expert_indices": "0,a"}, "whole number"),
         ({"train_asr_dirs": ["a", "b"], "train_asr_weights": [1.0]}, "one positive weight"),
         ({"ignore_optimizer_state": True}, "needs resume_from_checkpoint"),

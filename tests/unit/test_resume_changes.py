@@ -117,7 +117,9 @@ def test_weights_that_are_not_finite_are_named_before_training(two_steps: Path, 
     weights[name][0, 0] = torch.nan
     save_file(weights, path, {"format": "pt"})
     prepared = prepare_small(tmp_path, model_name_or_path=str(model))
-    said = r"^model_name_or_path = .*holds 1 tensors .* not finite, the first model\.layers\.0\.mlp\.down_proj"
+    said = (
+        r"^model_name_or_path = .*holds values that are not finite, in 1 of its tensors, the first being model\.layers\.0\.mlp\.down_proj"
+    )
     with pytest.raises(CheckpointError, match=said):
         go(prepared)
     assert lines_of(prepared, "train") == [] and catalog.committed(prepared.folder.checkpoints) == []

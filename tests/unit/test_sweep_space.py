@@ -120,7 +120,7 @@ WRONG = [
     ("expert_split: 1..2", "space.expert_split = 1: is not a way to split experts."),
     ("audio_experts: [0, 2]", "space.audio_experts = 0: must be a number of experts, at least 1."),
     ("audio_experts: [true]", "space.audio_experts = True: must be a number of experts"),
-    ("audio_experts: [2.0]", "space.audio_experts = 2.0: must be a number of experts"),
+    ("audio_experts: [2.5]", "space.audio_experts = 2.5: must be a number of experts"),
     ("audio_experts: 0..3", "space.audio_experts = 0: must be a number of experts"),
     (
         "audio_experts: {uniform: [1, 3]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def test_shipped_configurations_read_as_before(path: Path) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/\ufeff"), min_size=1, max_size=20), st.floats(1e-9, 1e6))
+@given(
+    st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/$~\ufeff"), min_size=1, max_size=20), st.floats(1e-9, 1e6)
+)
 def test_what_is_written_is_read_back(name: str, rate: float) -> None:
     config = config_from(
         {"wandb_group": f"g{name}", "learning_rate": rate, "fp16": True, "bf16": False, "train_asr_dirs": ["a b", name + "x"]}
@@ -136,3 +139,43 @@ def test_what_is_no_number_is_said(tmp_path: Path, line: str) -> None:
 def test_values_of_a_stored_run_have_their_types() -> None:
     stored = {"max_steps": "5", "learning_rate": "1e-3", "weight_unit": "rows", "seed": "many", "gone": "1"}
     assert stored_values(OPTIONS, stored) == {"max_steps": 5, "learning_rate": 1e-3, "weight_unit": "records", "seed": "many", "gone": "1"}
+
+
+SEED = "name: r\ntrain_asr_dirs: [a, 'b']\nnum_workers: [1, 2]\nlearning_rate: 1.0e-4\nfp16: no\nmax_steps: &n 4\neval_steps: *n\n"
+PIECES = [
+    "*n",
+    "&n ",
+    "- ",
+    "? ",
+    ": ",
+    "{",
+    "[",
+    "]",
+    "!!set ",
+    "<<: ",
+    "---\n",
+    "'",
+    '"',
+    "\\ud800",
+    "\0",
+    "\t",
+    "~",
+    "9" * 400,
+    ".inf",
+    "|",
+    "%",
+    "\n",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, len(SEED)), st.integers(0, 5), st.sampled_from(PIECES) | st.text(max_size=4)), min_size=1, max_size=6)
+)
+def test_no_mutation_of_a_file_ends_in_another_error(edits: list[tuple[int, int, str]]) -> None:
+    text = SEED
+    for place, cut, piece in edits:
+        text = text[:place] + piece + text[place + cut :]
+    with contextlib.suppress(ValueError):  # as ConfigError is one, too
+        if isinstance(values := parse_yaml(text), dict):
+            config_from(values)
