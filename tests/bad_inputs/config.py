@@ -202,6 +202,7 @@ FLAGS = [
     Case("prepare units: frames 0", units("--fit_frames", "0"), r"fit_frames.*at least 1"),
     Case("prepare units: K of 5,000 digits", units("--fit_kmeans", _5000), r"fit_kmeans.*neither a number"),
     Case("prepare units: K of 400 digits", units("--fit_kmeans", _400), r"fit_kmeans"),
+    Case("prepare units: a layer of 5,000 digits", units("--features", f"hubert:x:{_5000}"), r"features.*KIND:NAME_OR_PATH:LAYER"),
     Case("prepare units: speeds nan", units("--perturb", "nan"), r"perturb"),
     Case("prepare units: speeds 1e999", units("--perturb", "1.0,1e999"), r"perturb"),
     Case(

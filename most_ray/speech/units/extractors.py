@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ def parse_features(text: str) -> FeatureSettings:
         return KINDS[text].settings()
     kind, _, rest = text.partition(":")
     source, _, layer = rest.rpartition(":")
-    if not kind or not source or not layer.isdecimal():
+    if not kind or not source or not re.fullmatch(r"[0-9]{1,4}", layer):
         remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
         raise ConfigError("features", text, f"is neither {', '.join(KINDS)} nor KIND:NAME_OR_PATH:LAYER.", remedy)
     source = storage.absolute_if_exists(expand("features", source))  # other processes have other working directories

@@ -85,7 +85,7 @@ def _language_number(source: str, folder: str, language: str | None, n_languages
         raise CheckpointError("vocoder", source, rule, _REMEDY)
     if language is None:
         language = "eng" if "eng" in codes else "0"
-    number = codes.get(language, int(language) if language.isdecimal() else -1)
+    number = codes.get(language, int(language) if re.fullmatch(r"[0-9]{1,9}", language) else -1)
     if not 0 <= number < n_languages:
         known = f"Known: {', '.join(sorted(codes))}." if codes else f"Give a number in 0..{n_languages - 1}."
         raise CheckpointError("language", language, f"is not a language of {source}.", known)
