@@ -247,6 +247,8 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "docker": known("build", "push"),
     "kubectl": known("apply", "create", "port-forward"),
     "openssl": known("rand"),
+    "umask": known("077"),
+    "chmod": known("600"),
     "promtool": known("test"),
     "aws": known("ec2"),
     "gcloud": known("compute"),
