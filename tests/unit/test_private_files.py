@@ -72,7 +72,7 @@ def test_two_runs_that_start_at_once_have_one_token(home: Path) -> None:
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620, 0o666])
 def test_a_users_own_token_that_is_open_is_closed_with_a_warning(home: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
     path = token_in(home, mode)
-    connection.check_local()
+    connection.check_local(config_from({}))
     assert stat.S_IMODE(path.stat().st_mode) == mode
     require_private_token()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == TOKEN
@@ -87,7 +87,7 @@ def test_a_token_that_others_can_read_is_refused_and_left_alone(home: Path, mode
         with pytest.raises(ConfigError, match=rf"token = .*can be read or changed by other users .*\(mode {mode:o}\)\. chmod 600 "):
             check()
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    for check in (use_token, require_private_token, connection.check_local):
+    for check in (use_token, require_private_token, lambda: connection.check_local(config_from({}))):
         with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH = .*can be read or changed by other users"):
             check()
     assert stat.S_IMODE(path.stat().st_mode) == mode
@@ -163,16 +163,16 @@ def test_a_mode_that_ray_would_take_for_disabled_is_refused(monkeypatch: pytest.
 
 
 def test_the_doctor_looks_at_the_token_and_changes_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check_own_files() == []
+    assert check_own_files(config_from({})) == []
     path = token_in(home, 0o644)
-    (finding,) = check_own_files()
+    (finding,) = check_own_files(config_from({}))
     assert (finding.check, finding.level) == ("safety", "warning") and "other users of this machine can read" in finding.text
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
-    (finding,) = check_own_files()
+    (finding,) = check_own_files(config_from({}))
     assert (finding.field, finding.level) == ("RAY_AUTH_TOKEN_PATH", "error") and "chmod 600" in finding.remedy
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     path.chmod(0o600)
-    assert check_own_files() == []
+    assert check_own_files(config_from({})) == []
 
 
 # The folder of the sockets

@@ -37,7 +37,7 @@ def use_token() -> None:
 
 def check_address(address: str) -> None:
     """Check that a Ray of this process's version listens at HOST:PORT and accepts its token, which no one else can read, else raise
-    ConfigError. Other forms of address, as "auto", are left to Ray.
+    ConfigError. The address "auto" is left to Ray.
 
     Ray replaces a loopback address by this machine's outward one, where a head node that listens on loopback alone does not answer: in
     that case this process is set to keep the loopback address.
@@ -45,10 +45,13 @@ def check_address(address: str) -> None:
     if re.match(r"https?://", address):
         rule = "is a dashboard's address, which accepts jobs: a run joins Ray itself."
         raise ConfigError("ray_address", address, rule, "Use `most-ray submit`, or HOST:6379 on one of the cluster's machines.")
-    match = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
-    if not match:
+    if address == "auto":
         use_token()
         return
+    match = re.fullmatch(r"\[?([\w.:%-]+?)\]?:(\d{1,5})", address)
+    if not match:  # "local" among them, with which Ray would start another one, and Ray waits for some others without end
+        shown = re.sub("^.*@", "***@", address)
+        raise ConfigError("ray_address", shown, "is not of the form HOST:PORT.", "Name the head's own address, as 10.0.0.1:6379.")
     host, port = match[1], int(match[2])
     if is_localhost(host):
         outward = get_node_ip_address()

@@ -62,14 +62,16 @@ def cluster_gpus(config: RunConfig) -> int | None:
     """Join the named cluster, see `connect`, and return the GPUs that it has now; None for a run on this machine, for which `check_local`
     is called."""
     if not cluster_address(config):
-        check_local()
+        check_local(config)
         return None
     connect(config, 0)
     return int(ray.cluster_resources().get("GPU", 0.0))
 
 
-def check_local() -> None:
-    """Check what Ray on this machine needs, before any work is done for a run. Raises ConfigError."""
+def check_local(config: RunConfig) -> None:
+    """Check what Ray on this machine needs, before any work is done for a run; nothing where a cluster is named. Raises ConfigError."""
+    if cluster_address(config):
+        return
     if open_token() is None:  # which `require_private_token` closes
         check_token()
     check_ray_folder()

@@ -159,9 +159,23 @@ def ray_folder() -> str:
 
 
 def check_ray_folder() -> None:
-    """Raise ConfigError where `ray_folder` would because of what RAY_TMPDIR names, without making anything."""
-    if (named := os.environ.get("RAY_TMPDIR")) and (problem := _unusable(Path(named).absolute())):
-        raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
+    """Raise ConfigError where `ray_folder` would because of what RAY_TMPDIR names, without leaving anything."""
+    if not (named := os.environ.get("RAY_TMPDIR")):
+        return
+    base = Path(named).absolute()
+    problem = _unusable(base)
+    if problem is None:
+        try:
+            with tempfile.TemporaryDirectory(dir=_existing(base)):
+                return
+        except OSError as error:
+            problem = f"cannot be written to ({error.strerror})."
+    raise ConfigError("RAY_TMPDIR", named, problem, _FOLDER_REMEDY)
+
+
+def _existing(base: Path) -> Path:
+    """The folder itself, or the first one above it that exists."""
+    return next(each for each in (base, *base.parents) if each.exists())
 
 
 def _private_below(base: Path) -> tuple[Path, str | None]:
@@ -193,7 +207,7 @@ def _above(base: Path) -> Path:
 def _unusable(base: Path) -> str | None:
     """Why no folder for Ray can be below `base`, if so."""
     try:
-        existing = next(each for each in (base, *base.parents) if each.exists())
+        existing = _existing(base)
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             return f"cannot be written to: {existing} is no folder that you may write to."
         excess = len(os.fsencode(_above(base) / "ray")) - _FOLDER_BYTES

@@ -246,13 +246,13 @@ def check_safety(config: RunConfig) -> list[Finding]:
     return [Finding("safety", "warning", "cluster", text, "Start all nodes with RAY_AUTH_MODE=token and one token (cluster/README.md)")]
 
 
-def check_own_files() -> list[Finding]:
+def check_own_files(config: RunConfig) -> list[Finding]:
     """Whether others can read the token of a Ray that a run would start on this machine, or replace the folder of its sockets."""
     if path := open_token():
         text = f"other users of this machine can read or change the token in {path}, which a run closes to them"
         return [Finding("safety", "warning", "driver", text, "Remove it, for a new one, where one of them may have read it")]
     try:
-        check_local()
+        check_local(config)
     except ConfigError as error:
         return [Finding("safety", "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value)]
     return []

@@ -61,7 +61,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
         topologies = _plan_layouts(config, gpus)
 
     def safety() -> list[Finding]:
-        return check_safety(config) if cluster_address(config) else check_own_files()
+        return check_safety(config) if cluster_address(config) else check_own_files(config)
 
     def failed(name: str, error: UserError) -> None:
         findings.append(Finding(name, "error", "driver", error.rule.rstrip("."), error.remedy.rstrip("."), error.field, error.value))
@@ -77,7 +77,7 @@ def examine_run(config: RunConfig) -> list[Finding]:
         "space": (lambda: _check_space(config, topologies[-1]), ""),
         "tracking": (lambda: check_tracking(config), "Weights & Biases is not used"),
         "safety": (
-            lambda: check_safety(config) if cluster_address(config) else check_own_files(),
+            lambda: check_safety(config) if cluster_address(config) else check_own_files(config),
             "no one else can use it without a token",
         ),
     }
