@@ -12,6 +12,7 @@ import torch
 from most_ray.errors import CheckpointError
 from most_ray.io.hub import model_folder
 from most_ray.io.model_files import check_foreign_model, loading, no_panic_output, weight_files
+from most_ray.model.build import quiet_transformers
 from most_ray.speech.vocoder.vocoders import Vocoder
 
 _FIELD = "recogniser"  # of errors
@@ -31,7 +32,7 @@ class ExternalRecogniser:
         check_foreign_model(folder, _FIELD)
         weight_files(folder, _FIELD)
         remedy = "Name a Whisper or CTC checkpoint in Hugging Face layout."
-        with loading(CheckpointError, _FIELD, checkpoint, "is not a usable recogniser", remedy), no_panic_output():
+        with loading(CheckpointError, _FIELD, checkpoint, "is not a usable recogniser", remedy), no_panic_output(), quiet_transformers():
             safe = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
             self._pipeline: Any = pipeline("automatic-speech-recognition", model=folder, device=device, **safe)
             self._rate = int(self._pipeline.feature_extractor.sampling_rate)

@@ -18,7 +18,7 @@ from most_ray.checkpoint.resume import changes_since, check_model
 from most_ray.config import OPTIONS, Overlong, RunConfig
 from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, Runner, check_rejected, ingest_directory, run_here
-from most_ray.data.ingest_plan import content_digest
+from most_ray.data.ingest_plan import content_digest, read_units_manifest
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
@@ -184,6 +184,8 @@ def _check_directories(config: RunConfig) -> None:
         real = {d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories}
         if len(real) != len(directories):
             raise ConfigError(option.name, tuple(map(storage.redact, directories)), "names a directory twice.")
+        for directory in directories:
+            read_units_manifest(directory)  # raises DataError for a wrong one
 
 
 @dataclass(frozen=True)

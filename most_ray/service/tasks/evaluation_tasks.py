@@ -37,10 +37,10 @@ def score_checkpoint(job: EvaluationJob, uri: str, rank: int, threads: int, nice
     os.nice(niceness)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - job.training_threads))
     model, tokenizer = open_model(uri)
+    recogniser = open_external_recogniser(job.settings, uri, getattr(model.config, "units_identity", None))
     sets = job.sets(model.config, tokenizer, uri)
     if torch.cuda.is_available():
         model.to("cuda")
-    recogniser = open_external_recogniser(job.settings, uri, getattr(model.config, "units_identity", None))
     return score_shard(Forward(model), tokenizer, sets, job.settings, rank, job.workers, recogniser)
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 from threadpoolctl import threadpool_limits
 
 from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.io.model_files import loading
 from most_ray.io.outputs import Kind, begins_with
 from most_ray.records.record import N_UNITS
 
@@ -115,21 +116,20 @@ def load_kmeans(path: Path, features: Mapping[str, Any] | None = None) -> np.nda
         remedy = "Where you trust it: numpy.save('kmeans.npy', joblib.load(FILE).cluster_centers_)."
         raise DataError("kmeans", str(path), "is a pickled object, which can run any code when it is opened.", remedy)
     known = None
-    try:
+    with loading(DataError, "kmeans", str(path), "cannot be read as an array", "Name a .npy or .safetensors file."):
+        if not path.is_file():
+            raise ValueError("it is no file")
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as tensors:
                 names = list(tensors.keys())
                 centroids = tensors.get_tensor("centroids" if "centroids" in names else names[0])
                 known = (tensors.metadata() or {}).get("features")
         else:
-            with path.open("rb") as stream:
-                centroids = np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, TypeError, IndexError, SafetensorError) as error:
-        raise DataError("kmeans", str(path), f"cannot be read as an array ({error}).", "Name a .npy or .safetensors file.") from error
-    if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or not np.issubdtype(centroids.dtype, np.floating):
+            centroids = np.lib.format.open_memmap(path, mode="r")  # which neither unpickles nor allocates what a header announces
+    if not (isinstance(centroids, np.ndarray) and centroids.ndim == 2 and centroids.size and np.issubdtype(centroids.dtype, np.floating)):
         raise DataError("kmeans", str(path), "holds no table of centroids.")
     with np.errstate(over="ignore"):  # a value too large for float32 becomes infinite, and is refused
-        found = centroids.astype(np.float32)
+        found = np.array(centroids, dtype=np.float32)
     if not 1 <= len(found) <= N_UNITS or not np.isfinite(found).all():
         raise DataError("kmeans", str(path), f"is {centroids.dtype} {centroids.shape}, not 1..{N_UNITS} finite centroids.")
     if features is not None and known is not None and known != json.dumps(features, sort_keys=True):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, shown
 from most_ray.io import storage
 from most_ray.io.uris import expand
 from most_ray.speech.units.features import EncoderSettings, Extractor, FeatureSettings
@@ -55,4 +55,7 @@ def manifest_settings(manifest: Mapping[str, Any], source: str | None = None) ->
     identity = manifest["identity"]
     if kind := KINDS.get(identity["features"]):
         return kind.settings(**identity["settings"])
-    return EncoderSettings(identity["features"], source or manifest["encoder"], int(identity["settings"]["layer"]))
+    layer = identity["settings"]["layer"]
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise ValueError(f"layer {shown(layer)} is none")
+    return EncoderSettings(identity["features"], source or manifest["encoder"], layer)

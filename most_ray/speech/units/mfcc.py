@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import kaldi_native_fbank as knf
 import numpy as np
 
+from most_ray.errors import shown
 from most_ray.speech.units.features import Frames
 
 _BLOCK = 1 << 20  # samples passed to Kaldi at once: its copies stay small, however long the recording
@@ -32,6 +33,19 @@ class MfccSettings:
     delta_order: int = 2  # 2: first and second differences
     trim: float | None = 5.5  # cut ends whose mean log mel energy is that far below the recording's 95th percentile; None: keep all
     keep_every: int = 2  # keep one frame in so many; differences are computed before, at the full rate
+
+    def __post_init__(self) -> None:
+        """ValueError for settings of which no features can be made: they may come from a file, and Kaldi ends the process."""
+        whole = {"sample_rate": (1000, 1 << 20), "num_mels": (4, 1024), "num_ceps": (1, self.num_mels), "delta_order": (0, 8)}
+        whole |= {"keep_every": (1, 1000)}
+        real = {"frame_shift_ms": (1.0, 1000.0), "frame_length_ms": (1.0, 1000.0), "low_freq": (0.0, self.high_freq)}
+        real |= {"high_freq": (0.0, self.sample_rate / 2), "trim": (0.0, 1e6)}
+        for name, (least, most) in (whole | real).items():
+            value, kinds = getattr(self, name), int if name in whole else (int, float)
+            if name == "trim" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+                raise ValueError(f"{name} {shown(value)} is not in {least:g}..{most:g}")
 
     @property
     def rate_hz(self) -> float:

@@ -14,14 +14,16 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from most_ray.distributed.determinism import torch_threads
-from most_ray.errors import CheckpointError, DataError, one_line
+from most_ray.errors import CheckpointError, DataError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
+from most_ray.io.model_files import loading
 from most_ray.io.outputs import Kind, begins_with
+from most_ray.records.record import N_UNITS
 from most_ray.speech.vocoder.spectrogram import MELS, N_FFT, RATE, mel_to_wave
 
 VERSION = 1  # of the file
@@ -29,7 +31,8 @@ MAX_RATE_HZ = 200.0  # units per second
 _MEL_KERNELS, _DURATION_KERNELS = (5, 5, 3), (3, 3)  # context of +-5 frames, and of +-2 units without repeats
 _SILENCE = RATE // 20  # samples, for an utterance without units
 _LONGEST = 2.0  # seconds that one unit may last: in generated units there are sequences unlike any in the recordings
-_LIMITS = {"iterations": 1000, "rate": MAX_RATE_HZ, "duration": 100.0}  # largest values that a file may have
+# Largest values that a file may have.
+_LIMITS = {"iterations": 1000, "rate": MAX_RATE_HZ, "hop": N_FFT - 1, "units": N_UNITS, "width": 1 << 14, "parts": 1000, "duration": 100.0}
 
 
 class ContextNet(nn.Module):
@@ -114,17 +117,17 @@ class UnitVocoder:
     @classmethod
     def load(cls, path: Path) -> UnitVocoder:
         """Read a file that `save` wrote. Raises CheckpointError if it is missing, damaged, or something else."""
-        try:
+        remedy = "Fit it again: `most-ray prepare vocoder`."
+        with loading(CheckpointError, "vocoder", str(path), "cannot be read as a vocoder", remedy):
+            if not path.is_file():
+                raise ValueError("there is no such file")
             with safe_open(path, framework="pt") as file:
                 about = parse_json((file.metadata() or {})["vocoder"])
                 tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
             statistics = tensors.pop("statistics")
-            if about["version"] != VERSION or statistics.shape != (2, MELS) or not 0 < int(about["hop"]) < N_FFT:
+            if about["version"] != VERSION or statistics.shape != (2, MELS):
                 raise ValueError("another version")
-            numbers = {"iterations": about["settings"]["griffin_lim_iterations"], "rate": about["rate_hz"]}
-            numbers |= {"duration": about["duration_scale"]} if about["repeats_removed"] else {}
-            if not all(isinstance(value, int | float) and 0 < value <= _LIMITS[name] for name, value in numbers.items()):
-                raise ValueError(f"impossible settings: {numbers}")
+            _check_about(about)
             if not all(bool(tensor.isfinite().all()) for tensor in (statistics, *tensors.values())):
                 raise ValueError("numbers that are not finite")
             with torch.device("meta"):  # sizes from a file allocate nothing until the tensors prove them
@@ -136,9 +139,19 @@ class UnitVocoder:
             if tensors:
                 raise ValueError(f"unknown tensors {sorted(tensors)[:3]}")
             return cls(about, mel, duration, statistics)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-            reason = f"cannot be read as a vocoder ({one_line(error)})."
-            raise CheckpointError("vocoder", str(path), reason, "Fit it again: `most-ray prepare vocoder`.") from error
+
+
+def _check_about(about: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError unless what a file says of its vocoder (see `UnitVocoder.about`) can be computed with."""
+    numbers = {"iterations": about["settings"]["griffin_lim_iterations"], "rate": about["rate_hz"], "hop": about["hop"]}
+    numbers |= {"units": about["n_units"], "width": about["settings"]["width"], "parts": about["parts"]}
+    numbers |= {"duration": about["duration_scale"]} if about["repeats_removed"] else {}
+    for name, value in numbers.items():
+        kinds: Any = int | float if name in ("rate", "duration") else int
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= _LIMITS[name]:
+            raise ValueError(f"impossible settings: {name} {value!r}"[:200])
+    if not isinstance(about["repeats_removed"], bool) or not isinstance(about["units"], dict):
+        raise ValueError("impossible settings: its units")
 
 
 def check_units(units: Sequence[int] | np.ndarray, n_units: int) -> np.ndarray:
