@@ -52,7 +52,7 @@ class ModelOptions:
     """The model that is trained."""
 
     model_name_or_path: str = option(
-        "tiny", "directory in Hugging Face or MoST layout, hub name, or the name of a preset (tiny)", location=MODEL
+        "tiny", "directory in Hugging Face or MoST layout, hf:OWNER/NAME on the hub, or the name of a preset (tiny)", location=MODEL
     )
     use_modality_aware_routing: bool | None = option(
         None, "route text tokens to text experts and audio tokens to audio experts (default: the model's)"

@@ -37,7 +37,7 @@ _KEYS = {
 
 def add(commands: Any) -> None:
     parser = add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model")
-    parser.add_argument("--model", type=to_read(str), help="model folder, checkpoint or hub name")
+    parser.add_argument("--model", type=to_read(str), help="model folder, checkpoint, or hf:OWNER/NAME on the hub")
     for task, what in (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only")):
         text = f"directories of {what} records, paths or URIs"
         parser.add_argument(f"--{task}_dirs", type=to_read(str), nargs="+", default=[], help=text)
@@ -66,7 +66,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_file("output", args.output, RESULT)
     check_file("output", hypotheses_path(args.output), HYPOTHESES)
     if not args.model:
-        raise ConfigError("model", None, "is needed: a model folder, a checkpoint or a hub name.")
+        raise ConfigError("model", None, "is needed: a model folder, a checkpoint, or hf:OWNER/NAME on the hub.")
     if not (args.asr_dirs or args.tts_dirs or args.text_dirs):
         raise ConfigError("asr_dirs", None, "or tts_dirs or text_dirs is needed: name at least one directory of records.")
     config = config_of_flags(args, _KEYS)

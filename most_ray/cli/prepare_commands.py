@@ -84,7 +84,7 @@ def _corpus_flags(parser: Parser, features: bool = True) -> None:
     parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)")
     parser.add_argument("--max_seconds", action=number(float, ABOVE_0), default=120.0, help="reject longer utterances (default: 120)")
     if features:
-        text = f"{', '.join(KINDS)}, or KIND:NAME_OR_DIR:LAYER as hubert:facebook/hubert-base-ls960:9 (default: mfcc)"
+        text = f"{', '.join(KINDS)}, or KIND:NAME_OR_DIR:LAYER as hubert:hf:facebook/hubert-base-ls960:9 (default: mfcc)"
         parser.add_argument("--features", default="mfcc", help=text)
         text = "processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)"
         parser.add_argument("--num_actors", action=number(int, NOT_NEGATIVE, _MOST_ACTORS), help=text)

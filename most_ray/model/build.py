@@ -105,7 +105,7 @@ def init_model(preset: str, texts: Iterable[str], output: Path, seed: int = 0) -
 
 
 def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None = None) -> MostForCausalLM:
-    """Convert DeepSeek-V2(-Lite), a folder or hub name in Hugging Face layout, to a MoST folder `output`.
+    """Convert DeepSeek-V2(-Lite), a folder or name on the hub in Hugging Face layout, to a MoST folder `output`.
 
     Units and markers are added to the vocabulary, and the experts are assigned to groups. Where the embedding has too few rows, new ones
     are added, which start as the mean of the others. Raises CheckpointError as `read_description` does.
@@ -123,7 +123,7 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
 
 
 def read_config(path: str, overrides: RoutingOverrides | None = None, **changes: Any) -> MostConfig:
-    """The configuration of a model folder or hub name (MoST, the original MoST or DeepSeek-V2), as MostConfig, with the run's overrides and
+    """The configuration of a model folder or name on the hub (MoST, the original MoST or DeepSeek-V2), as MostConfig, with the run's overrides and
     further changes of fields.
 
     Raises:
@@ -189,7 +189,7 @@ def check_vocabulary(config: MostConfig, tokenizer: PreTrainedTokenizerFast, pat
 def load_model(
     path: str, overrides: RoutingOverrides | None = None, distributed: DistributedConfig | None = None, **changes: Any
 ) -> MostForCausalLM:
-    """Load a model with weights in float32, from a folder or hub name. It must have every tensor and no other; only balance biases may be
+    """Load a model with weights in float32, from a folder or name on the hub. It must have every tensor and no other; only balance biases may be
     missing, and are zeros then.
 
     Args:

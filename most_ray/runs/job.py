@@ -19,7 +19,7 @@ class Job:
 
     config: RunConfig
     run_uri: str  # the run's folder
-    model_path: str  # folder or hub name of the model to start from
+    model_path: str  # folder or name on the hub of the model to start from
     driver: str  # mark of the process that started this attempt, see `train.attempt.claim_run`
     plan: PlanSpec  # which records each step holds
     layout: TokenLayout  # token ids of padding and speech

@@ -192,7 +192,7 @@ def _check_directories(config: RunConfig) -> None:
 class Sources:
     """The token stores of a run, and the model whose tokenizer they were made with."""
 
-    model_path: str  # folder or hub name of the model to start from
+    model_path: str  # folder or name on the hub of the model to start from
     vocabulary: Vocabulary
     training: list[TokenStore]  # in the order asr, tts, text
     validation: list[TokenStore]  # in the same order
@@ -251,7 +251,7 @@ def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = in
 
 
 def _model_path(config: RunConfig, folder: RunFolder) -> str:
-    """Folder or hub name of the model to start from. A preset's model is made once per run, with a tokenizer for the training records."""
+    """Folder or name on the hub of the model to start from. A preset's model is made once per run, with a tokenizer for the training records."""
     name = config.model_name_or_path
     if name not in PRESETS:
         check_model_name(name)

@@ -217,7 +217,7 @@ def test_ends_are_trimmed_and_the_middle_is_not(speech: np.ndarray) -> None:
 
 def test_features_are_named_in_one_word() -> None:
     assert parse_features("mfcc") == MfccSettings()
-    assert parse_features("hubert:facebook/hubert-base-ls960:9") == EncoderSettings("hubert", "facebook/hubert-base-ls960", 9)
+    assert parse_features("hubert:hf:facebook/hubert-base-ls960:9") == EncoderSettings("hubert", "hf:facebook/hubert-base-ls960", 9)
     assert parse_features("wavlm:/a:b/c:0") == EncoderSettings("wavlm", "/a:b/c", 0)
     for text in ("", "hubert", "hubert:x", "hubert:x:", "hubert:x:nine", "hubert::9", ":x:9", "hubert:x:²", "hubert:x:-1"):
         with pytest.raises(ConfigError, match="neither mfcc nor KIND"):

@@ -55,7 +55,7 @@ class SpeechAssets:
 def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
     """Open the assets in a folder: of records, of a run (its `speech/`), or of a model.
 
-    `encoder`: folder or hub name of the speech encoder; None: the one that the manifest names.
+    `encoder`: folder or name on the hub of the speech encoder; None: the one that the manifest names.
 
     Raises:
         DataError: a file is missing or damaged, or the files do not belong together.

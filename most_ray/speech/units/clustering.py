@@ -170,7 +170,7 @@ def build_manifest(
     Args:
         features, rate_hz: an Extractor's identity and rate.
         centroids: (k, features).
-        source: folder or hub name of the encoder, for people; the identity has a hash of its weights.
+        source: folder or name on the hub of the encoder, for people; the identity has a hash of its weights.
     """
     named = {"encoder": source} if source else {}
     identity = {**features, "kmeans": kmeans_hash(centroids), "n_units": len(centroids), "rate_hz": rate_hz}

@@ -24,14 +24,14 @@ KINDS: Mapping[str, Kind] = {"mfcc": Kind(MfccSettings, MfccExtractor)}  # by th
 
 
 def parse_features(text: str) -> FeatureSettings:
-    """Parse one of KINDS, or KIND:SOURCE:LAYER as hubert:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute path.
+    """Parse one of KINDS, or KIND:SOURCE:LAYER as hubert:hf:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute path.
     Raises ConfigError if the text is of neither form."""
     if text in KINDS:
         return KINDS[text].settings()
     kind, _, rest = text.partition(":")
     source, _, layer = rest.rpartition(":")
     if not kind or not source or not re.fullmatch(r"[0-9]{1,4}", layer):
-        remedy = "As hubert:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
+        remedy = "As hubert:hf:facebook/hubert-base-ls960:9, or wavlm:DIR:6."
         raise ConfigError("features", text, f"is neither {', '.join(KINDS)} nor KIND:NAME_OR_PATH:LAYER.", remedy)
     source = storage.absolute_if_exists(expand("features", source))  # other processes have other working directories
     return EncoderSettings(kind, source, int(layer))
@@ -50,7 +50,7 @@ def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extr
 
 
 def manifest_settings(manifest: Mapping[str, Any], source: str | None = None) -> FeatureSettings:
-    """The settings of the features that a units manifest names; `source`: folder or hub name of the encoder (None: the one that it names).
+    """The settings of the features that a units manifest names; `source`: folder or name on the hub of the encoder (None: the one that it names).
     Raises KeyError, TypeError or ValueError if it does not describe its features."""
     identity = manifest["identity"]
     if kind := KINDS.get(identity["features"]):

@@ -28,7 +28,7 @@ class Extractor(Protocol):
     width: int  # features of a frame
     per_speaker: bool  # frames are to be normalised by their speaker's mean and variance before k-means
     identity: dict[str, Any]  # what the units manifest keeps of the features: {"features", "settings", "normalisation"}, JSON-ready
-    source: str | None  # folder or hub name that the weights were loaded from; not part of `identity`, which has their hash
+    source: str | None  # folder or name on the hub that the weights were loaded from; not part of `identity`, which has their hash
 
     def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
         """Features of each recording, given as float32 (samples,) at `sample_rate`; one that is too short has no frames."""
@@ -50,5 +50,5 @@ class EncoderSettings:
     uses_gpu: ClassVar[bool] = True
 
     kind: str  # hubert, wavlm, ..., or auto for any
-    source: str  # folder or hub name
+    source: str  # folder or name on the hub
     layer: int  # counted from 1 as in fairseq; 0: what enters the first

@@ -30,7 +30,7 @@ class CodeHifiGan:
     """Synthesises units in one of the model's voices, on the CPU. The same units give the same samples, alone or among others.
 
     Args:
-        source: folder or hub name of a whole model, of which only the vocoder's tensors are read, or of a vocoder saved alone.
+        source: folder or name on the hub of a whole model, of which only the vocoder's tensors are read, or of a vocoder saved alone.
         n_units: how many units it will be given; None: unknown.
         language: a code in the model's generation_config.json, or a number below config.vocoder_num_langs; None: eng if the model lists
             that code, else 0.

@@ -58,7 +58,7 @@ def prepare_vocoder(
         corpus, records: the recordings that the records were made from; the folder.
         conditions, max_seconds: the utterances to use; longer ones are skipped.
         progress: wraps the recordings to show how far the work is.
-        encoder: folder or hub name of the units' speech encoder; None: the one that the units manifest names.
+        encoder: folder or name on the hub of the units' speech encoder; None: the one that the units manifest names.
 
     Returns:
         recordings and seconds that were used, and the voice's speaker; `unchanged` if such a vocoder existed already.

@@ -20,7 +20,7 @@ def open_vocoder(source: str, units: dict[str, Any] | None, language: str | None
     """Open a vocoder.
 
     Args:
-        source: a file, or a folder with vocoder.safetensors; or else a folder or hub name of SeamlessM4T's vocoder in transformers.
+        source: a file, or a folder with vocoder.safetensors; or else a folder or name on the hub of SeamlessM4T's vocoder in transformers.
         units: identity of the manifest of the units that it must know; None: unknown.
         language, speaker: of SeamlessM4T's vocoder; see CodeHifiGan.
 
