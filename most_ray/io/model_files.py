@@ -130,10 +130,8 @@ def weight_shapes(folder: str | Path, field: str = "model_name_or_path") -> dict
     `weight_files`, and for a damaged file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder, field):
-        with (
-            loading(CheckpointError, field, str(folder), f"has weights that cannot be read: {file.name}"),
-            safe_open(file, "numpy") as tensors,
-        ):
+        read = loading(CheckpointError, field, str(folder), f"has weights that cannot be read: {file.name}")
+        with read, safe_open(file, "numpy") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     return shapes
 

@@ -123,8 +123,8 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
 
 
 def read_config(path: str, overrides: RoutingOverrides | None = None, **changes: Any) -> MostConfig:
-    """The configuration of a model folder or name on the hub (MoST, the original MoST or DeepSeek-V2), as MostConfig, with the run's overrides and
-    further changes of fields.
+    """The configuration of a model folder (MoST, the original MoST or DeepSeek-V2), as MostConfig, with the run's overrides and further
+    changes of fields.
 
     Raises:
         CheckpointError: there is no configuration, or it is of another model type.
@@ -189,8 +189,8 @@ def check_vocabulary(config: MostConfig, tokenizer: PreTrainedTokenizerFast, pat
 def load_model(
     path: str, overrides: RoutingOverrides | None = None, distributed: DistributedConfig | None = None, **changes: Any
 ) -> MostForCausalLM:
-    """Load a model with weights in float32, from a folder or name on the hub. It must have every tensor and no other; only balance biases may be
-    missing, and are zeros then.
+    """Load a model with weights in float32, from a folder. It must have every tensor and no other; only balance biases may be missing, and
+    are zeros then.
 
     Args:
         overrides, changes: as in `read_config`, whose errors are raised too.

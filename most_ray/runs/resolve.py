@@ -251,7 +251,8 @@ def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = in
 
 
 def _model_path(config: RunConfig, folder: RunFolder) -> str:
-    """Folder or name on the hub of the model to start from. A preset's model is made once per run, with a tokenizer for the training records."""
+    """Folder or name on the hub of the model to start from. A preset's model is made once per run, with a tokenizer for the training
+    records."""
     name = config.model_name_or_path
     if name not in PRESETS:
         check_model_name(name)

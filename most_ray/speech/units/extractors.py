@@ -24,8 +24,8 @@ KINDS: Mapping[str, Kind] = {"mfcc": Kind(MfccSettings, MfccExtractor)}  # by th
 
 
 def parse_features(text: str) -> FeatureSettings:
-    """Parse one of KINDS, or KIND:SOURCE:LAYER as hubert:hf:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute path.
-    Raises ConfigError if the text is of neither form."""
+    """Parse one of KINDS, or KIND:SOURCE:LAYER as hubert:hf:facebook/hubert-base-ls960:9. A source that is a folder becomes an absolute
+    path. Raises ConfigError if the text is of neither form."""
     if text in KINDS:
         return KINDS[text].settings()
     kind, _, rest = text.partition(":")
@@ -50,8 +50,8 @@ def open_extractor(settings: FeatureSettings, device: str | None = None) -> Extr
 
 
 def manifest_settings(manifest: Mapping[str, Any], source: str | None = None) -> FeatureSettings:
-    """The settings of the features that a units manifest names; `source`: folder or name on the hub of the encoder (None: the one that it names).
-    Raises KeyError, TypeError or ValueError if it does not describe its features."""
+    """The settings of the features that a units manifest names; `source`: folder or name on the hub of the encoder (None: the one that it
+    names). Raises KeyError, TypeError or ValueError if it does not describe its features."""
     identity = manifest["identity"]
     if kind := KINDS.get(identity["features"]):
         return kind.settings(**identity["settings"])
