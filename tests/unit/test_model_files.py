@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,8 @@ def test_published_configurations_are_read(tmp_path: Path) -> None:
 
 
 def test_what_is_saved_is_read_back_as_it_was(model: Path) -> None:
-    config = read_config(str(model))
-    assert config.to_dict() | {"dtype": None} == tiny_config().to_dict() | {
-        "dtype": None,
-        "transformers_version": config.to_dict()["transformers_version"],
-    }
+    found, made = read_config(str(model)).to_dict(), tiny_config().to_dict()
+    assert {**found, "dtype": None, "architectures": None} == {**made, "dtype": None, "architectures": None}
 
 
 def test_unknown_keys_are_named_and_not_used(model: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +137,7 @@ def test_config_json_chooses_no_kernels(model: Path, key: str, kernels: object, 
     """Before the fix `owner/repo` reached the loader of the hub's kernels."""
     monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *_, **__: pytest.fail("a kernel was asked for"))
     change(model, **{key: kernels})
-    with pytest.raises(CheckpointError, match=f"config.json that chooses code to load: {key} is .*eager"):
+    with pytest.raises(CheckpointError, match=rf"config\.json that chooses code to load: {key} is .*eager"):
         load_model(str(model))
 
 
@@ -190,12 +188,14 @@ def test_the_units_are_where_the_configuration_has_audio(model: Path) -> None:
     config, tokenizer = read_description(str(model))
     for first, last in ((100002, 100503), (301, 802), (300, 800), (0, 801), (900, 901)):
         config.first_audio_token, config.last_audio_token = first, last
-        with pytest.raises(CheckpointError, match=f"audio tokens {first}..{last} by its config.json, and by its tokenizer .* 300..801"):
+        with pytest.raises(
+            CheckpointError, match=rf"audio tokens {first}\.\.{last} by its config\.json, and by its tokenizer .* 300\.\.801"
+        ):
             check_vocabulary(config, tokenizer, "m")
     config.first_audio_token, config.last_audio_token = 300, 830  # ids that no token has may be in it
     check_vocabulary(config, tokenizer, "m")
     config.vocab_size = 801
-    with pytest.raises(CheckpointError, match="ids up to 801, and by its config.json 801 embeddings"):
+    with pytest.raises(CheckpointError, match=r"ids up to 801, and by its config\.json 801 embeddings"):
         check_vocabulary(config, tokenizer, "m")
 
 
@@ -205,10 +205,13 @@ def test_a_panic_of_the_tokenizers_library_is_an_error_of_the_users(model: Path,
     class PanicException(BaseException):
         pass
 
-    with pytest.raises(DataError, match=r"^f = 'v': is bad \(index out of range\)\. Get it"):
+    def panic() -> None:
         with model_files.loading(DataError, "f", "v", "is bad"), model_files.no_panic_output():
             os.write(2, b"thread panicked at src/lib.rs\n")
             raise PanicException("index out of range")
+
+    with pytest.raises(DataError, match=r"^f = 'v': is bad \(index out of range\)\. Get it"):
+        panic()
     assert capfd.readouterr().err == ""
     with model_files.no_panic_output():
         os.write(2, b"a warning\n")
@@ -269,6 +272,6 @@ def test_what_is_read_in_place_of_the_weights_is_refused(tmp_path: Path) -> None
     model_files.check_model_files(tmp_path)
     for name in ("adapter_config.json", ".metadata"):
         (tmp_path / name).write_text("{}")
-        with pytest.raises(CheckpointError, match=f"it holds {name}"):
+        with pytest.raises(CheckpointError, match=f"it holds {re.escape(name)}"):
             model_files.check_model_files(tmp_path)
         (tmp_path / name).unlink()
