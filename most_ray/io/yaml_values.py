@@ -52,28 +52,38 @@ def _build(events: Iterator[yaml.Event]) -> Any:
     """The value that a parser's events describe. Without recursion: the depth of a file is its author's."""
     root = _Open([], None)
     stack, anchors = [root], dict[str, tuple[Any, int, int]]()
-    for event in events:
-        if isinstance(event, yaml.DocumentStartEvent) and root.value:
-            raise ValueError(f"has a second document ({_place(event)})")
-        if isinstance(event, yaml.AliasEvent):
-            if event.anchor not in anchors:
-                raise ValueError(f"has an alias *{event.anchor} of nothing that ends before it ({_place(event)})")
-            _add(stack, event, *anchors[event.anchor])
-        elif isinstance(event, yaml.ScalarEvent):
-            value = _scalar(event)
-            if event.anchor:
-                anchors[event.anchor] = (value, 1, 0)
-            _add(stack, event, value, 1, 0)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            _check_tag(event)
-            stack.append(_Open({} if isinstance(event, yaml.MappingStartEvent) else [], event.anchor))
-            _check_size(len(stack) - 1, 0)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            done = stack.pop()
-            if done.anchor:
-                anchors[done.anchor] = (done.value, done.size, done.height)
-            _add(stack, event, done.value, done.size, done.height)
+    try:
+        for event in events:
+            if isinstance(event, yaml.DocumentStartEvent) and root.value:
+                raise ValueError(f"has a second document ({_place(event)})")
+            _take(event, stack, anchors)
+    except ValueError as error:
+        outermost = stack[1].key if len(stack) > 1 else None
+        at = "" if outermost is None or repr(outermost) in str(error) else f", in {outermost[:100]!r}"
+        raise ValueError(f"{error}{at}") from error
     return root.value[0] if root.value else None  # type: ignore[index]
+
+
+def _take(event: yaml.Event, stack: list[_Open], anchors: dict[str, tuple[Any, int, int]]) -> None:
+    """Add what an event describes to the innermost open value; `anchors`: value, size and height of what has a name."""
+    if isinstance(event, yaml.AliasEvent):
+        if event.anchor not in anchors:
+            raise ValueError(f"has an alias *{event.anchor} of nothing that ends before it ({_place(event)})")
+        _add(stack, event, *anchors[event.anchor])
+    elif isinstance(event, yaml.ScalarEvent):
+        value = _scalar(event)
+        if event.anchor:
+            anchors[event.anchor] = (value, 1, 0)
+        _add(stack, event, value, 1, 0)
+    elif isinstance(event, yaml.CollectionStartEvent):
+        _check_tag(event)
+        stack.append(_Open({} if isinstance(event, yaml.MappingStartEvent) else [], event.anchor))
+        _check_size(len(stack) - 1, 0)
+    elif isinstance(event, yaml.CollectionEndEvent):
+        done = stack.pop()
+        if done.anchor:
+            anchors[done.anchor] = (done.value, done.size, done.height)
+        _add(stack, event, done.value, done.size, done.height)
 
 
 def _scalar(event: yaml.ScalarEvent) -> str | None:

@@ -27,6 +27,7 @@ from most_ray.speech.units.mfcc import MfccSettings
 from most_ray.speech.units.output import check_records_folder, check_rejected, find_prepared, mark_prepared, publish_records
 from most_ray.speech.units.stages import CollectStatistics, EncodeUnits, lowest, write_codebook
 
+_MOST_SPEEDS = 100  # at which each recording is used
 _ROWS = 10_000  # frames that are computed on together
 _FEWEST_OF_A_PART = 256  # frames that a part may keep for k-means, however many parts there are
 ChooseRunner = Callable[[int], Runner]  # bytes of audio -> who makes the parts
@@ -136,8 +137,8 @@ def _check(job: UnitsJob) -> Extractor:
         (
             "perturb",
             speeds,
-            0 < len(speeds) == len({s for s in speeds if 0.5 <= s <= 2.0}),
-            "must hold different speeds between 0.5 and 2.",
+            0 < len(speeds) == len({s for s in speeds if 0.5 <= s <= 2.0}) <= _MOST_SPEEDS,
+            f"must hold different speeds between 0.5 and 2, at most {_MOST_SPEEDS}.",
         ),
         ("fit_frames", job.fit_frames, job.fit_frames >= 1, "must be at least 1."),
         ("seed", job.seed, 0 <= job.seed < 1 << 32, "must be in 0..4294967295."),
