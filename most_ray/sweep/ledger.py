@@ -27,9 +27,9 @@ from most_ray.io import storage
 from most_ray.io.json_lines import parse_lines, read_lines
 from most_ray.io.json_values import json_text
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
-from most_ray.io.run_lock import RunLock
 from most_ray.metrics.figures import OBJECTIVES, RATES
 from most_ray.options import current_words
+from most_ray.runs.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"  # in the sweep's folder: runs, checkpoints for other trials, the best configuration

@@ -40,13 +40,13 @@ from most_ray.distributed.stop_signals import stop_signals
 from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, explain_os_error
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
-from most_ray.io.run_lock import RunLock
 from most_ray.options import parse_number
 from most_ray.report import write_report
 from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
+from most_ray.runs.run_lock import RunLock
 from most_ray.trackers.select import trackers_of, wandb_key, with_environment
 from most_ray.train.attempt import claim_run
 from most_ray.train.hooks import TrainHooks

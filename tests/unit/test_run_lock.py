@@ -18,11 +18,12 @@ from rich.console import Console
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError, DataError
-from most_ray.io import run_lock, storage
-from most_ray.io.run_lock import LEASE, LOCK, RunLock, is_held
+from most_ray.io import storage
+from most_ray.runs import run_lock
+from most_ray.runs.run_lock import LEASE, LOCK, RunLock, is_held
 from most_ray.train import run as engine
 
-HOLD = "import sys; from most_ray.io.run_lock import RunLock; lock = RunLock(sys.argv[1], 'trained'); print('held', flush=True); input()"
+HOLD = "import sys; from most_ray.runs.run_lock import RunLock; lock = RunLock(sys.argv[1], 'trained'); print('held', flush=True); input()"
 
 
 @contextlib.contextmanager
@@ -34,6 +35,12 @@ def held_elsewhere(uri: str) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "LEASE_S", 0.5)
+    monkeypatch.setattr(run_lock, "RENEW_S", 0.02)
 
 
 def test_another_process_is_refused_at_once_until_the_holder_has_gone(tmp_path: Path) -> None:
@@ -95,6 +102,20 @@ def test_a_lock_file_that_its_holder_has_removed_is_not_taken(tmp_path: Path, mo
     second.close()
 
 
+def test_the_lock_of_another_machine_is_waited_for(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """It may be lost, and then its file system frees its locks by and by; a living one keeps the run."""
+    monkeypatch.setattr(run_lock, "LOST_S", 0.2)
+    lock = RunLock(str(tmp_path), "trained")
+    (tmp_path / LOCK).write_text("process 7 on elsewhere\nmark\n")
+    with pytest.raises(ConfigError, match="process 7 on elsewhere"):
+        RunLock(str(tmp_path), "trained")
+    assert caplog.text.count("in case that machine is lost") == 1
+    timer = threading.Timer(0.1, lock.close)
+    timer.start()
+    RunLock(str(tmp_path), "trained").close()
+    timer.join()
+
+
 def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^output_dir = .*cannot be locked"):
@@ -102,12 +123,6 @@ def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
 
 
 # Behind a URI
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "LEASE_S", 0.5)
-    monkeypatch.setattr(run_lock, "RENEW_S", 0.02)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from most_ray.console.terminal import print_line
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
-from most_ray.io.run_lock import RunLock
 from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
@@ -25,6 +24,7 @@ from most_ray.runs.job import overrides_of
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of, prepare_run
+from most_ray.runs.run_lock import RunLock
 from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
 from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray

@@ -31,7 +31,7 @@ from most_ray.io import storage
 from most_ray.io.journal import Follower
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, RunFolder, step_uri
-from most_ray.io.run_lock import is_held
+from most_ray.runs.run_lock import is_held
 from most_ray.sweep.ledger import intervals_of, kept_uri, metrics_of
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,10 @@ from most_ray.io.run_folder import RunFolder
 
 LOCK, LEASE = ".lock", ".lease.json"  # in the run's folder, or its working copy; at its URI
 LEASE_S = 60.0  # seconds after which a lease that was not renewed is free
+LOST_S = 100.0  # seconds for which a lost machine's locks stay: NFS keeps them for 90
 RENEW_S = 5.0  # seconds between two renewals
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of flock on file systems without it
+_HERE = f" on {socket.gethostname()}"  # ends the description of this machine's processes
 logger = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ class RunLock:
         try:
             folder = RunFolder(uri)
             self._path = folder.local / LOCK
-            self._file, supported = _lock_file(self._path)
+            self._file, supported = _lock_or_wait(self._path)
             try:
                 self._mark = _mark_of(self._file, keep=remote and supported)
                 if remote or not supported:
@@ -102,6 +104,22 @@ class _HeldError(Exception):
     """Another process holds the lock. The message names it."""
 
 
+def _lock_or_wait(path: Path) -> tuple[TextIO, bool]:
+    """`_lock_file`, but where another machine holds the lock: that may be lost, and its locks on a shared file system end only with its
+    lease there. Then a warning is logged, and the lock is tried for for `LOST_S` seconds."""
+    until = None
+    while True:
+        try:
+            return _lock_file(path)
+        except _HeldError as held:
+            if str(held).endswith(_HERE) or (until is not None and time.monotonic() >= until):
+                raise
+            if until is None:
+                until = time.monotonic() + LOST_S
+                logger.warning("%s: %s has the run; waiting up to %.0f s, in case that machine is lost", path.parent, held, LOST_S)
+        time.sleep(min(1.0, RENEW_S))
+
+
 def _lock_file(path: Path) -> tuple[TextIO, bool]:
     """Open and lock a file, which is made where it is missing. Returns it, and whether the file system has locks. Raises _HeldError."""
     while True:
@@ -116,7 +134,7 @@ def _lock_file(path: Path) -> tuple[TextIO, bool]:
             file.close()
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise _HeldError(holder or "on this machine") from None
+            raise _HeldError(holder or f"a process{_HERE}") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file, True
@@ -136,7 +154,7 @@ def _mark_of(file: TextIO, keep: bool) -> str:
 
 
 def _this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    return f"process {os.getpid()}{_HERE}"
 
 
 class _Lease:
