@@ -50,7 +50,7 @@ def load_units_manifest(folder: str, needed: tuple[str, ...] = ()) -> dict[str, 
     if not storage.exists(uri):
         return None
     try:
-        data = storage.read_bytes(uri)
+        data = storage.read_small(uri)
     except OSError as error:
         raise DataError("units manifest", storage.redact(uri), f"cannot be read ({error.strerror or error}).", _REMEDY) from error
     try:

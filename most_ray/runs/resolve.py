@@ -181,6 +181,9 @@ def _check_directories(config: RunConfig) -> None:
         if missing := next((directory for directory in directories if not storage.exists(directory)), None):
             remedy = "Check the path; it is taken from where the command runs."
             raise ConfigError(option.name, storage.redact(missing), "does not exist.", remedy)
+        for directory in directories:
+            if not storage.is_remote(directory):
+                record_files(directory)  # raises DataError where it holds none, or something that cannot be read
         real = {d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories}
         if len(real) != len(directories):
             raise ConfigError(option.name, tuple(map(storage.redact, directories)), "names a directory twice.")
