@@ -196,8 +196,8 @@ _MPEG_KBITS = {  # by whether it is MPEG 1, and the layer
     (False, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-_MPEG_SLACK = 5  # frames that an encoder's delay and padding, and a decoder's, may make
-_LENGTHS = (b"Xing", b"Info", b"VBRI")  # in the first frame: it holds how many there are, and no audio
+_MPEG_SLACK = 5  # frames by which an estimate may be too short
+_LENGTHS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}  # marks of a frame that says how many there are, and how many bytes behind it
 _SEARCHED = 1 << 16  # bytes in which the next frame is looked for behind damage
 
 
@@ -208,20 +208,29 @@ class _MpegFrame(NamedTuple):
 
 
 def _check_mp3(stream: BinaryIO, samples: int, rate: int) -> str | None:
-    """Frames, counted, against the announced or estimated length."""
-    found, counted, announced = 0, None, False
+    """Frames, counted, against the number that the first one gives, or else against libsndfile's estimate of the length."""
+    found, stated, each = 0, 0, 0.0  # frames, frames, seconds of a frame
     for frame, content in _mpeg_frames(stream):
-        if any(mark in content for mark in _LENGTHS):
-            announced = announced or not found
-        else:
-            found += frame.samples
-        counted = frame
-    if counted is None:
+        each, number = frame.samples / frame.kind[2], _stated_frames(content)
+        if number is None:
+            found += 1
+        elif not found:
+            stated = number
+    if not each:
         return None
-    real, slack = found / counted.kind[2], max(_SLACK, _MPEG_SLACK * counted.samples / counted.kind[2])
-    if real > samples / rate + slack:
-        return _announces_less(real, samples, rate)
-    return _cut_off(real, samples / rate) if announced and real < samples / rate - slack else None
+    announced, slack = (stated * each, 1) if stated else (samples / rate, _MPEG_SLACK)
+    if found * each > announced + max(_SLACK, slack * each):
+        return f"holds {found * each:.2f} s of audio, but its header announces {announced:.2f} s"
+    return _cut_off(found * each, announced) if stated and found < stated - slack else None
+
+
+def _stated_frames(content: bytes) -> int | None:
+    """How many frames follow one that holds nothing but that; 0 where it does not say, None where it is one of audio."""
+    for mark, at in _LENGTHS.items():
+        if (begin := content.find(mark)) >= 0:
+            flags = int.from_bytes(content[begin + 4 : begin + 8], "big")
+            return int.from_bytes(content[begin + at : begin + at + 4], "big") if flags & 1 or mark == b"VBRI" else 0
+    return None
 
 
 def _mpeg_frames(stream: BinaryIO) -> Iterator[tuple[_MpegFrame, bytes]]:
