@@ -111,14 +111,12 @@ def _find_wrong_content(uri: str, name: str, step: int, deep: bool) -> str | Non
         if name == STATE:
             content = parse_state(storage.read_bytes(storage.join(uri, name)))
             check_format(uri, content["format"])
-            check_state(content)
-            if content["step"] != step:
-                return f"{name} is of step {content['step']}, and {COMMIT} of {step}"
+            check_state(content, step)
         elif deep and name.endswith(".safetensors"):
             with storage.open_read(storage.join(uri, name)) as stream:
                 read_header(stream)
     except DamagedFileError as error:
-        return f"{name}: {error}"
+        return str(error) if name == STATE else f"{name}: {error}"
     return None
 
 

@@ -108,12 +108,14 @@ def parse_state(data: bytes) -> dict[str, Any]:
     return content
 
 
-def check_state(content: Mapping[str, Any]) -> None:
-    """Raise DamagedFileError if state.json lacks a value or has one of another kind."""
+def check_state(content: Mapping[str, Any], step: int) -> None:
+    """Raise DamagedFileError if state.json lacks a value or has one of another kind, or is of another step than `step`."""
     wrong = next((key for key, rule in _STATE.items() if key not in content or not rule(content[key])), None)
     wrong = wrong or next((key for key, rule in _OF_A_RUN.items() if key in content and not rule(content[key])), None)
     if wrong:
         raise DamagedFileError(f"{STATE} is garbage (its {wrong})")
+    if content["step"] != step:
+        raise DamagedFileError(f"{STATE} is of step {content['step']}, and {COMMIT} of {step}")
 
 
 def _parse(data: bytes, name: str) -> dict[str, Any]:

@@ -45,12 +45,12 @@ def read_state(uri: str | Path) -> dict[str, Any]:
     another format."""
     uri = str(uri)
     with _explained(uri, ""):
-        read_marker(uri)
+        marker = read_marker(uri)
     with _explained(uri, f"{STATE}: ", FileNotFoundError):
         content = parse_state(storage.read_bytes(storage.join(uri, STATE)))
     check_format(uri, content["format"])
     with _explained(uri, ""):
-        check_state(content)
+        check_state(content, marker["step"])
     return content
 
 

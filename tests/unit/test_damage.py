@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,3 +144,89 @@ def test_a_run_without_an_intact_checkpoint_does_not_begin_anew(tmp_path: Path) 
         catalog.require_valid(intact, corrupt)
     catalog.require_valid(None, [])
     catalog.require_valid(uris[0], [(uris[1], "x")])
+
+
+# Files that are the ones that were written, and hold something else than they must
+
+
+def rewrite(uri: str, name: str, data: bytes) -> None:
+    """Put another content into a file, and its size and hash into commit.json."""
+    (Path(uri) / name).write_bytes(data)
+    marker = json.loads((Path(uri) / "commit.json").read_text())
+    marker["files"][name] = [len(data), catalog.hash_file(Path(uri) / name)]
+    (Path(uri) / "commit.json").write_text(json.dumps(marker))
+
+
+def with_state(**changes: Any) -> Callable[[str], None]:
+    return lambda uri: rewrite(uri, "state.json", json.dumps({**json.loads((Path(uri) / "state.json").read_text()), **changes}).encode())
+
+
+def with_marker(**changes: Any) -> Callable[[str], None]:
+    def change(uri: str) -> None:
+        path = Path(uri) / "commit.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def with_header(**changes: Any) -> Callable[[str], None]:
+    """Changes in the first tensor's entry of the rank's file."""
+
+    def change(uri: str) -> None:
+        data = (Path(uri) / "rank-00000.safetensors").read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        header[next(key for key in header if key != "__metadata__")].update(changes)
+        text = json.dumps(header).encode()
+        rewrite(uri, "rank-00000.safetensors", len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return change
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+STRANGE: dict[str, Callable[[str], None]] = {
+    "a deep commit.json": lambda uri: (Path(uri) / "commit.json").write_bytes(DEEP) and None,
+    "a format of text": with_marker(format="2"),
+    "a format of truth": with_marker(format=True),
+    "a step of text": with_marker(step="2"),
+    "no files": with_marker(files={}),
+    "files of a list": with_marker(files=["state.json"]),
+    "a negative size": with_marker(files={"state.json": [-1, "x"]}),
+    "files elsewhere": with_marker(files={"../../x": [1, "x"]}),
+    "a deep state.json": lambda uri: rewrite(uri, "state.json", DEEP),
+    "a state.json of digits": lambda uri: rewrite(uri, "state.json", b'{"format": ' + b"2" * 5000 + b"}"),
+    "a state.json of a list": lambda uri: rewrite(uri, "state.json", b"[]"),
+    "the state of another step": with_state(step=1),
+    "a number of steps that is text": with_state(step="two"),
+    "a schedule of text": with_state(scheduler={"last_epoch": "x"}),
+    "a scale of more": with_state(loss_scale={"scale": float("nan")}),
+    "tensors of text": with_state(n_tensors="2"),
+    "a cursor of nothing": with_state(cursor={}),
+    "ingredients of a list": with_state(ingredients=[]),
+    "a meter of texts": with_state(meter={"sums": {"aux": "x"}}),
+    "a type nobody knows": with_header(dtype="F7"),
+    "a shape of text": with_header(shape="40"),
+    "a negative shape": with_header(shape=[-1, 40]),
+    "a shape of more numbers": with_header(shape=[1, 1, 1]),
+    "a part beyond the tensor": with_header(shape=[1 << 40, 40]),
+}
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_checkpoint_of_strange_content_is_skipped(tmp_path: Path, case: str) -> None:
+    """It ended the run, by whatever error its first reader had for it."""
+    uris = saved_at(tmp_path, 1, 2)
+    STRANGE[case](uris[1])
+    uri, ((corrupt, reason),) = catalog.latest_valid(str(tmp_path))
+    assert (uri, corrupt) == (uris[0], uris[1]) and "\n" not in reason and len(reason) < 300
+    with pytest.raises(CheckpointError, match="has a damaged file"):
+        reader.load(uris[1], small())
+    assert weight_in(uris[0]) == 1.0
+
+
+def test_another_format_is_no_damage(tmp_path: Path) -> None:
+    """A newer version's checkpoint must not be skipped, and its run so continued from an older one."""
+    uris = saved_at(tmp_path, 1, 2)
+    with_marker(format=3)(uris[1])
+    with pytest.raises(CheckpointError, match="has format 3, not 2"):
+        catalog.latest_valid(str(tmp_path))

@@ -189,7 +189,7 @@ def test_the_units_are_where_the_configuration_has_audio(model: Path) -> None:
     for first, last in ((100002, 100503), (301, 802), (300, 800), (0, 801), (900, 901)):
         config.first_audio_token, config.last_audio_token = first, last
         with pytest.raises(
-            CheckpointError, match=rf"audio tokens {first}\.\.{last} by its config\.json, and by its tokenizer .* 300\.\.801"
+            CheckpointError, match=rf"audio tokens {first}\.\.{last} by its config\.json, .* by its tokenizer .* 300\.\.801"
         ):
             check_vocabulary(config, tokenizer, "m")
     config.first_audio_token, config.last_audio_token = 300, 830  # ids that no token has may be in it
@@ -263,7 +263,7 @@ def test_only_safetensors_are_read(model: Path) -> None:
 def test_numbers_that_no_model_has(tmp_path: Path) -> None:
     model_files.check_sizes({"vocab_size": 1 << 20, "pad_token_id": -1, "hidden_act": "gelu", "layers": None}, tmp_path, "features")
     for wrong in ({"num_hidden_layers": 10**9}, {"a": [{"encoder_layers": 2000}]}, {"hidden_size": 1 << 40}, {"hidden_size": -5}):
-        with pytest.raises(CheckpointError, match="more than [0-9,]+ or negative"):
+        with pytest.raises(CheckpointError, match=r"more than [0-9,]+ or negative"):
             model_files.check_sizes(wrong, tmp_path, "features")
 
 
