@@ -286,6 +286,14 @@ def _check_fields(found: Any, fields: Fields, where: str) -> None:
             raise DataError("rescore", where, f"has {shown(found[name])} in field {name!r}.", _REMEDY)
 
 
+def warn_of_version(uri: str, settings: Mapping[str, Any], name: str) -> None:
+    """Log a warning where an evaluation with these settings, at `uri`, was scored by another version of the normaliser `name`."""
+    version = settings.get("normaliser_version", 1)  # which files of the first version do not name
+    if version != NORMALISER_VERSION and name != "none":
+        text = "%s was scored by version %s of the normalisers, new figures are by version %d: compare figures of one version only"
+        logger.warning(text, storage.redact(uri), shown(version), NORMALISER_VERSION)
+
+
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
     """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own). Raises
     DataError if the file cannot be used, or the normaliser is unknown."""
@@ -293,9 +301,6 @@ def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
     name = name or header["settings"].get("normaliser")
     if name not in NORMALISERS:
         raise DataError("normaliser", name, "is not known.", nearest(str(name)[:100], NORMALISERS))
-    version = header["settings"].get("normaliser_version", 1)  # which files of the first version do not name
-    if version != NORMALISER_VERSION and name != "none":
-        text = "%s was scored by version %s of the normalisers, and is scored by version %d now: compare figures of one version only"
-        logger.warning(text, storage.redact(uri), shown(version), NORMALISER_VERSION)
+    warn_of_version(uri, header["settings"], name)
     header["settings"] = header["settings"] | {"normaliser": name, "normaliser_version": NORMALISER_VERSION}
     return evaluation_result(header, [add_normalised(row, name) for row in rows])

@@ -12,6 +12,7 @@ from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import export_checkpoint
 from most_ray.config import RunConfig, to_yaml
 from most_ray.errors import ConfigError
+from most_ray.evaluation.hypotheses import warn_of_version
 from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
 from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
@@ -58,8 +59,21 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
     keep_speech_assets(prepared)
     if job.has_validation:
         open_external_recogniser(EvaluationJob.of(config).settings, folder.uri, job.units_identity, use_gpu=False)
+        _warn_of_version(folder, config)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
+
+
+def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:
+    """Log a warning where earlier evaluations of the run, with which best_metric compares new ones, are of other normalised texts."""
+    if steps := evaluated_steps(folder):
+        uri = folder.at(f"evaluations/step-{max(steps):09d}.json")
+        try:
+            settings = parse_json(storage.read_bytes(uri))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):  # it was removed, or is damaged: what is unknown is not told
+            return
+        if isinstance(settings, dict):
+            warn_of_version(uri, settings, config.normaliser)
 
 
 def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) -> dict[str, Any]:

@@ -78,6 +78,12 @@ def test_a_file_scored_again_gives_the_same_numbers(
     assert raw["sets"]["asr/spoken"]["characters"] != evaluated.result["sets"]["asr/spoken"]["characters"]
 
 
+def test_settings_are_stored_without_credentials(scene: Scene) -> None:
+    settings = replace(SETTINGS, recogniser="s3://user:sekret@b/whisper", vocoder="s3://user:sekret@b/v")
+    stored = evaluate(scene, settings).header["settings"]
+    assert (stored["recogniser"], stored["normaliser_version"]) == ("s3://***@b/whisper", 2) and "sekret" not in str(stored)
+
+
 def test_the_command_is_the_same_function(scene: Scene, evaluated: Evaluation, tmp_path: Path) -> None:
     uris = [flag for task in ("asr", "tts", "text") for flag in (f"--{task}_dirs", *getattr(scene.directories, task))]
     limits = ["--max_new_tokens", "12", "--max_new_units", "20", "--batch_size", "3"]
