@@ -64,9 +64,9 @@ def warmup_of(options: OptimizerOptions, total_steps: int) -> int:
 def make_state(model: nn.Module, options: OptimizerOptions, total_steps: int) -> TrainState:
     """Create the optimizer with its moments, the schedule over `total_steps` of the whole run, and the loss scale, for a model that is
     already laid out over its ranks."""
-    optimizer = make_optimizer(model, options)
+    optimizer, warmup = make_optimizer(model, options), warmup_of(options, total_steps)
     name = "constant_with_warmup" if options.lr_scheduler == "constant" else options.lr_scheduler
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_of(options, total_steps), num_training_steps=total_steps)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
     scale = LossScale(scale=2.0**16, enabled=True) if options.fp16 else LossScale()
     state = TrainState(model, optimizer, scheduler, scale, balance_bias_rate=options.balance_bias_rate)
     config = state.model_config
