@@ -54,9 +54,19 @@ def test_no_token(refused: Run, tmp_path: Path, command: str) -> None:
 @pytest.mark.parametrize("command", ["train", "submit train"])
 def test_wrong_token(refused: Run, tmp_path: Path, command: str) -> None:
     wrong = tmp_path / "token"
+    wrong.touch(0o600)
     wrong.write_text("0" * 64)
     said = refused(*command.split(), *CONFIG, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert "does not accept this token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file" in said
+
+
+@pytest.mark.parametrize("command", ["train", "submit train"])
+def test_a_token_that_others_can_read(refused: Run, local_cluster: LocalCluster, tmp_path: Path, command: str) -> None:
+    copy = tmp_path / "token"
+    copy.write_text(local_cluster.token)
+    copy.chmod(0o644)
+    said = refused(*command.split(), *CONFIG, RAY_AUTH_TOKEN_PATH=str(copy))
+    assert f"can be read or changed by other users of this machine (mode 644). chmod 600 {copy}" in said
 
 
 @pytest.mark.parametrize("command", ["train", "submit train"])

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -117,16 +118,18 @@ def test_torchrun_and_one_process_train_the_same(tmp_path: Path) -> None:
     assert [p.parent.name for p in sorted((tmp_path / "r2").glob("checkpoints/*/commit.json"))] == ["step-000000004", "step-000000008"]
 
 
-def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     """Exit code 75, a checkpoint of the step that it had come to; the same command resumes the run, its trackers included."""
     words = command(tmp_path, 1, "ended", logging_steps=1, **TRACKED)
     trace = tmp_path / "ended.trace"
-    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+    default = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests in the background may have it ignored
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=default) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "starting after step" in line:
                 break
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         rest = process.stderr.read()
         assert process.wait(timeout=120) == 75, rest
     assert "stopped after a checkpoint" in rest
