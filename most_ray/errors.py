@@ -26,6 +26,7 @@ def printable(text: str) -> str:
 def redact(text: str) -> str:
     """Replace the credentials and the options of all URIs in `text` by `***`."""
     text = re.sub(r"://(?:[^/@:\s]*:[^\s'\"]*|[^/@\s'\"]*)@", "://***@", text)
+    text = re.sub(r":/(?!/)[^/@:\s]+:[^\s'\"]*@", ":/***@", text)  # a URI that was a Path has lost one slash
     return re.sub(r"\?[\w.-]+=[^\s'\"]*", "?***", text)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from most_ray.config import OPTIONS, RunConfig
+from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.uris import expand
@@ -61,8 +62,10 @@ class PathFlag(Generic[P]):
         self._resolve, self.reads = resolve, reads
 
     def __call__(self, text: str, field: str = "path") -> P:
-        """The value; `field` is the flag's name, for the ConfigError of a path that nobody can mean."""
+        """The value; `field` is the flag's name, for the ConfigError of a path that nobody can mean, and of a URI where none is taken."""
         written, home = expand(field, text), job_home()
+        if self._kind is Path and storage.is_remote(written):  # a Path would lose one of its slashes
+            raise ConfigError(field, storage.redact(text), "is not a local path.", "Name a file or folder on this machine.")
         return self._kind(self._resolve(home, written) if home else written)
 
 

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     init.add_argument(
         "--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout, a folder or hf:OWNER/NAME"
     )
-    init.add_argument("--records", type=to_read(Path), nargs="+", default=[], help="directories of records whose text the tokenizer learns")
+    init.add_argument("--records", type=to_read(str), nargs="+", default=[], help="directories of records whose text the tokenizer learns")
     init.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
     init.add_argument("--seed", action=number(int, NOT_NEGATIVE, MOST_SEED), default=0, help="of the weights (default: 0)")
 

@@ -11,6 +11,7 @@ import yaml
 from tests.bad_inputs.harness import Case, Outcome
 from tests.bad_inputs.inputs import base, plan, run_yaml
 
+INIT = ("init-model", "--preset", "tiny", "--output", "o")
 UNITS = ("prepare", "units", "--input", ".", "--output", "o", "--fit_kmeans", "4")
 Make = Callable[[Path], Sequence[str | Path]]
 
@@ -196,6 +197,19 @@ MISSING = [
     Case("a model at a missing URI", plan(run_yaml, "--model_name_or_path", "http://127.0.0.1:1/x"), "model_name", may_change=["runs*"]),
     Case("a set's name with an escape", words(*UNITS, "--name", "\x1b[1m"), "name"),
     Case("a set's name that is no text", words(*UNITS, "--name", "\udcff"), "name"),
+    *(
+        Case(f"a URI as {flag} of {command}", words(*command.split(), flag, "s3://u:sekret@b/x"), flag[2:], never=["sekret"])
+        for command, flag in (
+            ("prepare units --output o --fit_kmeans 4", "--input"),
+            ("prepare units --input . --output o", "--kmeans"),
+            ("prepare kmeans --output k.npy", "--input"),
+            ("prepare vocoder --input .", "--records"),
+            ("prepare tts --output_dir o", "--input_dir"),
+            ("train", "--from_audio"),
+            ("export --checkpoint x", "--output"),
+        )
+    ),
+    Case("records of init-model at no place", words(*INIT, "--records", "foo://u:sekret@b/x"), "foo://", never=["sekret"]),
     Case("report without a run", words("report"), "RUN|runs"),
     Case("report of a missing run", words("report", "none"), "none"),
     Case("report of a file", lambda f: ((f / "x").touch(), ["report", "x"])[1], "x"),
@@ -289,4 +303,37 @@ CLUSTERS = [
     Case("doctor of a wrong value", words("doctor", "--seed", "x"), "seed"),
 ]
 
-CASES = [*WORDS, *CONFIGURATIONS, *NAMED, *STEPS, *MISSING, *SPACES, *CLUSTERS]
+ENVIRONMENT = [
+    *(
+        Case(
+            f"MOST_RAY_CACHE_GB={text[:20]!r}",
+            plan(run_yaml, "--store_dir", "memory://x/store"),
+            "MOST_RAY_CACHE_GB",
+            environment={"MOST_RAY_CACHE_GB": text},
+            may_change=["runs*"],
+        )
+        for text in ("many", "nan", "-1", "0", "9" * 400)
+    ),
+    Case(
+        "a cache in a file",
+        plan(run_yaml, "--store_dir", "memory://x/store"),
+        "MOST_RAY_CACHE_DIR",
+        environment={"MOST_RAY_CACHE_DIR": "c.yaml"},
+        may_change=["runs*"],
+    ),
+    Case("an address of colons", words("submit", "doctor"), "address", environment={"RAY_ADDRESS": "::::"}),
+    *(
+        Case(
+            f"no job's environment: {text[:10]}",
+            plan(run_yaml),
+            code=0,
+            may_change=["t.jsonl", "runs*"],
+            check=traced,
+            environment=variables,
+        )
+        for text in ("[" * 5000, "[1]", "{", "null")
+        for variables in ({"RAY_JOB_CONFIG_JSON_ENV_VAR": text},)
+    ),
+]
+
+CASES = [*ENVIRONMENT, *WORDS, *CONFIGURATIONS, *NAMED, *STEPS, *MISSING, *SPACES, *CLUSTERS]

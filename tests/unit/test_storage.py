@@ -232,6 +232,8 @@ def test_a_failed_range_is_read_anew(memory: str, monkeypatch: pytest.MonkeyPatc
         ("s3://key:se/c@ret@bucket/x", "s3://***@bucket/x"),
         ("at 's3://user@bucket/x?region=a&secret=b', again", "at 's3://***@bucket/x?***', again"),
         ("s3://bucket/user@home", "s3://bucket/user@home"),
+        ("s3:/key:se/c@ret@bucket/x", "s3:/***@bucket/x"),
+        ("s3:/bucket/user@home", "s3:/bucket/user@home"),
         ("/data/a@b", "/data/a@b"),
     ],
 )
