@@ -250,7 +250,11 @@ class _Reader(io.RawIOBase):
 
 def _remote(uri: str, operation: Callable[[Any, str], T]) -> T:
     """`operation(file system, path)` for a remote URI, with retries."""
-    return with_retries(lambda: operation(*_filesystem(uri)), uri)
+    try:
+        return with_retries(lambda: operation(*_filesystem(uri)), uri)
+    except NotImplementedError as error:  # fsspec's, as of writing over http
+        rule = f"is of a kind of storage, {split(uri)[0].partition(':')[0]}://, that cannot do this."
+        raise DataError("path", redact(uri), rule, "Name a folder on a disk or in an object store.") from error
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:

@@ -165,8 +165,11 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _check_all_inputs(config: RunConfig) -> None:
-    """`check_inputs`, and that a model in a folder of this machine can be read: before anything is made for the run."""
+    """`check_inputs`, and that a model in a folder of this machine and a checkpoint to start from can be read: before anything is made for
+    the run."""
     check_inputs(config)
+    if config.resume_from_checkpoint and not catalog.committed(storage.join(config.run_uri, "checkpoints")):
+        reader.read_state(config.resume_from_checkpoint)
     if (name := config.model_name_or_path) not in PRESETS:
         check_model_name(name)
         if not storage.is_remote(name) and storage.exists(name):

@@ -210,6 +210,10 @@ MISSING = [
         )
     ),
     Case("records of init-model at no place", words(*INIT, "--records", "foo://u:sekret@b/x"), "foo://", never=["sekret"]),
+    Case("a missing checkpoint to start from", plan(run_yaml, "--resume_from_checkpoint", "./nowhere"), "checkpoint.*nowhere"),
+    Case("an empty checkpoint to start from", plan(run_yaml, "--resume_from_checkpoint", "."), "checkpoint"),
+    Case("an output over http", plan(run_yaml, "--output_dir", "http://127.0.0.1:9/x"), ["output_dir", "http://"]),
+    Case("a store over http", plan(run_yaml, "--store_dir", "http://127.0.0.1:9/x"), ["store_dir", "http://"]),
     Case("report without a run", words("report"), "RUN|runs"),
     Case("report of a missing run", words("report", "none"), "none"),
     Case("report of a file", lambda f: ((f / "x").touch(), ["report", "x"])[1], "x"),
