@@ -226,7 +226,7 @@ def _tts(args: argparse.Namespace) -> int:
 _STORE_HELP = """Records to token stores: every directory of the configuration is read, checked, tokenised once and written to store_dir.
 Stores that exist are kept, and only directories that have changed are ingested again. `train` does the same at its first start. Large
 inputs are spread over the cluster, as tasks over files and byte ranges; a command that was stopped resumes where it was. Disk space: 4
-bytes per token, and per record 20 bytes and its id: 3.4 KB for a record of 820 tokens, against 5.8 KB as JSON; 68 GB for 20 million
+bytes per token, and per record 70 bytes and its id: 3.4 KB for a record of 820 tokens, against 5.8 KB as JSON; 68 GB for 20 million
 records. With a store_dir on an object store each node caches what it reads in MOST_RAY_CACHE_DIR (at most MOST_RAY_CACHE_GB, by default
 64)."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -12,6 +11,7 @@ import orjson
 MAX_DEPTH = 100  # of values in each other; recursive code, as that of `json.dumps`, fails near a thousand
 TOO_LONG = "holds a number of thousands of digits"  # the other ValueErrors of `json`, whose own advice is for programmers
 _HALF_PAIRS = re.compile(r"[\ud800-\udfff]")
+_CONTAINERS = (dict, list)
 _TOO_DEEP = f"is nested more than {MAX_DEPTH} deep"
 
 
@@ -42,15 +42,13 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def check_depth(value: Any) -> None:
     """Raise ValueError where a JSON value is nested more than `MAX_DEPTH` deep."""
-    level: list[Any] = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):
-        level = [inner for each in level for inner in _inner(each)]
-        if not level:
-            return
-    raise ValueError(_TOO_DEEP)
+    if isinstance(value, _CONTAINERS) and not _fits(value, MAX_DEPTH):
+        raise ValueError(_TOO_DEEP)
 
 
-def _inner(value: Any) -> Iterable[Any]:
-    """The lists and objects in a list or an object."""
-    values = value.values() if isinstance(value, dict) else value
-    return (each for each in values if isinstance(each, dict | list))
+def _fits(value: Any, levels: int) -> bool:
+    """Whether a list or an object is nested at most so many levels deep."""
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, _CONTAINERS) and (levels == 1 or not _fits(each, levels - 1)):
+            return False
+    return True

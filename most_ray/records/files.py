@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,13 +73,16 @@ def read_with_offsets(uri: str, start: int = 0, stop: int | None = None) -> Iter
         stream.seek(max(0, start - 1))
         content = open_compressed(stream) if uri.endswith(".gz") else stream
         values = read_lines(content, start, stop) if is_json_lines(uri) else read_values(content)
-        for number, (byte, value) in enumerate(values):
-            hint = _form_hint(uri, head) if number == 0 and not isinstance(value, dict) and start == 0 else ""
-            if hint and isinstance(value, RecordError):
-                value = RecordError(f"{value}: {hint}")
-            elif hint and isinstance(value, list):
-                value = RecordError(f"is a JSON list, not an object: {hint}")
-            yield byte, value
+        for byte, value in itertools.islice(values, 1):
+            yield byte, _explained(value, uri, head) if start == 0 else value
+        yield from values
+
+
+def _explained(value: object, uri: str, head: bytes) -> object:
+    """The first value of a file; where it is no record, with what the file's first bytes say about its name."""
+    if isinstance(value, RecordError | list) and (hint := _form_hint(uri, head)):
+        return RecordError(f"{value if isinstance(value, RecordError) else 'is a JSON list, not an object'}: {hint}")
+    return value
 
 
 def _form_hint(uri: str, head: bytes) -> str:

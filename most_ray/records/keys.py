@@ -33,7 +33,7 @@ def speech_key(record: Record, tokens: np.ndarray) -> int:
     units = record.output if isinstance(record.input, str) else record.input
     if isinstance(units, str):
         return int(xxhash.xxh3_64_intdigest(tokens.data))
-    return int(xxhash.xxh3_64_intdigest(units.astype(np.int32).data)) if len(units) >= _FEWEST_UNITS else 0
+    return int(xxhash.xxh3_64_intdigest(units.data)) if len(units) >= _FEWEST_UNITS else 0
 
 
 def share_compared(records: int) -> float:
