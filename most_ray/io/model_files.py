@@ -7,9 +7,12 @@ models, speech encoders, recognisers and vocoders alike, and any error of the li
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +20,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from most_ray.errors import CheckpointError, UserError, one_line, shown
+from most_ray.errors import CheckpointError, UserError, one_line, printable, shown
 from most_ray.io.json_values import parse_json
 from most_ray.io.uris import redact
 
+logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = (CONFIG, "generation_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
@@ -41,6 +45,12 @@ _CONFIG_BYTES = 16 << 20  # largest configuration that is read
 _MOST_LAYERS, _MOST = 1 << 10, 1 << 31  # of any model
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _REMEDY = "Get it again from where it came."
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning about a user's files, once in a process however often they are read."""
+    logger.warning("%s", printable(text))
 
 
 def read_json_object(folder: str | Path, name: str, field: str = "model_name_or_path") -> dict[str, Any] | None:
@@ -71,6 +81,10 @@ def check_model_files(folder: str | Path, field: str = "model_name_or_path") -> 
     for name, what in _NOT_READ.items():
         if (Path(folder) / name).exists():
             raise CheckpointError(field, redact(str(folder)), f"{what}: it holds {name}.", "Name a folder with weights in safetensors.")
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        with contextlib.suppress(OSError):  # a link to nothing, as in a cache of which a part was deleted
+            if not stat.S_ISREG(mode := os.stat(entry.path).st_mode) and not stat.S_ISDIR(mode):
+                raise CheckpointError(field, redact(str(folder)), f"holds {entry.name}, a pipe or a device.", "Remove it.")
     for name in CONFIGS:
         check_chooses_no_code(read_json_object(folder, name, field), folder, name, field)
 
@@ -82,8 +96,8 @@ def check_sizes(content: object, folder: str | Path, field: str) -> None:
         check_sizes(value, folder, field)
     for key, value in content.items() if isinstance(content, dict) else ():
         most = _MOST_LAYERS if "layers" in str(key) else _MOST
-        if isinstance(value, int) and not -1 <= value <= most:
-            rule = f"has a {CONFIG} in which {key} is {shown(value)}, more than {most:,} or negative."
+        if isinstance(value, int) and abs(value) > most:
+            rule = f"has a {CONFIG} in which {key} is {shown(value)}, beyond {most:,}."
             raise CheckpointError(field, redact(str(folder)), rule, _REMEDY)
         check_sizes(value, folder, field)
 
@@ -108,6 +122,8 @@ def weight_files(folder: str | Path, field: str = "model_name_or_path", prefix: 
     any. Raises CheckpointError if the folder has none, its index is damaged, or one of them is missing."""
     path, where = Path(folder), redact(str(folder))
     if (path / WEIGHTS).is_file():
+        if (path / INDEX).exists():
+            warn_once(f"{where} holds {WEIGHTS} and {INDEX}: the former is read")
         return [path / WEIGHTS]
     index = read_json_object(folder, INDEX, field)
     if index is None:
@@ -129,10 +145,15 @@ def weight_shapes(folder: str | Path, field: str = "model_name_or_path") -> dict
     """The shapes of all tensors in the weights of a model folder, by name, from the files' headers. Raises CheckpointError as
     `weight_files`, and for a damaged file."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder, field):
+    files = weight_files(folder, field)
+    named = (read_json_object(folder, INDEX, field) or {}).get("weight_map", {}) if files[0].name != WEIGHTS else {}
+    for file in files:
         read = loading(CheckpointError, field, str(folder), f"has weights that cannot be read: {file.name}")
         with read, safe_open(file, "numpy") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    if lost := sorted(named.keys() - shapes):
+        rule = f"lacks {len(lost)} tensors that its {INDEX} names, the first {lost[0]}."
+        raise CheckpointError(field, redact(str(folder)), rule, _REMEDY)
     return shapes
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, initialization
 from transformers.distributed import DistributedConfig
 
-from most_ray.errors import CheckpointError, ConfigError, nearest, one_line, printable
+from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.io.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, weight_shapes
+from most_ray.io.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, warn_once, weight_shapes
 from most_ray.io.run_folder import local_copy
 from most_ray.model.configuration import MostConfig, OriginalMostConfig, parse_config
 from most_ray.model.modeling import MostForCausalLM
@@ -31,7 +29,7 @@ from most_ray.model.routing import BALANCE_BIAS
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import AUDIO_TOKENS, add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
 
-logger = logging.getLogger(__name__)
+_GENERATION = "generation_config.json"
 _OTHER_TOKENIZER = "They belong to different models: use the tokenizer that it was made with."
 
 # Fields of MostConfig by preset; `text_vocab_size` is that of the tokenizer without audio tokens.
@@ -111,6 +109,10 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
     are added, which start as the mean of the others. Raises CheckpointError as `read_description` does.
     """
     source = local_copy(source)
+    unusable = loading(CheckpointError, "model_name_or_path", source, f"has a {_GENERATION} that cannot be saved again")
+    with quiet_transformers(), unusable:
+        if (Path(source) / _GENERATION).is_file():
+            transformers.GenerationConfig.from_pretrained(source).validate(strict=True)
     with quiet_transformers():
         tokenizer = add_audio_tokens(load_tokenizer(source))
         ids = token_ids(tokenizer)
@@ -145,15 +147,9 @@ def read_config(path: str, overrides: RoutingOverrides | None = None, **changes:
         remedy = "Correct it, or get the model again."
         raise CheckpointError("model_name_or_path", path, f"{unusable} ({one_line(error)}).", remedy) from error
     if unknown:
-        _warn_of_keys(path, tuple(unknown))
+        warn_once(f"{storage.redact(path)}/{CONFIG}: {', '.join(unknown[:12])}: not known, not used")
     with loading(CheckpointError, "model_name_or_path", path, unusable):
         return MostConfig(**(overrides or RoutingOverrides()).apply({**values, **changes}))
-
-
-@functools.cache
-def _warn_of_keys(path: str, keys: tuple[str, ...]) -> None:
-    """Warn, once in a process, of keys in a config.json that nothing here knows."""
-    logger.warning("%s", printable(f"{storage.redact(path)}/{CONFIG}: {', '.join(keys[:12])}: not known, not used"))
 
 
 def read_description(path: str, overrides: RoutingOverrides | None = None) -> tuple[MostConfig, PreTrainedTokenizerFast]:

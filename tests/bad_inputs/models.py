@@ -403,6 +403,7 @@ FILES = [
     ("tokenizer_config.json is a list", content("tokenizer_config.json", "[]"), "tokenizer_config.json that cannot be read"),
     ("tokens of lists", values("tokenizer_config.json", bos_token=["x"]), "bos_token is"),
     ("no begin of sentence", values("tokenizer_config.json", "bos_token"), "no begin- or end-of-sentence"),
+    ("a pipe beside the tokenizer", lambda folder: os.mkfifo(folder / "special_tokens_map.json"), "holds special_tokens_map.json, a pipe"),
     ("no weights", without("model.safetensors"), "holds no model.safetensors"),
 ]
 
@@ -410,6 +411,12 @@ FILES = [
 def _swap(found: dict[str, Any]) -> None:
     first, second = (next(token for token in found["added_tokens"] if token["content"] == f"[Hu{unit}]") for unit in (1, 2))
     first["content"], second["content"] = second["content"], first["content"]
+
+
+def _markers_first(found: dict[str, Any]) -> None:
+    """The audio markers before the units, as where a tokenizer held them already."""
+    first, last = found["added_tokens"][3], found["added_tokens"][-2]
+    first["content"], last["content"] = last["content"], first["content"]
 
 
 WEIGHTS = [
@@ -526,6 +533,8 @@ CASES = [
     # Conversion.
     Case("from_deepseek: kernels of the hub", deepseek(config(attn_implementation="owner/repo")), CODE),
     Case("from_deepseek: no heads", deepseek(config(num_attention_heads=0)), "num_attention_heads"),
+    Case("from_deepseek: generation of text", deepseek(values("generation_config.json", temperature="hot")), "generation_config"),
+    Case("from_deepseek: units elsewhere", deepseek(tokenizer(_markers_first)), "audio tokens|one run of ids"),
     Case("from_deepseek: only pickled", deepseek(pickled), "is not read"),
     Case("from_deepseek: not a tokenizer", deepseek(content("tokenizer.json", "{}")), "no usable tokenizer"),
     # Encoders, recognisers and vocoders of the library.

@@ -163,6 +163,9 @@ def test_an_index_leads_to_files_of_its_folder_only(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
     again = load_model(str(model))
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"model.ghost": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that its model\.safetensors\.index\.json names, the first model\.ghost"):
+        load_model(str(model))
     for wrong in ("../m/a.safetensors", "/etc/passwd", "a.bin", 7, None):
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"lm_head.weight": wrong}}))
         with pytest.raises(CheckpointError, match="weight_map does not name"):
@@ -250,7 +253,7 @@ def test_a_tokenizer_is_that_of_tokenizer_json(model: Path) -> None:
     assert len(AUDIO_TOKENS) == 502
 
 
-# Weights of other models
+# Weights
 
 
 def test_only_safetensors_are_read(model: Path) -> None:
@@ -260,10 +263,21 @@ def test_only_safetensors_are_read(model: Path) -> None:
     assert "weights_only" not in str(refusal.value)
 
 
+def test_two_sets_of_weights_are_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (model / "model.safetensors.index.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert [model_files.weight_files(model)[0].name for _ in range(2)] == ["model.safetensors"] * 2
+    assert [record.message for record in caplog.records] == [
+        f"{model} holds model.safetensors and model.safetensors.index.json: the former is read"
+    ]
+
+
 def test_numbers_that_no_model_has(tmp_path: Path) -> None:
-    model_files.check_sizes({"vocab_size": 1 << 20, "pad_token_id": -1, "hidden_act": "gelu", "layers": None}, tmp_path, "features")
-    for wrong in ({"num_hidden_layers": 10**9}, {"a": [{"encoder_layers": 2000}]}, {"hidden_size": 1 << 40}, {"hidden_size": -5}):
-        with pytest.raises(CheckpointError, match=r"more than [0-9,]+ or negative"):
+    model_files.check_sizes(
+        {"vocab_size": 1 << 20, "pad_token_id": -1, "ignore_index": -100, "hidden_act": "gelu", "layers": None}, tmp_path, "features"
+    )
+    for wrong in ({"num_hidden_layers": 10**9}, {"a": [{"encoder_layers": 2000}]}, {"hidden_size": 1 << 40}, {"hidden_size": -(1 << 40)}):
+        with pytest.raises(CheckpointError, match=r"beyond [0-9,]+\."):
             model_files.check_sizes(wrong, tmp_path, "features")
 
 
@@ -275,3 +289,6 @@ def test_what_is_read_in_place_of_the_weights_is_refused(tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match=f"it holds {re.escape(name)}"):
             model_files.check_model_files(tmp_path)
         (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "added_tokens.json")
+    with pytest.raises(CheckpointError, match=r"holds added_tokens\.json, a pipe or a device"):
+        model_files.check_model_files(tmp_path)
