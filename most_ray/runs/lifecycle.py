@@ -45,6 +45,12 @@ def is_complete(prepared: Prepared) -> bool:
     return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
 
 
+def completed_line(prepared: Prepared) -> str:
+    """What a start of a run that is complete says."""
+    without_effect = f" Changed since, without effect: {', '.join(prepared.changed)}." if prepared.changed else ""
+    return f"The run {prepared.job.config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.{without_effect}"
+
+
 def begin_run(prepared: Prepared, config: RunConfig) -> None:
     """Write what a run's folder holds from its start: config.yaml (as the user gave it), environment.json, the files that turn recordings
     into units. Raises UserError where the goal is before the newest checkpoint, or the recogniser of evaluations cannot be opened."""

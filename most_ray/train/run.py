@@ -43,7 +43,7 @@ from most_ray.io import storage
 from most_ray.options import parse_number
 from most_ray.report import write_report
 from most_ray.runs.job import Job
-from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
+from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.runs.run_lock import RunLock
@@ -182,7 +182,7 @@ def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: C
     for uri, reason in prepared.corrupt:
         logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(uri), reason)
     if finished_summary(prepared) is not None:
-        print_line(console, f"The run {config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.")
+        print_line(console, completed_line(prepared))
         return prepared, None
     begin_run(prepared, config)
     first_screen(prepared, console, validation=evaluation_plan(prepared, inline=True))

@@ -300,7 +300,24 @@ def another_model(**values: Any) -> Make:
     return make
 
 
+def train(**values: Any) -> Make:
+    """`train` with a good configuration."""
+
+    def make(folder: Path) -> Sequence[str]:
+        (folder / "c.yaml").write_text(run_yaml(**values))
+        return ["train", "--config", "c.yaml"]
+
+    return make
+
+
 RUNS = [
+    Case(
+        "an unknown mode of the environment",
+        train(wandb_project="p"),
+        r"WANDB_MODE = 'ofline'.*Did you mean 'offline'",
+        environment={"WANDB_MODE": "ofline", "RAY_ADDRESS": None},
+        may_change=STORES,
+    ),
     Case(
         "groups of experts are swapped",
         resumed(text_expert_indices=[4, 5, 6, 7]),

@@ -21,7 +21,7 @@ from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
 from most_ray.runs.job import overrides_of
-from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
+from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of, prepare_run
 from most_ray.runs.run_lock import RunLock
@@ -44,17 +44,17 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
 
 
 def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[str, Any]:
-    gpus = cluster_gpus(config)
+    tracked, gpus = with_environment(config), cluster_gpus(config)
     if gpus is not None:
         shutdown.install()
         _check_on_cluster(config, gpus, console)
-    prepared = prepare_run(with_environment(config), ingest_runner, gpus=gpus)
+    prepared = prepare_run(tracked, ingest_runner, gpus=gpus)
     job, folder = prepared.job, prepared.folder
     for uri, reason in prepared.corrupt:
         text = f"Checkpoint {storage.redact(uri)} is damaged and is skipped: {reason}."
         print_line(console, text)
     if (summary := finished_summary(prepared)) is not None:
-        print_line(console, f"The run {config.name!r} is complete ({job.total_steps} steps); nothing to do.")
+        print_line(console, completed_line(prepared))
         return summary
     begin_run(prepared, config)
     model = read_config(local_copy(job.model_path), overrides_of(job.config))

@@ -47,7 +47,7 @@ from most_ray.sweep.options import SWEEP_OPTIONS, Sweep
 from most_ray.sweep.screens import last_screen, start_screen, trial_line
 from most_ray.sweep.space import parse_space
 from most_ray.sweep.trials import StartModel, TrialBase, estimate, first_valid, start_config, start_keys
-from most_ray.trackers.select import wandb_key
+from most_ray.trackers.select import wandb_key, with_environment
 
 AFFINITY = "affinity.json"  # in the sweep's folder: what was measured of the starting models
 _ROOM_TIMEOUT_S = 30 * 86400.0  # default of a trial's room_timeout_s: a trial that gave up would lose its result
@@ -60,6 +60,7 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
     something, the sweep was asked to stop, or all its trials failed."""
     check_local(sweep.run)
     check_outputs(sweep.run)
+    with_environment(sweep.run)  # which checks WANDB_MODE: the trials get it
     uri = sweep.run.run_uri
     others = [name for name in ("metrics.jsonl", "checkpoints", "parts", "config.yaml") if storage.exists(storage.join(uri, name))]
     if others and not storage.exists(storage.join(uri, LEDGER)):
