@@ -271,3 +271,21 @@ def test_a_sweep_of_an_earlier_version_is_the_same_sweep(tmp_path: Path) -> None
         else:
             with pytest.raises(ConfigError, match=message):
                 _check_unchanged(sweep, file)
+
+
+def test_a_sweep_of_an_earlier_version_has_the_same_space(tmp_path: Path) -> None:
+    """It kept numbers, of whose text this version keeps what stands in the file; another number is another space."""
+    from most_ray.service.tune.runner import _check_unchanged, _fixed
+
+    sweep = sweep_of(tmp_path, {"learning_rate": {"uniform": [0.001, 0.01]}, "train_batch_size": "2..4", "fp16": [True, False]})
+    kept = {**_fixed(sweep), "space": {"learning_rate": {"uniform": [1e-3, 0.01]}, "train_batch_size": "2..4", "fp16": [True, False]}}
+    assert sweep.raw_space["learning_rate"] == {"uniform": ["0.001", "0.01"]}
+    _check_unchanged(sweep, SimpleNamespace(ledger=SimpleNamespace(sweep={"fixed": kept})))  # type: ignore[arg-type]
+    kept["space"]["learning_rate"] = {"uniform": [0.002, 0.01]}
+    with pytest.raises(ConfigError, match="value of space"):
+        _check_unchanged(sweep, SimpleNamespace(ledger=SimpleNamespace(sweep={"fixed": kept})))  # type: ignore[arg-type]
+
+
+def test_numbers_of_a_space_are_written_without_quotes(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"learning_rate": ["0.001", "1e-4"], "warmup_steps": ["10", "012"]})
+    assert yaml.safe_load(sweep.to_yaml())["space"] == {"learning_rate": [0.001, "1e-4"], "warmup_steps": [10, "012"]}
