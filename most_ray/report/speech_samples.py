@@ -20,7 +20,7 @@ from most_ray.report.collect import RunData, SpeechSample, read_file
 from most_ray.report.run_tables import run_names
 
 _LONGEST = 10.0  # seconds of a player
-Wave = tuple[np.ndarray, int]  # float samples, and Hz
+Wave = tuple[np.ndarray, int, float]  # float samples, Hz, and the seconds of the whole utterance, which may be longer
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,25 @@ def _voice(run: RunData, name: Cell, suffix: str) -> Voice:
 
 
 def _synthesise(kit: str, folder: Path, utterances: Sequence[Sequence[int]]) -> list[Wave | None]:
-    """The sound of each utterance, None where it has no units. `folder` is empty; the vocoder's files are copied there.
+    """The sound of each utterance, up to what a player holds, None where it has no units. `folder` is empty; the vocoder's files are copied
+    there.
 
     Raises:
         DataError: the vocoder has no manifest, or does not know a unit.
         CheckpointError: the vocoder is damaged, or was trained for other units.
     """
     from most_ray.speech.units.assets import require_units_manifest  # seconds to import, and most pages have nothing to play
+    from most_ray.speech.vocoder.spectrogram import RATE
+    from most_ray.speech.vocoder.unit_vocoder import UnitVocoder
     from most_ray.speech.vocoder.vocoders import open_vocoder
 
     for name in (UNITS_MANIFEST, VOCODER):
         if (content := read_file(kit, name)) is not None:
             storage.write_bytes(folder / name, content)
-    waves, rate = open_vocoder(str(folder / VOCODER), require_units_manifest(folder)["identity"])(utterances)
-    return [(wave, rate) if units else None for units, wave in zip(utterances, waves, strict=True)]
+    vocoder = open_vocoder(str(folder / VOCODER), require_units_manifest(folder)["identity"])
+    assert isinstance(vocoder, UnitVocoder), "a file is one that `prepare vocoder` made"
+    begun = [vocoder.beginning(units, _LONGEST) if units else None for units in utterances]
+    return [each and (each[0], RATE, each[1]) for each in begun]
 
 
 def _row(sample: SpeechSample, model: Wave | None, recording: Wave | None, suffix: str) -> Row:
@@ -82,9 +87,7 @@ def _player(sound: Wave | None, label: str) -> list[Content]:
     """A player and how long it is."""
     if sound is None:
         return [Cell("no units", "none")]
-    wave, rate = sound
-    played, file = wave[: round(_LONGEST * rate)], io.BytesIO()
-    soundfile.write(file, played, rate, format="WAV", subtype="PCM_16")
-    seconds = len(wave) / rate
-    about = f"{seconds:.2f} s" if len(played) == len(wave) else f"the first {_LONGEST:.0f} s of {seconds:.1f} s"
+    (wave, rate, seconds), file = sound, io.BytesIO()
+    soundfile.write(file, wave, rate, format="WAV", subtype="PCM_16")
+    about = f"{seconds:.2f} s" if round(seconds * rate) <= len(wave) else f"the first {_LONGEST:.0f} s of {seconds:.1f} s"
     return [Player(f"data:audio/wav;base64,{base64.b64encode(file.getvalue()).decode()}", label), Cell(small=about)]

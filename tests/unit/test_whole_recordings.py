@@ -90,6 +90,9 @@ def test_an_mp3_by_its_frames(rule: Callable[..., str]) -> None:
     assert "cut off" in rule(content[: mark + 8] + (60).to_bytes(4, "big") + content[mark + 12 :])
     tagged = b"ID3\x04\0\0\0\0\0\x14" + bytes(20) + content + b"TAG" + bytes(125)
     assert rule(tagged) == ""
+    with io.BytesIO() as other:
+        soundfile.write(other, ONE, 44100, format="MP3")
+        assert "header announces 1.0" in rule(content + other.getvalue())
 
 
 def test_a_wav_that_announces_too_little(rule: Callable[..., str]) -> None:

@@ -209,19 +209,20 @@ class _MpegFrame(NamedTuple):
 
 def _check_mp3(stream: BinaryIO, samples: int, rate: int) -> str | None:
     """Frames, counted, against the number that the first one gives, or else against libsndfile's estimate of the length."""
-    found, stated, each = 0, 0, 0.0  # frames, frames, seconds of a frame
+    found, stated, seconds, each = 0, 0, 0.0, 0.0  # frames; of all, and of one
     for frame, content in _mpeg_frames(stream):
-        each, number = frame.samples / frame.kind[2], _stated_frames(content)
+        number = _stated_frames(content)
         if number is None:
-            found += 1
+            each = each or frame.samples / frame.kind[2]
+            found, seconds = found + 1, seconds + frame.samples / frame.kind[2]
         elif not found:
             stated = number
-    if not each:
+    if not found:
         return None
     announced, slack = (stated * each, 1) if stated else (samples / rate, _MPEG_SLACK)
-    if found * each > announced + max(_SLACK, slack * each):
-        return f"holds {found * each:.2f} s of audio, but its header announces {announced:.2f} s"
-    return _cut_off(found * each, announced) if stated and found < stated - slack else None
+    if seconds > announced + max(_SLACK, slack * each):
+        return f"holds {seconds:.2f} s of audio, but its header announces {announced:.2f} s"
+    return _cut_off(seconds, announced) if stated and found < stated - slack else None
 
 
 def _stated_frames(content: bytes) -> int | None:
@@ -239,7 +240,7 @@ def _mpeg_frames(stream: BinaryIO) -> Iterator[tuple[_MpegFrame, bytes]]:
     while position < end:
         head = _read_at(stream, position, 200)
         frame = _mpeg_frame(head)
-        if frame and (kind is None or frame.kind == kind):
+        if frame and (frame.kind == kind or _continues(stream, position, frame)):
             yield frame, head
             kind, position = frame.kind, position + frame.length
         elif head[:3] == b"ID3" and len(head) >= 10:
@@ -250,6 +251,12 @@ def _mpeg_frames(stream: BinaryIO) -> Iterator[tuple[_MpegFrame, bytes]]:
             if (step := next(steps, None)) is None:
                 return
             position += 1 + step
+
+
+def _continues(stream: BinaryIO, position: int, frame: _MpegFrame) -> bool:
+    """Whether a frame of a kind that was not there before is one: another of its kind follows, or nothing."""
+    behind = _mpeg_frame(_read_at(stream, position + frame.length, 4))
+    return position + frame.length >= _size(stream) if behind is None else behind.kind == frame.kind
 
 
 def _follows(data: bytes, position: int, kind: tuple[int, int, int] | None) -> bool:

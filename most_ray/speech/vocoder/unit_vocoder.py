@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ VERSION = 1  # of the file
 MAX_RATE_HZ = 200.0  # units per second
 _MEL_KERNELS, _DURATION_KERNELS = (5, 5, 3), (3, 3)  # context of +-5 frames, and of +-2 units without repeats
 _SILENCE = RATE // 20  # samples, for an utterance without units
+_BEYOND = 0.5  # seconds that the beginning of an utterance needs of what follows it
 _LONGEST = 2.0  # seconds that one unit may last: in generated units there are sequences unlike any in the recordings
 # Largest values that a file may have.
 _LIMITS = {"iterations": 1000, "rate": MAX_RATE_HZ, "hop": N_FFT - 1, "units": N_UNITS, "width": 1 << 14, "parts": 1000, "duration": 100.0}
@@ -93,14 +95,28 @@ class UnitVocoder:
         with torch_threads(1):
             return [self._synthesise(check_units(units, self.n_units)) for units in utterances], RATE
 
+    def beginning(self, units: Sequence[int], seconds: float) -> tuple[np.ndarray, float]:
+        """The first `seconds` of an utterance, float32 (samples,) at 16000 Hz, without the work for its rest; and the seconds of the whole."""
+        with torch_threads(1):
+            frames, each = self._frames(check_units(units, self.n_units)), self.about["parts"] * self.about["hop"] / RATE
+            wave = self._synthesise_frames(frames[: math.ceil((seconds + _BEYOND) / each)])
+        return wave[: round(seconds * RATE)], len(frames) * each if len(frames) else len(wave) / RATE
+
     def _synthesise(self, units: np.ndarray) -> np.ndarray:
-        if len(units) == 0:
-            return np.zeros(_SILENCE, np.float32)
-        if self._duration is not None:
+        return self._synthesise_frames(self._frames(units))
+
+    def _frames(self, units: np.ndarray) -> np.ndarray:
+        """The unit of each frame, (frames,): units as often as they last."""
+        if self._duration is not None and len(units):
             units, _ = run_lengths(units)
             frames = np.exp(self._duration.predict(units).double().numpy()[:, 0]) * self.about["duration_scale"]
             ends = np.round(np.cumsum(np.minimum(frames, _LONGEST * self.about["rate_hz"])))
             units = np.repeat(units, np.maximum(np.diff(ends, prepend=0.0), 1.0).astype(np.int64))
+        return units
+
+    def _synthesise_frames(self, units: np.ndarray) -> np.ndarray:
+        if len(units) == 0:
+            return np.zeros(_SILENCE, np.float32)
         mean, deviation = self._statistics
         mel = (self._mel.predict(units).reshape(-1, MELS) * deviation + mean).clamp(max=8.0)  # exp() of a log magnitude stays in range
         wave = mel_to_wave(mel.exp(), self.about["hop"], self.about["settings"]["griffin_lim_iterations"])
