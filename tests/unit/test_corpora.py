@@ -383,3 +383,97 @@ def test_every_utterance_has_a_fold(tmp_path: Path) -> None:
     rest = [u.id for u in utterances if matches_all(u, [parse_condition("fold!=0")])]
     assert sorted(rest + folds[0]) == sorted(u.id for u in utterances)
     check_conditions([parse_condition("fold=0")], {"speaker"})
+
+
+# What is easily misread
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('g\t"He said ""hi"""\nh\tplain\n', ['He said "hi"', "plain"]),
+        ('g\t"two\nlines"\nh\t"a\ttab"\n', ["two lines", "a\ttab"]),
+        ('g\t"two\r\n\r\nlines"\r\nh\tx\r\n', ["two lines", "x"]),
+        ('g\t""""\nh\t"a ""b"""\n', ['"', 'a "b"']),
+        ('g\t"Yes"\nh\t"No, he said."\n', ['"Yes"', '"No, he said."']),  # nothing in it needs the quotes: they are text
+        ('g\t"Yes," he said.\nh\t"a ""b"""\n', ['"Yes," he said.', 'a "b"']),  # in a table that is not CSV, a cell may be
+        ('g\t"Open\nh\tinch 5"\ni\ta "b"\n', ['"Open', 'inch 5"', 'a "b"']),
+        ('g\t"one\nh\ttwo"\ni\t"a ""b"""\n', ["one h\ttwo", 'a "b"']),
+        ('g\tsaid "hi"\nh\t"x"\n', ['said "hi"', '"x"']),
+        ("g\ta\rb\nh\tx\n", ["a b", "x"]),
+    ],
+)
+def test_quotes_of_tables_with_tabs(tmp_path: Path, content: str, texts: list[str]) -> None:
+    folder = table(tmp_path, f"path\ttext\n{content}", recordings=("g", "h", "i"))
+    assert [utterance.text for utterance in read("folder", folder)[0]] == texts
+
+
+def test_a_quoted_header_makes_a_table_csv(tmp_path: Path) -> None:
+    folder = table(tmp_path, '"path"\t"text"', '"a.wav"\t"one"', '"b.wav"\t"two"')
+    assert [utterance.text for utterance in read("folder", folder)[0]] == ["one", "two"]
+
+
+def test_a_quote_over_two_rows_is_refused(tmp_path: Path) -> None:
+    """As CSV one text with a tab and a line break, else two: a guess would lose a recording or its words."""
+    with pytest.raises(DataError, match=r"transcripts.tsv:3.* ends a quote that begins in another row"):
+        read("folder", table(tmp_path, "path\ttext", 'a.wav\t"Open', 'b.wav\tclosed"'))
+
+
+def test_one_stem_in_several_folders(tmp_path: Path) -> None:
+    """Nothing is lost, and the ids of a table whose names are unique are the names."""
+    names = ("s0/SA0.wav", "s1/SA0.wav", "s2/SA0.wav", "s2/SA0.flac", "SA1.wav")
+    rows = [f"{name}\ttext {number}\t1" for number, name in enumerate(names)]
+    folder = table(tmp_path, "path\ttext\tstart", *rows, "s1/../s1/SA0.wav\tagain\t1", recordings=names)
+    utterances, unusable = read("folder", folder, name="n")
+    assert [u.id for u in utterances] == ["n_SA0_1000", "n_s1_SA0_1000", "n_s2_SA0_1000", "n_s2/SA0.flac_1000", "n_SA1_1000"]
+    assert [item.reason for item in unusable] == ["gives the id 'n_SA0_1000' a second time"]
+
+
+def test_a_table_for_each_split(tmp_path: Path) -> None:
+    """As Hugging Face's audiofolder has them; recordings beside their texts elsewhere are read as ever."""
+    for split in ("train", "test"):
+        table(tmp_path / "data" / split, "file_name,transcription", f"0.wav,{split}", name="metadata.csv", recordings=("0.wav", "1.wav"))
+    put(tmp_path / "more" / "a.wav")
+    put(tmp_path / "more" / "a.txt", "beside")
+    put(tmp_path / "more" / "metadata.csv", "not a table of recordings")
+    utterances, unusable = read("folder", tmp_path, name="n")
+    assert [(u.id, u.text, dict(u.columns)) for u in utterances] == [
+        ("n_data_test_0", "test", {"folder": "data/test", "split": "test"}),
+        ("n_data_train_0", "train", {"folder": "data/train", "split": "train"}),
+        ("n_more_a", "beside", {"folder": "more"}),
+    ]
+    assert [Path(item.file).parent.name for item in unusable if "named by no row" in item.reason] == ["test", "train"]
+
+
+def test_formats_that_are_not_read_are_told(tmp_path: Path) -> None:
+    for name in ("a.wav", "a.txt", "a.m4a", "b.M4A", "b.txt", "c.webm", "d/e.mp4"):
+        put(tmp_path / name, "one")
+    utterances, unusable = read("folder", tmp_path, name="n")
+    assert [utterance.id for utterance in utterances] == ["n_a"]
+    assert sorted((Path(item.file).name, item.suffix) for item in unusable) == [("b.M4A", ".m4a"), ("c.webm", ".webm"), ("e.mp4", ".mp4")]
+
+
+def test_a_link_to_itself_costs_itself(tmp_path: Path) -> None:
+    put(tmp_path / "a.wav")
+    put(tmp_path / "a.txt", "one")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "x.wav").symlink_to("x.wav")
+    put(tmp_path / "x.txt", "two")
+    utterances, unusable = read("folder", tmp_path, name="n")
+    assert [utterance.id for utterance in utterances] == ["n_a"]
+    assert reasons(unusable) == [("x.wav", 0, "names a recording that is not there")]
+
+
+@pytest.mark.parametrize("depth", [90, 97, 500, 990])
+def test_deep_columns_cost_their_row(tmp_path: Path, depth: int) -> None:
+    """What is kept can be read again from a list of utterances and from a record, which hold it a little deeper."""
+    rows = ['{"path": "a.wav", "text": "one"}', '{"path": "b.wav", "text": "two", "deep": ' + "[" * depth + "]" * depth + "}"]
+    utterances, unusable = read("folder", table(tmp_path, *rows, name="transcripts.jsonl"))
+    assert [utterance.text for utterance in utterances] == ["one", "two"][: 2 if depth == 90 else 1]
+    assert len(unusable) == (depth != 90) or "named by no row" in unusable[-1].reason
+
+
+def test_units_are_no_transcript(tmp_path: Path) -> None:
+    utterances, unusable = read("folder", table(tmp_path, "path\ttext", "a.wav\t[Humming] la", "b.wav\tone [Hu7]"))
+    assert [utterance.text for utterance in utterances] == ["[Humming] la"]
+    assert [item.reason for item in unusable] == ["has a text with speech units, which is no transcript"]

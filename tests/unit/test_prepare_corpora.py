@@ -291,3 +291,30 @@ def test_wrong_flags_of_a_vocoder(tmp_path: Path, capsys: pytest.CaptureFixture[
     prepare(corpus, tmp_path / "records", *FIT)
     assert message in refused(capsys, "prepare", "vocoder", "--input", str(corpus), "--records", str(tmp_path / "records"), *words)
     assert not (tmp_path / "records" / "vocoder.safetensors").exists()
+
+
+# The share that is rejected
+
+
+def test_too_many_rejected_entries_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was there stays as it was; a larger share can be allowed, and a finished command is held to a smaller one."""
+    corpus = tones(tmp_path / "corpus", 12)
+    for index in range(8):
+        (corpus / f"{index}.flac").write_bytes(b"no audio")
+    command = units_command(corpus, tmp_path / "o", "--fit_kmeans", "5")
+    assert "max_rejected_fraction = 0.5: is exceeded: 8 entries" in refused(capsys, *command)
+    assert [path.name for path in (tmp_path / "o").iterdir() if not path.name.startswith(".")] == ["rejected.jsonl"]
+    assert len(prepare(corpus, tmp_path / "o", "--fit_kmeans", "5", "--max_rejected_fraction", "0.67")) == 4
+    assert "is exceeded" in refused(capsys, *command, "--max_rejected_fraction", "0.6")
+    assert "must be in 0..1" in refused(capsys, *command, "--max_rejected_fraction", "nan")
+
+
+def test_the_share_is_that_of_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Recordings of a folder that its table does not list are no failures, and rows that were not chosen are no part of those that were."""
+    corpus = tones(tmp_path / "corpus", 10)
+    rows = (corpus / "transcripts.tsv").read_text().splitlines()
+    (corpus / "transcripts.tsv").write_text("\n".join([*rows[:3], "gone.flac\ta\tx\ttrain", *rows[-2:]]) + "\n")
+    chosen = ("--fit_kmeans", "5", "--where", "split=test", "--max_rejected_fraction")
+    assert len(prepare(corpus, tmp_path / "o", *chosen, "0.2")) == 2
+    assert "1 entries cannot be used" in refused(capsys, *units_command(corpus, tmp_path / "p", *chosen, "0.19"))
+    assert not (tmp_path / "p").exists()

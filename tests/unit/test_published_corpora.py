@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from most_ray.errors import DataError
+from most_ray.speech.corpora.audio import ANY_CHANNEL
 from most_ray.speech.corpora.corpus import CorpusOptions, Utterance, read_corpus
 from tests.support.corpora import cut_of, libriheavy, librispeech, put, read, reasons
 
@@ -157,6 +158,53 @@ def test_bad_cuts_are_told_and_the_others_kept(tmp_path: Path, cut: dict[str, An
     utterances, (unusable,) = read("libriheavy", tmp_path)
     assert [utterance.id for utterance in utterances] == ["libriheavy_before", "libriheavy_behind"]
     assert unusable.index == 2 and re.fullmatch(reason, unusable.reason)
+
+
+RESAMPLED = {"name": "Resample", "kwargs": {"source_sampling_rate": 8000, "target_sampling_rate": 16000}}
+SPED = {"name": "Speed", "kwargs": {"factor": 1.1}}
+
+
+def recorded(*sources: tuple[str, list[int]], **more: Any) -> dict[str, Any]:
+    return {"id": "r", "sources": [{"type": "file", "source": name, "channels": own} for name, own in sources], **more}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"channel": 0, "recording": recorded(("a.flac", [0]))}, ("a.flac", None)),
+        ({"channel": 7, "recording": recorded(("a.flac", [7]))}, ("a.flac", None)),
+        ({"channel": 1, "recording": recorded(("a.flac", [0, 1]))}, ("a.flac", 1)),
+        ({"channel": 4, "recording": recorded(("a.flac", [3, 4]))}, ("a.flac", 1)),
+        ({"channel": 1, "recording": recorded(("a.flac", [0]), ("b.flac", [1]))}, ("b.flac", None)),
+        ({"recording": recorded(("a.flac", [0]))}, ("a.flac", None)),
+        ({"recording": {"sources": [{"type": "file", "source": "a.flac"}]}}, ("a.flac", ANY_CHANNEL)),
+        ({"channel": 1, "recording": {"sources": [{"type": "file", "source": "a.flac"}]}}, ("a.flac", 1)),
+        ({"recording": recorded(("a.flac", [0]), transforms=None)}, ("a.flac", None)),
+        ({"recording": recorded(("a.flac", [0]), transforms=[])}, ("a.flac", None)),
+        ({"recording": recorded(("a.flac", [0]), transforms=[RESAMPLED])}, ("a.flac", None)),
+        ({"recording": recorded(("a.flac", [0, 1]))}, "is of channel None of a recording with the channels 0, 1"),
+        ({"recording": recorded(("a.flac", [0]), ("b.flac", [1]))}, "is of channel None of"),
+        ({"channel": 2, "recording": recorded(("a.flac", [0]), ("b.flac", [1]))}, "is of channel 2 of"),
+        ({"channel": True, "recording": recorded(("a.flac", [0, 1]))}, "has a channel that is no number of one"),
+        ({"channel": 1, "recording": recorded(("a.flac", [0, 1])), "supervisions": [{"channel": 0}]}, "has a supervision of channel 0"),
+        ({"channel": 0, "recording": recorded(("a.flac", [0]), transforms=[RESAMPLED, SPED])}, "has a recording that is changed by Speed"),
+        (
+            {"channel": 0, "recording": recorded(("a.flac", [0]), transforms={"name": "Volume"})},
+            "has a recording that is changed by Volume",
+        ),
+        ({"type": "MultiCut", "channel": [0, 1]}, "is not a MonoCut"),
+    ],
+)
+def test_a_cut_is_of_one_channel_of_a_file_as_it_is(tmp_path: Path, changes: dict[str, Any], expected: Any) -> None:
+    """Never another speaker's audio, nor audio that was to be changed."""
+    for name in ("a.flac", "b.flac"):
+        put(tmp_path / name)
+    libriheavy(tmp_path, [cut_of("x", **changes)])
+    utterances, unusable = read("libriheavy", tmp_path)
+    if isinstance(expected, str):
+        assert not utterances and unusable[0].reason.startswith(expected)
+    else:
+        assert [(u.path.name, u.channel) for u in utterances] == [expected]
 
 
 def test_extracted_libriheavy_has_one_text(tmp_path: Path) -> None:

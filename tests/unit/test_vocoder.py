@@ -168,6 +168,20 @@ def test_other_units_than_it_was_fitted_with_are_refused(fitted: UnitVocoder, tm
         open_vocoder(str(tmp_path), IDENTITY | {"kmeans": "xyz"})
 
 
+def test_the_beginning_of_an_utterance_costs_no_more_than_itself(fitted: UnitVocoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one is the same as ever; of a long one no more is predicted than is played."""
+    short, long = [0, 1, 2] * 4, [0, 1, 2, 3] * 20_000
+    whole = fitted([short])[0][0]
+    wave, seconds = fitted.beginning(short, 60.0)
+    assert np.array_equal(wave, whole) and seconds == len(whole) / RATE
+    frames: list[int] = []
+    predict = fitted._mel.predict
+    monkeypatch.setattr(fitted._mel, "predict", lambda units: (frames.append(len(units)), predict(units))[1])
+    wave, seconds = fitted.beginning(long, 2.0)
+    assert len(wave) == 2 * RATE and seconds > 1000 and max(frames) <= 3.0 * 50
+    assert fitted.beginning([], 2.0)[1] == len(fitted([[]])[0][0]) / RATE
+
+
 def change_about(path: Path, **changes: Any) -> None:
     with safe_open(path, framework="pt") as file:
         about, tensors = json.loads(file.metadata()["vocoder"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

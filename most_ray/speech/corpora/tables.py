@@ -100,20 +100,23 @@ def _is_quoted(path: Path) -> bool:
     with _readable(path), path.open("rb") as raw:
         if not any(b'"' in block for block in iter(lambda: raw.read(1 << 20), b"")):
             return False
-    needed, width = False, 0
+    needed, width, unclear = False, 0, 0
     with _opened(path) as stream:
         try:
             for number, row, cells in _csv_rows(stream):
                 if '"' in row:
                     if (found := _needs_quotes(row, cells)) is None:
                         return False
-                    needed = needed or found or not width
                     if width and "\n" in row[:-1] and all(line.count("\t") == width - 1 for line in row.rstrip("\n").split("\n")):
-                        rule = "ends a quote that begins in another row: whether that is one text of several lines is not known."
-                        raise DataError(path.name, f"{path}:{number}", rule, "Double the quotes that are text, or write .jsonl.")
+                        unclear = unclear or number  # each of its lines is a whole row as well
+                    else:
+                        needed = needed or found or not width
                 width = width or len(cells)
         except csv.Error:
             return False
+    if unclear and not needed:
+        rule = "ends a quote that begins in another row: whether that is one text of several lines is not known."
+        raise DataError(path.name, f"{path}:{unclear}", rule, "Double the quotes that are text, or write .jsonl.")
     return needed
 
 

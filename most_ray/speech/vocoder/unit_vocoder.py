@@ -96,7 +96,7 @@ class UnitVocoder:
             return [self._synthesise(check_units(units, self.n_units)) for units in utterances], RATE
 
     def beginning(self, units: Sequence[int], seconds: float) -> tuple[np.ndarray, float]:
-        """The first `seconds` of an utterance, float32 (samples,) at 16000 Hz, without the work for its rest; and the seconds of the whole."""
+        """The first `seconds` of an utterance, float32 (samples,) at 16000 Hz, without the work for its rest; the seconds of the whole."""
         with torch_threads(1):
             frames, each = self._frames(check_units(units, self.n_units)), self.about["parts"] * self.about["hop"] / RATE
             wave = self._synthesise_frames(frames[: math.ceil((seconds + _BEYOND) / each)])
