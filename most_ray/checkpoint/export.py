@@ -38,7 +38,10 @@ def export_checkpoint(uri: str | Path, output: Path) -> None:
         ConfigError: `output` holds something else than an export.
     """
     uri = str(uri)
-    _check_output(uri, output)
+    check_export("output", output)
+    directory = None if storage.is_remote(uri) else storage.local(uri).resolve()
+    if directory and output.resolve() in (directory, *directory.parents):
+        raise ConfigError("output", str(output), "holds the checkpoint itself.", "Name another folder.")
     reader.read_state(uri)
     model, tokenizer = _checkpoint_model(uri)
     identity = getattr(model.config, "units_identity", None)
@@ -92,19 +95,16 @@ def _model_files(uri: str, scratch: Path) -> str:
     return str(scratch)
 
 
-def _check_output(uri: str, output: Path) -> None:
+def check_export(field: str, output: Path) -> None:
     """Raise ConfigError if `output` cannot be written to, or is not an earlier export, which may be replaced as a whole."""
-    check_folder("output", output)
+    check_folder(field, output)
     if not output.exists():
         return
-    directory = None if storage.is_remote(uri) else storage.local(uri).resolve()
-    if directory and output.resolve() in (directory, *directory.parents):
-        raise ConfigError("output", str(output), "holds the checkpoint itself.", "Name another folder.")
     names = sorted(path.name for path in output.iterdir())
     if names and not ({"config.json", "generation_config.json"} <= set(names) and _model_type(output) == MostConfig.model_type):
-        raise ConfigError("output", str(output), "exists and is no exported model.", "Name another folder.")
+        raise ConfigError(field, str(output), "exists and is no exported model.", "Name another folder, or move it away.")
     if mine := next((name for name in names if not _EXPORTED.fullmatch(name)), None):
-        raise ConfigError("output", str(output), f"holds {mine}, which is of no export: it would be lost.", "Move it away.")
+        raise ConfigError(field, str(output), f"holds {mine}, which is of no export: it would be lost.", "Move it away.")
 
 
 def _model_type(folder: Path) -> object:

@@ -21,6 +21,7 @@ from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, printable
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
+from most_ray.io.outputs import Kind, begins_with, check_file, check_folder, replacing
 from most_ray.records.files import PREPARED
 from most_ray.speech.corpora.corpus import LAYOUTS, CorpusOptions, Utterance, guess_layout, parse_condition, read_corpus
 
@@ -33,6 +34,8 @@ _MOST_SPEAKERS = 20  # that are kept for validation
 _ASR_SHARE = 0.6  # of the ASR records in the mix
 _PASSES = 12  # epochs of the ASR records
 _FEWEST_STEPS, _MOST_STEPS = 300, 5000  # of a run: up to some hours on a small machine
+
+_RUN_YAML = Kind("configuration that --from_audio has made", begins_with(rb"# Made by `most-ray train --from_audio"))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +70,8 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
     if storage.is_remote(output):
         raise ConfigError("output_dir", storage.redact(output), "is not on this machine, where records are made.", "Name a local folder.")
     data = Path(output) / f"{name}-data"
+    check_folder("output_dir", data)
+    check_file("output_dir", data / "run.yaml", _RUN_YAML)
     division, hours = _divide(args.from_audio, layout)
     say(f"{args.from_audio}: {layout}, {division.description}")
     say("")
@@ -81,7 +86,8 @@ def prepare(args: argparse.Namespace, flags: Mapping[str, Any], run: Callable[[S
         run(["prepare", "tts", "--input_dir", str(data / f"{part}_asr"), "--output_dir", str(data / f"{part}_tts"), "--dataset_name", name])
     path, settings = data / "run.yaml", run_settings(name, output, data)
     text = f"# Made by `most-ray train --from_audio {printable(str(args.from_audio))}`.\n" + yaml.safe_dump(settings, sort_keys=False)
-    path.write_text(text, encoding="utf-8")
+    with replacing("output_dir", path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     words = {key: value if isinstance(value, list | tuple) else [value] for key, value in flags.items()}
     given_flags = [word for key, values in words.items() for word in (f"--{key}", *map(str, values))]
     for line in (f"most-ray {shlex.join(['train', '--config', str(path), *given_flags])}", "", f"{path}:", *text.split("\n")):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from most_ray.checkpoint import catalog
-from most_ray.checkpoint.export import export_checkpoint
+from most_ray.checkpoint.export import check_export, export_checkpoint
 from most_ray.config import RunConfig, to_yaml
 from most_ray.errors import ConfigError
 from most_ray.evaluation.hypotheses import warn_of_version
@@ -53,7 +53,8 @@ def completed_line(prepared: Prepared) -> str:
 
 def begin_run(prepared: Prepared, config: RunConfig) -> None:
     """Write what a run's folder holds from its start: config.yaml (as the user gave it), environment.json, the files that turn recordings
-    into units. Raises UserError where the goal is before the newest checkpoint, or the recogniser of evaluations cannot be opened."""
+    into units. Raises UserError where the goal is before the newest checkpoint, the run's export holds what would be lost, or the
+    recogniser of evaluations cannot be opened."""
     job, folder = prepared.job, prepared.folder
     if prepared.done_steps > job.total_steps:
         rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
@@ -62,6 +63,7 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
         text = "warmup_steps: the warm-up takes %d steps, the run has %d: the learning rate only rises, to %.3g at the end instead of %.3g."
         last = job.config.learning_rate * (job.total_steps - 1) / warmup  # the first step is made with a rate of 0
         logger.warning(text, warmup, job.total_steps, last, job.config.learning_rate)
+    check_export("output_dir", folder.local / "export")  # which the run's end replaces
     keep_speech_assets(prepared)
     if job.has_validation:
         open_external_recogniser(EvaluationJob.of(config).settings, folder.uri, job.units_identity, use_gpu=False)

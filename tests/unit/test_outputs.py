@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from most_ray.checkpoint.export import check_export
 from most_ray.cli import main
 from most_ray.cli.parser import flag_of
 from most_ray.cli.speech_commands import RECORDING, TRANSCRIPTS, _is_own_recording, _write_recording
@@ -271,3 +272,16 @@ def test_a_folder_that_is_no_runs_is_not_made_one(tmp_path: Path, name: str) -> 
     (tmp_path / "r" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     with pytest.raises(ConfigError, match=r"metrics\.jsonl': exists and is no run's"):
         check_outputs(config)
+
+
+def test_an_export_with_notes_is_told_before_the_run_that_would_replace_it(tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    check_export("output_dir", export)
+    export.mkdir()
+    for name in ("config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (export / name).write_text('{"model_type": "most"}')
+    (export / "speech").mkdir()
+    check_export("output_dir", export)
+    (export / "README.md").touch()
+    with pytest.raises(ConfigError, match=r"^output_dir = .*holds README\.md, which is of no export"):
+        check_export("output_dir", export)
