@@ -135,8 +135,8 @@ def _synthesize(args: argparse.Namespace) -> int:
         check_file("output", args.output, RECORDING)
         if args.output.suffix.lower() not in (".wav", ".flac"):
             raise ConfigError("output", str(args.output), "is neither a .wav nor a .flac file.")
-    if args.text is not None and not args.text.strip():
-        raise ConfigError("text", args.text, "is empty.")
+    if args.text is not None:
+        _check_text(args.text)
     if args.text and not args.model:
         raise ConfigError("model", None, "is needed to speak a text: a model folder or a checkpoint.")
     options = _generation_options(args)
@@ -172,6 +172,18 @@ def _synthesize(args: argparse.Namespace) -> int:
     _write_recording(args.output, waves[0], rate)
     say(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
     return 0
+
+
+def _check_text(text: str) -> None:
+    """Raises ConfigError for a text that no record to be spoken could have: it is empty, not encodable, or holds units."""
+    from most_ray.records.record import TTS_INSTRUCTION, parse_record
+
+    if not text.strip():
+        raise ConfigError("text", text, "is empty.")
+    try:
+        parse_record({"id": "text", "instruction": TTS_INSTRUCTION, "input": text, "output": "[Hu0]"})
+    except RecordError as error:
+        raise ConfigError("text", text, f"cannot be spoken: its record {error}.", "Give units by --units.") from error
 
 
 def _synthesize_records(args: argparse.Namespace, names: Sequence[str], vocoder: Any) -> int:

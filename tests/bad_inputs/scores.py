@@ -183,6 +183,8 @@ def lines(**changes: Any) -> list[Any]:
 WRONG = [10**400, math.inf, "\ud800", [], {"a": [1]}, "1e9", -(10**12), None]  # where a number, a text or a mapping is expected
 HYPOTHESES = "evaluations/step-000000002.hypotheses.jsonl"
 SPOKEN = {**row(0), "set": "asr/a", "reference": ENDS_SCRIPT, "hypothesis": f"{ENDS_SCRIPT} {SECRET}", "id": ENDS_SCRIPT}
+CONFUSED = [["a", {"x": 1}, 1], ["a", "b", 10**400], ["a"], 7]
+ALIASES = "b0: &b0 [x, x]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}]\n" for n in range(1, 30))
 REPORTED = [
     *(reported(f"loss and step_time = {value!r:.12}", lines=lines(train={"loss": value, "step_time": value})) for value in WRONG),
     *(reported(f"sets = {value!r:.12}", lines=lines(evaluation={"sets": value, "wer": value, "samples": value})) for value in WRONG),
@@ -196,6 +198,10 @@ REPORTED = [
     reported("files that are cut off", **{"config.yaml": b"\xff[", "summary.json": "[1", "evaluation.json": b"\0"}),
     reported("half a surrogate pair", **{"environment.json": '{"host": "\\ud800"}', "summary.json": '{"sets": "\\udfff"}'}),
     reported("deep JSON", **{"evaluation.json": "[" * 100_000, "summary.json": '{"a":' * 5000}),
+    reported("steps of 10^15 and below 0", lines=lines(train={"step": 10**15}, evaluation={"step": -5})),
+    reported("confusions of anything", lines=lines(evaluation={"sets": {"asr/a": {"confusions": CONFUSED}}})),
+    reported("aliases of aliases", **{"config.yaml": ALIASES}),
+    reported("5,000 digits and no date", **{"config.yaml": f"seed: {'9' * 5000}\nname: 2020-13-45\n"}),
     reported("a name that ends markup", name="r[b]x[∕b]"),
     Case("report: escapes in a name", lambda f: ["report", run_folder(f, ESCAPES.replace("/", "")), "--output", "o.html"], "o.html", code=0,
          may_change=["o.html"], check=page_is_clean),
@@ -292,6 +298,10 @@ SPEECH = [
     Case("transcribe: escapes in a missing name", heard(f"{ESCAPES}.wav"), SHOWN),
     Case("synthesize: an empty text", spoken("--text", " ", model=True), "text = ' ': is empty"),
     Case("synthesize: a text without a model", spoken("--text", "one"), "model: is needed"),
+    Case("synthesize: bytes that are no text", spoken("--text", "a\udcffb", model=True), [r"text = 'a\\udcffb'", "UTF-8"]),
+    Case("synthesize: units as a text", spoken("--text", "[Hu7][Hu8]", model=True), ["text = ", "--units"]),
+    Case("synthesize: units in a text", spoken("--text", "one [Hu7]", model=True), "text = "),
+    Case("synthesize: a long text", spoken("--text", "one " * 9000, model=True), ["request = 1: makes", "4096 positions"]),
     Case("synthesize: text and units", spoken("--text", "one", "--units", "[Hu7]"), "not allowed"),
     Case("synthesize: unit 9999", spoken("--units", "[Hu9999]"), "units = "),
     Case("synthesize: no units", spoken("--units", "seven"), "units = 'seven'"),
