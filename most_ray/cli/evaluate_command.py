@@ -10,7 +10,7 @@ from typing import Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import add_command, check_model, config_of_flags
+from most_ray.cli.parser import add_command, check_model, check_records, config_of_flags
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError
 from most_ray.io import storage
@@ -75,6 +75,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if config.vocoder and not config.recogniser:
         raise ConfigError("vocoder", config.vocoder, "is used only with a recogniser.", "Name one, or leave it out.")
     check_model(args.model)
+    for flag in ("asr_dirs", "tts_dirs", "text_dirs"):
+        check_records(flag, getattr(args, flag))
     from most_ray.evaluation.evaluate import Directories
     from most_ray.evaluation.inline import EvaluationJob
     from most_ray.evaluation.scoring import EvaluationSettings

@@ -16,7 +16,8 @@ from rich.progress import TimeRemainingColumn
 from most_ray import config as configuration
 from most_ray.cli.job_files import PathFlag, resolve_paths
 from most_ray.console.terminal import print_line, progress_bar, say
-from most_ray.errors import ConfigError, UserError, nearest
+from most_ray.errors import ConfigError, DataError, UserError, nearest
+from most_ray.io import storage
 from most_ray.io.hub import check_model_name
 from most_ray.options import Range, check_number, parse_number
 
@@ -124,6 +125,13 @@ def remember_flags(parser: Parser) -> None:
 def check_model(model: str) -> None:
     """Raises CheckpointError for a model that is neither a folder, nor a URI, nor a name on the hub."""
     check_model_name(model, "model")
+
+
+def check_records(flag: str, uris: Iterable[str]) -> None:
+    """Raises DataError for a directory of records that does not exist, before anything is loaded."""
+    for uri in uris:
+        if not storage.exists(uri):
+            raise DataError(flag, storage.redact(uri), "does not exist.", "Check the path.")
 
 
 def flag_of(args: argparse.Namespace | None, filename: object) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
-from most_ray.cli.parser import add_command, config_of, number
+from most_ray.cli.parser import add_command, check_records, config_of, number
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
@@ -77,6 +77,7 @@ def _init_model(args: argparse.Namespace) -> int:
 
     if (args.preset is None) == (args.from_deepseek is None):
         raise ConfigError("preset", args.preset, "or from_deepseek is needed to start from, exactly one of them.")
+    check_records("records", args.records)
     if args.preset and not args.records:
         raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
     check_new_folder("output", args.output)

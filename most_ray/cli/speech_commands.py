@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_model, config_of_flags, number, print_error
+from most_ray.cli.parser import Parser, add_command, check_model, check_records, config_of_flags, number, print_error
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
@@ -130,6 +130,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     from most_ray.speech.vocoder.vocoders import open_vocoder
 
     if args.records:
+        check_records("records", [args.records])
         check_folder("output", args.output)
     else:
         check_file("output", args.output, RECORDING)

@@ -26,6 +26,10 @@ def in_folder(*arguments: str) -> Make:
     return lambda folder: ((folder / "c").mkdir(), arguments)[1]
 
 
+def evaluated() -> list[str]:
+    return ["evaluate", "--model", str(base() / "model"), "--output", "o.json"]
+
+
 def vocoder() -> Path:
     return base() / "train_asr" / "vocoder.safetensors"
 
@@ -185,7 +189,7 @@ MISSING = [
     Case("init-model with two starts", words("init-model", "--preset", "tiny", "--from_deepseek", "x", "--output", "o"), "preset"),
     Case("an unknown preset", lambda f: ["init-model", "--preset", "tini", "--records", base() / "train_asr", "--output", "o"], "preset"),
     Case("init-model without records", words("init-model", "--preset", "tiny", "--output", "o"), "records"),
-    Case("init-model of missing records", words("init-model", "--preset", "tiny", "--records", "none", "--output", "o"), "none"),
+    Case("init-model of missing records", words(*INIT, "--records", "none"), ["records", "none"]),
     Case("init-model without an output", words("init-model", "--preset", "tiny"), "output"),
     Case("train on nothing", words("train"), "train_asr_dirs|directories"),
     Case("train on missing records", with_config("train", train_asr_dirs=["none"]), ["train_asr_dirs", "none"]),
@@ -224,6 +228,10 @@ MISSING = [
     Case("sweep without a configuration", words("sweep"), "config"),
     Case("evaluate nothing", words("evaluate", "--output", "o.json"), "model|rescore"),
     Case("evaluate a missing model", words("evaluate", "--model", "./none", "--asr_dirs", "none", "--output", "o.json"), "model"),
+    *(
+        Case(f"evaluate on missing {flag}", lambda f, flag=flag: [*evaluated(), f"--{flag}", "none"], [flag, "none"])
+        for flag in ("asr_dirs", "tts_dirs", "text_dirs")
+    ),
     Case("evaluate on nothing", lambda f: ["evaluate", "--model", base() / "model", "--output", "o.json"], "asr_dirs|directories"),
     Case("rescore a missing file", words("evaluate", "--rescore", "none", "--output", "o.json"), "rescore|none"),
     Case("transcribe nothing", words("transcribe", "--model", "m"), "RECORDING"),
@@ -232,7 +240,7 @@ MISSING = [
     Case("synthesize nothing", words("synthesize", "--output", "o.wav"), "--text|text"),
     Case("synthesize a text without a model", words("synthesize", "--text", "x", "--output", "o.wav"), "model"),
     Case("synthesize two things", words("synthesize", "--text", "x", "--units", "[Hu1]", "--output", "o.wav"), "units"),
-    Case("synthesize missing records", lambda f: ["synthesize", "--records", "none", "--vocoder", vocoder(), "--output", "o"], "none"),
+    Case("synthesize no records", lambda f: ["synthesize", "--records", "no", "--vocoder", vocoder(), "--output", "o"], ["records", "no"]),
     Case("units without an input", words("prepare", "units", "--output", "o"), "input"),
     Case("units of a missing folder", words("prepare", "units", "--input", "none", "--output", "o", "--fit_kmeans", "4"), "input"),
     Case("units without centroids", in_folder("prepare", "units", "--input", "c", "--output", "o"), "kmeans"),
