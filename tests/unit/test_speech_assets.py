@@ -294,8 +294,9 @@ def test_from_audio_does_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
     assert identity_of(path.parent / "train_asr") == identity_of(path.parent / "val_tts")
 
 
-def test_wrong_uses_of_from_audio(tmp_path: Path) -> None:
+def test_wrong_uses_of_from_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is made."""
+    monkeypatch.chdir(tmp_path)
     source = tones(tmp_path / "corpus")
     alone = table(tmp_path / "alone", [(str(source / "0.flac"), "only one")])
 
