@@ -268,3 +268,23 @@ def test_ray_is_started_with_both(base: Path, home: Path, monkeypatch: pytest.Mo
     (arguments,) = started
     assert arguments["_temp_dir"] == str(base / f"ray-{os.geteuid()}" / "ray") and arguments["_node_ip_address"] == "127.0.0.1"
     assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("raised", [Exception("The current node timed out\nduring startup."), OSError("no room")])
+def test_a_ray_that_does_not_come_up_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    """As on a machine with too much to do: Ray raises an Exception of no class of its own. Errors of another class stay what they are."""
+
+    def init(**_: object) -> None:
+        raise raised
+
+    for name in ("require_private_token", "keep_loopback"):
+        monkeypatch.setattr(connection, name, lambda: None)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    monkeypatch.setattr(connection.ray, "init", init)
+    with pytest.raises(ConfigError if type(raised) is Exception else OSError) as caught:
+        connection.start_local_ray(1, _temp_dir="/none")
+    if isinstance(caught.value, ConfigError):
+        assert str(caught.value).startswith(
+            "ray_address: names no cluster, and Ray did not start on this machine (The current node timed out"
+        )
+        assert "\n" not in str(caught.value)

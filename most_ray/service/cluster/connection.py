@@ -105,7 +105,8 @@ def connect(config: RunConfig, local_cpus: int) -> None:
 
 def start_local_ray(num_cpus: int, **changes: Any) -> Any:
     """Start Ray on this machine, on loopback alone, with a token and a folder that no other user can read. A hangup of the terminal does
-    not end it: that is left to this process. Raises ConfigError where the token or folder that the environment names cannot be used.
+    not end it: that is left to this process. Raises ConfigError where the token or folder that the environment names cannot be used, or
+    Ray does not come up.
 
     Args:
         num_cpus: logical CPUs, one for each worker, and two for their data tasks and an evaluation.
@@ -119,4 +120,10 @@ def start_local_ray(num_cpus: int, **changes: Any) -> Any:
     where = {"_node_ip_address": "127.0.0.1", "_temp_dir": changes.pop("_temp_dir", None) or ray_folder()}
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     with hangup_blocked():
-        return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, **where, **quiet, **changes})
+        try:
+            return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, **where, **quiet, **changes})
+        except Exception as error:
+            if type(error) is not Exception:  # Ray's own, of this very class: one of its processes was not up in time
+                raise
+            rule = f"names no cluster, and Ray did not start on this machine ({one_line(error)[:200]})."
+            raise ConfigError("ray_address", None, rule, "Start it again when the machine is less busy, or name a cluster.") from error
