@@ -146,7 +146,7 @@ def test_a_length_of_another_recording(tmp_path: Path) -> None:
     """Tables round and count differently; a recording much longer than its row says is not the row's."""
     path = tmp_path / "a.flac"
     soundfile.write(path, np.tile(ONE, 3), 16000)
-    for length in (3.0, 2.9, 3.2, 3000.0):
+    for length in (3.0, 2.9, 2.2, 3.2, 3000.0):
         assert len(load_audio(path, 16000, length=length)) == 48000
     with pytest.raises(DataError, match=r"is 3\.00 s long, but its table gives it 1 s"):
         load_audio(path, 16000, length=1.0)

@@ -28,7 +28,7 @@ _UNKNOWN = 1 << 50  # samples: what libsndfile reports for a FLAC that was writt
 _LOUDEST = 2.0**32  # of a sample: the range of 32-bit integers in a float file is still sound; squares of more are not finite
 _LEAST_HZ, _MOST_A_SECOND = 1000, 1 << 21  # sample rate; samples of all channels: what a damaged header says would fill the memory
 _CANCELLED = 1e-4  # power of the mix by that of the channels below which they cancel each other out
-_ANOTHER = 0.9  # share of the length that a table gives which a recording may be longer by: more is another recording, or a part of it
+_LEAST_SHARE, _AND_SECONDS = 0.7, 0.5  # of a recording, less seconds: a table that gives it less means a part of it, or another one
 # What libsndfile notes about a file that ends too soon: for WAV, AIFF, AU, W64 and RF64 the size of the chunk of samples (4 GB stand for
 # "not known"), for Ogg the stream's last page. For an MP3 it notes nothing.
 _CUT_CHUNK = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d{1,9}) \(should be (\d+)\)", re.MULTILINE)
@@ -101,11 +101,14 @@ def _mix(samples: np.ndarray, path: Path) -> np.ndarray:
     mono: np.ndarray = samples.mean(axis=1)
     if (samples.min(axis=0) == samples.max(axis=0)).all():
         raise DataError("recording", str(path), "is silence: all its samples are equal.")
-    power = np.square(samples, dtype=np.float64).mean()
-    if mono.min() == mono.max() or (samples.shape[1] > 1 and np.square(mono, dtype=np.float64).mean() < _CANCELLED * power):
+    if samples.shape[1] > 1 and (mono.min() == mono.max() or _power(mono) < _CANCELLED * _power(samples)):
         rule = f"has {samples.shape[1]} channels that cancel each other out, as in opposite phase: keep one of them."
         raise DataError("recording", str(path), rule)
     return mono
+
+
+def _power(samples: np.ndarray) -> float:
+    return float(np.square(samples, dtype=np.float64).mean())
 
 
 def audio_seconds(path: Path, duration: float | None = None) -> float | None:
@@ -131,15 +134,16 @@ def _read(source: soundfile.SoundFile, path: Path, part: _Part, max_seconds: flo
         samples: np.ndarray = source.read(ahead + count, dtype="float32", always_2d=True)[ahead:]
         missing = 0 if source.format in _EXACT else _INEXACT * rate if part.duration is not None else count
         short = len(samples) < count - missing
+        found = len(samples)
     except soundfile.SoundFileError:
-        short, samples = True, _read_until_damage(path, first)
+        short, samples, found = True, np.zeros((0, 1), np.float32), _count_until_damage(path, first)
     if notes := source.extra_info:
         chunk = _CUT_CHUNK.search(notes)
         short = short or bool(_CUT_OGG.search(notes)) or (chunk is not None and int(chunk[1]) > int(chunk[2]))
-        if part.duration is None and any(int(found[1]) + _SLACK * rate < int(found[2]) for found in _LONG_RIFF.finditer(notes)):
+        if part.duration is None and any(int(size[1]) + _SLACK * rate < int(size[2]) for size in _LONG_RIFF.finditer(notes)):
             raise DataError("recording", str(path), "is longer than its header announces.", "Write it again.")
     if short:
-        raise DataError("recording", str(path), f"is cut off or damaged: it can be read up to {(first + len(samples)) / rate:.2f} s.")
+        raise DataError("recording", str(path), f"is cut off or damaged: it can be read up to {(first + found) / rate:.2f} s.")
     return _channel(samples, part.channel, path)
 
 
@@ -156,7 +160,7 @@ def _range(path: Path, part: _Part, rate: int, total: int, max_seconds: float) -
     count = min(count, total - first)
     if count > max_seconds * rate:
         raise DataError("recording", str(path), f"is {count / rate:,.1f} s long, beyond the {max_seconds:g} s of an utterance.")
-    if part.length is not None and _ANOTHER * total / rate - 0.5 > part.length:
+    if part.length is not None and part.length < _LEAST_SHARE * total / rate - _AND_SECONDS:
         rule = f"is {total / rate:.2f} s long, but its table gives it {part.length:g} s: where a part is meant, give its start."
         raise DataError("recording", str(path), rule)
     return first, count
@@ -174,11 +178,11 @@ def _channel(samples: np.ndarray, channel: int | None, path: Path) -> np.ndarray
     return samples[:, channel : channel + 1]
 
 
-def _read_until_damage(path: Path, first: int) -> np.ndarray:
-    """The samples from `first` on that can be decoded, float32 (samples, channels)."""
-    blocks = []
+def _count_until_damage(path: Path, first: int) -> int:
+    """The number of samples from `first` on that can be decoded."""
+    count = 0
     with soundfile.SoundFile(path) as source, contextlib.suppress(soundfile.SoundFileError):  # the damage ends the loop
         source.seek(first)
-        while len(block := source.read(source.samplerate // 10, dtype="float32", always_2d=True)):
-            blocks.append(block)
-    return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
+        while block := len(source.read(source.samplerate // 10, dtype="float32", always_2d=True)):
+            count += block
+    return count
