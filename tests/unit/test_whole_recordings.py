@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import soundfile
 
 from most_ray.errors import DataError
 from most_ray.speech.corpora.audio import ANY_CHANNEL, load_audio
+from most_ray.speech.corpora.containers import find_hidden_audio
 from tests.support.audio import tone
 
 ONE, TWO = tone(1.0, 300, 16000), tone(0.6, 500, 16000)
@@ -157,3 +159,16 @@ def test_rates_that_no_recording_has(tmp_path: Path, rate: int) -> None:
     soundfile.write(tmp_path / "a.wav", ONE[:800], rate)
     with pytest.raises(DataError, match=rf"at {rate} Hz"):
         load_audio(tmp_path / "a.wav", 16000)
+
+
+def test_what_is_looked_at_has_an_end(tmp_path: Path) -> None:
+    """Files whose structure is endless: millions of empty chunks, of the smallest frames and pages."""
+    contents = {"WAV": encoded(ONE, "WAV") + b"junk\0\0\0\0" * (2 << 20), "MP3": b"\xff\xff\x14\xc4" + bytes(28)}
+    contents["MP3"] *= 1 << 19
+    contents["OGG"] = (b"OggS" + bytes(23)) * (1 << 19)
+    for kind, content in contents.items():
+        path = tmp_path / kind
+        path.write_bytes(content)
+        began = time.process_time()
+        find_hidden_audio(path, kind, 16000, 16000)
+        assert time.process_time() - began < 2.0, kind

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 _SLACK = 0.05  # seconds of audio beyond the announced that are no fault: padding, tags that are not known here
 _BLOCK = 1 << 20  # bytes that are read at once
+_MOST_BYTES, _MOST_CHUNKS, _MOST_PAGES = 1 << 28, 10_000, 100_000  # that are looked at: no utterance has more, and none may take long
 _PCM = {  # by libsndfile's name of the format: bytes before the first chunk, a chunk's size as `struct` has it, what chunks are padded to
     "WAV": (12, "<I", 2),
     "WAVEX": (12, "<I", 2),
@@ -70,8 +71,10 @@ def _check_chunks(stream: BinaryIO, kind: str, samples: int, rate: int) -> str |
     """Samples that follow the chunk of samples, and are in no other chunk."""
     (position, form, pad), end = _PCM[kind], _size(stream)
     size, length = 4 + struct.calcsize(form), None  # of a chunk's head; of the samples, in bytes
-    while position + size <= end:
+    for _ in range(_MOST_CHUNKS):
         head = _read_at(stream, position, size)
+        if len(head) < size:
+            break
         (count,) = struct.unpack(form, head[4:])
         if head[:4] in _BEGINNINGS:
             return _JOINED
@@ -146,7 +149,7 @@ def _check_flac(stream: BinaryIO, samples: int, rate: int) -> str | None:
 
 def _count_streams(stream: BinaryIO) -> int:
     count, before, position = 0, b"", 0
-    while block := _read_at(stream, position, _BLOCK):
+    while position < _MOST_BYTES and (block := _read_at(stream, position, _BLOCK)):
         count, before, position = count + len(_FLAC.findall(before + block)), block[-7:], position + len(block)
     return count
 
@@ -217,6 +220,8 @@ def _check_mp3(stream: BinaryIO, samples: int, rate: int) -> str | None:
             found, seconds = found + 1, seconds + frame.samples / frame.kind[2]
         elif not found:
             stated = number
+        if seconds > 2 * max(samples / rate, stated * each) + 60:
+            break
     if not found:
         return None
     announced, slack = (stated * each, 1) if stated else (samples / rate, _MPEG_SLACK)
@@ -236,7 +241,7 @@ def _stated_frames(content: bytes) -> int | None:
 
 def _mpeg_frames(stream: BinaryIO) -> Iterator[tuple[_MpegFrame, bytes]]:
     """Each frame with its first 200 bytes; tags are skipped, and so is damage where another frame follows."""
-    position, end, kind = 0, _size(stream), None
+    position, end, kind = 0, min(_size(stream), _MOST_BYTES), None
     while position < end:
         head = _read_at(stream, position, 200)
         frame = _mpeg_frame(head)
@@ -289,7 +294,10 @@ def _mpeg_frame(head: bytes) -> _MpegFrame | None:
 def _check_ogg(stream: BinaryIO, _samples: int, _rate: int) -> str | None:
     """A stream that begins after pages of another one."""
     position, begun = 0, False
-    while len(head := _read_at(stream, position, 27 + 255)) >= 27 and head[:4] == b"OggS":
+    for _ in range(_MOST_PAGES):
+        head = _read_at(stream, position, 27 + 255)
+        if len(head) < 27 or head[:4] != b"OggS":
+            break
         first = bool(head[5] & 2)
         if first and begun:
             return _JOINED
