@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support.hosts import require_namespaces
+from tests.support.other_user import OLD
 
 
 @pytest.fixture
@@ -38,20 +39,8 @@ def attacked(settings: str, folder: Path) -> dict[str, Any]:
     if os.geteuid() != 0:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("needs root, to become another user")
     inside = 'ip link set lo up && umask 022 && exec "$0" -m tests.support.other_user "$@"'
-    command = [
-        "unshare",
-        "--net",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "--kill-child",
-        "sh",
-        "-c",
-        inside,
-        sys.executable,
-        settings,
-        str(folder),
-    ]
+    apart = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    command = [*apart, "sh", "-c", inside, sys.executable, settings, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -60,12 +49,17 @@ def attacked(settings: str, folder: Path) -> dict[str, Any]:
 def test_rays_own_settings_let_others_in(shared_folder: Path) -> None:
     found = attacked("rays", shared_folder)
     assert found["post_job"] == f"ran as user {os.geteuid()}"
-    assert found["replace_socket"] == "replaced"
+    assert found["replace_socket"] == "replaced" and found["post_old_token"] == "HTTP 403"
 
 
 def test_ours_do_not(shared_folder: Path) -> None:
+    """Not even with a token that was open before."""
+    old = shared_folder / "home" / ".ray" / "auth_token"
+    old.parent.mkdir()
+    old.write_text(OLD)
+    old.chmod(0o644)
     found = attacked("ours", shared_folder)
-    assert found["post_job"] == found["replace_socket"] == "PermissionError"
+    assert found["post_job"] == found["replace_socket"] == "PermissionError" and found["post_old_token"] == "HTTP 403"
     assert found["post_without_token"] == "HTTP 401, HTTP 403"
     assert list((shared_folder / "open").iterdir()) == []
     for each in found["sockets"]:

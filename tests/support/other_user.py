@@ -23,6 +23,7 @@ import psutil
 
 _NOBODY = 65534
 _AGENT = "http://127.0.0.1:52365/api/job_agent/jobs/"  # where Ray's agent takes jobs by default
+OLD = "0123456789abcdef" * 4  # the token of an earlier run by Ray's own settings
 _SOON_S = 60.0
 _METHODS = (  # of Ray's services, one of each
     "NodeInfoGcsService/CheckAlive",
@@ -41,6 +42,11 @@ def post_job(home: str, proof: Path) -> str:
     except OSError as error:
         return type(error).__name__
     return _post({"Authorization": f"Bearer {token}"}, proof)
+
+
+def post_old_token(home: str, proof: Path) -> str:
+    """Post a job with the token that everyone could read before the run began."""
+    return _post({"Authorization": f"Bearer {OLD}"}, proof)
 
 
 def post_without_token(home: str, proof: Path) -> str:
@@ -75,7 +81,7 @@ def replace_socket(home: str, proof: Path) -> str:
     return "replaced"
 
 
-ATTACKS = (post_job, post_without_token, replace_socket)
+ATTACKS = (post_job, post_old_token, post_without_token, replace_socket)
 
 
 def as_another_user(attack: Callable[[str, Path], str], home: str, proof: Path) -> Callable[[], str]:
@@ -187,10 +193,7 @@ def main(settings: str, folder: Path) -> dict[str, Any]:
     os.environ |= {"HOME": home, "TMPDIR": str(folder / "t"), "RAY_USAGE_STATS_ENABLED": "0"}
     for name in [name for name in os.environ if name.startswith("RAY_") and name != "RAY_USAGE_STATS_ENABLED"]:
         del os.environ[name]
-    attacks = {
-        each.__name__: as_another_user(each, home, folder / "open" / each.__name__)
-        for each in (post_job, post_without_token, replace_socket)
-    }
+    attacks = {each.__name__: as_another_user(each, home, folder / "open" / each.__name__) for each in ATTACKS}
     session = start(settings).address_info["session_dir"]
     Path(home, "session.json").write_text(json.dumps([session]))
     workers = process_group(2) if settings == "ours" else []

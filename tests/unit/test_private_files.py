@@ -76,7 +76,8 @@ def test_a_users_own_token_that_is_open_is_closed_with_a_warning(home: Path, mod
     assert stat.S_IMODE(path.stat().st_mode) == mode
     require_private_token()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == TOKEN
-    assert f"(mode {mode:o}), and is closed to them now (600). Remove it where one of them may have read it" in caplog.text
+    assert f"(mode {mode:o}): this run has a token of its own, and the file is closed to them (600). Remove it where" in caplog.text
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64 and os.environ["RAY_AUTH_TOKEN"] != TOKEN  # someone may have read that one
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o666])

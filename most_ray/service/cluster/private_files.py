@@ -62,12 +62,14 @@ def open_token() -> Path | None:
 
 def require_private_token() -> None:
     """Let the Ray that this process is about to start require a token that no one else can read: that of the environment's settings, else
-    the user's own, which is made, or closed to others, as needed. Raises ConfigError as `check_token`."""
+    the user's own, which is made where it is missing. One that was open is closed, and this run has another, for someone may have read it.
+    Raises ConfigError as `check_token`."""
     if _auth_mode() == "disabled":
         logger.warning("%s=disabled is not used: every user of this machine could run code in a Ray without a token", _MODE)
         del os.environ[_MODE]
     if path := open_token():
         _close(path)
+        os.environ[_TOKEN] = secrets.token_hex(32)
     elif not (os.environ.get(_TOKEN) or os.environ.get(_TOKEN_PATH)):
         _make_token(home_token())
     check_token()
@@ -110,14 +112,14 @@ def _is_token(text: str) -> bool:
 
 
 def _close(path: Path) -> None:
-    """Take a token's file away from other users. Where that is not permitted, `check_token` refuses it."""
+    """Take a token's file away from other users, where that is permitted."""
     mode = stat.S_IMODE(path.stat().st_mode)
-    try:
+    with contextlib.suppress(OSError):
         path.chmod(0o600)
-    except OSError:
-        return
-    text = "%s could be read or changed by other users of this machine (mode %o), and is closed to them now (600). Remove it where one of "
-    logger.warning(text + "them may have read it: the next run makes a new one", path, mode)
+    text = (
+        "%s could be read or changed by other users of this machine (mode %o): this run has a token of its own, and the file is closed to "
+    )
+    logger.warning(text + "them (600). Remove it where one of them may have read it: the next run makes a new one", path, mode)
 
 
 def _make_token(path: Path | None) -> None:
