@@ -66,7 +66,7 @@ class Secret:
 def one_line(error: BaseException, key: Secret | None = None) -> str:
     """The first line of an error's text, without secrets."""
     text = storage.redact(str(error)).strip() or type(error).__name__
-    return (text.replace(key.reveal(), "***") if key else text).splitlines()[0][:300]
+    return printable((text.replace(key.reveal(), "***") if key else text).splitlines()[0])[:300]
 
 
 class Background:
