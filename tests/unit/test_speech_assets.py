@@ -109,6 +109,13 @@ def _change(**changes: Any) -> Any:
     return write
 
 
+MFCC = dict(MfccSettings().__dict__)
+
+
+def _few_centroids(folder: Path) -> None:
+    np.save(folder / "kmeans.npy", np.load(folder / "kmeans.npy")[:2])
+
+
 def _other_centroids(folder: Path) -> None:
     np.save(folder / "kmeans.npy", np.load(folder / "kmeans.npy") + 1)
 
@@ -127,6 +134,14 @@ def _other_centroids(folder: Path) -> None:
         (_other_centroids, DataError, "is not the one that units.json beside it names"),
         (_change(settings=7), DataError, "does not say how to make its features"),
         (_change(settings={"sampling": 1}), DataError, "does not say how to make its features"),
+        (_change(settings=dict(MFCC, num_mels=10**9)), DataError, "num_mels 1000000000 is not in 4..1024"),
+        (_change(settings=dict(MFCC, sample_rate=0)), DataError, "sample_rate 0 is not in"),
+        (_change(settings=dict(MFCC, keep_every=0)), DataError, "keep_every 0 is not in"),
+        (_change(settings=dict(MFCC, trim="x")), DataError, "trim 'x' is not in"),
+        (_change(settings=dict(MFCC, high_freq=1e9)), DataError, "high_freq 1000000000.0 is not in"),
+        (_change(features="hubert", settings={"layer": -1}), DataError, "layer -1 is none"),
+        (_change(n_units=3), DataError, "neighbours those of .* units, not of 3"),
+        (_few_centroids, DataError, "is not the one that units.json beside it names"),
         (_change(features="hubert"), DataError, "does not say how to make its features"),
         (_change(normalisation="none"), CheckpointError, "are not those that the units were made with"),
     ],
