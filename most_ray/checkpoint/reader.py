@@ -22,11 +22,11 @@ from most_ray.checkpoint.shards import DamagedFileError, StoredTensor, TensorSha
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
-from most_ray.io.model_files import check_weight_count
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
 from most_ray.optim.optimizer import saved_state
 from most_ray.optim.train_state import LossScale, TrainState, set_schedule
+from most_ray.records.model_files import check_weight_count
 
 
 @contextlib.contextmanager

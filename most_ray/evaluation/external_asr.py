@@ -11,8 +11,8 @@ import torch
 
 from most_ray.errors import CheckpointError
 from most_ray.io.hub import model_folder
-from most_ray.io.model_files import check_foreign_model, loading, no_panic_output, weight_files
 from most_ray.model.build import quiet_transformers
+from most_ray.records.model_files import check_foreign_model, loading, no_panic_output, weight_files
 from most_ray.speech.vocoder.vocoders import Vocoder
 
 _FIELD = "recogniser"  # of errors

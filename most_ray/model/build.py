@@ -20,12 +20,12 @@ from transformers.distributed import DistributedConfig
 from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.io.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, warn_once, weight_shapes
 from most_ray.io.run_folder import local_copy
 from most_ray.model.configuration import MostConfig, OriginalMostConfig, parse_config
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import place_experts
 from most_ray.model.routing import BALANCE_BIAS
+from most_ray.records.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, warn_once, weight_shapes
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import AUDIO_TOKENS, add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
 

@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
 from most_ray.errors import ConfigError, shown
-from most_ray.io.model_files import IMPLEMENTATIONS
+from most_ray.records.model_files import IMPLEMENTATIONS
 
 FIRST_AUDIO_TOKEN = 100002  # of the original vocabulary, in which 0..100001 are text
 LAST_AUDIO_TOKEN = 100503  # of the original vocabulary: 500 units and two audio markers

@@ -11,8 +11,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from most_ray.errors import CheckpointError, redact, shown
-from most_ray.io.model_files import check_chooses_no_code, loading, no_panic_output, read_json_object
 from most_ray.records.batch_tokenizer import BatchTokenizer
+from most_ray.records.model_files import check_chooses_no_code, loading, no_panic_output, read_json_object
 from most_ray.records.record import N_UNITS
 from most_ray.records.template import TokenIds, Vocabulary
 

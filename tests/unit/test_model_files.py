@@ -16,10 +16,11 @@ import torch
 from safetensors.numpy import save_file
 
 from most_ray.errors import CheckpointError, DataError
-from most_ray.io import hub, model_files
+from most_ray.io import hub
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import check_vocabulary, load_model, read_config, read_description
 from most_ray.model.configuration import parse_config
+from most_ray.records import model_files
 from most_ray.records.tokenizer import AUDIO_TOKENS, load_tokenizer
 from tests.conftest import ROOT
 from tests.support.builders import tiny_config, tiny_model

@@ -17,8 +17,8 @@ from threadpoolctl import threadpool_limits
 
 from most_ray.errors import DataError
 from most_ray.io import storage
-from most_ray.io.model_files import loading
 from most_ray.io.outputs import Kind, begins_with
+from most_ray.records.model_files import loading
 from most_ray.records.record import N_UNITS
 
 MANIFEST_VERSION = 1

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2Fe
 from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, ConfigError, one_line
 from most_ray.io.hub import model_folder
-from most_ray.io.model_files import check_foreign_model, loading
+from most_ray.records.model_files import check_foreign_model, loading
 from most_ray.speech.units.features import EncoderSettings, Frames
 
 _WINDOW = 30  # seconds: longer recordings go through in windows, so that memory does not grow with them

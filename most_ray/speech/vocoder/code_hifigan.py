@@ -16,7 +16,7 @@ from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import Seamles
 
 from most_ray.errors import CheckpointError
 from most_ray.io.hub import model_folder
-from most_ray.io.model_files import check_foreign_model, loading, read_json_object, weight_files
+from most_ray.records.model_files import check_foreign_model, loading, read_json_object, weight_files
 from most_ray.speech.units.clustering import remove_repeats
 from most_ray.speech.vocoder.unit_vocoder import check_units
 

@@ -22,8 +22,8 @@ from most_ray.distributed.determinism import torch_threads
 from most_ray.errors import CheckpointError, DataError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.io.model_files import loading
 from most_ray.io.outputs import Kind, begins_with
+from most_ray.records.model_files import loading
 from most_ray.records.record import N_UNITS
 from most_ray.speech.vocoder.spectrogram import MELS, N_FFT, RATE, mel_to_wave
 
