@@ -14,7 +14,7 @@ from most_ray.errors import ConfigError, UserError, explain_os_error
 if TYPE_CHECKING:
     from most_ray.cli.parser import Parser
 
-_READER_GONE = 141  # exit code of shells for a process that nobody reads any more
+_READER_GONE = 141  # exit code of shells for a process whose output has no reader any more
 
 
 def build_parser() -> Parser:
@@ -91,7 +91,7 @@ def _is_interrupt(error: BaseException | None) -> bool:
 
 
 def _tell(line: str) -> None:
-    """Write a last line to standard error; where nobody reads that any more, the exit code says it."""
+    """Write a last line to standard error; where that has no reader any more, the exit code says it."""
     try:
         sys.stderr.write(line + "\n")
     except OSError:

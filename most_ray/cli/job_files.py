@@ -62,7 +62,7 @@ class PathFlag(Generic[P]):
         self._resolve, self.reads = resolve, reads
 
     def __call__(self, text: str, field: str = "path") -> P:
-        """The value; `field` is the flag's name, for the ConfigError of a path that nobody can mean, and of a URI where none is taken."""
+        """The value; `field` is the flag's name, for the ConfigError of a path that cannot be meant, and of a URI where none is taken."""
         written, home = expand(field, text), job_home()
         if self._kind is Path and storage.is_remote(written):  # a Path would lose one of its slashes
             raise ConfigError(field, storage.redact(text), "is not a local path.", "Name a file or folder on this machine.")

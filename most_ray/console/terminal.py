@@ -27,7 +27,7 @@ def shown_text(text: str) -> str:
 
 
 class _Output:
-    """Standard output, whose reader may go away, as `head` does: the work that is shown goes on without it."""
+    """Standard output, whose reader may go away, as `head` does: the work that is shown continues without it."""
 
     def write(self, text: str) -> int:
         self._try(lambda: sys.stdout.write(text))
@@ -41,7 +41,7 @@ class _Output:
             call()
         except OSError as error:
             drop_stream(sys.stdout.fileno())
-            logger.warning("nothing more can be shown (%s); the work goes on", error.strerror)
+            logger.warning("nothing more can be shown (%s); the work continues", error.strerror)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stdout, name)

@@ -26,8 +26,7 @@ from most_ray.data.ingest_plan import IngestPlan, Part, Recipe, plan_ingest
 from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, checksummed_json, digest, file_digest, read_checksummed_json
 from most_ray.errors import DataError, RecordError, printable
 from most_ray.io import storage
-from most_ray.io.json_lines import parse_lines
-from most_ray.io.json_values import parse_json
+from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.records.files import REJECTED, read_with_offsets
 from most_ray.records.keys import ID, KEYS, ROW_BYTES, WHOLE, read_keys, repeated, share_compared, speech_key
 from most_ray.records.record import Record, parse_records
@@ -37,7 +36,7 @@ logger = logging.getLogger(__name__)
 Runner = Callable[[Sequence[Part], Recipe], None]
 _BATCH = 256  # records parsed and encoded at once: their bytes stay in the CPU's cache
 _READERS = 16  # threads that read finished parts: on object stores most of the time is latency
-_SURE = 1000  # records compared of a file, where not all are, that tell a copy
+_SURE = 1000  # records compared of a file, where not all are, that show a copy
 _STALE_S = 86_400.0  # seconds after which an unfinished folder counts as left by a process that was killed
 
 

@@ -271,8 +271,8 @@ def _record_line(line: Any, where: str, sets: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(line, dict) or line.get("kind") != "hypothesis" or line.get("task") not in TASKS:
         raise DataError("rescore", where, "is not a line of a record.", _REMEDY)
     _check_fields(line, _FIELDS[line["task"]], where)
-    if not _is_text(line.get("heard", "")):
-        raise DataError("rescore", where, f"has {shown(line['heard'])} in field 'heard'.", _REMEDY)
+    if not _is_text(outside := line.get("heard", "")):
+        raise DataError("rescore", where, f"has {shown(outside)} in field `heard`.", _REMEDY)
     if line["set"] not in sets or sets[line["set"]]["task"] != line["task"]:
         raise DataError("rescore", where, f"belongs to no set of line 1: {shown(line['set'])}.", _REMEDY)
     return line

@@ -61,7 +61,7 @@ def _path(source: str) -> str:
 
 
 def _cached(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache  # takes a moment to import, and few commands ask for names
+    from huggingface_hub import try_to_load_from_cache  # takes a moment to import, and few commands take names
     from huggingface_hub.errors import HFValidationError
 
     try:

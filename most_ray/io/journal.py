@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from most_ray.io import storage
-from most_ray.io.json_lines import parse_line, parse_lines, read_lines
-from most_ray.io.json_values import json_text
+from most_ray.io.json_values import json_text, parse_line, parse_lines, read_lines
 from most_ray.io.outputs import Kind, begins_with, named
 from most_ray.io.run_folder import RunFolder
 

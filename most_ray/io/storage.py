@@ -85,7 +85,7 @@ def open_read(uri: str | Path) -> BinaryIO:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Open a local file for reading; at once, where reading a pipe could block and reading a device could go on without end."""
+    """Open a local file for reading; at once, where reading a pipe could block and reading a device could have no end."""
     try:
         stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))  # noqa: SIM115
     except OSError as error:

@@ -92,7 +92,7 @@ def parse_config(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         The arguments, and the keys that are not known and are left out.
 
     Raises:
-        ValueError: a value is of the wrong kind, out of range, or asks for something that this code does not compute.
+        ValueError: a value is of the wrong kind, out of range, or wants something that this code does not compute.
     """
     known = {field.name for field in fields(MostConfig)} | {*_SIZES, *_NUMBERS, *_CHOICES, *_FROM_ELSEWHERE}
     kept = {key: value for key, value in values.items() if key in known and key not in _NOT_USED}

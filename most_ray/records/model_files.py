@@ -1,7 +1,7 @@
 """Model folders in Hugging Face layout, before a library reads them: that their files are what they should be and choose no code.
 
 transformers lets configurations name code, kernels and other files. A folder comes from anywhere, so what chooses code is refused here, for
-models, speech encoders, recognisers and vocoders alike, and any error of the libraries that read the rest is the user's (`loading`).
+models, speech encoders, recognisers and vocoders, and any error of the libraries that read the rest is the user's (`loading`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {  # keys that name functions; 
     "attn_implementation": ("eager", "sdpa"),
     "experts_implementation": ("batched_mm", "eager", "grouped_mm", "most_ray"),
 }
-_NOT_READ = {  # files that the library would follow, though nobody named them
+_NOT_READ = {  # files that the library would follow, though they are not named
     "adapter_config.json": "is an adapter of another model",
     ".metadata": "has weights as pickled objects (a distributed checkpoint)",
 }

@@ -207,7 +207,7 @@ def holds_units(text: str) -> bool:
 def _misspelled_units(name: str, text: str) -> str:
     """What is wrong with a field that holds speech as no record does, and would be trained on as text; empty where nothing is."""
     if "><" not in text and "][" not in text and "> <" not in text and "] [" not in text and text.lstrip()[:1] not in ("<", "["):
-        return ""  # no row of units, and not nothing else: told without the patterns, which take longer than the rest of a record
+        return ""  # no row of units, and not nothing else: found without the patterns, which take longer than the rest of a record
     if name == "instruction":
         return "holds speech units, which belong to input or output" if _UNIT_ROW.search(text) else ""
     found = None if holds_units(text) else _MISSPELLED.search(text)

@@ -16,8 +16,7 @@ from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
-from most_ray.io.json_lines import parse_lines
-from most_ray.io.json_values import parse_json
+from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.io.yaml_values import parse_yaml
 from most_ray.options import stored_values
 from most_ray.records.files import SPEECH_FOLDER, VOCODER

@@ -78,7 +78,7 @@ def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:
         uri = folder.at(f"evaluations/step-{max(steps):09d}.json")
         try:
             settings = parse_json(storage.read_bytes(uri))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):  # it was removed, or is damaged: what is unknown is not told
+        except (OSError, ValueError, KeyError, TypeError):  # it was removed, or is damaged: what is unknown is not reported
             return
         if isinstance(settings, dict):
             warn_of_version(uri, settings, config.normaliser)

@@ -1,6 +1,6 @@
-"""The lock on a run or a sweep: one process at a time drives it, whichever command has started it, and another is told at once.
+"""The lock on a run or a sweep: one process at a time drives it, whichever command has started it, and another is refused at once.
 
-In a local folder it is an advisory lock (flock) on `.lock`, which ends with the process, however that ends. Behind a URI, and where the
+In a local folder it is an advisory lock (flock) on `.lock`, which ends with the process, however that ends. At a URI, and where the
 file system has no such locks, it is a lease: a file that the holder renews every few seconds. A holder that was killed renews no more, and
 after `LEASE_S` seconds the lease is free; at once where the new process is on the holder's machine, which can see that it has gone.
 """
@@ -86,7 +86,7 @@ class RunLock:
 
 
 def is_held(uri: str) -> bool:
-    """Whether a process drives the run in a folder now, as far as can be told at once."""
+    """Whether a process drives the run in a folder now, as far as can be seen at once."""
     folder = RunFolder(uri)
     try:
         file, supported = _lock_file(folder.local / LOCK)
@@ -217,7 +217,7 @@ def _wait_until_free(uri: str, mark: str) -> None:
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    """A lease; None where there is none, or one that cannot be read, which nobody renews."""
+    """A lease; None where there is none, or one that cannot be read, which is not renewed."""
     try:
         content = storage.read_bytes(uri)
     except FileNotFoundError:

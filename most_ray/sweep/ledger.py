@@ -24,8 +24,7 @@ from typing import Any, Literal
 from most_ray.config import OPTIONS
 from most_ray.errors import ConfigError, shown
 from most_ray.io import storage
-from most_ray.io.json_lines import parse_lines, read_lines
-from most_ray.io.json_values import json_text
+from most_ray.io.json_values import json_text, parse_lines, read_lines
 from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
 from most_ray.metrics.figures import OBJECTIVES, RATES
 from most_ray.options import current_words

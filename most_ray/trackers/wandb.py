@@ -15,7 +15,7 @@ from typing import Any
 from most_ray.checkpoint import catalog
 from most_ray.config import RunConfig
 from most_ray.io import storage
-from most_ray.io.json_lines import read_lines
+from most_ray.io.json_values import read_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.rows import AXES, GROUPS, kind_of, row_of
 from most_ray.metrics.schema import EVALUATION

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from most_ray.io.journal import Follower
-from most_ray.io.json_lines import parse_line, parse_lines, read_lines
-from most_ray.io.json_values import parse_json
+from most_ray.io.json_values import parse_json, parse_line, parse_lines, read_lines
 
 DAMAGED = b'{"kind": "sweep"}\n[1]\n"text"\n7\n\n{"a"\n\xff\xfe\n\x00\x00\x00\n\x00{"a": 1}\n{"b": 2}\n{"c'
 WHOLE = [{"kind": "sweep"}, {"b": 2}]

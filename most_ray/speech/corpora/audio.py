@@ -33,7 +33,7 @@ _LEAST_SHARE, _AND_SECONDS = 0.7, 0.5  # of a recording, less seconds: a table t
 # "not known"), for Ogg the stream's last page. For an MP3 it notes nothing.
 _CUT_CHUNK = re.compile(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d{1,9}) \(should be (\d+)\)", re.MULTILINE)
 _CUT_OGG = re.compile(r"Last page lacks an end-of-stream bit|Junk after the last page|without an End-Of-Stream flag")
-# Behind a W64's or an RF64's end: another file, which libsndfile reads as samples or not at all.
+# After a W64's or an RF64's end: another file, which libsndfile reads as samples or not at all.
 _LONG_RIFF = re.compile(r"^ *(?:riff|Riff size) *: (\d{1,9}) \(should be (\d+)\)", re.MULTILINE)
 
 

@@ -31,7 +31,7 @@ _JOINED = "is several recordings joined in one file, of which only the first wou
 
 
 def find_hidden_audio(path: Path, kind: str, samples: int, rate: int) -> str | None:
-    """Why a file's audio is not what its header announces, as a rule that continues its name; None where it is, or where nobody can tell.
+    """Why a file's audio is not what its header announces, as a rule that continues its name; None where it is, or that is unknown.
 
     Args:
         kind: libsndfile's name of the format.
@@ -200,8 +200,8 @@ _MPEG_KBITS = {  # by whether it is MPEG 1, and the layer
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _MPEG_SLACK = 5  # frames by which an estimate may be too short
-_LENGTHS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}  # marks of a frame that says how many there are, and how many bytes behind it
-_SEARCHED = 1 << 16  # bytes in which the next frame is looked for behind damage
+_LENGTHS = {b"Xing": 8, b"Info": 8, b"VBRI": 14}  # marks of a frame that says how many there are, and how many bytes after it
+_SEARCHED = 1 << 16  # bytes in which the next frame is looked for after damage
 
 
 class _MpegFrame(NamedTuple):

@@ -68,7 +68,7 @@ def _until(end: object, start: float | None, lasts: float | None) -> float:
     """The seconds from a start to an end. Raises RecordError where there is no start before it, or a duration that contradicts."""
     stop = tables.parse_seconds(end)
     if start is None or stop is None or stop <= start:
-        raise RecordError(f"has an end that is not a number of seconds behind its start: {shown(end)}")
+        raise RecordError(f"has an end that is not a number of seconds after its start: {shown(end)}")
     if lasts is not None and abs(start + lasts - stop) > _SLACK:
         raise RecordError(f"has a duration, {lasts:g}, and an end, {stop:g}, that contradict each other")
     return round(stop - start, 6) if lasts is None else lasts

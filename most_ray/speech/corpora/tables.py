@@ -86,7 +86,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield `(number of a row's last line, cells)` of a table with tabs. Quotes mean what they mean in CSV where the whole table was
     written so, by Python's csv module or pandas; elsewhere they are text, but for cells that are quoted alone as CSV does. Raises DataError
-    if the file cannot be read, or nobody can tell which of the two it is."""
+    if the file cannot be read, or it cannot be known which of the two it is."""
     if not _is_quoted(path):
         yield from ((number, [_unquote(cell) for cell in line.split("\t")]) for number, line in text_lines(path) if line)
         return

@@ -98,7 +98,7 @@ def _by_name(root: Path) -> Entries:
             continue
         (folder, files), inner = item, item[0].relative_to(root)
         if covered and not covered.isdisjoint(folder.parents):
-            continue  # its table has told of them
+            continue  # its table has reported them
         texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
         recordings = [path for name in files if (path := folder / name).suffix.lower() in _AUDIO]
         if inner.parts and not any(path.stem in texts for path in recordings) and (table := _table_of(folder, files)):

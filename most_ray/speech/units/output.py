@@ -117,7 +117,7 @@ def check_rejected(scan: Scan, summaries: Sequence[Mapping[str, Any]], limit: fl
     with scan.unusable.open(encoding="utf-8") as lines:
         first = parse_json(lines.readline()) if scan.unusable_entries else next(e for summary in summaries for e in summary["rejected"])
     where = f"{scan.unusable_entries + failed} entries cannot be used; the first, {first['file']}, {first['reason']}"
-    remedy = f"{f'See {report}; mend' if report else 'Mend'} them, or raise max_rejected_fraction."
+    remedy = f"{f'See {report}; fix' if report else 'Fix'} them, or raise max_rejected_fraction."
     raise DataError("max_rejected_fraction", MOST_REJECTED if limit is None else limit, f"is exceeded: {where}.", remedy)
 
 

@@ -175,7 +175,7 @@ def _locked_folder(scratch: Path) -> Iterator[Path]:
         try:
             yield scratch
         except UserError:
-            if not any(scratch.glob("*-*.*")):  # a part's file: the next command goes on from it
+            if not any(scratch.glob("*-*.*")):  # a part's file: the next command continues from it
                 for folder in new:
                     shutil.rmtree(folder, ignore_errors=True)
             raise
