@@ -297,7 +297,7 @@ def read_yaml(uri: str | Path) -> dict[str, Any]:
     """
     shown = storage.redact(str(uri))
     try:
-        content = storage.read_small(uri, MAX_BYTES)
+        content = storage.read_small(expand("config", str(uri)), MAX_BYTES)
     except (OSError, DataError) as error:
         raise ConfigError("config", shown, f"cannot be read ({error}).") from error
     try:

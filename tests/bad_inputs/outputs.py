@@ -302,7 +302,13 @@ def _config_there(folder: Path) -> Words:
     return ["train", "--from_audio", "data", "--output_dir", ""]
 
 
+def _transcripts_there(folder: Path) -> Words:
+    (folder / "o.jsonl").write_text('{"file": "b.wav", "text": "mine", "units": "1", "ended": true}\n')
+    return [*_of("transcribe")(folder), "o.jsonl"]
+
+
 OWN = [
+    Case("transcribe: no recording that can be read", _transcripts_there, [r"a\.wav", "nothing was written"]),
     Case("plan: its own configuration", _own_config, ["trace", "is no trace"]),
     Case("report: a run's metrics", _run_metrics, ["output", "is no report"]),
     Case("report: another page", _with(_of("report"), "o.html", content=b"<!DOCTYPE html><title>mine</title>"), ["output", "is no report"]),
