@@ -239,19 +239,22 @@ def check_doubled(keys: Path, records_of: Mapping[str, int], source: str) -> Non
         records_of: the number of records in each file, in their order.
 
     Raises:
-        DataError: a file holds the same records as another one, so it is a copy.
+        DataError: a file holds the same records as another one in the same order, so it is a copy.
     """
     files, ends = [storage.redact(file) for file in records_of], np.cumsum(list(records_of.values()))
     share = share_compared(int(ends[-1]))
     with keys.open("rb") as stream:
         whole, rows = read_keys(stream, share, WHOLE)
-    later, before = (np.searchsorted(ends, each, side="right") for each in repeated(whole, rows))
+    pairs = repeated(whole, rows)
+    distance = pairs[0] - pairs[1]  # in rows
+    later, before = (np.searchsorted(ends, each, side="right") for each in pairs)
     seen = np.bincount(np.searchsorted(ends, rows, side="right"), minlength=len(files))
-    for index in np.unique(later):
-        others = before[later == index]
-        other = int(others[0])
-        whole_file = len(others) == seen[index] == seen[other] and (others == other).all() and other != index
-        if whole_file and (share == 1.0 or seen[index] >= _SURE):
+    order = np.argsort(later, kind="stable")
+    starts = np.flatnonzero(np.diff(later[order], prepend=-1))
+    for its in np.split(order, starts[1:]) if len(order) else ():  # the pairs of each file
+        index, other = int(later[its[0]]), int(before[its[0]])
+        in_order = len(np.unique(distance[its])) == 1 and (before[its] == other).all()
+        if in_order and other != index and len(its) == seen[index] == seen[other] and (share == 1.0 or seen[index] >= _SURE):
             rule = f"holds the same records as {files[other]}: they would be trained on twice as often."
             remedy = "Remove one of the two; to weight records, give their folder a larger weight (train_asr_weights, ...)."
             raise DataError("file", files[index], rule, remedy)

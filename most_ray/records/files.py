@@ -68,27 +68,28 @@ def read_with_offsets(uri: str, start: int = 0, stop: int | None = None) -> Iter
 
     `start`, `stop`: of uncompressed JSON Lines, the records that begin at these bytes (see `read_lines`).
     """
+    name = storage.base_name(uri)  # without a URI's options
     with storage.open_read(uri) as stream:
         head = stream.read(_HEAD) if start == 0 else b""
         stream.seek(max(0, start - 1))
-        content = open_compressed(stream) if uri.endswith(".gz") else stream
-        values = read_lines(content, start, stop) if is_json_lines(uri) else read_values(content)
+        content = open_compressed(stream) if name.endswith(".gz") else stream
+        values = read_lines(content, start, stop) if is_json_lines(name) else read_values(content)
         for byte, value in itertools.islice(values, 1):
-            yield byte, _explained(value, uri, head) if start == 0 else value
+            yield byte, _explained(value, name, head) if start == 0 else value
         yield from values
 
 
-def _explained(value: object, uri: str, head: bytes) -> object:
+def _explained(value: object, name: str, head: bytes) -> object:
     """The first value of a file; where it is no record, with what the file's first bytes say about its name."""
-    if isinstance(value, RecordError | list) and (hint := _form_hint(uri, head)):
+    if isinstance(value, RecordError | list) and (hint := _form_hint(name, head)):
         return RecordError(f"{value if isinstance(value, RecordError) else 'is a JSON list, not an object'}: {hint}")
     return value
 
 
-def _form_hint(uri: str, head: bytes) -> str:
+def _form_hint(name: str, head: bytes) -> str:
     """What to do about a file whose name says another form than its first bytes; empty where nothing is known."""
-    zipped, lines = head.startswith(b"\x1f\x8b"), is_json_lines(uri)
-    if zipped != uri.endswith(".gz"):
+    zipped, lines = head.startswith(b"\x1f\x8b"), is_json_lines(name)
+    if zipped != name.endswith(".gz"):
         return "the file is gzipped, so its name must end in .gz" if zipped else "the file is not gzipped, so its name must not end in .gz"
     with contextlib.suppress(zlib.error):
         head = zlib.decompressobj(wbits=31).decompress(head, _HEAD) if zipped else head

@@ -33,7 +33,7 @@ def made(folder: Path, records: list[Any], task: Task = "asr") -> TokenStore:
 
 
 def as_list(path: Path) -> None:
-    path.with_name("again.json").write_text(json.dumps(RAWS[::-1], indent=1))
+    path.with_name("again.json").write_text(json.dumps(RAWS, indent=1))
 
 
 def zipped(path: Path) -> None:
@@ -72,7 +72,7 @@ def test_ids_that_are_doubled_with_other_content_are_counted_and_the_first_pair_
 
 def test_a_file_with_some_records_of_another_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_records(tmp_path / "a", RAWS)
-    write_records(folder, RAWS[2:4], "part.jsonl")
+    write_records(folder, RAWS[2:4], "part.jsonl")  # so it may be on purpose, as in another order
     assert len(ingest(folder)) == 8 and "2 records of" in caplog.text
 
 

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from most_ray.errors import DataError, RecordError
+from most_ray.io import storage
 from most_ray.io.json_stream import read_lines
-from most_ray.records.files import read_raw, record_files
+from most_ray.records.files import read_raw, read_with_offsets, record_files
 from most_ray.records.record import (
     Record,
     asr_to_tts,
@@ -411,3 +412,13 @@ def test_ids_are_strings_or_numbers(value: Any) -> None:
     with pytest.raises(RecordError, match="field 'id' is"):
         parse_record({**asr(0), "id": value})
     assert parse_record({**asr(0), "id": 7}).id == "7"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_the_options_of_a_uri_are_no_part_of_a_files_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, uri = "\n".join(map(json.dumps, RECORDS)).encode(), f"s3://bucket/{name}?region=eu"
+    monkeypatch.setattr(storage, "open_read", lambda _: io.BytesIO(gzip.compress(text) if name.endswith(".gz") else text))
+    assert [value for _, value in read_with_offsets(uri)] == RECORDS
+    if name == "a.jsonl":
+        ranges = [(0, 100), (100, 300), (300, None)]
+        assert [value for each in ranges for _, value in read_with_offsets(uri, *each)] == RECORDS
