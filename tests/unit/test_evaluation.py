@@ -213,12 +213,15 @@ def test_instructions_and_texts_of_several_lines(scene: Scene, tmp_path: Path, m
     """The token store knows where an instruction ends, in parts too that follow one another; records are not read again."""
     spoken = asr(1, 6, "five") | {"instruction": "Write down\nwhat is said."}
     folders = [str(write_records(tmp_path / "heard", [spoken])), str(write_records(tmp_path / "told", SEVERAL_LINES))]
-    write_records(tmp_path / "told", SEVERAL_LINES[::-1], "more.jsonl")
+    again = [record | {"id": f"{record['id']}_2", "output": f"{record['output']}[Hu1]"} for record in SEVERAL_LINES[::-1]]
+    write_records(tmp_path / "told", again, "more.jsonl")
     changed = replace(scene, directories=Directories((folders[0],), (folders[1],)), stores=str(tmp_path / "stores"))
     monkeypatch.delattr("most_ray.evaluation.scoring.read_raw")
     evaluation = evaluate(changed)
     texts = {(row["row"], row["id"]): row["text"] for row in evaluation.rows if row["task"] == "tts"}
-    assert len(texts) == 8 and all(text == {r["id"]: r["input"] for r in SEVERAL_LINES}[name] for (_, name), text in texts.items())
+    assert len(texts) == 8 and all(
+        text == {r["id"]: r["input"] for r in [*SEVERAL_LINES, *again]}[name] for (_, name), text in texts.items()
+    )
     assert evaluation.header["settings"]["asr_instruction"] == "Write down\nwhat is said."
 
 
