@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 
 from tests.bad_inputs.harness import Case, Outcome
-from tests.bad_inputs.inputs import DIGITS
+from tests.bad_inputs.inputs import DIGITS, base
 
 Setup = Callable[[Path], object]
 Check = Callable[[Path, Outcome], None]
@@ -72,6 +72,30 @@ def beside(name: str, content: bytes | Callable[[Path], object], text: str = "se
         path.with_suffix(".txt").write_text(text)
 
     return setup
+
+
+def transcribe(name: str, content: bytes | Callable[[Path], object]) -> Callable[[Path], Sequence[str]]:
+    """Makes `transcribe` of a recording."""
+
+    def make(folder: Path) -> Sequence[str]:
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            content(folder / name)
+        return ["transcribe", "--model", str(base() / "model"), "--speech", str(base() / "train_asr"), name]
+
+    return make
+
+
+def kmeans(setup: Setup) -> Callable[[Path], Sequence[str]]:
+    """Makes `prepare kmeans` of a corpus."""
+
+    def make(folder: Path) -> Sequence[str]:
+        (folder / "c").mkdir()
+        setup(folder / "c")
+        return ["prepare", "kmeans", "--input", "c", "--output", "k.npy", "--k", "2", "--num_actors", "0"]
+
+    return make
 
 
 def table(text: str | bytes, name: str = "transcripts.tsv") -> Setup:
@@ -182,7 +206,7 @@ RECORDINGS = [  # a recording beside three good ones: its name and content, why 
     ("two flacs, the second shorter", "x.flac", FLAC + encoded(wave(0.3, 440), "FLAC"), "several recordings joined"),
     ("two oggs", "x.ogg", OGG + OGG, "several recordings joined"),
     ("two opus", "x.opus", 2 * encoded(wave(1.0), "OGG", "OPUS"), "several recordings joined"),
-    ("two mp3s", "x.mp3", MP3 + MP3, "of audio, but its header announces 1.00 s"),
+    ("two mp3s", "x.mp3", MP3 + MP3, "of audio, but its header announces 1.08 s"),
     ("an mp3 that announces half", "x.mp3", mp3_of(15), "of audio, but its header announces"),
     ("an mp3 that announces double", "x.mp3", mp3_of(60), "cut off"),
     ("two aus", "x.au", 2 * encoded(wave(1.0), "AU"), "holds 2.00 s of audio|of audio, but its header announces 1.00 s"),
@@ -570,6 +594,19 @@ CASES = [
         "a table of some of a folder",
         lambda c: (good(c, 12, texts=False), (c / "transcripts.tsv").write_text(TSV)),
         keeps(None, *["named by no row"] * 9),
+    ),
+    *(
+        Case(f"transcribe: {name}", transcribe(file, content), ["recording", reason])
+        for name, file, content, reason in RECORDINGS
+        if name in ("samples of 1e29", "opposite phase", "two flacs", "two mp3s", "half of an mp3", "m4a", "a link to itself", "a pipe")
+    ),
+    Case("transcribe: a long name", lambda _: [*transcribe("x.wav", WAV)(_)[:-1], "y" * 5000 + ".wav"], "recording.*not there"),
+    Case("kmeans: one is none", kmeans(beside("x.wav", b"x")), code=0, may_change=["k.npy"]),
+    Case(
+        "kmeans: none",
+        kmeans(lambda c: (beside("x.wav", b"x")(c), [path.unlink() for path in c.glob("g*.wav")])),
+        "no usable recording|no utterance",
+        may_change=[".k.npy.work*"],
     ),
     refused("nothing but noise", lambda c: beside("x.wav", b"x")(c) or [path.unlink() for path in c.glob("g*.wav")], "recording"),
 ]

@@ -13,7 +13,7 @@ import soundfile
 import soxr
 
 from most_ray.errors import DataError
-from most_ray.speech.corpora.containers import find_hidden_audio
+from most_ray.speech.corpora.containers import find_hidden_audio, find_wrong_count
 
 MAX_SECONDS = 120.0  # of an utterance: a longer one is likely a recording that was not cut into utterances
 ANY_CHANNEL = -1  # a channel is meant, but which one is not known: the recording must have one only
@@ -74,6 +74,8 @@ def load_audio(
     try:
         if path.stat().st_size == 0:
             raise DataError("recording", str(path), "is an empty file.")
+        if duration is None and (rule := find_wrong_count(path)):
+            raise DataError("recording", str(path), f"{rule}.", "Write it again.")
         with soundfile.SoundFile(path) as source:
             samples, rate = _read(source, path, _Part(start, duration, channel, length), max_seconds), source.samplerate
     except (OSError, soundfile.SoundFileError) as error:

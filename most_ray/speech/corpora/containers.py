@@ -210,9 +210,29 @@ class _MpegFrame(NamedTuple):
     samples: int
 
 
+def find_wrong_count(path: Path) -> str | None:
+    """Why an MP3 does not hold the frames that its first one announces, as a rule that continues its name; None where it does, where it
+    announces none, and for other files. Before libsndfile opens it, whose MP3 decoder would print a warning. Raises OSError."""
+    with path.open("rb") as stream:
+        head = stream.read(4)
+        if not head.startswith(b"ID3") and _mpeg_frame(head) is None:
+            return None
+        found, stated, seconds, each = _count_frames(stream, None)
+    if seconds > stated * each + max(_SLACK, each) and stated:
+        return f"holds {seconds:.2f} s of audio, but its header announces {stated * each:.2f} s"
+    return _cut_off(seconds, stated * each) if found < stated - 1 else None
+
+
 def _check_mp3(stream: BinaryIO, samples: int, rate: int) -> str | None:
-    """Frames, counted, against the number that the first one gives, or else against libsndfile's estimate of the length."""
-    found, stated, seconds, each = 0, 0, 0.0, 0.0  # frames; of all, and of one
+    """Frames, counted, against libsndfile's estimate of the length, where nothing announces it."""
+    _, stated, seconds, each = _count_frames(stream, samples / rate)
+    return _announces_less(seconds, samples, rate) if not stated and seconds > samples / rate + max(_SLACK, _MPEG_SLACK * each) else None
+
+
+def _count_frames(stream: BinaryIO, estimate: float | None) -> tuple[int, int, float, float]:
+    """How many frames of audio there are, how many are announced (0: it is not said), seconds of all and of one. They are counted either to
+    be compared with what is announced, or with an `estimate` in seconds; not where the other is known, and not much further than that."""
+    found, stated, seconds, each = 0, 0, 0.0, 0.0
     for frame, content in _mpeg_frames(stream):
         number = _stated_frames(content)
         if number is None:
@@ -220,14 +240,9 @@ def _check_mp3(stream: BinaryIO, samples: int, rate: int) -> str | None:
             found, seconds = found + 1, seconds + frame.samples / frame.kind[2]
         elif not found:
             stated = number
-        if seconds > 2 * max(samples / rate, stated * each) + 60:
+        if (found and bool(stated) == (estimate is not None)) or seconds > 2 * max(estimate or 0.0, stated * each) + 60:
             break
-    if not found:
-        return None
-    announced, slack = (stated * each, 1) if stated else (samples / rate, _MPEG_SLACK)
-    if seconds > announced + max(_SLACK, slack * each):
-        return f"holds {seconds:.2f} s of audio, but its header announces {announced:.2f} s"
-    return _cut_off(seconds, announced) if stated and found < stated - slack else None
+    return found, stated, seconds, each
 
 
 def _stated_frames(content: bytes) -> int | None:
