@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -43,6 +42,7 @@ _CHOICES: Mapping[str, tuple[Any, ...]] = {
     "moe_layer_freq": (1, None),
     **{f"{mark}{key}": (*known, None) for key, known in IMPLEMENTATIONS.items() for mark in ("", "_")},
 }
+_LARGEST = 1e300  # number of a position embedding: infinity, and integers that are no float, are beyond
 _FROM_ELSEWHERE = ("rope_scaling", "output_attentions", "ep_size", "template_hash", "units_identity")  # keys that are kept as they are
 _NOT_USED = (  # keys of whoever wrote the file, and `auto_map`, which names code that is not loaded
     *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version"),
@@ -130,10 +130,12 @@ def _check_rope(key: str, values: Any) -> None:
     if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
         raise ValueError(f"{key} has the type {shown(kind)}, not one of default, {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
     for name, value in values.items():
+        if not name.isidentifier() or not name.isascii():  # the library would log it
+            raise ValueError(f"{key} has the key {shown(name)}")
         numbers = value if isinstance(value, list) else [value]
         if name in ("rope_type", "type") or value is None or isinstance(value, bool):
             continue
-        if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
+        if not all(isinstance(each, int | float) and -_LARGEST <= each <= _LARGEST for each in numbers):
             raise ValueError(f"{key} has {name} {shown(value)}, which is no number")
 
 

@@ -353,6 +353,8 @@ CONFIGS = [
     ("a position embedding nobody knows", {"rope_parameters": {"rope_type": "none"}}, "rope_parameters has the type 'none'"),
     ("a position embedding as text", {"rope_parameters": "yarn"}, "rope_parameters 'yarn' is no object"),
     ("a base as text", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta 'x', which is no number"),
+    ("a base of 400 digits", {"rope_parameters": {"rope_type": "default", "rope_theta": 10**400}}, "rope_theta 1000"),
+    ("escapes in a position embedding", {"rope_parameters": {"rope_type": "default", "\x1b[31m": 1}}, r"has the key '\\x1b"),
     ("experts as text", {"text_expert_indices": ["a"]}, "text_expert_indices"),
     ("another model", {"model_type": "llama"}, "model of type 'llama'"),
     ("a model of a list", {"model_type": ["most"]}, r"model of type \['most'\]"),

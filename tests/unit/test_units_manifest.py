@@ -49,6 +49,7 @@ WRONG = {
     "too many for the vocabulary": (changed("identity", "n_units", to=501), "n_units 501"),
     "units as text": (changed("identity", "n_units", to="3"), "n_units '3'"),
     "a rate of 0": (changed("identity", "rate_hz", to=0), "rate_hz 0"),
+    "a rate that is no float": (changed("identity", "rate_hz", to=10**400), "rate_hz 1000"),
     "an infinite rate": (changed("identity", "rate_hz", to=float("inf")), "rate_hz inf"),
     "repeats as text": (changed("identity", "repeats_removed", to="no"), "repeats_removed 'no'"),
     "a hash that is a number": (changed("identity", "kmeans", to=7), "kmeans 7"),
