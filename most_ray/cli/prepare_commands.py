@@ -13,7 +13,7 @@ from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import Parser, add_command, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
-from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, parse_number
+from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, SHARE, parse_number
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
 from most_ray.speech.units.extractors import KINDS, parse_features
@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
     units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
     text = "end with an error where a larger share of the corpus' entries cannot be used (default: 0.5, if they are more than six)"
-    units.add_argument("--max_rejected_fraction", type=float, help=text)
+    units.add_argument("--max_rejected_fraction", action=number(float, SHARE), help=text)
     text = "file format of the records (default: jsonl.gz)"
     units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help=text)
 

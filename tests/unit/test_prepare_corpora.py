@@ -276,7 +276,7 @@ def test_wrong_flags_of_kmeans(
     ("words", "message"),
     [
         (["--seconds", "0"], "seconds = 0.0: must be above 0"),
-        (["--seconds", "nan"], "must be above 0"),
+        (["--seconds", "nan"], "is not finite"),
         (["--records", "nowhere"], "holds no units.json"),
         (["--where", "speker=a"], "Did you mean 'speaker'"),
         (["--where", "speaker=z"], "recording"),
@@ -306,7 +306,7 @@ def test_too_many_rejected_entries_end_the_command(tmp_path: Path, capsys: pytes
     assert [path.name for path in (tmp_path / "o").iterdir() if not path.name.startswith(".")] == ["rejected.jsonl"]
     assert len(prepare(corpus, tmp_path / "o", "--fit_kmeans", "5", "--max_rejected_fraction", "0.67")) == 4
     assert "is exceeded" in refused(capsys, *command, "--max_rejected_fraction", "0.6")
-    assert "must be in 0..1" in refused(capsys, *command, "--max_rejected_fraction", "nan")
+    assert "must be in 0..1" in refused(capsys, *command, "--max_rejected_fraction", "1.5")
 
 
 def test_the_share_is_that_of_what_was_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
