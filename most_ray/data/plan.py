@@ -28,6 +28,8 @@ from most_ray.io.json_values import parse_json
 from most_ray.records.record import TASKS, units_hash
 from most_ray.records.units_manifest import neighbours_of
 
+_LEAST_SHARE = Fraction(1, 10**15)  # of a source: the mixture counts records in 64 bits
+
 
 @dataclass(frozen=True)
 class PlanSpec:
@@ -229,7 +231,7 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
         text = Fraction(1)
     shares = {"asr": (1 - text) * ratio, "tts": (1 - text) * (1 - ratio), "text": text}
     for task, name in (("asr", "asr_tts_mix_ratio"), ("tts", "asr_tts_mix_ratio"), ("text", "text_mix_ratio")):
-        if task in present and shares[task] <= 0:
+        if task in present and shares[task] < _LEAST_SHARE:
             raise ConfigError(name, getattr(config, name), f"gives no share to train_{task}_dirs.", "Leave them out or change it.")
         if task not in present and shares[task] > 0:
             raise ConfigError(name, getattr(config, name), f"requests {task} records, but train_{task}_dirs is empty.")
@@ -239,6 +241,9 @@ def source_weights(config: RunConfig, stores: Sequence[TokenStore]) -> tuple[int
         sizes = [len(store) if config.weight_unit == "records" else store.manifest["n_tokens"] for store in of_task]
         parts = [Fraction(str(weight)) for weight in getattr(config, f"train_{task}_weights") or sizes]
         weights += [shares[task] * part / sum(parts, Fraction(0)) for part in parts]
+        if of_task and min(weights[-len(of_task) :]) < _LEAST_SHARE:
+            rule = "gives a directory so small a share that a run would never reach its first record."
+            raise ConfigError(f"train_{task}_weights", getattr(config, f"train_{task}_weights"), rule, "Leave the directory out.")
     return integer_weights(weights)
 
 

@@ -190,3 +190,17 @@ def test_sources_with_different_units_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="made differently"):
         check_units(stores)
     assert check_units(stores[:1]) == check_units([stores[0], stores[0]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"asr_tts_mix_ratio": 1e-300}, "asr_tts_mix_ratio"),
+        ({"train_asr_dirs": ["a", "c"], "train_asr_weights": [1, 1e-300]}, "train_asr_weights"),
+    ],
+)
+def test_a_share_that_reaches_no_record_is_refused(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    stores = [make_store(tmp_path, "a", [asr(0)]), make_store(tmp_path, "c", [asr(1)]), make_store(tmp_path, "b", [tts(0)], "tts")]
+    stores = stores if len(changes) > 1 else [stores[0], stores[2]]
+    with pytest.raises(ConfigError, match=f"^{field} = "):
+        source_weights(config_from(changes), stores)
