@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import shutil
 import tempfile
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +12,18 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from most_ray.records.files import read_raw
 from tests.conftest import ROOT
+from tests.support.digits import few_digits
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 MOST_BYTES = 300_000  # of a notebook with its outputs
 
 
 @pytest.fixture
-def few_digits(digits: Path, tmp_path: Path) -> Path:
+def forty_of_each(digits: Path, tmp_path: Path) -> Path:
     """Some forty records of each folder of the digits, of all words and speakers."""
     for source in (path.parent for path in digits.glob("*/records.jsonl.gz")):
-        folder = tmp_path / "digits" / source.name
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("records.jsonl.gz"))
-        every = [raw for _, raw in read_raw(str(source / "records.jsonl.gz"))]
-        with gzip.open(folder / "records.jsonl.gz", "wt") as stream:
-            stream.writelines(json.dumps(raw) + "\n" for raw in islice(every, 0, None, len(every) // 40))
+        few_digits(source, tmp_path / "digits" / source.name)
     return tmp_path / "digits"
 
 
@@ -46,9 +39,9 @@ def outputs(notebook: Any) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, few_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs(path: Path, forty_of_each: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(path, as_version=4)
-    for name, value in {"STEPS": "6", "DIGITS": few_digits, "IPYTHONDIR": tmp_path, "JUPYTER_RUNTIME_DIR": tmp_path}.items():
+    for name, value in {"STEPS": "6", "DIGITS": forty_of_each, "IPYTHONDIR": tmp_path, "JUPYTER_RUNTIME_DIR": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # of the file by which the kernel is found
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))

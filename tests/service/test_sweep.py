@@ -31,6 +31,7 @@ from most_ray.service.tune.runner import run_sweep
 from most_ray.sweep.ledger import Ledger, read_ledger
 from most_ray.sweep.options import Sweep, load_sweep
 from tests.conftest import ROOT
+from tests.support.digits import few_digits
 from tests.support.fake_run import wer_of
 
 CONFIG = ROOT / "jobs" / "configs" / "sweep-digits.yaml"
@@ -349,9 +350,9 @@ def test_two_drivers_of_one_sweep(fake: None, tmp_path: Path) -> None:
 def test_the_winner_by_itself_has_the_trials_word_error_rate(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real runs: two trials, and best.yaml trained alone, to the last digit; and the report of it all."""
     monkeypatch.chdir(ROOT)
-    sweep = sweep_of(
-        tmp_path, "real", {"expert_split": "affinity | interleaved", "audio_experts": "4..5"}, search="grid", max_trials=2, max_steps=6
-    )
+    space = {"expert_split": "affinity | interleaved", "audio_experts": "4..5"}
+    validation = {"val_asr_dirs": [str(few_digits(ROOT / "jobs/data/digits/test_takes", tmp_path / "test_takes"))]}
+    sweep = sweep_of(tmp_path, "real", space, search="grid", max_trials=2, max_steps=6, **validation)
     run_sweep(sweep, Console(quiet=True))
     ledger = ledger_of(tmp_path, "real")
     assert [trial.state for trial in ledger.trials.values()] == ["finished"] * 2

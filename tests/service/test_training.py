@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from most_ray.service.training.trainer import run_training
 from most_ray.service.training.worker import WorkerJob
 from most_ray.train.run import main as train_without_ray
 from tests.conftest import ROOT
+from tests.support.digits import few_digits
 
 STEPS = 20
 CONFIG = ROOT / "jobs" / "configs" / "digits.yaml"
@@ -206,8 +206,7 @@ def test_evaluation_in_between_by_two_workers_that_share_the_experts(folder: Pat
 def test_evaluations_that_fail_are_told_and_made_by_the_next_start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their records vanish during training: a line for the one on the way, exit code 2 and the reason for the last one. The same command
     makes what is missing, and trains no step again."""
-    records, away = tmp_path / "val", tmp_path / "away"
-    shutil.copytree(ROOT / "jobs/data/digits/test_takes", records)
+    records, away = few_digits(ROOT / "jobs/data/digits/test_takes", tmp_path / "val"), tmp_path / "away"
 
     def losing(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         for batch in stream_batches(spec, first, last):
@@ -227,7 +226,7 @@ def test_evaluations_that_fail_are_told_and_made_by_the_next_start(folder: Path,
     summary = run(folder, "unscored", **changes)
     assert read_journal(folder / "unscored" / "metrics.jsonl", "train") == before and len(before) == 4
     assert [line["step"] for line in read_journal(folder / "unscored" / "metrics.jsonl", "evaluation")] == [2, 4]
-    assert summary["sets"]["asr/val"]["records"] == 200
+    assert summary["sets"]["asr/val"]["records"] == 40
 
 
 def test_gpus_for_evaluations_that_the_cluster_has_not_are_missed_at_the_start(folder: Path, ray_cluster: str) -> None:
@@ -276,7 +275,8 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(
 
 def test_a_run_whose_folder_is_a_bucket(ray_cluster: str, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """output_dir as a URI: checkpoints, metrics and export are stored there; another machine, without Ray, resumes from them."""
-    changes = {"output_dir": bucket % "runs", "save_steps": 2, "val_asr_dirs": ["jobs/data/digits/test_takes"], "train_tts_dirs": []}
+    validation = few_digits(ROOT / "jobs/data/digits/test_takes", tmp_path / "test_takes")
+    changes = {"output_dir": bucket % "runs", "save_steps": 2, "val_asr_dirs": [str(validation)], "train_tts_dirs": []}
     changes |= {"asr_tts_mix_ratio": 1.0, "warmup_steps": 1}
     monkeypatch.setenv("MOST_RAY_CACHE_DIR", str(tmp_path / "one"))
     run(tmp_path, "remote", max_steps=4, **changes)

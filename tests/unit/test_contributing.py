@@ -286,7 +286,7 @@ def test_the_hosted_workflow_runs_targets_of_the_makefile() -> None:
     assert workflow["env"] == {"CI": ""}, "tests whose recordings are missing are skipped there"
     runs = [shlex.split(step["run"]) for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     targets = [word for words in runs if words[0] == "make" for word in words[1:] if "=" not in word]
-    assert {"check", "docs", "test", "coverage"} == set(targets)
+    assert {"check", "docs", "test", "coverage", "sbom", "audit"} == set(targets)
     assert "--cov-report=html" in recipe("coverage"), "htmlcov is what the workflow keeps"
     for target in targets:
         recipe(target)

@@ -127,7 +127,7 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert found.returncode == 0 and found.stderr.decode().splitlines() == [
-        "nothing more can be shown (Broken pipe); the work goes on",
+        "nothing more can be shown (Broken pipe); the work continues",
         "goes on",
     ]
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from most_ray.io.journal import read_journal
+from tests.conftest import ROOT
 from tests.end_to_end.faults.harness import end_all, kills_inside_saves, random_kills
+from tests.support.digits import few_digits
 from tests.support.tracking import times_logged, wandb_rows
 
 
@@ -22,7 +24,8 @@ def nothing_stays() -> Iterator[None]:
 
 def test_a_worker_and_the_driver_are_killed(tmp_path: Path, ray_cluster: str) -> None:
     seed = secrets.randbelow(1 << 30)
-    followed = {"wandb_project": "tests", "wandb_mode": "offline", "eval_steps": 8, "val_asr_dirs": "jobs/data/digits/test_takes"}
+    validation = few_digits(ROOT / "jobs/data/digits/test_takes", tmp_path / "test_takes")
+    followed = {"wandb_project": "tests", "wandb_mode": "offline", "eval_steps": 8, "val_asr_dirs": str(validation)}
     report = random_kills(tmp_path, ray_cluster, kills=2, steps=16, save_steps=4, seed=seed, **followed)
     assert report.passed and len(report.rows) == 2, (seed, report)
     scored = read_journal(tmp_path / "killed" / "metrics.jsonl", "evaluation")
