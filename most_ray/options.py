@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from most_ray.io import storage
 from most_ray.io.uris import expand
 from most_ray.io.yaml_values import MAX_BYTES, parse_yaml
 
+# What a shell or another program hands over: a pipe that is written to, as `<(command)`, or a file. (Of other pipes that is not known.)
+_PIPED = re.compile(r"/dev/(stdin|fd/\d+)")
 _UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 MOST_SEED = (1 << 63) - 1  # the largest number of all: what torch, numpy and integers of 64 bits take
@@ -297,7 +300,7 @@ def read_yaml(uri: str | Path) -> dict[str, Any]:
     """
     shown = storage.redact(str(uri))
     try:
-        content = storage.read_small(expand("config", str(uri)), MAX_BYTES)
+        content = _read_piped(str(uri)) if _PIPED.fullmatch(str(uri)) else storage.read_small(expand("config", str(uri)), MAX_BYTES)
     except (OSError, DataError) as error:
         raise ConfigError("config", shown, f"cannot be read ({error}).") from error
     try:
@@ -311,6 +314,12 @@ def read_yaml(uri: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("config", shown, "holds no `key: value` lines.")
     return values
+
+
+def _read_piped(name: str) -> bytes:
+    """What comes through an open descriptor of this process, up to one byte more than a configuration has."""
+    with open(name, "rb") as stream:
+        return stream.read(MAX_BYTES + 1)
 
 
 def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:

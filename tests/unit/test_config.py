@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,15 @@ def test_an_unknown_key_names_the_nearest_known_one(key: str, near: str) -> None
 def test_wrong_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from(values)
+
+
+def test_a_configuration_comes_through_a_pipe_that_was_opened() -> None:
+    """As a sweep gives its trials theirs (by /dev/stdin), and a shell by `<(command)`."""
+    reader, writer = os.pipe()
+    os.write(writer, b"max_steps: 7\n")
+    os.close(writer)
+    assert read_yaml(f"/dev/fd/{reader}") == {"max_steps": "7"}
+    os.close(reader)
 
 
 def test_yaml_and_flags(tmp_path: Path) -> None:
