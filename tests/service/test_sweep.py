@@ -133,7 +133,7 @@ def test_four_trials_on_room_for_one(fake: None, tmp_path: Path) -> None:
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(times))
     assert starts(tmp_path, "four") == {"001": 1, "002": 1, "003": 1, "004": 1}
     left = " ".join(sorted(path.name for path in (tmp_path / "four").iterdir()))
-    assert left == ".lock best.yaml report.html start summary.json sweep.yaml trials trials.jsonl"
+    assert left == "best.yaml report.html start summary.json sweep.yaml trials trials.jsonl"
     best = yaml.safe_load((tmp_path / "four" / "best.yaml").read_text())
     assert (best["learning_rate"], best["name"], best["output_dir"]) == (0.01, "four-best-002", str(tmp_path))
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["best"]["trial"] == 2
