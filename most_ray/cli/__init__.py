@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         code = _READER_GONE
-    except BaseException as error:
+    except BaseException as error:  # an interrupt may come as an error of another kind; all others are raised again
         if not _is_interrupt(error):
             raise
         _tell("most-ray: interrupted; the same command resumes from the last checkpoint")

@@ -141,7 +141,7 @@ def made_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except BaseException:
+    except BaseException:  # an interrupt leaves nothing either
         remove_empty(missing)
         raise
 

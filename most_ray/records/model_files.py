@@ -174,9 +174,9 @@ def loading(error_type: type[UserError], field: str, value: str | None, rule: st
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # of any kind: the libraries promise none
         raise error_type(field, value and redact(value), f"{rule} ({one_line(error) or type(error).__name__}).", remedy) from error
-    except BaseException as error:
+    except BaseException as error:  # PanicException is none of Exception, and its class cannot be imported
         if type(error).__name__ != "PanicException":
             raise
         raise error_type(field, value and redact(value), f"{rule} ({one_line(error)}).", remedy) from None
@@ -195,7 +195,7 @@ def no_panic_output() -> Iterator[None]:
         panicked = False
         try:
             yield
-        except BaseException as error:
+        except BaseException as error:  # as in `loading`; raised again
             panicked = type(error).__name__ == "PanicException"
             raise
         finally:

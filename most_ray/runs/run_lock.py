@@ -58,7 +58,7 @@ class RunLock:
                 self._mark = _mark_of(self._file, keep=remote and supported)
                 if remote or not supported:
                     self._lease = _Lease(folder.at(LEASE), self._mark)
-            except BaseException:
+            except BaseException:  # an interrupt frees the lock too
                 self._file.close()
                 raise
         except _HeldError as held:

@@ -122,8 +122,8 @@ def start_local_ray(num_cpus: int, **changes: Any) -> Any:
     with hangup_blocked():
         try:
             return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, **where, **quiet, **changes})
-        except Exception as error:
-            if type(error) is not Exception:  # Ray's own, of this very class: one of its processes was not up in time
+        except Exception as error:  # the class of Ray's own, where one of its processes was not up in time; its subclasses are raised again
+            if type(error) is not Exception:
                 raise
             rule = f"names no cluster, and Ray did not start on this machine ({one_line(error)[:200]})."
             raise ConfigError("ray_address", None, rule, "Start it again when the machine is less busy, or name a cluster.") from error

@@ -138,7 +138,7 @@ class EncoderExtractor:
         short, long = self.sample_rate, (1 + _PROBE) * self.sample_rate
         try:
             (n_short, width), (n_long, _) = (self._forward(np.zeros(length, np.float32)).shape for length in (short, long))
-        except Exception as error:
+        except Exception as error:  # whatever a wrong configuration makes torch raise
             raise ConfigError("features", self.source, f"cannot be run on samples of speech ({one_line(error)}).") from error
         frames = n_long - n_short
         if frames <= 0 or (long - short) % frames:
