@@ -134,6 +134,11 @@ def one_line(error: BaseException) -> str:
     return printable(redact(" ".join(str(error).split())))[:300]
 
 
+def count_of(number: int, what: str, plural: str = "s") -> str:
+    """A number with its noun, as `2 workers`, for every text that is shown. `plural`: what the noun of several ends with in addition."""
+    return f"{number:,} {what}{'' if number == 1 else plural}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown name: the most similar known name, or all known names where none is similar."""
     choices = sorted(known)

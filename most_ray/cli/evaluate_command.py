@@ -16,6 +16,7 @@ from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.outputs import check_file
 from most_ray.options import add_flag, flag_values
+from most_ray.runs.room import check_evaluation_room
 
 # Flags that are keys of the configuration; some have a shorter name here, where everything concerns evaluation.
 _KEYS = {
@@ -74,6 +75,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ConfigError("gpus", config.eval_gpus, "is for several workers: one uses the GPU where there is one.", "Set num_workers.")
     if config.vocoder and not config.recogniser:
         raise ConfigError("vocoder", config.vocoder, "is used only with a recogniser.", "Name one, or leave it out.")
+    if config.eval_workers > 1:
+        check_evaluation_room(config, "num_workers", "gpus")
     check_model(args.model)
     for flag in ("asr_dirs", "tts_dirs", "text_dirs"):
         check_records(flag, getattr(args, flag))

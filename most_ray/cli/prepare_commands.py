@@ -15,6 +15,7 @@ from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
 from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, SHARE, parse_number
 from most_ray.records.record import N_UNITS
+from most_ray.runs.room import check_actors
 from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
 from most_ray.speech.units.extractors import KINDS, parse_features
 
@@ -106,8 +107,10 @@ def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
     from most_ray.speech.units.prepare import UnitsJob
 
     corpus, where = _corpus(args)
+    features = parse_features(args.features)
+    check_actors(args.num_actors, args.gpus_per_actor, features.uses_gpu, args.ray_address)
     same = {name: getattr(args, name) for name in ("speaker_column", "max_seconds", "algorithm", "fit_frames", "seed")}
-    return UnitsJob(corpus=corpus, features=parse_features(args.features), where=where, **same, **more)
+    return UnitsJob(corpus=corpus, features=features, where=where, **same, **more)
 
 
 def _corpus(args: argparse.Namespace) -> tuple[CorpusOptions, list[Condition]]:

@@ -18,6 +18,7 @@ from most_ray.console.progress import duration
 from most_ray.console.terminal import print_line
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
+from most_ray.errors import count_of
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
@@ -108,11 +109,6 @@ def where(topologies: Sequence[Topology], threads: int, use_gpu: bool) -> str:
     device = "a GPU" if use_gpu else "CPU"
     each = " each" if most.world_size > 1 else ""
     return f"{workers}{layout if most.world_size > 1 else ''}; {device}, {count_of(threads, 'thread')}{each}"
-
-
-def count_of(number: int, what: str, plural: str = "s") -> str:
-    """Return a number with its noun, as `2 workers`."""
-    return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def layout_text(topology: Topology) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import most_ray
+from most_ray.runs.room import machine_cores
 
 _PACKAGES = ("torch", "transformers", "ray", "numpy", "pyarrow", "wandb", "most_ray")
 
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}".strip(),
         "cpu": _find(r"^model name\s*:\s*(.+)$", "/proc/cpuinfo") or platform.processor() or None,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": machine_cores(),
         "memory_gb": round(int(memory) * 1024 / 1e9, 1) if memory else None,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from most_ray.checkpoint import catalog, reader
 from most_ray.checkpoint.resume import changes_since, check_model
 from most_ray.config import OPTIONS, Overlong, RunConfig
@@ -39,6 +37,7 @@ from most_ray.records.tokenizer import vocabulary_of
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.overlap import warn_of_overlaps
+from most_ray.runs.room import cluster_address, machine_gpus, no_gpu, uses_gpus, workers_of, workers_that_fit
 from most_ray.runs.start_checks import walk
 from most_ray.speech.units.assets import copy_assets, find_assets
 
@@ -313,13 +312,15 @@ def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = 
         must_be_here: GPUs must be on this machine or on a cluster that is named.
         gpus: GPUs of the cluster (None: of this machine).
     """
-    gpus = torch.cuda.device_count() if gpus is None else gpus
-    use_gpu = config.use_gpu if config.use_gpu is not None else gpus > 0
-    if must_be_here and use_gpu and gpus == 0 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
-        raise ConfigError("use_gpu", True, "but this machine has no GPU.", "Leave it out, or name a cluster with ray_address.")
-    given = config.num_workers or ((max(1, gpus) if use_gpu else 1),)
-    check_workers(given[-1])
-    return use_gpu, given[0], given[-1]
+    here = must_be_here and gpus is None and not cluster_address(config)
+    gpus = machine_gpus() if gpus is None else gpus
+    use_gpu = uses_gpus(config, gpus)
+    if here and use_gpu and gpus == 0:
+        raise no_gpu()
+    fewest, most = workers_of(config, use_gpu, gpus)
+    check_workers(most)
+    # Of a range, as many as there is room for: on this machine that does not change.
+    return use_gpu, fewest, max(fewest, min(most, workers_that_fit(config, use_gpu))) if here else most
 
 
 def _starting_point(

@@ -37,7 +37,7 @@ from most_ray.console.streams import drop_lost_streams, open_streams
 from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say
 from most_ray.distributed.ranks import this_rank
 from most_ray.distributed.stop_signals import stop_signals
-from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, explain_os_error
+from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, count_of, explain_os_error
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
 from most_ray.options import parse_number
@@ -46,6 +46,7 @@ from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
+from most_ray.runs.room import ranks_note
 from most_ray.runs.run_lock import RunLock
 from most_ray.trackers.select import trackers_of, wandb_key, with_environment
 from most_ray.train.attempt import claim_run
@@ -142,7 +143,11 @@ def _init_device(world: int) -> torch.device:
     """This rank's device; initialises the process group where there are several ranks."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", _number_of("LOCAL_RANK", 0))
+        rank, gpus = _number_of("LOCAL_RANK", 0), torch.cuda.device_count()
+        if rank >= gpus:
+            rule = f"is more than this machine's {count_of(gpus, 'GPU')}, of which each takes one rank."
+            raise ConfigError("LOCAL_WORLD_SIZE", _number_of("LOCAL_WORLD_SIZE", rank + 1), rule, f"Use --nproc_per_node {gpus}.")
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -185,6 +190,8 @@ def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: C
         print_line(console, completed_line(prepared))
         return prepared, None
     begin_run(prepared, config)
+    if not cuda and (note := ranks_note(_number_of("LOCAL_WORLD_SIZE", world), prepared.job.threads)):
+        logger.warning("%s", note)
     first_screen(prepared, console, validation=evaluation_plan(prepared, inline=True))
     if prepared.job.has_validation and (config.eval_workers > 1 or config.eval_gpus):
         logger.info("without Ray the ranks evaluate in between steps: eval_workers and eval_gpus are not used")

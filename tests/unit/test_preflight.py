@@ -327,12 +327,27 @@ def test_a_cluster_that_may_become_large_enough_is_waited_for(
 ) -> None:
     monkeypatch.setattr(connection, "has_autoscaler", lambda: grows)
     monkeypatch.setattr(connection, "largest_resources", lambda: ({"CPU": largest or 4.0}, largest is not None))
+    monkeypatch.setattr(connection, "nodes_now", lambda: {"head": {"CPU": 4.0}})
+    monkeypatch.setattr(connection, "nodes_to_come", lambda: [{"CPU": largest}] if largest else [])
     config = config_from({"eval_inline": True})
     if refused:
         with pytest.raises(ConfigError, match=r"num_workers = 128: needs 128\.25 CPU, the cluster has"):
             connection.check_resources(config, 128, 128, False)
     else:
         connection.check_resources(config, 128, 128, False)
+
+
+def test_workers_that_no_single_node_could_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes of 4 CPUs have 12 together, and no room for a worker of 6: the run would wait without end."""
+    monkeypatch.setattr(connection, "has_autoscaler", lambda: False)
+    monkeypatch.setattr(connection, "largest_resources", lambda: ({"CPU": 12.0}, False))
+    monkeypatch.setattr(connection, "nodes_now", lambda: {name: {"CPU": 4.0} for name in "abc"})
+    monkeypatch.setattr(connection, "nodes_to_come", list)
+    connection.check_resources(config_from({"cpus_per_worker": 3.0}), 3, 3, False)
+    with pytest.raises(ConfigError, match=r"num_workers = 1: needs room for as many workers of 6 CPU, each on one node: .* room for 0\."):
+        connection.check_resources(config_from({"cpus_per_worker": 6.0}), 1, 1, False)
+    monkeypatch.setattr(connection, "nodes_to_come", lambda: [{"CPU": 8.0}])  # which the autoscaler may add
+    connection.check_resources(config_from({"cpus_per_worker": 6.0}), 1, 1, False)
 
 
 def test_what_is_no_head_is_refused_within_seconds() -> None:

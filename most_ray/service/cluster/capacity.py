@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from most_ray.config import RunConfig
+from most_ray.errors import count_of
 from most_ray.service.cluster.ray_internals import draining_nodes, free_resources, has_autoscaler
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,31 @@ def answering_nodes(nodes: set[str], timeout_s: float) -> set[str]:
 def worker_capacity(nodes: set[str], share: WorkerShare, task_cpus: float, free_only: bool = False) -> int:
     """How many workers fit on the nodes with these ids, each with its share on one node, and `task_cpus` CPUs left for data tasks on any of
     them. `free_only`: count only the resources that are unused now."""
-    by_node = free_resources() if free_only else {node["NodeID"]: node["Resources"] for node in ray.nodes()}
-    counted = [resources for node, resources in by_node.items() if node in nodes]
+    by_node = free_resources() if free_only else nodes_now()
+    return fitting([resources for node, resources in by_node.items() if node in nodes], share, task_cpus)
+
+
+def nodes_now() -> dict[str, dict[str, float]]:
+    """The resources of the nodes that Ray considers alive, by id."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def fitting(counted: Sequence[Mapping[str, float]], share: WorkerShare, task_cpus: float) -> int:
+    """`worker_capacity` of nodes with these resources."""
     each = {name: amount for name, amount in share.resources().items() if amount}
     slots = sum(min(_fits(resources.get(name, 0.0), amount) for name, amount in each.items()) for resources in counted)
     return max(0, min(slots, _fits(sum(resources.get("CPU", 0.0) for resources in counted) - task_cpus, share.cpus)))
+
+
+def missing_room(nodes: set[str], share: WorkerShare, workers: int) -> str:
+    """What the nodes with these ids lack for `workers` workers, in words: how many fit now, and what is free."""
+    free, whole = free_resources(), nodes_now()
+    fit = worker_capacity(nodes, share, TASK_CPUS, free_only=True)
+    names = [name for name, amount in share.resources().items() if amount]
+    sums = {name: [sum(of.get(node, {}).get(name, 0.0) for node in nodes) for of in (free, whole)] for name in names}
+    unused = " and ".join(f"{left:g} of {has:g} {name}" for name, (left, has) in sums.items())
+    which = f"{unused} on {count_of(len(nodes), 'node')}"
+    return f"{count_of(workers, 'worker')} of {share} each are needed, the cluster has room for {fit}; free are {which}"
 
 
 def _fits(available: float, each: float) -> int:

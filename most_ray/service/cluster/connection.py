@@ -13,10 +13,11 @@ from most_ray.config import RunConfig
 from most_ray.distributed.stop_signals import hangup_blocked
 from most_ray.errors import ConfigError, one_line
 from most_ray.io import storage
+from most_ray.runs.room import check_room, cluster_address
 from most_ray.service.cluster.address import check_address
-from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare
+from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare, fitting, nodes_now
 from most_ray.service.cluster.private_files import check_ray_folder, check_token, open_token, ray_folder, require_private_token
-from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback, largest_resources
+from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback, largest_resources, nodes_to_come
 
 
 def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
@@ -28,7 +29,7 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
 
 def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
     """Raise ConfigError where the cluster that was joined neither has nor can grow to what a run of `fewest` to `most` workers needs: room
-    for the fewest, and GPUs left for evaluations."""
+    for the fewest, each of them on one node, and GPUs left for evaluations."""
     resources, limit_known = largest_resources()
     if has_autoscaler() and not limit_known:  # it may become large enough: the run waits for that
         return
@@ -42,6 +43,10 @@ def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) ->
         wanted = " and ".join(f"{needed[name]:g} {name}" for name in short)
         available = " and ".join(f"{resources.get(name, 0.0):g}" for name in short)
         raise ConfigError("num_workers", fewest, f"needs {wanted}, the cluster has {available}.", "Use fewer workers, or add nodes.")
+    nodes = [*nodes_now().values(), *nodes_to_come()]
+    if (fit := fitting(nodes, share, TASK_CPUS)) < fewest:
+        rule = f"needs room for as many workers of {share}, each on one node: the cluster's nodes have room for {fit}."
+        raise ConfigError("num_workers", fewest, rule, "Use fewer workers, let each take less, or add larger nodes.")
 
 
 def check_evaluation_gpus(field: str, each: float, needed: float, training: float = 0.0) -> None:
@@ -53,19 +58,21 @@ def check_evaluation_gpus(field: str, each: float, needed: float, training: floa
         raise ConfigError(field, each, rule, "Lower it, or use fewer workers.")
 
 
-def cluster_address(config: RunConfig) -> str | None:
-    """The address of the cluster that the configuration or RAY_ADDRESS names; None for a run on this machine."""
-    return config.ray_address or os.environ.get("RAY_ADDRESS")
-
-
 def cluster_gpus(config: RunConfig) -> int | None:
-    """Join the named cluster, see `connect`, and return the GPUs that it has now; None for a run on this machine, for which `check_local`
-    is called."""
+    """Join the named cluster, see `connect`, and return the GPUs that it has now; None for a run on this machine, for which
+    `check_local_room` and `check_local` are called."""
     if not cluster_address(config):
+        check_local_room(config)
         check_local(config)
         return None
     connect(config, 0)
     return int(ray.cluster_resources().get("GPU", 0.0))
+
+
+def check_local_room(config: RunConfig) -> None:
+    """`check_room`, but where Ray runs in this process already: then that decides, see `check_resources`."""
+    if not ray.is_initialized():
+        check_room(config)
 
 
 def check_local(config: RunConfig) -> None:

@@ -16,6 +16,8 @@ from ray.experimental import internal_kv
 
 from most_ray.io.json_values import parse_json
 
+_MOST_OF_A_KIND = 100_000  # nodes of a kind without limit, or of a resource on a node: more than any cluster has
+
 
 def kv_put(key: bytes, value: bytes) -> None:
     """Set a key of the key-value store that all processes of a cluster share."""
@@ -49,6 +51,16 @@ def largest_resources() -> tuple[dict[str, float], bool]:
     for name, amount in (largest or {}).items():
         found[name] = max(found.get(name, 0.0), float(amount))
     return found, largest is not None
+
+
+def nodes_to_come() -> list[dict[str, float]]:
+    """The resources of the nodes that the autoscaler may add at most, where its limits are known; of a kind without limit, 100,000."""
+    config = state.get_cluster_config()
+    found: list[dict[str, float]] = []
+    for group in config.node_group_configs if config else ():
+        resources = {name: _MOST_OF_A_KIND if amount < 0 else float(amount) for name, amount in group.resources.items()}
+        found += [resources] * (group.max_count if group.max_count >= 0 else _MOST_OF_A_KIND)
+    return found
 
 
 def has_autoscaler() -> bool:

@@ -22,9 +22,10 @@ from most_ray.errors import ConfigError, DataError, UserError, one_line
 from most_ray.io import storage
 from most_ray.io.outputs import failure_rule
 from most_ray.model.build import PRESETS
+from most_ray.runs.room import cluster_address
 from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import start_on_nodes, usable_nodes
-from most_ray.service.cluster.connection import check_local, cluster_address
+from most_ray.service.cluster.connection import check_local
 from most_ray.service.cluster.private_files import open_token
 from most_ray.service.cluster.probe import NodeReport, Probe, remove_marker, run_probe, versions, write_marker
 from most_ray.trackers.select import uses_wandb, wandb_key, with_environment

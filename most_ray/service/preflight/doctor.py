@@ -21,9 +21,10 @@ from most_ray.planner.memory import checkpoint_bytes
 from most_ray.runs.job import overrides_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of
+from most_ray.runs.room import cluster_address
 from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
-from most_ray.service.cluster.connection import check_resources, cluster_address, cluster_gpus
+from most_ray.service.cluster.connection import check_local_room, check_resources, cluster_gpus
 from most_ray.service.cluster.probe import Probe, run_probe, versions
 from most_ray.service.preflight.checks import (
     Finding,
@@ -96,6 +97,8 @@ def examine_run(config: RunConfig) -> list[Finding]:
 
 def _plan_layouts(config: RunConfig, gpus: int | None) -> Sequence[Topology]:
     """The topologies of the run, smallest first. Raises UserError where there is none, or the cluster that was joined has no room."""
+    if gpus is None:
+        check_local_room(config)
     use_gpu, fewest, most = devices_of(config, gpus=gpus)
     if gpus is not None:
         check_resources(config, fewest, most, use_gpu)

@@ -16,6 +16,7 @@ from most_ray.config import RunConfig
 from most_ray.data.ingest import Part, Recipe, Runner, build_part, run_here
 from most_ray.errors import DataError
 from most_ray.io.json_values import parse_json
+from most_ray.runs.room import cluster_address, machine_cores
 from most_ray.service.cluster.connection import start_ray
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ def ingest_runner(config: RunConfig, use_gpu: bool = False) -> Runner:
             run_here(parts, recipe)
             return
         workers = config.num_workers or (1,)
-        start_ray(config, workers[0], workers[-1], use_gpu)
+        # A configuration for a cluster is ingested on a smaller machine too; of workers on GPUs there are no more than it has.
+        most = machine_cores() if not cluster_address(config) and not use_gpu else workers[-1]
+        start_ray(config, min(workers[0], most), min(workers[-1], most), use_gpu)
         run_in_tasks(parts, recipe)
 
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import ray.data
@@ -10,7 +9,9 @@ from ray.data import ActorPoolStrategy
 
 from most_ray.config import config_from
 from most_ray.errors import ConfigError
-from most_ray.service.cluster.connection import cluster_address, start_ray
+from most_ray.runs.room import cluster_address, machine_cores
+from most_ray.service.cluster.connection import start_ray
+from most_ray.service.cluster.ray_internals import has_autoscaler
 from most_ray.service.tasks.ingest_tasks import dataset_of
 from most_ray.speech.units.corpus_parts import Part, PartTask, PartWorker, Runner
 from most_ray.speech.units.features import FeatureSettings
@@ -27,7 +28,7 @@ def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_acto
 
     def run(work: PartTask, parts: Sequence[Part]) -> Iterator[dict[str, float]]:
         config = config_from({"ray_address": address})
-        start_ray(config, 1, num_actors or os.cpu_count() or 1, False)
+        start_ray(config, 1, num_actors or machine_cores(), False)
         found = ray.cluster_resources()
         available = found.get("GPU", 0.0)
         gpus = float(features.uses_gpu and available > 0) if gpus_per_actor is None else gpus_per_actor
@@ -36,8 +37,10 @@ def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_acto
         if gpus > 1 and gpus != int(gpus):
             raise ConfigError("gpus_per_actor", gpus, "must be a whole number where it is above 1.")
         # A Ray that this command has started has more logical CPUs than the machine has cores.
-        cores = found.get("CPU", 1.0) if cluster_address(config) else os.cpu_count() or 1
+        cores = found.get("CPU", 1.0) if cluster_address(config) else machine_cores()
         most = int(available / gpus if gpus else cores)
+        if not gpus and num_actors and num_actors > most and not has_autoscaler():
+            raise ConfigError("num_actors", num_actors, f"is more than the {cores:g} CPUs of the cluster.", f"Use at most {most}.")
         return run_in_actors(work, parts, min(num_actors or most, most) if gpus else num_actors or most, gpus)
 
     return run

@@ -36,6 +36,7 @@ from most_ray.train.attempt import claim_run
 logger = logging.getLogger(__name__)
 _SETTLE_S = 3.0  # seconds of waiting before fewer workers than configured are used
 _RETURN_S = 20.0  # seconds of waiting before fewer workers are used than the nodes could hold
+_ANNOUNCE_S = 15.0  # seconds between lines about what is missing
 _ANSWER_S = 10.0  # seconds for a node to finish an empty task, including the start of a process
 
 
@@ -159,7 +160,8 @@ def _wait_for_resources(
     `check_nodes`: count only nodes that answer, for workers were lost, so that a node that Ray considers alive may be gone."""
     smallest, largest = prepared.topologies[0], prepared.topologies[-1]
     timeout, share = prepared.job.config.room_timeout_s, WorkerShare.of(prepared.job.config, prepared.use_gpu)
-    began, announced = time.monotonic(), 0.0
+    # At the first start what is missing is said at once; later, the resources of the attempt before are free within seconds.
+    began, due = time.monotonic(), _SETTLE_S if check_nodes else 0.0
     while not shutdown.is_set():
         request.renew()
         nodes = capacity.answering_nodes(capacity.usable_nodes(), _ANSWER_S) if check_nodes else capacity.usable_nodes()
@@ -170,13 +172,13 @@ def _wait_for_resources(
         # The resources of the attempt before are free within seconds, and a node that has just come or gone is seen late.
         if fitting and (fitting[-1] == largest or waited > (_SETTLE_S if fitting[-1].world_size == expected else _RETURN_S)):
             return fitting[-1]
-        needs = f"{smallest.world_size} workers of {share} each, the cluster has room for {free}"
-        if not fitting and waited > timeout:
-            rule, remedy = f"found no room for {timeout:g} s: {needs}.", "Free some, use fewer, or raise room_timeout_s."
-            raise RunIncompleteError("num_workers", smallest.world_size, rule, remedy)
-        if not fitting and waited - announced > 15:
-            announced = waited
-            print_line(console, f"Waiting for room: {needs}.")
+        if not fitting and (waited >= due or waited > timeout):
+            needs = capacity.missing_room(nodes, share, smallest.world_size)
+            if waited > timeout:
+                rule, remedy = f"found no room for {timeout:g} s: {needs}.", "Free some, use fewer, or raise room_timeout_s."
+                raise RunIncompleteError("num_workers", smallest.world_size, rule, remedy)
+            print_line(console, f"Waiting for room, {waited:.0f} of at most {timeout:g} s: {needs}.")
+            due = waited + _ANNOUNCE_S
         shutdown.wait(1.0)
     raise run_stopped("was received before training had started again.", shutdown.name)
 

@@ -32,7 +32,7 @@ from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import save_report
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
-from most_ray.service.cluster.connection import check_local, cluster_gpus
+from most_ray.service.cluster.connection import check_local, check_local_room, cluster_gpus
 from most_ray.service.cluster.stop_requests import ShutdownSignal, run_stopped
 from most_ray.service.preflight.checks import check_cluster, report_findings
 from most_ray.service.tasks.ingest_tasks import ingest_runner
@@ -58,6 +58,7 @@ _ACTOR_FAILURES = 3  # losses of a trial's actor, as with its node, after which 
 def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
     """Run all trials that have not ended; a sweep of the same name resumes. Returns the summary. Raises UserError where the user can fix
     something, the sweep was asked to stop, or all its trials failed."""
+    check_local_room(sweep.run)
     check_local(sweep.run)
     check_outputs(sweep.run)
     with_environment(sweep.run)  # which checks WANDB_MODE: the trials get it

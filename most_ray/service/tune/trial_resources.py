@@ -10,10 +10,11 @@ from typing import Any
 import ray
 import torch
 
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, count_of
 from most_ray.runs.resolve import Prepared
+from most_ray.runs.room import cluster_address, machine_cores
 from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare, usable_nodes, worker_capacity
-from most_ray.service.cluster.connection import cluster_address, connect
+from most_ray.service.cluster.connection import connect
 from most_ray.sweep.options import Sweep
 
 ACTOR_CPUS = 0.01  # CPUs of a trial's actor, which only waits
@@ -42,7 +43,8 @@ class TrialResources:
             self._needs["GPU"] = self._needs.get("GPU", 0.0) + evaluation_gpus
         threads = int(before.get("threads_per_worker", run.threads_per_worker or 0))
         local = None if cluster_address(run) or ray.is_initialized() else self._local_capacity(threads or 1)
-        wanted = min(left, sweep.options.max_concurrent_trials or left)
+        self._requested = sweep.options.max_concurrent_trials or 0
+        wanted = min(left, self._requested or left)
         connect(run, math.ceil(min(local or 1, wanted) * self._needs["CPU"]) + 1)
         fits = self._cluster_capacity()
         if fits < 1:
@@ -51,7 +53,7 @@ class TrialResources:
             raise ConfigError("num_workers", self.workers, rule, "Use fewer workers, or lower cpus_per_worker.")
         self.capacity = local or fits  # trials that fit at once
         self.concurrent = min(wanted, fits, self.capacity)  # trials that will run at once
-        self.threads = threads or (1 if self.use_gpu else max(1, _cores() // (self.concurrent * self.workers)))
+        self.threads = threads or (1 if self.use_gpu else max(1, machine_cores() // (self.concurrent * self.workers)))
         self.shared = known or {  # keys of every trial's configuration that depend on what the cluster has
             "use_gpu": self.use_gpu,
             "num_workers": [self.workers],
@@ -62,7 +64,7 @@ class TrialResources:
     def _local_capacity(self, threads: int) -> int:
         """Trials that fit on this machine at once: a core for each of a worker's `threads`, or GPUs, and memory for their processes."""
         gpus = self._needs.get("GPU", 0.0)
-        by_devices = torch.cuda.device_count() / gpus if gpus else _cores() / (threads * self.workers)
+        by_devices = torch.cuda.device_count() / gpus if gpus else machine_cores() / (threads * self.workers)
         return max(1, min(int(by_devices), _memory() // _TRIAL_BYTES))
 
     def _cluster_capacity(self) -> int:
@@ -74,14 +76,9 @@ class TrialResources:
     @property
     def description(self) -> str:
         """The division in one line, for the screen."""
-        several, threads = self.workers > 1, f"{self.threads} thread{'' if self.threads == 1 else 's'}"
-        share = f"{self.workers} worker{'s' * several} of {self._share}{' each' * several}"
-        return f"{self.concurrent} at a time (room for {self.capacity}); {share}, {threads}"
-
-
-def _cores() -> int:
-    """CPU cores that this process may use: a container can have fewer than its host."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = f"{count_of(self.workers, 'worker')} of {self._share}{' each' * (self.workers > 1)}"
+        fewer = f", not for max_concurrent_trials = {self._requested}" if self._requested > self.capacity else ""
+        return f"{self.concurrent} at a time (room for {self.capacity}{fewer}); {share}, {count_of(self.threads, 'thread')}"
 
 
 def _memory() -> int:
