@@ -53,14 +53,35 @@ signal_all() {
     remaining "$2" | while read -r pid _; do kill "-$1" "$pid" 2>/dev/null || true; done
 }
 
-# Waits until a command fails or a number of tenths of a second is over; whether it came to fail.
+# Whether a path, made or not, is a folder or in it, links resolved.
+inside() {
+    case $(realpath -m -- "$1")/ in "$(realpath -m -- "$2")"/*) return 0 ;; esac
+    return 1
+}
+
+# Seconds of a clock that only goes forward.
+now() {
+    read -r uptime _ </proc/uptime
+    echo "${uptime%.*}"
+}
+
+# what seconds: to be called again and again while something is waited for: says so
+# after 3 s, and then every 5 s. The wait began at $began; it fails once it is over.
+still_waiting() {
+    waited=$(($(now) - began))
+    [ "$waited" -lt "$2" ] || return 1
+    [ "$waited" -lt "$due" ] || echo "cluster: waiting for $1: $waited s, until $2 s" >&2
+    while [ "$waited" -ge "$due" ]; do due=$((due + 5)); done
+    sleep 0.1
+}
+
+# Waits until a command fails or a number of seconds is over; whether it came to fail.
 until_gone() {
-    tenths=$1
+    limit=$1
     shift
+    began=$(now) due=3
     while "$@" >/dev/null; do
-        [ "$tenths" -gt 0 ] || return 1
-        tenths=$((tenths - 1))
-        sleep 0.1
+        still_waiting "processes to end" "$limit" || return 1
     done
 }
 
@@ -81,10 +102,10 @@ stop_all() {
     for file in "$STATE"/*.pid; do
         if alive "$file"; then kill -TERM "$(cut -d ' ' -f 1 "$file")" 2>/dev/null || true; fi
     done
-    until_gone 200 any_root || true # Ray takes its own processes with it, but for what jobs have started
+    until_gone 20 any_root || true # Ray takes its own processes with it, but for what jobs have started
     if [ -s "$list" ]; then
         signal_all TERM "$list"
-        until_gone 50 remaining "$list" || { signal_all KILL "$list" && until_gone 50 remaining "$list"; } || {
+        until_gone 5 remaining "$list" || { signal_all KILL "$list" && until_gone 5 remaining "$list"; } || {
             echo "cluster: these processes do not end: $(remaining "$list" | cut -d ' ' -f 1 | tr '\n' ' ')" >&2
             return 1
         }

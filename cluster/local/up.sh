@@ -22,7 +22,7 @@ PROMETHEUS_PORT=${PROMETHEUS_PORT:-9090}
 GRAFANA_PORT=${GRAFANA_PORT:-3000}
 # Workers take a CPU each; their data tasks and an evaluation need room beside them.
 NUM_CPUS=${NUM_CPUS:-$(($(nproc) + 2))}
-READY_TENTHS=900
+READY_WITHIN=90 # seconds for Ray, and again for each of the others
 
 fail() {
     echo "cluster: $1" >&2
@@ -34,12 +34,50 @@ ray=$here/../../.venv/bin/ray
 python=$(dirname "$ray")/python
 [ -x "$python" ] || python=python3
 
+# `most-ray submit` sends the checkout to clusters; the state would go along, with the token that lets everyone in.
+checkout=$here/../..
+if [ -e "$checkout/pyproject.toml" ]; then
+    for setting in "MOST_RAY_CLUSTER_DIR=$STATE" "RAY_TMPDIR=${RAY_TMPDIR:-}"; do
+        if [ -z "${setting#*=}" ] || ! inside "${setting#*=}" "$checkout"; then continue; fi
+        fail "$setting is inside this checkout, which \`most-ray submit\` sends with jobs: set ${setting%%=*} to a folder elsewhere."
+    done
+fi
 { mkdir -p "$STATE" && chmod 700 "$STATE"; } 2>/dev/null || true
 closed "$STATE/." || fail "MOST_RAY_CLUSTER_DIR=$STATE cannot be used: set it to a folder of your own."
 exec 9>"$STATE/lock"
 flock -n 9 || fail "another up.sh is starting the cluster of $STATE." 1
 
+token=$STATE/auth_token # the key to the cluster: who has it can run any code
+
+# name what url [path]: waits until it answers there.
+await() {
+    name=$1 what=$2 url=$3
+    began=$(now) due=3
+    until answers "$url${4:-}" >/dev/null 2>&1; do
+        alive "$STATE/$name.pid" || fail_with_log "$what has ended; the reason is in $STATE/$name.log."
+        still_waiting "$what at $url" "$READY_WITHIN" ||
+            fail_with_log "$what did not answer at $url within $READY_WITHIN s: look into $STATE/$name.log, then down.sh and, when the machine is less busy, up.sh again."
+    done
+}
+
+# message: of what ended up.sh, under the last lines of the log of `name`.
+fail_with_log() {
+    tail -n 5 "$STATE/$name.log" >&2 || true
+    fail "$1" 1
+}
+
+# url: whether it answers, to the token.
+answers() {
+    "$python" - "$1" "$token" <<'PYTHON'
+import pathlib, sys, urllib.request
+headers = {"Authorization": "Bearer " + pathlib.Path(sys.argv[2]).read_text()}
+urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(sys.argv[1], headers=headers), timeout=4).read()
+PYTHON
+}
+
 if alive "$STATE/ray.pid" && [ -s "$STATE/env" ]; then
+    # shellcheck source=/dev/null
+    await ray "Ray's dashboard" "$(. "$STATE/env" && echo "$RAY_API_SERVER_ADDRESS")" /api/jobs/
     echo "The cluster of $STATE is up already."
     cat "$STATE/summary"
     exit 0
@@ -79,8 +117,6 @@ if [ "$GRAFANA_PORT" != off ]; then check_port GRAFANA_PORT "$GRAFANA_PORT"; fi
 twice=$(printf '%s\n' "$RAY_PORT" "$DASHBOARD_PORT" "$PROMETHEUS_PORT" "$GRAFANA_PORT" | grep -vx off | sort | uniq -d)
 [ -z "$twice" ] || fail "port $twice is given twice: RAY_PORT, DASHBOARD_PORT, PROMETHEUS_PORT and GRAFANA_PORT must differ."
 
-# The token is the key to the cluster: who has it can run any code.
-token=$STATE/auth_token
 [ -s "$token" ] || "$python" -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token"
 chmod 600 "$token"
 
@@ -110,29 +146,6 @@ start() {
     shift
     setsid "$@" >"$STATE/$name.log" 2>&1 </dev/null 9>&- &
     identity $! >"$STATE/$name.pid"
-}
-
-# name tenths what command...: waits until a command succeeds.
-await() {
-    name=$1 tenths=$2 what=$3
-    shift 3
-    until "$@" >/dev/null 2>&1; do
-        if [ "$tenths" -le 0 ] || ! alive "$STATE/$name.pid"; then
-            tail -n 5 "$STATE/$name.log" >&2 || true
-            fail "$what did not come up; the reason is in $STATE/$name.log." 1
-        fi
-        tenths=$((tenths - 1))
-        sleep 0.1
-    done
-}
-
-# url: whether it answers, to the token.
-answers() {
-    "$python" - "$1" "$token" <<'PYTHON'
-import pathlib, sys, urllib.request
-headers = {"Authorization": "Bearer " + pathlib.Path(sys.argv[2]).read_text()}
-urllib.request.build_opener(urllib.request.ProxyHandler({})).open(urllib.request.Request(sys.argv[1], headers=headers), timeout=5).read()
-PYTHON
 }
 
 free_ports=$("$python" -c '
@@ -166,8 +179,8 @@ export RAY_PROMETHEUS_HOST="http://127.0.0.1:$PROMETHEUS_PORT" RAY_GRAFANA_HOST=
 start ray "$ray" start --head --block --node-ip-address 127.0.0.1 --port "$RAY_PORT" --num-cpus "$NUM_CPUS" --temp-dir "$temp" \
     --dashboard-host 127.0.0.1 --dashboard-port "$DASHBOARD_PORT" --dashboard-agent-listen-port "$1" --metrics-export-port "$2" \
     --ray-client-server-port "$3" --min-worker-port 0 --max-worker-port 0 --log-style record --log-color false
-await ray "$READY_TENTHS" "Ray" answers "http://127.0.0.1:$DASHBOARD_PORT/api/jobs/"
-await ray "$READY_TENTHS" "Ray's metrics" answers "http://127.0.0.1:$2/metrics"
+await ray "Ray's dashboard" "http://127.0.0.1:$DASHBOARD_PORT" /api/jobs/
+await ray "Ray's metrics" "http://127.0.0.1:$2" /metrics
 
 if [ "$PROMETHEUS_PORT" != off ]; then
     cp "$monitoring/rules.yml" "$STATE/rules.yml"
@@ -175,7 +188,7 @@ if [ "$PROMETHEUS_PORT" != off ]; then
         "$monitoring/prometheus.yml" >"$STATE/prometheus.yml"
     start prometheus prometheus --config.file "$STATE/prometheus.yml" --storage.tsdb.path "$STATE/prometheus" \
         --storage.tsdb.retention.time 15d --storage.tsdb.retention.size 1GB --web.listen-address "127.0.0.1:$PROMETHEUS_PORT"
-    await prometheus 300 Prometheus answers "http://127.0.0.1:$PROMETHEUS_PORT/-/ready"
+    await prometheus Prometheus "http://127.0.0.1:$PROMETHEUS_PORT" /-/ready
 fi
 if [ "$GRAFANA_PORT" != off ]; then
     # Grafana takes a password only when it makes its database: the first one stays.
@@ -191,7 +204,7 @@ if [ "$GRAFANA_PORT" != off ]; then
         MOST_RAY_PROMETHEUS_URL="$RAY_PROMETHEUS_HOST" MOST_RAY_DASHBOARDS="$monitoring/grafana/dashboards" \
         RAY_DASHBOARDS="$temp/session_latest/metrics/grafana/dashboards" \
         "$grafana" $server --homepath "${GRAFANA_HOME:-/usr/share/grafana}"
-    await grafana 600 Grafana answers "http://127.0.0.1:$GRAFANA_PORT/api/health"
+    await grafana Grafana "http://127.0.0.1:$GRAFANA_PORT" /api/health
 fi
 
 cat >"$STATE/env" <<ENV

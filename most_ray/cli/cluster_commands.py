@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given
@@ -17,6 +17,9 @@ from most_ray.config import OPTIONS, RunConfig
 from most_ray.console.terminal import Terminal, say, write_log
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
+
+if TYPE_CHECKING:
+    from most_ray.service.cluster.job_package import Package
 
 _SUBMITTED = ("train", "sweep", "evaluate", "prepare", "doctor")  # commands that can be jobs
 _CREDENTIALS_REMEDY = "Give the cluster's machines a role, or AWS_ACCESS_KEY_ID and the like."
@@ -44,6 +47,8 @@ def _own_flags(parser: argparse.ArgumentParser) -> None:
     text = "folder that is sent with the job (default: this one)"
     parser.add_argument("--working_dir", type=as_given(Path), default=argparse.SUPPRESS, help=text)
     parser.add_argument("--detach", action="store_true", default=argparse.SUPPRESS, help="do not follow the job's log")
+    text = "show what would be sent with the job, and the largest of it; no cluster is asked"
+    parser.add_argument("--what", action="store_true", default=argparse.SUPPRESS, help=text)
     parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="stop a job after a checkpoint, and wait until it has")
 
 
@@ -60,10 +65,15 @@ def _submit(args: argparse.Namespace) -> int:
         if command:
             raise ConfigError("stop", name, "takes no command: it starts nothing.", "Leave the command out.")
         return service.stop(service.open_client(address), name, _out)
+    show_only = getattr(options, "what", False)
+    if show_only and not command:
+        return _show_package(package_of(folder), [])
     job = _check_command(command, folder)
     package = package_of(folder)
     if job.config:
         package.check_contains(job.config)
+    if show_only:
+        return _show_package(package, job.reads)
     for sentence in package.omissions(job.reads):
         say(sentence)
     client = service.open_client(address)
@@ -75,7 +85,7 @@ def _submit(args: argparse.Namespace) -> int:
     try:
         submission, new = service.submit(client, base, ["python", "-m", "most_ray.cli", *job.command], package, _out)
         shown = ", ".join(f"{amount:g} {name}" for name, amount in cluster.items()) or "the cluster does not report its resources"
-        state = f"{package.bytes / 2**20:.1f} MiB are sent" if new else "it is under way already, and is followed"
+        state = f"{package.amount} are sent" if new else "it is under way already, and is followed"
         _out(f"Job {submission} on {storage.redact(client.get_address())} ({shown}): {state}.\n")
         if getattr(options, "detach", False):
             _out(f"{stop_hint} {submission}{where}. The same command follows it.\n")
@@ -87,6 +97,19 @@ def _submit(args: argparse.Namespace) -> int:
             return 130
         _out(f"\nDetached, the job continues. The same command follows it again. {stop_hint} {submission}{where}\n")
         return 0
+
+
+def _show_package(package: Package, reads: Sequence[tuple[str, str]]) -> int:
+    """Print what would be sent with a job, and what stays. Raises ConfigError where it is too large. `reads`: see `_Job`."""
+    from most_ray.service.cluster.job_package import size_text
+
+    say(f"{package.amount} of {package.folder} would be sent:")
+    for name, size in package.largest:
+        say(f"  {size_text(size):>8}  {name}")
+    for sentence in package.omissions(reads):
+        say(sentence)
+    package.check_size()
+    return 0
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,16 @@ def put(name: str, content: str | bytes = "sekret", mode: int = 0o600) -> Make:
     return write
 
 
+def sparse(name: str, size: int) -> Make:
+    """A file of so many bytes that takes no room."""
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.truncate(os.open(folder / name, os.O_CREAT | os.O_WRONLY), size)
+
+    return write
+
+
 def link(name: str, target: str) -> Make:
     def write(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +240,7 @@ def told(
     return Case(f"submit {name}", submit(*before, words=words), both, never=never, environment=CLEAN)
 
 
+STATE = "working_dir = .*holds a cluster's state, .*which lets everyone in"
 WITHHELD = "Not sent with the job, as it may hold credentials: "
 STAYS = r"is not sent with the job, which looks for it below MOST_RAY_HOME"
 DATA = put("data/train/records.jsonl", "{}")
@@ -250,9 +261,11 @@ PACKAGES = [
             (".git-credentials", r"\.git-credentials"),
             ("\x1b[31m.env", r"\\x1b\[31m\.env"),
             ("two\nlines.pem", r"two\\nlines\.pem"),
+            ("grafana_password", "grafana_password"),
         )
     ),
     told("with many", *(put(f"{number}.pem") for number in range(20)), says=rf"{WITHHELD}(\d+\.pem, ){{7}}\d+\.pem and 12 more"),
+    told("with a token of another name", put("n/otes", TOKEN.replace("k", "1")), says=f"{WITHHELD}n/otes", never=["se1ret"]),
     told("with a link to a key", put("../.ssh/id_rsa"), link("notes.txt", "../.ssh/id_rsa"), says=f"{WITHHELD}notes.txt"),
     told("with links around", link("a", "."), link("b/c", ".."), says="as it is a link to a folder around it: a, b/c"),
     told(
@@ -284,6 +297,28 @@ PACKAGES = [
     *(
         Case(f"submit {name}", make, says, environment=CLEAN)
         for name, make, says in (
+            *(
+                (f"{which} state", submit(*(put(f"s/{name}") for name in names)), [STATE, "/s .its token", "set MOST_RAY_CLUSTER_DIR"])
+                for which, *names in (("up.sh's", "auth_token", "lock"), ("Slurm's", "token", "head.log"), ("Ray's", "session_latest"))
+            ),
+            ("state behind a link", submit(put("../s/auth_token"), put("../s/lock"), link("a/b", "../../s")), [STATE, "a/b"]),
+            ("state that is the folder", submit(put("auth_token"), put("lock")), [STATE, "--working_dir"]),
+            (
+                "state in a home folder",
+                submit(put("../.most_ray/cluster/x"), words=("--working_dir", "..", "train", "--config", "c.yaml")),
+                [STATE, r"\.most_ray"],
+            ),
+            (
+                "a folder that is too large",
+                submit(
+                    sparse("d/a.bin", 90 << 20),
+                    sparse("d/e/b.bin", 70 << 20),
+                    put("f.txt"),
+                    words=("--what", "train", "--config", "c.yaml"),
+                ),
+                [r"holds 160 MiB, a job takes at most 100: d/a.bin 90 MiB, d/e/b.bin 70 MiB, c.yaml .* B, f.txt 6 B\.", r"\.rayignore"],
+            ),
+            ("a folder that is too large, shown", submit(sparse("a", 200 << 20), words=("--what",)), "at most 100: a 200 MiB"),
             ("a folder that is none", submit(words=("--working_dir", "nothing", "train")), "working_dir = .*is no folder"),
             ("a folder that is a file", submit(words=("--working_dir", "c.yaml", "train")), "working_dir = .*is no folder"),
             ("an ignore file that is no text", submit(put(".gitignore", b"\xff\xfe")), r"working_dir = .*cannot be packed \(.*utf-8"),

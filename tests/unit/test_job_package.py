@@ -13,7 +13,7 @@ from ray._private.runtime_env import packaging
 from most_ray.cli import main
 from most_ray.errors import ConfigError
 from most_ray.service.cluster import submit as service
-from most_ray.service.cluster.job_package import CREDENTIALS, EXCLUDES, Package, package_of
+from most_ray.service.cluster.job_package import CREDENTIALS, EXCLUDES, Package, largest_parts, package_of
 from tests.conftest import ROOT
 
 SECRET = [
@@ -93,6 +93,162 @@ def test_a_link_to_a_credential_is_one(tmp_path: Path) -> None:
     (folder / "notes").symlink_to(home / "notes.txt")
     package = package_of(folder)
     assert packed(folder, package) == package.files == {"a.txt", "notes"}
+
+
+TOKEN = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def tokenless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to send, for a user whose home is another one and who has set nothing."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "MOST_RAY_CLUSTER_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return make(tmp_path / "f", "a.txt")
+
+
+STATES = {  # files by which a cluster's state is known, whoever has started it
+    "up.sh": ("auth_token", "lock", "env", "ray.log"),
+    "train.sbatch": ("token", "head.log"),
+    "Ray": ("session_latest", "ray_current_cluster"),
+}
+
+
+@pytest.mark.parametrize("where", ["state", "deep/in/state", "."])
+@pytest.mark.parametrize("files", STATES.values(), ids=STATES)
+def test_a_clusters_state_is_refused(tokenless: Path, where: str, files: tuple[str, ...]) -> None:
+    make(tokenless / where, *files)
+    with pytest.raises(ConfigError, match=r"working_dir = .*holds a cluster's state, .*its token, which lets everyone in") as refused:
+        package_of(tokenless)
+    assert str(tokenless / where) in refused.value.rule
+    assert ("--working_dir" if where == "." else "MOST_RAY_CLUSTER_DIR or RAY_TMPDIR") in refused.value.remedy
+
+
+def test_a_clusters_state_behind_a_link_is_refused(tokenless: Path) -> None:
+    make(tokenless.parent / "elsewhere", "auth_token", "lock", "prometheus/x")
+    (tokenless / "link").symlink_to(tokenless.parent / "elsewhere")
+    with pytest.raises(ConfigError, match="holds a cluster's state"):
+        package_of(tokenless)
+    (tokenless / "link").unlink()
+    (tokenless / "deeper").symlink_to(tokenless.parent / "elsewhere" / "prometheus")
+    assert package_of(tokenless).withheld == ("deeper",)
+
+
+@pytest.mark.parametrize("named", ["{folder}/s", "s", "../f/s", "{link}/s"])
+def test_state_that_a_setting_names_is_refused_whatever_is_in_it(tokenless: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    make(tokenless, "s/ray.log")
+    link = tokenless.parent / "link"
+    link.symlink_to(tokenless)
+    monkeypatch.chdir(tokenless)
+    monkeypatch.setenv("MOST_RAY_CLUSTER_DIR", named.format(folder=tokenless, link=link))
+    for folder in (tokenless, link):
+        with pytest.raises(ConfigError, match=r"holds a cluster's state, .*/s "):
+            package_of(folder)
+
+
+def test_the_home_folder_is_refused_where_it_holds_state(tokenless: Path) -> None:
+    home = tokenless.parent / "home"
+    make(home, "a.txt")
+    assert package_of(home).files == {"a.txt"}
+    make(home, ".most_ray/cluster/auth_token", ".most_ray/cluster/lock")
+    with pytest.raises(ConfigError, match="holds a cluster's state"):
+        package_of(home)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "place"), [("state/\n", "state"), ("*\n!a.txt\n", "state"), ("", "runs/state"), ("", ".venv/state"), ("", "wandb")]
+)
+def test_state_that_stays_here_is_no_matter(tokenless: Path, ignored: str, place: str) -> None:
+    make(tokenless / place, "auth_token", "lock")
+    (tokenless / ".gitignore").write_text(ignored)
+    assert packed(tokenless, package_of(tokenless)) == package_of(tokenless).files <= {"a.txt", ".gitignore"}
+
+
+@pytest.mark.parametrize("named", ["{folder}/..", "/tmp", "{folder}/nothing"])
+def test_state_around_or_nowhere_is_no_matter(tokenless: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.setenv("MOST_RAY_CLUSTER_DIR", named.format(folder=tokenless))
+    monkeypatch.setenv("RAY_TMPDIR", named.format(folder=tokenless))
+    make(tokenless, "auth/lock", "lock", "head.log", "cluster/local/up.sh")
+    assert "a.txt" in package_of(tokenless).files
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "sent"),
+    [
+        (TOKEN, 0o600, False),
+        (TOKEN + "\n", 0o400, False),
+        ("hf_abcdefghijklmnopqrstuvwxyz012345678", 0o600, False),
+        ("2f1c8a90-0c6e-4b9e-9a55-0123456789ab", 0o600, False),
+        (TOKEN, 0o644, True),  # a checksum, say: everyone can read it already
+        ("a line of text with 1 number in it, as transcripts are", 0o600, True),
+        ("onewordoflettersalonethatislongenoughforatoken", 0o600, True),
+        ("runs/digits/checkpoints/step-000000040", 0o600, True),
+        ("{}", 0o600, True),
+        ("", 0o600, True),
+        (f"{TOKEN}\n{TOKEN}\n", 0o600, True),
+    ],
+)
+def test_a_file_that_is_a_token_is_not_sent_whatever_its_name(tokenless: Path, text: str, mode: int, sent: bool) -> None:
+    (tokenless / "notes").write_text(text)
+    (tokenless / "notes").chmod(mode)
+    package = package_of(tokenless)
+    assert ("notes" in packed(tokenless, package)) == sent == (package.withheld == ())
+
+
+@pytest.mark.parametrize("by", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "home"])
+def test_a_copy_of_the_token_in_use_is_not_sent_whatever_its_mode(tokenless: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    own, file = "correct-horse", tokenless.parent / "home" / ".ray" / "auth_token"
+    if by != "RAY_AUTH_TOKEN":
+        make(file.parent, "auth_token")
+        file.write_text(own + "\n")
+        file.chmod(0o600)
+    if by != "home":
+        monkeypatch.setenv(by, own if by == "RAY_AUTH_TOKEN" else str(file))
+    (tokenless / "copy").write_text(own + "\n")
+    assert packed(tokenless, package_of(tokenless)) == {"a.txt"}
+
+
+def test_what_is_sent_is_shown_without_a_cluster(
+    tokenless: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(service, "open_client", lambda address: pytest.fail("asked"))
+    monkeypatch.chdir(tokenless)
+    make(tokenless, ".env")
+    (tokenless / "b").mkdir()
+    (tokenless / "b" / "big.bin").write_bytes(b"x" * 5_000_000)
+    for words in (["--what"], ["--what", "train", "--max_steps", "1"], ["train", "--max_steps", "1", "--what"]):
+        assert main(["submit", *words]) == 0
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert first == f"2 files, 4.8 MiB of {tokenless} would be sent:"
+        assert [line.split() for line in rest[:2]] == [["4.8", "MiB", "b/big.bin"], ["6", "B", "a.txt"]]
+        assert rest[2].startswith("Not sent with the job, as it may hold credentials: .env")
+    with (tokenless / "b" / "big.bin").open("wb") as stream:
+        stream.truncate(200 << 20)
+    assert main(["submit", "--what"]) == 2
+    assert "holds 200 MiB, a job takes at most 100: b/big.bin 200 MiB, a.txt 6 B." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({}, []),
+        ({"a": 1}, [("a", 1)]),
+        ({"d/a": 5, "d/b": 5, "d/c": 5}, [("d/", 15)]),
+        ({"d/a": 50, "d/b": 5, "e": 7}, [("d/a", 50), ("e", 7), ("d/b", 5)]),
+        ({"d/e/f/a": 3, "d/e/f/b": 3, "d/e/f/c": 3, "x/y": 4}, [("d/e/f/", 9), ("x/y", 4)]),
+        ({f"{letter}": 1 for letter in "zyxwvutsrqponm"}, [(letter, 1) for letter in "mnopqrstuv"]),
+        ({"empty/a": 0, "b": 0}, [("b", 0), ("empty/a", 0)]),
+    ],
+)
+def test_the_largest_parts_are_what_one_would_leave_out(sizes: dict[str, int], parts: list[tuple[str, int]]) -> None:
+    assert largest_parts(sizes, 10) == parts
+
+
+def test_long_names_leave_the_error_readable(tmp_path: Path) -> None:
+    sizes = {f"{'deep/' * 40}{number}.bin": 20 << 20 for number in range(30)} | {"x" * 250: 900 << 20}
+    error = Package(tmp_path, sum(sizes.values()), sizes).too_large("a job takes at most 100")
+    assert len(str(error)) < 1000 and "900 MiB" in str(error) and "\n" not in str(error)
 
 
 def test_the_token_in_use_is_not_sent_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,10 @@ class Place:
     def shorten(self) -> None:
         """How long processes are waited for."""
         script = self.root / "cluster" / "local" / "common.sh"
-        script.write_text(re.sub(r"until_gone \d+", "until_gone 3", script.read_text()))
+        script.write_text(re.sub(r"until_gone \d+", "until_gone 1", script.read_text()).replace("due=3", "due=0"))
+        script = self.root / "cluster" / "local" / "up.sh"
+        text = script.read_text().replace("READY_WITHIN=90", "READY_WITHIN=2").replace("due=3", "due=0")
+        script.write_text(text.replace("timeout=4", "timeout=0.1"))
 
     def processes(self) -> list[psutil.Process]:
         """All that know of this place's state folder."""
@@ -156,7 +159,7 @@ def test_a_folder_that_another_user_prepared_is_not_used(place: Place, short_fol
 def test_up_and_down_start_and_stop_what_is_theirs(place: Place) -> None:
     bystander = subprocess.Popen([sys.executable, "-ESc", "import signal; signal.pause()"])
     up = place.run("up.sh")
-    assert (up.returncode, up.stderr) == (0, "")
+    assert (up.returncode, [line for line in up.stderr.splitlines() if not line.startswith("cluster: waiting for ")]) == (0, [])
     processes = place.processes()
     assert len(processes) == 4  # one of them is a child of Ray's in a session of its own
     again = place.run("up.sh")
@@ -254,6 +257,63 @@ def test_a_ray_that_ends_at_once_is_told_with_what_it_said(place: Place) -> None
     assert place.run("up.sh").returncode == 0
 
 
+def test_a_dashboard_that_does_not_answer_is_told_while_it_is_waited_for_and_at_the_end(place: Place) -> None:
+    place.shorten()
+    up = place.run("up.sh", STAND_IN="starting")
+    url = f"http://127.0.0.1:{place.settings['DASHBOARD_PORT']}"
+    assert up.returncode == 1 and re.search(rf"cluster: waiting for Ray's dashboard at {url}: [01] s, until 2 s", up.stderr)
+    assert f"Ray's dashboard did not answer at {url} within 2 s: look into {place.state}/ray.log, then down.sh and" in up.stderr
+    assert not place.processes()
+
+
+def test_a_cluster_that_is_up_but_does_not_answer_is_no_cluster_that_is_up(place: Place) -> None:
+    assert place.run("up.sh").returncode == 0
+    place.shorten()
+    processes = place.processes()
+    for process in processes:
+        process.suspend()
+    again = place.run("up.sh", DASHBOARD_PORT="1")
+    for process in processes:
+        process.resume()
+    assert again.returncode == 1 and "is up already" not in again.stdout
+    assert f"Ray's dashboard did not answer at http://127.0.0.1:{place.settings['DASHBOARD_PORT']} within" in again.stderr
+    assert {process.pid for process in place.processes()} == {process.pid for process in processes}  # it may only be busy
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("MOST_RAY_CLUSTER_DIR", "{root}/state"),
+        ("MOST_RAY_CLUSTER_DIR", "{root}"),
+        ("MOST_RAY_CLUSTER_DIR", "deep/in/it"),
+        ("MOST_RAY_CLUSTER_DIR", "./state/"),
+        ("MOST_RAY_CLUSTER_DIR", "{short}/link/state"),
+        ("MOST_RAY_CLUSTER_DIR", "{root}/../{name}/state"),
+        ("RAY_TMPDIR", "{root}/t"),
+        ("RAY_TMPDIR", "t"),
+    ],
+)
+def test_state_inside_the_checkout_is_refused(place: Place, short_folder: Path, setting: str, value: str) -> None:
+    """Whoever submits a job would send it along, token included."""
+    (place.root / "pyproject.toml").touch()
+    (short_folder / "link").symlink_to(place.root)
+    before = sorted(place.root.rglob("*"))
+    elsewhere = {"MOST_RAY_CLUSTER_DIR": str(short_folder / "s"), "RAY_TMPDIR": str(short_folder)}
+    named = value.format(root=place.root, name=place.root.name, short=short_folder)
+    up = place.run("up.sh", **{**elsewhere, setting: named})
+    assert up.returncode == 2 and up.stdout == "" and len(up.stderr.splitlines()) == 1
+    assert f"is inside this checkout, which `most-ray submit` sends with jobs: set {setting} to a folder elsewhere." in up.stderr
+    assert sorted(place.root.rglob("*")) == before and not (short_folder / "s").exists()
+
+
+def test_state_beside_the_checkout_is_taken(place: Place, short_folder: Path) -> None:
+    """Also one whose name begins as the checkout's."""
+    (place.root / "pyproject.toml").touch()
+    beside = place.root.with_name(place.root.name + "-state")
+    up = place.run("up.sh", MOST_RAY_CLUSTER_DIR=str(beside), NUM_CPUS="x")
+    assert "NUM_CPUS=x is no number" in up.stderr and (beside / "lock").exists()
+
+
 def test_a_start_that_is_broken_off_leaves_nothing(place: Place) -> None:
     with subprocess.Popen(**place.command("up.sh", STAND_IN="starting"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as up:
         wait(lambda: (place.state / "ray.json").exists() and (place.state / "ray.json").stat().st_size > 0)
@@ -267,7 +327,8 @@ def test_what_does_not_end_when_asked_is_killed(place: Place) -> None:
     place.shorten()
     assert place.run("up.sh", STAND_IN="stubborn").returncode == 0
     down = place.run("down.sh")
-    assert (down.returncode, down.stderr) == (0, "") and not place.processes()
+    assert down.returncode == 0 and not place.processes()
+    assert all(line.startswith("cluster: waiting for processes to end: ") for line in down.stderr.splitlines())
 
 
 def test_a_process_that_has_an_old_pid_of_ours_is_left_alone(place: Place) -> None:

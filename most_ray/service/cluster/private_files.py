@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import shlex
 import stat
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _MODES = ("token", "disabled")  # of RAY_AUTH_MODE; Ray takes any other word for the second
 _TOKEN_BYTES = 4096  # that a token has at most
+_TOKEN_FEWEST = 8  # bytes of a file that may be a copy of one
+_TOKEN_WORD = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z])[\w+=~-]{32,}", re.ASCII)  # what a program makes as a token: no word of any language
+# Names by which a folder with the state of a cluster is recognised: of up.sh, of train.sbatch, of Ray (its sockets, its logs).
+_STATE_NAMES = (("auth_token", "lock"), ("token", "head.log"), ("session_latest",), ("ray_current_cluster",))
 # Of the folder for Ray: names of sockets have at most 107 bytes, of which Ray needs 64 (`/session_TIME_PID/sockets/plasma_store`).
 _FOLDER_BYTES = 43
 _TMP = Path("/tmp")
@@ -52,6 +57,44 @@ def token_path() -> Path | None:
 def home_token() -> Path | None:
     """The file where Ray keeps the user's token, `~/.ray/auth_token`; None where there is no home folder."""
     return Path(home) / ".ray" / "auth_token" if (home := os.environ.get("HOME")) else None
+
+
+def is_state_folder(folder: Path) -> bool:
+    """Whether a folder is, or was, the state of a cluster: its token, logs and sockets. By what it holds, so that it is found whoever has
+    started the cluster, and by the settings that name it (MOST_RAY_CLUSTER_DIR, by default below `~/.most_ray`)."""
+    if any(all(os.path.lexists(folder / name) for name in names) for names in _STATE_NAMES):
+        return True
+    named = [Path(path) for path in (os.environ.get("MOST_RAY_CLUSTER_DIR"),) if path]
+    if home := os.environ.get("HOME"):
+        named.append(Path(home) / ".most_ray")
+    real = os.path.realpath(folder)
+    return any(os.path.realpath(each) == real for each in named)
+
+
+def holds_token(path: Path, in_use: str | None) -> bool:
+    """Whether a file is for its owner alone and holds nothing but what a program makes as a token, or is a copy of the token in use.
+    `in_use`: see `token_in_use`."""
+    status = path.stat()
+    if status.st_size > _TOKEN_BYTES or status.st_size < _TOKEN_FEWEST:
+        return False
+    try:
+        text = path.read_bytes().decode("ascii", "replace").strip()
+    except OSError:  # which Ray does not pack either
+        return False
+    return text == in_use or (not status.st_mode & 0o077 and _TOKEN_WORD.fullmatch(text) is not None)
+
+
+def token_in_use() -> str | None:
+    """The token that this process would present; None where there is none, or it cannot be read."""
+    if token := os.environ.get(_TOKEN):
+        return token.strip()
+    try:
+        path = token_path()
+        return (
+            path.read_bytes()[: _TOKEN_BYTES + 1].decode("ascii", "replace").split("\n", 1)[0].strip() if path and path.is_file() else None
+        )
+    except OSError:
+        return None
 
 
 def open_token() -> Path | None:
