@@ -15,6 +15,7 @@ _MOST = 1200  # characters of a rule or a remedy in a message
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 EXIT_STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h) of a run that was stopped before its end: the same command resumes it
+EXIT_INTERRUPTED = 130  # exit code of shells for a process that Ctrl-C has ended
 
 
 def printable(text: str) -> str:
@@ -115,6 +116,10 @@ class TopologyError(UserError):
     """The number of workers does not fit the requested layout of replicas, shards and expert-parallel groups."""
 
     kind = "topology error"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what it leaves: a text that continues "interrupted; "."""
 
 
 def explain_os_error(error: OSError, field: str = "file") -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from most_ray.console.streams import drop_stream, open_streams
-from most_ray.errors import ConfigError, UserError, explain_os_error
+from most_ray.errors import EXIT_INTERRUPTED, ConfigError, Interrupted, UserError, explain_os_error
 
 if TYPE_CHECKING:
     from most_ray.cli.parser import Parser
@@ -33,7 +34,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, `argv` (None: that of this process). Returns the exit code. 0: done. 1: a run failed. 2: an error that the user can
-    fix. 75: stopped on request; the same command resumes. 130: interrupted. 141: whoever read the output has closed it."""
+    fix. 75: stopped on request; the same command resumes. 130: interrupted by Ctrl-C. 141: whoever read the output has closed it."""
     open_streams()
     try:
         code = _run(argv)
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:  # an interrupt may come as an error of another kind; all others are raised again
         if not _is_interrupt(error):
             raise
-        _tell("most-ray: interrupted; the same command resumes from the last checkpoint")
-        code = 130
+        _tell("; ".join(part for part in ("most-ray: interrupted", str(error) if isinstance(error, Interrupted) else "") if part))
+        code = EXIT_INTERRUPTED
     try:
         sys.stdout.flush()
     except OSError:
@@ -65,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
     args = None
     try:
         args = build_parser().parse_args(argv)
-        return int(args.run(args))
+        return _carry_out(args)
     except UserError as error:
         _tell(f"most-ray: {error.kind}: {error}")
         return error.exit_code
@@ -83,6 +84,16 @@ def _run(argv: Sequence[str] | None) -> int:
         explained = explain_os_error(error, flag_of(args, error.filename))
         _tell(f"most-ray: {explained.kind}: {explained}")
         return 2
+
+
+def _carry_out(args: argparse.Namespace) -> int:
+    """Run a parsed command. Raises Interrupted where an interrupt ends it, with what the command itself says of that, if anything."""
+    try:
+        return int(args.run(args))
+    except BaseException as error:
+        if isinstance(error, Interrupted) or not _is_interrupt(error):
+            raise
+        raise Interrupted(args.interrupted) from error
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

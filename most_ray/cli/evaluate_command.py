@@ -10,7 +10,7 @@ from typing import Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import add_command, check_model, check_records, config_of_flags
+from most_ray.cli.parser import AGAIN, add_command, check_model, check_records, config_of_flags
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError
 from most_ray.io import storage
@@ -37,7 +37,7 @@ _KEYS = {
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model")
+    parser = add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model", AGAIN)
     parser.add_argument("--model", type=to_read(str), help="model folder, checkpoint, or hf:OWNER/NAME on the hub")
     for task, what in (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only")):
         text = f"directories of {what} records, paths or URIs"

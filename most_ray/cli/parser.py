@@ -21,6 +21,9 @@ from most_ray.io import storage
 from most_ray.io.hub import check_model_name
 from most_ray.options import Range, check_number, parse_number
 
+# What Ctrl-C leaves of a command.
+AGAIN = "the same command begins again"
+CONTINUES = "the same command continues where this one was"
 _REPORT_S = 30.0  # seconds between lines of progress in a log file
 
 
@@ -90,10 +93,16 @@ def number(kind: type, range: Range, most: float | None = None) -> Any:
     return partial(_NumberAction, kind=kind, range=range, most=most)
 
 
-def add_command(where: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
-    """Add a command under a parser's subparsers; `run` carries it out and returns its exit code."""
+def add_command(where: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, interrupted: str = "") -> Parser:
+    """Add a command under a parser's subparsers.
+
+    Args:
+        run: carries the command out and returns its exit code.
+        text: what it does, in a line.
+        interrupted: what Ctrl-C leaves, where that is always the same, as "nothing was written".
+    """
     command: Parser = where.add_parser(name, help=text, description=text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, interrupted=interrupted)
     return command
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import Parser, add_command, config_of, number, tracked
+from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
 from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, SHARE, parse_number
@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     prepare = commands.add_parser("prepare", help="make records", description="Make records.").add_subparsers(
         dest="what", metavar="WHAT", required=True, parser_class=Parser
     )
-    units = add_command(prepare, "units", _units, "recordings with transcripts to ASR records")
+    units = add_command(prepare, "units", _units, "recordings with transcripts to ASR records", CONTINUES)
     _corpus_flags(units)
     units.add_argument("--output", type=to_write(Path), required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
     units.add_argument("--kmeans", type=to_read(Path), help="centroids (.npy or .safetensors) to use")
@@ -43,13 +43,13 @@ def add(commands: Any) -> None:
     text = "file format of the records (default: jsonl.gz)"
     units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help=text)
 
-    kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings")
+    kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings", CONTINUES)
     _corpus_flags(kmeans)
     kmeans.add_argument("--output", type=to_write(Path), required=True, help=".npy or .safetensors, which also says what it was fitted on")
     kmeans.add_argument("--k", default="auto", help="centroids, at most 500 (default: auto, as many as the recordings support)")
     _fit_flags(kmeans)
 
-    vocoder = add_command(prepare, "vocoder", _vocoder, "learn from recordings to turn the units of their records into speech")
+    vocoder = add_command(prepare, "vocoder", _vocoder, "learn from recordings to turn the units of their records into speech", AGAIN)
     _corpus_flags(vocoder, features=False)
     text = "folder of `prepare units`; vocoder.safetensors is written to it"
     vocoder.add_argument("--records", type=to_read(Path), required=True, help=text)
@@ -60,14 +60,14 @@ def add(commands: Any) -> None:
     text = "of its weights and of the choice of recordings (default: 0)"
     vocoder.add_argument("--seed", action=number(int, NOT_NEGATIVE, MOST_SEED), default=0, help=text)
 
-    tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of all that --config lists")
+    tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of all that --config lists", AGAIN)
     tts.add_argument("--config", type=as_given(Path), help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
     tts.add_argument("--input_dir", type=to_read(Path), help="directory of ASR records")
     tts.add_argument("--output_dir", type=to_write(Path), help="directory for the TTS records")
     tts.add_argument("--dataset_name", help="written to the records' metadata (default: the directory's name)")
     tts.add_argument("--file_pattern", default="*", help="which files to convert (default: *)")
 
-    store = add_command(prepare, "store", _store, "make the token stores of a run's records, as `train` does at its first start")
+    store = add_command(prepare, "store", _store, "make the token stores of a run's records, as `train` does at its first start", CONTINUES)
     store.description = _STORE_HELP
     store.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")
     store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare the checksums")

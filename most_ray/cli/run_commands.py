@@ -13,7 +13,7 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
-from most_ray.cli.parser import add_command, check_records, config_of, number
+from most_ray.cli.parser import AGAIN, add_command, check_records, config_of, number
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import storage
@@ -28,7 +28,7 @@ _MOST_PLANNED = 1_000_000  # steps that `plan` lists at once
 def add(commands: Any) -> None:
     from most_ray.sweep import options as sweep_options
 
-    init = add_command(commands, "init-model", _init_model, "make a starting model with its tokenizer")
+    init = add_command(commands, "init-model", _init_model, "make a starting model with its tokenizer", AGAIN)
     init.add_argument("--preset", help="name of a new model's size (tiny)")
     init.add_argument(
         "--from_deepseek", metavar="DIR_OR_NAME", help="start from DeepSeek-V2 in Hugging Face layout, a folder or hf:OWNER/NAME"
@@ -37,7 +37,9 @@ def add(commands: Any) -> None:
     init.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
     init.add_argument("--seed", action=number(int, NOT_NEGATIVE, MOST_SEED), default=0, help="of the weights (default: 0)")
 
-    train = add_command(commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes")
+    train = add_command(
+        commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes", "the same command starts or resumes the run"
+    )
     train.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")
     text = "describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing"
     default = "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)"
@@ -45,21 +47,22 @@ def add(commands: Any) -> None:
     from_audio.add_flags(train)
     configuration.add_flags(train)
 
-    plan = add_command(commands, "plan", _plan, "list the records of each step, without training")
+    plan = add_command(commands, "plan", _plan, "list the records of each step, without training", AGAIN)
     plan.add_argument("--config", type=as_given(str), help="the run's YAML file")
     plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
     plan.add_argument("--trace", type=as_given(Path), required=True, help="file for the lines that `train --trace_records` would write")
     configuration.add_flags(plan)
 
-    report = add_command(commands, "report", _report, "write an HTML page about one run, several runs side by side, or a sweep")
+    report = add_command(commands, "report", _report, "write an HTML page about one run, several runs side by side, or a sweep", AGAIN)
     report.add_argument("runs", type=as_given(str), nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
     report.add_argument("--output", type=to_write(Path), help="HTML file (default: RUN/report.html; for several runs report.html)")
 
-    export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout")
+    export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout", AGAIN)
     export.add_argument("--checkpoint", type=to_read(str), required=True, help="a step-... folder of a run's checkpoints/")
     export.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
 
-    sweep = add_command(commands, "sweep", _sweep, "find the best settings by many short runs; the same name resumes")
+    text = "find the best settings by many short runs; the same name resumes"
+    sweep = add_command(commands, "sweep", _sweep, text, "what the trials have reached is kept, the same command resumes")
     sweep.epilog = (
         "The file's `space` lists settings: any of a run's keys, audio_experts (their number), expert_split (contiguous, interleaved or "
         "affinity). Each has {choice: [...]}, {grid: [...]}, {uniform: [low, high]}, {loguniform: [low, high]} or {randint: [low, high]}, "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import Parser, add_command, check_model, check_records, config_of_flags, number, print_error
+from most_ray.cli.parser import AGAIN, Parser, add_command, check_model, check_records, config_of_flags, number, print_error
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
@@ -37,7 +37,7 @@ _NO_ASSETS = "Name the folder of the records that it was trained on: --speech DI
 
 
 def add(commands: Any) -> None:
-    transcribe = add_command(commands, "transcribe", _transcribe, "convert recordings to text by a model")
+    transcribe = add_command(commands, "transcribe", _transcribe, "convert recordings to text by a model", AGAIN)
     text = "audio files, in any format that libsndfile reads"
     transcribe.add_argument("recordings", nargs="+", type=as_given(Path), metavar="RECORDING", help=text)
     _model_flags(transcribe)
@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
     text = "JSON Lines file for {file, text, units, ended} (default: text to the screen)"
     transcribe.add_argument("--output", type=to_write(Path), help=text)
 
-    speak = add_command(commands, "synthesize", _synthesize, "convert text or units to a recording by a model and its vocoder")
+    speak = add_command(commands, "synthesize", _synthesize, "convert text or units to a recording by a model and its vocoder", AGAIN)
     what = speak.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", help="text to speak")
     what.add_argument("--units", help="units to convert to speech without a model, as [Hu7][Hu90]")

@@ -4,9 +4,11 @@ credentials. Screens are printed to a `Terminal`, lines of commands by `say`, wa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
+import threading
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
@@ -90,6 +92,17 @@ def print_line(console: Console, text: str) -> None:
 def say(text: str, stream: TextIO | None = None) -> None:
     """Write a line of a command to a stream (None: standard output)."""
     (stream or sys.stdout).write(f"{shown_text(text)}\n")
+
+
+def say_in_handler(text: str) -> None:
+    """Write a line to standard error from a signal's handler: on a thread of its own, for the handler may have interrupted just such a
+    write, and a stream takes no other meanwhile."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            say(text, sys.stderr)
+
+    threading.Thread(target=write, name="say-in-handler", daemon=True).start()
 
 
 def write_log(text: str) -> None:

@@ -1,4 +1,5 @@
-"""Signals that stop a run after a checkpoint: SIGTERM, and SIGHUP, which comes when the terminal or the connection of a command ends."""
+"""Signals that stop a run after a checkpoint: SIGTERM, SIGHUP, which comes when the terminal or the connection of a command ends, and
+SIGINT, which a terminal sends at Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,10 +7,19 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+# What a run says at the first Ctrl-C while it trains.
+STOPPING = "stopping after the current step, with a checkpoint; Ctrl-C again stops now"
+
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that stop a run. SIGHUP is not one of them where this process ignores it, as under nohup."""
+    """The signals that always stop a run. SIGHUP is not one of them where this process ignores it, as under nohup."""
     return [signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP])]
+
+
+def interrupt_signals() -> list[signal.Signals]:
+    """The signal of Ctrl-C, which stops a run once it trains. Not where this process ignores it, as where a script starts it in the
+    background."""
+    return [] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ the other has begun. Evaluations run on the ranks in between steps, as with `eva
 
 From Python, `train(config)` trains such a run in this process.
 
-SIGTERM or SIGHUP stops the run after it has written a checkpoint, with exit code 75. torchrun itself then exits with 1, and kills ranks
+SIGTERM or SIGHUP, and Ctrl-C once it trains, stop the run after it has written a checkpoint, with exit code 75. A second Ctrl-C ends it at
+once, with 130. torchrun itself then exits with 1, and kills ranks
 that have not ended after its `--shutdown-timeout` (30 s): set it to the time that a save takes.
 """
 
@@ -21,7 +22,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -34,14 +36,15 @@ from most_ray import config as configuration
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
 from most_ray.console.streams import drop_lost_streams, open_streams
-from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say
+from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say, say_in_handler
 from most_ray.distributed.ranks import this_rank
-from most_ray.distributed.stop_signals import stop_signals
-from most_ray.errors import EXIT_STOPPED, CheckpointError, ConfigError, UserError, count_of, explain_os_error
+from most_ray.distributed.stop_signals import STOPPING, interrupt_signals, stop_signals
+from most_ray.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckpointError, ConfigError, UserError, count_of, explain_os_error
 from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
 from most_ray.options import parse_number
 from most_ray.report import write_report
+from most_ray.runs.interrupts import explained_interrupt, stopped_text
 from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
@@ -58,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train on this rank. Returns the exit code. 0: the goal was reached; 2: an error that the user can fix; 75: stopped on request, after
-    a checkpoint."""
+    a checkpoint; 130: interrupted."""
     open_streams()
     log_to_stderr(logging.INFO)
     parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
@@ -69,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _stop_on_signal(stop)
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
-        summary = train(config, Terminal(), stop)
+        with explained_interrupt(config.run_uri):
+            summary = _run(config, Terminal(), stop, lambda: _stop_on_interrupt(stop))
+    except KeyboardInterrupt as interrupt:
+        if _number_of("RANK", 0) == 0:
+            say(f"most-ray: interrupted; {interrupt}", stream=sys.stderr)
+        return EXIT_INTERRUPTED
     except UserError as error:
         say(f"most-ray: {error.kind}: {error}", stream=sys.stderr)
         return error.exit_code
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"most-ray: {explained.kind}: {explained}\n")
         return explained.exit_code
     if summary is None and _number_of("RANK", 0) == 0:
-        say("most-ray: stopped after a checkpoint; the same command resumes the run", stream=sys.stderr)
+        say(f"most-ray: stopped: {stopped_text(config.run_uri)}. Run the same command again to resume.", stream=sys.stderr)
     return EXIT_STOPPED if summary is None else 0
 
 
@@ -93,6 +101,26 @@ def _stop_on_signal(stop: threading.Event) -> None:
 
     for number in stop_signals():
         signal.signal(number, handle)
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt(stop: threading.Event) -> Iterator[None]:
+    """Within the block, let the first Ctrl-C set `stop`; the second ends the process, as it does outside of the block."""
+
+    def handle(number: int, frame: object) -> None:
+        del number, frame
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        if this_rank() == 0:
+            say_in_handler(STOPPING)
+
+    before = {number: signal.signal(number, handle) for number in interrupt_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(config: configuration.RunConfig, console: Console | None = None, stop: threading.Event | None = None) -> dict[str, Any] | None:
@@ -110,15 +138,24 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
     Raises:
         UserError: something that the user can fix.
     """
-    console, stop = console or Console(quiet=True), stop or threading.Event()
+    return _run(config, console or Console(quiet=True), stop or threading.Event(), contextlib.nullcontext)
+
+
+def _run(
+    config: configuration.RunConfig, console: Console, stop: threading.Event, training: Callable[[], AbstractContextManager[None]]
+) -> dict[str, Any] | None:
+    """See `train`. `training`: makes what is entered while this rank trains."""
     world = _number_of("WORLD_SIZE", 1)
     device = _init_device(world)
     lock = contextlib.ExitStack()  # rank 0 holds it until the run's end
     try:
         job, prepared = _share_job(config, world, console, lock)
         started = time.monotonic()
-        if job and not _train(job, prepared, device, stop, console):
-            return None
+        if job:
+            with training():
+                reached = _train(job, prepared, device, stop, console)
+            if not reached:
+                return None
         if prepared is None:
             return {}
         if (summary := finished_summary(prepared)) is None:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 import ray
 
 from most_ray.console.streams import drop_lost_streams
-from most_ray.distributed.stop_signals import stop_signals
+from most_ray.console.terminal import say_in_handler
+from most_ray.distributed.stop_signals import STOPPING, interrupt_signals, stop_signals
 from most_ray.errors import EXIT_STOPPED, UserError
 from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put
 
@@ -74,42 +75,56 @@ def run_stopped(rule: str, name: str) -> RunStoppedError:
 
 
 class ShutdownSignal(threading.Event):
-    """Set once the process has received SIGTERM or SIGHUP (or Ctrl-C, where `install` includes it).
+    """Set once the process has received SIGTERM, SIGHUP or Ctrl-C (SIGINT).
 
     Within `grace_period` the first signal only sets the event, so that workers have the time to write a checkpoint. Outside of it, and
-    from the second signal on, the handler raises RunStoppedError, which ends the process.
+    from the second signal on, the handler ends the process: it raises RunStoppedError, on Ctrl-C KeyboardInterrupt.
     """
 
-    name = "SIGTERM"  # of the signal that was received
-    _graceful = False
+    name = "SIGTERM"  # of the signal that was received, or Ctrl-C
+    _graceful = _trains = False
 
-    def install(self, interrupt: bool = False) -> None:
-        """Handle `stop_signals`, with `interrupt` Ctrl-C as well. To be called again after `ray.init`, which installs its own handlers."""
+    def install(self) -> None:
+        """Handle the signals. To be called again after `ray.init`, which installs its own handlers."""
         if threading.current_thread() is threading.main_thread():
-            for number in [*stop_signals(), signal.SIGINT] if interrupt else stop_signals():
+            for number in (*stop_signals(), *interrupt_signals()):
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         del frame
-        repeated, self.name = self.is_set(), signal.Signals(number).name
+        repeated, interrupt = self.is_set(), number == signal.SIGINT
+        if interrupt and (repeated or not (self._graceful and self._trains)):
+            raise KeyboardInterrupt
+        self.name = "Ctrl-C" if interrupt else signal.Signals(number).name
         self.set()
         if number == signal.SIGHUP:
             drop_lost_streams()
         if repeated or not self._graceful:
             raise run_stopped("was received.", self.name)
+        if interrupt:
+            say_in_handler(STOPPING)
 
     @contextlib.contextmanager
-    def grace_period(self) -> Iterator[None]:
-        """The time in which workers train, and a first signal lets them finish with a checkpoint."""
-        self._graceful = True
+    def grace_period(self, trains: bool = True) -> Iterator[None]:
+        """The time in which workers run, and a first signal lets them finish with a checkpoint. A first Ctrl-C does so from when they
+        train, for whoever sits in front of a run that only starts has nothing to wait for: see `begin_training`.
+
+        Args:
+            trains: whether they train already.
+        """
+        self._graceful, self._trains = True, trains
         try:
             yield
         finally:
             self._graceful = False
 
+    def begin_training(self) -> None:
+        """Workers have begun to train: from now on Ctrl-C waits for their checkpoint, once."""
+        self._trains = True
+
     @contextlib.contextmanager
     def on_sigterm(self) -> Iterator[ShutdownSignal]:
-        """Handle `stop_signals` within the block, and restore the handlers of all signals at its end."""
+        """Handle the signals within the block, and restore their handlers at its end."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
         self.install()
         try:
@@ -121,13 +136,14 @@ class ShutdownSignal(threading.Event):
 
 
 class AttemptWatcher:
-    """While an attempt runs, asks it to stop when the job is to end, a node of it is draining, or more workers would fit, which `can_grow`
-    says, called from the watching thread every `every_s` seconds. `driver`: the attempt's name in the key-value store."""
+    """While an attempt runs, tells `shutdown` when its workers have begun, and asks it to stop when the job is to end, a node of it is
+    draining, or more workers would fit, which `can_grow` says, called from the watching thread every `every_s` seconds. `driver`: the
+    attempt's name in the key-value store."""
 
     def __init__(self, driver: str, n_workers: int, shutdown: ShutdownSignal, can_grow: Callable[[], bool], every_s: float = 2.0) -> None:
         self.reason: str | None = None  # of the request that was made: TERMINATED, PREEMPTED or RESIZED
         self._driver, self._n_workers, self._shutdown, self._can_grow, self._every = driver, n_workers, shutdown, can_grow, every_s
-        self._ended, self._next_look, self._room_seen = threading.Event(), 0.0, 0
+        self._ended, self._next_look, self._room_seen, self._began = threading.Event(), 0.0, 0, False
         self._thread = threading.Thread(target=self._watch, name="attempt-watcher", daemon=True)
 
     def __enter__(self) -> AttemptWatcher:
@@ -142,6 +158,9 @@ class AttemptWatcher:
         warned = False
         while not self._ended.wait(0.2) and self.reason != TERMINATED:
             try:
+                if not self._began and kv_get(_key(self._driver, "node/0")):
+                    self._began = True
+                    self._shutdown.begin_training()
                 if found := TERMINATED if self._shutdown.is_set() else self._look():
                     kv_put(_key(self._driver, "stop"), found.encode())
                     self.reason = found

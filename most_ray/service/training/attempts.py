@@ -23,6 +23,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
+from most_ray.runs.interrupts import stopped_text
 from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
 from most_ray.service.cluster import capacity
@@ -89,7 +90,8 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
             if isinstance(cause, UserError):
                 raise cause from error
             if shutdown.is_set():
-                result = "the workers were lost before a checkpoint could be written" if error else "a checkpoint was written"
+                lost = "the workers were lost before a checkpoint could be written"
+                result = lost if error else stopped_text(config.run_uri)
                 raise run_stopped(f"was received: {result}, the run has stopped.", shutdown.name) from error
             if error is None:
                 text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
@@ -140,7 +142,7 @@ def _attempt(
     error: BaseException | None = None
     with AttemptWatcher(driver, n_workers, shutdown, can_grow) as watcher:
         try:
-            with shutdown.grace_period():
+            with shutdown.grace_period(trains=False):
                 trainer.fit()
         except (TrainingFailedError, ray.exceptions.RayError) as failure:
             error = failure

@@ -20,6 +20,7 @@ from most_ray.io.run_folder import local_copy
 from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
+from most_ray.runs.interrupts import explained_interrupt
 from most_ray.runs.job import overrides_of
 from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
@@ -39,7 +40,7 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     """Train, evaluate and export a run. A run of the same name resumes; a complete one is not changed. Returns the summary. Raises
     UserError where the user can fix something, the run was asked to stop, or it ended before its last step."""
     check_outputs(config)
-    with ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
+    with explained_interrupt(config.run_uri), ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
         return _run(config, console, shutdown)
 
 

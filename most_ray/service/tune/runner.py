@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
 def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, shutdown: ShutdownSignal) -> dict[str, Any]:
     _check_unchanged(sweep, file)
     if cluster_gpus(sweep.run) is not None:
-        shutdown.install(interrupt=True)
+        shutdown.install()
         report_findings(check_cluster(sweep.run), console)
     models = {key: start_config(sweep, key) for key in start_keys(sweep)}
     # Before anything is ingested or started, so before the experts' affinity to text is known: any order serves this check.
@@ -241,7 +241,7 @@ def _search(
                 failure_config=tune.FailureConfig(max_failures=_ACTOR_FAILURES),
             ),
         )
-        shutdown.install(interrupt=True)
+        shutdown.install()
         try:
             with shutdown.grace_period():
                 tuner.fit()
