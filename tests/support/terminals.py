@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import time
@@ -11,6 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 INTERRUPT = b"\x03"  # the key Ctrl-C: the kernel sends SIGINT to all processes of the command
+# How what libraries say begins: tracebacks, Python's warnings, Ray's own logs and those of its processes, stacks of absl and of Ray's C++.
+_NOISE = re.compile(
+    r"Traceback|\S*(Future|User|Deprecation|Runtime|Resource)Warning|.*\.py:\d+: \w*Warning|\[transformers\]|\(\w[\w ]*(pid|ip)=|\(raylet"
+    r"|\(autoscaler|\[20\d\d-|\d{4}-\d\d-\d\d [\d:,]+\t|\*\*\* |\[\S+ : \d+\] logging\.cc|PC: @|    @ +0x|INFO worker\.py"
+)
+
+
+def noise(text: str) -> list[str]:
+    """The lines of an output that are no command's but some library's."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return [line for line in plain.splitlines() if _NOISE.match(line)]
 
 
 class TerminalCommand:
