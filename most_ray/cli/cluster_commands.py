@@ -1,4 +1,4 @@
-"""`most-ray doctor` and `most-ray submit`."""
+"""`most-ray doctor` and `most-ray submit`; `most-ray jobs` is in a module of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
+from most_ray.cli import jobs_command
 from most_ray.cli.job_files import as_given
 from most_ray.cli.parser import Parser, add_command, config_of
 from most_ray.config import OPTIONS, RunConfig
@@ -39,17 +40,17 @@ def add(commands: Any) -> None:
     )
     _own_flags(submit)
     submit.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="the command and its flags")
+    jobs_command.add(commands)
 
 
 def _own_flags(parser: argparse.ArgumentParser) -> None:
-    text = "the cluster's dashboard as http://HOST:8265, or its head as HOST:6379"
-    parser.add_argument("--address", default=argparse.SUPPRESS, help=f"{text} (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)")
+    parser.add_argument("--address", default=argparse.SUPPRESS, help=jobs_command.ADDRESS_HELP)
     text = "folder that is sent with the job (default: this one)"
     parser.add_argument("--working_dir", type=as_given(Path), default=argparse.SUPPRESS, help=text)
     parser.add_argument("--detach", action="store_true", default=argparse.SUPPRESS, help="do not follow the job's log")
     text = "show what would be sent with the job, and the largest of it; no cluster is asked"
     parser.add_argument("--what", action="store_true", default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="stop a job after a checkpoint, and wait until it has")
+    parser.add_argument("--stop", metavar="JOB", default=argparse.SUPPRESS, help="as `most-ray jobs --stop`")
 
 
 def _submit(args: argparse.Namespace) -> int:

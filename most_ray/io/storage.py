@@ -28,6 +28,7 @@ from most_ray.errors import DataError, nearest
 from most_ray.io.outputs import made_folder, named
 from most_ray.io.retries import with_retries
 from most_ray.io.uris import ARROW_SCHEMES, absolute, base_name, is_remote, join, local, parent, redact, split  # noqa: F401
+from most_ray.io.waits import waiting_for
 
 T = TypeVar("T")
 SMALL = 64 << 20  # bytes of the largest file that people write, or that describes others
@@ -251,7 +252,8 @@ class _Reader(io.RawIOBase):
 def _remote(uri: str, operation: Callable[[Any, str], T]) -> T:
     """`operation(file system, path)` for a remote URI, with retries."""
     try:
-        return with_retries(lambda: operation(*_filesystem(uri)), uri)
+        with waiting_for(uri):
+            return with_retries(lambda: operation(*_filesystem(uri)), uri)
     except NotImplementedError as error:  # fsspec's, as of writing over http
         rule = f"is of a kind of storage, {split(uri)[0].partition(':')[0]}://, that cannot do this."
         raise DataError("path", redact(uri), rule, "Name a folder on a disk or in an object store.") from error

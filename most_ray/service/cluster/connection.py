@@ -13,6 +13,7 @@ from most_ray.config import RunConfig
 from most_ray.distributed.stop_signals import hangup_blocked
 from most_ray.errors import ConfigError, one_line
 from most_ray.io import storage
+from most_ray.io.waits import waiting_for
 from most_ray.runs.room import check_room, cluster_address
 from most_ray.service.cluster.address import check_address
 from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare, fitting, nodes_now
@@ -98,12 +99,13 @@ def connect(config: RunConfig, local_cpus: int) -> None:
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(os.cpu_count() or 1, 2 * local_cpus)))
         start_local_ray(local_cpus)
         return
-    check_address(address)
-    try:
-        joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = f"cannot be joined ({one_line(error)[:200]})."
-        raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
+    with waiting_for(f"Ray at {address}"):
+        check_address(address)
+        try:
+            joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            reason = f"cannot be joined ({one_line(error)[:200]})."
+            raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
     if storage.redact(config.run_uri) != config.run_uri:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # the dashboard would show the URI's credentials
     elif joined.dashboard_url:  # without a dashboard Ray Train would complain of it every second

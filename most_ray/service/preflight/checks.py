@@ -21,6 +21,7 @@ from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError, DataError, UserError, one_line
 from most_ray.io import storage
 from most_ray.io.outputs import failure_rule
+from most_ray.io.waits import waiting_for
 from most_ray.model.build import PRESETS
 from most_ray.runs.room import cluster_address
 from most_ray.service.cluster.address import requires_token
@@ -127,12 +128,13 @@ def probe_nodes(probe: Probe) -> list[NodeAnswer]:
     began = time.time()
     tasks = start_on_nodes(run_probe, sorted(usable_nodes()), probe)
     answers, waiting, until = [], list(tasks), time.monotonic() + ANSWER_S
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, until - time.monotonic()))
-        if not done:
-            break
-        report, failure = _report(done[0])
-        answers.append(NodeAnswer(hosts[tasks[done[0]]], report, began, time.time(), failure))
+    with waiting_for(f"{len(tasks)} node(s) of the cluster to answer", ANSWER_S):
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, until - time.monotonic()))
+            if not done:
+                break
+            report, failure = _report(done[0])
+            answers.append(NodeAnswer(hosts[tasks[done[0]]], report, began, time.time(), failure))
     for reference in waiting:
         ray.cancel(reference, force=True)
     return answers + [NodeAnswer(hosts[tasks[reference]], None, began, time.time()) for reference in waiting]
