@@ -189,8 +189,10 @@ def _state_error(folder: Path, state: str) -> ConfigError:
     rule = (
         f"holds a cluster's state, {folder / state} (its token, which lets everyone in, logs and sockets): it would be sent with the job."
     )
-    elsewhere = "Stop that cluster, set MOST_RAY_CLUSTER_DIR or RAY_TMPDIR to a folder elsewhere, and remove this one"
-    remedy = "Name the folder of the job's files by --working_dir." if state == "." else f"{elsewhere}; or list it in .gitignore."
+    elsewhere = (
+        "Stop that cluster, set MOST_RAY_CLUSTER_DIR or RAY_TMPDIR to a folder elsewhere, and remove this one; or list it in .gitignore."
+    )
+    remedy = "Name the folder of the job's files by --working_dir." if state == "." else elsewhere
     return ConfigError("working_dir", str(folder), rule, remedy)
 
 
