@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from most_ray.checkpoint.content import STATE, check_files, check_state, parse_marker, parse_state
+from most_ray.checkpoint.files import BLOCK_BYTES, DamagedFileError, read_header
 from most_ray.checkpoint.retention import steps_to_delete
-from most_ray.checkpoint.shards import BLOCK_BYTES, DamagedFileError, read_header
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError

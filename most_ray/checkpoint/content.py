@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from most_ray.checkpoint.shards import DamagedFileError
+from most_ray.checkpoint.files import DamagedFileError
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT
 

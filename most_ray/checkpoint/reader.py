@@ -18,7 +18,8 @@ from torch import nn
 
 from most_ray.checkpoint.catalog import check_format, read_marker
 from most_ray.checkpoint.content import STATE, check_state, parse_state
-from most_ray.checkpoint.shards import DamagedFileError, StoredTensor, TensorShard, index_tensors, read_header, read_shards, shard_of
+from most_ray.checkpoint.files import DamagedFileError, read_header
+from most_ray.checkpoint.shards import StoredTensor, TensorShard, index_tensors, read_shards, shard_of
 from most_ray.distributed.ranks import this_rank
 from most_ray.errors import CheckpointError
 from most_ray.io import storage

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,21 +31,15 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
+from most_ray.checkpoint.files import BLOCK_BYTES, CHUNKS_KEY, DamagedFileError
 from most_ray.distributed.ranks import this_rank
 from most_ray.io import storage
-from most_ray.io.json_values import parse_json
 
-BLOCK_BYTES = 8 << 20  # written, hashed or copied at a time: large enough for all three to release the interpreter's lock
-_CHUNKS_KEY = "rectangles"  # in a file's metadata, what each entry is a chunk of: the file format's word, so it stays
 _DTYPES = {  # by the names of safetensors
     **{f"F{bits}": getattr(torch, f"float{bits}") for bits in (64, 32, 16)},
     **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (64, 32, 16, 8)},
 } | {"BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-class DamagedFileError(Exception):
-    """A file is missing, cut off, or differs from what its header describes."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,7 @@ class Staging:
             self.values[shard.name] = self.values.get(shard.name, 0) + chunk.local.numel()
             self._copies.append((self._buffer[position:end], chunk.local))
             position = end
-        header = json.dumps({"__metadata__": {_CHUNKS_KEY: json.dumps(where)}, **entries}).encode()
+        header = json.dumps({"__metadata__": {CHUNKS_KEY: json.dumps(where)}, **entries}).encode()
         header += b" " * (-len(header) % 8)
         self._header, self._used = len(header).to_bytes(8, "little") + header, position
 
@@ -250,35 +244,6 @@ class StoredTensor:
 
     metadata: TensorStorageMetadata
     locations: list[tuple[str, str]]  # file and key of each of `metadata.chunks`
-
-
-def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """Read the header of a safetensors file, with `__metadata__` as key -> [tensor, its global shape, the chunk's offsets]. Raises
-    DamagedFileError if there is no header, or if it cannot be parsed."""
-    length = int.from_bytes(stream.read(8), "little")
-    if not 0 < length < 1 << 30:
-        raise DamagedFileError("it has no header")
-    data = stream.read(length)
-    try:
-        header = parse_json(data)
-        chunks = parse_json(header["__metadata__"][_CHUNKS_KEY])
-        if not isinstance(chunks, dict) or not all(_is_chunk(header[key], *chunk) for key, chunk in chunks.items()):
-            raise ValueError("a tensor's entry")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedFileError("its header is broken") from error
-    return {**header, "__metadata__": chunks}
-
-
-def _is_chunk(entry: dict[str, Any], name: object, shape: list[int], offsets: list[int]) -> bool:
-    """Whether an entry of a safetensors header can be a chunk, at `offsets`, of a tensor of that name and shape."""
-    begin, end = entry["data_offsets"]
-    size, numbers = entry["shape"], [*shape, *offsets, *entry["shape"], begin, end]
-    if not isinstance(name, str) or not len(shape) == len(offsets) == len(size):
-        return False
-    if not all(isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 1 << 62 for number in numbers):
-        return False
-    inside = all(start + length <= most for start, length, most in zip(offsets, size, shape, strict=True))
-    return inside and end - begin == math.prod(size) * _DTYPES[entry["dtype"]].itemsize
 
 
 def index_tensors(headers: dict[str, dict[str, Any]]) -> dict[str, StoredTensor]:

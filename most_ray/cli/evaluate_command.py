@@ -15,6 +15,7 @@ from most_ray.console.terminal import say
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.outputs import check_file
+from most_ray.large_imports import at_once
 from most_ray.options import add_flag, flag_values
 from most_ray.runs.room import check_evaluation_room
 
@@ -80,11 +81,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_model(args.model)
     for flag in ("asr_dirs", "tts_dirs", "text_dirs"):
         check_records(flag, getattr(args, flag))
-    from most_ray.evaluation.evaluate import Directories
-    from most_ray.evaluation.inline import EvaluationJob
-    from most_ray.evaluation.scoring import EvaluationSettings
-    from most_ray.service.cluster.connection import check_evaluation_gpus, start_ray
-    from most_ray.service.tasks.evaluation_tasks import evaluate_checkpoint
+    with at_once():
+        from most_ray.evaluation.evaluate import Directories
+        from most_ray.evaluation.inline import EvaluationJob
+        from most_ray.evaluation.scoring import EvaluationSettings
+        from most_ray.service.cluster.connection import check_evaluation_gpus, start_ray
+        from most_ray.service.tasks.evaluation_tasks import evaluate_checkpoint
 
     # Tasks have another working directory.
     directories = Directories(*(tuple(map(storage.absolute, dirs)) for dirs in (args.asr_dirs, args.tts_dirs, args.text_dirs)))

@@ -15,12 +15,14 @@ from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
 from most_ray.cli.parser import AGAIN, add_command, check_records, config_of, number
 from most_ray.console.terminal import Terminal, say
-from most_ray.errors import ConfigError, DataError
+from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
 from most_ray.io.json_values import json_text
 from most_ray.io.outputs import check_file, check_new_folder, replacing, replacing_folder
+from most_ray.large_imports import at_once
 from most_ray.options import MOST_SEED, NOT_NEGATIVE
+from most_ray.presets import PRESETS
 
 _MOST_PLANNED = 1_000_000  # steps that `plan` lists at once
 
@@ -75,15 +77,18 @@ def add(commands: Any) -> None:
 
 
 def _init_model(args: argparse.Namespace) -> int:
-    from most_ray.model.build import from_deepseek, init_model
-    from most_ray.runs.resolve import texts_of
-
     if (args.preset is None) == (args.from_deepseek is None):
         raise ConfigError("preset", args.preset, "or from_deepseek is needed to start from, exactly one of them.")
     check_records("records", args.records)
+    if args.preset and args.preset not in PRESETS:
+        raise ConfigError("preset", args.preset, "is not known.", nearest(args.preset, PRESETS))
     if args.preset and not args.records:
         raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
     check_new_folder("output", args.output)
+    with at_once():
+        from most_ray.model.build import from_deepseek, init_model
+        from most_ray.runs.resolve import texts_of
+
     with replacing_folder("output", args.output) as folder:
         if args.preset:
             model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), folder, args.seed)
@@ -104,15 +109,20 @@ def _train(args: argparse.Namespace) -> int:
     config = config_of(args)
     console = Terminal(120)
     if args.dry_run is not None:
+        from most_ray.runs.first_checks import check_sizes
+
+        check_sizes(config)
         from most_ray.planner.dry_run import dry_run
         from most_ray.planner.screen import dry_screen
 
         dry_screen(dry_run(config, args.dry_run), console)
         return 0
-    from most_ray.console.run_screens import last_screen
-    from most_ray.service.training.trainer import run_training
+    from most_ray.service.training.start import run_training  # Ray only after the first checks
 
-    last_screen(run_training(config, console), console)
+    summary = run_training(config, console)
+    from most_ray.console.run_screens import last_screen
+
+    last_screen(summary, console)
     return 0
 
 
@@ -136,6 +146,9 @@ def _plan(args: argparse.Namespace) -> int:
         raise ConfigError("steps", args.steps, f"holds more than {_MOST_PLANNED:,} steps.", "Give several ranges, one after the other.")
     check_file("trace", args.trace, TRACE)
     config = config_of(args)
+    from most_ray.runs.first_checks import first_checks
+
+    first_checks(config)
     from most_ray.runs.resolve import prepare_run
     from most_ray.service.tasks.ingest_tasks import ingest_runner
 
@@ -159,6 +172,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from most_ray.checkpoint import catalog
+
+    catalog.read_marker(args.checkpoint)  # raises CheckpointError before the libraries are loaded
     from most_ray.checkpoint.export import export_checkpoint
 
     export_checkpoint(args.checkpoint, args.output)
@@ -172,7 +188,11 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.config, flag_values(args))
     run = resolve_paths(sweep.run)
     sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
-    from most_ray.service.tune.runner import run_sweep
+    from most_ray.runs.first_checks import check_directories
+
+    check_directories(run)
+    with at_once():
+        from most_ray.service.tune.runner import run_sweep
 
     run_sweep(sweep, Terminal(140))
     return 0

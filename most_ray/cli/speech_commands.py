@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
 from most_ray.io.json_values import json_text
 from most_ray.io.outputs import Kind, begins_with, check_file, check_folder, replacing
+from most_ray.large_imports import at_once
 from most_ray.options import ABOVE_0, AT_LEAST_1, add_flag
 from most_ray.records.files import UNITS_MANIFEST
 
@@ -72,12 +74,18 @@ def _model_flags(parser: Parser, optional: bool = False) -> None:
 
 
 def _transcribe(args: argparse.Namespace) -> int:
-    from most_ray.speech.units.assets import open_assets
-
     if args.output:
         check_file("output", args.output, TRANSCRIPTS)
+    check_model(args.model)
+    if not any(map(os.path.exists, args.recordings)):
+        for path in args.recordings:
+            print_error(DataError("recording", str(path), "is not there."))
+        return 2
     options = _generation_options(args)
-    assets = open_assets(_assets_folder(args), args.encoder)
+    folder = _assets_folder(args)
+    from most_ray.speech.units.assets import open_assets
+
+    assets = open_assets(folder, args.encoder)
     lines: list[str] = []
     for path, units, transcript in _transcripts(args, assets, options):
         line = {"file": str(path), "text": transcript.text, "units": " ".join(map(str, units)), "ended": transcript.ended}
@@ -124,11 +132,6 @@ def _transcripts(
 
 
 def _synthesize(args: argparse.Namespace) -> int:
-    from most_ray.evaluation.generate import synthesize_texts
-    from most_ray.records.record import parse_units
-    from most_ray.speech.units.assets import require_units_manifest
-    from most_ray.speech.vocoder.vocoders import open_vocoder
-
     if args.records:
         check_records("records", [args.records])
         check_folder("output", args.output)
@@ -140,6 +143,14 @@ def _synthesize(args: argparse.Namespace) -> int:
         _check_text(args.text)
     if args.text and not args.model:
         raise ConfigError("model", None, "is needed to speak a text: a model folder or a checkpoint.")
+    units = _parse_units(args.units) if args.units else []
+    if args.model:
+        check_model(args.model)
+    with at_once():
+        from most_ray.evaluation.generate import synthesize_texts
+        from most_ray.speech.units.assets import require_units_manifest
+        from most_ray.speech.vocoder.vocoders import open_vocoder
+
     options = _generation_options(args)
     folder = _assets_folder(args) if args.model or args.speech else None
     described = args.records and not storage.is_remote(args.records) and (Path(args.records) / UNITS_MANIFEST).exists()
@@ -157,12 +168,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     if args.records:
         say(f"{_synthesize_records(args, names, vocoder)} recordings: {args.output}")
         return 0
-    if args.units:
-        try:
-            units = parse_units(args.units).tolist()
-        except RecordError as error:
-            raise ConfigError("units", args.units[:100], f"{error}.", "As [Hu7][Hu90][Hu481].") from error
-    else:
+    if not args.units:
         forward, tokenizer = _open(args.model)
         generated = synthesize_texts(forward, tokenizer, [args.text], options)[0]
         if not (units := generated.units):
@@ -173,6 +179,16 @@ def _synthesize(args: argparse.Namespace) -> int:
     _write_recording(args.output, waves[0], rate)
     say(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
     return 0
+
+
+def _parse_units(text: str) -> list[int]:
+    """Raises ConfigError for what are no units."""
+    from most_ray.records.record import parse_units
+
+    try:
+        return list(parse_units(text).tolist())
+    except RecordError as error:
+        raise ConfigError("units", text[:100], f"{error}.", "As [Hu7][Hu90][Hu481].") from error
 
 
 def _check_text(text: str) -> None:
@@ -259,15 +275,16 @@ def _generation_options(args: argparse.Namespace) -> GenerationOptions:
 def _assets_folder(args: argparse.Namespace) -> str:
     """The folder of the speech assets: that of --speech, else the model's own. Raises UserError where the model does not exist, has none,
     or was trained on other units."""
-    from most_ray.checkpoint.export import open_description
-    from most_ray.io.run_folder import local_copy
-    from most_ray.model.build import check_units
-    from most_ray.records.record import units_hash
-    from most_ray.speech.units.assets import find_assets, require_units_manifest
-
     if not args.model:
         return str(args.speech)
     check_model(args.model)
+    with at_once():
+        from most_ray.checkpoint.export import open_description
+        from most_ray.io.run_folder import local_copy
+        from most_ray.model.build import check_units
+        from most_ray.records.record import units_hash
+        from most_ray.speech.units.assets import find_assets, require_units_manifest
+
     config, _ = open_description(args.model)
     if args.speech:
         check_units(config, units_hash(require_units_manifest(Path(args.speech))), args.model)

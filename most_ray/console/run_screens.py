@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +23,10 @@ from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
 from most_ray.metrics.figures import TITLES
-from most_ray.runs.resolve import Prepared
 from most_ray.trackers.select import tracker_notes
+
+if TYPE_CHECKING:
+    from most_ray.runs.resolve import Prepared
 
 Figures = Mapping[str, Any]
 _MOST_EXPERTS = 16  # the most experts that have a column each

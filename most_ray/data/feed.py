@@ -38,9 +38,15 @@ def local_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
         DataError: a shard is damaged.
         StreamStalledError: building one took more than `spec.timeout_s` seconds.
     """
-    plan = open_plan(spec.plan)
-    batches = (rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout) for step in range(first, last + 1))
-    return prefetch(batches, spec.timeout_s, lambda: "stage read (records from the token store)")
+    return prefetch(own_batches(spec, first, last), spec.timeout_s, lambda: "stage read (records from the token store)")
+
+
+def own_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
+    """Batches of steps first..last, each built in this process when it is asked for. DataError: a shard is damaged."""
+    if first <= last:
+        plan = open_plan(spec.plan)
+        for step in range(first, last + 1):
+            yield rank_batch(plan, step, spec.rank, spec.world_size, spec.max_rows, spec.layout)
 
 
 def prefetch(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str]) -> Iterator[Batch]:

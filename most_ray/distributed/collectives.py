@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
+from most_ray.distributed.ranks import process_groups
 
 
 def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]:
@@ -20,7 +20,7 @@ def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]
     except Exception as raised:  # noqa: BLE001 - raised below, on every rank
         error = raised
     answers: list[Any] = [(value, error)]
-    if dist.is_initialized():
+    if dist := process_groups():
         answers = [None] * dist.get_world_size()
         dist.all_gather_object(answers, (value, error), group)
     for _, failure in answers:

@@ -25,23 +25,13 @@ from most_ray.model.configuration import MostConfig, OriginalMostConfig, parse_c
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import place_experts
 from most_ray.model.routing import BALANCE_BIAS
+from most_ray.presets import PRESETS
 from most_ray.records.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, warn_once, weight_shapes
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import AUDIO_TOKENS, add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
 
 _GENERATION = "generation_config.json"
 _OTHER_TOKENIZER = "They belong to different models: use the tokenizer that it was made with."
-
-# Fields of MostConfig by preset; `text_vocab_size` is that of the tokenizer without audio tokens.
-PRESETS: dict[str, dict[str, Any]] = {
-    # About 1 M parameters: learns spoken digits in minutes on two cores.
-    "tiny": {
-        "text_vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-        "kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32,
-        "max_position_embeddings": 4096, "norm_topk_prob": True, "aux_loss_alpha": 0.001,
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from most_ray.data.store import TokenStore, read_checksummed_json
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import hub, storage
 from most_ray.io.run_folder import RunFolder, local_copy
-from most_ray.model.build import PRESETS, init_model, read_config
+from most_ray.model.build import init_model, read_config
 from most_ray.model.configuration import MostConfig
 from most_ray.planner import sampling
 from most_ray.planner.calibration import CALIBRATION_BATCHES, Calibration, calibrate
@@ -31,6 +31,7 @@ from most_ray.planner.hardware import Device, device_of
 from most_ray.planner.layouts import LayoutChoice, LayoutEstimate, LayoutEstimator, steps_of
 from most_ray.planner.memory import ModelShapes
 from most_ray.planner.published_sizes import PUBLISHED, published_name
+from most_ray.presets import PRESETS
 from most_ray.records.files import record_files
 from most_ray.records.record import TASKS
 from most_ray.records.tokenizer import token_ids, train_tokenizer

@@ -20,6 +20,7 @@ from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.run_folder import RunFolder
 from most_ray.optim.train_state import warmup_of
 from most_ray.runs.environment import environment
+from most_ray.runs.first_checks import inputs_digest
 from most_ray.runs.resolve import Prepared, keep_speech_assets
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,6 @@ def is_complete(prepared: Prepared) -> bool:
     job, folder = prepared.job, prepared.folder
     committed = catalog.step_uri(folder.checkpoints, job.total_steps) in catalog.committed(folder.checkpoints)
     return committed and (not job.has_validation or job.total_steps in evaluated_steps(folder))
-
-
-def completed_line(prepared: Prepared) -> str:
-    """What a start of a run that is complete says."""
-    without_effect = f" Changed since, without effect: {', '.join(prepared.changed)}." if prepared.changed else ""
-    return f"The run {prepared.job.config.name!r} is complete ({prepared.job.total_steps} steps); nothing to do.{without_effect}"
 
 
 def begin_run(prepared: Prepared, config: RunConfig) -> None:
@@ -84,9 +79,9 @@ def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:
             warn_of_version(uri, settings, config.normaliser)
 
 
-def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) -> dict[str, Any]:
+def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_report: WriteReport) -> dict[str, Any]:
     """Export a run that this start has trained for `seconds`, write evaluation.json and hypotheses.jsonl (the last step's), summary.json
-    and report.html. Returns the content of summary.json."""
+    and report.html. `config`: as the user gave it. Returns the content of summary.json."""
     job, folder = prepared.job, prepared.folder
     last = catalog.step_uri(folder.checkpoints, job.total_steps)
     export_checkpoint(last, folder.local / "export")
@@ -100,6 +95,7 @@ def finish_run(prepared: Prepared, seconds: float, write_report: WriteReport) ->
         "loss": lines[-1]["loss"] if lines else None,
         "records": prepared.plan.consumed(job.total_steps),
         "rejected": prepared.n_rejected,
+        "inputs": inputs_digest(config),
         "training_seconds": round(seconds, 1),
         "tokens_per_second": round(sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]) if lines else None,
         "checkpoint": storage.redact(last),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from most_ray.checkpoint.resume import changes_since, check_model
 from most_ray.config import OPTIONS, Overlong, RunConfig
 from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, Runner, check_rejected, ingest_directory, run_here
-from most_ray.data.ingest_plan import content_digest, read_units_manifest
+from most_ray.data.ingest_plan import content_digest
 from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
@@ -26,14 +25,16 @@ from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.io import storage
 from most_ray.io.hub import check_model_name
 from most_ray.io.json_values import parse_json
-from most_ray.io.run_folder import LEDGER, RunFolder, local_copy
-from most_ray.model.build import PRESETS, check_template, check_units, init_model, read_config, read_description
+from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.model.build import check_template, check_units, init_model, read_config, read_description
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
+from most_ray.presets import PRESETS
 from most_ray.records.files import REJECTED, SPEECH_FOLDER, read_raw, record_files
 from most_ray.records.record import TASKS, parse_record
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import vocabulary_of
+from most_ray.runs.first_checks import check_directories, check_no_sweep, check_positions
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.overlap import warn_of_overlaps
@@ -100,8 +101,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
     stores = sources.training + sources.validation
     model_config = read_config(local_copy(sources.model_path), overrides_of(config))
     topologies = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
-    if config.max_seq_length > (positions := model_config.max_position_embeddings):
-        raise ConfigError("max_seq_length", config.max_seq_length, f"is beyond the model's {positions} positions.")
+    check_positions(config, model_config.max_position_embeddings)
     for store in stores:
         store.verify(VERIFIED_BYTES)
     _check_best_metric(config, sources.validation)
@@ -158,9 +158,8 @@ def check_inputs(config: RunConfig) -> None:
     """Check that the directories of records exist, that the run's folder is not a sweep's, and that the libraries it needs are installed,
     else raise ConfigError."""
     check_available(config)
-    _check_directories(config)
-    if storage.exists(storage.join(config.run_uri, LEDGER)):
-        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_uri)} holds {LEDGER}.", "Choose another name.")
+    check_directories(config)
+    check_no_sweep(config)
 
 
 def _check_all_inputs(config: RunConfig) -> None:
@@ -173,24 +172,6 @@ def _check_all_inputs(config: RunConfig) -> None:
         check_model_name(name)
         if not storage.is_remote(name) and storage.exists(name):
             read_description(local_copy(name), overrides_of(config))
-
-
-def _check_directories(config: RunConfig) -> None:
-    if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
-        raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
-    for option in (each for each in OPTIONS.values() if each.location and each.location.must_exist):
-        directories = option.elements(getattr(config, option.name))
-        if missing := next((directory for directory in directories if not storage.exists(directory)), None):
-            remedy = "Check the path; it is taken from where the command runs."
-            raise ConfigError(option.name, storage.redact(missing), "does not exist.", remedy)
-        for directory in directories:
-            if not storage.is_remote(directory):
-                record_files(directory)  # raises DataError where it holds none, or something that cannot be read
-        real = {d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories}
-        if len(real) != len(directories):
-            raise ConfigError(option.name, tuple(map(storage.redact, directories)), "names a directory twice.")
-        for directory in directories:
-            read_units_manifest(directory)  # raises DataError for a wrong one
 
 
 @dataclass(frozen=True)
@@ -247,7 +228,7 @@ def make_stores(config: RunConfig, verify: bool = False, runner: MakeRunner = in
     """The token stores of a configuration, for `most-ray prepare store`. Raises UserError as `open_sources`, and for a damaged shard.
     `verify`: compare the checksums of all stores, however large they are, `runner`: makes what ingests records."""
     check_outputs(config)
-    _check_directories(config)
+    check_directories(config)
     sources = open_sources(config, RunFolder(config.run_uri), runner(config, False))
     stores = sources.training + sources.validation
     for store in stores:

@@ -18,10 +18,11 @@ from most_ray.errors import ConfigError, UserError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
-from most_ray.model.build import PRESETS, read_config
+from most_ray.model.build import read_config
 from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig
 from most_ray.options import to_plain
+from most_ray.presets import PRESETS
 from most_ray.runs.job import overrides_of
 from most_ray.sweep.ledger import TRIALS, Trial, kept_uri
 from most_ray.sweep.options import Sweep

@@ -44,9 +44,10 @@ from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
 from most_ray.options import parse_number
 from most_ray.report import write_report
+from most_ray.runs.first_checks import completed_line
 from most_ray.runs.interrupts import explained_interrupt, stopped_text
 from most_ray.runs.job import Job
-from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
+from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import Prepared, prepare_run
 from most_ray.runs.room import ranks_note
@@ -161,7 +162,7 @@ def _run(
         if (summary := finished_summary(prepared)) is None:
             if not is_complete(prepared):
                 raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
-            summary = finish_run(prepared, time.monotonic() - started, write_report)
+            summary = finish_run(prepared, config, time.monotonic() - started, write_report)
             last_screen(summary, console)
         return summary
     finally:
@@ -224,7 +225,7 @@ def _prepare(config: configuration.RunConfig, cuda: bool, world: int, console: C
     for uri, reason in prepared.corrupt:
         logger.warning("checkpoint %s is damaged and is skipped: %s", storage.redact(uri), reason)
     if finished_summary(prepared) is not None:
-        print_line(console, completed_line(prepared))
+        print_line(console, completed_line(prepared.job.config.name, prepared.job.total_steps, prepared.changed))
         return prepared, None
     begin_run(prepared, config)
     if not cuda and (note := ranks_note(_number_of("LOCAL_WORLD_SIZE", world), prepared.job.threads)):

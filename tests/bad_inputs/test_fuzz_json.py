@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from most_ray.checkpoint import catalog, reader
-from most_ray.checkpoint.shards import DamagedFileError
+from most_ray.checkpoint.files import DamagedFileError
 from most_ray.config import load_config
 from most_ray.data.store import read_checksummed_json
 from most_ray.errors import RecordError, UserError

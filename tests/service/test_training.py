@@ -28,7 +28,7 @@ from most_ray.io.journal import read_journal
 from most_ray.metrics.schema import check_line
 from most_ray.service.tasks.batch_stream import stream_batches
 from most_ray.service.training.attempts import RunIncompleteError
-from most_ray.service.training.trainer import run_training
+from most_ray.service.training.start import run_training
 from most_ray.service.training.worker import WorkerJob
 from most_ray.train.run import main as train_without_ray
 from tests.conftest import ROOT

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from most_ray.checkpoint import content
-from most_ray.checkpoint.shards import DamagedFileError, index_tensors, read_header
+from most_ray.checkpoint.files import DamagedFileError, read_header
+from most_ray.checkpoint.shards import index_tensors
 from most_ray.model.configuration import MostConfig, parse_config
 from most_ray.records.units_manifest import check_units_manifest, neighbours_of
 from tests.conftest import ROOT

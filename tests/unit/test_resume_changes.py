@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from most_ray.checkpoint import catalog
 from most_ray.errors import CheckpointError, ConfigError
-from most_ray.runs.lifecycle import begin_run, completed_line, is_complete
+from most_ray.runs.first_checks import completed_line
+from most_ray.runs.lifecycle import begin_run, is_complete
 from most_ray.runs.resolve import Prepared, _check_trained
 from most_ray.train import step
 from most_ray.train.step import TrainingDivergedError
@@ -143,9 +144,9 @@ def test_such_a_run_of_an_earlier_version_is_not_complete_either() -> None:
 
 
 def test_a_run_that_is_complete_says_what_has_no_effect(prepare: Prepare) -> None:
-    assert completed_line(prepare()) == "The run 'small' is complete (4 steps); nothing to do."
+    assert completed_line("small", 4, prepare().changed) == "The run 'small' is complete (4 steps); nothing to do."
     said = "nothing to do. Changed since, without effect: learning_rate (0.003 -> 0.001)."
-    assert completed_line(prepare(learning_rate=1e-3)).endswith(said)
+    assert completed_line("small", 4, prepare(learning_rate=1e-3).changed).endswith(said)
 
 
 def test_a_warm_up_that_is_longer_than_the_run_is_told(prepare: Prepare, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,18 +9,20 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
 from ray import PlacementGroupID
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from most_ray.config import RunConfig
 from most_ray.errors import count_of
 from most_ray.service.cluster.ray_internals import draining_nodes, free_resources, has_autoscaler
+
+if TYPE_CHECKING:
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
 
 logger = logging.getLogger(__name__)
 TASK_CPUS = 0.25  # CPUs of a task that fetches batches; small, so that it fits beside the training workers
@@ -134,6 +136,9 @@ class AutoscalerRequest:
         self._renewed = time.monotonic()
         try:
             if self._coordinator is None and has_autoscaler():
+                # Imported here: it brings all of Ray Data, which a cluster without an autoscaler needs later, or not at all.
+                from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import DefaultAutoscalingCoordinator
+
                 self._coordinator = DefaultAutoscalingCoordinator(f"most_ray-{uuid.uuid4().hex}")
             if self._coordinator:
                 self._coordinator.request_resources(self._bundles, expire_after_s=_REQUEST_S)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -26,6 +29,24 @@ def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
     `check_resources`."""
     connect(config, most + 2)
     check_resources(config, fewest, most, use_gpu)
+
+
+def start_beside(config: RunConfig, workers: int) -> Callable[[], None]:
+    """Begin to start Ray on this machine, with room for `workers` workers, while this process loads the libraries of a run: its processes
+    are up by then. Returns what waits for it, and raises the error of `connect`."""
+    started: Future[None] = Future()
+
+    def start() -> None:
+        try:
+            connect(config, workers + 2)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+            threading.Event().wait()  # Linux ends Ray's processes together with the thread that has started them
+
+    threading.Thread(target=start, name="ray-start", daemon=True).start()
+    return started.result
 
 
 def check_resources(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
@@ -90,8 +111,8 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     Raises ConfigError where the cluster cannot be joined."""
     if ray.is_initialized():
         return
-    # Little output, and nothing sent anywhere.
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_V2_ENABLED": "1", "RAY_DEDUP_LOGS": "1"}.items():
+    # Little output, and nothing sent anywhere. No variable of Ray Train's is set: see `attempts._Trainer`.
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "1"}.items():
         os.environ.setdefault(name, value)
     address = cluster_address(config)
     if not address:

@@ -22,7 +22,7 @@ from most_ray.errors import ConfigError, DataError, UserError, one_line
 from most_ray.io import storage
 from most_ray.io.outputs import failure_rule
 from most_ray.io.waits import waiting_for
-from most_ray.model.build import PRESETS
+from most_ray.presets import PRESETS
 from most_ray.runs.room import cluster_address
 from most_ray.service.cluster.address import requires_token
 from most_ray.service.cluster.capacity import start_on_nodes, usable_nodes

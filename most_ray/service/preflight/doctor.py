@@ -16,8 +16,9 @@ from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import UserError
 from most_ray.io import storage
 from most_ray.io.run_folder import local_copy
-from most_ray.model.build import PRESETS, read_config
+from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
+from most_ray.presets import PRESETS
 from most_ray.runs.job import overrides_of
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.resolve import check_inputs, devices_of

@@ -6,6 +6,7 @@ construction, so no rank runs out of batches before another.
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import time
@@ -23,7 +24,7 @@ from safetensors.numpy import load as unpack_arrays
 from safetensors.numpy import save as pack_arrays
 
 from most_ray.data.batch import Batch, open_plan, rank_batch
-from most_ray.data.feed import StreamSpec, prefetch
+from most_ray.data.feed import StreamSpec, own_batches, prefetch
 from most_ray.errors import DataError
 from most_ray.io.json_values import parse_json
 from most_ray.service.cluster.capacity import TASK_CPUS
@@ -40,19 +41,21 @@ _ARRAYS = ("input_ids", "labels", "positions", "modality", "task")  # fields of 
 
 def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
     """Stream the batches of steps first..last, in order. Memory and start-up time depend neither on their number nor on the store's size.
+    Those of the first block are made in this process: training does not wait for Ray Data, which meanwhile starts its processes.
 
     Raises:
         StreamStalledError: no batch came for `spec.timeout_s` seconds; names the stage that is stuck.
         DataError: a shard is damaged.
     """
     chunk, status = steps_per_block(spec), _FetchStatus(first)
-    span = chunk * _BLOCKS_PER_DATASET
+    span, streamed = chunk * _BLOCKS_PER_DATASET, min(last + 1, first + chunk)
 
-    def batches() -> Iterator[Batch]:
-        for start in range(first, last + 1, span):
+    def later_batches() -> Iterator[Batch]:
+        for start in range(streamed, last + 1, span):
             yield from _stream_span(spec, start, min(last, start + span - 1), chunk, status)
 
-    return prefetch(batches(), spec.timeout_s, status.stage)
+    later = prefetch(later_batches(), 0.0, status.stage)  # begins now; how long it may take is the concern of whoever reads
+    return prefetch(itertools.chain(own_batches(spec, first, streamed - 1), later), spec.timeout_s, status.stage)
 
 
 class _FetchStatus:

@@ -14,6 +14,7 @@ import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
@@ -26,11 +27,13 @@ from most_ray.io import storage
 from most_ray.runs.interrupts import stopped_text
 from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
+from most_ray.runs.room import cluster_address
 from most_ray.service.cluster import capacity
 from most_ray.service.cluster.capacity import TASK_CPUS, AutoscalerRequest, WorkerShare
 from most_ray.service.cluster.process_group import OnNodeAddress
 from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, ShutdownSignal, clear_run_keys, run_stopped
-from most_ray.service.training.worker import WorkerJob, train_worker
+from most_ray.service.training.entry import run_worker
+from most_ray.service.training.worker import WorkerJob
 from most_ray.trackers.select import wandb_key
 from most_ray.train.attempt import claim_run
 
@@ -62,10 +65,24 @@ class FailureWindow:
 
 
 class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to the command: Ray Train's own handler would end the process with exit code 0 before the last step."""
+    """Ray Train's trainer, without two of its ways.
+
+    Ctrl-C is left to the command: Ray Train's own handler would end the process with exit code 0 before the last step. And on the Ray that
+    this process has started, the controller has the environment of all other processes: with one of its own, which all that it starts
+    inherit, none of the processes that Ray holds ready could be used, and each of some ten would take two seconds to start.
+    """
+
+    own_ray = False  # whether this process has started Ray, as it is configured now
 
     def _register_sigint_handler(self, controller: Any) -> None:
         del controller
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if not self.own_ray:
+            return super()._initialize_and_run_controller(**given)
+        controller = ray.remote(num_cpus=0)(TrainController).remote(**given)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, shutdown: ShutdownSignal) -> None:
@@ -129,7 +146,7 @@ def _attempt(
 
     trainer = _Trainer(
         # Not as train_loop_config, which Ray's dashboard would show, and which must be a dict.
-        functools.partial(train_worker, WorkerJob(job, validation, wandb_key=wandb_key(job.config))),
+        functools.partial(run_worker, WorkerJob(job, validation, wandb_key=wandb_key(job.config))),
         torch_config=OnNodeAddress(),
         scaling_config=ray.train.ScalingConfig(num_workers=n_workers, use_gpu=prepared.use_gpu, resources_per_worker=share.resources()),
         # Failures are counted here: Ray Train's own count has no window, and a new attempt may have another size.
@@ -139,6 +156,7 @@ def _attempt(
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
+    trainer.own_ray = cluster_address(job.config) is None
     error: BaseException | None = None
     with AttemptWatcher(driver, n_workers, shutdown, can_grow) as watcher:
         try:

@@ -1,10 +1,11 @@
-"""A training run from its configuration to its summary: checks everything first, then trains by Ray Train's workers."""
+"""A training run from its checks to its summary: it is prepared, then trained by Ray Train's workers. It begins in `start.run_training`."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,32 +21,31 @@ from most_ray.io.run_folder import local_copy
 from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.report import write_report
-from most_ray.runs.interrupts import explained_interrupt
+from most_ray.runs.first_checks import completed_line
 from most_ray.runs.job import overrides_of
-from most_ray.runs.lifecycle import begin_run, completed_line, finish_run, finished_summary, is_complete
-from most_ray.runs.output_checks import check_outputs
+from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
 from most_ray.runs.resolve import check_inputs, devices_of, prepare_run
-from most_ray.runs.run_lock import RunLock
 from most_ray.runs.start_checks import walk
 from most_ray.service.cluster.capacity import usable_nodes
-from most_ray.service.cluster.connection import check_resources, cluster_gpus, start_ray
+from most_ray.service.cluster.connection import check_resources, start_ray
 from most_ray.service.cluster.stop_requests import ShutdownSignal
 from most_ray.service.preflight.checks import check_cluster, check_safety, check_space, check_tracking, report_findings
 from most_ray.service.tasks.ingest_tasks import ingest_runner
 from most_ray.service.training.attempts import RunIncompleteError, run_attempts
 from most_ray.trackers.select import with_environment
 
-
-def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
-    """Train, evaluate and export a run. A run of the same name resumes; a complete one is not changed. Returns the summary. Raises
-    UserError where the user can fix something, the run was asked to stop, or it ended before its last step."""
-    check_outputs(config)
-    with explained_interrupt(config.run_uri), ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
-        return _run(config, console, shutdown)
+Wait = Callable[[], None]
 
 
-def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[str, Any]:
-    tracked, gpus = with_environment(config), cluster_gpus(config)
+def train_run(config: RunConfig, console: Console, shutdown: ShutdownSignal, gpus: int | None, ray_started: Wait) -> dict[str, Any]:
+    """What `start.run_training` does once this machine is known to have nothing against it.
+
+    Args:
+        shutdown: handles the signals that stop the run.
+        gpus: of the cluster that was joined; None for a run on this machine.
+        ray_started: waits for the start of Ray on this machine, where that has begun.
+    """
+    tracked = with_environment(config)
     if gpus is not None:
         shutdown.install()
         _check_on_cluster(config, gpus, console)
@@ -55,7 +55,7 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
         text = f"Checkpoint {storage.redact(uri)} is damaged and is skipped: {reason}."
         print_line(console, text)
     if (summary := finished_summary(prepared)) is not None:
-        print_line(console, completed_line(prepared))
+        print_line(console, completed_line(job.config.name, job.total_steps, prepared.changed))
         return summary
     begin_run(prepared, config)
     model = read_config(local_copy(job.model_path), overrides_of(job.config))
@@ -69,6 +69,7 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     first_screen(prepared, console, validation=evaluation_plan(prepared, config.eval_inline))
     started = time.monotonic()
     if prepared.done_steps < job.total_steps or not is_complete(prepared):
+        ray_started()
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
         on_each = math.ceil(job.topology.world_size / max(1, len(usable_nodes())))
         validation = EvaluationJob.of(config, job.threads * on_each) if job.has_validation else None
@@ -78,7 +79,7 @@ def _run(config: RunConfig, console: Console, shutdown: ShutdownSignal) -> dict[
     if not is_complete(prepared):
         rule = "was not reached: its checkpoint or its evaluation is missing."
         raise RunIncompleteError("step", job.total_steps, rule, "Start it again.")
-    return finish_run(prepared, time.monotonic() - started, write_report)
+    return finish_run(prepared, config, time.monotonic() - started, write_report)
 
 
 def _check_on_cluster(config: RunConfig, gpus: int, console: Console) -> None:

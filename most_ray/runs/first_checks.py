@@ -1,0 +1,132 @@
+"""What can be said of a run before torch, transformers or Ray are loaded: mistakes in its configuration and paths, and that it is complete.
+
+Importing those libraries takes seconds, in which a command would seem to do nothing. `resolve.prepare_run` makes all checks, these too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from most_ray.checkpoint import catalog
+from most_ray.config import OPTIONS, RunConfig, to_yaml
+from most_ray.data.ingest_plan import content_digest, read_units_manifest
+from most_ray.data.store import digest
+from most_ray.distributed.topology import plan_topologies
+from most_ray.errors import ConfigError, UserError
+from most_ray.io import storage
+from most_ray.io.hub import check_model_name
+from most_ray.io.json_values import parse_json
+from most_ray.io.run_folder import COMMIT, LEDGER, step_uri
+from most_ray.presets import PRESETS
+from most_ray.records.files import record_files
+from most_ray.records.model_files import CONFIG, read_json_object
+from most_ray.records.record import TASKS
+from most_ray.runs.output_checks import check_outputs
+from most_ray.runs.room import cluster_address, machine_gpus, uses_gpus, workers_of, workers_that_fit
+
+
+def first_checks(config: RunConfig, workers: int | None = None) -> None:
+    """Find the mistakes that no library is needed for. Raises UserError. `workers`: their number, where it is fixed already."""
+    check_outputs(config)
+    check_directories(config)
+    check_no_sweep(config)
+    own = storage.join(config.run_uri, "checkpoints")
+    if config.resume_from_checkpoint and not catalog.committed(own):
+        catalog.read_marker(config.resume_from_checkpoint)
+    if config.model_name_or_path not in PRESETS:
+        check_model_name(config.model_name_or_path)
+    check_sizes(config, workers)
+
+
+def check_directories(config: RunConfig) -> None:
+    """Check that the directories of records exist and hold records. Raises ConfigError, and DataError for what is in a directory."""
+    if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
+        raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
+    for option in (each for each in OPTIONS.values() if each.location and each.location.must_exist):
+        directories = option.elements(getattr(config, option.name))
+        if missing := next((directory for directory in directories if not storage.exists(directory)), None):
+            remedy = "Check the path; it is taken from where the command runs."
+            raise ConfigError(option.name, storage.redact(missing), "does not exist.", remedy)
+        for directory in directories:
+            if not storage.is_remote(directory):
+                record_files(directory)  # raises DataError where it holds none, or something that cannot be read
+        real = {d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories}
+        if len(real) != len(directories):
+            raise ConfigError(option.name, tuple(map(storage.redact, directories)), "names a directory twice.")
+        for directory in directories:
+            read_units_manifest(directory)  # raises DataError for a wrong one
+
+
+def check_no_sweep(config: RunConfig) -> None:
+    """Raise ConfigError where the run's folder is a sweep's."""
+    if storage.exists(storage.join(config.run_uri, LEDGER)):
+        raise ConfigError("name", config.name, f"is a sweep's: {storage.redact(config.run_uri)} holds {LEDGER}.", "Choose another name.")
+
+
+def known_workers(config: RunConfig) -> tuple[int, ...] | None:
+    """The numbers of workers that a run may have, ascending; None where only the cluster knows them."""
+    if cluster_address(config):
+        return config.num_workers
+    gpus = machine_gpus()
+    use_gpu = uses_gpus(config, gpus)
+    fewest, most = workers_of(config, use_gpu, gpus)
+    return fewest, max(fewest, min(most, workers_that_fit(config, use_gpu)))
+
+
+def check_sizes(config: RunConfig, workers: int | None = None) -> None:
+    """Raise TopologyError where workers and experts do not fit the sizes that are asked for, ConfigError for rows that are longer than the
+    model's positions; as far as these are known without torch."""
+    model, numbers = _described(config.model_name_or_path), (workers,) if workers else known_workers(config)
+    if numbers and (n_experts := model.get("n_routed_experts")):
+        plan_topologies(numbers[0], numbers[-1], config.ep_size, config.dp_replicate_size, n_experts)
+    if positions := model.get("max_position_embeddings"):
+        check_positions(config, positions)
+
+
+def check_positions(config: RunConfig, positions: int) -> None:
+    """Raise ConfigError for rows that are longer than the model's positions."""
+    if config.max_seq_length > positions:
+        raise ConfigError("max_seq_length", config.max_seq_length, f"is beyond the model's {positions} positions.")
+
+
+def _described(model: str) -> dict[str, int]:
+    """Positive whole numbers by which a preset, or a model in a folder of this machine, is described; empty where they are not known yet,
+    or where the model cannot be read, of which more is said when it is."""
+    values: dict[str, Any] | None = PRESETS.get(model)
+    if values is None and not storage.is_remote(model) and os.path.isdir(model):
+        with contextlib.suppress(UserError):
+            values = read_json_object(model, CONFIG)
+    return {name: value for name, value in (values or {}).items() if type(value) is int and value > 0}
+
+
+def inputs_digest(config: RunConfig) -> str:
+    """Digest of a configuration and of the records that it names."""
+    directories = [each for use in ("train", "val") for task in TASKS for each in config.directories(use, task)]
+    contents = [content_digest(each, config.store_uri) for each in directories]
+    return digest(json.dumps([to_yaml(config.redacted()), contents]).encode())
+
+
+def unchanged_summary(config: RunConfig) -> dict[str, Any] | None:
+    """summary.json of a run that was finished with this very configuration and these records, and whose last checkpoint is intact; None
+    where `resolve.prepare_run` has to find out what is left to do."""
+    try:
+        summary = parse_json(storage.read_bytes(storage.join(config.run_uri, "summary.json")))
+        step, inputs = summary["step"], summary["inputs"]
+    except (OSError, ValueError, KeyError, TypeError):  # not finished, or by an earlier version
+        return None
+    checkpoints = storage.join(config.run_uri, "checkpoints")
+    if not isinstance(step, int) or not storage.exists(storage.join(step_uri(checkpoints, step), COMMIT)):
+        return None
+    if inputs != inputs_digest(config) or catalog.latest_valid(checkpoints)[0] != step_uri(checkpoints, step):
+        return None
+    return dict(summary)
+
+
+def completed_line(name: str, total_steps: int, changed: Sequence[str] = ()) -> str:
+    """What a start of a run that is complete says. `changed`: settings that were not those of the run."""
+    without_effect = f" Changed since, without effect: {', '.join(changed)}." if changed else ""
+    return f"The run {name!r} is complete ({total_steps} steps); nothing to do.{without_effect}"
