@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -64,7 +63,7 @@ class Started:
         return time.time() - self.began
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.terminate()
         self.process.wait(LIMIT_S)
 
 
@@ -112,11 +111,10 @@ def main() -> int:
         folder = Path(tempfile.mkdtemp())
         rounds.append(measure(args.root.resolve(), folder))
         shutil.rmtree(folder)
-    rows = [
-        [name, *(f"{each[name]:.2f}" for each in rounds), f"{statistics.median(each[name] for each in rounds):.2f}"] for name in rounds[0]
-    ]
+    found = {name: [each[name] for each in rounds] for name in rounds[0]}
+    rows = [[name, *(f"{each:.2f}" for each in (*took, statistics.median(took)))] for name, took in found.items()]
     show("Seconds from the start of the process", ["what", *(f"run {n + 1}" for n in range(args.rounds)), "median"], rows)
-    write("startup", {"seconds": {name: [round(each[name], 2) for each in rounds] for name in rounds[0]}})
+    write("startup", {"seconds": {name: [round(each, 2) for each in took] for name, took in found.items()}})
     return 0
 
 

@@ -102,12 +102,13 @@ def test_a_batch_is_made_ahead_and_no_more(plan: Plan) -> None:
 
 
 def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, tmp_path: Path) -> None:
-    """A task that cannot be scheduled, and one that reads for ever."""
+    """A task that cannot be scheduled, one that reads for ever, and a first block whose reading never ends."""
     command = [sys.executable, "-m", "tests.support.stalled_streams", ray_cluster, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    unscheduled, endless = ended.stdout.splitlines() or [ended.stderr]
-    assert re.search(r"stage schedule: .*steps 1 to .*has not begun \([\d.]+ of the cluster's [\d.]+ CPUs", unscheduled)
-    assert re.search(r"stage read \(records from the token store\): steps 1 to .*, on .* for \d+ s", endless)
+    unscheduled, endless, own = ended.stdout.splitlines() or [ended.stderr]
+    assert re.search(r"stage schedule: .*steps 3 to 4 has not begun \([\d.]+ of the cluster's [\d.]+ CPUs", unscheduled)
+    assert re.search(r"stage read \(records from the token store\): steps 3 to 4, on .* for \d+ s", endless)
+    assert re.search(r"stage read \(records from the token store\): steps 1 to 2, on .*, in the training process", own)
 
 
 def test_a_damaged_shard_ends_the_stream_with_its_name(ray_cluster: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from most_ray.checkpoint import shards
+from most_ray.checkpoint import files, shards
 from most_ray.checkpoint.shards import Staging, shard_of
 
 
@@ -36,7 +36,7 @@ def test_every_type_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "file.safetensors")
     assert torch.equal(stored["plain"], tensors["plain"][:2]) and torch.equal(stored["plain#1"], tensors["plain"][2:])
     with (tmp_path / "file.safetensors").open("rb") as stream:
-        index = shards.index_tensors({"file.safetensors": shards.read_header(stream)})
+        index = shards.index_tensors({"file.safetensors": files.read_header(stream)})
     assert [list(chunk.offsets) for chunk in index["plain"].metadata.chunks] == [[2, 0], [0, 0]]
     empty = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     live = [shard_of(name, tensor, orders.get(name)) for name, tensor in empty.items()]
@@ -70,6 +70,6 @@ def test_a_tensor_that_is_there_in_part_is_refused(tmp_path: Path) -> None:
     staging.copy(torch.get_num_threads())
     staging.write(tmp_path / "a")
     with (tmp_path / "a").open("rb") as stream:
-        index = shards.index_tensors({"a": shards.read_header(stream)})
+        index = shards.index_tensors({"a": files.read_header(stream)})
     with pytest.raises(shards.DamagedFileError, match="only 6 of 12 values of x"):
         shards.read_shards([shard_of("x", tensor)], index, lambda name: nullcontext(tmp_path / name))

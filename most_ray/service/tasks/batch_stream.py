@@ -6,7 +6,6 @@ construction, so no rank runs out of batches before another.
 
 from __future__ import annotations
 
-import itertools
 import json
 import socket
 import time
@@ -49,13 +48,19 @@ def stream_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
     """
     chunk, status = steps_per_block(spec), _FetchStatus(first)
     span, streamed = chunk * _BLOCKS_PER_DATASET, min(last + 1, first + chunk)
+    status.made_here = (first, streamed - 1)
 
     def later_batches() -> Iterator[Batch]:
         for start in range(streamed, last + 1, span):
             yield from _stream_span(spec, start, min(last, start + span - 1), chunk, status)
 
+    def all_batches() -> Iterator[Batch]:
+        yield from own_batches(spec, first, streamed - 1)
+        status.made_here = None
+        yield from later
+
     later = prefetch(later_batches(), 0.0, status.stage)  # begins now; how long it may take is the concern of whoever reads
-    return prefetch(itertools.chain(own_batches(spec, first, streamed - 1), later), spec.timeout_s, status.stage)
+    return prefetch(all_batches(), spec.timeout_s, status.stage)
 
 
 class _FetchStatus:
@@ -65,11 +70,14 @@ class _FetchStatus:
     def __init__(self, first: int) -> None:
         self.stream = uuid.uuid4().hex  # id of the stream, part of its keys
         self.waiting_for = (first, first)  # first and last step of the block that is due
+        self.made_here: tuple[int, int] | None = None  # those of the block that this process makes first, until it is read
 
     def stage(self) -> str:
         """What the block that is due is waiting for."""
-        first, last = self.waiting_for
+        first, last = self.made_here or self.waiting_for
         block = f"steps {first} to {last}"
+        if self.made_here:
+            return f"stage read (records from the token store): {block}, on {socket.gethostname()}, in the training process"
         try:
             note = kv_get(_note_key(self.stream, first))
             cpus, free = (resources.get("CPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources()))

@@ -21,7 +21,7 @@ from rich.console import Console
 from most_ray.checkpoint import catalog
 from most_ray.console.terminal import print_line
 from most_ray.distributed.topology import Topology
-from most_ray.errors import UserError
+from most_ray.errors import UserError, count_of
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
 from most_ray.runs.interrupts import stopped_text
@@ -99,6 +99,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
     try:
         while True:
             topology = _wait_for_resources(prepared, check_nodes, shutdown, console, request)
+            print_line(console, f"Starting {count_of(topology.world_size, 'worker')}")
             watcher, error = _attempt(prepared, topology, validation, shutdown, request)
             if error is None and (watcher.reason is None or is_complete(prepared)):
                 return
