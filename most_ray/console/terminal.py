@@ -8,12 +8,15 @@ import contextlib
 import logging
 import re
 import sys
+import textwrap
 import threading
+from collections.abc import Sequence
 from typing import IO, Any, TextIO, cast
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from most_ray.console.streams import drop_stream
@@ -52,19 +55,58 @@ class _Output:
 class Terminal(Console):
     """A console that shows text as it is: without markup or highlighting, with control characters as escapes, without credentials.
 
+    Where the output is no terminal, tables are the lines of `table_lines`: viewers of logs, Ray's among them, make one blank of several.
+
     Args:
         log_width: characters of a line where the output is no terminal: a log file has no width of its own.
-        options: those of rich's Console.
+        options: those of rich's Console; with `width` the output is a screen of that width, whatever it is written to.
     """
 
     def __init__(self, log_width: int | None = None, **options: Any) -> None:
         file = options.pop("file", None) or _Output()
+        self._is_log = not (file.isatty() or options.get("force_terminal") or options.get("width"))
         width = options.pop("width", None) or (None if file.isatty() else log_width)
         super().__init__(file=cast(IO[str], file), width=width, markup=False, highlight=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         # Of all texts: arguments of print, cells, headings and titles of tables.
         return super().render_str(shown_text(text), **{**options, "markup": False, "emoji": False})
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        for each in objects if self._is_log else ():
+            if isinstance(each, Table):
+                for line in table_lines(each, self.width):
+                    print_line(self, line)
+            else:
+                super().print(each, **options)
+        if not self._is_log:
+            super().print(*objects, **options)
+
+
+def table_lines(table: Table, width: int) -> list[str]:
+    """A table as lines that read alike in any font, at any width, and without their leading blanks: its title, then for each row
+    `- heading: cell | heading: cell ...`, in further lines from a `|` on where it is wider than `width` characters. Empty cells are left
+    out."""
+    lines = [shown_text(str(table.title))] if table.title else []
+    headings = [str(column.header) for column in table.columns]
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        cells = [(heading, str(cell).strip()) for heading, cell in zip(headings, row, strict=True)]
+        lines += _row_lines([shown_text(f"{heading}: {text}" if heading else text) for heading, text in cells if text], width)
+    return [*lines, *([shown_text(str(table.caption))] if table.caption else [])]
+
+
+def _row_lines(parts: Sequence[str], width: int) -> list[str]:
+    """A row of `table_lines`, from its parts."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and cell_len(lines[-1]) + cell_len(part) + 3 <= width:
+            lines[-1] += f" | {part}"
+        else:
+            first = "  | " if lines else "- "
+            lines += textwrap.wrap(
+                part, width, initial_indent=first, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+            )
+    return lines
 
 
 class _TextColumn(ProgressColumn):

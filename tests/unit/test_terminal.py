@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.progress import TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from most_ray.cli import main
-from most_ray.console.terminal import LogFormatter, Terminal, print_line, progress_bar, say, write_log
+from most_ray.console.terminal import LogFormatter, Terminal, print_line, progress_bar, say, table_lines, write_log
 
 HOSTILE = "[/b]\x1b]52;c;cm0=\x07\x9b31m\u202e s3://user:sekret@bucket/x :smile: \udcff"
 WORDS = Path(sys.executable).with_name("most-ray")
@@ -42,6 +44,59 @@ def test_a_terminal_shows_data_as_it_is(capsys: pytest.CaptureFixture[str]) -> N
     say(HOSTILE, sys.stderr)
     for stream in capsys.readouterr():
         check(stream)
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def sample_table() -> Table:
+    table = Table("set", "", Column("WER", justify="right"), title="Word error rate")
+    table.add_row("asr/takes", Text("ok", "green"), "2.50%")
+    table.add_section()
+    table.add_row("asr/a set of a long name", "", "-")
+    return table
+
+
+def test_tables_in_a_log_name_what_each_figure_is() -> None:
+    """Ray's log viewer makes one blank of several, at the beginning of a line none, and does not break lines."""
+    sink = io.StringIO()
+    Terminal(40, file=sink).print(sample_table())
+    assert sink.getvalue().splitlines() == [
+        "Word error rate",
+        "- set: asr/takes | ok | WER: 2.50%",
+        "- set: asr/a set of a long name | WER: -",
+    ]
+
+
+def test_a_row_that_is_wider_than_a_log_goes_on_in_the_next_line() -> None:
+    table = Table("check", "finding", "where")
+    table.add_row("room", "needs 4 CPU, the cluster has 2, and " + "x" * 50, "\u6570" * 20)
+    assert table_lines(table, 40) == [
+        "- check: room",
+        "  | finding: needs 4 CPU, the cluster",
+        "    has 2, and",
+        "    " + "x" * 50,  # a path or URI is not cut
+        "  | where: " + "\u6570" * 20,
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{"file": Screen()}, {"file": io.StringIO(), "width": 60}, {"file": io.StringIO(), "force_terminal": True}]
+)
+def test_tables_on_a_screen_have_frames(options: dict[str, Any]) -> None:
+    Terminal(40, **options).print(sample_table())
+    assert "\u2502" in options["file"].getvalue()
+
+
+def test_a_table_in_a_log_shows_data_as_it_is() -> None:
+    sink = io.StringIO()
+    table = Table(HOSTILE, title=HOSTILE, caption=HOSTILE)
+    table.add_row(HOSTILE)
+    Terminal(300, file=sink).print(table, HOSTILE)
+    check(sink.getvalue())
+    assert sink.getvalue().count("[/b]") == 5
 
 
 def test_a_progress_bar_shows_data_as_it_is() -> None:
