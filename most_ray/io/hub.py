@@ -10,6 +10,7 @@ from pathlib import Path
 
 from most_ray.errors import CheckpointError, one_line
 from most_ray.io.uris import is_remote, local, redact
+from most_ray.io.waits import waiting_for
 
 PREFIX = "hf:"  # of a name on the hub
 # Files of a model's repository, at its root, that are fetched: weights in safetensors, configurations and tokenizers, no code.
@@ -77,9 +78,10 @@ def _fetch(name: str, field: str, pickled: bool) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        folder = snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=["*/*"])
-        if pickled and not any(Path(folder).glob("*.safetensors")):
-            folder = snapshot_download(name, allow_patterns=list(_PICKLED), ignore_patterns=["*/*"])
+        with waiting_for(f"the Hugging Face hub to send {name}"):
+            folder = snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=["*/*"])
+            if pickled and not any(Path(folder).glob("*.safetensors")):
+                folder = snapshot_download(name, allow_patterns=list(_PICKLED), ignore_patterns=["*/*"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         remedy = "Check the name and the network (with HF_HUB_OFFLINE=1, it must be in the cache), or name a folder."
         raise CheckpointError(field, PREFIX + redact(name), f"cannot be fetched from the hub ({one_line(error)}).", remedy) from error

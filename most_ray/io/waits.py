@@ -12,6 +12,7 @@ from typing import Any
 from most_ray.io.uris import redact
 
 _FIRST_S, _EVERY_S = 3.0, 5.0  # seconds until the first line, and between two
+_LATER_S, _RARELY_S = 60.0, 30.0  # after so many seconds, as of a large download: the seconds between two lines
 _logger = logging.getLogger(__name__)
 _active = threading.local()  # `waiting`: this thread says already what it waits for
 
@@ -35,9 +36,10 @@ def waiting_for(what: str, limit_s: float | None = None, say: Callable[[str], An
     def speak() -> None:
         pause = _FIRST_S
         while not ended.wait(pause):
-            pause = _EVERY_S
+            waited = time.monotonic() - began
+            pause = _EVERY_S if waited < _LATER_S else _RARELY_S
             with contextlib.suppress(OSError):  # the reader has gone: the block's own output finds that
-                say(f"waiting for {redact(what)}: {time.monotonic() - began:.0f} s{until}")
+                say(f"waiting for {redact(what)}: {waited:.0f} s{until}")
 
     speaker = threading.Thread(target=speak, name="waiting", daemon=True)
     _active.waiting = True

@@ -30,6 +30,8 @@ folder = next(word.split("=", 1)[1] for word in sys.argv if word.startswith("--t
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 (here / "above.json").write_text(json.dumps([folder, stat.S_IMODE(pathlib.Path(folder).parent.stat().st_mode)]))
 pathlib.Path(folder).mkdir(0o777)
+if os.environ.get("TEST_HEAD") == "silent":
+    signal.pause()
 pathlib.Path(folder, "ray_current_cluster").write_text("127.0.0.1:4321")
 signal.pause()
 """
@@ -166,6 +168,15 @@ def test_ports_are_free_ones_and_one_node_stays_on_loopback(job: Job) -> None:
         assert {"--head", "--block", "--port=0", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", "--num-cpus=4"} <= set(words)
         ports |= {word for word in words if word.startswith(("--dashboard-port=", "--ray-client-server-port="))}
     assert len(ports) == 4 and all(int(port.split("=")[1]) > 1024 for port in ports)
+
+
+def test_a_head_that_is_waited_for_is_said_and_given_up(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train.sbatch"
+    script.write_text(SCRIPT.read_text().replace("due=3", "due=0").replace("READY_WITHIN=180", "READY_WITHIN=1"))
+    monkeypatch.setitem(globals(), "SCRIPT", script)
+    code, out, err = job.run(TEST_HEAD="silent")
+    assert code == 2 and re.search("train.sbatch: waiting for Ray's head node: [01] s, until 1 s", out)
+    assert "Ray's head node was not up within 1 s." in err and job.leftovers() == []
 
 
 def test_a_head_that_does_not_come_up_is_told(job: Job) -> None:

@@ -326,7 +326,7 @@ def _wait_until_stopped(client: JobSubmissionClient, target: str, write: Write) 
 
 
 def _stopped_line(client: JobSubmissionClient, target: str) -> str:
-    """What a run has said as it stopped (whether a checkpoint was written); empty where its log does not tell."""
+    """What a run has said as it stopped (whether a checkpoint was written); empty where its log does not have it."""
     try:
         lines = client.get_job_logs(target).splitlines()
     except (*_NO_ANSWER, AuthenticationError, ValueError, TypeError, KeyError):  # it is a courtesy
