@@ -22,7 +22,7 @@ def all_gather_or_raise(work: Callable[[], Any], group: Any = None) -> list[Any]
     answers: list[Any] = [(value, error)]
     if dist := process_groups():
         answers = [None] * dist.get_world_size()
-        dist.all_gather_object(answers, (value, error), group)
+        dist.all_gather_object(object_list=answers, obj=(value, error), group=group)
     for _, failure in answers:
         if failure is not None:
             raise failure

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import pytest
 import yaml
 
 from most_ray.config import RunConfig, config_from, to_yaml
-from most_ray.errors import TopologyError, UserError
+from most_ray.errors import ConfigError, TopologyError, UserError
+from most_ray.large_imports import at_once
 from most_ray.options import to_plain
 from most_ray.runs.first_checks import first_checks, inputs_digest, unchanged_summary
 from most_ray.runs.lifecycle import begin_run, finish_run
+from most_ray.service.cluster import connection
 from tests.support.runs import go, prepare_small
 
 LARGE = ("torch", "transformers", "ray", "scipy", "sympy", "pandas", "torchao", "sklearn")
@@ -148,3 +152,36 @@ def test_sizes_are_checked_for_the_workers_that_torchrun_has_started(tmp_path: P
     first_checks(config_from(values), workers=2)
     with pytest.raises(TopologyError, match="ep_size = 2"):
         first_checks(config_from(values), workers=3)
+
+
+def test_imports_at_once_leave_the_collector_as_it_was() -> None:
+    before = gc.get_freeze_count()
+    with at_once():
+        assert not gc.isenabled()
+        made = [[] for _ in range(100)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before + len(made)
+    gc.disable()
+    try:
+        with at_once():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_ray_starts_beside_and_its_error_comes_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread lives on: Linux would end Ray's processes together with the thread that has started them."""
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(connection, "connect", lambda config, cpus: threads.append(threading.current_thread()))
+    connection.start_beside(RunConfig(), 2)()
+    assert threads[0] is not threading.main_thread()
+    assert threads[0].is_alive()
+
+    def refuse(config: RunConfig, cpus: int) -> None:
+        raise ConfigError("ray_address", None, f"needs {cpus} CPUs.")
+
+    monkeypatch.setattr(connection, "connect", refuse)
+    wait = connection.start_beside(RunConfig(), 2)
+    with pytest.raises(ConfigError, match="needs 4 CPUs"):
+        wait()

@@ -1,8 +1,8 @@
 """What the cluster modules use of Ray 2.60 that is not public, in one place for whoever upgrades Ray.
 
 Private names of a single subject stay with it: requests for nodes (capacity.py), joining (address.py), the process group
-(process_group.py), jobs (job_package.py, submit.py), Ray Data's executor (tasks/batch_stream.py), the trainer's errors
-(training/attempts.py), and Tune's schedulers and search (tune/schedulers.py, tune/search.py).
+(process_group.py), jobs (job_package.py, submit.py), Ray Data's executor (tasks/batch_stream.py), the trainer and its
+errors (training/attempts.py), and Tune's schedulers and search (tune/schedulers.py, tune/search.py).
 """
 
 from __future__ import annotations
