@@ -13,6 +13,7 @@ from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
+from most_ray.large_imports import at_once
 from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, SHARE, parse_number
 from most_ray.records.record import N_UNITS
 from most_ray.runs.room import check_actors
@@ -237,8 +238,12 @@ records. With a store_dir on an object store each node caches what it reads in M
 def _store(args: argparse.Namespace) -> int:
     config = config_of(args)
     from most_ray.console.run_screens import print_stores
-    from most_ray.runs.resolve import make_stores
-    from most_ray.service.tasks.ingest_tasks import ingest_runner
+    from most_ray.runs.first_checks import check_directories
+
+    check_directories(config)
+    with at_once():
+        from most_ray.runs.resolve import make_stores
+        from most_ray.service.tasks.ingest_tasks import ingest_runner
 
     started = time.monotonic()
     print_stores(make_stores(config, args.verify, ingest_runner), time.monotonic() - started, Terminal())
