@@ -11,7 +11,7 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, add_command, check_model, check_records, config_of_flags
-from most_ray.console.terminal import say
+from most_ray.console.terminal import say, say_meanwhile
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.outputs import check_file
@@ -81,6 +81,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     check_model(args.model)
     for flag in ("asr_dirs", "tts_dirs", "text_dirs"):
         check_records(flag, getattr(args, flag))
+    say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.evaluation.evaluate import Directories
         from most_ray.evaluation.inline import EvaluationJob

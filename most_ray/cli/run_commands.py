@@ -14,7 +14,7 @@ from most_ray import config as configuration
 from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
 from most_ray.cli.parser import AGAIN, add_command, check_records, config_of, number
-from most_ray.console.terminal import Terminal, say
+from most_ray.console.terminal import Terminal, say, say_meanwhile
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
@@ -85,6 +85,7 @@ def _init_model(args: argparse.Namespace) -> int:
     if args.preset and not args.records:
         raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
     check_new_folder("output", args.output)
+    say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.model.build import from_deepseek, init_model
         from most_ray.runs.resolve import texts_of
@@ -112,7 +113,9 @@ def _train(args: argparse.Namespace) -> int:
         from most_ray.runs.first_checks import check_sizes
 
         check_sizes(config)
-        from most_ray.planner.dry_run import dry_run
+        say_meanwhile("Loading torch and transformers")
+        with at_once():
+            from most_ray.planner.dry_run import dry_run
         from most_ray.planner.screen import dry_screen
 
         dry_screen(dry_run(config, args.dry_run), console)
@@ -149,8 +152,10 @@ def _plan(args: argparse.Namespace) -> int:
     from most_ray.runs.first_checks import first_checks
 
     first_checks(config)
-    from most_ray.runs.resolve import prepare_run
-    from most_ray.service.tasks.ingest_tasks import ingest_runner
+    say_meanwhile("Loading torch and transformers")
+    with at_once():
+        from most_ray.runs.resolve import prepare_run
+        from most_ray.service.tasks.ingest_tasks import ingest_runner
 
     plan = prepare_run(config, ingest_runner).plan
     lines = ({"step": step, "records": plan.record_ids(plan.step(step))} for step in range(first, last + 1))
@@ -175,7 +180,9 @@ def _export(args: argparse.Namespace) -> int:
     from most_ray.checkpoint import catalog
 
     catalog.read_marker(args.checkpoint)  # raises CheckpointError before the libraries are loaded
-    from most_ray.checkpoint.export import export_checkpoint
+    say_meanwhile("Loading torch and transformers")
+    with at_once():
+        from most_ray.checkpoint.export import export_checkpoint
 
     export_checkpoint(args.checkpoint, args.output)
     say(str(args.output))
@@ -191,6 +198,7 @@ def _sweep(args: argparse.Namespace) -> int:
     from most_ray.runs.first_checks import check_directories
 
     check_directories(run)
+    say(f"Sweep {storage.redact(run.run_uri)}: loading torch, transformers and Ray Tune")
     with at_once():
         from most_ray.service.tune.runner import run_sweep
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, Parser, add_command, check_model, check_records, config_of_flags, number, print_error
-from most_ray.console.terminal import say
+from most_ray.console.terminal import say, say_meanwhile
 from most_ray.errors import ConfigError, DataError, RecordError, printable
 from most_ray.io import storage
 from most_ray.io.json_values import json_text
@@ -278,6 +278,7 @@ def _assets_folder(args: argparse.Namespace) -> str:
     if not args.model:
         return str(args.speech)
     check_model(args.model)
+    say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.checkpoint.export import open_description
         from most_ray.io.run_folder import local_copy

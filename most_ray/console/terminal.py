@@ -147,6 +147,12 @@ def say_in_handler(text: str) -> None:
     threading.Thread(target=write, name="say-in-handler", daemon=True).start()
 
 
+def say_meanwhile(text: str) -> None:
+    """Say on a terminal what a command does before its first result; files and pipes get results alone."""
+    if sys.stderr.isatty():
+        say(text, stream=sys.stderr)
+
+
 def write_log(text: str) -> None:
     """Write a part of another process's log to standard output: its lines, without colours, as `shown_text` makes them."""
     lines = _COLOUR.sub("", text).expandtabs(4).replace("\r\n", "\n").replace("\r", "\n").split("\n")
