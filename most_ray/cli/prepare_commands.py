@@ -39,6 +39,7 @@ def add(commands: Any) -> None:
     _fit_flags(units)
     units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
     units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
+    units.add_argument("--licence", help="of the recordings and texts, for units.json and reports (default: a published corpus' own)")
     text = "end with an error where a larger share of the corpus' entries cannot be used (default: 0.5, if they are more than six)"
     units.add_argument("--max_rejected_fraction", action=number(float, SHARE), help=text)
     text = "file format of the records (default: jsonl.gz)"
@@ -163,7 +164,7 @@ def _units(args: argparse.Namespace) -> int:
         raise ConfigError("perturb", args.perturb, "is not a list of numbers as 0.9,1.0,1.1.") from error
     fit = _how_many("fit_kmeans", args.fit_kmeans)
     more = {"kmeans": args.kmeans, "fit_kmeans": fit, "perturb": perturb, "keep_repeats": args.keep_repeats, "form": args.form}
-    more["max_rejected_fraction"] = args.max_rejected_fraction
+    more |= {"max_rejected_fraction": args.max_rejected_fraction, "licence": args.licence}
     job = _job(args, output=args.output, **more)
     counts = prepare_units(job, _progress, _runner(args, job))
     unchanged = ": nothing has changed" if counts.get("unchanged") else ""

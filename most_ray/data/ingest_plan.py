@@ -82,7 +82,7 @@ def plan_ingest(directory: str | Path, recipe: Recipe, store_root: str | Path) -
         "name": base.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json"),
         "source": storage.redact(directory),
         "content": _content(entries, digests),
-        "units": read_units_manifest(directory),
+        "units": _what_units_mean(read_units_manifest(directory)),
         **recipe.fingerprint(),
     }
     identity = {key: value for key, value in manifest.items() if key not in ("name", "source")}
@@ -163,6 +163,11 @@ def _parts(entry: Entry, digests: Sequence[str], recipe: Recipe, root: str) -> I
         key = digest(json.dumps([made_with, i > 0, around]).encode())
         start, stop = i * RANGE, None if i == n - 1 else (i + 1) * RANGE
         yield Part(entry.uri, start, stop, key, storage.join(root, key), min(entry.size - start, RANGE) if n > 1 else entry.size)
+
+
+def _what_units_mean(manifest: dict[str, object] | None) -> dict[str, object] | None:
+    """A units manifest without what says nothing about the units, so that the store does not depend on it."""
+    return manifest and {key: value for key, value in manifest.items() if key != "licence"}
 
 
 def read_units_manifest(directory: str | Path) -> dict[str, object] | None:

@@ -15,6 +15,7 @@ from most_ray.data.plan import check_units as common_units
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.hypotheses import Row, evaluation_result, hypotheses_path, write_hypotheses, write_result
+from most_ray.evaluation.origins import add_origins
 from most_ray.evaluation.scoring import EvalShard, EvaluationSet, EvaluationSettings, asr_instruction
 from most_ray.evaluation.wer import NORMALISER_VERSION
 from most_ray.io import storage
@@ -93,6 +94,7 @@ def merge_shards(
     used = {name: storage.redact(value) if isinstance(value, str) else value for name, value in used.items()}
     routing = load_summary(torch.from_numpy(np.sum([shard.load for shard in shards], axis=0)), config)
     used |= {"asr_instruction": asr_instruction(tokenizer, sets), "normaliser_version": NORMALISER_VERSION}
+    used |= {"directories": {each.name: storage.redact(each.directory) for each in sets}}
     header = {"settings": used, "sets": about, "routing": routing}
-    ordered = [rows[key] for key in wanted]
+    ordered = add_origins([rows[key] for key in wanted], sets, vocabulary_of(tokenizer).ids)
     return Evaluation(header, ordered, evaluation_result(header, ordered))

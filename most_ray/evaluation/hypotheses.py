@@ -7,6 +7,7 @@ tokens; null if it is not finite), supervised_tokens, and
     asr: reference, hypothesis, both also normalised, ended (false: length cap), looping, foreign (tokens of speech);
     tts: text and recognised (what the model itself recognises in its speech), both also normalised, reference and hypothesis (units), ended
         (by the end-of-audio marker), hit_cap, looping, foreign (tokens that are not units); `heard`, if an external recogniser was used.
+Where the records say more, `metadata` (texts, numbers and flags by column) and, in the ASR rows with most errors, `spoken` (see `origins`).
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def _is_count(value: Any) -> bool:
 def _is_loss(value: Any) -> bool:
     """Whether a value is null, or a number whose sums stay finite."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e200)
+
+
+def is_value(value: Any) -> bool:
+    """Whether something is a text, a number or a flag, as the columns of records are by which errors can be grouped."""
+    return isinstance(value, str) or (isinstance(value, bool | int | float) and abs(value) < 1e200)  # false for NaN
 
 
 Fields = Mapping[str, Callable[[Any], bool]]  # names of fields, and whether a value may be theirs
@@ -273,6 +279,9 @@ def _record_line(line: Any, where: str, sets: dict[str, Any]) -> dict[str, Any]:
     _check_fields(line, _FIELDS[line["task"]], where)
     if not _is_text(outside := line.get("heard", "")):
         raise DataError("rescore", where, f"has {shown(outside)} in field `heard`.", _REMEDY)
+    for name, value in (("metadata", line.get("metadata", {})), ("spoken", line.get("spoken", {}))):
+        if not isinstance(value, dict) or not all(map(is_value, value.values())):
+            raise DataError("rescore", where, f"has {shown(value)} in field {name!r}.", _REMEDY)
     if line["set"] not in sets or sets[line["set"]]["task"] != line["task"]:
         raise DataError("rescore", where, f"belongs to no set of line 1: {shown(line['set'])}.", _REMEDY)
     return line

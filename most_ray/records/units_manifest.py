@@ -73,6 +73,8 @@ def check_units_manifest(manifest: object, needed: tuple[str, ...] = ()) -> dict
             raise ValueError(f"has {key} {shown(identity[key])}, which is not {rule}")
     if not isinstance(manifest.get("encoder", ""), str):
         raise ValueError("has an encoder that is no name")
+    if not isinstance(manifest.get("licence", ""), str):
+        raise ValueError("has a licence that is no text")
     if manifest.get("neighbours") is not None:
         _check_neighbours(manifest["neighbours"], identity.get("n_units"))
     if manifest.get("reference") is not None:

@@ -7,7 +7,7 @@ FSDD=${1:?name the folder of the recordings}
 HERE=$(dirname "$0")
 RUN="${BIN:-.venv/bin}/most-ray prepare"
 KMEANS=$HERE/train_asr/kmeans.npy
-units() { $RUN units --corpus folder --input "$FSDD" --name fsdd --features mfcc --num_actors 0 "$@"; }
+units() { $RUN units --corpus folder --input "$FSDD" --name fsdd --licence "CC BY-SA 4.0" --features mfcc --num_actors 0 "$@"; }
 
 units --output "$HERE/train_asr" --kmeans "$KMEANS" --perturb 0.85,0.92,1.0,1.08,1.17 --where 'speaker!=lucas' split=train
 units --output "$HERE/test_takes" --kmeans "$KMEANS" --where 'speaker!=lucas' split=test

@@ -293,12 +293,15 @@ class Layout:
 
     read: Callable[[CorpusOptions], Entries]
     signs: tuple[str, ...]  # glob patterns: a folder in which one of them finds a file is taken for a corpus of this layout
+    licence: str = ""  # under which its recordings and texts are published; empty: unknown
 
 
 PUBLISHED = {
-    "librispeech": Layout(read_librispeech, ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt")),
-    "libriheavy": Layout(read_libriheavy, (f"{_CUTS}*.jsonl.gz", f"{_CUTS}*.jsonl")),
-    "common_voice": Layout(read_common_voice, ("validated.tsv",)),
-    "voxpopuli": Layout(read_voxpopuli, ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv")),
-    "an4": Layout(read_an4, ("etc/*.fileids",)),
+    "librispeech": Layout(read_librispeech, ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt"), "CC BY 4.0"),
+    "libriheavy": Layout(
+        read_libriheavy, (f"{_CUTS}*.jsonl.gz", f"{_CUTS}*.jsonl"), "recordings: public domain (LibriVox); texts: Apache 2.0"
+    ),
+    "common_voice": Layout(read_common_voice, ("validated.tsv",), "CC0 1.0"),
+    "voxpopuli": Layout(read_voxpopuli, ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv"), "CC0 1.0"),
+    "an4": Layout(read_an4, ("etc/*.fileids",), "BSD-style, Carnegie Mellon University"),
 }

@@ -17,7 +17,7 @@ from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import check_file
 from most_ray.records.record import N_UNITS
 from most_ray.speech.corpora.audio import MAX_SECONDS
-from most_ray.speech.corpora.corpus import Condition, CorpusOptions, check_conditions, check_speaker_column, dataset_name
+from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, check_conditions, check_speaker_column, dataset_name
 from most_ray.speech.units import clustering
 from most_ray.speech.units.clustering import Algorithm, SpeakerStatistics, kmeans_hash
 from most_ray.speech.units.corpus_parts import VERSION, PartTask, Progress, Runner, Scan, json_digest, run_in_process, scan_corpus
@@ -52,6 +52,7 @@ class UnitsJob:
     form: Literal["jsonl.gz", "jsonl", "json"] = "jsonl.gz"  # of the records
     seed: int = 0  # of k-means and of the sample of frames
     max_rejected_fraction: float | None = None  # of the corpus' entries; with more the command fails. None: see output.check_rejected
+    licence: str | None = None  # of the recordings and texts; None: that of a published corpus
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,12 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
             centroids = _fit(job, statistics)
         task = stages.encode(features_key, centroids, statistics.speakers)
         manifest = clustering.build_manifest(extractor.identity, extractor.rate_hz, centroids, not job.keep_repeats, extractor.source)
+        if licence := job.licence or LAYOUTS[job.corpus.layout].licence:
+            manifest["licence"] = licence
         if statistics.speakers:
             manifest["reference"] = _reference(statistics.speakers)
         written = publish_records(job.corpus.directory, job.output, scan, task, manifest, centroids, job.max_rejected_fraction)
-        result = {**written, "speakers": len(statistics.speakers), "units": len(centroids)}
+        result = {**written, "speakers": len(statistics.speakers), "units": len(centroids), "corpus": task.corpus}
         mark_prepared(job.output, {"key": key, **result})
         shutil.rmtree(scratch, ignore_errors=True)
     return result
@@ -206,6 +209,7 @@ def _job_key(job: UnitsJob, scan: Scan, features_key: str, centroids: np.ndarray
     parts = [(part.key, part.speed) for part in scan.parts]
     units = kmeans_hash(centroids) if centroids is not None else [job.fit_kmeans, job.algorithm, job.fit_frames, job.seed]
     settings = [job.speaker_column, job.keep_repeats, job.max_seconds, job.form, dataset_name(job.corpus)]
+    settings += [job.licence] if job.licence else []
     return json_digest(parts, scan.unusable_key, VERSION, features_key, units, settings)
 
 
@@ -245,7 +249,9 @@ class _Stages:
         codebook = write_codebook(self.scratch / "codebook.npz", centroids, speakers)
         key = json_digest(kmeans_hash(centroids), json_digest(sums))
         settings = self._common(features_key) | {"codebook": str(codebook), "codebook_key": key}
-        task = EncodeUnits(**settings, keep_repeats=job.keep_repeats, name=dataset_name(job.corpus), form=job.form)
+        root = job.corpus.directory.absolute()
+        settings |= {"keep_repeats": job.keep_repeats, "name": dataset_name(job.corpus), "form": job.form}
+        task = EncodeUnits(**settings, corpus=str(root if root.is_dir() else root.parent))
         self._make_parts(task, "units")
         return task
 

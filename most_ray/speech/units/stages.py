@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,7 @@ class EncodeUnits(_Stage):
     codebook_key: str  # hash of its content
     keep_repeats: bool
     name: str  # of the data set, for the records' metadata
+    corpus: str  # its folder, below which the records name their recordings
     form: str  # of the records: a key of _SUFFIX
 
     def target(self, part: Part) -> Path:
@@ -139,7 +141,13 @@ class EncodeUnits(_Stage):
             units = assign(values, centroids)
             units = units if self.keep_repeats else remove_repeats(units)
             seconds, longest = seconds + length, max(longest, len(units) + len(item["text"]))
-            metadata = {**item["columns"], "dataset": self.name, "duration": round(length, 3), "unit_rate_hz": extractor.rate_hz}
+            metadata = {
+                **self._recording(item),
+                **item["columns"],
+                "dataset": self.name,
+                "duration": round(length, 3),
+                "unit_rate_hz": extractor.rate_hz,
+            }
             metadata |= {"deduplicated": not self.keep_repeats, **speed}
             record = {"id": f"{item['id']}_sp{part.speed:g}" if speed else item["id"], "instruction": ASR_INSTRUCTION}
             record |= {"input": units_to_text(units.tolist()), "output": item["text"], "metadata": metadata}
@@ -151,6 +159,14 @@ class EncodeUnits(_Stage):
         lines = "".join(records).encode()
         storage.write_bytes(target, gzip.compress(lines, compresslevel=6, mtime=0) if self.form == "jsonl.gz" and lines else lines)
         return {"seconds": seconds, "utterances": len(items)}
+
+    def _recording(self, item: Item) -> dict[str, Any]:
+        """Where an utterance was read from: its recording, with the second that it begins at and the channel where it is a part."""
+        path = Path(item["path"])
+        below = path.relative_to(self.corpus).as_posix() if path.is_relative_to(self.corpus) else str(path)
+        part = {"start": item["start"]} if item["start"] or item["duration"] is not None else {}
+        channel = item.get("channel")
+        return {"recording": below, **part, **({} if channel is None or channel < 0 else {"channel": channel})}
 
     def _normalise(self, values: np.ndarray, item: Item, speed: float, speakers: Normalisation) -> np.ndarray:
         speaker = _speaker_of(item, self.speaker_column, speed)
