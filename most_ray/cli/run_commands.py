@@ -57,6 +57,8 @@ def add(commands: Any) -> None:
 
     report = add_command(commands, "report", _report, "write an HTML page about one run, several runs side by side, or a sweep", AGAIN)
     report.add_argument("runs", type=as_given(str), nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
+    text = "folder of the recordings that were evaluated, to play the worst recognised ones (default: where their records say)"
+    report.add_argument("--audio", type=as_given(Path), metavar="DIR", help=text)
     report.add_argument("--output", type=to_write(Path), help="HTML file (default: RUN/report.html; for several runs report.html)")
 
     export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout", AGAIN)
@@ -171,7 +173,7 @@ def _report(args: argparse.Namespace) -> int:
     apart = storage.is_remote(args.runs[0]) or len(args.runs) > 1
     output = args.output or (Path("report.html") if apart else storage.local(args.runs[0]) / "report.html")
     check_file("output", output, REPORT)
-    write_report(args.runs, output)
+    write_report(args.runs, output, args.audio)
     say(str(output))
     return 0
 

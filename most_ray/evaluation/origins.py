@@ -1,5 +1,5 @@
-"""What the records of an evaluation say beside text and speech: columns by which errors can be grouped, and, of the records with most errors,
-how to listen to them. It goes into hypotheses.jsonl, as `metadata` and `spoken`; no figure of the result follows from it."""
+"""What the records of an evaluation say beside text and speech: columns by which errors can be grouped, and, where there are most errors,
+how to listen to the records. It goes into hypotheses.jsonl, as `metadata` and `spoken`; no figure of the result follows from it."""
 
 from __future__ import annotations
 
@@ -54,12 +54,17 @@ def add_origins(rows: Sequence[Row], sets: Sequence[EvaluationSet], ids: TokenId
 
 
 def worst(rows: Sequence[Row], count: int) -> list[Row]:
-    """Of recognised records at most `count` that have errors, those with most errors per word of the reference first."""
-    texts = ([row.get(f"normalised_{side}", row[side]) for row in rows] for side in ("reference", "hypothesis"))
-    counts = word_counts(*texts)
+    """Of recognised records at most `count` that have errors: those with most errors per word of the reference first, and each error once
+    before any comes a second time."""
+    references, hypotheses = ([str(row[f"normalised_{side}"]) for row in rows] for side in ("reference", "hypothesis"))
+    counts = word_counts(references, hypotheses)
     rates = counts.errors / np.maximum(counts.reference, 1)
-    order = np.lexsort((np.arange(len(rows)), -counts.errors, -rates))
-    return [rows[index] for index in order[:count] if counts.errors[index]]
+    order = [int(index) for index in np.lexsort((-counts.errors, -rates)) if counts.errors[index]]
+    first: dict[tuple[str, str], int] = {}
+    for index in order:
+        first.setdefault((references[index], hypotheses[index]), index)
+    new = set(first.values())
+    return [rows[index] for index in [*first.values(), *(index for index in order if index not in new)][:count]]
 
 
 @functools.lru_cache(maxsize=16)

@@ -125,6 +125,11 @@ def character_counts(references: Sequence[str], hypotheses: Sequence[str]) -> Ed
     return _counts(jiwer.process_characters(list(references), list(hypotheses)) if references else None)
 
 
+def of_records(counts: EditCounts, rows: Sequence[int]) -> EditCounts:
+    """The counts of some of the records."""
+    return EditCounts(*(column[list(rows)] for column in vars(counts).values()))
+
+
 def _counts(output: Any) -> EditCounts:
     """Counts from jiwer's output; None: no records."""
     counts = np.zeros((4, len(output.alignments) if output else 0), np.int64)
@@ -161,15 +166,19 @@ def bootstrap_interval(errors: np.ndarray, reference: np.ndarray, resamples: int
 
 def confusions(references: Sequence[str], hypotheses: Sequence[str], most: int = 30) -> list[list[Any]]:
     """The `most` most frequent [reference word, hypothesis word, times] that differ; a word is empty in a deletion or insertion."""
+    found = [(pair, times) for pair, times in word_pairs(references, hypotheses).items() if pair[0] != pair[1]]
+    return [[left, right, times] for (left, right), times in sorted(found, key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def word_pairs(references: Sequence[str], hypotheses: Sequence[str]) -> collections.Counter[tuple[str, str]]:
+    """How often each (reference word, hypothesis word) is aligned, equal ones too; a word is empty in a deletion or insertion."""
     counter: collections.Counter[tuple[str, str]] = collections.Counter()
     if not references:
-        return []
+        return counter
     output = jiwer.process_words(list(references), list(hypotheses))
     for record, alignment in enumerate(output.alignments):
         reference, hypothesis = output.references[record], output.hypotheses[record]
         for chunk in alignment:
-            if chunk.type in _EDITS:
-                left, right = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
-                counter.update(itertools.zip_longest(left, right, fillvalue=""))
-    ordered = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
-    return [[left, right, times] for (left, right), times in ordered[:most]]
+            left, right = reference[chunk.ref_start_idx : chunk.ref_end_idx], hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            counter.update(itertools.zip_longest(left, right, fillvalue=""))
+    return counter

@@ -40,6 +40,7 @@ START: Mapping[str, Key] = {
     "changed": Key(list[str], "", "what has changed, settings with their values"),
     "global_batch_size": Key(int, "records", "in a step"),
     "total_steps": Key(int, "steps", "the run's goal", gauge=Gauge("most_ray_total_steps", "Steps that the run is to make")),
+    "command": Key(str, "", "that was typed, without credentials"),
     "first_expert_layer": Key(int, "", "index of the first layer with experts; lists by layer begin with it"),
     "experts": Key(_COUNTS, "", "the experts that tokens of the modality may use"),
     "n_experts": Key(int, "", "routed experts of a layer"),

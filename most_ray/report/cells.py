@@ -15,11 +15,13 @@ class Cell:
     """Text of a table cell, with what is drawn around it."""
 
     text: str = ""
-    look: Literal["", "strong", "code", "mark", "none"] = ""  # "none": a placeholder
+    look: Literal["", "strong", "code", "command", "mark", "none"] = ""  # "none": a placeholder
     interval: str = ""  # confidence interval, after the text
     small: str = ""  # small print, at the end
     colour: str = ""  # of a square before the text
     bar: float = 0.0  # length of a bar after the text, in em
+    heat: float = 0.0  # 0 to 1, how strongly the cell is filled
+    right: bool = False  # of a filled cell: in the colour of what is right, not of what is wrong
     kind = "cell"  # which macro draws it
 
 
@@ -45,6 +47,7 @@ class Difference:
 class Player:
     uri: str  # data: URI with the whole sound
     label: str  # for screen readers
+    picture: str = ""  # data: URI of a PNG of its spectrogram
     kind = "player"
 
 

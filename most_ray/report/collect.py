@@ -6,8 +6,8 @@ Missing and incomplete files, lines and values are left out; only a folder witho
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from most_ray.io import storage
 from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.io.yaml_values import parse_yaml
 from most_ray.options import stored_values
-from most_ray.records.files import SPEECH_FOLDER, VOCODER
+from most_ray.records.files import SPEECH_FOLDER, UNITS_MANIFEST, VOCODER
 
 _SPOKEN = 5  # utterances with players
 _UNITS = re.compile(r"\s*(?:\[Hu\d+\]\s*)+")  # a text of speech units alone
@@ -45,6 +45,8 @@ class Hypothesis:
     id: str
     reference: tuple[str, ...]
     hypothesis: tuple[str, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # of the record: texts, numbers and flags
+    spoken: Mapping[str, Any] = field(default_factory=dict)  # its units and recording, see evaluation.origins; of a few with errors
 
     @property
     def wrong(self) -> bool:
@@ -95,7 +97,11 @@ class RunData:
     environment: dict[str, Any]
     hypotheses: dict[str, list[Hypothesis]]  # of the last evaluation, by "task/set"
     speech: list[SpeechSample]  # of the last evaluation
-    kit: str | None  # URI of the folder speech/; None where it has no vocoder or `speech` is empty
+    kit: str | None  # URI of the folder speech/; None where it has no vocoder, or there is nothing to say
+    cards: dict[str, Any] = field(default_factory=dict)  # content of cards.json
+    model: dict[str, Any] = field(default_factory=dict)  # config.json of the model
+    units: dict[str, Any] = field(default_factory=dict)  # content of speech/units.json
+    directories: dict[str, str] = field(default_factory=dict)  # of the evaluated records, by "task/set", paths or URIs
 
     @property
     def step(self) -> int:
@@ -169,11 +175,26 @@ def _read(uri: str, name: str) -> RunData:
         if int(last) not in kinds["evaluation"]:
             evaluations.append({**final, "step": int(last)})
             evaluations.sort(key=lambda line: int(line["step"]))
-    said = _hypothesis_lines(uri, evaluations[-1] if evaluations else {})
+    settings, said = _hypothesis_lines(uri, evaluations[-1] if evaluations else {})
     hypotheses, speech = parse_hypotheses(said), parse_speech(said)
-    kit = storage.join(uri, SPEECH_FOLDER) if speech and storage.exists(storage.join(uri, SPEECH_FOLDER, VOCODER)) else None
+    audible = speech or any(entry.spoken for entries_ in hypotheses.values() for entry in entries_)
+    kit = storage.join(uri, SPEECH_FOLDER) if audible and storage.exists(storage.join(uri, SPEECH_FOLDER, VOCODER)) else None
     judged = [_evaluation(line, hypotheses if line is evaluations[-1] else {}) for line in evaluations]
-    return RunData(name, starts, train, experts, judged, summary, config, environment, hypotheses, speech, kit)
+    cards = read_mapping(uri, "cards.json")
+    model = mapping(cards.get("model")) or _model_config(uri)
+    directories = {str(key): str(value) for key, value in mapping(settings.get("directories")).items()}
+    units = read_mapping(storage.join(uri, SPEECH_FOLDER), UNITS_MANIFEST)
+    about: dict[str, Any] = {"cards": cards, "model": model, "units": units, "directories": directories}
+    return RunData(name, starts, train, experts, judged, summary, config, environment, hypotheses, speech, kit, **about)
+
+
+def _model_config(uri: str) -> dict[str, Any]:
+    """config.json of a run's export, else of its newest checkpoint: runs of earlier versions have no cards.json."""
+    if found := read_mapping(uri, "export/config.json"):
+        return found
+    checkpoints = storage.join(uri, "checkpoints")
+    names = [entry.name for entry in storage.list_files(checkpoints, ("config.json",))] if storage.exists(checkpoints) else []
+    return read_mapping(checkpoints, max(names)) if names else {}
 
 
 def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:
@@ -182,7 +203,8 @@ def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothes
     for line in filter(_is_hypothesis, lines):
         keys = ("text", "recognised") if "recognised" in line else ("reference", "hypothesis")
         reference, hypothesis = (line.get(f"normalised_{key}", line.get(key)) for key in keys)
-        entry = Hypothesis(str(line.get("id", "")), words_of(reference), words_of(hypothesis))
+        more = mapping(line.get("metadata")), mapping(line.get("spoken"))
+        entry = Hypothesis(str(line.get("id", "")), words_of(reference), words_of(hypothesis), *more)
         found.setdefault(_full_name(str(line["set"]), line.get("task")), []).append(entry)
     return found
 
@@ -191,7 +213,7 @@ def parse_speech(lines: Sequence[dict[str, Any]]) -> list[SpeechSample]:
     """The first five synthesised utterances whose units are known, each with another text, alternating between sets sorted by name."""
     by_set: dict[str, list[SpeechSample]] = {}
     for line in filter(_is_hypothesis, lines):
-        model, reference = (_units(line.get(side)) for side in ("hypothesis", "reference"))
+        model, reference = (units_in(line.get(side)) for side in ("hypothesis", "reference"))
         if line.get("task") == "tts" and "text" in line and model is not None and reference is not None and (model or reference):
             identity, words, recognised = (str(line.get(key, "")) for key in ("id", "text", "recognised"))
             by_set.setdefault(str(line["set"]), []).append(SpeechSample(identity, words, recognised, model, reference))
@@ -215,7 +237,7 @@ def _is_hypothesis(line: dict[str, Any]) -> bool:
     return line.get("kind", "hypothesis") == "hypothesis" and "hypothesis" in line and "set" in line
 
 
-def _units(value: Any) -> tuple[int, ...] | None:
+def units_in(value: Any) -> tuple[int, ...] | None:
     """Units of speech; None where a word cannot be a unit's number."""
     words = words_of(value)
     return tuple(map(int, words)) if all(re.fullmatch("[0-9]{1,9}", word) for word in words) else None
@@ -269,13 +291,15 @@ def _evaluation(line: dict[str, Any], hypotheses: dict[str, list[Hypothesis]]) -
     return Evaluation(int(line["step"]), sets, losses, rates)
 
 
-def _hypothesis_lines(uri: str, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The last evaluation's hypotheses: from its file, else from the file of the run's end, else from the evaluation itself."""
+def _hypothesis_lines(uri: str, evaluation: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings of the last evaluation and its hypotheses: from its file, else from the file of the run's end, else from the evaluation
+    itself."""
     names = [f"evaluations/step-{int(evaluation['step']):09d}.hypotheses.jsonl"] if "step" in evaluation else []
     for name in (*names, "hypotheses.jsonl"):
-        if found := list(filter(_is_hypothesis, parse_lines(read_file(uri, name) or b""))):
-            return found
-    return _samples(evaluation)
+        lines = list(parse_lines(read_file(uri, name) or b""))
+        if found := list(filter(_is_hypothesis, lines)):
+            return mapping(lines[0].get("settings")), found
+    return {}, _samples(evaluation)
 
 
 def _samples(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,32 +16,40 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from most_ray.errors import DataError, redact
 from most_ray.io import storage
 from most_ray.io.outputs import Kind, begins_with
-from most_ray.report import run_tables, sweep_tables
+from most_ray.report import run_tables, sweep_tables, words
+from most_ray.report.cards import cards
 from most_ray.report.collect import RunData, collect
 from most_ray.report.figures import figures
-from most_ray.report.speech_samples import voices
+from most_ray.report.speech_samples import recordings, voices
 
 REPORT = Kind("report of a run or a sweep", begins_with(rb"\s*<!DOCTYPE html>.*<title>[^<]*: (run|sweep) report</title>"))
 
 
-def write_report(uris: Sequence[str], output: Path) -> None:
+def write_report(uris: Sequence[str], output: Path, audio: Path | None = None) -> None:
     """Write a report about the runs, or the one sweep, at these paths or URIs; `output` is written completely or not at all.
 
+    Args:
+        audio: folder with the recordings of the evaluated records (None: where the records say), to play the worst recognised ones.
+
     Raises:
-        DataError: a folder holds neither metrics.jsonl nor trials.jsonl, or a sweep was given together with others.
+        DataError: a folder holds neither metrics.jsonl nor trials.jsonl, or a sweep was given together with others; `audio` is no folder.
     """
+    if audio is not None and not audio.is_dir():
+        raise DataError("audio", str(audio), "is no folder.", "Name the folder of the recordings that were evaluated.")
     sweeps = [uri for uri in uris if sweep_tables.is_sweep(uri)]
     if sweeps and len(uris) > 1:
         rule = "is a sweep's, and a page is about one sweep at a time, or about runs."
         raise DataError("run", storage.redact(sweeps[0]), rule, "Give it alone, or its trials, which are runs: SWEEP/trials/001 ...")
-    made = sweep_page(sweep_tables.read_sweep(uris[0])) if sweeps else page(collect(uris))
+    made = sweep_page(sweep_tables.read_sweep(uris[0])) if sweeps else page(collect(uris), audio)
     storage.write_bytes(output, made.encode(errors="replace"))  # JSON may hold half a surrogate pair
 
 
-def page(runs: Sequence[RunData]) -> str:
-    """The page about runs. The same runs always give the same page."""
+def page(runs: Sequence[RunData], audio: Path | None = None) -> str:
+    """The page about runs. The same runs, with the same recordings at hand, always give the same page."""
     title = f"{', '.join(run.name for run in runs)}: run report"
-    return _render("run.html", title=title, figures=figures(runs), voices=voices(runs), **run_tables.content(runs))
+    spoken = {"voices": voices(runs), "recordings": recordings(runs, audio)}
+    said = {"by_columns": words.by_columns(runs), "confusions": words.confusions(runs)}
+    return _render("run.html", title=title, figures=figures(runs), cards=cards(runs), **spoken, **said, **run_tables.content(runs))
 
 
 def sweep_page(sweep: sweep_tables.Sweep) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 from most_ray.config import RunConfig
 from most_ray.metrics.figures import FIGURES, RATES, TITLES
 from most_ray.report.cells import Cell, Content, Difference, Row, align, duration, percent
-from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, mapping, number
+from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, mapping, number
 from most_ray.report.curves import run_colour
 
 Runs = Sequence[RunData]
 _SAMPLES = 20  # records shown of each set
 _WORDS = 80  # words shown of a record
-_CONFUSIONS = 30  # confused pairs of words shown of each set
 _TASKS = {"asr": "Recognition", "tts": "Synthesis", "text": "Text"}  # in the page's order
 # Figures of an evaluation, by task: the columns of the tables of the last evaluation.
 _COLUMNS = {
@@ -60,7 +59,6 @@ def content(runs: Runs) -> dict[str, Any]:
         "summary": summary(runs),
         "absent": absent(runs),
         "evaluations": [table for task in _TASKS if (table := last_evaluations(runs, task))],
-        "confusions": confusions(runs),
         "samples": samples(runs),
         "configuration": configuration(runs),
         "environment": environment_rows(runs),
@@ -210,22 +208,6 @@ def _value(evaluation: Evaluation, name: str, key: str) -> Content:
         return _counted(found) if found else None
     value = number(evaluation.sets.get(name, {}).get(key))
     return _known(value, "{:.3f}") if value is None or FIGURES.keys[key].unit != "share" else percent(value)
-
-
-def confusions(runs: Runs) -> list[Table]:
-    """The most frequent confusions of each ASR set of each run at its last evaluation."""
-    tables, nothing = [], Cell("nothing", "none")
-    for run in runs:
-        for name, figures in sorted(run.last_evaluation.sets.items()) if run.last_evaluation else ():
-            counted = (entry for entry in entries(figures.get("confusions")) if isinstance(entry, (list, tuple)) and len(entry) == 3)
-            found = [entry for entry in counted if number(entry[2])]
-            most = max((entry[2] for entry in found), default=0)
-            frequent = found[:_CONFUSIONS]
-            rows = [(str(one) or nothing, str(other) or nothing, Cell(f"{n:,}", bar=4 * n / most)) for one, other, n in frequent]
-            if rows:
-                title = _set_name(name) + (f", {run.name}" if len(runs) > 1 else "")
-                tables.append(Table(title, ("reference", "recognised as", "times"), rows))
-    return tables
 
 
 def samples(runs: Runs) -> list[Table]:

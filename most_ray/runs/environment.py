@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import most_ray
+from most_ray.errors import redact
 from most_ray.runs.room import machine_cores
 
+_LONGEST_COMMAND = 4000  # characters
 _PACKAGES = ("torch", "transformers", "ray", "numpy", "pyarrow", "wandb", "most_ray")
 
 
@@ -33,6 +37,18 @@ def environment() -> dict[str, Any]:
         found |= {"cuda": torch.version.cuda, "driver": _find(r"Kernel Module\D*([\d.]+)", "/proc/driver/nvidia/version")}
     found["versions"] = {name: version_of(name) for name in _PACKAGES}
     return found | _commit(Path(most_ray.__file__).resolve().parents[1])
+
+
+def command_line() -> str:
+    """The command that started this process, as it could be typed again: without folders of programs and without credentials."""
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if main is not None and name.endswith(".py"):
+        words = ["python", "-m", main.name.removesuffix(".__main__")]
+    else:
+        words = ["python", name] if name.endswith(".py") else [name]
+    line = redact(shlex.join([*words, *sys.argv[1:]]))
+    return line if len(line) <= _LONGEST_COMMAND else f"{line[:_LONGEST_COMMAND]} ..."
 
 
 def version_of(package: str) -> str | None:

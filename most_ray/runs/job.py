@@ -28,6 +28,7 @@ class Job:
     threads: int  # CPU threads of each worker
     units_identity: str | None  # digest of what the units of the training records mean; None: no source states it
     has_validation: bool  # there is a validation set
+    command: str = ""  # that was typed to start the run, see `environment.command_line`
 
 
 def overrides_of(config: RunConfig, biased: bool = False) -> RoutingOverrides:

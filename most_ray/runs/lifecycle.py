@@ -19,6 +19,7 @@ from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.run_folder import RunFolder
 from most_ray.optim.train_state import warmup_of
+from most_ray.runs.cards import write_cards
 from most_ray.runs.environment import environment
 from most_ray.runs.first_checks import inputs_digest
 from most_ray.runs.resolve import Prepared, keep_speech_assets
@@ -47,9 +48,9 @@ def is_complete(prepared: Prepared) -> bool:
 
 
 def begin_run(prepared: Prepared, config: RunConfig) -> None:
-    """Write what a run's folder holds from its start: config.yaml (as the user gave it), environment.json, the files that turn recordings
-    into units. Raises UserError where the goal is before the newest checkpoint, the run's export holds what would be lost, or the
-    recogniser of evaluations cannot be opened."""
+    """Write what a run's folder holds from its start: config.yaml (as the user gave it), environment.json, cards.json, the files that turn
+    recordings into units. Raises UserError where the goal is before the newest checkpoint, the run's export holds what would be lost, or
+    the recogniser of evaluations cannot be opened."""
     job, folder = prepared.job, prepared.folder
     if prepared.done_steps > job.total_steps:
         rule = f"is below the step of the run's newest checkpoint ({prepared.done_steps})."
@@ -65,6 +66,7 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
         _warn_of_version(folder, config)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
+    write_cards(prepared, config)
 
 
 def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:

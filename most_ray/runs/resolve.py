@@ -34,6 +34,7 @@ from most_ray.records.files import REJECTED, SPEECH_FOLDER, read_raw, record_fil
 from most_ray.records.record import TASKS, parse_record
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import vocabulary_of
+from most_ray.runs.environment import command_line
 from most_ray.runs.first_checks import check_directories, check_no_sweep, check_positions
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
@@ -128,6 +129,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
         threads=threads_of(config, use_gpu, most),
         units_identity=units,
         has_validation=bool(sources.validation),
+        command=command_line(),
     )
     changed, done = [], int(start["step"]) if start else 0
     if start and uri:

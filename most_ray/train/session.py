@@ -84,6 +84,7 @@ def _describe_attempt(job: Job, state: TrainState, device: torch.device, changed
         "changed": changed,
         "global_batch_size": job.plan.global_batch_size,
         "total_steps": job.total_steps,
+        "command": job.command,
         "first_expert_layer": config.first_k_dense_replace,
         "n_experts": config.n_routed_experts,
         "experts": {

@@ -24,6 +24,14 @@
       Plotly.relayout(plot, change);
     });
   });
+  document.querySelectorAll(".choice").forEach(function (choice) {
+    const select = choice.querySelector("select"), options = Array.from(choice.querySelectorAll(".option"));
+    function show() { options.forEach(function (each, index) { each.hidden = index !== select.selectedIndex; }); }
+    select.addEventListener("change", show);
+    show();
+    window.addEventListener("beforeprint", function () { options.forEach(function (each) { each.hidden = false; }); });
+    window.addEventListener("afterprint", show);
+  });
   window.addEventListener("beforeprint", function () {
     document.querySelectorAll("details").forEach(function (each) { each.open = true; });
     plots.forEach(function (plot) { Plotly.relayout(plot, {width: 660, autosize: false}); });

@@ -18,7 +18,7 @@ from most_ray.speech.corpora.stretches import read_stretch
 
 TABLES = ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl")
 _PATH, _TEXT = ("path", "file_name", "audio_filepath"), ("text", "transcription")  # spellings of columns: ours, Hugging Face's, NeMo's
-_AUDIO = frozenset(  # suffixes of what libsndfile reads
+AUDIO = frozenset(  # suffixes of what libsndfile reads
     {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph"}
 )
 _SPLITS = frozenset({"train", "test", "dev", "validation", "valid", "val", "eval"})  # names of folders that are splits
@@ -57,7 +57,7 @@ def _by_table(root: Path, table: Path, inner: Sequence[str] = ()) -> Entries:
             yield found
             continue
         folder, files = found
-        for name in (name for name in files if _suffix(name) in _AUDIO and hash(os.path.abspath(folder / name)) not in named):
+        for name in (name for name in files if _suffix(name) in AUDIO and hash(os.path.abspath(folder / name)) not in named):
             yield Unusable(str(folder / name), 0, "is named by no row: a recording without text", unlisted=True)
         others = [folder / name for name in _unread_names(files) if hash(os.path.abspath(folder / name)) not in named]
         yield from (replace(_unread(path), unlisted=True) for path in others)
@@ -100,7 +100,7 @@ def _by_name(root: Path) -> Entries:
         if covered and not covered.isdisjoint(folder.parents):
             continue  # its table has reported them
         texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
-        recordings = [path for name in files if (path := folder / name).suffix.lower() in _AUDIO]
+        recordings = [path for name in files if (path := folder / name).suffix.lower() in AUDIO]
         if inner.parts and not any(path.stem in texts for path in recordings) and (table := _table_of(folder, files)):
             found = True
             covered.add(folder)
@@ -132,7 +132,7 @@ def _beside(inner: Sequence[str], recordings: Sequence[Path], texts: Collection[
 
 def _unread_names(files: Sequence[str]) -> list[str]:
     """The names of recordings in formats that are not read, without those that are there in another format as well."""
-    read = {PurePath(name).stem for name in files if _suffix(name) in _AUDIO}
+    read = {PurePath(name).stem for name in files if _suffix(name) in AUDIO}
     return [name for name in files if _suffix(name) in UNREAD and PurePath(name).stem not in read]
 
 
