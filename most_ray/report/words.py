@@ -82,7 +82,7 @@ def _groups(found: Sequence[Any]) -> _Groups | None:
     if len(numbers) == len(found) and len(set(numbers)) > _FEW_NUMBERS:
         return _ranges(np.array(numbers))
     shown = ["" if value is None else str(value).lower() if isinstance(value, bool) else str(value) for value in found]
-    return _Groups(shown) if 1 < len(set(shown)) <= max(_FEW_NUMBERS, len(shown) // 2) else None
+    return _Groups(shown) if 1 < len({*shown} - {""}) <= max(_FEW_NUMBERS, len(shown) // 2) else None
 
 
 def _ranges(numbers: np.ndarray) -> _Groups | None:

@@ -42,7 +42,8 @@ def environment() -> dict[str, Any]:
 def command_line() -> str:
     """The command that started this process, as it could be typed again: without folders of programs and without credentials."""
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
-    name = Path(sys.argv[0]).name if sys.argv else ""
+    program = sys.argv[0] if sys.argv else ""
+    name = Path(program).name if Path(program).is_absolute() else program
     if main is not None and name.endswith(".py"):
         words = ["python", "-m", main.name.removesuffix(".__main__")]
     else:

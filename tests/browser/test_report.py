@@ -10,7 +10,7 @@ from playwright.sync_api import Browser
 
 from most_ray.report import write_report
 from tests.support.pages import Opened
-from tests.support.report_data import write_kit, write_run
+from tests.support.report_data import describe_records, write_kit, write_run
 from tests.support.report_html import Elements
 
 
@@ -21,7 +21,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     one = write_run(folder / "one <i>run")
     two = write_run(folder / "two", seed=1, restart=None, done=False)
-    write_kit(one)
+    write_kit(describe_records(one))
     line = {"set": "asr/dev_clean", "id": "evil", "reference": "a", "hypothesis": "</script><img src=x onerror=document.title=1>"}
     (one / "hypotheses.jsonl").write_text(json.dumps(line) + "\n" + (one / "hypotheses.jsonl").read_text())
     made = {"one": [str(one)], "two": [str(one), str(two)]}
@@ -67,7 +67,7 @@ def test_what_a_model_wrote_stays_text(opened: dict[str, Opened]) -> None:
     page = opened["one"].page
     assert page.title() == "one <i>run: run report"
     assert page.locator("#samples").get_by_text("onerror=document.title=1").count() == 1
-    assert page.locator("img").count() == 0
+    assert page.locator("img").count() == page.locator(".sound img[src^='data:image/png;base64,']").count() > 0  # spectrograms
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
@@ -89,6 +89,40 @@ _LOAD = """players => Promise.all(players.map(player => new Promise((done, faile
   player.preload = "auto";
   player.load();
 })))"""
+
+
+def test_the_column_of_error_rates_can_be_chosen(opened: dict[str, Opened]) -> None:
+    page = opened["one"].page
+    choice = page.locator(".choice").first
+    assert choice.locator("select option").all_text_contents() == ["speaker", "checked", "duration"]
+    shown = [choice.locator(".option").nth(index) for index in range(3)]
+    assert [each.is_visible() for each in shown] == [True, False, False]
+    choice.locator("select").select_option(label="duration")
+    assert [each.is_visible() for each in shown] == [False, False, True]
+    assert page.get_by_label("WER of dev_clean by").count() == 1
+    assert opened["one"].said == []
+
+
+def test_the_worst_recordings_can_be_played_and_seen(opened: dict[str, Opened]) -> None:
+    page = opened["one"].page
+    players = page.locator("#recordings audio")
+    assert 0 < players.count() <= 10
+    assert all(round(seconds, 2) == 0.08 for seconds in players.evaluate_all(_LOAD))  # four units of 20 ms
+    sizes = page.locator("#recordings img").evaluate_all("images => images.map(each => [each.complete, each.naturalHeight])")
+    assert sizes == [[True, 64]] * players.count()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_cards_and_tables_fit_the_page(browser: Browser, reports: dict[str, Path], width: int) -> None:
+    """What is wider scrolls in its own place."""
+    for name in ("one", "two"):
+        found = Opened(browser, reports[name])
+        found.page.set_viewport_size({"width": width, "height": 900})
+        found.until(f"document.documentElement.scrollWidth <= {width}")
+        outside = found.page.locator(".card, .narrow, .choice, .sound, .heats").evaluate_all(
+            "found => found.filter(each => !each.closest('.scroll') && each.getBoundingClientRect().right > innerWidth).length"
+        )
+        assert outside == 0
 
 
 def test_scripts_that_slipped_in_would_not_run(browser: Browser, reports: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from most_ray.errors import DataError
 from most_ray.io import storage
+from most_ray.report import write_report
 from most_ray.report.collect import collect, parse_speech
 from most_ray.report.page import page
 from most_ray.speech.vocoder.vocoders import open_vocoder
@@ -190,7 +192,8 @@ def test_texts_and_names_never_become_markup(tmp_path: Path) -> None:
     plain = spoken(tmp_path / "plain", [line("a", "a"), line("b", "b")])
     for others in ([], [str(plain)]):
         players = Players(page(collect([str(run), *others])))
-        assert "img" not in players.tags and players.tags.count("audio") == 4 + 4 * len(others)
+        # A spectrogram beside each player, and no picture of anybody else's.
+        assert players.tags.count("img") == players.tags.count("audio") == 4 + 4 * len(others)
         assert any(label.startswith(f"speech of {EVIL}, model") for label in players.found)
 
 
@@ -214,3 +217,80 @@ def test_a_kit_behind_a_uri_is_read_through_storage(tmp_path: Path) -> None:
     for path in (path for path in run.rglob("*") if path.is_file()):
         storage.write_bytes(storage.join(uri, path.relative_to(run).as_posix()), path.read_bytes())
     assert page(collect([uri])) == page(collect([str(run)]))
+
+
+# The recordings that were recognised worst.
+
+
+def recognised(name: str, said: str, heard: str, set_: str = "asr/dev", **spoken: Any) -> dict[str, Any]:
+    about = {"kind": "hypothesis", "task": "asr", "set": set_, "id": name, "reference": said, "hypothesis": heard}
+    return {**about, "spoken": {"units": "0 1 2", **spoken}}
+
+
+def with_recordings(folder: Path, lines: list[dict[str, Any]], records: Path, kit: bool = True) -> Path:
+    """A run whose last evaluation recognised the records in a directory."""
+    head = {"kind": "settings", "format": 1, "settings": {"directories": {"asr/dev": str(records)}}}
+    return spoken(folder, [head, *lines], kit)
+
+
+def save(path: Path, seconds: float, hertz: float = 440.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * 8000)) / 8000), 8000)
+
+
+def test_the_worst_recordings_are_played_from_their_files(tmp_path: Path) -> None:
+    """Mono, 16 kHz, 16 bits; what is right is not shown, and what has no file is made of its units, and says so."""
+    records = tmp_path / "records"
+    save(records / "recordings" / "a.wav", 0.5)
+    lines = [recognised("a", "x y", "x z"), recognised("b", "x y", "w z", recording="b.wav"), recognised("c", "x y", "x y")]
+    made = page(collect([str(with_recordings(tmp_path / "run", lines, records))]))
+    players = Players(made)
+    assert list(players.found) == ["recording of b", "recording of a"]  # the worst first
+    wave, rate = players.wave("recording of a")
+    assert (len(wave), rate) == (8000, 16_000) and abs(int(wave.max()) - 0.3 * 32767) < 200
+    card_ = made.split('id="recordings"')[1].split("</section>")[0]
+    assert card_.count("resynthesised from its units") == 1 and card_.count("<img ") == 2
+
+
+def test_a_folder_that_is_named_comes_before_where_the_records_say(tmp_path: Path) -> None:
+    save(tmp_path / "records" / "a.wav", 0.5)
+    save(tmp_path / "given" / "a.wav", 0.25)
+    run = with_recordings(tmp_path / "run", [recognised("a", "x", "y", recording="a.wav")], tmp_path / "records", kit=False)
+    (data,) = collect([str(run)])
+    seconds = [len(Players(page([data], given)).wave("recording of a")[0]) / 16_000 for given in (None, tmp_path / "given")]
+    assert seconds == [0.5, 0.25]
+
+
+def test_without_recordings_and_vocoder_nothing_is_shown(tmp_path: Path) -> None:
+    made = page(collect([str(with_recordings(tmp_path / "run", [recognised("a", "x", "y")], tmp_path / "none", kit=False))]))
+    assert "<audio" not in made and 'id="recordings"' not in made
+
+
+def test_records_of_earlier_versions_are_played_where_a_folder_is_named(tmp_path: Path) -> None:
+    """Their rows say nothing of units and recordings, but their ids name the files."""
+    save(tmp_path / "given" / "a.wav", 0.25)
+    line_ = {key: value for key, value in recognised("a", "x", "y").items() if key != "spoken"}
+    (data,) = collect([str(spoken(tmp_path / "run", [line_], kit=False))])
+    assert "<audio" not in page([data])
+    assert list(Players(page([data], tmp_path / "given")).found) == ["recording of a"]
+
+
+def test_at_most_ten_recordings_and_a_minute_sets_by_turns(tmp_path: Path) -> None:
+    long = " ".join(["0 1 2 3"] * 150)  # 12 s
+    lines = [recognised(f"{name}{index}", f"x{index}", "y", f"asr/{name}", units=long) for name in "ab" for index in range(8)]
+    players = Players(page(collect([str(spoken(tmp_path / "run", lines))])))
+    assert list(players.found) == [f"recording of {name}{index}" for index in range(3) for name in "ab"]  # six of 10 s
+    short = [recognised(f"{name}{index}", f"x{index}", "y", f"asr/{name}") for name in "ab" for index in range(8)]
+    assert len(Players(page(collect([str(spoken(tmp_path / "short", short))]))).found) == 10
+
+
+def test_units_that_the_vocoder_does_not_know_are_not_played(tmp_path: Path) -> None:
+    made = page(collect([str(spoken(tmp_path / "run", [recognised("a", "x", "y", units="7"), recognised("b", "x", "z", units="x")]))]))
+    assert "<audio" not in made
+
+
+def test_a_folder_of_recordings_that_is_none_is_refused(tmp_path: Path) -> None:
+    run = spoken(tmp_path / "run")
+    with pytest.raises(DataError, match=r"audio = .*is no folder"):
+        write_report([str(run)], tmp_path / "report.html", tmp_path / "nowhere")
+    assert not (tmp_path / "report.html").exists()
