@@ -77,20 +77,23 @@ class _Groups:
 
 
 def _groups(found: Sequence[Any]) -> _Groups | None:
-    """The records' values of a column, as they are shown; None where the column does not tell groups of records apart."""
-    numbers = [value for each in found if (value := number(each)) is not None]
-    if len(numbers) == len(found) and len(set(numbers)) > _FEW_NUMBERS:
-        return _ranges(np.array(numbers))
+    """The records' values of a column, as they are shown, "" where a record has none; None where the column does not tell groups apart."""
+    stated = [value for value in found if value is not None]
+    numbers = [value for each in stated if (value := number(each)) is not None]
+    if len(numbers) == len(stated) and len(set(numbers)) > _FEW_NUMBERS:
+        return _ranges(found, np.array(numbers))
     shown = ["" if value is None else str(value).lower() if isinstance(value, bool) else str(value) for value in found]
     return _Groups(shown) if 1 < len({*shown} - {""}) <= max(_FEW_NUMBERS, len(shown) // 2) else None
 
 
-def _ranges(numbers: np.ndarray) -> _Groups | None:
-    """For each number the range that it is in, of ranges with equally many numbers."""
+def _ranges(found: Sequence[Any], numbers: np.ndarray) -> _Groups | None:
+    """For each value the range that it is in, of ranges with equally many of the numbers, which are those that are stated."""
     edges = np.unique(np.quantile(numbers, np.arange(1, _QUARTERS) / _QUARTERS))
     group = np.searchsorted(edges, numbers, side="left")
     names = {int(index): f"{numbers[group == index].min():.4g} to {numbers[group == index].max():.4g}" for index in np.unique(group)}
-    return _Groups([names[int(index)] for index in group], list(names.values())) if len(names) > 1 else None
+    named = iter(group)
+    values = ["" if value is None else names[int(next(named))] for value in found]
+    return _Groups(values, [*names.values(), ""]) if len(names) > 1 else None
 
 
 def _table(runs: Runs, column: str, groups: _Groups, counts: Sequence[EditCounts]) -> Table:

@@ -75,6 +75,12 @@ def test_columns_that_tell_no_groups_apart_are_left_out(tmp_path: Path) -> None:
     assert [line[-1] for line in cells(choice.tables[2]).values()] == ["20"] * 4
 
 
+def test_numbers_that_some_records_lack_are_ranges_all_the_same(tmp_path: Path) -> None:
+    rows = [row(index, "a", "a", **({"seconds": index / 2} if index % 5 else {"other": 1})) for index in range(40)]
+    (choice,) = by_columns([run_of(tmp_path / "run", rows)])
+    assert list(cells(choice.tables[0])) == ["0.5 to 4.5", "5.5 to 9.5", "10.5 to 14.5", "15.5 to 19.5", "not stated"]
+
+
 def test_flags_texts_and_missing_values_are_groups_too(tmp_path: Path) -> None:
     rows = [row(index, "a", "a" if index % 3 else "b", **({"clean": index % 2 == 0} if index < 8 else {"other": 1})) for index in range(12)]
     (choice,) = by_columns([run_of(tmp_path / "run", rows)])
