@@ -42,6 +42,7 @@ from most_ray.records.record import TASKS
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the file
 _SAMPLES = 5  # of each set, in the result
+SPOKEN = 10  # records of a set, the worst, that can be listened to
 RESULT = Kind("result of an evaluation", begins_with(rb'\{\s*"wer": ?\{.*"sets": ?\{'))
 HYPOTHESES = Kind("file of hypotheses", begins_with(rb'\{"kind": ?"settings", ?"format": ?\d'))
 _REMEDY = "Name a hypotheses.jsonl that an evaluation has written."
@@ -169,6 +170,20 @@ def _samples(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     sides = {"asr": [("reference", "hypothesis")], "tts": [("text", "recognised")]}
     chosen = [(row, pair) for row in rows[:: max(1, len(rows) // _SAMPLES)][:_SAMPLES] for pair in sides.get(row["task"], [])]
     return [{"set": name, "id": row["id"], "reference": row[left], "hypothesis": row[right]} for row, (left, right) in chosen]
+
+
+def worst(rows: Sequence[Row], count: int) -> list[Row]:
+    """Of recognised records at most `count` that have errors: those with most errors per word of the reference first, and each error once
+    before any comes a second time."""
+    references, hypotheses = ([str(row[f"normalised_{side}"]) for row in rows] for side in ("reference", "hypothesis"))
+    counts = word_counts(references, hypotheses)
+    rates = counts.errors / np.maximum(counts.reference, 1)
+    order = [int(index) for index in np.lexsort((-counts.errors, -rates)) if counts.errors[index]]
+    first: dict[tuple[str, str], int] = {}
+    for index in order:
+        first.setdefault((references[index], hypotheses[index]), index)
+    new = set(first.values())
+    return [rows[index] for index in [*first.values(), *(index for index in order if index not in new)][:count]]
 
 
 def is_looping(tokens: Sequence[int], repeats: int = 4, longest: int = 32, at_least: int = 8) -> bool:

@@ -8,19 +8,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from most_ray.errors import DataError
-from most_ray.evaluation.hypotheses import Row, is_value
+from most_ray.evaluation.hypotheses import SPOKEN, Row, is_value, worst
 from most_ray.evaluation.scoring import EvaluationSet
-from most_ray.evaluation.wer import word_counts
 from most_ray.io import storage
 from most_ray.records.files import read_raw, record_files
 from most_ray.records.record import Record, parse_records
 from most_ray.records.template import TokenIds, units_of
 
 logger = logging.getLogger(__name__)
-SPOKEN = 10  # records of a set that can be listened to
 _MOST_COLUMNS, _LONGEST = 24, 200  # of a record's metadata: its columns, and the characters of a value
 _LONGEST_PATH, _MOST_UNITS = 1000, 3000
 # Columns that name the file of a record's recording: ours, and those of NeMo's manifests and of Hugging Face's audiofolders.
@@ -51,20 +47,6 @@ def add_origins(rows: Sequence[Row], sets: Sequence[EvaluationSet], ids: TokenId
                 more["spoken"] = {"units": " ".join(map(str, units)), **_recording(columns)}
             found[each.name, row["row"]] = more
     return [row | found.get((row["set"], row["row"]), {}) for row in rows]
-
-
-def worst(rows: Sequence[Row], count: int) -> list[Row]:
-    """Of recognised records at most `count` that have errors: those with most errors per word of the reference first, and each error once
-    before any comes a second time."""
-    references, hypotheses = ([str(row[f"normalised_{side}"]) for row in rows] for side in ("reference", "hypothesis"))
-    counts = word_counts(references, hypotheses)
-    rates = counts.errors / np.maximum(counts.reference, 1)
-    order = [int(index) for index in np.lexsort((-counts.errors, -rates)) if counts.errors[index]]
-    first: dict[tuple[str, str], int] = {}
-    for index in order:
-        first.setdefault((references[index], hypotheses[index]), index)
-    new = set(first.values())
-    return [rows[index] for index in [*first.values(), *(index for index in order if index not in new)][:count]]
 
 
 @functools.lru_cache(maxsize=16)

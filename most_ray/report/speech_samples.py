@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 from most_ray.errors import UserError
-from most_ray.evaluation.origins import SPOKEN, worst
+from most_ray.evaluation.hypotheses import SPOKEN, worst
 from most_ray.io import storage
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.report.cells import Cell, Content, Player, Row

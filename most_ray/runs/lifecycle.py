@@ -11,17 +11,21 @@ from typing import Any
 from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import check_export, export_checkpoint
 from most_ray.config import RunConfig, to_yaml
-from most_ray.errors import ConfigError
+from most_ray.data.plan import distinct_names
+from most_ray.errors import ConfigError, UserError
 from most_ray.evaluation.hypotheses import warn_of_version
 from most_ray.evaluation.inline import EvaluationJob, open_external_recogniser
 from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.json_values import json_text, parse_json
-from most_ray.io.run_folder import RunFolder
+from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.model.build import read_config
 from most_ray.optim.train_state import warmup_of
-from most_ray.runs.cards import write_cards
+from most_ray.records.data_card import Source, data_card
+from most_ray.records.record import TASKS
 from most_ray.runs.environment import environment
 from most_ray.runs.first_checks import inputs_digest
+from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, keep_speech_assets
 
 logger = logging.getLogger(__name__)
@@ -66,7 +70,32 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
         _warn_of_version(folder, config)
     storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
-    write_cards(prepared, config)
+    _write_cards(prepared, config)
+
+
+def _write_cards(prepared: Prepared, config: RunConfig) -> None:
+    """Write cards.json, which the report shows: `model`, the model's config.json, and `data`, see `data_card`. What cannot be read is left
+    out: no run ends for want of it."""
+    found: dict[str, Any] = {}
+    try:
+        model = read_config(local_copy(prepared.job.model_path), overrides_of(config)).to_dict()
+        found["model"] = {key: value for key, value in model.items() if not key.startswith("_")}
+        found["data"] = data_card(sources_of(config, [len(store) for store in prepared.plan.stores]))
+    except (UserError, OSError) as error:
+        logger.warning("the report will not describe all of the model and the data: %s", error)
+    storage.write_bytes(prepared.folder.at("cards.json"), json.dumps(found, indent=1, default=str).encode())
+
+
+def sources_of(config: RunConfig, counts: Sequence[int]) -> dict[str, list[Source]]:
+    """A run's directories of records for `training` and `validation`. `counts`: the usable records of each training source, in the order of
+    tasks and directories."""
+    found: dict[str, list[Source]] = {}
+    for use, called in (("train", "training"), ("val", "validation")):
+        named = [(task, uri) for task in TASKS for uri in config.directories(use, task)]  # type: ignore[arg-type]
+        names = distinct_names([uri for _, uri in named], [task for task, _ in named])
+        sizes: Sequence[int | None] = counts if called == "training" else [None] * len(named)
+        found[called] = [(f"{task}/{name}", uri, size) for (task, uri), name, size in zip(named, names, sizes, strict=True)]
+    return found
 
 
 def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from most_ray.errors import DataError
 from most_ray.evaluation.evaluate import Directories, Evaluation
-from most_ray.evaluation.hypotheses import Row, hypotheses_path, rescore
-from most_ray.evaluation.origins import SPOKEN, worst
+from most_ray.evaluation.hypotheses import SPOKEN, Row, hypotheses_path, rescore, worst
 from tests.support.builders import asr, write_records
 from tests.support.evaluation import Scene, evaluate, make_scene
 

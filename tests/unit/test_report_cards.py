@@ -12,12 +12,13 @@ import pytest
 from most_ray.config import config_from
 from most_ray.model.build import PRESETS, count_parameters
 from most_ray.model.configuration import MostConfig
+from most_ray.records.data_card import data_card
 from most_ray.report.cards import cards, hours, parameters
 from most_ray.report.cells import Cell, Content
 from most_ray.report.collect import RunData, collect
 from most_ray.report.page import page
-from most_ray.runs.cards import data_card
 from most_ray.runs.environment import command_line
+from most_ray.runs.lifecycle import sources_of
 from tests.support.builders import asr, text, tts, write_records
 from tests.support.report_data import describe_records, write_run
 from tests.support.report_html import EVIL, Elements
@@ -176,7 +177,7 @@ def card_of(root: Path, **directories: list[Path]) -> dict[str, Any]:
         if "train" in key
         for folder in directories[key]
     ]
-    return data_card(config, counts)
+    return data_card(sources_of(config, counts))
 
 
 def test_speed_copies_are_no_speakers_of_their_own(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_records_without_metadata_leave_speakers_and_hours_unknown(tmp_path: Pat
 
 
 def test_of_a_large_source_a_part_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("most_ray.runs.cards._MOST_READ", 5)
+    monkeypatch.setattr("most_ray.records.data_card._MOST_READ", 5)
     a = write_records(tmp_path / "a", [spoken(index, duration=2.0, speaker="x") for index in range(20)])
     (source,) = card_of(tmp_path, train_asr_dirs=[a])["training"]
     assert (source["read"], source["records"], source["exact"], source["seconds"], source["speech_units"]) == (5, 20, False, 40.0, 100)
@@ -223,7 +224,7 @@ def test_units_and_licence_are_those_of_the_manifest(tmp_path: Path) -> None:
     manifest = {"identity": {"features": "hubert", "n_units": 6}, "encoder": "s3://me:sekret@b/hubert", "licence": "CC0 1.0"}
     (folder / "units.json").write_text(json.dumps(manifest))
     for named in (folder, folder / "records.jsonl"):
-        (source,) = data_card(config_from({"train_asr_dirs": [str(named)]}), [1])["training"]
+        (source,) = data_card(sources_of(config_from({"train_asr_dirs": [str(named)]}), [1]))["training"]
         assert source["units"] == {"features": "hubert", "n_units": 6, "encoder": "s3://***@b/hubert"} and source["licence"] == "CC0 1.0"
 
 

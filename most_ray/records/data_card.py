@@ -1,73 +1,49 @@
-"""cards.json of a run: what its model is, and what the data are that it is trained and validated on, for readers of its report."""
+"""What the records of a run say of themselves beside speech and text: hours, speakers, licences, for readers of its report."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from most_ray.config import RunConfig
-from most_ray.data.plan import distinct_names
-from most_ray.errors import UserError, redact
+from most_ray.errors import redact
 from most_ray.io import storage
-from most_ray.io.run_folder import local_copy
-from most_ray.model.build import read_config
 from most_ray.records.files import UNITS_MANIFEST, read_raw, record_files
-from most_ray.records.record import TASKS, Task
 from most_ray.records.units_manifest import load_units_manifest
-from most_ray.runs.job import overrides_of
-from most_ray.runs.resolve import Prepared
 
-logger = logging.getLogger(__name__)
-CARDS = "cards.json"
 _MOST_READ = 20_000  # records that are read of a source: their mean duration stands for the others'
 _MOST_SPEAKERS = 100_000
 _SPEAKER = ("speaker", "speaker_id", "client_id")  # columns that name a record's speaker, the first that it has
 
-
-def write_cards(prepared: Prepared, config: RunConfig) -> None:
-    """Write cards.json to a run's folder: `model`, its config.json; `data`, see `data_card`. What cannot be read is left out: no run ends
-    for want of it."""
-    found: dict[str, Any] = {}
-    try:
-        model = read_config(local_copy(prepared.job.model_path), overrides_of(config)).to_dict()
-        found["model"] = {key: value for key, value in model.items() if not key.startswith("_")}
-        found["data"] = data_card(config, [len(store) for store in prepared.plan.stores])
-    except (UserError, OSError) as error:
-        logger.warning("the report will not describe all of the model and the data: %s", error)
-    storage.write_bytes(prepared.folder.at(CARDS), json.dumps(found, indent=1, default=str).encode())
+Source = tuple[str, str, int | None]  # name (task/folder), directory of records, and how many of them are usable (None: unknown)
 
 
-def data_card(config: RunConfig, counts: Sequence[int]) -> dict[str, Any]:
+def data_card(sources: Mapping[str, Sequence[Source]]) -> dict[str, Any]:
     """The data of a run, JSON-ready.
 
     Args:
-        counts: the usable records of each training source, in the order of tasks and directories.
+        sources: those of `training` and of `validation`.
 
     Returns:
-        `training` and `validation`, lists of sources with name (task/folder), records (None: unknown), read (records that the rest is
-        computed from), seconds of speech and of those at the recordings' own speed (None: the records do not say), units of speech,
-        speakers, licence and what the units mean (`units`); `speakers`: of all sources of the list together, a copy at another speed not
-        counted; `unseen`: those in validation that are not in training.
+        `training` and `validation`, lists of sources with name, records (None: unknown), read (records that the rest is computed from),
+        exact (they are all), seconds of speech and of those at the recordings' own speed (None: the records do not say), speech_units,
+        speakers, licence and what the units mean (`units`); `speakers`: of all sources of such a list together, where a copy at another
+        speed is no other speaker; `unseen`: those in validation that are not in training.
+
+    Raises:
+        DataError: a directory cannot be read, or its units manifest is wrong.
     """
     card: dict[str, Any] = {"speakers": {}}
     known: dict[str, set[str]] = {}
-    for use, name in (("train", "training"), ("val", "validation")):
-        named: list[tuple[Task, str]] = [(task, uri) for task in TASKS for uri in config.directories(use, task)]  # type: ignore[arg-type]
-        names = distinct_names([uri for _, uri in named], [task for task, _ in named])
-        sizes: Sequence[int | None] = counts if use == "train" and len(counts) == len(named) else [None] * len(named)
-        speakers: set[str] = set()
-        card[name] = []
-        for (task, uri), short, size in zip(named, names, sizes, strict=True):
-            found = _read(uri)
-            speakers |= found.speakers
-            card[name].append({"name": f"{task}/{short}", **found.described(size), **_units_of(uri)})
-        known[name] = speakers
-        card["speakers"][name] = len(speakers) or None
+    for use, listed in sources.items():
+        found = [_read(uri) for _, uri, _ in listed]
+        card[use] = [
+            {"name": name, **each.described(size), **_units_of(uri)} for (name, uri, size), each in zip(listed, found, strict=True)
+        ]
+        known[use] = set().union(*(each.speakers for each in found))
+        card["speakers"][use] = len(known[use]) or None
     card["unseen"] = len(known["validation"] - known["training"]) if all(known.values()) else None
     return card
 
