@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from most_ray.options import (
     RECORDS,
     SHARE,
     Range,
+    everyday,
     option,
     read_yaml,
 )
@@ -51,8 +52,10 @@ Normaliser = Literal["none", "basic", "whisper-english"]
 class ModelOptions:
     """The model that is trained."""
 
-    model_name_or_path: str = option(
-        "tiny", "directory in Hugging Face or MoST layout, hf:OWNER/NAME on the hub, or the name of a preset (tiny)", location=MODEL
+    model_name_or_path: str = everyday(
+        "tiny",
+        "a model's folder or hf:OWNER/NAME or preset; a folder in Hugging Face or MoST layout, the preset tiny",
+        location=MODEL,
     )
     use_modality_aware_routing: bool | None = option(
         None, "route text tokens to text experts and audio tokens to audio experts (default: the model's)"
@@ -76,21 +79,19 @@ class ModelOptions:
 class DataOptions:
     """The data that it is trained and validated on."""
 
-    train_asr_dirs: tuple[str, ...] = option(
+    train_asr_dirs: tuple[str, ...] = everyday(
         (), "directories of ASR records, each a path or a URI as s3://bucket/records", location=RECORDS
     )
-    train_tts_dirs: tuple[str, ...] = option((), "directories of TTS records", location=RECORDS)
+    train_tts_dirs: tuple[str, ...] = everyday((), "directories of TTS records", location=RECORDS)
     train_text_dirs: tuple[str, ...] = option((), "directories of text-only records", location=RECORDS)
-    val_asr_dirs: tuple[str, ...] = option(
+    val_asr_dirs: tuple[str, ...] = everyday(
         (), "directories of ASR records for word error rates; a set is called by its folder", location=RECORDS, sweep="shared"
     )
-    val_tts_dirs: tuple[str, ...] = option(
+    val_tts_dirs: tuple[str, ...] = everyday(
         (), "directories of TTS records: loss, and speech that is decoded and recognised again", location=RECORDS, sweep="shared"
     )
     val_text_dirs: tuple[str, ...] = option((), "directories of text-only records for validation loss", location=RECORDS, sweep="shared")
-    asr_tts_mix_ratio: float = option(
-        0.5, "share of ASR among the ASR and TTS records trained on (0.5 = equal)", range=SHARE, sweep="adapts"
-    )
+    asr_tts_mix_ratio: float = everyday(0.5, "share of ASR among ASR and TTS records; 0.5: equal", range=SHARE, sweep="adapts")
     text_mix_ratio: float = option(0.0, "share of text-only records among all records trained on", range=SHARE, sweep="adapts")
     train_asr_weights: tuple[float, ...] | None = option(
         None, "weight of each ASR directory among them (default: by size)", range=ABOVE_0, most=1e15, sweep="adapts"
@@ -136,13 +137,13 @@ class OptimizerOptions:
 
     train_batch_size: int = option(1, "packed rows per worker and forward pass", range=AT_LEAST_1, most=_MOST_RECORDS)
     gradient_accumulation_steps: int = option(16, "sets the default of global_batch_size", range=AT_LEAST_1, most=_MOST_RECORDS)
-    global_batch_size: int | None = option(
+    global_batch_size: int | None = everyday(
         None,
         "records per optimizer step over all workers (default: train_batch_size x gradient_accumulation_steps x workers)",
         range=AT_LEAST_1,
         most=_MOST_RECORDS,
     )
-    max_steps: int | None = option(
+    max_steps: int | None = everyday(
         None, "optimizer steps of the whole run (default: from epochs)", range=AT_LEAST_1, sweep="shared", length=True
     )
     epochs: float = option(
@@ -151,7 +152,7 @@ class OptimizerOptions:
     epochs_of: str = option(
         "all", "the source whose epochs count, by its folder as train_asr or asr/train_asr; all: the slowest", sweep="shared"
     )
-    learning_rate: float = option(1e-4, "peak learning rate of AdamW", range=ABOVE_0, sweep="adapts", learns=True)
+    learning_rate: float = everyday(1e-4, "peak learning rate of AdamW", range=ABOVE_0, sweep="adapts", learns=True)
     lr_scheduler: Literal["linear", "cosine", "constant"] = option("cosine", "learning rate after the warm-up", learns=True)
     warmup_steps: int = option(0, "steps of linear warm-up", range=NOT_NEGATIVE, learns=True)
     warmup_ratio: float = option(0.0, "steps of linear warm-up as a share of all steps, where warmup_steps is 0", range=SHARE, learns=True)
@@ -195,7 +196,7 @@ class OptimizerOptions:
 class ParallelOptions:
     """The processes and devices that train it."""
 
-    num_workers: tuple[int, ...] | None = option(
+    num_workers: tuple[int, ...] | None = everyday(
         None,
         "training processes, as 4; or fewest and most, as 2,4: as many as the cluster has room for (default: one per GPU, or 1)",
         range=Range(_WORKERS, "at least 1", AT_LEAST_1.holds),
@@ -208,7 +209,7 @@ class ParallelOptions:
     gpus_per_worker: float = option(
         1.0, "GPUs that a worker takes where GPUs are used: 1, or, of a run with one worker, a part", range=ABOVE_0, sweep="shared"
     )
-    ep_size: int = option(1, "expert-parallel size; divides the workers and the experts", range=AT_LEAST_1)
+    ep_size: int = everyday(1, "expert-parallel size; divides the workers and the experts", range=AT_LEAST_1)
     dp_replicate_size: int = option(1, "replicas of the sharded model (HSDP)", range=AT_LEAST_1)
     check_replicas_steps: int = option(
         1000, "steps between bitwise comparisons of the weights that several workers hold (0: never)", range=NOT_NEGATIVE
@@ -235,9 +236,11 @@ class ParallelOptions:
 class CheckpointOptions:
     """The run's folder and its checkpoints."""
 
-    output_dir: str = option("runs", "where runs are kept; a run's folder is OUTPUT_DIR/NAME", location=FOLDER, sweep="shared", inert=True)
-    name: str = option("run", "the run's name; the same name resumes", sweep="shared")
-    save_steps: int = option(1000, "steps between checkpoints", range=AT_LEAST_1, sweep="shared", length=True)
+    output_dir: str = everyday(
+        "runs", "where runs are kept; a run's folder is OUTPUT_DIR/NAME", location=FOLDER, sweep="shared", inert=True
+    )
+    name: str = everyday("run", "the run's name; the same name resumes", sweep="shared")
+    save_steps: int = everyday(1000, "steps between checkpoints", range=AT_LEAST_1, sweep="shared", length=True)
     keep_last: int = option(2, "checkpoints to keep", range=AT_LEAST_1, inert=True)
     keep_best: int = option(
         0, "checkpoints to keep in addition, the best by best_metric (needs eval_steps)", range=NOT_NEGATIVE, inert=True
@@ -254,7 +257,7 @@ class CheckpointOptions:
 class EvaluationOptions:
     """How it is evaluated."""
 
-    eval_steps: int | None = option(
+    eval_steps: int | None = everyday(
         None, "steps between evaluations of a checkpoint (default: only at the end)", range=AT_LEAST_1, sweep="shared", length=True
     )
     eval_inline: bool = option(False, "evaluate in between steps, on the training workers, rather than beside training")
@@ -291,7 +294,7 @@ class TrackingOptions:
         inert=True,
     )
     tensorboard: bool = option(False, "TensorBoard files as well, in RUN/tensorboard", inert=True)
-    wandb_project: str | None = option(None, "Weights & Biases project (default: not used)", sweep="shared", inert=True)
+    wandb_project: str | None = everyday(None, "Weights & Biases project (default: not used)", sweep="shared", inert=True)
     wandb_mode: Literal["online", "offline", "disabled"] | None = option(
         None, "how Weights & Biases is used (default: online where there is a key, else offline)", sweep="shared", inert=True
     )
@@ -388,9 +391,9 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(options.to_plain(vars(config)), sort_keys=False)
 
 
-def add_flags(parser: argparse.ArgumentParser, sections: Sequence[type] = SECTIONS) -> None:
-    """One flag per key of a run's configuration, grouped by section."""
-    options.add_flags(parser, sections)
+def add_flags(parser: argparse.ArgumentParser, level: options.Level | None = None) -> None:
+    """One flag per key of a run's configuration, grouped by section. `level`: see `options.add_flags`."""
+    options.add_flags(parser, SECTIONS, level)
 
 
 def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:

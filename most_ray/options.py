@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -27,6 +28,7 @@ from most_ray.io.yaml_values import MAX_BYTES, parse_yaml
 _PIPED = re.compile(r"/dev/(stdin|fd/\d+)")
 _UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_ROOM = 37  # characters of a flag's text and default in a line of --help, beside what is between them
 MOST_SEED = (1 << 63) - 1  # the largest number of all: what torch, numpy and integers of 64 bits take
 _MOST: dict[type, float] = {int: 10**12, float: 1e9}  # the largest number of an option that states none
 
@@ -66,6 +68,10 @@ CONFIGURATION = Location("read", "path or URI")
 FOLDER = Location("write", "path or URI")
 LOCAL_FILE = Location("write", "path", by_workers=True)
 
+# Where a flag is shown. everyday: in --help. all: in `--help all`. elsewhere: in that of another command, `train`.
+Level = Literal["everyday", "all", "elsewhere"]
+EVERYDAY: Level = "everyday"
+
 # Whether trials of a sweep may differ in an option.
 #   varies: they may.
 #   adapts: they may, and population based training may change it during training. Such an option is read at every start of a run, and is
@@ -86,6 +92,7 @@ def option(
     length: bool = False,
     learns: bool = False,
     old_words: Mapping[str, str] | None = None,
+    everyday: bool = False,
 ) -> Any:
     """A field of a section.
 
@@ -102,9 +109,13 @@ def option(
         learns: whether the weights after a step follow from the option, data and model being equal, so that a run that resumes with
             another value does not continue exactly.
         old_words: choices of earlier versions, which are still read, and today's words for them.
+        everyday: whether --help shows its flag; those of the others are in `--help all`.
     """
     stated = {"range": range, "most": most, "location": location, "sweep": sweep, "inert": inert, "length": length, "learns": learns}
-    return field(default=default, metadata={"help": help_text, **stated, "old_words": old_words or {}})
+    return field(default=default, metadata={"help": help_text, **stated, "old_words": old_words or {}, "everyday": everyday})
+
+
+everyday = functools.partial(option, everyday=True)
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ class Option:
     length: bool
     learns: bool
     old_words: Mapping[str, str]
+    everyday: bool
 
     def parse(self, value: Any) -> Any:
         """Convert a YAML value or a flag's text to the option's type.
@@ -327,32 +339,53 @@ def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def add_flag(parser: Any, option: Option, flag: str = "", help_text: str = "") -> None:
+def _metavar(option: Option) -> str:
+    """The kind of value that a flag takes, as --help shows it."""
+    if option.type is bool:
+        return "true|false"
+    if option.choices:
+        return "|".join(option.choices)
+    if option.location:
+        return "DIR" if option.location is RECORDS else "PATH"
+    name = {int: "N", float: "X", str: "NAME"}[option.type]
+    return f"{name}[,{name}]" if option.many and option.type is not str else name
+
+
+def _first_part(text: str) -> str:
+    """What a line of --help has room for: the text up to its first comma or the like, with the default where that is short."""
+    meaning, _, default = text.partition(" (default: ")
+    short = re.split(r"[,;:] (?![^(]*\))", meaning)[0]
+    return f"{short} (default: {default}" if default and len(short) + len(default) <= _ROOM else short
+
+
+def add_flag(parser: Any, option: Option, flag: str = "", help_text: str = "", level: Level = EVERYDAY) -> None:
     """Add the flag of an option to a parser or a group. A flag that is not given leaves the namespace untouched.
 
     Args:
         flag: the flag's name where it is not the option's.
         help_text: its line in --help where it is not the option's.
+        level: where it is shown.
     """
     name, text = flag or option.name, help_text or option.help
     shown = "none" if option.default is None or option.default == () else option.default
-    keywords: dict[str, Any] = {"metavar": name.upper()}
+    keywords: dict[str, Any] = {"metavar": _metavar(option)}
     if option.type is bool:
-        keywords = {"nargs": "?", "const": "true", "metavar": "true|false"}
-    elif option.choices:
-        keywords = {"metavar": "|".join(option.choices)}
+        keywords |= {"nargs": "?", "const": "true"}
     elif option.many and option.type is str:
         keywords["nargs"] = "+"
     text = text if "(default" in text else f"{text} (default: {shown})"
-    parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **keywords)
+    action = parser.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS, **keywords)
+    action.level = level
+    action.short = _first_part(text) if option.everyday else ""
 
 
-def add_flags(parser: argparse.ArgumentParser, sections: Sequence[type]) -> None:
-    """Add one flag per option, grouped by section, with its default in --help."""
+def add_flags(parser: argparse.ArgumentParser, sections: Sequence[type], level: Level | None = None) -> None:
+    """Add one flag per option, grouped by section, with its default in --help. `level`: where they are shown; None: the everyday ones in
+    --help, the others in `--help all`."""
     for section in sections:
         group = parser.add_argument_group(str(section.__doc__).rstrip(".").lower())
         for each in options_of(section).values():
-            add_flag(group, each)
+            add_flag(group, each, level=level or ("everyday" if each.everyday else "all"))
 
 
 def flag_values(namespace: argparse.Namespace, options: Collection[str]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ def build_parser() -> Parser:
     """The parser of all commands; a command's module adds its own."""
     # Imported here: it takes a second, in which an interrupt must end as in any other (see `main`).
     from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands
-    from most_ray.cli.parser import Parser, remember_flags
+    from most_ray.cli.parser import Parser, add_commands, remember_flags
 
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = add_commands(parser, "command", "COMMAND")
     for each in (prepare_commands, run_commands, evaluate_command, speech_commands, cluster_commands):
         each.add(commands)
     remember_flags(parser)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from most_ray import config as configuration
 from most_ray.cli import jobs_command
 from most_ray.cli.job_files import as_given
-from most_ray.cli.parser import Parser, add_command, config_of
+from most_ray.cli.parser import Parser, add_command, add_config, config_of, naming_files
 from most_ray.config import OPTIONS, RunConfig
 from most_ray.console.terminal import Terminal, say, write_log
 from most_ray.errors import ConfigError, nearest
@@ -29,8 +29,8 @@ _out = write_log
 
 def add(commands: Any) -> None:
     doctor = add_command(commands, "doctor", _doctor, "check what would fail on this machine or the named cluster, with a remedy for each")
-    doctor.add_argument("--config", type=as_given(str), help="a run's YAML file (default: the checks of a run without one)")
-    configuration.add_flags(doctor)
+    add_config(doctor, "a run's YAML file (default: the checks of a run without one)", as_given(str))
+    configuration.add_flags(doctor, "elsewhere")
 
     text = "run a command as a job on a cluster and follow it; the same run is never submitted twice at once"
     submit = add_command(commands, "submit", _submit, text)
@@ -137,27 +137,45 @@ def _check_command(command: list[str], folder: Path) -> _Job:
         rule = "contains credentials, and everyone who can see the cluster can see a job's command."
         raise ConfigError("flag", storage.redact(secret), rule, _CREDENTIALS_REMEDY)
     args = build_parser().parse_args(command)
+    if args.command == "prepare" and args.what is None:
+        raise ConfigError("command", "prepare", "needs the word for what is prepared.", "See `most-ray prepare --help`.")
     run = _run_of(args)
     name, uri = _identity(args, run)
     config = str(args.config) if getattr(args, "config", None) else None
     inner = _inner(config, folder) if config and not storage.is_remote(config) else None
     if inner:
-        pairs = zip(["", *command], command, strict=False)
-        command = [f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word for last, word in pairs]
+        command = _with_config(command, args, inner)
     resumes = args.command == "sweep" or (args.command == "train" and args.dry_run is None)
     return _Job(name, uri, command, inner, resumes, list(_reads(args, run)))
+
+
+def _with_config(command: list[str], args: argparse.Namespace, inner: str) -> list[str]:
+    """A command with the path of its configuration as the job will see it, by --config. `args`: the command, parsed."""
+    from most_ray.cli import build_parser  # which imports this module
+
+    if args.file is None:
+        pairs = zip(["", *command], command, strict=False)
+        return [f"--config={inner}" if word.startswith("--config=") else inner if last == "--config" else word for last, word in pairs]
+    # FILE may be any of the words of its name, and the others are values of flags: it is the one without which FILE is missing.
+    for index in (index for index, word in enumerate(command) if Path(word).name == Path(args.file).name):
+        changed = [*command[:index], f"--config={inner}", *command[index + 1 :]]
+        with contextlib.suppress(ConfigError):
+            if build_parser().parse_args(changed).file is None:
+                return changed
+    raise ConfigError("argument", str(args.file), "cannot be told from the values of flags.", "Name it by --config.")
 
 
 def _run_of(args: argparse.Namespace) -> RunConfig | None:
     """The run that a command is for; None for a command that has no run. Raises ConfigError where its configuration holds a credential."""
     if args.command == "evaluate" or (args.command == "prepare" and args.what != "store"):
         return None
-    if args.command == "sweep":
-        from most_ray.sweep.options import flag_values, load_sweep
+    with naming_files(args):
+        if args.command == "sweep":
+            from most_ray.sweep.options import flag_values, load_sweep
 
-        run = load_sweep(args.config, flag_values(args)).run
-    else:
-        run = configuration.load_config(args.config, configuration.flag_values(args))
+            run = load_sweep(args.config, flag_values(args)).run
+        else:
+            run = configuration.load_config(args.config, configuration.flag_values(args))
     if args.config and not storage.is_remote(args.config):
         redacted = run.redacted()
         _check_secrets(args.config, {name: str(value) for name, value in vars(run).items() if value != getattr(redacted, name)})

@@ -17,6 +17,7 @@ import yaml
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import resolve_paths, to_read
+from most_ray.console.help import mark
 from most_ray.console.terminal import say
 from most_ray.errors import ConfigError, DataError, printable
 from most_ray.io import storage
@@ -41,9 +42,11 @@ _RUN_YAML = Kind("configuration that --from_audio has made", begins_with(rb"# Ma
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("from recordings")
     text = "recordings with transcripts: makes units and records of them, and trains on both tasks"
-    group.add_argument("--from_audio", type=to_read(Path), metavar="DIR", help=text)
-    group.add_argument("--corpus", choices=list(LAYOUTS), help="layout of from_audio (default: recognised by its files)")
-    group.add_argument("--features", help="from which its units are made; see `most-ray prepare units --help` (default: mfcc)")
+    mark(group.add_argument("--from_audio", type=to_read(Path), metavar="DIR", help=text), "train on recordings with transcripts")
+    text = "layout of from_audio (default: recognised by its files)"
+    mark(group.add_argument("--corpus", choices=list(LAYOUTS), help=text), level="all")
+    text = "from which its units are made; see `most-ray prepare units --help` (default: mfcc)"
+    mark(group.add_argument("--features", help=text), level="all")
 
 
 class Division(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from rich.progress import TimeRemainingColumn
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import PathFlag, resolve_paths
+from most_ray.console.help import HelpParser
 from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import ConfigError, DataError, UserError, nearest
 from most_ray.io import storage
@@ -36,15 +39,18 @@ class _Store(argparse._StoreAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(HelpParser):
     """A parser whose errors name the nearest known flag or command. Flags cannot be abbreviated: a typo never becomes another flag. Where a
     flag is given twice, as by a script that sets it for those who do not, the last value is used."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        formatter = partial(argparse.HelpFormatter, max_help_position=36, width=130)
-        super().__init__(*args, **{"formatter_class": formatter, **keywords, "allow_abbrev": False})
+        super().__init__(*args, **keywords)
         self.register("action", None, _Store)
         self.register("action", "store", _Store)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(_divided(self, words), namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -53,7 +59,16 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError(f"--{name}", None, "is no known flag.", nearest(name, getattr(parsed, "known_flags", [])))
         if unknown := [word for word in unknown if word != "--"]:
             raise ConfigError("argument", unknown[0], "belongs to no flag.")
+        _take_file(parsed)
         return parsed
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            remedy = nearest(value, action.choices)
+            if _is_configuration(value) and "train" in action.choices:
+                remedy = f"To train its run: {self.prog} train {value}."
+            raise ConfigError("command", value, "is no command.", remedy)
+        super()._check_value(action, value)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         # argparse would call a path's ConfigError an "invalid value": the flag's name goes where the error is made.
@@ -67,6 +82,71 @@ class Parser(argparse.ArgumentParser):
     def flag_names(self) -> list[str]:
         """Names of the flags, without their dashes."""
         return [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
+
+
+def _is_configuration(word: str) -> bool:
+    """Whether a word is the name of a YAML file."""
+    return word.endswith((".yaml", ".yml"))
+
+
+def _divided(parser: Parser, words: list[str]) -> list[str]:
+    """The words of a command that takes a FILE, where one follows a flag whose value may be left out, as in `train --dry_run FILE`: with
+    that value written out, so that the file is not taken for it."""
+    if not any(action.dest == "file" for action in parser._actions):
+        return words
+    left_out = {
+        flag: action.const
+        for action in parser._actions
+        if action.nargs == "?"
+        for flag in action.option_strings
+        if action.const is not None
+    }
+    pairs = zip(words, [*words[1:], ""], strict=False)
+    return [f"{word}={left_out[word]}" if word in left_out and _is_configuration(after) else word for word, after in pairs]
+
+
+def _take_file(parsed: argparse.Namespace) -> None:
+    """Let FILE be the value of --config, in the namespace of a command that takes both. Raises ConfigError where both are given, or neither
+    where one is needed."""
+    if not hasattr(parsed, "file"):
+        return
+    if parsed.file is not None and parsed.config is not None:
+        rule = f"belongs to no flag, and --config = {str(parsed.config)!r} is a configuration already."
+        raise ConfigError("argument", str(parsed.file), rule, "Leave one of them out.")
+    if parsed.file is None and parsed.config is None and parsed.needs_file:
+        raise ConfigError("config", None, "is needed: a YAML file.", f"As most-ray {parsed.command} FILE.")
+    parsed.config = parsed.file if parsed.config is None else parsed.config
+
+
+def add_config(parser: Parser, text: str, kind: Any, needed: bool = False) -> None:
+    """Add the two ways to name a command's configuration, FILE and --config FILE. `text`: what it is, `kind`: the type of its path,
+    `needed`: whether the command does nothing without."""
+    parser.add_argument("file", nargs="?", type=kind, metavar="FILE", help="the same as --config FILE")
+    parser.add_argument("--config", type=kind, metavar="FILE", help=text)
+    parser.set_defaults(needs_file=needed)
+
+
+@contextlib.contextmanager
+def naming_files(args: argparse.Namespace) -> Iterator[None]:
+    """Within the block, which reads the configuration, the error of a file that does not exist suggests what may be meant."""
+    try:
+        yield
+    except ConfigError as error:
+        name = str(getattr(args, "config", None) or "")
+        if error.field != "config" or error.remedy or not name or storage.is_remote(name) or Path(name).exists():
+            raise
+        raise ConfigError("config", error.value, error.rule, _files_remedy(name, args)) from error
+
+
+def _files_remedy(name: str, args: argparse.Namespace) -> str:
+    """What may be meant by a configuration that does not exist: a flag without its dashes, or a file of a similar name, also one of those
+    that are shipped."""
+    if given := difflib.get_close_matches(name.lstrip("-").replace("-", "_"), args.known_flags, n=1, cutoff=0.8):
+        return f"Did you mean --{given[0]}?"
+    folders = [Path(name).parent, Path("jobs/configs")]
+    files = {path.stem: str(path) for folder in reversed(folders) if folder.is_dir() for path in sorted(folder.glob("*.y*ml"))}
+    close = difflib.get_close_matches(Path(name).stem, files, n=1, cutoff=0.6)
+    return f"Did you mean {files[close[0]]!r}?" if close else "Name a YAML file."
 
 
 class _NumberAction(argparse.Action):
@@ -106,9 +186,22 @@ def add_command(where: Any, name: str, run: Callable[[argparse.Namespace], int],
     return command
 
 
+def add_commands(parser: Parser, dest: str, metavar: str) -> Any:
+    """Add subcommands to a parser, and return what `add_command` adds them to. Without one, the help is shown."""
+
+    def show(args: argparse.Namespace) -> int:
+        del args
+        parser.print_help()
+        return 0
+
+    parser.set_defaults(run=show, interrupted="")
+    return parser.add_subparsers(dest=dest, metavar=metavar, parser_class=Parser)
+
+
 def config_of(args: argparse.Namespace) -> configuration.RunConfig:
     """The configuration of --config, overruled by flags; in a job, with the paths that the job uses."""
-    return resolve_paths(configuration.load_config(args.config, configuration.flag_values(args)))
+    with naming_files(args):
+        return resolve_paths(configuration.load_config(args.config, configuration.flag_values(args)))
 
 
 def config_of_flags(args: argparse.Namespace, keys: Mapping[str, str]) -> configuration.RunConfig:

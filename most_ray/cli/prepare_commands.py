@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
-from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, config_of, number, tracked
+from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, add_commands, add_config, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
 from most_ray.large_imports import at_once
@@ -28,9 +28,7 @@ _MOST_ACTORS = 100_000  # more than any cluster starts
 
 
 def add(commands: Any) -> None:
-    prepare = commands.add_parser("prepare", help="make records", description="Make records.").add_subparsers(
-        dest="what", metavar="WHAT", required=True, parser_class=Parser
-    )
+    prepare = add_commands(commands.add_parser("prepare", help="make records", description="Make records."), "what", "WHAT")
     units = add_command(prepare, "units", _units, "recordings with transcripts to ASR records", CONTINUES)
     _corpus_flags(units)
     units.add_argument("--output", type=to_write(Path), required=True, help="folder for records, units.json, kmeans.npy, rejected.jsonl")
@@ -63,7 +61,7 @@ def add(commands: Any) -> None:
     vocoder.add_argument("--seed", action=number(int, NOT_NEGATIVE, MOST_SEED), default=0, help=text)
 
     tts = add_command(prepare, "tts", _tts, "ASR records to TTS records, of one directory or of all that --config lists", AGAIN)
-    tts.add_argument("--config", type=as_given(Path), help="JSON list of {dataset_name, input_dir, output_dir, file_pattern}")
+    add_config(tts, "JSON list of {dataset_name, input_dir, output_dir, file_pattern}", as_given(Path))
     tts.add_argument("--input_dir", type=to_read(Path), help="directory of ASR records")
     tts.add_argument("--output_dir", type=to_write(Path), help="directory for the TTS records")
     tts.add_argument("--dataset_name", help="written to the records' metadata (default: the directory's name)")
@@ -71,9 +69,9 @@ def add(commands: Any) -> None:
 
     store = add_command(prepare, "store", _store, "make the token stores of a run's records, as `train` does at its first start", CONTINUES)
     store.description = _STORE_HELP
-    store.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")
+    add_config(store, "YAML file of a run's keys; flags overrule it", as_given(str))
     store.add_argument("--verify", action="store_true", help="read every byte of the stores and compare the checksums")
-    configuration.add_flags(store)
+    configuration.add_flags(store, "elsewhere")
 
 
 def _corpus_flags(parser: Parser, features: bool = True) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from most_ray import config as configuration
 from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
-from most_ray.cli.parser import AGAIN, add_command, check_records, config_of, number
+from most_ray.cli.parser import AGAIN, add_command, add_config, check_records, config_of, naming_files, number
+from most_ray.console.help import mark
 from most_ray.console.terminal import Terminal, say, say_meanwhile
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
@@ -42,18 +43,19 @@ def add(commands: Any) -> None:
     train = add_command(
         commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes", "the same command starts or resumes the run"
     )
-    train.add_argument("--config", type=as_given(str), help="YAML file with any of the keys below; flags overrule it")
+    add_config(train, "YAML file of a run's keys; flags overrule it", as_given(str))
     text = "describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing"
     default = "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)"
-    train.add_argument("--dry_run", nargs="?", const="", metavar="DEVICE", help=f"{text} {default}")
+    dry_run = train.add_argument("--dry_run", nargs="?", const="", metavar="DEVICE", help=f"{text} {default}")
+    mark(dry_run, "describe the run on a DEVICE and start nothing")
     from_audio.add_flags(train)
     configuration.add_flags(train)
 
     plan = add_command(commands, "plan", _plan, "list the records of each step, without training", AGAIN)
-    plan.add_argument("--config", type=as_given(str), help="the run's YAML file")
+    add_config(plan, "the run's YAML file", as_given(str))
     plan.add_argument("--steps", default="0:20", help="range of steps as FROM:TO, TO included, counted from 1 (default: 0:20)")
     plan.add_argument("--trace", type=as_given(Path), required=True, help="file for the lines that `train --trace_records` would write")
-    configuration.add_flags(plan)
+    configuration.add_flags(plan, "elsewhere")
 
     report = add_command(commands, "report", _report, "write an HTML page about one run, several runs side by side, or a sweep", AGAIN)
     report.add_argument("runs", type=as_given(str), nargs="+", metavar="RUN", help="folders of runs, or of one sweep; paths or URIs")
@@ -73,9 +75,9 @@ def add(commands: Any) -> None:
         "both ends included; short forms: 2..6, [a, b], a | b."
     )
     text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which apply to all trials; flags overrule it"
-    sweep.add_argument("--config", type=as_given(str), required=True, help=text)
+    add_config(sweep, text, as_given(str), needed=True)
     sweep_options.add_flags(sweep)
-    configuration.add_flags(sweep)
+    configuration.add_flags(sweep, "elsewhere")
 
 
 def _init_model(args: argparse.Namespace) -> int:
@@ -194,7 +196,8 @@ def _export(args: argparse.Namespace) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from most_ray.sweep.options import flag_values, load_sweep
 
-    sweep = load_sweep(args.config, flag_values(args))
+    with naming_files(args):
+        sweep = load_sweep(args.config, flag_values(args))
     run = resolve_paths(sweep.run)
     sweep = replace(sweep, run=run, values={name: getattr(run, name) for name in {**sweep.values, "output_dir": run.output_dir}})
     from most_ray.runs.first_checks import check_directories

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import yaml
 
-from most_ray import config as configuration
 from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, nearest
@@ -30,6 +29,7 @@ from most_ray.options import (
     read_yaml,
     to_plain,
 )
+from most_ray.options import add_flags as add_options
 from most_ray.options import flag_values as given_flags
 from most_ray.records.record import TASKS
 from most_ray.sweep.ledger import Objective
@@ -232,7 +232,7 @@ def mutable(space: Space) -> list[str]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per key of a sweep's own; those of a run are added by `config.add_flags`."""
-    configuration.add_flags(parser, (SweepOptions,))
+    add_options(parser, (SweepOptions,), "everyday")
 
 
 def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:

@@ -14,7 +14,6 @@ that have not ended after its `--shutdown-timeout` (30 s): set it to the time th
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -33,6 +32,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from most_ray import config as configuration
+from most_ray.console.help import HelpParser
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
 from most_ray.console.streams import drop_lost_streams, open_streams
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     a checkpoint; 130: interrupted."""
     open_streams()
     log_to_stderr(logging.INFO)
-    parser = argparse.ArgumentParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0], allow_abbrev=False)
+    parser = HelpParser(prog="python -m most_ray.train.run", description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--config", help="YAML file with any of the keys below; flags overrule it")
     configuration.add_flags(parser)
     args = parser.parse_args(argv)

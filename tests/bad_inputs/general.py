@@ -26,6 +26,11 @@ def in_folder(*arguments: str) -> Make:
     return lambda folder: ((folder / "c").mkdir(), arguments)[1]
 
 
+def similar(folder: Path) -> Sequence[str]:
+    (folder / "digits.yaml").write_text(run_yaml())
+    return ("plan", "digit.yaml", "--trace", "t.jsonl")
+
+
 def evaluated() -> list[str]:
     return ["evaluate", "--model", str(base() / "model"), "--output", "o.json"]
 
@@ -84,15 +89,29 @@ def submitted(*command: str) -> Make:
 
 
 WORDS = [
-    Case("no command", words(), "COMMAND"),
+    Case("no command", words(), "usage: most-ray COMMAND", code=0),
     Case("a misspelt command", words("trian"), "train"),
-    Case("an empty command", words(""), "COMMAND|invalid choice"),
-    Case("a command with an escape", words("\x1b]0;x\x07train"), "COMMAND"),
-    Case("a command of 100,000 characters", words("x" * 100_000), "COMMAND"),
-    Case("a command that is half a surrogate pair", words("\udcff"), "COMMAND"),
+    Case("an empty command", words(""), "command = .*is no command"),
+    Case("a command with an escape", words("\x1b]0;x\x07train"), "command = .*is no command"),
+    Case("a command of 100,000 characters", words("x" * 100_000), "command = .*is no command"),
+    Case("a command that is half a surrogate pair", words("\udcff"), "command = .*is no command"),
     Case("an abbreviated command", words("trai"), "train"),
+    Case("a configuration without a command", words("c.yaml"), "most-ray train c.yaml"),
+    Case("a word after --help that is not all", words("train", "--help", "everything"), "help = 'everything': is not all"),
+    Case("a configuration twice", words("train", "c.yaml", "--config", "d.yaml"), "'c.yaml': belongs to no flag, and --config = 'd.yaml'"),
+    Case("two configurations", words("plan", "c.yaml", "d.yaml", "--trace", "t"), "'d.yaml': belongs to no flag"),
+    Case("a flag without its dashes", words("train", "num-workers"), "Did you mean --num_workers"),
+    Case("a configuration of a similar name", similar, "Did you mean 'digits.yaml'"),
+    Case(
+        "a configuration after a flag whose value may be left out",
+        words("train", "--dry_run", "c.yaml"),
+        "config = 'c.yaml': cannot be read",
+    ),
+    Case("a sweep without its file", words("sweep"), "config: is needed"),
+    Case("a job's configuration that does not exist", words("submit", "train", "c.yaml"), "config = 'c.yaml': cannot be read"),
+    Case("a job that prepares nothing", words("submit", "prepare"), "command = 'prepare': needs the word"),
     Case("a flag before the command", words("--config", "c.yaml", "train"), "config"),
-    Case("prepare without what", words("prepare"), "WHAT"),
+    Case("prepare without what", words("prepare"), "usage: most-ray prepare WHAT", code=0),
     Case("prepare with a misspelt what", words("prepare", "unit"), "units"),
     Case("a misspelt flag", words("train", "--learning_rat", "1"), "learning_rate"),
     Case("a flag with dashes", words("train", "--learning-rate", "1"), "learning_rate"),

@@ -285,7 +285,7 @@ def test_commands_are_taken(page: Path) -> None:
         ("most-ray train --config jobs/configs/digits.yaml --learning_rat 1", "learning_rat"),
         ("most-ray train --config runs/digits.yaml", "no such configuration"),
         ("most-ray train --config jobs/configs/digits.yaml --weight_unit bytes", "weight_unit"),
-        ("most-ray submit trian --config jobs/configs/digits.yaml", "invalid choice"),
+        ("most-ray submit trian --config jobs/configs/digits.yaml", "is no command"),
         ("make trian", "make has no trian"),
         ("make an4 AN5=DIR", "make has no AN5=DIR"),
         ("torchrun -m most_ray.train.run --config jobs/configs/digits.yaml --ep_siz 2", "ep_siz"),
