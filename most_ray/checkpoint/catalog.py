@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,16 @@ from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.errors import CheckpointError
 from most_ray.io import storage
-from most_ray.io.run_folder import COMMIT, step_uri
+from most_ray.io.run_folder import COMMIT, STEP, find_steps, step_uri
 
 FORMAT = 2  # of a checkpoint's files; others are refused
 DEEP_BYTES = 16 << 30  # a checkpoint is hashed before use if no process has to read more than this
-_STEP = re.compile(r"step-(\d{9,})")
 Corrupt = list[tuple[str, str]]  # URI and reason of each corrupt checkpoint, newest first
 
 
 def step_of(uri: str) -> int:
     """Return the step that a checkpoint's folder is named after. Raises CheckpointError if the name is not that of a step."""
-    match = _STEP.fullmatch(storage.base_name(uri))
+    match = STEP.fullmatch(storage.base_name(uri))
     if match is None:
         raise CheckpointError("checkpoint", storage.redact(uri), "is not named step-NNNNNNNNN.")
     return int(match[1])
@@ -41,17 +39,7 @@ def step_of(uri: str) -> int:
 
 def committed(checkpoints: str) -> list[str]:
     """Return the URIs of the complete checkpoints, oldest first."""
-    return [step_uri(checkpoints, step) for step, complete in sorted(_find_steps(checkpoints).items()) if complete]
-
-
-def _find_steps(checkpoints: str) -> dict[int, bool]:
-    """Return the steps that have a folder, each with whether it has a commit marker."""
-    if not storage.is_remote(checkpoints):
-        marked = [(path.name, (path / COMMIT).exists()) for path in storage.local(checkpoints).glob("step-*")]
-    else:
-        names = [entry.name.split("/") for entry in storage.list_files(checkpoints, ("",))] if storage.exists(checkpoints) else []
-        marked = sorted((folder, rest == [COMMIT]) for folder, *rest in names if rest)  # the marker last
-    return {int(match[1]): complete for folder, complete in marked if (match := _STEP.fullmatch(folder))}
+    return [step_uri(checkpoints, step) for step, complete in sorted(find_steps(checkpoints).items()) if complete]
 
 
 def read_marker(uri: str) -> dict[str, Any]:
@@ -177,7 +165,7 @@ def prune(
     """Delete the checkpoints that `steps_to_delete` names, marker first, and incomplete folders of older steps, left by dead attempts. One
     process calls it, at any time: a checkpoint that is being written is newer than all complete ones. Returns the steps of the deleted
     checkpoints, ascending."""
-    found = _find_steps(checkpoints)
+    found = find_steps(checkpoints)
     complete = [step for step, is_complete in found.items() if is_complete]
     deleted = steps_to_delete(complete, keep_last, keep_best, scores, pending)
     leftovers = [step for step, is_complete in found.items() if not is_complete and complete and step < max(complete)]

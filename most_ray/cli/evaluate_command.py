@@ -17,6 +17,7 @@ from most_ray.io import storage
 from most_ray.io.outputs import check_file
 from most_ray.large_imports import at_once
 from most_ray.options import add_flag, flag_values
+from most_ray.runs.evaluator_checks import check_evaluators
 from most_ray.runs.room import check_evaluation_room
 
 # Flags that are keys of the configuration; some have a shorter name here, where everything concerns evaluation.
@@ -39,7 +40,7 @@ _KEYS = {
 
 def add(commands: Any) -> None:
     parser = add_command(commands, "evaluate", _evaluate, "measure word error rates and losses of a model", AGAIN)
-    parser.add_argument("--model", type=to_read(str), help="model folder, checkpoint, or hf:OWNER/NAME on the hub")
+    parser.add_argument("--model", type=to_read(str), help="a run's folder (its export), model folder, checkpoint, or hf:OWNER/NAME")
     for task, what in (("asr", "ASR"), ("tts", "TTS"), ("text", "text-only")):
         text = f"directories of {what} records, paths or URIs"
         parser.add_argument(f"--{task}_dirs", type=to_read(str), nargs="+", default=[], help=text)
@@ -78,7 +79,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ConfigError("vocoder", config.vocoder, "is used only with a recogniser.", "Name one, or leave it out.")
     if config.eval_workers > 1:
         check_evaluation_room(config, "num_workers", "gpus")
-    check_model(args.model)
+    check_evaluators(config)
+    args.model = check_model(args.model)
     for flag in ("asr_dirs", "tts_dirs", "text_dirs"):
         check_records(flag, getattr(args, flag))
     say_meanwhile("Loading torch and transformers")

@@ -21,7 +21,8 @@ from most_ray.console.help import HelpParser
 from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import ConfigError, DataError, UserError, nearest
 from most_ray.io import storage
-from most_ray.io.hub import check_model_name
+from most_ray.io.hub import PREFIX, model_folder
+from most_ray.io.run_folder import model_source
 from most_ray.options import Range, check_number, parse_number
 
 # What Ctrl-C leaves of a command.
@@ -224,9 +225,12 @@ def remember_flags(parser: Parser) -> None:
                 remember_flags(command)
 
 
-def check_model(model: str) -> None:
-    """Raises CheckpointError for a model that is neither a folder, nor a URI, nor a name on the hub."""
-    check_model_name(model, "model")
+def check_model(model: str) -> str:
+    """The model of --model, see `model_source`; one on the hub is fetched. Raises CheckpointError for what is none."""
+    found = model_source(model, "model", checkpoints=True)
+    if found.startswith(PREFIX):
+        model_folder(found, "model")
+    return found
 
 
 def check_records(flag: str, uris: Iterable[str]) -> None:

@@ -13,12 +13,14 @@ from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, add_commands, add_config, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, printable
+from most_ray.io.hub import check_model_name
 from most_ray.large_imports import at_once
 from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, SHARE, parse_number
 from most_ray.records.record import N_UNITS
 from most_ray.runs.room import check_actors
 from most_ray.speech.corpora.corpus import LAYOUTS, Condition, CorpusOptions, parse_condition
 from most_ray.speech.units.extractors import KINDS, parse_features
+from most_ray.speech.units.features import EncoderSettings
 
 if TYPE_CHECKING:
     from most_ray.speech.units.corpus_parts import Runner
@@ -109,6 +111,8 @@ def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:
     corpus, where = _corpus(args)
     features = parse_features(args.features)
     check_actors(args.num_actors, args.gpus_per_actor, features.uses_gpu, args.ray_address)
+    if isinstance(features, EncoderSettings):
+        check_model_name(features.source, "features")
     same = {name: getattr(args, name) for name in ("speaker_column", "max_seconds", "algorithm", "fit_frames", "seed")}
     return UnitsJob(corpus=corpus, features=features, where=where, **same, **more)
 

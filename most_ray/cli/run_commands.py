@@ -21,6 +21,7 @@ from most_ray.io import storage
 from most_ray.io.journal import TRACE
 from most_ray.io.json_values import json_text
 from most_ray.io.outputs import check_file, check_new_folder, replacing, replacing_folder
+from most_ray.io.run_folder import checkpoint_source
 from most_ray.large_imports import at_once
 from most_ray.options import MOST_SEED, NOT_NEGATIVE
 from most_ray.presets import PRESETS
@@ -64,7 +65,8 @@ def add(commands: Any) -> None:
     report.add_argument("--output", type=to_write(Path), help="HTML file (default: RUN/report.html; for several runs report.html)")
 
     export = add_command(commands, "export", _export, "convert a checkpoint to Hugging Face layout", AGAIN)
-    export.add_argument("--checkpoint", type=to_read(str), required=True, help="a step-... folder of a run's checkpoints/")
+    text = "a run's folder (its newest checkpoint), or a step-... folder of its checkpoints/"
+    export.add_argument("--checkpoint", type=to_read(str), required=True, help=text)
     export.add_argument("--output", type=to_write(Path), required=True, help="folder for the model")
 
     text = "find the best settings by many short runs; the same name resumes"
@@ -183,12 +185,15 @@ def _report(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from most_ray.checkpoint import catalog
 
-    catalog.read_marker(args.checkpoint)  # raises CheckpointError before the libraries are loaded
+    checkpoint = checkpoint_source(args.checkpoint)
+    catalog.read_marker(checkpoint)  # raises CheckpointError before the libraries are loaded
     say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.checkpoint.export import export_checkpoint
 
-    export_checkpoint(args.checkpoint, args.output)
+    export_checkpoint(checkpoint, args.output)
+    if checkpoint != args.checkpoint:
+        say(f"of {checkpoint}, the newest checkpoint")
     say(str(args.output))
     return 0
 

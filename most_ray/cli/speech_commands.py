@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
 
 
 def _model_flags(parser: Parser, optional: bool = False) -> None:
-    text = "model folder or checkpoint" + " (not needed for units)" * optional
+    text = "a run's folder (its export), model folder or checkpoint" + " (not needed for units)" * optional
     parser.add_argument("--model", type=to_read(str), required=not optional, help=text)
     text = "folder with units.json and kmeans.npy (default: the model's own)"
     parser.add_argument("--speech", type=as_given(str), metavar="DIR", help=text)
@@ -277,7 +277,7 @@ def _assets_folder(args: argparse.Namespace) -> str:
     or was trained on other units."""
     if not args.model:
         return str(args.speech)
-    check_model(args.model)
+    args.model = check_model(args.model)
     say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.checkpoint.export import open_description

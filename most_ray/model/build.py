@@ -98,7 +98,7 @@ def from_deepseek(source: str, output: Path, overrides: RoutingOverrides | None 
     Units and markers are added to the vocabulary, and the experts are assigned to groups. Where the embedding has too few rows, new ones
     are added, which start as the mean of the others. Raises CheckpointError as `read_description` does.
     """
-    source = local_copy(source)
+    source = local_copy(source, field="from_deepseek")
     unusable = loading(CheckpointError, "model_name_or_path", source, f"has a {_GENERATION} that cannot be saved again")
     with quiet_transformers(), unusable:
         if (Path(source) / _GENERATION).is_file():

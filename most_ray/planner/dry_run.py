@@ -22,7 +22,7 @@ from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here
 from most_ray.data.store import TokenStore, read_checksummed_json
 from most_ray.errors import ConfigError, DataError
 from most_ray.io import hub, storage
-from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.io.run_folder import RunFolder, local_copy, model_source
 from most_ray.model.build import init_model, read_config
 from most_ray.model.configuration import MostConfig
 from most_ray.planner import sampling
@@ -146,13 +146,13 @@ class _Preparation:
             init_model(name, training_texts(self.config), folder, self.config.seed)
             return str(folder)
         if storage.is_remote(name) or Path(name).exists():
-            return storage.absolute(name)
+            return model_source(name, known=PRESETS)
         if cached := hub.cached_folder(name):
             return cached
         known = published_name(name)
         if known is None:
-            rule = "is neither a folder nor in this machine's cache of hub models."
-            raise ConfigError("model_name_or_path", storage.redact(name), rule, "Check the path; a dry run does not use the network.")
+            error = hub.missing_model(name, known=PRESETS)
+            raise ConfigError(error.field, error.value, error.rule, f"{error.remedy} A dry run does not use the network.")
         is_published = name.removeprefix(hub.PREFIX) in PUBLISHED
         target = "models/most" if is_published else name
         stand_in = "and a tokenizer trained on the records instead of its own"

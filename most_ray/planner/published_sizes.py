@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
-from most_ray.io import storage
-from most_ray.io.hub import PREFIX
+from most_ray.io.hub import base_model
 
 # From config.json in each repository on huggingface.co. The position embedding (YaRN) has no weights and is left out.
 _LITE: dict[str, Any] = {
@@ -47,12 +47,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 16.0,
     },
 }
-# Folders that the shipped configurations expect from `init-model --from_deepseek`.
-_FOLDERS = {"most-v2-lite": "deepseek-ai/DeepSeek-V2-Lite", "most-v2": "deepseek-ai/DeepSeek-V2"}
+# What an earlier shipped configuration makes, by the last two parts of its path: until then it has the sizes of what that began with.
+_RESULTS: dict[tuple[str, ...], str] = {("stage1", "export"): "deepseek-ai/DeepSeek-V2-Lite"}
 
 
 def published_name(name: str) -> str | None:
-    """Return the published model that a name on the hub, or the last part of a folder's path, stands for; None if there is none. A MoST
-    model has the same sizes as the one it was made from: units and markers of speech use spare rows of the vocabulary."""
-    plain = name.removeprefix(PREFIX)
-    return plain if plain in PUBLISHED else _FOLDERS.get(storage.base_name(plain))
+    """Return the published model whose sizes a name on the hub, a folder that is made of it or what a shipped configuration makes has; None
+    if there is none. A MoST model has the same sizes as the one it was made from: units and markers of speech use spare rows of the
+    vocabulary."""
+    return base_model(name) or _RESULTS.get(PurePosixPath(name).parts[-2:])

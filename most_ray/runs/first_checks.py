@@ -18,13 +18,13 @@ from most_ray.data.store import digest
 from most_ray.distributed.topology import plan_topologies
 from most_ray.errors import ConfigError, UserError
 from most_ray.io import storage
-from most_ray.io.hub import check_model_name
 from most_ray.io.json_values import parse_json
-from most_ray.io.run_folder import COMMIT, LEDGER, step_uri
+from most_ray.io.run_folder import COMMIT, LEDGER, checkpoint_source, model_source, step_uri
 from most_ray.presets import PRESETS
 from most_ray.records.files import record_files
 from most_ray.records.model_files import CONFIG, read_json_object
 from most_ray.records.record import TASKS
+from most_ray.runs.evaluator_checks import check_evaluators
 from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.room import cluster_address, machine_gpus, uses_gpus, workers_of, workers_that_fit
 
@@ -36,9 +36,10 @@ def first_checks(config: RunConfig, workers: int | None = None) -> None:
     check_no_sweep(config)
     own = storage.join(config.run_uri, "checkpoints")
     if config.resume_from_checkpoint and not catalog.committed(own):
-        catalog.read_marker(config.resume_from_checkpoint)
+        catalog.read_marker(checkpoint_source(config.resume_from_checkpoint, "resume_from_checkpoint"))
     if config.model_name_or_path not in PRESETS:
-        check_model_name(config.model_name_or_path)
+        model_source(config.model_name_or_path, known=PRESETS)
+    check_evaluators(config)
     check_sizes(config, workers)
 
 
@@ -68,13 +69,21 @@ def check_no_sweep(config: RunConfig) -> None:
 
 
 def known_workers(config: RunConfig) -> tuple[int, ...] | None:
-    """The numbers of workers that a run may have, ascending; None where only the cluster knows them."""
+    """The fewest and the most workers that a configuration asks for; None where only the cluster knows them."""
     if cluster_address(config):
         return config.num_workers
     gpus = machine_gpus()
+    return workers_of(config, uses_gpus(config, gpus), gpus)
+
+
+def workers_here(config: RunConfig) -> int | None:
+    """The most workers that a run will have on this machine; None where it is on a cluster."""
+    if cluster_address(config):
+        return None
+    gpus = machine_gpus()
     use_gpu = uses_gpus(config, gpus)
     fewest, most = workers_of(config, use_gpu, gpus)
-    return fewest, max(fewest, min(most, workers_that_fit(config, use_gpu)))
+    return max(fewest, min(most, workers_that_fit(config, use_gpu)))
 
 
 def check_sizes(config: RunConfig, workers: int | None = None) -> None:

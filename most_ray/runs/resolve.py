@@ -23,9 +23,8 @@ from most_ray.distributed.devices import prefers_bf16
 from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
 from most_ray.io import storage
-from most_ray.io.hub import check_model_name
 from most_ray.io.json_values import parse_json
-from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.io.run_folder import RunFolder, checkpoint_source, local_copy, model_source
 from most_ray.model.build import check_template, check_units, init_model, read_config, read_description
 from most_ray.model.compat import check_workers
 from most_ray.optim.optimizer import check_available
@@ -35,6 +34,7 @@ from most_ray.records.record import TASKS, parse_record
 from most_ray.records.template import Vocabulary, template_texts
 from most_ray.records.tokenizer import vocabulary_of
 from most_ray.runs.environment import command_line
+from most_ray.runs.evaluator_checks import check_evaluators, check_vocoder_is_found
 from most_ray.runs.first_checks import check_directories, check_no_sweep, check_positions
 from most_ray.runs.job import Job, overrides_of, threads_of
 from most_ray.runs.output_checks import check_outputs
@@ -90,18 +90,24 @@ def prepare_run(config: RunConfig, runner: MakeRunner = ingest_here, workers: in
     use_gpu, fewest, most = checked["room"]
     folder = RunFolder(config.run_uri)
     sources = open_sources(config, folder, runner(config, use_gpu))
-    return resolve_run(config, folder, sources, use_gpu, workers or fewest, workers or most)
+    # Of a range, as many workers as there is room for: on this machine that does not change.
+    here = workers is None and gpus is None and not cluster_address(config)
+    fit = workers_that_fit(config, use_gpu) if here else None
+    return resolve_run(config, folder, sources, use_gpu, workers or fewest, workers or most, fit)
 
 
-def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int) -> Prepared:
-    """The run of a configuration and its sources, with `fewest` to `most` workers. Raises UserError where configuration, sources and
-    checkpoint contradict each other."""
+def resolve_run(
+    config: RunConfig, folder: RunFolder, sources: Sources, use_gpu: bool, fewest: int, most: int, fit: int | None = None
+) -> Prepared:
+    """The run of a configuration and its sources, with `fewest` to `most` workers, of which there is room for `fit` (None: for all). Raises
+    UserError where configuration, sources and checkpoint contradict each other."""
     # Workers have another working directory, on which the paths that they open must not depend.
     opened = [option for option in OPTIONS.values() if option.location and option.location.by_workers]
     config = replace(config, **{option.name: option.map(storage.absolute, getattr(config, option.name)) for option in opened})
     stores = sources.training + sources.validation
     model_config = read_config(local_copy(sources.model_path), overrides_of(config))
-    topologies = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
+    planned = plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, model_config.n_routed_experts)
+    topologies = tuple(each for each in planned if fit is None or each.world_size <= fit) or planned[:1]
     check_positions(config, model_config.max_position_embeddings)
     for store in stores:
         store.verify(VERIFIED_BYTES)
@@ -126,7 +132,7 @@ def resolve_run(config: RunConfig, folder: RunFolder, sources: Sources, use_gpu:
         layout=TokenLayout(model_config.first_audio_token, model_config.last_audio_token, ids.pad, ids.unit_base),
         topology=topologies[-1],
         total_steps=config.max_steps or plan.steps_for_epochs(config.epochs, config.epochs_of),
-        threads=threads_of(config, use_gpu, most),
+        threads=threads_of(config, use_gpu, topologies[-1].world_size),
         units_identity=units,
         has_validation=bool(sources.validation),
         command=command_line(),
@@ -169,11 +175,13 @@ def _check_all_inputs(config: RunConfig) -> None:
     the run."""
     check_inputs(config)
     if config.resume_from_checkpoint and not catalog.committed(storage.join(config.run_uri, "checkpoints")):
-        reader.read_state(config.resume_from_checkpoint)
-    if (name := config.model_name_or_path) not in PRESETS:
-        check_model_name(name)
-        if not storage.is_remote(name) and storage.exists(name):
-            read_description(local_copy(name), overrides_of(config))
+        reader.read_state(checkpoint_source(config.resume_from_checkpoint, "resume_from_checkpoint"))
+    check_evaluators(config)
+    model = config.model_name_or_path
+    if model not in PRESETS and not storage.is_remote(model):
+        model = local_copy(model_source(model, known=PRESETS))
+        read_description(model, overrides_of(config))
+    check_vocoder_is_found(config, model)
 
 
 @dataclass(frozen=True)
@@ -243,8 +251,7 @@ def _model_path(config: RunConfig, folder: RunFolder) -> str:
     records."""
     name = config.model_name_or_path
     if name not in PRESETS:
-        check_model_name(name)
-        return storage.absolute(name) if storage.is_remote(name) or storage.exists(name) else name
+        return model_source(name, known=PRESETS)
     uri = folder.at("init")
     if catalog.committed(folder.checkpoints) and storage.exists(storage.join(uri, "config.json")):
         return uri  # the run has started from it
@@ -302,8 +309,7 @@ def devices_of(config: RunConfig, must_be_here: bool = True, gpus: int | None = 
         raise no_gpu()
     fewest, most = workers_of(config, use_gpu, gpus)
     check_workers(most)
-    # Of a range, as many as there is room for: on this machine that does not change.
-    return use_gpu, fewest, max(fewest, min(most, workers_that_fit(config, use_gpu))) if here else most
+    return use_gpu, fewest, most
 
 
 def _starting_point(
@@ -322,6 +328,7 @@ def _starting_point(
     given = config.resume_from_checkpoint
     if not given:
         return None, None, corrupt
+    given = checkpoint_source(given, "resume_from_checkpoint")
     content = reader.read_state(given)
     if damage := catalog.find_corruption(given, deep=True):
         raise CheckpointError("resume_from_checkpoint", storage.redact(given), f"is damaged: {damage}.", "Name another one.")

@@ -17,7 +17,7 @@ from most_ray.distributed.topology import plan_topologies
 from most_ray.errors import ConfigError, UserError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.io.run_folder import local_copy
+from most_ray.io.run_folder import local_copy, model_source
 from most_ray.model.build import read_config
 from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig
@@ -119,7 +119,7 @@ def start_config(sweep: Sweep, key: str) -> MostConfig:
     name = parse_json(key).get("model_name_or_path", sweep.run.model_name_or_path)
     if name in PRESETS:
         return MostConfig(**{setting: value for setting, value in PRESETS[name].items() if setting != "text_vocab_size"})
-    return read_config(local_copy(storage.absolute(name) if storage.is_remote(name) else name))
+    return read_config(local_copy(model_source(name, known=PRESETS)))
 
 
 def proposals(sweep: Sweep) -> Iterator[Values]:

@@ -492,7 +492,7 @@ CHECKPOINTS = [
     ("parts beyond the tensor", header(lambda found: _entry(found, shape=[10**6, 10**6])), "header is broken"),
     ("no parts", header(lambda found: found.update(__metadata__={})), "header is broken"),
 ]
-HUB = "is neither a folder nor in this machine's cache of hub models. Check the path; a model on the hub is hf:OWNER/NAME"
+HUB = "is neither a folder nor in this machine's cache of hub models. Check the path; (a model on|from) the hub (it )?is hf:"
 
 CASES = [
     *(Case(f"config: {name}", plan_of(config(**changes)), [says, "model_name_or_path|expert"]) for name, changes, says in CONFIGS),

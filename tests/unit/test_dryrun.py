@@ -343,7 +343,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--text_expert_indices", "0,1,2", "--audio_expert_indices", "4,5,6,9"], "must hold different experts out of 0..7"),
         (["--max_seq_length", "5000"], "beyond the model's 4096 positions"),
         (["--keep_best", "1", "--eval_steps", "5", "--best_metric", "wer/other"], "is measured on no validation set"),
-        (["--model_name_or_path", "./nowhere"], "neither a folder nor in this machine's cache"),
+        (["--model_name_or_path", "./nowhere"], "does not exist. Check the path. A dry run does not use the network."),
         (["--model_name_or_path", "nobody/nothing"], "neither a folder nor in this machine's cache"),
         (["--max_seq_length", "25"], "Fix the records or raise max_rejected_fraction."),
         (["--asr_tts_mix_ratio", "1"], "gives no share to train_tts_dirs"),

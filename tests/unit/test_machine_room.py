@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,13 +79,15 @@ def test_a_complete_run_needs_no_room(tmp_path: Path) -> None:
     check_room(config)
 
 
-def test_of_a_range_there_are_as_many_workers_as_fit(machine: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_from({"num_workers": (2, 64)})
-    assert resolve.devices_of(config) == (False, 2, 4)
-    assert resolve.devices_of(config, must_be_here=False) == (False, 2, 64)  # a dry run is for any machine
-    assert resolve.devices_of(config, gpus=0) == (False, 2, 64)  # of a cluster
-    machine["gpus"] = 3
-    assert resolve.devices_of(config) == (True, 2, 3)
+def test_of_a_range_there_are_as_many_workers_as_fit(machine: dict[str, int], tmp_path: Path, digits: Path) -> None:
+    """Whose layout is that of the range; a step holds what it holds wherever it runs."""
+    values = {"train_asr_dirs": [str(digits / "test_takes")], "output_dir": str(tmp_path), "max_steps": 2, "max_seq_length": 256}
+    config = config_from({**values, "num_workers": (2, 8), "ep_size": 8, "use_gpu": False, "train_batch_size": 3})
+    prepared = resolve.prepare_run(config)
+    assert [each.world_size for each in prepared.topologies] == [2, 3, 4] and prepared.job.threads == 1
+    assert prepared.job.plan.global_batch_size == 3 * 16 * 8
+    elsewhere = resolve.prepare_run(replace(config, ray_address="10.0.0.1:6379"))
+    assert [each.world_size for each in elsewhere.topologies][-1] == 8
 
 
 def test_evaluations_and_pools_are_measured_too(machine: dict[str, int]) -> None:

@@ -63,10 +63,11 @@ def change(folder: Path, name: str = "config.json", **changes: Any) -> Path:
 def test_a_missing_folder_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told at once: nothing is fetched without the prefix."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    for name in ("models/most", "most", "deepseek-ai/DeepSeek-V2-Lite", "x" * 9999, "a\0b", "-/-", ""):
-        if name:
-            with pytest.raises(CheckpointError, match=r"is neither a folder nor in this machine's cache .* hf:OWNER/NAME\.$"):
-                local_copy(name)
+    for name in ("most", "a/b/c", "x" * 9999, "a\0b", "-/-/"):
+        with pytest.raises(CheckpointError, match=r"is neither a folder nor in this machine's cache .* hf:OWNER/NAME\.$"):
+            local_copy(name)
+    with pytest.raises(CheckpointError, match=r"cache .*it is hf:models/most, or, downloaded by `hf download models/most --local-dir DIR`"):
+        local_copy("models/most")
     for path in ("./most", "/nowhere/most", "../most", "~/most"):
         with pytest.raises(CheckpointError, match=r"does not exist\."):
             local_copy(path)
@@ -81,12 +82,13 @@ def test_a_missing_folder_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pyt
 def test_the_prefix_fetches_weights_and_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[str]]] = []
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert ignore_patterns == ["*/*"]
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool) -> str:
+        assert ignore_patterns == ["*/*"] and not local_files_only
         asked.append((name, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hub, "_why_silent", lambda _: None)
     assert hub.model_folder("hf:owner/name") == str(tmp_path)
     assert [name for name, _ in asked] == ["owner/name"] and not any(".py" in each or ".bin" in each for each in asked[0][1])
     assert hub.model_folder("hf:owner/name", "features", pickled=True) == str(tmp_path)

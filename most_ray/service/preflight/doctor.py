@@ -15,7 +15,7 @@ from most_ray.console.terminal import print_line
 from most_ray.distributed.topology import Topology, plan_topologies
 from most_ray.errors import UserError
 from most_ray.io import storage
-from most_ray.io.run_folder import local_copy
+from most_ray.io.run_folder import local_copy, model_source
 from most_ray.model.build import read_config
 from most_ray.planner.memory import checkpoint_bytes
 from most_ray.presets import PRESETS
@@ -104,14 +104,18 @@ def _plan_layouts(config: RunConfig, gpus: int | None) -> Sequence[Topology]:
     if gpus is not None:
         check_resources(config, fewest, most, use_gpu)
     name = config.model_name_or_path
-    n_experts = PRESETS[name]["n_routed_experts"] if name in PRESETS else read_config(local_copy(name)).n_routed_experts
+    n_experts = (
+        PRESETS[name]["n_routed_experts"]
+        if name in PRESETS
+        else read_config(local_copy(model_source(name, known=PRESETS))).n_routed_experts
+    )
     return plan_topologies(fewest, most, config.ep_size, config.dp_replicate_size, n_experts)
 
 
 def _check_space(config: RunConfig, topology: Topology) -> list[Finding]:
     if config.model_name_or_path in PRESETS:
         return [Finding("space", "ok", "driver", "a preset's checkpoints are small")]
-    model = read_config(local_copy(config.model_name_or_path), overrides_of(config))
+    model = read_config(local_copy(model_source(config.model_name_or_path)), overrides_of(config))
     return check_space(config, checkpoint_bytes(model, topology, config.optimizer_state))
 
 

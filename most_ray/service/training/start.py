@@ -11,7 +11,7 @@ from most_ray.config import RunConfig
 from most_ray.console.terminal import print_line
 from most_ray.io import storage
 from most_ray.large_imports import at_once
-from most_ray.runs.first_checks import completed_line, first_checks, known_workers, unchanged_summary
+from most_ray.runs.first_checks import completed_line, first_checks, unchanged_summary, workers_here
 from most_ray.runs.interrupts import explained_interrupt
 from most_ray.runs.run_lock import RunLock
 
@@ -24,14 +24,14 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     if (summary := unchanged_summary(config)) is not None:
         print_line(console, completed_line(config.name, summary["step"]))
         return summary
-    from most_ray.service.cluster.connection import cluster_gpus, start_beside  # Ray, half a second
+    from most_ray.service.cluster.connection import check_local_room, cluster_gpus, start_beside  # Ray, half a second
     from most_ray.service.cluster.stop_requests import ShutdownSignal
 
+    check_local_room(config)
     with explained_interrupt(config.run_uri), ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
-        gpus, workers = cluster_gpus(config), known_workers(config)
-        here = gpus is None and workers
+        gpus, here = cluster_gpus(config), workers_here(config)
         print_line(console, "Starting Ray on this machine, loading torch and transformers" if here else "Loading torch and transformers")
-        ray_started = start_beside(config, workers[-1]) if here and workers else lambda: None
+        ray_started = start_beside(config, here) if here else lambda: None
         with at_once():
             from most_ray.service.training.trainer import train_run
         return train_run(config, console, shutdown, gpus, ray_started)
