@@ -104,7 +104,7 @@ def test_commands_take_a_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert main(["evaluate", "--model", str(run), *scored, "--output", str(tmp_path / "b.json")]) == 0
     recording = tmp_path / "a.wav"
     soundfile.write(recording, np.zeros(16000, np.float32), 16000)
-    for command in (["transcribe", str(recording)], ["synthesize", "--text", "seven", "--output", str(tmp_path / "a.wav")]):
+    for command in (["transcribe", str(recording)], ["synthesize", "--text", "seven", "--output", str(tmp_path / "b.wav")]):
         assert main([*command, "--model", str(run)]) == 2
         assert f"model = '{run}/export': has no folder speech/" in capfd.readouterr().err
 
