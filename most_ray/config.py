@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
-from most_ray import options
+from most_ray import config_files, options
+from most_ray.config_files import read_yaml
 from most_ray.errors import ConfigError, printable
 from most_ray.io import storage
+from most_ray.io.run_folder import TRIALS
 from most_ray.options import (
     ABOVE_0,
     AT_LEAST_1,
@@ -32,7 +34,6 @@ from most_ray.options import (
     Range,
     everyday,
     option,
-    read_yaml,
 )
 
 _LONGEST_NAME = 255  # bytes; of a folder's name, on most file systems
@@ -382,13 +383,24 @@ def _check_together(config: RunConfig) -> None:
 
 
 def load_config(path: str | Path | None, flags: Mapping[str, Any] | None = None) -> RunConfig:
-    """The configuration of a YAML file (None: no file), overruled by flags. Raises as `config_from` and `read_yaml`."""
-    return config_from({**(read_yaml(path) if path is not None else {}), **(flags or {})})
+    """The configuration of a YAML file, or of a shipped one by its name (None: no file), overruled by flags. Raises as `config_from` and
+    `read_yaml`."""
+    return config_from({**(read_yaml(path, OPTIONS) if path is not None else {}), **(flags or {})})
 
 
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults included, readable by `load_config`."""
     return yaml.safe_dump(options.to_plain(vars(config)), sort_keys=False)
+
+
+def portable_yaml(config: RunConfig, folder: str) -> str:
+    """The configuration as `load_config` reads it from a file in `folder`, which is the run's or below it, without credentials; see
+    `config_files.portable_yaml`."""
+    root = storage.parent(config.run_uri)
+    if storage.base_name(root) == TRIALS:  # a sweep's trial moves with the sweep, and with what is beside that
+        root = storage.parent(storage.parent(root))
+    plain = {**vars(config), **{name: vars(config.redacted())[name] for name, each in OPTIONS.items() if not each.location}}
+    return config_files.portable_yaml(plain, OPTIONS, folder, root)
 
 
 def add_flags(parser: argparse.ArgumentParser, level: options.Level | None = None) -> None:

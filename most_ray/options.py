@@ -11,21 +11,15 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from most_ray.errors import ConfigError, DataError, nearest
-from most_ray.io import storage
+from most_ray.errors import ConfigError, nearest
 from most_ray.io.uris import expand
-from most_ray.io.yaml_values import MAX_BYTES, parse_yaml
 
-# What a shell or another program hands over: a pipe that is written to, as `<(command)`, or a file. (Of other pipes that is not known.)
-_PIPED = re.compile(r"/dev/(stdin|fd/\d+)")
 _UNIONS = (types.UnionType, typing.Union)  # what `X | None` is an instance of; the latter where X is a Literal
 _TRUTH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _ROOM = 37  # characters of a flag's text and default in a line of --help, beside what is between them
@@ -302,36 +296,6 @@ def stored_values(options: Mapping[str, Option], values: Mapping[str, Any]) -> d
             with contextlib.suppress(ConfigError):
                 found[name] = options[name].parse(value)
     return found
-
-
-def read_yaml(uri: str | Path) -> dict[str, Any]:
-    """The keys and values of a configuration file, as `parse_yaml` reads them.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML that is read (see `parse_yaml`), or is no mapping.
-    """
-    shown = storage.redact(str(uri))
-    try:
-        content = _read_piped(str(uri)) if _PIPED.fullmatch(str(uri)) else storage.read_small(expand("config", str(uri)), MAX_BYTES)
-    except (OSError, DataError) as error:
-        raise ConfigError("config", shown, f"cannot be read ({error}).") from error
-    try:
-        values = parse_yaml(content)
-    except UnicodeDecodeError as error:
-        raise ConfigError("config", shown, f"cannot be read ({error}).") from error
-    except ValueError as error:
-        raise ConfigError("config", shown, f"{error}.") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError("config", shown, "holds no `key: value` lines.")
-    return values
-
-
-def _read_piped(name: str) -> bytes:
-    """What comes through an open descriptor of this process, up to one byte more than a configuration has."""
-    with open(name, "rb") as stream:
-        return stream.read(MAX_BYTES + 1)
 
 
 def to_plain(values: Mapping[str, Any]) -> dict[str, Any]:

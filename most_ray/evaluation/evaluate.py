@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,20 @@ class Evaluation:
         """Write the result to `path`, and the hypotheses to `hypotheses_path(path)`; each write is atomic."""
         write_hypotheses(hypotheses_path(path), self.header, self.rows)
         write_result(path, self.result)
+
+    def within(self, run_uri: str) -> Evaluation:
+        """The evaluation for the folder of the run at `run_uri`: it names the model, and the files of rejected records, relative to that
+        folder, where they are in it or beside it."""
+
+        def way(text: str) -> str:
+            shown = storage.redact(run_uri)
+            return (storage.relative_to(shown, text, storage.parent(shown)) or text).removeprefix("./")
+
+        settings = self.header["settings"] | {"model": way(self.header["settings"]["model"])}
+        about = {name: {**each, "rejected_file": way(each["rejected_file"])} for name, each in self.header["sets"].items()}
+        sets = {name: {**each, "rejected_file": about[name]["rejected_file"]} for name, each in self.result["sets"].items()}
+        header, result = {**self.header, "settings": settings, "sets": about}, {**self.result, "settings": settings, "sets": sets}
+        return replace(self, header=header, result=result)
 
 
 def open_sets(

@@ -41,6 +41,7 @@ from most_ray.records.record import TASKS
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # of the file
+EVALUATIONS = "evaluations"  # the folder in a run's folder that has a file for each evaluation
 _SAMPLES = 5  # of each set, in the result
 SPOKEN = 10  # records of a set, the worst, that can be listened to
 RESULT = Kind("result of an evaluation", begins_with(rb'\{\s*"wer": ?\{.*"sets": ?\{'))
@@ -318,6 +319,26 @@ def warn_of_version(uri: str, settings: Mapping[str, Any], name: str) -> None:
         logger.warning(text, storage.redact(uri), shown(version), NORMALISER_VERSION)
 
 
+def _located(header: dict[str, Any], uri: str) -> dict[str, Any]:
+    """The first line of a file of hypotheses, at `uri` in a run's folder or its folder of evaluations, with what it names relative to the
+    run's folder as paths or URIs."""
+    folder = storage.parent(storage.absolute(uri))
+    folder = storage.parent(folder) if storage.base_name(folder) == EVALUATIONS else folder
+    sets = {name: {**about, "rejected_file": _found(folder, about["rejected_file"])} for name, about in header["sets"].items()}
+    model = header["settings"].get("model")
+    settings = {"model": _found(folder, model)} if isinstance(model, str) else {}
+    return {**header, "settings": header["settings"] | settings, "sets": sets}
+
+
+def _found(folder: str, way: str) -> str:
+    """`storage.located` of what is there; else the text as it is, which may be a name on a hub, or any text in a damaged file."""
+    try:
+        place = storage.located(folder, way)
+        return storage.redact(place) if storage.exists(place) else way
+    except (DataError, OSError):
+        return way
+
+
 def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
     """Compute the result of an evaluation again from its hypotheses.jsonl, with the normaliser `name` (None: the evaluation's own). Raises
     DataError if the file cannot be used, or the normaliser is unknown."""
@@ -327,4 +348,5 @@ def rescore(uri: str, name: str | None = None) -> dict[str, Any]:
         raise DataError("normaliser", name, "is not known.", nearest(str(name)[:100], NORMALISERS))
     warn_of_version(uri, header["settings"], name)
     header["settings"] = header["settings"] | {"normaliser": name, "normaliser_version": NORMALISER_VERSION}
+    header = _located(header, uri)
     return evaluation_result(header, [add_normalised(row, name) for row in rows])

@@ -16,9 +16,10 @@ from most_ray.errors import CheckpointError, ConfigError
 from most_ray.evaluation.decode import Forward
 from most_ray.evaluation.evaluate import Directories, Evaluation, merge_shards, open_sets
 from most_ray.evaluation.external_asr import ExternalRecogniser
+from most_ray.evaluation.hypotheses import EVALUATIONS
 from most_ray.evaluation.scoring import EvaluationSet, EvaluationSettings, score_shard
 from most_ray.io import storage
-from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.io.run_folder import RunFolder, local_copy, step_uri
 from most_ray.model.configuration import MostConfig
 from most_ray.records.files import UNITS_MANIFEST, VOCODER
 from most_ray.records.record import TASKS
@@ -73,7 +74,7 @@ def open_external_recogniser(
 
 def write_evaluation(evaluation: Evaluation, run_uri: str, step: int, seconds: float) -> dict[str, Any]:
     """Write evaluations/step-N.json and its hypotheses to the run's folder. Returns the row for metrics.jsonl; `seconds` is its time."""
-    folder, name = RunFolder(run_uri), f"evaluations/step-{step:09d}"
+    folder, name, evaluation = RunFolder(run_uri), f"{EVALUATIONS}/step-{step:09d}", evaluation.within(run_uri)
     evaluation.write(folder.local / f"{name}.json")
     folder.push(f"{name}.hypotheses.jsonl", f"{name}.json")
     keys = ("wer", "validation_loss", "sets", "overall", "samples")
@@ -103,5 +104,6 @@ class InlineEvaluation:
             dist.gather_object(shard, shards if rank == 0 else None, dst=0)
         if rank != 0:
             return None
-        evaluation = merge_shards(shards, sets, self._job.settings, model.config, tokenizer, f"{self._run_uri} at step {step}")
+        uri = step_uri(storage.join(self._run_uri, "checkpoints"), step)
+        evaluation = merge_shards(shards, sets, self._job.settings, model.config, tokenizer, uri)
         return write_evaluation(evaluation, self._run_uri, step, time.time() - began)

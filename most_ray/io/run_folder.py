@@ -15,6 +15,7 @@ from most_ray.io.hub import check_model_name, model_folder, model_path
 from most_ray.io.node_cache import node_cache
 
 LEDGER = "trials.jsonl"  # in the folder of a sweep; a run has none
+TRIALS = "trials"  # the folder in the folder of a sweep that its trials' runs are in
 EXPORT = "export"  # a run's exported model, in its folder
 CHECKPOINTS = "checkpoints"  # and the folder of its checkpoints
 _OF_A_RUN = (CHECKPOINTS, "metrics.jsonl", "environment.json", "summary.json")  # by any of which a folder is known to be a run's

@@ -27,7 +27,19 @@ from pyarrow import fs
 from most_ray.errors import DataError, nearest
 from most_ray.io.outputs import made_folder, named
 from most_ray.io.retries import with_retries
-from most_ray.io.uris import ARROW_SCHEMES, absolute, base_name, is_remote, join, local, parent, redact, split  # noqa: F401
+from most_ray.io.uris import (  # noqa: F401
+    ARROW_SCHEMES,
+    absolute,
+    base_name,
+    is_remote,
+    join,
+    local,
+    located,
+    parent,
+    redact,
+    relative_to,
+    split,
+)
 from most_ray.io.waits import waiting_for
 
 T = TypeVar("T")

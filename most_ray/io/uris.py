@@ -7,6 +7,7 @@ percent-encoding); options are those of pyarrow (`?region=...`).
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -104,3 +105,33 @@ def parent(uri: str) -> str:
 def base_name(uri: str) -> str:
     """The last part of a path or of a URI's key."""
     return split(uri)[1].rpartition("/")[2] if is_remote(uri) else local(uri).name
+
+
+def relative_to(folder: str, uri: str, root: str) -> str | None:
+    """The way from `folder` to `uri`, as `./checkpoints` or `../store`, where both are in `root` or are `root` itself; None elsewhere, and
+    where `uri` depends on the working directory."""
+    if is_remote(uri) != is_remote(folder) or not (is_remote(uri) or local(uri).is_absolute()):
+        return None
+    (kind, begin), (other, end), (outer, top) = map(_place, (folder, uri, root))
+    if not kind == other == outer or any(posixpath.commonpath([top, each]) != top for each in (begin, end)):
+        return None
+    way = posixpath.relpath(end, begin)
+    return way if way.split("/")[0] in (".", "..") else f"./{way}"
+
+
+def located(folder: str, way: str) -> str:
+    """What a file of `folder` names by a path relative to `folder`; an absolute path or URI, as earlier versions wrote them, as it is."""
+    if is_remote(way) or local(way).is_absolute():
+        return way
+    if not is_remote(folder):
+        return posixpath.normpath(posixpath.join(str(local(folder)), way))
+    root, key, options = split(folder)
+    return "/".join(part for part in (root, posixpath.normpath(posixpath.join("/", key, way)).strip("/")) if part) + options
+
+
+def _place(uri: str) -> tuple[tuple[str, str], str]:
+    """A path or URI as what it is on, with its options, and an absolute path there."""
+    if not is_remote(uri):
+        return ("", ""), posixpath.normpath(absolute(uri))
+    root, key, options = split(uri)
+    return (root, options), posixpath.normpath(f"/{key}")

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from most_ray.config import OPTIONS
+from most_ray.config_files import OWN
 from most_ray.data.plan import distinct_names
 from most_ray.errors import DataError
 from most_ray.evaluation.wer import confusions
@@ -169,7 +170,7 @@ def _read(uri: str, name: str) -> RunData:
             kinds[kind][int(step)] = line
     train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
     summary, final, environment = (read_mapping(uri, f"{file}.json") for file in ("summary", "evaluation", "environment"))
-    config = stored_values(OPTIONS, read_mapping(uri, "config.yaml", parse_yaml))
+    config = _settings(uri)
     if final:
         last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
         if int(last) not in kinds["evaluation"]:
@@ -195,6 +196,17 @@ def _model_config(uri: str) -> dict[str, Any]:
     checkpoints = storage.join(uri, "checkpoints")
     names = [entry.name for entry in storage.list_files(checkpoints, ("config.json",))] if storage.exists(checkpoints) else []
     return read_mapping(checkpoints, max(names)) if names else {}
+
+
+def _settings(uri: str) -> dict[str, Any]:
+    """The content of config.yaml, with the run's name that its folder has now, and without the place that the folder has had."""
+    config = stored_values(OPTIONS, read_mapping(uri, OWN, parse_yaml))
+    place = str(config.get("output_dir", ""))
+    if "name" in config:
+        config["name"] = storage.base_name(storage.absolute(uri))
+    if place.startswith((".", "/")) or storage.is_remote(place):
+        del config["output_dir"]
+    return config
 
 
 def parse_hypotheses(lines: Sequence[dict[str, Any]]) -> dict[str, list[Hypothesis]]:

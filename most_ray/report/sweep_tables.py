@@ -60,7 +60,7 @@ def read_sweep(uri: str) -> Sweep:
         trial.results = [_finite(result) for result in trial.results]
     objectives = [Objective.parse(entry) for entry in entries(ledger.sweep.get("objectives")) if isinstance(entry, str)]
     best = ranked(ledger.trials.values(), objectives[0]) if objectives else []
-    name = str(ledger.sweep.get("name") or storage.base_name(storage.absolute(uri)))
+    name = storage.base_name(storage.absolute(uri))
     config, ended = read_file(uri, BEST), read_file(uri, "summary.json") is not None
     best_yaml = None if config is None else config.decode(errors="replace")
     return Sweep(uri, name, ledger, objectives, dimensions_of(ledger), best, best_yaml, read_mapping(uri, "affinity.json"), ended)
@@ -153,7 +153,7 @@ def _winner(sweep: Sweep) -> dict[str, Any] | None:
         *zip((dimension.name for dimension in sweep.dimensions), _settings(sweep, trial), strict=True),
         ("run", Cell(storage.redact(_folder(sweep, trial) or trial.runs[-1]), "code")),
     ]
-    commands = commands_of(sweep.ledger, sweep.uri, trial.runs[-1])
+    commands = commands_of(sweep.ledger, sweep.uri, sweep.name, trial.runs[-1])
     return {"rows": rows, "commands": commands, "yaml": sweep.best_yaml, "open": bool(sweep.ledger.in_state("open"))}
 
 

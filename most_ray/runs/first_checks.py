@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from most_ray.checkpoint import catalog
@@ -113,15 +114,15 @@ def _described(model: str) -> dict[str, int]:
 
 
 def inputs_digest(config: RunConfig) -> str:
-    """Digest of a configuration and of the records that it names."""
+    """Digest of a configuration, without the place of the run's folder, and of the records that it names."""
     directories = [each for use in ("train", "val") for task in TASKS for each in config.directories(use, task)]
     contents = [content_digest(each, config.store_uri) for each in directories]
-    return digest(json.dumps([to_yaml(config.redacted()), contents]).encode())
+    return digest(json.dumps([to_yaml(replace(config.redacted(), output_dir="", name="")), contents]).encode())
 
 
 def unchanged_summary(config: RunConfig) -> dict[str, Any] | None:
-    """summary.json of a run that was finished with this very configuration and these records, and whose last checkpoint is intact; None
-    where `resolve.prepare_run` has to find out what is left to do."""
+    """The summary of a run that was finished with this very configuration and these records, and whose last checkpoint is intact, `placed`;
+    None where `resolve.prepare_run` has to find out what is left to do."""
     try:
         summary = parse_json(storage.read_bytes(storage.join(config.run_uri, "summary.json")))
         step, inputs = summary["step"], summary["inputs"]
@@ -132,7 +133,18 @@ def unchanged_summary(config: RunConfig) -> dict[str, Any] | None:
         return None
     if inputs != inputs_digest(config) or catalog.latest_valid(checkpoints)[0] != step_uri(checkpoints, step):
         return None
-    return dict(summary)
+    return placed(summary, config.run_uri)
+
+
+def summary_paths(total_steps: int) -> dict[str, str]:
+    """What summary.json names in the run's folder, by paths relative to it: a run that was moved, copied or renamed names its own."""
+    return {"checkpoint": step_uri("checkpoints", total_steps), "export": "export", "report": "report.html"}
+
+
+def placed(summary: dict[str, Any], run_uri: str) -> dict[str, Any]:
+    """The content of summary.json, with the paths of what is in the run's folder, wherever that was when it was written."""
+    ways = summary_paths(int(summary["step"]))
+    return {**summary, **{name: storage.redact(storage.join(run_uri, way)) for name, way in ways.items()}}
 
 
 def completed_line(name: str, total_steps: int, changed: Sequence[str] = ()) -> str:

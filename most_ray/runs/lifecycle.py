@@ -10,7 +10,8 @@ from typing import Any
 
 from most_ray.checkpoint import catalog
 from most_ray.checkpoint.export import check_export, export_checkpoint
-from most_ray.config import RunConfig, to_yaml
+from most_ray.config import RunConfig, portable_yaml
+from most_ray.config_files import OWN
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, UserError
 from most_ray.evaluation.hypotheses import warn_of_version
@@ -24,7 +25,7 @@ from most_ray.optim.train_state import warmup_of
 from most_ray.records.data_card import Source, data_card
 from most_ray.records.record import TASKS
 from most_ray.runs.environment import environment
-from most_ray.runs.first_checks import inputs_digest
+from most_ray.runs.first_checks import inputs_digest, placed, summary_paths
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, keep_speech_assets
 
@@ -33,7 +34,8 @@ WriteReport = Callable[[Sequence[str], Path], None]  # URIs of runs, the HTML fi
 
 
 def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
-    """summary.json of a run that has made all its steps and was evaluated and exported; None where something is left to do."""
+    """The summary (see `finish_run`) of a run that has made all its steps and was evaluated and exported; None where something is left to
+    do."""
     folder, total_steps = prepared.folder, prepared.job.total_steps
     folder.pull("summary.json")
     try:
@@ -41,7 +43,7 @@ def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
     except (OSError, ValueError):  # missing, or cut off by a kill: the end of the run writes it again
         return None
     finished = isinstance(summary, dict) and summary.get("step") == total_steps and prepared.done_steps >= total_steps
-    return summary if finished else None
+    return placed(summary, folder.uri) if finished else None
 
 
 def is_complete(prepared: Prepared) -> bool:
@@ -68,8 +70,8 @@ def begin_run(prepared: Prepared, config: RunConfig) -> None:
     if job.has_validation:
         open_external_recogniser(EvaluationJob.of(config).settings, folder.uri, job.units_identity, use_gpu=False)
         _warn_of_version(folder, config)
-    storage.write_bytes(folder.at("config.yaml"), to_yaml(config.redacted()).encode())
     storage.write_bytes(folder.at("environment.json"), json.dumps(environment(), indent=1).encode())
+    storage.write_bytes(folder.at(OWN), portable_yaml(config, folder.uri).encode())
     _write_cards(prepared, config)
 
 
@@ -112,7 +114,7 @@ def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:
 
 def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_report: WriteReport) -> dict[str, Any]:
     """Export a run that this start has trained for `seconds`, write evaluation.json and hypotheses.jsonl (the last step's), summary.json
-    and report.html. `config`: as the user gave it. Returns the content of summary.json."""
+    and report.html. `config`: as the user gave it. Returns the content of summary.json, with the paths in it joined to the run's folder."""
     job, folder = prepared.job, prepared.folder
     last = catalog.step_uri(folder.checkpoints, job.total_steps)
     export_checkpoint(last, folder.local / "export")
@@ -129,9 +131,7 @@ def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_repo
         "inputs": inputs_digest(config),
         "training_seconds": round(seconds, 1),
         "tokens_per_second": round(sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]) if lines else None,
-        "checkpoint": storage.redact(last),
-        "export": storage.redact(folder.at("export")),
-        "report": storage.redact(folder.at("report.html")),
+        **summary_paths(job.total_steps),
     }
     if job.has_validation:
         name = f"evaluations/step-{job.total_steps:09d}"
@@ -143,7 +143,7 @@ def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_repo
     storage.write_bytes(folder.local / "summary.json", json_text(summary, indent=1).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
     save_report(folder, write_report)
-    return summary
+    return placed(summary, folder.uri)
 
 
 def save_report(folder: RunFolder, write_report: WriteReport) -> None:

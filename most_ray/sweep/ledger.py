@@ -25,13 +25,13 @@ from most_ray.config import OPTIONS
 from most_ray.errors import ConfigError, shown
 from most_ray.io import storage
 from most_ray.io.json_values import json_text, parse_lines, read_lines
-from most_ray.io.run_folder import LEDGER, RunFolder, step_uri
+from most_ray.io.run_folder import LEDGER, TRIALS, RunFolder, step_uri
 from most_ray.metrics.figures import OBJECTIVES, RATES
 from most_ray.options import current_words
 from most_ray.runs.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
-TRIALS, KEPT, BEST = "trials", "kept", "best.yaml"  # in the sweep's folder: runs, checkpoints for other trials, the best configuration
+KEPT, BEST = "kept", "best.yaml"  # in the sweep's folder: checkpoints for other trials, the best configuration
 _MOST = 1 << 53  # of steps and trials
 State = Literal["open", "finished", "stopped", "failed"]
 
@@ -266,14 +266,14 @@ def trial_uri(sweep_uri: str, run: str) -> str:
     return storage.join(sweep_uri, TRIALS, run)
 
 
-def commands_of(ledger: Ledger, sweep_uri: str, run: str) -> dict[str, str]:
-    """Return the commands that train the best trial, whose run is `run`. `again`: a run with the same results as the trial; `in full`: one
-    as long as the base's, if that differs from the trials."""
+def commands_of(ledger: Ledger, sweep_uri: str, name: str, run: str) -> dict[str, str]:
+    """Return the commands that train the best trial of the sweep `name`, whose run is `run`. `again`: a run with the same results as the
+    trial; `in full`: one as long as the base's, if that differs from the trials."""
     again = ["most-ray", "train", "--config", storage.redact(storage.join(sweep_uri, BEST))]
     commands = {"again": shlex.join(again)}
     if isinstance(full := ledger.sweep.get("full"), dict) and full:
         flags = [word for name, value in full.items() for word in (f"--{name}", "none" if value is None else str(value))]
-        commands["in full"] = shlex.join([*again, "--name", f"{ledger.sweep.get('name', 'sweep')}-full-{run}", *flags])
+        commands["in full"] = shlex.join([*again, "--name", f"{name}-full-{run}", *flags])
     return commands
 
 

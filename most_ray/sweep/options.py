@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from most_ray.config import OPTIONS, RunConfig, config_from
+from most_ray.config_files import portable_yaml, read_yaml
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, nearest
+from most_ray.io import storage
 from most_ray.metrics.figures import FIGURES, OBJECTIVES, RATES
 from most_ray.metrics.schema import TRAIN
 from most_ray.options import (
@@ -26,8 +26,6 @@ from most_ray.options import (
     option,
     options_of,
     parse_values,
-    read_yaml,
-    to_plain,
 )
 from most_ray.options import add_flags as add_options
 from most_ray.options import flag_values as given_flags
@@ -99,13 +97,15 @@ class Sweep:
         """Steps between replacements by population based training."""
         return self.options.perturb_steps or self.run.eval_steps or 1
 
-    def to_yaml(self) -> str:
-        """A file that describes the same sweep, without credentials and with the content of `base`."""
+    def to_yaml(self, moves: bool = False) -> str:
+        """A file that describes the same sweep, without credentials and with the content of `base`. `moves`: it is in the sweep's folder,
+        and names what is there or beside it relative to itself."""
         redacted = vars(self.run.redacted())
-        run = {name: redacted[name] for name in self.values}
+        run = {name: getattr(self.run, name) if OPTIONS[name].location else redacted[name] for name in self.values}
         changed = {name: value for name, value in vars(self.options).items() if value != SWEEP_OPTIONS[name].default and name != "base"}
-        content = {"name": self.run.name, "output_dir": redacted["output_dir"], **run, **changed, "space": _unquoted(self.raw_space)}
-        return yaml.safe_dump(to_plain(content), sort_keys=False, allow_unicode=True)
+        content = {"name": self.run.name, "output_dir": self.run.output_dir, **run, **changed, "space": _unquoted(self.raw_space)}
+        uri = self.run.run_uri
+        return portable_yaml(content, OPTIONS, uri, storage.parent(uri) if moves else None)
 
 
 def _unquoted(value: Any) -> Any:
@@ -123,12 +123,12 @@ def _unquoted(value: Any) -> Any:
 def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
     """The sweep of a YAML file (None: no file), overruled by flags. Raises ConfigError for an unknown key, a value of the wrong type or
     outside of its range, or a space or a combination that is impossible."""
-    given = {**(read_yaml(path) if path is not None else {}), **flags}
+    given = {**(read_yaml(path, {**OPTIONS, **SWEEP_OPTIONS}) if path is not None else {}), **flags}
     raw_space = given.pop("space", None)
     check_names(given, [*SWEEP_OPTIONS, *OPTIONS, "space"])
     options = SweepOptions(**parse_values(SWEEP_OPTIONS, {name: value for name, value in given.items() if name in SWEEP_OPTIONS}))
     own = {name: value for name, value in given.items() if name in OPTIONS}
-    base = read_yaml(options.base) if options.base else {}
+    base = read_yaml(options.base, OPTIONS) if options.base else {}
     values = {"name": "sweep", **{name: value for name, value in base.items() if name != "name"}, **own}
     run = config_from(values)
     space = parse_space(raw_space)

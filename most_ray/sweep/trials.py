@@ -10,21 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from most_ray.config import RunConfig, config_from
+from most_ray.config import OPTIONS, RunConfig, config_from
+from most_ray.config_files import portable_yaml
 from most_ray.distributed.topology import plan_topologies
 from most_ray.errors import ConfigError, UserError
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
-from most_ray.io.run_folder import local_copy, model_source
+from most_ray.io.run_folder import TRIALS, local_copy, model_source
 from most_ray.model.build import read_config
 from most_ray.model.compat import check_workers
 from most_ray.model.configuration import MostConfig
-from most_ray.options import to_plain
 from most_ray.presets import PRESETS
 from most_ray.runs.job import overrides_of
-from most_ray.sweep.ledger import TRIALS, Trial, kept_uri
+from most_ray.sweep.ledger import Trial, kept_uri
 from most_ray.sweep.options import Sweep
 from most_ray.sweep.space import Values
 from most_ray.sweep.splits import split_experts
@@ -95,15 +93,18 @@ class TrialBase:
         folders = {"name": run, "output_dir": storage.join(base.run_uri, TRIALS), "store_dir": base.store_uri}
         return config_from({**self.sweep.values, **settings, **folders, "wandb_group": base.wandb_group or base.name})
 
-    def best_yaml(self, trial: Trial, why: str) -> str:
-        """Return the best trial's configuration as YAML, with the comment `why`: a run of the same steps with the same results."""
-        base = self.sweep.run.redacted()
-        kept = {name: value for name, value in vars(base).items() if name in self.sweep.values and name not in ("name", "output_dir")}
+    def best_yaml(self, trial: Trial, why: str, moves: bool = False) -> str:
+        """Return the best trial's configuration as YAML, with the comment `why`: a run of the same steps with the same results. `moves`: it
+        is for the sweep's folder, and names what is there or beside it relative to itself."""
+        base = self.sweep.run
+        redacted = base.redacted()
+        values = {name: getattr(base if OPTIONS[name].location else redacted, name) for name in OPTIONS}
+        kept = {name: value for name, value in values.items() if name in self.sweep.values and name not in ("name", "output_dir")}
         whole = {"name": f"{base.name}-best-{trial.runs[-1]}", "output_dir": base.output_dir, **kept, **trial.settings}
         if parent := trial.parents[-1] if trial.parents else None:
-            kept_checkpoint = kept_uri(storage.redact(self.sweep.run.run_uri), parent["run"], parent["step"])
+            kept_checkpoint = kept_uri(base.run_uri, parent["run"], parent["step"])
             whole |= {"resume_from_checkpoint": kept_checkpoint, "accept_data_change": True}
-        return f"# {why}\n{yaml.safe_dump(to_plain(whole), sort_keys=False, allow_unicode=True)}"
+        return portable_yaml(whole, OPTIONS, base.run_uri, storage.parent(base.run_uri) if moves else None, f"# {why}\n")
 
 
 def _check_trainable(config: RunConfig, model: MostConfig) -> None:

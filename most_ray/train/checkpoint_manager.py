@@ -8,7 +8,7 @@ from pathlib import Path
 
 from most_ray.checkpoint import catalog, retention
 from most_ray.checkpoint.writer import CheckpointWriter
-from most_ray.config import to_yaml
+from most_ray.config import portable_yaml
 from most_ray.data.plan import Plan
 from most_ray.io.run_folder import local_copy
 from most_ray.model.build import config_json
@@ -59,7 +59,7 @@ class CheckpointManager:
 
         def write_files(directory: Path) -> None:
             (directory / "config.json").write_text(model_config, encoding="utf-8")
-            (directory / "config.yaml").write_text(to_yaml(self._config.redacted()), encoding="utf-8")
+            (directory / "config.yaml").write_text(portable_yaml(self._config, uri), encoding="utf-8")
             load_tokenizer(local_copy(job.model_path)).save_pretrained(directory)
             self._reporter.push()
 

@@ -21,6 +21,7 @@ from ray.tune.stopper import Stopper
 from rich.console import Console
 
 from most_ray.config import OPTIONS, RunConfig, config_from
+from most_ray.config_files import SWEEP
 from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError
 from most_ray.io import storage
@@ -90,7 +91,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
         orders = {key: affinities[key].order if key in affinities else None for key in models}
         setting = TrialBase(sweep, {key: StartModel(model, orders[key]) for key, model in models.items()}, resources.shared)
         cost = estimate(sweep, prepared.job.total_steps, left, resources.concurrent, step_s)
-        storage.write_bytes(folder.at("sweep.yaml"), sweep.to_yaml().encode())
+        storage.write_bytes(folder.at(SWEEP), sweep.to_yaml(moves=True).encode())
         file.write("sweep", **_description(sweep, prepared.job, resources, file))
         start_screen(sweep, file.ledger, folder.uri, prepared.job, resources.description, list(affinities.values()), cost, console)
         out_of_time = _search(setting, prepared.job, folder, file, resources.concurrent, console, shutdown)
@@ -109,8 +110,8 @@ def _check_unchanged(sweep: Sweep, file: LedgerFile) -> None:
     before, now = current_words(OPTIONS, file.ledger.sweep.get("fixed") or {}), _fixed(sweep)
     if "space" in before:  # earlier versions kept numbers where this one keeps their text
         before["space"], now["space"] = parse_space(before["space"]), sweep.space
-    # A key that only one of the two has belongs to another version, and its default does what that version did.
-    if changed := sorted(name for name in {*before} & {*now} if before[name] != now[name]):
+    # A key that only one of the two has belongs to another version, and its default does what that version did. A folder may be renamed.
+    if changed := sorted(name for name in {*before} & {*now} - {"name"} if before[name] != now[name]):
         rule = f"is the name of a sweep with {'another value' if len(changed) == 1 else 'other values'} of {', '.join(changed)}."
         raise ConfigError("name", sweep.run.name, rule, "Choose a new name, or put back what was changed.")
 
@@ -318,19 +319,21 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
         winner = {"trial": best.number, "run": best.runs[-1], "values": best.values, "step": best.step, "metrics": best.results[-1].metrics}
         value = best.metric(objective.metric)
         why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
-        storage.write_bytes(folder.at(BEST), TrialBase(sweep, {}, {}).best_yaml(best, why).encode())
+        storage.write_bytes(folder.at(BEST), TrialBase(sweep, {}, {}).best_yaml(best, why, moves=True).encode())
     _remove_kept(folder, file)
     summary = {
         "name": sweep.run.name,
         "objectives": [str(each) for each in sweep.objectives],
         "trials": {state: len(ledger.in_state(state)) for state in ("finished", "stopped", "failed", "open")},
         "best": winner,
-        "commands": commands_of(ledger, folder.uri, best.runs[-1]) if best else {},
+        "commands": commands_of(ledger, ".", sweep.run.name, best.runs[-1]) if best else {},  # in the sweep's folder
         "hours": round(ledger.spent_s / 3600, 4),
-        "report": storage.redact(folder.at("report.html")),
+        "report": "report.html",
     }
     storage.write_bytes(folder.at("summary.json"), json_text(summary, indent=1).encode())
     save_report(folder, write_report)
+    commands = commands_of(ledger, folder.uri, sweep.run.name, best.runs[-1]) if best else {}
+    summary |= {"commands": commands, "report": storage.redact(folder.at("report.html"))}
     last_screen(ledger, sweep.objectives, summary, console)
     if ledger.trials and not best and not ledger.in_state("open", "stopped"):
         rule = f"failed, all {len(ledger.trials)} of them; the last: {list(ledger.trials.values())[-1].reason}"
