@@ -393,14 +393,14 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(options.to_plain(vars(config)), sort_keys=False)
 
 
-def portable_yaml(config: RunConfig, folder: str) -> str:
-    """The configuration as `load_config` reads it from a file in `folder`, which is the run's or below it, without credentials; see
-    `config_files.portable_yaml`."""
+def portable_yaml(config: RunConfig, folder: str, without: Sequence[str] = ()) -> str:
+    """The configuration, but for some keys, as `load_config` reads it from a file in `folder`, which is the run's or below it, without
+    credentials; see `config_files.portable_yaml`."""
     root = storage.parent(config.run_uri)
     if storage.base_name(root) == TRIALS:  # a sweep's trial moves with the sweep, and with what is beside that
         root = storage.parent(storage.parent(root))
     plain = {**vars(config), **{name: vars(config.redacted())[name] for name, each in OPTIONS.items() if not each.location}}
-    return config_files.portable_yaml(plain, OPTIONS, folder, root)
+    return config_files.portable_yaml({name: plain[name] for name in plain if name not in without}, OPTIONS, folder, root)
 
 
 def add_flags(parser: argparse.ArgumentParser, level: options.Level | None = None) -> None:

@@ -9,11 +9,10 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from most_ray.checkpoint import catalog
-from most_ray.config import OPTIONS, RunConfig, to_yaml
+from most_ray.config import OPTIONS, RunConfig, portable_yaml
 from most_ray.data.ingest_plan import content_digest, read_units_manifest
 from most_ray.data.store import digest
 from most_ray.distributed.topology import plan_topologies
@@ -117,7 +116,7 @@ def inputs_digest(config: RunConfig) -> str:
     """Digest of a configuration, without the place of the run's folder, and of the records that it names."""
     directories = [each for use in ("train", "val") for task in TASKS for each in config.directories(use, task)]
     contents = [content_digest(each, config.store_uri) for each in directories]
-    return digest(json.dumps([to_yaml(replace(config.redacted(), output_dir="", name="")), contents]).encode())
+    return digest(json.dumps([portable_yaml(config, config.run_uri, without=("output_dir", "name")), contents]).encode())
 
 
 def unchanged_summary(config: RunConfig) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.run_folder import LEDGER
 from most_ray.options import options_of
+from most_ray.runs.first_checks import unchanged_summary
 from most_ray.runs.lifecycle import finished_summary
 from most_ray.runs.resolve import prepare_run
 from most_ray.sweep.ledger import BEST, Trial
@@ -96,6 +97,7 @@ def test_a_moved_run_is_complete_at_its_own_place(made: Path, moved: Path, capsy
     assert (config.output_dir, config.name, config.trace_records) == (str(moved.parent), "second", str(moved.parent / "first.trace"))
     assert config.train_asr_dirs == (str(made / "data" / "heard"),)
     summary = finished_summary(prepare_run(config))
+    assert unchanged_summary(config) == summary
     assert summary is not None and summary["checkpoint"] == str(moved / "checkpoints" / "step-000000002")
     assert (summary["export"], summary["report"]) == (str(moved / "export"), str(moved / "report.html"))
 
