@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
