@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from most_ray.config import OPTIONS
 from most_ray.config_files import OWN
 from most_ray.data.plan import distinct_names
@@ -19,6 +21,8 @@ from most_ray.evaluation.wer import confusions
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.io.yaml_values import parse_yaml
+from most_ray.metrics.columns import TrainLines, number
+from most_ray.metrics.rows import kind_of
 from most_ray.options import stored_values
 from most_ray.records.files import SPEECH_FOLDER, UNITS_MANIFEST, VOCODER
 
@@ -90,8 +94,9 @@ class RunData:
 
     name: str
     starts: list[dict[str, Any]]  # lines of starts and restarts, in the order of the file
-    train: list[dict[str, Any]]
-    experts: list[dict[str, Any]]
+    train: TrainLines
+    mix: dict[str, Any]  # of the newest train line that has it
+    experts: list[dict[str, Any]]  # the newest line alone
     evaluations: list[Evaluation]
     summary: dict[str, Any]  # content of summary.json, as are the next two of their files
     config: dict[str, Any]
@@ -128,13 +133,36 @@ class RunData:
         return self.evaluations[-1] if self.evaluations else None
 
     @cached_property
-    def steps(self) -> list[float]:
-        """The steps of the train lines."""
-        return [float(line["step"]) for line in self.train]
+    def steps(self) -> np.ndarray:
+        """The steps of the train lines, ascending."""
+        return self.train.values("step")
+
+    @cached_property
+    def tokens_so_far(self) -> np.ndarray | None:
+        """Tokens trained on up to each train line; None where they are not recorded."""
+        tokens = self.train.values("tokens")
+        return None if np.isnan(tokens).all() else np.cumsum(np.nan_to_num(tokens))
+
+    @cached_property
+    def seconds_so_far(self) -> np.ndarray | None:
+        """Training time up to each train line: of each attempt from its start to its last line. None where times are not recorded."""
+        starts, times, attempts = [number(start.get("time")) for start in self.starts], self.train.values("time"), self.train.attempts
+        if (
+            not len(times)
+            or np.isnan(times).any()
+            or attempts.min() < 1
+            or any(starts[index - 1] is None for index in set(attempts.tolist()))
+        ):
+            return None
+        begun = np.array([start or 0.0 for start in starts])[attempts - 1]
+        taken = np.maximum(times - begun, 0.0)  # a clock may have been set back
+        ends = np.flatnonzero(np.diff(attempts, append=-1))  # the last line of each attempt
+        before = np.concatenate(([0.0], np.cumsum(taken[ends])[:-1]))
+        return taken + np.repeat(before, np.diff(ends, prepend=-1))
 
     def column(self, key: str) -> list[float | None]:
         """A value of each train line; None where a line lacks it."""
-        return [number(line.get(key)) for line in self.train]
+        return [None if value != value else value for value in self.train.values(key).tolist()]
 
 
 def collect(uris: Sequence[str]) -> list[RunData]:
@@ -160,20 +188,29 @@ def collect(uris: Sequence[str]) -> list[RunData]:
 
 
 def _read(uri: str, name: str) -> RunData:
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "experts": {}, "evaluation": {}}
-    starts = []
-    for line in parse_lines(read_file(uri, "metrics.jsonl") or b""):
-        step, kind = number(line.get("step")), str(line.get("kind", "train"))
-        if kind == "start":
-            starts.append(line)
-        elif kind in kinds and step is not None:
-            kinds[kind][int(step)] = line
-    train, experts, evaluations = ([found[step] for step in sorted(found)] for found in kinds.values())
+    by_step: dict[int, dict[str, Any]] = {}  # evaluations
+    starts: list[dict[str, Any]] = []
+    train = TrainLines()
+    experts: dict[str, Any] = {}
+    mix: dict[str, Any] = {}
+    with storage.open_read(storage.join(uri, "metrics.jsonl")) as stream:  # line by line: of a long run there are gigabytes
+        for line in parse_lines(stream):
+            step, kind = number(line.get("step")), kind_of(line)
+            if kind == "start":
+                starts.append(line)
+            elif kind == "train" and step is not None:
+                train.append(line, len(starts))
+                mix = line["mix"] if isinstance(line.get("mix"), dict) else mix
+            elif kind == "experts" and step is not None:
+                experts = line if step >= experts.get("step", step) else experts
+            elif kind == "evaluation" and step is not None:
+                by_step[int(step)] = line
+    evaluations = [by_step[step] for step in sorted(by_step)]
     summary, final, environment = (read_mapping(uri, f"{file}.json") for file in ("summary", "evaluation", "environment"))
     config = _settings(uri)
     if final:
         last = number(final.get("step")) or number(summary.get("step")) or (train[-1]["step"] if train else 0)
-        if int(last) not in kinds["evaluation"]:
+        if int(last) not in by_step:
             evaluations.append({**final, "step": int(last)})
             evaluations.sort(key=lambda line: int(line["step"]))
     settings, said = _hypothesis_lines(uri, evaluations[-1] if evaluations else {})
@@ -186,7 +223,8 @@ def _read(uri: str, name: str) -> RunData:
     directories = {str(key): str(value) for key, value in mapping(settings.get("directories")).items()}
     units = read_mapping(storage.join(uri, SPEECH_FOLDER), UNITS_MANIFEST)
     about: dict[str, Any] = {"cards": cards, "model": model, "units": units, "directories": directories}
-    return RunData(name, starts, train, experts, judged, summary, config, environment, hypotheses, speech, kit, **about)
+    found = (starts, train, mix, [experts] if experts else [], judged, summary, config, environment, hypotheses, speech, kit)
+    return RunData(name, *found, **about)
 
 
 def _model_config(uri: str) -> dict[str, Any]:
@@ -266,13 +304,6 @@ def rate_of(figures: dict[str, Any], what: str) -> Rate | None:
     counts = {key: number(errors.get(key)) for key in ("substitutions", "deletions", "insertions")}
     counts["reference"] = number(errors.get("reference", errors.get("words")))
     return Rate(value, low, high, **{key: None if count is None else int(count) for key, count in counts.items()})
-
-
-def number(value: Any) -> float | None:
-    """The value where it is a finite number whose sums stay finite, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if abs(value) < 1e200 else None  # false for NaN
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Curves over steps, and the look of all figures.
 
 A figure is plotly.js's JSON: traces (the curves) and a layout. Of one run, curves share a panel; of several runs, each quantity has a
-panel with a curve for each run.
+panel with a curve for each run. Curves are written over steps; report.js moves them to tokens or hours, by what `axes` says of each run
+(a trace's `meta` is the run's index), and draws the marks of resumes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ import dataclasses
 import html
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from most_ray.report.collect import RunData
+import numpy as np
 
-MOST_POINTS = 2000  # of a curve; longer ones are thinned
+from most_ray.metrics.thinning import evenly, extremes, running_mean
+from most_ray.report.collect import RunData, entries, mapping, number
+
+PIXELS = 600  # columns that a curve is drawn in: of each, a long curve keeps the smallest and the largest value
+_MEANS = 400  # points of a running mean
+_MARKED = 100  # columns of a curve whose points are marked, which are slower to draw
+_KNOTS = 1000  # steps whose tokens and hours are written
 LOOKS = {"total": ("total", "#7b848f"), "asr": ("ASR", "#3a7fc4"), "tts": ("TTS", "#d9812b"), "text": ("text", "#3f9c6d")}  # of tasks
 MODALITY_COLOURS = {"text": "#3f9c6d", "audio": "#9063b8"}
 RUN_COLOURS = ("#15929b", "#cf4a60", "#7f62c7", "#b58a1a", "#4f86d6", "#6d8a3a", "#b8578f", "#8a7560")
@@ -26,11 +34,12 @@ _SHADES = {  # of the sets and sources of one task
     "text": ("#3f9c6d", "#83c29b", "#7d9a2f", "#3b9a94"),
 }
 _SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+SYMBOL_NAMES = ("●", "◆", "■", "▲", "✚", "★")  # the same as text
 _INK, _GRID = "#3d444d", "#e3e6ea"  # report.css replaces them by those of the light or dark page
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 Points = Sequence[float | None]  # None: no value at this step
-Values = Callable[[RunData], Points]
+Values = Callable[[RunData], np.ndarray]
 Bounds = tuple[float | None, float | None]  # of an interval
 
 
@@ -44,9 +53,10 @@ class Series:
     x: Points  # steps
     y: Points
     bounds: Sequence[Bounds] = ()  # of the interval of each point
-    style: Literal["line", "faint", "points", "marked", "restarts"] = "line"
+    style: Literal["line", "faint", "points", "marked"] = "line"
     symbol: int = 0  # which of _SYMBOLS marks the points
-    texts: Sequence[str] = ()  # shown when hovering over each point
+    run: int = 0  # index of the run whose steps x are
+    group: str = ""  # the curve whose entry in the legend stands for this one too; empty: it has its own
 
 
 @dataclass(frozen=True)
@@ -81,50 +91,44 @@ class Curves:
     thinned: bool = False  # whether any series was thinned
     window: int = 0  # points of the longest running mean
 
-    def add(self, panel: str, name: str, colour: str, x: Points, y: Points, smooth: bool = False) -> None:
-        """Add a curve, unless it has no values; with `smooth`, one of more than 100 points is drawn faint, with its running mean."""
-        if all(value is None for value in y):
+    def add(self, panel: str, name: str, colour: str, x: np.ndarray, y: np.ndarray, smooth: bool = False, run: int = 0) -> None:
+        """Add a curve, unless it has no values; with `smooth`, one of more than 100 points is drawn faint, with its running mean.
+
+        `x`, `y`: `(points,)`, NaN where there is no value; `x` ascends.
+        """
+        if np.isnan(y).all():
             return
-        self.thinned = self.thinned or len(x) > MOST_POINTS
-        x, y = thin(x), thin(y)
-        window = len(x) // 40 | 1
-        if smooth and len(x) > 100:
+        shown, averaged = extremes(x, y, PIXELS), smooth and len(x) > 100
+        self.thinned = self.thinned or len(shown) < len(x)
+        self.series.append(Series(panel, name, colour, _known(x[shown]), _known(y[shown]), style="faint" if averaged else "line", run=run))
+        if averaged:
+            window, at = len(x) // 40 | 1, evenly(len(x), _MEANS)
             self.window = max(self.window, window)
-            self.series.append(Series(panel, name, colour, x, y, style="faint"))
-            y = running_mean(y, window)
-        self.series.append(Series(panel, name, colour, x, y))
+            self.series.append(Series(panel, name, colour, _known(x[at]), _known(running_mean(y, window, at)), run=run))
+
+    def add_points(self, series: Series) -> None:
+        """Add the figures of evaluations, whose points are marked; of very many, those that stand out."""
+        chosen = extremes(np.array(series.x, float), np.array(series.y, float), _MARKED).tolist()
+        self.thinned = self.thinned or len(chosen) < len(series.x)
+        x, y, bounds = ([values[index] for index in chosen] if values else [] for values in (series.x, series.y, series.bounds))
+        self.series.append(dataclasses.replace(series, x=x, y=y, bounds=bounds))
 
     def add_runs(self, runs: Sequence[RunData], values: Values, title: str = "", colour: str = "", smooth: bool = False) -> None:
         """Add a curve of one quantity for each run; of a single run it is named `title` (default: the run's name) and has this colour."""
         for index, run in enumerate(runs):
             neutral = run_colour(index, len(runs))
             look = (title, run.name, neutral) if len(runs) > 1 else ("", title or run.name, colour or neutral)
-            self.add(*look, run.steps, values(run), smooth)
+            self.add(*look, run.steps, values(run), smooth, index)
 
     def notes(self) -> list[str]:
         """What readers must know of smoothing and thinning."""
-        smooth = f"Faint: as measured; strong: mean of {self.window} neighbouring points." if self.window else ""
-        thinned = f"Curves of more than {MOST_POINTS} points are thinned: each point is the mean of its neighbours." if self.thinned else ""
+        smooth = f"Faint: as measured; strong: mean of {self.window:,} neighbouring points." if self.window else ""
+        thinned = "Long curves are thinned to what a screen shows: highest, lowest, first and last points are kept." if self.thinned else ""
         return [note for note in (smooth, thinned) if note]
 
 
-def thin(values: Points, most: int = MOST_POINTS) -> list[float | None]:
-    """At most `most` values: means of neighbouring values, None where all of them are."""
-    if len(values) <= most:
-        return list(values)
-    size = math.ceil(len(values) / most)
-    return [_mean(values[start : start + size]) for start in range(0, len(values), size)]
-
-
-def running_mean(values: Points, window: int) -> list[float | None]:
-    """The mean of `window` values around each one, of fewer at the ends; None stays None."""
-    half = window // 2
-    return [None if value is None else _mean(values[max(0, i - half) : i + half + 1]) for i, value in enumerate(values)]
-
-
-def _mean(values: Points) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+def _known(values: np.ndarray) -> list[float | None]:
+    return [None if value != value else value for value in values.tolist()]
 
 
 def shade(task: str, index: int) -> str:
@@ -147,31 +151,34 @@ def rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
-def draw(series: Sequence[Series], y_title: str, tick_format: str = "", from_zero: bool = False, height: int = 300) -> dict[str, Any]:
-    """plotly.js's JSON of curves over steps, in one panel or in a grid of two columns, each with its axes and its name above."""
+def draw(
+    series: Sequence[Series], y_title: str, tick_format: str = "", from_zero: bool = False, height: int = 300, wide: bool = False
+) -> dict[str, Any]:
+    """plotly.js's JSON of curves over steps, in one panel or in a grid of two columns (three panels of a wide figure: in a row), each with
+    its axes and its name above."""
     panels = list(dict.fromkeys(each.panel for each in series))
     reach = 1.02 * max((value for each in series for value in each.x if value is not None), default=1.0) or 1.0
-    columns = min(2, len(panels))
+    columns = len(panels) if len(panels) < (4 if wide else 3) else 2
     rows = math.ceil(len(panels) / max(1, columns))
     traces, named = [], set()
     for each in series:
-        shown = each.name not in named and each.style != "faint"
+        shown = each.name not in named and each.style != "faint" and not each.group
         named |= {each.name} if shown else set()
         traces.append(_trace(each, axis_number(panels.index(each.panel)), shown))
-    layout = base_layout(height if rows == 1 else rows * 240 + 50)
-    layout["hovermode"] = "x unified"
+    layout = base_layout(min(height, 320) if rows == 1 < columns else height if rows == 1 else rows * 240 + 50)
+    layout |= {"hovermode": "x unified", "meta": {"over": "step"}}
     if len(panels) > 1:  # room for their names below the legend
         layout["margin"]["t"] += 18
         layout["legend"]["y"] = 1 + 24 / (layout["height"] - 94)
     for index, panel in enumerate(panels):
         left, bottom, suffix = index % columns, rows - 1 - index // columns, axis_number(index)
-        xs, ys = _domain(left, columns, 0.12), _domain(bottom, rows, 0.42 / rows)
+        xs, ys = _domain(left, columns, 0.24 / columns), _domain(bottom, rows, 0.42 / rows)
         y_axis = axis(ys, f"x{suffix}", y_title if left == 0 else "") | {"tickformat": tick_format, "automargin": True}
         layout[f"yaxis{suffix}"] = y_axis | ({"rangemode": "tozero"} if from_zero else {})
         x_title = "step" if index + columns >= len(panels) else ""
         layout[f"xaxis{suffix}"] = axis(xs, f"y{suffix}", x_title) | {"showgrid": False, "range": [0, reach]}
         if len(panels) > 1:
-            layout["annotations"] = [*layout.get("annotations", ()), panel_title(panel, xs[0], ys[1])]
+            layout["annotations"] = [*layout.get("annotations", ()), panel_title(panel, suffix)]
     return {"data": traces, "layout": layout}
 
 
@@ -184,21 +191,19 @@ def _trace(series: Series, suffix: str, shown: bool) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "scatter",  # SVG: WebGL's contexts run out on a page of many figures
         "name": label(series.name),
-        "legendgroup": label(series.name),
+        "legendgroup": label(series.group or series.name),
         "showlegend": shown,
         **_steps(series.x),
         "y": [rounded(value) for value in series.y],
         "xaxis": f"x{suffix}",
         "yaxis": f"y{suffix}",
+        "meta": series.run,
         "mode": {"points": "markers", "marked": "lines+markers"}.get(series.style, "lines"),
         "line": {"color": series.colour, "width": 1.8},
         "marker": {"color": series.colour, "size": 7, "symbol": _SYMBOLS[series.symbol % len(_SYMBOLS)]},
     }
     if series.style == "faint":
         trace |= {"opacity": 0.36, "hoverinfo": "skip", "line": {"color": series.colour, "width": 1}}
-    if series.style == "restarts":
-        trace |= {"line": {"color": series.colour, "width": 1.2, "dash": "dot"}, "hoverinfo": "text"}
-        trace |= {"hovertext": [label(text) for text in series.texts], "connectgaps": False}
     return trace | error_bars(series.y, series.bounds, series.colour) if series.bounds else trace
 
 
@@ -208,7 +213,7 @@ def _steps(x: Points) -> dict[str, Any]:
     distances = {after - before for before, after in itertools.pairwise(known)}
     if len(known) == len(x) > 2 and len(distances) == 1:
         return {"x0": known[0], "dx": distances.pop()}
-    return {"x": [rounded(value) for value in x]}
+    return {"x": [int(value) if value is not None and value.is_integer() else value for value in x]}
 
 
 def error_bars(y: Points, bounds: Sequence[Bounds], colour: str, thickness: float = 1.2, width: float = 3) -> dict[str, Any]:
@@ -250,7 +255,67 @@ def axis(domain: Sequence[float], anchor: str, title: str) -> dict[str, Any]:
     return {"domain": list(domain), "anchor": anchor, "title": {"text": label(title), "standoff": 8, "font": {"size": 12}}, **line}
 
 
-def panel_title(text: str, x: float, y: float) -> dict[str, Any]:
-    """A panel's name above its upper left corner."""
-    where = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
-    return {"text": f"<b>{label(text)}</b>", "showarrow": False, "font": {"size": 12}, **where}
+def panel_title(text: str, suffix: str, above: float = 0) -> dict[str, Any]:
+    """A panel's name above its upper left corner, by so many pixels; `suffix` as of `axis_number`."""
+    where = {"x": 0, "y": 1, "xref": f"x{suffix} domain", "yref": f"y{suffix} domain", "xanchor": "left", "yanchor": "bottom"}
+    return {"text": f"<b>{label(text)}</b>", "showarrow": False, "font": {"size": 12}, "yshift": above, **where}
+
+
+def axes(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """What curves are moved from steps to tokens and hours by, and their marks: for each run, tokens and hours at some of its steps.
+
+    Between these steps both are linear; the steps around each resume are among them. `tokens` and `hours` are None where a run has not
+    recorded them.
+    """
+    found = []
+    for index, run in enumerate(runs):
+        steps, tokens, hours = _knots(run)
+        knots: dict[str, Any] = {"step": [0, *steps], "tokens": [0, *tokens] if tokens else None, "hours": [0, *hours] if hours else None}
+        found.append(
+            {
+                "name": run.name,
+                "colour": run_colour(index, len(runs)),
+                **knots,
+                "marks": marks(run, f"{run.name}: " if len(runs) > 1 else ""),
+            }
+        )
+    return found
+
+
+def _knots(run: RunData) -> tuple[list[int], list[int], list[float]]:
+    """Steps, and the tokens and hours at them; empty where they are not recorded."""
+    around = np.flatnonzero(np.diff(run.train.attempts)) if len(run.train) else np.arange(0)
+    at = np.unique(np.concatenate((evenly(len(run.train), _KNOTS), around, around + 1))).astype(int)
+    tokens, seconds = run.tokens_so_far, run.seconds_so_far
+    hours = [] if seconds is None else [float(f"{value:.6g}") for value in (seconds[at] / 3600).tolist()]
+    return run.steps[at].astype(int).tolist(), [] if tokens is None else tokens[at].astype(int).tolist(), hours
+
+
+def marks(run: RunData, before: str = "") -> list[dict[str, Any]]:
+    """A mark for each resume: its step, the attempt's number, whether settings changed, and the text shown when hovering."""
+    return [
+        {
+            "step": int(step),
+            "attempt": attempt,
+            "changed": bool(entries(start.get("changed"))),
+            "text": "<br>".join(map(label, textwrap.wrap(before + resume_text(attempt, step, start), 90))),
+        }
+        for attempt, start in enumerate(run.restarts, 2)
+        if (step := number(start.get("step"))) is not None
+    ]
+
+
+def resume_text(attempt: int, step: float, start: dict[str, Any]) -> str:
+    """An attempt in one line: where it resumed, on what, and what had changed."""
+    parts = [f"attempt {attempt}, after step {step:,.0f}", *attempt_place(start)]
+    parts += ["not exact"] if start.get("exact") is False else []
+    parts += ["changed: " + ", ".join(map(str, changed))] if (changed := entries(start.get("changed"))) else []
+    return ", ".join(parts)
+
+
+def attempt_place(start: dict[str, Any]) -> list[str]:
+    """Workers, device and sizes of the parallel dimensions of a start."""
+    workers = number(start.get("workers"))
+    parts = [f"{workers:g} worker{'s' if workers != 1 else ''}"] if workers is not None else []
+    parts += [str(start["device"])] if start.get("device") else []
+    return parts + [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import MODALITY_COLOURS, Curves, Figure, axis, axis_number, base_layout, draw, panel_title, rounded
 
@@ -37,7 +39,7 @@ def expert_load(runs: Sequence[RunData]) -> Figure | None:
             pixels = (ys[1] - ys[0]) * (layout["height"] - layout["margin"]["t"] - layout["margin"]["b"])
             layout["shapes"] += _marks(run, suffix, pixels)
             title = f"{modality} tokens" + (f", {run.name}" if len(runs) > 1 else "")
-            layout["annotations"].append(panel_title(title, xs[0], ys[1] + 10 / (layout["height"] - 76)))
+            layout["annotations"].append(panel_title(title, suffix, 10))
     shown = [modality for modality in _MODALITIES if any(_experts(run, modality) for run, _ in found)]
     keys = [(MODALITY_COLOURS[modality], f"{modality} experts") for modality in shown]
     steps = ", ".join(f"{run.name + ': ' if len(runs) > 1 else ''}{_span(run.experts[-1])}" for run, _ in found)
@@ -115,8 +117,8 @@ def expert_balance(runs: Sequence[RunData]) -> Figure | None:
     curves = Curves()
     for modality in _MODALITIES:
 
-        def balance(run: RunData, modality: str = modality) -> list[float | None]:
-            return [number(mapping(line.get("expert_max_over_mean")).get(modality)) for line in run.train]
+        def balance(run: RunData, modality: str = modality) -> np.ndarray:
+            return run.train.values("expert_max_over_mean", modality)
 
         curves.add_runs(runs, balance, f"{modality} experts", MODALITY_COLOURS[modality], smooth=True)
     if not curves.series:

@@ -5,7 +5,8 @@ A new figure is a function here, listed in `figures`. One that only draws a valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,22 @@ from most_ray.metrics.figures import TITLES
 from most_ray.metrics.keys import Curve
 from most_ray.metrics.schema import TRAIN
 from most_ray.records.record import TASKS
-from most_ray.report.collect import RunData, entries, mapping, number, numbers
-from most_ray.report.curves import LOOKS, Curves, Figure, Series, axis, base_layout, draw, label, rounded, run_colour, shade, side_by_side
+from most_ray.report.collect import RunData, mapping, number, numbers
+from most_ray.report.curves import (
+    LOOKS,
+    SYMBOL_NAMES,
+    Curves,
+    Figure,
+    Series,
+    axis,
+    base_layout,
+    draw,
+    label,
+    rounded,
+    run_colour,
+    shade,
+    side_by_side,
+)
 from most_ray.report.expert_figures import expert_balance, expert_load
 
 Runs = Sequence[RunData]
@@ -45,7 +60,7 @@ def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
     """
     curves, options = Curves(), dict(about.options)
     smooth, log = options.pop("smooth", False), options.pop("log", False)
-    curves.add_runs(runs, lambda run: run.column(key), smooth=smooth)
+    curves.add_runs(runs, lambda run: run.train.values(key), smooth=smooth)
     if not curves.series:
         return None
     spec = draw(curves.series, about.axis, **options)
@@ -55,24 +70,25 @@ def curve(runs: Runs, key: str, about: Curve) -> Figure | None:
 
 def losses(runs: Runs) -> Figure | None:
     """Cross-entropy per supervised token, by task; validation sets as points."""
-    curves, several, validated = Curves(), len(runs) > 1, False
+    curves, several, validated = Curves(), len(runs) > 1, dict[str, None]()
     for task, (shown, task_colour) in LOOKS.items():
         panel, key = shown if several else "", "loss" if task == "total" else f"{task}_loss"
         for index, run in enumerate(runs):
             run_or_task, colour = (run.name, run_colour(index, len(runs))) if several else (shown, task_colour)
-            curves.add(panel, run_or_task, colour, run.steps, run.column(key), smooth=True)
+            curves.add(panel, run_or_task, colour, run.steps, run.train.values(key), True, index)
             for order, name in enumerate(_sets(run, task)):
                 points = [(float(each.step), each.losses[name]) for each in run.evaluations if name in each.losses]
                 if points:
                     x, y = zip(*points, strict=True)
                     point_colour, set_name = colour if several else shade(task, order), f"{run_or_task}, {name.split('/', 1)[-1]}"
-                    curves.series.append(Series(panel, set_name, point_colour, x, y, style="points", symbol=order))
-                    validated = True
+                    group = run.name if several else ""
+                    curves.add_points(Series(panel, set_name, point_colour, x, y, style="points", symbol=order, run=index, group=group))
+                    validated |= {f"{SYMBOL_NAMES[order % len(SYMBOL_NAMES)]} {name.split('/', 1)[-1]}": None}
     if not curves.series:
         return None
     notes = ["Cross-entropy per supervised token, in nats, before weighting.", *curves.notes()]
-    notes += ["Points: validation sets."] if validated else []
-    return Figure("fig-loss", "Loss", draw(curves.series, "nats per token", height=420), notes, wide=True, log=True)
+    notes += [f"Points: validation sets{' (' + ', '.join(validated) + ')' if several else ''}."] if validated else []
+    return Figure("fig-loss", "Loss", draw(curves.series, "nats per token", height=420, wide=True), notes, wide=True, log=True)
 
 
 def _sets(run: RunData, task: str) -> list[str]:
@@ -82,8 +98,8 @@ def _sets(run: RunData, task: str) -> list[str]:
 
 def recognition_errors(runs: Runs, name: str, title: str, what: str) -> Figure | None:
     """An error rate of each ASR set, with intervals."""
-    series = _rate_series(runs, "asr", what)
-    return Figure(name, title, draw(series, TITLES[what], ".1~%", True), _interval_note(series)) if series else None
+    curves = _rate_curves(runs, "asr", {what: ""})
+    return Figure(name, title, draw(curves.series, TITLES[what], ".1~%", True), _rate_notes(curves)) if curves.series else None
 
 
 word_errors = partial(recognition_errors, name="fig-wer", title="Word error rate", what="words")
@@ -92,74 +108,54 @@ character_errors = partial(recognition_errors, name="fig-cer", title="Character 
 
 def speech_errors(runs: Runs) -> Figure | None:
     """Error rates of synthesised speech: of its units, and of what is recognised in it."""
-    series = [each for what in ("units", "cycle", "outside") for each in _rate_series(runs, "tts", what, TITLES[what])]
+    curves = _rate_curves(runs, "tts", {what: TITLES[what] for what in ("units", "cycle", "outside")})
     notes = [
         "Unit error rate: against the reference's units. Cycle WER: the model's own transcription of its speech. "
         "Outside WER: the transcription of another recogniser.",
-        *_interval_note(series),
+        *_rate_notes(curves),
     ]
-    return Figure("fig-tts", "Synthesised speech", draw(series, "error rate", ".1~%", True), notes) if series else None
+    spec = draw(curves.series, "error rate", ".1~%", True)
+    return Figure("fig-tts", "Synthesised speech", spec, notes) if curves.series else None
 
 
-def _interval_note(series: Sequence[Series]) -> list[str]:
-    known = any(bound[0] is not None for each in series for bound in each.bounds)
-    return ["Bars: 95% intervals from resampling records."] if known else ["No intervals are known."]
+def _rate_notes(curves: Curves) -> list[str]:
+    known = any(bound[0] is not None for each in curves.series for bound in each.bounds)
+    return ["Bars: 95% intervals from resampling records." if known else "No intervals are known.", *curves.notes()]
 
 
-def _rate_series(runs: Runs, task: str, what: str, title: str = "") -> list[Series]:
-    """A curve for each set of each run. Panels are named by `title`, and by the set where several runs are compared."""
-    series, several = [], len(runs) > 1
+def _rate_curves(runs: Runs, task: str, titles: Mapping[str, str]) -> Curves:
+    """A curve for each rate of each set of each run. Panels are named by `titles`, and by the set where several runs are compared."""
+    curves, several = Curves(), len(runs) > 1
     names = sorted({name for run in runs for name in _sets(run, task)})
-    for order, name in enumerate(names):
-        for index, run in enumerate(runs):
-            found = [(float(each.step), rate) for each in run.evaluations if (rate := each.rate(name, what))]
-            if not found:
-                continue
-            set_name = name.split("/", 1)[-1]
-            panel = ", ".join(part for part in (title, set_name if several and (len(names) > 1 or not title) else "") if part)
-            curve, colour, symbol = (run.name, run_colour(index, len(runs)), index) if several else (set_name, shade(task, order), order)
-            steps, rates = zip(*found, strict=True)
-            bounds = [(rate.low, rate.high) for rate in rates]
-            series.append(Series(panel, curve, colour, steps, [rate.value for rate in rates], bounds, "marked", symbol))
-    return series
+    for (what, title), (order, name), (index, run) in itertools.product(titles.items(), enumerate(names), enumerate(runs)):
+        found = [(float(each.step), rate) for each in run.evaluations if (rate := each.rate(name, what))]
+        if not found:
+            continue
+        set_name = name.split("/", 1)[-1]
+        panel = ", ".join(part for part in (title, set_name if several and (len(names) > 1 or not title) else "") if part)
+        curve, colour, symbol = (run.name, run_colour(index, len(runs)), index) if several else (set_name, shade(task, order), order)
+        steps, rates = zip(*found, strict=True)
+        bounds = [(rate.low, rate.high) for rate in rates]
+        curves.add_points(Series(panel, curve, colour, steps, [rate.value for rate in rates], bounds, "marked", symbol, index))
+    return curves
 
 
 def throughput(runs: Runs) -> Figure | None:
-    """Tokens per second over all workers; restarts as dotted lines."""
-    curves, several = Curves(), len(runs) > 1
-    curves.add_runs(runs, lambda run: run.column("tokens_per_second"), "tokens per second", smooth=True)
+    """Tokens per second over all workers."""
+    curves = Curves()
+    curves.add_runs(runs, lambda run: run.train.values("tokens_per_second"), "tokens per second", smooth=True)
     if not curves.series:
         return None
-    top = max((value for run in runs for value in run.column("tokens_per_second") if value is not None), default=0.0)
-    n_curves = len(curves.series)
-    for index, run in enumerate(runs):
-        if found := [(step, start) for start in run.restarts if (step := number(start.get("step"))) is not None]:
-            x = [value for step, _ in found for value in (step, step, None)]
-            texts = [text for step, start in found for text in (*[restart_text(step, start)] * 2, "")]
-            name, colour = (f"restart of {run.name}", run_colour(index, len(runs))) if several else ("restart", "#c0453a")
-            y = [0.0, top, None] * len(found)
-            curves.series.append(Series(curves.series[0].panel, name, colour, x, y, style="restarts", texts=texts))
     spec = draw(curves.series, "tokens/s", "~s", True)
-    spec["layout"]["showlegend"] = several or len(curves.series) > n_curves
+    spec["layout"]["showlegend"] = len(runs) > 1
     return Figure("fig-throughput", "Throughput", spec, ["Over all workers.", *curves.notes()])
-
-
-def restart_text(step: float, start: dict[str, Any]) -> str:
-    """The text shown when hovering over a restart."""
-    parts = [f"restart after step {step:g}"]
-    parts += [f"{start['workers']} workers"] if start.get("workers") is not None else []
-    parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
-    parts += [str(start["device"])] if start.get("device") else []
-    parts += ["not exact"] if start.get("exact") is False else []
-    parts += ["changed: " + ", ".join(map(str, changed))] if (changed := entries(start.get("changed"))) else []
-    return ", ".join(parts)
 
 
 def step_time(runs: Runs) -> Figure | None:
     """The time of a step, and the part of it spent waiting for data."""
     curves = Curves()
-    curves.add_runs(runs, lambda run: run.column("step_time"), "whole step", "#5a84b5", smooth=True)
-    curves.add_runs(runs, lambda run: run.column("data_wait"), "waiting for data", "#c98a2b", smooth=True)
+    curves.add_runs(runs, lambda run: run.train.values("step_time"), "whole step", "#5a84b5", smooth=True)
+    curves.add_runs(runs, lambda run: run.train.values("data_wait"), "waiting for data", "#c98a2b", smooth=True)
     if not curves.series:
         return None
     return Figure("fig-step-time", "Time of a step", draw(curves.series, "seconds", from_zero=True), curves.notes(), log=True)
@@ -201,9 +197,8 @@ def mix(runs: Runs) -> Figure | None:
 
 def mix_of(run: RunData) -> dict[str, tuple[float | None, float | None]]:
     """Each source's share of the training data, and its target. Lines that hold plain counts of records give the shares of these."""
-    last: dict[str, Any] = next((line["mix"] for line in reversed(run.train) if isinstance(line.get("mix"), dict)), {})
     wanted: dict[str, Any] = next((start["wanted_mix"] for start in reversed(run.starts) if isinstance(start.get("wanted_mix"), dict)), {})
-    counts, found = numbers(last), {}
+    last, counts, found = run.mix, numbers(run.mix), {}
     total = sum(counts.values())
     for name in {**last, **wanted}:
         own = mapping(last.get(name))

@@ -19,6 +19,7 @@ from most_ray.io.outputs import Kind, begins_with
 from most_ray.report import run_tables, sweep_tables, words
 from most_ray.report.cards import cards
 from most_ray.report.collect import RunData, collect
+from most_ray.report.curves import axes
 from most_ray.report.figures import figures
 from most_ray.report.speech_samples import recordings, voices
 
@@ -49,12 +50,13 @@ def page(runs: Sequence[RunData], audio: Path | None = None) -> str:
     title = f"{', '.join(run.name for run in runs)}: run report"
     spoken = {"voices": voices(runs), "recordings": recordings(runs, audio)}
     said = {"by_columns": words.by_columns(runs), "confusions": words.confusions(runs)}
-    return _render("run.html", title=title, figures=figures(runs), cards=cards(runs), **spoken, **said, **run_tables.content(runs))
+    drawn = {"runs": {"runs": axes(runs)}, "figures": figures(runs)}
+    return _render("run.html", title=title, cards=cards(runs), **drawn, **spoken, **said, **run_tables.content(runs))
 
 
 def sweep_page(sweep: sweep_tables.Sweep) -> str:
     """The page about a sweep. The same folder always gives the same page."""
-    return _render("sweep.html", title=f"{sweep.name}: sweep report", **sweep_tables.content(sweep))
+    return _render("sweep.html", title=f"{sweep.name}: sweep report", runs=None, **sweep_tables.content(sweep))
 
 
 def _render(template: str, **content: Any) -> str:

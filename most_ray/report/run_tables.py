@@ -7,14 +7,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 from most_ray.config import RunConfig
 from most_ray.metrics.figures import FIGURES, RATES, TITLES
 from most_ray.report.cells import Cell, Content, Difference, Row, align, duration, percent
-from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, mapping, number
-from most_ray.report.curves import run_colour
+from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, number
+from most_ray.report.curves import attempt_place, run_colour
 
 Runs = Sequence[RunData]
 _SAMPLES = 20  # records shown of each set
@@ -26,6 +27,8 @@ _COLUMNS = {
     "tts": ("units", "cycle", "outside", "duration_ratio", "loop_rate", "end_of_audio_rate", "length_cap_rate", "foreign_rate"),
     "text": ("perplexity",),
 }
+# Of figures that count failures, the value that says there were none.
+_BEST = {"empty_rate": 0, "loop_rate": 0, "length_cap_rate": 0, "foreign_rate": 0, "end_of_audio_rate": 1}
 _PARTS = {  # attributes of RunData, and what is missing on the page where they are empty
     "train": "steps",
     "evaluations": "evaluations",
@@ -47,21 +50,35 @@ class Table:
     about: str = ""  # small print beside the title
     marked: bool = False  # its rows stand out
     open: bool = True  # of a foldable table: unfolded at first
+    right: Table | None = None  # what is as it should be, folded away below; its title counts it
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A card at the top of the page of a single run."""
+
+    what: str  # the name of the row of `summary` that it stands for
+    value: str
+    more: str = ""
+    also: Sequence[str] = ()  # further rows that `more` shows
 
 
 def content(runs: Runs) -> dict[str, Any]:
     """Everything of templates/run.html but figures and speech, by the names that the template uses."""
     several = len(runs) > 1
+    tiles = [] if several else highlights(runs[0])
     return {
         "names": run_names(runs),
         "states": [("complete" if run.complete else "going", (f"{run.name}: " if several else "") + state(run)) for run in runs],
-        "tiles": [] if several else highlights(runs[0]),
-        "summary": summary(runs),
+        "tiles": [(tile.what, tile.value, tile.more) for tile in tiles],
+        "summary": summary(runs, tiles),
+        "checks": checks(runs, tiles),
+        "attempts": attempts(runs),
         "absent": absent(runs),
         "evaluations": [table for task in _TASKS if (table := last_evaluations(runs, task))],
         "samples": samples(runs),
         "configuration": configuration(runs),
-        "environment": environment_rows(runs),
+        "environment": environment_table(runs),
     }
 
 
@@ -95,10 +112,9 @@ def state(run: RunData) -> str:
     return f"running, up to step {run.step:,}" if run.train else "no step yet"
 
 
-def summary(runs: Runs) -> list[Row]:
-    """The most important values, a column for each run."""
+def summary(runs: Runs, tiles: Sequence[Tile] = ()) -> list[Row]:
+    """The most important values, a column for each run, without those that `tiles` or the page's heading show."""
     makers: list[tuple[str, Callable[[RunData], Content]]] = [
-        ("State", state),
         ("Steps", lambda run: f"{run.step:,}" + (f" of {run.total_steps:,}" if run.total_steps else "")),
         ("Epochs", lambda run: _last(run, "epoch", "{:.2f}")),
         *(
@@ -111,15 +127,60 @@ def summary(runs: Runs) -> list[Row]:
         ("Tokens per second", lambda run: _known(_speed(run), "{:,.0f}")),
         ("Training time", lambda run: duration(_seconds(run))),
         ("From first start to last line", _wall_clock),
-        ("Restarts", lambda run: f"{len(run.restarts)}" if run.starts else None),
-        ("Skipped steps", lambda run: _known(_sum(run, "skipped_steps"), "{:,.0f}")),
-        ("Selections across modalities", lambda run: _known(_sum(run, "leaked"), "{:,.0f}")),
         ("MFU, mean", lambda run: percent(math.fsum(known) / len(known)) if (known := _column(run, "mfu")) else None),
         ("Memory, maximum", lambda run: _known(max(_column(run, "memory_gb"), default=None), "{:.1f} GB")),
-        ("Ran on", _machine),
+        ("Ran on", lambda run: ", ".join(attempt_place(run.starts[-1])) or None if run.starts else None),
     ]
-    rows = [(name, *(make(run) for run in runs)) for name, make in makers]
+    elsewhere = _shown_by(tiles)
+    rows = [(name, *(make(run) for run in runs)) for name, make in makers if name not in elsewhere]
     return [row for row in rows if any(cell is not None for cell in row[1:])]
+
+
+def _shown_by(tiles: Sequence[Tile]) -> set[str]:
+    """The names of the rows that cards stand for."""
+    return {name for tile in tiles for name in (tile.what, *tile.also)}
+
+
+def checks(runs: Runs, tiles: Sequence[Tile] = ()) -> Table:
+    """What should be 0: the rows of what is not, and below them those that are right; without those that `tiles` show."""
+    counts: list[tuple[str, Callable[[RunData], float | None]]] = [
+        ("Skipped steps", lambda run: _sum(run, "skipped_steps")),
+        ("Selections across modalities", lambda run: _sum(run, "leaked")),
+        ("Restarts", lambda run: float(len(run.restarts)) if run.starts else None),
+    ]
+    wrong: list[Row] = []
+    right: list[Row] = []
+    elsewhere = _shown_by(tiles)
+    for name, count in counts:
+        found = [] if name in elsewhere else [count(run) for run in runs]
+        if any(found):
+            wrong.append((Cell(name, "mark"), *(_known(value, "{:,.0f}") for value in found)))
+        elif any(value is not None for value in found):
+            right.append((name, *(_known(value, "{:,.0f}") for value in found)))
+    return Table("Checks", (), wrong, right=Table(f"{_counted_as(len(right), 'check')} passed", (), right))
+
+
+def _counted_as(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' if count != 1 else ''}"
+
+
+def attempts(runs: Runs) -> Table | None:
+    """The starts of each run that resumed; those that went on exactly, with nothing changed, are folded away. None: no run resumed."""
+    wrong: list[Row] = []
+    right: list[Row] = []
+    for run, shown in zip(runs, run_names(runs), strict=True):
+        for attempt, start in enumerate(run.starts if run.restarts else (), 1):
+            step, time, changed = number(start.get("step")), number(start.get("time")), entries(start.get("changed"))
+            began = None if time is None or not 0 <= time < 1e11 else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
+            exact = {True: "yes", False: "no"}.get(start.get("exact", ""))
+            cells: Row = (_known(step, "{:,.0f}"), began, ", ".join(attempt_place(start)) or None, exact, ", ".join(map(_plain, changed)))
+            names = (f"{attempt}", shown) if len(runs) > 1 else (f"{attempt}",)
+            (wrong if changed or exact == "no" else right).append((*names, *cells))
+    head = ("attempt", *(["run"] if len(runs) > 1 else []), "after step", "started", "on", "exact", "changed")
+    if not (wrong or right):
+        return None
+    folded = Table(f"{_counted_as(len(right), 'attempt')} with nothing changed", head, right)
+    return Table("Attempts", head if wrong else (), wrong, right=folded)
 
 
 def absent(runs: Runs) -> list[str]:
@@ -176,29 +237,27 @@ def _wall_clock(run: RunData) -> str | None:
     return None if first is None or last is None or last < first else duration(last - first)
 
 
-def _machine(run: RunData) -> str | None:
-    """Workers, device and sizes of the parallel dimensions of a run's last start."""
-    start = run.starts[-1] if run.starts else {}
-    workers = number(start.get("workers"))
-    parts = [f"{workers:g} worker{'s' if workers != 1 else ''}"] if workers is not None else []
-    parts += [str(start["device"])] if start.get("device") else []
-    parts += [f"{key} {value}" for key, value in mapping(start.get("topology")).items() if value != 1]
-    return ", ".join(parts) or None
-
-
 def last_evaluations(runs: Runs, task: str) -> Table | None:
     """All values of a task's sets at each run's last evaluation; None where there are no sets."""
     last_ones = [(run.last_evaluation, shown) for run, shown in zip(runs, run_names(runs), strict=True)]
     lines = sorted(((name, last, shown) for last, shown in last_ones if last for name in last.names(task)), key=lambda line: line[0])
-    columns = [key for key in _COLUMNS[task] if any(_value(last, name, key) is not None for name, last, _ in lines)]
-    several = len(runs) > 1
+    known = [key for key in _COLUMNS[task] if any(_value(last, name, key) is not None for name, last, _ in lines)]
+    right = [
+        key for key in known if key in _BEST and {number(last.sets.get(name, {}).get(key)) for name, last, _ in lines} <= {_BEST[key], None}
+    ]
+    columns = [key for key in known if key not in right]
+    named = ("set", *(["run"] if len(runs) > 1 else []))
     rows: list[Row] = []
+    folded: list[Row] = []
     for name, last, shown in lines:
         records, loss = number(last.sets.get(name, {}).get("records")), last.losses.get(name)
         fixed = (f"{last.step:,}", _known(records, "{:,.0f}"), _known(loss, "{:.4f}"))
-        rows.append((_set_name(name), *([shown] if several else []), *fixed, *(_value(last, name, key) for key in columns)))
-    head = ("set", *(["run"] if several else []), "step", "records", "loss", *(TITLES[key] for key in columns))
-    return Table(f"{_TASKS[task]}, last evaluation", head, rows) if rows else None
+        names = (_set_name(name), shown)[: len(named)]
+        rows.append((*names, *fixed, *(_value(last, name, key) for key in columns)))
+        folded.append((*names, *(_value(last, name, key) for key in right)))
+    below = Table(f"{_counted_as(len(right), 'check')} passed", (*named, *(TITLES[key] for key in right)), folded if right else ())
+    head = (*named, "step", "records", "loss", *(TITLES[key] for key in columns))
+    return Table(f"{_TASKS[task]}, last evaluation", head, rows, right=below) if rows else None
 
 
 def _value(evaluation: Evaluation, name: str, key: str) -> Content:
@@ -219,11 +278,17 @@ def samples(runs: Runs) -> list[Table]:
         for entry in (entry for transcriptions in by_run for entry in transcriptions.values()):
             is_wrong[entry.id] = is_wrong.get(entry.id, False) or entry.wrong
         wrong, right = ([key for key, value in is_wrong.items() if value is kind] for kind in (True, False))
-        chosen = _spread(wrong, _SAMPLES)
-        chosen += _spread(right, _SAMPLES - len(chosen))
-        rows = [(key, *(difference(found[key]) if key in found else None for found in by_run)) for key in chosen]
-        about = f"{len(chosen)} of {len(is_wrong):,} records, {len(wrong):,} of which are wrong" + (" in some run" if several else "")
-        tables.append(Table(name, ("record", *run_names(runs)) if several else (), rows, about))
+        shown_wrong = _spread(wrong, _SAMPLES)
+        shown_right = _spread(right, _SAMPLES - len(shown_wrong))
+        rows, folded = (
+            [(key, *(difference(found[key]) if key in found else None for found in by_run)) for key in chosen]
+            for chosen in (shown_wrong, shown_right)
+        )
+        count = len(rows) + len(folded)
+        about = f"{count} of {len(is_wrong):,} records, {len(wrong):,} of which are wrong" + (" in some run" if several else "")
+        head: Row = ("record", *run_names(runs)) if several else ()
+        below = Table(f"{_counted_as(len(folded), 'record')} recognised without an error", head, folded)
+        tables.append(Table(name, head if rows else (), rows, about, right=below))
     return tables
 
 
@@ -259,11 +324,15 @@ def configuration(runs: Runs) -> list[Table]:
     return tables
 
 
-def environment_rows(runs: Runs) -> list[Row]:
-    """The machine and software of the runs; names of values that differ are marked."""
+def environment_table(runs: Runs) -> Table | None:
+    """The machine and software of the runs; of several runs, what is the same in all is folded away. None where it is not known."""
     flat = [dict(_flatten(run.environment)) for run in runs]
     values = {key: [each.get(key) for each in flat] for key in dict.fromkeys(key for each in flat for key in each)}
-    return [(Cell(key, "mark") if len(set(found)) > 1 else key, *found) for key, found in values.items()]
+    if len(runs) == 1:
+        return Table("", (), [(key, *found) for key, found in values.items()]) if values else None
+    differ: list[Row] = [(Cell(key, "mark"), *found) for key, found in values.items() if len(set(found)) > 1]
+    same: list[Row] = [(key, *found) for key, found in values.items() if len(set(found)) == 1]
+    return Table("", (), differ, right=Table(f"{len(same)} that are the same", (), same)) if values else None
 
 
 def _plain(value: Any) -> str:
@@ -284,20 +353,22 @@ def _flatten(values: dict[str, Any], above: str = "") -> Iterable[tuple[str, str
             yield (f"{above}{key}".removeprefix("versions "), _plain(value))
 
 
-def highlights(run: RunData) -> list[tuple[str, str, str]]:
-    """Tiles of a single run (name, value, more): last error rates, speed and time."""
-    found, last = [], run.last_evaluation
+def highlights(run: RunData) -> list[Tile]:
+    """The cards of a single run: last error rates, speed and time."""
+    found: list[Tile] = []
+    last = run.last_evaluation
     for task, what in (("asr", "words"), ("tts", "cycle")):
         for name in last.names(task) if last else ():
             if last and (value := last.rate(name, what)):
                 about = f"95%: {bounds}" if (bounds := " to ".join(_bounds(value))) else "interval not known"
-                found.append((f"{TITLES[what]}, {_set_name(name)}", percent(value.value), about))
+                about += "" if last.step == run.step else f", at step {last.step:,}"
+                found.append(Tile(f"{TITLES[what]}, {_set_name(name)}", percent(value.value), about))
     found = found[:4]
     if (speed := _speed(run)) is not None:
-        found.append(("tokens per second", f"{speed:,.0f}", f"{_known(_sum(run, 'tokens'), '{:,.0f}')} tokens"))
+        tokens = f"{_known(_sum(run, 'tokens'), '{:,.0f}')} tokens"
+        found.append(Tile("Tokens per second", f"{speed:,.0f}", tokens, ["Tokens trained on"]))
     if seconds := duration(_seconds(run)):
-        restarts = f"{len(run.restarts)} restart{'s' if len(run.restarts) != 1 else ''}" if run.starts else ""
-        found.append(("training time", seconds, restarts))
+        found.append(Tile("Training time", seconds, _counted_as(len(run.restarts), "restart") if run.starts else "", ["Restarts"]))
     if run.train:
-        found.append(("steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else ""))
+        found.append(Tile("Steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else ""))
     return found

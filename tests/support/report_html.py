@@ -21,12 +21,15 @@ class Elements(HTMLParser):
         self.found: list[tuple[str, dict[str, str | None]]] = []
         self.blocks: list[str] = []
         self.figures: dict[str, dict[str, Any]] = {}  # data and layout by the figure's id
+        self.runs: list[dict[str, Any]] = []  # tokens, hours and marks of each run
         self._inside = False
         self.feed(text)
         data = [attributes for tag, attributes in self.found if tag == "script"]
         for attributes, block in zip(data, self.blocks, strict=True):
-            if attributes.get("type") == "application/json":
+            if str(attributes.get("id")).startswith("data-"):
                 self.figures[str(attributes["id"]).removeprefix("data-")] = json.loads(block)
+            elif attributes.get("id") == "runs":
+                self.runs = json.loads(block)["runs"]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))

@@ -16,9 +16,10 @@ from most_ray.errors import DataError
 from most_ray.report import write_report
 from most_ray.report.cells import Piece, align
 from most_ray.report.collect import RunData, collect, words_of
-from most_ray.report.figures import figures, mix_of, throughput, word_errors
+from most_ray.report.curves import axes
+from most_ray.report.figures import figures, mix_of, word_errors
 from most_ray.report.page import page
-from most_ray.report.run_tables import difference, samples
+from most_ray.report.run_tables import attempts, checks, difference, highlights, last_evaluations, samples, summary
 from most_ray.runs.environment import environment
 from tests.support.report_data import EXPERTS, LAYERS, write_run
 from tests.support.report_html import EVIL, Elements
@@ -82,14 +83,93 @@ def test_rates_carry_their_intervals(runs: list[RunData]) -> None:
     assert bars["arrayminus"][0] == pytest.approx(figures_["rate"] - figures_["interval"][0], rel=1e-4)
 
 
-def test_restarts_are_marked_and_the_first_start_is_none(runs: list[RunData]) -> None:
-    figure, undisturbed = throughput(runs[:1]), throughput(runs[1:])
-    assert figure
-    assert undisturbed
-    marks = [trace for trace in figure.spec["data"] if trace["name"] == "restart"]
-    assert [trace["x"] for trace in marks] == [[150, 150, None]]
-    assert marks[0]["hovertext"][0] == "restart after step 150, 2 workers, fsdp 2, Some GPU, not exact, changed: data"
-    assert all("restart" not in trace["name"] for trace in undisturbed.spec["data"])
+def test_resumes_are_marked_and_the_first_start_is_none(runs: list[RunData]) -> None:
+    done, going = axes(runs)
+    (mark,) = done["marks"]
+    assert (mark["step"], mark["attempt"], mark["changed"]) == (150, 2, True)
+    assert mark["text"] == "done: attempt 2, after step 150, 2 workers, Some GPU, fsdp 2, not exact, changed: data"
+    assert going["marks"] == []
+    assert "done" not in axes(runs[:1])[0]["marks"][0]["text"]
+
+
+def test_what_changed_stands_in_a_table_as_well_and_other_attempts_are_folded_away(runs: list[RunData]) -> None:
+    found = attempts(runs)
+    assert found and found.right
+    assert [(row[0], row[2], row[-2:]) for row in found.rows] == [("2", "150", ("no", "data"))]
+    assert [row[0] for row in found.right.rows] == ["1"]
+    assert found.right.title == "1 attempt with nothing changed"
+    assert attempts(runs[1:]) is None
+
+
+def test_a_page_says_where_each_run_was_by_tokens_and_hours(runs: list[RunData]) -> None:
+    done, going = Elements(page(runs)).runs
+    assert (done["step"][0], done["step"][-1], going["step"][-1]) == (0, 400, 200)
+    assert (done["tokens"][0], done["tokens"][150], done["tokens"][-1]) == (0, 150 * 20000, 400 * 20000)
+    # 150 s of the first attempt and 249 s of the second: a line was written every second, and the minute between them does not count.
+    assert done["hours"][150] * 3600 == pytest.approx(150, abs=0.01)
+    assert done["hours"][-1] * 3600 == pytest.approx(399, abs=0.01)
+
+
+def test_time_between_attempts_is_no_time_of_training(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [
+        {"kind": "start", "step": 0, "time": 1000.0},
+        *({"kind": "train", "step": step, "time": 1000.0 + 3600 * step, "tokens": 10 * step} for step in (1, 2)),
+        {"kind": "start", "step": 2, "time": 900000.0},
+        {"kind": "train", "step": 3, "time": 903600.0},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found,) = axes(collect([str(folder)]))
+    assert found["hours"] == [0, 1, 2, 3]
+    assert found["tokens"] == [0, 10, 30, 30]
+
+
+def test_what_a_run_has_not_recorded_is_no_axis(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    made = page(collect([str(folder)]))
+    assert [Elements(made).runs[0][kind] for kind in ("step", "tokens", "hours")] == [[0, 1, 2], None, None]
+    assert re.search('data-axis="tokens" aria-pressed="false" disabled title="not recorded by old"', made)
+    assert re.search('data-axis="step" aria-pressed="true">', made)
+
+
+def test_many_lines_have_few_knots_and_those_around_resumes(tmp_path: Path) -> None:
+    (found,) = axes(collect([str(write_run(tmp_path / "run", steps=5000, restart=1234))]))
+    assert len(found["step"]) < 1010
+    assert {0, 1234, 1235, 5000} <= set(found["step"])
+    assert len(found["step"]) == len(found["tokens"]) == len(found["hours"])
+
+
+def test_cards_are_not_repeated_below_them(runs: list[RunData]) -> None:
+    tiles = highlights(runs[0])
+    names = [row[0] for row in summary(runs[:1], tiles)]
+    assert not {tile.what for tile in tiles} & set(names)
+    assert not {"Tokens trained on", "State"} & set(names)
+    assert "CER, dev_clean" in names
+    assert {"Steps", "Training time", "Tokens trained on"} <= {row[0] for row in summary(runs)}  # of several runs there are no cards
+
+
+def test_what_should_be_0_and_is_not_comes_first_and_the_rest_is_folded_away(runs: list[RunData]) -> None:
+    found = checks(runs)
+    assert found.right
+    assert [row[0].text for row in found.rows] == ["Skipped steps", "Restarts"]
+    assert (found.right.title, found.right.rows) == ("1 check passed", [("Selections across modalities", "0", "0")])
+    text = page(runs[:1])
+    first, folded = text.split("1 check passed", 1)
+    assert "Skipped steps" in first
+    assert "Selections across modalities" not in first
+    assert first.rstrip().endswith('<details class="right"><summary>')
+    assert "Selections across modalities" in folded.split("</details>")[0]
+
+
+def test_failures_of_decoding_that_did_not_happen_are_folded_away(runs: list[RunData]) -> None:
+    found = last_evaluations(runs[:1], "asr")
+    assert found and found.right
+    assert found.right.head == ("set", "length cap")  # the others are not 0
+    assert "length cap" not in found.head
+    assert "looping" in found.head
 
 
 def test_the_heat_map_holds_shares_of_a_layers_selections(runs: list[RunData]) -> None:
@@ -133,7 +213,7 @@ def test_what_a_model_or_a_user_wrote_never_becomes_markup(tmp_path: Path) -> No
     made = page(collect([str(folder)]))
     elements = Elements(made)
     assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in elements.found)
-    assert len(elements.blocks) == len(elements.figures) + 2 and elements.figures
+    assert len(elements.blocks) == len(elements.figures) + 3 and elements.figures
     assert not [block for block in elements.blocks[-2:] if 'alert("1")' in block]
     assert "<img" not in made.split("<script>/**")[0]
     assert made.count("{{ 7 * 7 }}{% raw %}{# ") > 5  # no template either
@@ -248,7 +328,8 @@ def test_the_same_folder_names_and_the_same_run_twice_stay_apart(tmp_path: Path)
 
 
 def test_samples_show_what_is_wrong_first(runs: list[RunData]) -> None:
-    shown = [[row[0] for row in table.rows] for table in samples(runs[:1])]
+    tables = samples(runs[:1])
+    shown = [[row[0] for row in (*table.rows, *(table.right.rows if table.right else ()))] for table in tables]
     assert [len(keys) for keys in shown] == [20, 20, 20]
     entries = {entry.id: entry for found in runs[0].hypotheses.values() for entry in found}
     for keys in shown:

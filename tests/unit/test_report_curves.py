@@ -1,36 +1,53 @@
 from __future__ import annotations
 
-from most_ray.report.curves import MOST_POINTS, Curves, Series, draw, running_mean, thin
+import numpy as np
+
+from most_ray.report.curves import PIXELS, Curves, Series, draw
+
+STEPS = np.arange(3.0 * PIXELS)
 
 
-def test_short_curves_are_left_as_they_are() -> None:
-    assert thin([1.0, None, 3.0], 3) == [1.0, None, 3.0]
-
-
-def test_long_curves_become_means_of_buckets_without_what_is_missing() -> None:
-    assert thin([1.0, 3.0, None, 5.0, None, None, 9.0], 4) == [2.0, 5.0, None, 9.0]
-    assert len(thin([0.0] * 5001)) <= MOST_POINTS
-
-
-def test_a_thinned_figure_says_so() -> None:
-    curves = Curves()
-    steps = [float(step) for step in range(MOST_POINTS + 1)]
-    curves.add("", "a", "#000000", steps, steps)
+def test_a_thinned_figure_says_so_and_keeps_what_stands_out() -> None:
+    curves, y = Curves(), np.ones(len(STEPS))
+    y[[700, 900]] = 99.0, -99.0
+    curves.add("", "a", "#000000", STEPS, y)
     assert "thinned" in curves.notes()[0]
-    assert curves.series[0].x == curves.series[0].y  # both by the same buckets
+    assert {99.0, -99.0} <= set(curves.series[0].y)
+    assert curves.series[0].x[-1] == STEPS[-1]
     curves = Curves()
-    curves.add("", "a", "#000000", steps[:50], steps[:50], smooth=True)
+    curves.add("", "a", "#000000", STEPS[:50], y[:50], smooth=True)
     assert not curves.notes()
+
+
+def test_a_smooth_curve_is_faint_with_its_running_mean() -> None:
+    curves, y = Curves(), np.where(STEPS % 2, 1.0, 3.0)
+    curves.add("", "a", "#000000", STEPS, y, smooth=True, run=2)
+    faint, strong = curves.series
+    assert (faint.style, strong.style, faint.run, strong.run) == ("faint", "line", 2, 2)
+    assert set(faint.y) == {1.0, 3.0}
+    assert all(value is not None and abs(value - 2) < 0.1 for value in strong.y)
+    assert f"mean of {len(STEPS) // 40 | 1}" in curves.notes()[0]
+
+
+def test_of_very_many_evaluations_those_that_stand_out_are_drawn_with_their_intervals() -> None:
+    curves, steps = Curves(), [float(step) for step in range(5000)]
+    y = [1.0 if step == 1234 else 0.5 for step in steps]
+    curves.add_points(Series("", "dev", "#000000", steps, y, [(value - 0.1, value + 0.1) for value in y], "marked"))
+    (shown,) = curves.series
+    assert len(shown.x) == len(shown.y) == len(shown.bounds) <= 202
+    assert dict(zip(shown.x, shown.bounds, strict=True))[1234.0] == (0.9, 1.1)
+    assert "thinned" in curves.notes()[0]
 
 
 def test_a_curve_without_values_is_no_curve() -> None:
     curves = Curves()
-    curves.add("", "a", "#000000", [1.0, 2.0], [None, None])
+    curves.add("", "a", "#000000", np.array([1.0, 2.0]), np.array([np.nan, np.nan]))
     assert not curves.series
 
 
-def test_the_running_mean_keeps_gaps_and_ends() -> None:
-    assert running_mean([1.0, 2.0, None, 4.0], 3) == [1.5, 1.5, None, 4.0]
+def test_steps_of_more_than_six_digits_are_exact() -> None:
+    (trace,) = draw([Series("", "run", "#000000", [1234567.0, 1234569.0, 1234570.0], [1.0] * 3)], "")["data"]
+    assert trace["x"] == [1234567, 1234569, 1234570]
 
 
 def test_steps_at_equal_distances_are_written_as_the_first_and_the_distance() -> None:
