@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from most_ray.io.run_folder import RunFolder, local_copy, model_source
 from most_ray.model.build import init_model, read_config
 from most_ray.model.configuration import MostConfig
 from most_ray.planner import sampling
+from most_ray.planner.assumed_records import TRAINING_RECORDS, WRITTEN_RECORDS, notes_of, write_assumed
 from most_ray.planner.calibration import CALIBRATION_BATCHES, Calibration, calibrate
 from most_ray.planner.hardware import Device, device_of
 from most_ray.planner.layouts import LayoutChoice, LayoutEstimate, LayoutEstimator, steps_of
@@ -101,7 +103,7 @@ class DryRun:
 def dry_run(config: RunConfig, device: str = "") -> DryRun:
     """Estimate a run on a device (see `device_of`). Raises UserError for a mistake that `prepare_run` finds too, if it does not depend on
     where it runs; an unknown device; an unknown model."""
-    checked = walk({"data": lambda: check_inputs(config), "room": lambda: devices_of(config, must_be_here=False)})
+    checked = walk({"data": lambda: check_inputs(config, must_exist=False), "room": lambda: devices_of(config, must_be_here=False)})
     use_gpu, fewest, most = checked["room"]
     with tempfile.TemporaryDirectory(prefix="most_ray-dry-") as folder:
         preparation = _Preparation(config, Path(folder))
@@ -116,14 +118,26 @@ class _Preparation:
         self.notes: list[str] = []  # what the run's figures are based on
         self.sampled = False  # some records were counted by samples
         self.stand_in = False  # the model's tokenizer was replaced by one trained on the records
-        directories = {d for use in ("train", "val") for task in TASKS for d in config.directories(use, task)}
-        self._small = sum(entry.size for directory in directories for entry in record_files(directory)) < SMALL_BYTES
+        self._assumed: dict[str, Path] = {}  # where records lie that stand in for those of a directory that does not exist
+        directories = {d: task for use in ("val", "train") for task in TASKS for d in config.directories(use, task)}
+        for directory in (d for d in directories if not storage.exists(d)):
+            target = folder / f"assumed-{len(self._assumed)}" / storage.base_name(directory)
+            write_assumed(target, directories[directory], config.max_seq_length, len(self._assumed))
+            self._assumed[directory] = target
+        trained = {d for task in TASKS for d in config.directories("train", task)}
+        for count, some in ((TRAINING_RECORDS, trained), (WRITTEN_RECORDS, directories.keys() - trained)):
+            self.notes += notes_of([d for d in directories if d in self._assumed and d in some], count, config.max_seq_length)
+        self._repeated = {directory: TRAINING_RECORDS / WRITTEN_RECORDS if directory in trained else 1.0 for directory in self._assumed}
+        there = directories.keys() - self._assumed
+        self._small = sum(entry.size for directory in there for entry in record_files(directory)) < SMALL_BYTES
         self._samples = 0
 
     def prepare(self, use_gpu: bool, fewest: int, most: int) -> Prepared:
         """Prepare the run on `fewest` to `most` workers as `prepare_run` does, with the run's own checkpoints if it has any."""
         store_dir = str(self.folder / "store")
         local = dataclasses.replace(self.config, model_name_or_path=self._model(), output_dir=str(self.folder), store_dir=store_dir)
+        if self._assumed:  # which have no units.json, by which units are swapped: that leaves lengths as they are
+            local = dataclasses.replace(local, unit_swap_prob=0.0)
         scratch = RunFolder(str(self.folder / "run"))
         try:
             sources = open_sources(local, scratch, run_here, self._ingest)
@@ -136,6 +150,13 @@ class _Preparation:
         folder = RunFolder(self.config.run_uri) if storage.exists(self.config.run_uri) else scratch
         return resolve_run(local, folder, sources, use_gpu, fewest, most)
 
+    def _texts(self, limit: int) -> Iterator[str]:
+        """Texts of the training records, `limit` of each directory, for a tokenizer."""
+        changes: dict[str, Any] = {
+            f"train_{task}_dirs": tuple(str(self._assumed.get(d, d)) for d in self.config.directories("train", task)) for task in TASKS
+        }
+        return training_texts(dataclasses.replace(self.config, **changes), limit)
+
     def _model(self) -> str:
         """Return a folder with the model's configuration and a tokenizer."""
         name, folder = self.config.model_name_or_path, self.folder / "model"
@@ -143,7 +164,7 @@ class _Preparation:
             init = storage.join(self.config.run_uri, "init")
             if catalog.committed(storage.join(self.config.run_uri, "checkpoints")) and storage.exists(init):
                 return init
-            init_model(name, training_texts(self.config), folder, self.config.seed)
+            init_model(name, self._texts(200_000), folder, self.config.seed)
             return str(folder)
         if storage.is_remote(name) or Path(name).exists():
             return model_source(name, known=PRESETS)
@@ -156,20 +177,28 @@ class _Preparation:
         is_published = name.removeprefix(hub.PREFIX) in PUBLISHED
         target = "models/most" if is_published else name
         stand_in = "and a tokenizer trained on the records instead of its own"
+        make = f"most-ray init-model --from_deepseek {hub.PREFIX}{known} --output {target}"
+        if hub.base_model(name) is None:
+            make = f"the run whose export this is, {storage.parent(name)}"
         self.notes += [
             f"{name} is not on this machine: estimated with the published sizes of {known}, {stand_in}",
-            f"before the run: most-ray init-model --from_deepseek {hub.PREFIX}{known} --output {target}",
+            f"before the run: {make}",
             *([f"and for the run: model_name_or_path: {target}"] if is_published else []),
         ]
         self.stand_in = True
-        tokenizer = train_tokenizer(training_texts(self.config, sampling.SAMPLE_RECORDS), _STAND_IN_TOKENS)
+        tokenizer = train_tokenizer(self._texts(sampling.SAMPLE_RECORDS), _STAND_IN_TOKENS)
         ids = token_ids(tokenizer)
         MostConfig(**PUBLISHED[known], first_audio_token=ids.unit_base, last_audio_token=ids.end_audio).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return str(folder)
 
     def _ingest(self, directory: str, recipe: Recipe, store_dir: str, run: Runner) -> TokenStore:
-        """Ingest all records of a small run; of a large one use the existing store, or a sample."""
+        """Ingest all records of a small run; of a large one use the existing store, or a sample; of a directory that does not exist assume
+        records."""
+        if directory in self._assumed:
+            self.sampled = True
+            written = ingest_directory(self._assumed[directory], recipe, store_dir, run)
+            return sampling.ExtrapolatedStore(written, self._repeated[directory], storage.absolute(directory))
         if self._small:
             return ingest_directory(directory, recipe, store_dir, run)
         root, source = self.config.store_uri, storage.redact(storage.absolute(directory))

@@ -43,22 +43,25 @@ def first_checks(config: RunConfig, workers: int | None = None) -> None:
     check_sizes(config, workers)
 
 
-def check_directories(config: RunConfig) -> None:
-    """Check that the directories of records exist and hold records. Raises ConfigError, and DataError for what is in a directory."""
+def check_directories(config: RunConfig, must_exist: bool = True) -> None:
+    """Check that the directories of records exist and hold records. Raises ConfigError, and DataError for what is in a directory.
+    `must_exist`: else those that do not are passed, as in a dry run, which assumes records."""
     if not (config.train_asr_dirs or config.train_tts_dirs or config.train_text_dirs):
         raise ConfigError("train_asr_dirs", (), "no training data is named.", "Name train_asr_dirs, train_tts_dirs or train_text_dirs.")
     for option in (each for each in OPTIONS.values() if each.location and each.location.must_exist):
         directories = option.elements(getattr(config, option.name))
-        if missing := next((directory for directory in directories if not storage.exists(directory)), None):
+        missing = [directory for directory in directories if not storage.exists(directory)]
+        if missing and must_exist:
             remedy = "Check the path; it is taken from where the command runs."
-            raise ConfigError(option.name, storage.redact(missing), "does not exist.", remedy)
-        for directory in directories:
+            raise ConfigError(option.name, storage.redact(missing[0]), "does not exist.", remedy)
+        there = [directory for directory in directories if directory not in missing]
+        for directory in there:
             if not storage.is_remote(directory):
                 record_files(directory)  # raises DataError where it holds none, or something that cannot be read
         real = {d if storage.is_remote(d) else os.path.realpath(storage.local(d)) for d in directories}
         if len(real) != len(directories):
             raise ConfigError(option.name, tuple(map(storage.redact, directories)), "names a directory twice.")
-        for directory in directories:
+        for directory in there:
             read_units_manifest(directory)  # raises DataError for a wrong one
 
 

@@ -162,11 +162,11 @@ def _check_best_metric(config: RunConfig, validation: Sequence[TokenStore]) -> N
         raise ConfigError("best_metric", config.best_metric, "is measured on no validation set.", nearest(name, [*sets, "wer", "loss"]))
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, must_exist: bool = True) -> None:
     """Check that the directories of records exist, that the run's folder is not a sweep's, and that the libraries it needs are installed,
-    else raise ConfigError."""
+    else raise ConfigError. `must_exist`: see `check_directories`."""
     check_available(config)
-    check_directories(config)
+    check_directories(config, must_exist)
     check_no_sweep(config)
 
 

@@ -338,7 +338,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         (["--num_worker", "2"], "Did you mean 'num_workers'"),
-        (["--train_asr_dirs", "nowhere"], "train_asr_dirs = 'nowhere': does not exist"),
+        (["--train_asr_dirs", "nowhere", "nowhere"], "names a directory twice"),
         (["--num_workers", "4", "--ep_size", "3"], "Use one of [1, 2, 4]"),
         (["--text_expert_indices", "0,1,2", "--audio_expert_indices", "4,5,6,9"], "must hold different experts out of 0..7"),
         (["--max_seq_length", "5000"], "beyond the model's 4096 positions"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,6 @@ MIXES = {
     # Instructions by speech are heard or spoken, half and half: 0.4 in all.
     "stage2": {"asr/heard": 0.2, "tts/spoken": 0.2, "text/": 0.4, "asr/train_asr": 0.1, "tts/train_tts": 0.1},
 }
-# What another run makes: until then the model that one began with stands in.
-MODELS = {"runs/stage1/export": "models/most-v2-lite"}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +59,7 @@ def checkout(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def dried(name: str) -> DryRun:
-    config = load_config(CONFIGS / f"{name}.yaml")
-    return dry_run(replace(config, model_name_or_path=MODELS.get(config.model_name_or_path, config.model_name_or_path)))
+    return dry_run(load_config(CONFIGS / f"{name}.yaml"))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -81,6 +79,38 @@ def test_a_shipped_configuration_can_start(checkout: Path, name: str) -> None:
         assert run.device.memory and run.layout.memory.total("full") < 0.9 * run.device.memory
     else:
         assert not run.notes and run.parameters < 2_000_000
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_shipped_configuration_is_estimated_without_data_and_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """It says what it assumes; `train` itself refuses, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibration, "_TIME_LIMIT_S", 0.0)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
+    words = ["train", "--config", str(CONFIGS / f"{name}.yaml")]
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert main([*words, "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    trained = [*config.train_asr_dirs, *config.train_tts_dirs, *config.train_text_dirs]
+    tokens = min(440, config.max_seq_length // 2)
+    assert f"no records at {', '.join(trained)}: assumes 100,000 in each, of {tokens} tokens each on average" in shown
+    assert "nothing is started" in shown
+    assert ("published sizes of deepseek-ai/DeepSeek-V2-Lite" in shown) == (name in GPUS)
+    assert main([*words, "--use_gpu", "false", "--num_workers", "1"]) == 2 and "does not exist" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_assumed_records_have_the_length_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a hundredth, for each task; where rows are short, records are; those of validation are fewer."""
+    monkeypatch.chdir(tmp_path)
+    run = dried("stage1")
+    for source in run.sources:
+        assert source.records == 100_000 and source.tokens / source.records == pytest.approx(440, rel=0.01), source
+    short = dry_run(replace(load_config(CONFIGS / "small-cpu.yaml"), max_seq_length=64, max_steps=2))
+    assert [source.tokens / source.records for source in short.sources] == pytest.approx([32, 32], rel=0.15) and short.rejected == 0
 
 
 def test_every_kind_of_run_is_there() -> None:
