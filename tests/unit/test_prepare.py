@@ -59,6 +59,7 @@ def test_a_folder_becomes_records(corpus: Path, tmp_path: Path) -> None:
     assert [record["id"] for record in records] == [*(f"corpus_{i}_sp0.9" for i in range(6)), *(f"corpus_{i}" for i in range(6))]
     assert records[6]["output"] == "word 0"
     assert records[6]["metadata"] == {
+        "recording": "0.flac",
         "speaker": "a",
         "split": "train",
         "dataset": "corpus",
