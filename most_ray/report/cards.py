@@ -178,7 +178,7 @@ def _speech(run: RunData) -> Content:
         own = [known[0] for source in sources if (known := _speech_of(source, "own_speed_seconds"))]
         total = math.fsum(seconds for seconds, _ in found)
         word = next((word for _, word in found if word), "")
-        copies = f"{hours(math.fsum(own))} without copies at other speeds" if len(own) == len(found) and math.fsum(own) < total else ""
+        copies = f"{hours(math.fsum(own))} without speed copies" if len(own) == len(found) and math.fsum(own) < total else ""
         lines.append(Cell(f"{called}: {word}{hours(total)}", small=copies))
     return lines or None
 
@@ -213,6 +213,8 @@ def _encoder(run: RunData) -> Content:
         return None
     layer = mapping(found.get("settings")).get("layer")
     name = found.get("encoder", "")
+    if found["features"] == "mfcc":
+        return "none: MFCC"
     return str(found["features"]) + (f", layer {layer}" if layer is not None else "") + (f", {name}" if name else "")
 
 

@@ -32,7 +32,12 @@ ELSEWHERE = {
     "--config FILE": "a list of the reader's own",
     "--text": "takes a model that has learned to speak",
 }
-REPLACED = {"step-000001700": f"step-{STEPS:09d}", "step-000001400": f"step-{STEPS // 2:09d}", "--input DIR": "--input recordings"}
+REPLACED = {
+    "step-000001700": f"step-{STEPS:09d}",
+    "step-000001400": f"step-{STEPS // 2:09d}",
+    "--input DIR": "--input recordings",
+    "--audio DIR": "--audio recordings",
+}
 
 
 @pytest.fixture

@@ -122,7 +122,8 @@ def test_prepared_records_name_their_recordings_and_their_licence(tmp_path: Path
     for name, hertz in (("a", 300), ("b", 500)):
         write(tmp_path / "corpus" / "deep" / f"{name}.wav", tone(hertz, 1))
         (tmp_path / "corpus" / "deep" / f"{name}.txt").write_text(name)
-    corpus = CorpusOptions("folder", tmp_path / "corpus")
+    (tmp_path / "records").mkdir()
+    corpus = CorpusOptions("folder", tmp_path / "records" / ".." / "corpus")
     for licence in (None, "CC BY 4.0"):
         job = UnitsJob(corpus, tmp_path / "records", fit_kmeans=4, form="jsonl", licence=licence)
         result = prepare_units(job, lambda parts, *_: parts, lambda _: run_in_process)

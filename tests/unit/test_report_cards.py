@@ -87,7 +87,7 @@ def test_a_config_that_lacks_a_size_has_no_count(config: dict[str, Any]) -> None
 
 def test_the_data_are_described_by_source(tmp_path: Path) -> None:
     found, (table,) = shown([run_of(tmp_path / "run")]), cards([run_of(tmp_path / "run")])[1].tables
-    assert found["Speech for training"] == "recognition: 2.00 h 40.0 min without copies at other speeds"
+    assert found["Speech for training"] == "recognition: 2.00 h 40.0 min without speed copies"
     assert found["Speakers"] == "4 in training / 5 in validation, 1 of them unseen in training"
     assert (found["Units"], found["Encoder"], found["Licence"]) == ("6, 50 a second, repeats kept", "tones", "CC BY 4.0")
     assert [[plain(cell) if cell else cell for cell in row] for row in table.rows] == [

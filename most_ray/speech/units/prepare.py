@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -249,7 +250,7 @@ class _Stages:
         codebook = write_codebook(self.scratch / "codebook.npz", centroids, speakers)
         key = json_digest(kmeans_hash(centroids), json_digest(sums))
         settings = self._common(features_key) | {"codebook": str(codebook), "codebook_key": key}
-        root = job.corpus.directory.absolute()
+        root = Path(os.path.abspath(job.corpus.directory))
         settings |= {"keep_repeats": job.keep_repeats, "name": dataset_name(job.corpus), "form": job.form}
         task = EncodeUnits(**settings, corpus=str(root if root.is_dir() else root.parent))
         self._make_parts(task, "units")

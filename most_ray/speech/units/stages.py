@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,7 +163,7 @@ class EncodeUnits(_Stage):
 
     def _recording(self, item: Item) -> dict[str, Any]:
         """Where an utterance was read from: its recording, with the second that it begins at and the channel where it is a part."""
-        path = Path(item["path"])
+        path = Path(os.path.abspath(item["path"]))
         below = path.relative_to(self.corpus).as_posix() if path.is_relative_to(self.corpus) else str(path)
         part = {"start": item["start"]} if item["start"] or item["duration"] is not None else {}
         channel = item.get("channel")
