@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_a_job_by_ray_goes_on_by_most_ray_and_ends_at_once_when_it_is_complete(
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     assert "Resuming after step 4" in second.stdout
     assert trained_steps(tmp_path / "short") == list(range(1, 9))
+    assert "- source: asr/train_asr | records: 9,000" in second.stdout and "│" not in second.stdout, "tables survive Ray's log viewer"
 
     third = submit("train", *flags, "--max_steps", "8")
     assert third.returncode == 0
@@ -93,11 +95,21 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_and_detaching_does_not_stop_i
     assert jobs_of(local_cluster)[name] == "RUNNING"
     assert f"most-ray submit --stop {name}" in said
 
+    def jobs(*words: str) -> subprocess.CompletedProcess[str]:
+        listing = [sys.executable, "-m", "most_ray.cli", "jobs", *words]
+        return subprocess.run(listing, cwd=ROOT, env=local_cluster.env, text=True, capture_output=True, timeout=LIMIT_S, check=False)
+
+    (listed,) = (each for each in json.loads(jobs("--json").stdout) if each["submission"] == name)
+    assert (listed["name"], listed["state"], listed["under_way"]) == ("long", "RUNNING", True) and listed["started"] <= time.time()
+    assert re.search(rf"- name: long \| state: RUNNING \| age: .* \| job: {name}", jobs().stdout)
+    unknown = jobs("--stop", "lonk")
+    assert unknown.returncode == 2 and "stop = 'lonk': is no job of this cluster. Did you mean 'long'?" in unknown.stderr
     with start() as again:
         assert again.stdout is not None
         assert "under way already" in again.stdout.readline()
-        stopped = submit("--stop", name)
+        stopped = jobs("--stop", "long")
         assert stopped.returncode == 0, stopped.stderr
+        assert f"{name} says: " in stopped.stdout and "checkpoint" in stopped.stdout
         rest = again.communicate(timeout=120)[0]
     assert again.returncode == 75, rest[-3000:]
     assert "a checkpoint was written" in rest

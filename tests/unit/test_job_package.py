@@ -282,6 +282,20 @@ def test_what_cannot_be_packed_is_one_error(tmp_path: Path, name: str | bytes, c
         package_of(folder)
 
 
+def test_the_whole_package_is_sent() -> None:
+    """Else a job takes the modules that it lacks from what is installed on the cluster, of another version perhaps, or fails."""
+    own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "most_ray").rglob("*") if path.is_file()}
+    sent = package_of(ROOT).files
+    assert not {name for name in own if "__pycache__" not in name} - sent and not any("__pycache__" in name for name in sent)
+
+
+@pytest.mark.parametrize("name", ["runs/a/x", "work/runs/a/x", "most_ray/runs/a/x", "most_ray/runs/a/checkpoints/x", "a/most_ray/runs/x"])
+def test_runs_are_not_sent_wherever_they_are(tmp_path: Path, name: str) -> None:
+    """Also from the folder around a checkout that is called most_ray."""
+    folder = make(tmp_path / "f", name, "most_ray/runs/job.py")
+    assert packed(folder, package_of(folder)) == {"most_ray/runs/job.py"} == package_of(folder).files
+
+
 def test_jobs_by_hand_leave_out_the_same() -> None:
     assert yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())["excludes"] == [*EXCLUDES, *CREDENTIALS]
 
