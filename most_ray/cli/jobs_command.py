@@ -87,7 +87,14 @@ def show(jobs: Sequence[Job], address: str, now: float, console: Terminal) -> No
     if not jobs:
         say(f"{address} has no jobs. `most-ray submit` makes one.")
         return
-    table = Table("name", "state", Column("age", no_wrap=True), Column("job", overflow="fold"), "command", title=f"Jobs of {address}")
+    table = Table(
+        "name",
+        "state",
+        Column("age", no_wrap=True),
+        Column("job", overflow="fold"),
+        Column("command", no_wrap=True),
+        title=f"Jobs of {address}",
+    )
     for job in (*under_way, *ended[:_ENDED]):
         age = job.age(now)
         command = job.short_command

@@ -18,8 +18,8 @@ from most_ray.errors import ConfigError, one_line, shown
 from most_ray.io import storage
 from most_ray.service.cluster.private_files import holds_token, is_state_folder, token_in_use, token_path
 
-# Patterns of what is never sent; .gitignore and .rayignore add to them. Folders of runs stay here; the package's own folder of that name goes:
-# a job without it would take those modules from what is installed there, which may be of another version.
+# Patterns of what is never sent; .gitignore and .rayignore add to them. Folders of runs stay here, but the package's own folder of that
+# name goes: a job without it would take those modules from what is installed there, which may be of another version.
 EXCLUDES = (
     *(".git", ".venv*", "venv", "runs", "!/most_ray/runs", "!/most_ray/runs/*.py", "wandb"),
     *("**/__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache"),
