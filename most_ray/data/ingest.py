@@ -27,6 +27,7 @@ from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, che
 from most_ray.errors import DataError, RecordError, printable
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json, parse_lines
+from most_ray.io.outputs import open_to_readers
 from most_ray.records.files import REJECTED, read_with_offsets
 from most_ray.records.keys import ID, KEYS, ROW_BYTES, WHOLE, read_keys, repeated, share_compared, speech_key
 from most_ray.records.record import Record, parse_records
@@ -202,7 +203,7 @@ def _write_store(ingest: IngestPlan) -> None:
         manifest = {**ingest.manifest, **totals, "index": digests, "shards": shards}
         manifest |= {"instruction_lines": instruction_lines} if known else {}
         (folder / "manifest.json").write_bytes(checksummed_json(manifest))
-        folder.chmod(0o755)  # a temporary folder is for this user alone, but a shared store is read by others
+        open_to_readers(folder)
         storage.publish(folder, ingest.uri, "manifest.json")
 
 

@@ -95,6 +95,7 @@ def replacing(field: str, path: Path) -> Iterator[Path]:
     with _explained(field, path, temporary, target), made_folder(target.parent):
         try:
             yield temporary
+            open_to_readers(temporary)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -111,6 +112,7 @@ def replacing_folder(field: str, path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             yield temporary
+            open_to_readers(temporary)
             if target.exists():
                 target.rename(old)
             try:
@@ -122,6 +124,21 @@ def replacing_folder(field: str, path: Path) -> Iterator[Path]:
         finally:
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def open_to_readers(path: Path) -> None:
+    """Give a file, or a folder and all that is in it, the rights that the umask leaves to new files, where a library has made it for this
+    user alone: what is a temporary file to the library is an output, which others may read like those beside it."""
+    probe = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    with probe.open("xb") as stream:
+        rights = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+    probe.unlink()
+    for each in (path, *path.rglob("*")):
+        mode = each.lstat().st_mode
+        if stat.S_ISREG(mode) and not mode & 0o077:
+            each.chmod(rights | mode & 0o100)
+        elif stat.S_ISDIR(mode) and not mode & 0o077:
+            each.chmod(rights | (rights & 0o444) >> 2)  # a folder that may be read may be entered
 
 
 @contextlib.contextmanager

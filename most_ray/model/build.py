@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
+from most_ray.io.outputs import open_to_readers
 from most_ray.io.run_folder import local_copy
 from most_ray.model.configuration import MostConfig, OriginalMostConfig, parse_config
 from most_ray.model.modeling import MostForCausalLM
@@ -233,6 +234,7 @@ def save_model(model: MostForCausalLM, tokenizer: PreTrainedTokenizerFast, outpu
         try:
             model.save_pretrained(output)
             tokenizer.save_pretrained(output)
+            open_to_readers(output)  # safetensors makes its files for this user alone
         except Exception as error:  # libraries in Rust have classes of their own for "No space left on device (os error 28)"
             if code := re.search(r"\(os error (\d+)\)", str(error)):
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(output)) from error
