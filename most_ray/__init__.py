@@ -1,11 +1,19 @@
 """most_ray: post-trains MoST, a speech-text language model, on one machine or a Ray cluster.
 
-Importing this package is cheap, and `AutoModelForCausalLM.from_pretrained` loads MoST after it (see `most_ray.registration`).
+Importing this package is cheap, and `AutoModelForCausalLM.from_pretrained` loads MoST after it (see `most_ray.registration`). Import it
+before torch: what it sets in the environment for threads (`THREADS`) is read when torch is loaded.
 """
 
 import logging
 import os
 import sys
+
+# Read when torch is loaded, here and in the processes that this one starts; what the environment says already is kept. Threads that wait
+# without spinning lose nothing on an idle machine, and on a busy one they make a step up to 30 times faster (tests/benchmarks/RESULTS.md).
+THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+TORCH_CAME_FIRST = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ  # so that its threads spin
+for _name, _value in THREADS.items():
+    os.environ.setdefault(_name, _value)
 
 try:
     from most_ray.registration import register_on_import  # a tenth of a second

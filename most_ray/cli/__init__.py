@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -55,10 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     """Run a command; see `main`. Interrupts and a screen without a reader are left to it."""
-    # Read when torch is loaded, here and in the Ray processes that this one starts. Threads that wait without spinning lose nothing on an
-    # idle machine, and on a busy one they make a step up to 25 times faster (tests/benchmarks/RESULTS.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from most_ray.console.terminal import log_to_stderr  # takes a tenth of a second
 
     log_to_stderr(logging.WARNING)
