@@ -130,8 +130,9 @@ def _train(args: argparse.Namespace) -> int:
 
     summary = run_training(config, console)
     from most_ray.console.run_screens import last_screen
+    from most_ray.runs.first_checks import placed
 
-    last_screen(summary, console)
+    last_screen(placed(summary, config.run_uri), console)
     return 0
 
 

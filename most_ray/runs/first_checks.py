@@ -123,8 +123,8 @@ def inputs_digest(config: RunConfig) -> str:
 
 
 def unchanged_summary(config: RunConfig) -> dict[str, Any] | None:
-    """The summary of a run that was finished with this very configuration and these records, and whose last checkpoint is intact, `placed`;
-    None where `resolve.prepare_run` has to find out what is left to do."""
+    """summary.json of a run that was finished with this very configuration and these records, and whose last checkpoint is intact; None
+    where `resolve.prepare_run` has to find out what is left to do."""
     try:
         summary = parse_json(storage.read_bytes(storage.join(config.run_uri, "summary.json")))
         step, inputs = summary["step"], summary["inputs"]
@@ -135,7 +135,7 @@ def unchanged_summary(config: RunConfig) -> dict[str, Any] | None:
         return None
     if inputs != inputs_digest(config) or catalog.latest_valid(checkpoints)[0] != step_uri(checkpoints, step):
         return None
-    return placed(summary, config.run_uri)
+    return dict(summary)
 
 
 def summary_paths(total_steps: int) -> dict[str, str]:
@@ -144,7 +144,7 @@ def summary_paths(total_steps: int) -> dict[str, str]:
 
 
 def placed(summary: dict[str, Any], run_uri: str) -> dict[str, Any]:
-    """The content of summary.json, with the paths of what is in the run's folder, wherever that was when it was written."""
+    """The content of summary.json as it is shown: with the paths of what is in the run's folder, wherever that was when it was written."""
     ways = summary_paths(int(summary["step"]))
     return {**summary, **{name: storage.redact(storage.join(run_uri, way)) for name, way in ways.items()}}
 

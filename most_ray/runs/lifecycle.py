@@ -25,7 +25,7 @@ from most_ray.optim.train_state import warmup_of
 from most_ray.records.data_card import Source, data_card
 from most_ray.records.record import TASKS
 from most_ray.runs.environment import environment
-from most_ray.runs.first_checks import inputs_digest, placed, summary_paths
+from most_ray.runs.first_checks import inputs_digest, summary_paths
 from most_ray.runs.job import overrides_of
 from most_ray.runs.resolve import Prepared, keep_speech_assets
 
@@ -34,8 +34,7 @@ WriteReport = Callable[[Sequence[str], Path], None]  # URIs of runs, the HTML fi
 
 
 def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
-    """The summary (see `finish_run`) of a run that has made all its steps and was evaluated and exported; None where something is left to
-    do."""
+    """summary.json of a run that has made all its steps and was evaluated and exported; None where something is left to do."""
     folder, total_steps = prepared.folder, prepared.job.total_steps
     folder.pull("summary.json")
     try:
@@ -43,7 +42,7 @@ def finished_summary(prepared: Prepared) -> dict[str, Any] | None:
     except (OSError, ValueError):  # missing, or cut off by a kill: the end of the run writes it again
         return None
     finished = isinstance(summary, dict) and summary.get("step") == total_steps and prepared.done_steps >= total_steps
-    return placed(summary, folder.uri) if finished else None
+    return summary if finished else None
 
 
 def is_complete(prepared: Prepared) -> bool:
@@ -114,7 +113,7 @@ def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:
 
 def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_report: WriteReport) -> dict[str, Any]:
     """Export a run that this start has trained for `seconds`, write evaluation.json and hypotheses.jsonl (the last step's), summary.json
-    and report.html. `config`: as the user gave it. Returns the content of summary.json, with the paths in it joined to the run's folder."""
+    and report.html. `config`: as the user gave it. Returns the content of summary.json, in which paths are relative to the run's folder."""
     job, folder = prepared.job, prepared.folder
     last = catalog.step_uri(folder.checkpoints, job.total_steps)
     export_checkpoint(last, folder.local / "export")
@@ -143,7 +142,7 @@ def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_repo
     storage.write_bytes(folder.local / "summary.json", json_text(summary, indent=1).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
     save_report(folder, write_report)
-    return placed(summary, folder.uri)
+    return summary
 
 
 def save_report(folder: RunFolder, write_report: WriteReport) -> None:

@@ -8,8 +8,8 @@ the other has begun. Evaluations run on the ranks in between steps, as with `eva
 From Python, `train(config)` trains such a run in this process.
 
 SIGTERM or SIGHUP, and Ctrl-C once it trains, stop the run after it has written a checkpoint, with exit code 75. A second Ctrl-C ends it at
-once, with 130. torchrun itself then exits with 1, and kills ranks
-that have not ended after its `--shutdown-timeout` (30 s): set it to the time that a save takes.
+once, with 130. torchrun itself then exits with 1, and kills ranks that have not ended after its `--shutdown-timeout` (30 s): set it to the
+time that a save takes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+import most_ray
 from most_ray import config as configuration
 from most_ray.console.help import HelpParser
 from most_ray.console.progress import ProgressWatcher
@@ -44,7 +45,7 @@ from most_ray.evaluation.inline import EvaluationJob, InlineEvaluation
 from most_ray.io import storage
 from most_ray.options import parse_number
 from most_ray.report import write_report
-from most_ray.runs.first_checks import completed_line
+from most_ray.runs.first_checks import completed_line, placed
 from most_ray.runs.interrupts import explained_interrupt, stopped_text
 from most_ray.runs.job import Job
 from most_ray.runs.lifecycle import begin_run, finish_run, finished_summary, is_complete
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
         with explained_interrupt(config.run_uri):
-            summary = _run(config, Terminal(), stop, lambda: _stop_on_interrupt(stop))
+            summary = _run(config, Terminal(120), stop, lambda: _stop_on_interrupt(stop))
     except KeyboardInterrupt as interrupt:
         if _number_of("RANK", 0) == 0:
             say(f"most-ray: interrupted; {interrupt}", stream=sys.stderr)
@@ -134,7 +135,8 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
         stop: set it from another thread to stop the run after its current step, with a checkpoint.
 
     Returns:
-        The content of summary.json; on ranks other than 0 an empty dictionary. None where the run was stopped before its goal.
+        The content of summary.json, in which paths are relative to the run's folder; on ranks other than 0 an empty dictionary. None where
+        the run was stopped before its goal.
 
     Raises:
         UserError: something that the user can fix.
@@ -146,6 +148,9 @@ def _run(
     config: configuration.RunConfig, console: Console, stop: threading.Event, training: Callable[[], AbstractContextManager[None]]
 ) -> dict[str, Any] | None:
     """See `train`. `training`: makes what is entered while this rank trains."""
+    if most_ray.TORCH_CAME_FIRST:
+        text = "torch was imported before most_ray: its threads spin while they wait, and beside other work steps take many times longer. "
+        logger.warning("%sImport most_ray first, or set OMP_WAIT_POLICY=%s.", text, most_ray.THREADS["OMP_WAIT_POLICY"])
     world = _number_of("WORLD_SIZE", 1)
     device = _init_device(world)
     lock = contextlib.ExitStack()  # rank 0 holds it until the run's end
@@ -163,7 +168,7 @@ def _run(
             if not is_complete(prepared):
                 raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
             summary = finish_run(prepared, config, time.monotonic() - started, write_report)
-            last_screen(summary, console)
+        last_screen(placed(summary, prepared.folder.uri), console)
         return summary
     finally:
         lock.close()

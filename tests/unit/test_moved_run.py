@@ -17,12 +17,13 @@ from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.run_folder import LEDGER
 from most_ray.options import options_of
-from most_ray.runs.first_checks import unchanged_summary
+from most_ray.runs.first_checks import placed, unchanged_summary
 from most_ray.runs.lifecycle import finished_summary
 from most_ray.runs.resolve import prepare_run
 from most_ray.sweep.ledger import BEST, Trial
 from most_ray.sweep.options import load_sweep
 from most_ray.sweep.trials import TrialBase
+from most_ray.train.run import main as train_without_ray
 from most_ray.train.run import train
 from tests.support.builders import asr, text, tts, write_records
 from tests.support.runs import MEASURED
@@ -65,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_records(root / "data" / "spoken", [tts(i, 4) for i in range(2)])
     write_records(root / "data" / "written", [text(i) for i in range(2)])
     summary = train(config_from(values(root)))
-    assert summary is not None and summary["report"] == str(root / "old" / "first" / "report.html")
+    assert summary == json.loads((root / "old" / "first" / "summary.json").read_bytes())
     return root
 
 
@@ -97,9 +98,19 @@ def test_a_moved_run_is_complete_at_its_own_place(made: Path, moved: Path, capsy
     assert (config.output_dir, config.name, config.trace_records) == (str(moved.parent), "second", str(moved.parent / "first.trace"))
     assert config.train_asr_dirs == (str(made / "data" / "heard"),)
     summary = finished_summary(prepare_run(config))
-    assert unchanged_summary(config) == summary
-    assert summary is not None and summary["checkpoint"] == str(moved / "checkpoints" / "step-000000002")
-    assert (summary["export"], summary["report"]) == (str(moved / "export"), str(moved / "report.html"))
+    assert summary is not None and unchanged_summary(config) == summary
+    shown = placed(summary, config.run_uri)
+    assert shown["checkpoint"] == str(moved / "checkpoints" / "step-000000002")
+    assert (shown["export"], shown["report"]) == (str(moved / "export"), str(moved / "report.html"))
+
+
+def test_a_start_of_a_moved_run_shows_its_own_place(made: Path, moved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for start in (lambda words: main(["train", *words]), train_without_ray):
+        assert start(["--config", str(moved / "config.yaml")]) == 0
+        said = "".join(capfd.readouterr())
+        assert "The run 'second' is complete (2 steps)" in said and str(made / "old") not in said
+        for name, way in (("Checkpoint: ", "checkpoints/step-000000002"), ("Export:     ", "export"), ("Report:     ", "report.html")):
+            assert f"{name}{moved / way}\n" in said
 
 
 def test_every_command_on_a_moved_run_names_its_own_place(made: Path, moved: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +137,7 @@ def test_a_moved_run_that_was_stopped_resumes_at_its_own_place(made: Path, moved
     (moved / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < 2))
     untouched = {path: path.stat().st_mtime_ns for path in (made / "old").rglob("*")}
     summary = train(load_config(moved / "config.yaml"))
-    assert summary is not None and summary["export"] == str(moved / "export")
+    assert summary is not None and (moved / summary["export"] / "config.json").exists()
     expected = json.loads((made / "old" / "first" / "summary.json").read_bytes())
     same = expected.keys() - MEASURED - {"training_seconds", "checkpoint", "export", "report", "name"}
     assert {key: summary[key] for key in same} == {key: expected[key] for key in same} and summary["name"] == "second"
@@ -191,7 +202,9 @@ def test_a_run_of_an_earlier_version_is_found_where_its_configuration_is(tmp_pat
     (run / "summary.json").write_text(json.dumps(summary))
     prepared = prepare_run(config_of(run))
     found = finished_summary(prepared.__class__(**{**vars(prepared), "done_steps": LAST}))
-    assert found is not None and found["checkpoint"] == str(run / "checkpoints" / f"step-{LAST:09d}")
+    assert found is not None
+    shown = placed(found, str(run))
+    assert [shown[key] for key in ("checkpoint", "export")] == [str(run / "checkpoints" / f"step-{LAST:09d}"), str(run / "export")]
 
 
 @pytest.mark.parametrize(
