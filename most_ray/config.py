@@ -290,7 +290,7 @@ class TrackingOptions:
     logging_steps: int = option(1, "steps between lines of metrics.jsonl", range=AT_LEAST_1)
     load_alert: float = option(
         4.0,
-        "warn when an expert has so many times the mean load of its modality's experts in a line (0: never)",
+        "warn when an expert has so many times the mean load of its modality's experts in a line, or nearly all it can have (0: never)",
         range=Range("must be 0 or above 1, the even load.", "0, or above 1", lambda number: number == 0 or number > 1),
         inert=True,
     )

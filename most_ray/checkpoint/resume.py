@@ -1,19 +1,21 @@
-"""What has changed since the checkpoint that a run resumes from, apart from its data: settings that steps depend on, and the model.
+"""What has changed since the checkpoint that a run resumes from, apart from its data: its settings, and the model.
 
-A changed setting is named: the run continues, but not as one that had it from the start. Weights in another model than they were trained in
+A changed setting is named. Where steps depend on it, the run continues, but not as one that had it from the start; with others (threads,
+save_steps, places of files, numbers of workers) it continues exactly. Weights in another model than they were trained in
 mean nothing: that is refused.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
-from most_ray.config import OPTIONS, RunConfig
+from most_ray.config import OPTIONS, RunConfig, to_yaml
+from most_ray.data.plan import Cursor, Plan, check_cursor
 from most_ray.errors import CheckpointError, shown
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
@@ -21,7 +23,13 @@ from most_ray.io.yaml_values import parse_yaml
 from most_ray.model.build import RoutingOverrides, config_json, read_config
 from most_ray.model.configuration import MostConfig
 from most_ray.options import stored_values
+from most_ray.records.record import TASKS
 
+# Settings from which it follows which records a step holds, see `data.plan.Plan.ingredients`.
+_OF_DATA = {"asr_tts_mix_ratio", "text_mix_ratio", "weight_unit", "unit_swap_prob", "unit_replace_prob", "unit_drop_prob", "max_seq_length"}
+_OF_DATA |= {f"train_{task}_{what}" for task in TASKS for what in ("dirs", "weights")} | {"seed", "global_batch_size", "overlong"}
+_OF_LENGTH = {"max_steps", "epochs", "epochs_of"}
+_OWN = {"name", "output_dir", "resume_from_checkpoint", "ignore_optimizer_state"}  # of each run, or of each start
 # Fields of a model that a run may set: a change of one is a changed setting.
 _SETTINGS = tuple(name for name in RoutingOverrides.__annotations__ if name in OPTIONS)
 # Fields that no output of the forward pass depends on.
@@ -29,6 +37,26 @@ _NO_PART = {"initializer_range", "use_cache", "pretraining_tp", "attention_dropo
 _NO_PART |= {"max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"}
 _MODEL = tuple(name for kind in (DeepseekV2Config, MostConfig) for name in kind.__annotations__ if name not in (*_SETTINGS, *_NO_PART))
 _GROUPS = ("text_expert_indices", "audio_expert_indices")
+
+
+def all_changes(
+    uri: str, content: Mapping[str, Any], plan: Plan, config: RunConfig, model: MostConfig, total_steps: int
+) -> tuple[list[str], list[str]]:
+    """What has changed since a checkpoint: what makes the run continue otherwise than an uninterrupted one (data, and settings that steps
+    depend on), and other settings.
+
+    Args:
+        content: of the checkpoint's state.json.
+        plan, config, model, total_steps: of the run that resumes.
+
+    Raises:
+        CheckpointError: as `data.plan.check_cursor` and `check_model`.
+    """
+    data = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], config.accept_data_change)
+    learned = changes_since(uri, content, config, model, total_steps)
+    of_data, others = other_changes(uri, config, learned, not data)
+    keys = {text.split(" ", 1)[0] for text in of_data}
+    return [*(name for name in data if name not in keys), *of_data, *learned], others
 
 
 def changes_since(uri: str, content: Mapping[str, Any], config: RunConfig, model: MostConfig, total_steps: int) -> list[str]:
@@ -51,6 +79,24 @@ def changes_since(uri: str, content: Mapping[str, Any], config: RunConfig, model
     if steps is not None and (config.lr_scheduler != "constant" or (config.warmup_ratio and not config.warmup_steps)):
         pairs["total_steps"] = (steps, total_steps)
     return [f"{name} ({shown(old)} -> {shown(new)})" for name, (old, new) in pairs.items() if old != new]
+
+
+def other_changes(uri: str, config: RunConfig, changed: Sequence[str], same_data: bool) -> tuple[list[str], list[str]]:
+    """The settings that have changed since a checkpoint and that `changes_since` does not name, each as `name (before -> now)`: those that
+    the data of steps follows from, and those on which no step depends. Of settings that the checkpoint does not state nothing is known.
+
+    Args:
+        changed: what `changes_since` has found.
+        same_data: steps hold the records that they held (then no setting has changed them).
+    """
+    stored = stored_values(OPTIONS, parse_yaml(storage.read_bytes(storage.join(uri, "config.yaml"))))
+    now = stored_values(OPTIONS, parse_yaml(to_yaml(config.redacted())))
+    named = {*_SETTINGS, *_OWN, *(option.name for option in OPTIONS.values() if option.learns)}
+    named |= _OF_LENGTH if any(each.startswith("total_steps ") for each in changed) else set()
+    pairs = {name: (stored[name], now.get(name)) for name in OPTIONS if name in stored and name not in named}
+    found = {name: f"{name} ({shown(old)} -> {shown(new)})" for name, (old, new) in pairs.items() if old != new}
+    of_data = [name for name in found if name in _OF_DATA and not same_data]
+    return [found[name] for name in of_data], [text for name, text in found.items() if name not in of_data]
 
 
 def check_model(uri: str, model: MostConfig) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from most_ray.cli.parser import add_command
-from most_ray.console.progress import duration
 from most_ray.console.terminal import Terminal, say, write_log
 from most_ray.errors import ConfigError
 from most_ray.io import storage
 from most_ray.io.json_values import json_text
+from most_ray.metrics.texts import rough_duration as duration
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

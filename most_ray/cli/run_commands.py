@@ -15,7 +15,7 @@ from most_ray.cli import from_audio
 from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
 from most_ray.cli.parser import AGAIN, add_command, add_config, check_records, config_of, naming_files, number
 from most_ray.console.help import mark
-from most_ray.console.terminal import Terminal, say, say_meanwhile
+from most_ray.console.terminal import LOG_WIDTH, Terminal, say, say_meanwhile
 from most_ray.errors import ConfigError, DataError, nearest
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
@@ -114,7 +114,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.from_audio:
         args.config = from_audio.prepare(args, configuration.flag_values(args), _echoed)
     config = config_of(args)
-    console = Terminal(120)
+    console = Terminal(LOG_WIDTH)
     if args.dry_run is not None:
         from most_ray.runs.first_checks import check_sizes
 

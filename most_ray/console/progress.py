@@ -4,101 +4,108 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+from rich.text import Text
 
-from most_ray.console.terminal import print_line, progress_bar
-from most_ray.io.journal import Follower
+from most_ray.console.terminal import LOG_WIDTH, print_line, shown_text
+from most_ray.io.journal import Follower, journal_lines
+from most_ray.metrics.texts import duration, percent, rate_text, rough_duration
+from most_ray.metrics.totals import RunClock
+from most_ray.records.record import TASKS
 
-_HALF_LIFE = 20.0  # steps after which a step's time counts half
-_EVERY_SHARE, _EVERY_S = 0.05, 60.0  # share of the steps, and seconds, after which the next plain line is due
+_EVERY_S = 60.0  # seconds after which the next plain line is due
 _POLL_S = 0.5  # seconds between two looks at metrics.jsonl
-
-
-class Pace:
-    """The time of a step: a moving average in which newer steps count more. The first line after each start is slow (kernels, caches) and
-    counts only until there is another one."""
-
-    def __init__(self) -> None:
-        self.step_time: float | None = None  # seconds; None before the first line
-        self._warm, self._lines, self._at = False, 0, 0
-
-    def start(self) -> None:
-        """The run starts or resumes."""
-        self._lines = 0
-
-    def add(self, step: int, step_time: float) -> None:
-        """Add a line of training: its step, and its seconds per step."""
-        self._lines += 1
-        steps, self._at = max(1, step - self._at), step
-        if self._lines == 1 and self._warm:
-            return
-        if self._warm and self.step_time is not None:
-            weight = 0.5 ** (steps / _HALF_LIFE)
-            self.step_time = weight * self.step_time + (1 - weight) * step_time
-        else:
-            self.step_time, self._warm = step_time, self._lines > 1
-
-    def left(self, steps: int) -> str:
-        """The time for so many steps, as `12 min left`; empty if it is not known yet."""
-        return "" if self.step_time is None else f"{duration(self.step_time * steps)} left"
-
-
-def duration(seconds: float) -> str:
-    """A time as text: `40 s`, `12 min` or `3 h 05 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+_BAR = (12, 40)  # characters: a bar is drawn where there is room for the fewest
 
 
 class ProgressText:
     """The text of a run's progress, from its lines of metrics.jsonl.
 
     Args:
-        live: the screen has a progress bar with `figures`, so that only evaluations and failures are printed.
-        now: seconds of any steady clock.
+        live: the screen has a progress bar with `line`, so that only evaluations and failures are printed.
     """
 
-    def __init__(self, total_steps: int, first_step: int, live: bool, now: float) -> None:
+    def __init__(self, total_steps: int, first_step: int, live: bool) -> None:
         self.step = first_step  # the newest
-        self.figures = "starting workers"  # then loss, speed, time left and newest error rates
-        self._total, self._live = total_steps, live
-        self._pace, self._newest = Pace(), (-1, "")
-        self._shown_step, self._shown_at = first_step, now
+        self._total, self._first, self._live = total_steps, first_step, live
+        self._clock, self._newest = RunClock(), (-1, "")
+        self._trained: Mapping[str, Any] = {}  # the newest line of this start
+        self._shown_at: float | None = None
+
+    def recall(self, line: Mapping[str, Any]) -> None:
+        """Add a line of an earlier start: it counts for the run's time, speed and newest error rates, and is not shown."""
+        if line["step"] <= self._first:
+            self._clock.add(line)
+            self._judge(line)
 
     def update(self, line: Mapping[str, Any], now: float) -> str | None:
-        """Add a line. Returns the text to print for it, None if there is none."""
+        """Add a line, at `now` in seconds of any steady clock. Returns the text to print for it, None if there is none."""
+        self._clock.add(line)
         match line.get("kind", "train"):
             case "start":
-                self._pace.start()
+                self._shown_at = None  # the first line after it is shown
             case "evaluation":
-                if line["step"] >= self._newest[0] and (rates := ", ".join(f"{n} {r:.1%}" for n, r, _ in error_rates(line))):
-                    self._newest = (line["step"], f"WER {rates} at step {line['step']}")
+                self._judge(line)
                 return evaluated(line)
             case "failure":
                 return f"{line['what']} {'of' if line['what'] == 'evaluation' else 'at'} step {line['step']} failed: {line['reason']}"
             case "train":
-                return self._trained(line, now)
+                self.step, self._trained = line["step"], line
+                return self._due(now)
         return None
 
-    def _trained(self, line: Mapping[str, Any], now: float) -> str | None:
-        self.step = line["step"]
-        if line.get("step_time") is not None:
-            self._pace.add(self.step, line["step_time"])
-        loss = "skipped" if line.get("loss") is None else f"{line['loss']:.4f}"
-        speed = f"{line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") is not None else ""
-        left = self._pace.left(max(0, self._total - self.step))
-        self.figures = "  ".join(part for part in (f"loss {loss}", speed, left, self._newest[1]) if part)
-        due = abs(self.step - self._shown_step) >= _EVERY_SHARE * self._total or now - self._shown_at >= _EVERY_S
-        if self._live or not (due or self.step >= self._total):
+    def _due(self, now: float) -> str | None:
+        """The line for a log: of the first step of a start, of the last one, and one a minute."""
+        first = self._shown_at is None
+        if self._live or not (first or self.step >= self._total or now - (self._shown_at or 0.0) >= _EVERY_S):
             return None
-        self._shown_step, self._shown_at = self.step, now
-        return f"step {self.step}/{self._total}  {self.figures}"
+        self._shown_at = now
+        return self.line(LOG_WIDTH)
+
+    def _judge(self, line: Mapping[str, Any]) -> None:
+        if line.get("kind") != "evaluation" or line["step"] < self._newest[0]:
+            return
+        if rates := ", ".join(f"{name} {percent(rate)}" for name, rate, _ in error_rates(line)):
+            self._newest = (line["step"], f"WER {rates}")
+
+    def line(self, width: int) -> str:
+        """The newest figures in one line of at most `width` characters. Whole figures are left out where there is no room, the least
+        important first: error rates, the time so far, the loss of all tasks together, digits of losses."""
+        head = f"step {self.step}/{self._total}"
+        if not self._trained:
+            return _longest([(head, "starting workers"), (head,)], width)
+        totals, left = self._clock.totals, self._clock.seconds_left(self._total)
+        speed = f"{totals.tokens_per_second:,.0f} tokens/s" if totals.tokens_per_second else ""
+        remaining = "" if left is None else f"{rough_duration(left)} left"
+        pace, past = (speed, remaining), f"{duration(totals.seconds)} so far" if totals.seconds else ""
+        rates, at = self._newest[1], f"{self._newest[1]} at step {self._newest[0]}" if self._newest[1] else ""
+        tasks = [_losses(self._trained, digits) for digits in (4, 3, 2)]
+        every = _losses(self._trained, 4, with_sum=True)
+        choices = [(head, every, *pace, past, at), (head, every, *pace, at), (head, tasks[0], *pace, at), (head, tasks[0], *pace, rates)]
+        choices += [(head, every, *pace, past), (head, every, *pace), *((head, each, *pace) for each in tasks)]
+        choices += [(head, tasks[2], remaining), (head, tasks[2]), (head,)]
+        return _longest(choices, width)
+
+
+def _longest(choices: Iterable[tuple[str, ...]], width: int) -> str:
+    """The first choice, its parts joined, that has at most `width` characters; empty if none has."""
+    texts = ("  ".join(filter(None, choice)) for choice in choices)
+    return next((text for text in texts if len(text) <= width), "")
+
+
+def _losses(line: Mapping[str, Any], digits: int, with_sum: bool = False) -> str:
+    """The losses of a line's tasks, as `asr 0.1234  tts 2.9876`; of all tasks together where there are no others, or `with_sum`."""
+    if line.get("loss") is None:
+        return "loss skipped"
+    tasks = [f"{task} {line[f'{task}_loss']:.{digits}f}" for task in TASKS if line.get(f"{task}_loss") is not None]
+    return "  ".join([*([f"loss {line['loss']:.{digits}f}"] if with_sum or len(tasks) < 2 else []), *(tasks if len(tasks) > 1 else [])])
 
 
 def error_rates(line: Mapping[str, Any]) -> list[tuple[str, float, tuple[float, float] | None]]:
@@ -113,11 +120,31 @@ def error_rates(line: Mapping[str, Any]) -> list[tuple[str, float, tuple[float, 
 
 
 def evaluated(line: Mapping[str, Any]) -> str:
-    """An evaluation as text: `evaluation of step 200: WER test_takes 2.00% [0.5, 4.0]`; with losses if no set has reference words."""
-    shown = [f"{name} {rate:.2%}" + (f" [{100 * i[0]:.1f}, {100 * i[1]:.1f}]" if i else "") for name, rate, i in error_rates(line)]
+    """An evaluation as text: `evaluation of step 200: WER test_takes 2.00% [0.50%, 4.00%]`; with losses if no set has reference words."""
+    shown = [f"{name} {rate_text({'rate': rate, 'interval': interval})}" for name, rate, interval in error_rates(line)]
     losses = [f"{name} {loss:.4f}" for name, loss in (line.get("validation_loss") or {}).items() if loss is not None]
     what = "WER " + ", ".join(shown) if shown else "loss " + ", ".join(losses) if losses else "no figures"
     return f"evaluation of step {line['step']}: {what}"
+
+
+class _Line(ProgressColumn):
+    """The progress in one line, which the task's field `line` makes for a width."""
+
+    def render(self, task: Any) -> Text:
+        return Text(shown_text(task.fields["line"]), no_wrap=True, overflow="crop")
+
+
+class _Bar(ProgressColumn):
+    """A bar in the room that the line leaves, if that is enough."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Any) -> ProgressBar | Text:
+        fewest, most = _BAR
+        room = self._console.width - len(task.fields["line"]) - 1
+        return ProgressBar(task.total, task.completed, min(most, room)) if room >= fewest else Text("")
 
 
 class ProgressWatcher:
@@ -125,8 +152,9 @@ class ProgressWatcher:
 
     def __init__(self, metrics: Path, total_steps: int, first_step: int, console: Console) -> None:
         self._total, self._console = total_steps, console
+        self._metrics, self._known = metrics, metrics.stat().st_size if metrics.exists() else 0
         self._lines = Follower(str(metrics), only_new=True)  # what is there was shown by an earlier start
-        self._text = ProgressText(total_steps, first_step, console.is_terminal, time.monotonic())
+        self._text = ProgressText(total_steps, first_step, console.is_terminal)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -139,13 +167,14 @@ class ProgressWatcher:
         self._thread.join(timeout=10)
 
     def _follow(self) -> None:
-        steps = "step {task.completed:.0f}/{task.total:.0f}"
-        with progress_bar(self._console, steps, "{task.fields[figures]}", TimeElapsedColumn()) as progress:
-            bar = progress.add_task("train", total=self._total, completed=self._text.step, figures=self._text.figures)
+        for line in journal_lines(self._metrics, size=self._known) if self._known else ():
+            self._text.recall(line)
+        with Progress(_Line(), _Bar(self._console), console=self._console, disable=not self._console.is_terminal) as progress:
+            bar = progress.add_task("train", total=self._total, completed=self._text.step, line=self._text.line(self._console.width))
             stopping = False
             while not stopping:
                 stopping = self._stop.wait(_POLL_S)
                 for line in self._lines.new_lines():
                     if text := self._text.update(line, time.monotonic()):
                         print_line(self._console, text)
-                progress.update(bar, completed=self._text.step, figures=self._text.figures)
+                progress.update(bar, completed=self._text.step, line=self._text.line(self._console.width))

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from most_ray.config import RunConfig
-from most_ray.console.progress import duration
 from most_ray.console.terminal import print_line
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
@@ -23,6 +22,7 @@ from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
 from most_ray.metrics.figures import TITLES
+from most_ray.metrics.texts import bounds, duration, exactness, percent
 from most_ray.trackers.select import tracker_notes
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     if prepared.n_rejected:
         print_line(console, f"{prepared.n_rejected} records were rejected: {uri}/rejected.jsonl")
     done = prepared.done_steps
-    exact = f"exact: no, changed since: {', '.join(prepared.changed)}" if prepared.changed else "exact: yes"
+    exact = exactness(prepared.changed, prepared.also_changed)
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
     print_line(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
     mix = plan.mix(job.total_steps)
@@ -148,12 +148,37 @@ def last_screen(summary: Figures, console: Console) -> None:
             console.print(table)
     if summary.get("routing"):
         print_line(console, f"Selections across the modality border: {summary['routing']['leaked']}")
-    if summary.get("training_seconds") is not None:
-        speed = f", {summary['tokens_per_second']:,} tokens/s" if summary.get("tokens_per_second") is not None else ""
-        print_line(console, f"Time:       {duration(summary['training_seconds'])}{speed}")
+    for note in summary.get("notes", []):
+        print_line(console, f"Note: {note}")
+    for name, text in (("Training:", _trained(summary)), ("Time:", _time(summary))):
+        if text:
+            print_line(console, f"{name:<11} {text}")
     for name in ("checkpoint", "export", "report"):
         if summary.get(name):
             print_line(console, f"{name.capitalize() + ':':<11} {summary[name]}")
+
+
+def _trained(summary: Figures) -> str:
+    """Steps, records, tokens and the last losses of a run; summaries of earlier versions do not have all of them."""
+    parts = [
+        f"{summary[key]:,} {what}"
+        for key, what in (("step", "steps"), ("trained_records", "records"), ("tokens", "tokens"))
+        if key in summary
+    ]
+    tasks = ", ".join(f"{task} {loss:.4f}" for task, loss in summary.get("losses", {}).items() if loss is not None)
+    if summary.get("loss") is not None:
+        parts.append(f"loss {summary['loss']:.4f}" + (f" ({tasks})" if tasks else ""))
+    return ", ".join(parts)
+
+
+def _time(summary: Figures) -> str:
+    """The training time and the speed of a run, and the time of its last start where it is not the only one."""
+    if summary.get("training_seconds") is None:
+        return ""
+    speed = f", {summary['tokens_per_second']:,} tokens/s" if summary.get("tokens_per_second") is not None else ""
+    starts = summary.get("starts", 1)
+    last = f"; {starts} starts, the last one {duration(summary['start_seconds'])}" if starts > 1 and "start_seconds" in summary else ""
+    return f"{duration(summary['training_seconds'])} of training{speed}{last}"
 
 
 def _rate(part: str) -> Callable[[Figures], str]:
@@ -165,6 +190,7 @@ def _value(name: str, form: str = ",") -> Callable[[Figures], str]:
 
 
 _RECORDS_LOSS = {TITLES["records"]: _value("records"), TITLES["loss"]: _value("loss", ".4f")}
+_LENGTHS = ("generated_seconds", "generated_seconds_median", "recorded_seconds", "recorded_seconds_median")
 _TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by task: the title, and the columns with the texts of their cells
     "asr": (
         "Word error rate",
@@ -172,19 +198,20 @@ _TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by ta
             TITLES["words"]: lambda figures: _percent(_words(figures).get("rate")),
             "95 % interval": lambda figures: _interval(_words(figures)),
             TITLES["characters"]: _rate("characters"),
-            "errors": lambda figures: _number(_words(figures).get("wrong")),
-            "words": lambda figures: _number(_words(figures).get("reference")),
+            "errors": lambda figures: _errors(_words(figures)),
             **_RECORDS_LOSS,
         },
     ),
     "tts": (
         "Speech synthesis",
         {
-            TITLES["units"]: _rate("units"),
+            TITLES["outside"]: _rate("outside"),
+            "outside 95 % interval": lambda figures: _interval(figures.get("outside") or {}),
             TITLES["cycle"]: _rate("cycle"),
             "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
-            TITLES["outside"]: _rate("outside"),
-            TITLES["duration_ratio"]: _value("duration_ratio", ".2f"),
+            TITLES["units"]: _rate("units"),
+            **{TITLES[name]: _value(name, ".2f") for name in (*_LENGTHS, "duration_ratio")},
+            TITLES["short_records"]: _value("short_records"),
             **_RECORDS_LOSS,
         },
     ),
@@ -198,14 +225,16 @@ def _table(task: str, sets: Mapping[str, Figures]) -> Table | None:
     if not rows:
         return None
     title, columns = _TABLES[task]
-    if not any(figures.get("outside") for figures in sets.values()):
-        columns = {heading: cell for heading, cell in columns.items() if heading != TITLES["outside"]}
+    cells = {heading: [cell(figures) for figures in rows.values()] for heading, cell in columns.items()}
+    # Columns that no set has a figure for are left out, but for rates that every evaluation of the task has.
+    always = (TITLES["words"], TITLES["cycle"], "95 % interval", TITLES["characters"], TITLES["perplexity"])
+    cells = {heading: texts for heading, texts in cells.items() if heading in always or set(texts) != {"-"}}
     table = Table(title=title)
     table.add_column("set", overflow="fold")
-    for heading in columns:
+    for heading in cells:
         table.add_column(heading, justify="right")
-    for name, figures in rows.items():
-        table.add_row(name, *(cell(figures) for cell in columns.values()))
+    for name, *texts in zip(rows, *cells.values(), strict=True):
+        table.add_row(name, *texts)
     return table
 
 
@@ -218,13 +247,18 @@ def _words(figures: Figures) -> Figures:
     return words
 
 
+def _errors(words: Figures) -> str:
+    """Errors and reference words, as `40 of 500`."""
+    wrong, reference = words.get("wrong"), words.get("reference")
+    return "-" if wrong is None or reference is None else f"{wrong:,} of {reference:,}"
+
+
 def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{rate:.2%}"
+    return "-" if rate is None else percent(rate)
 
 
 def _interval(rates: Figures) -> str:
-    low, high = rates.get("interval") or (None, None)
-    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
+    return " to ".join(bounds(rates.get("interval"))) or "-"
 
 
 def _number(value: float | None, form: str = ",") -> str:
@@ -236,7 +270,7 @@ def _samples(samples: list[dict[str, Any]]) -> Table | None:
         return None
     table = Table(title="Samples")
     for heading in ("record", "reference", "hypothesis"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for sample in spread(samples, 5):
         table.add_row(f"{sample['set']} {sample['id']}", sample["reference"], sample["hypothesis"])
     return table

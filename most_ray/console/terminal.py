@@ -20,9 +20,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from most_ray.console.streams import drop_stream
+from most_ray.console.tables import fitting
 from most_ray.errors import printable, redact
 
 logger = logging.getLogger(__name__)
+LOG_WIDTH = 120  # characters of a line where a run's output is no terminal
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -79,7 +81,11 @@ class Terminal(Console):
                     print_line(self, line)
             else:
                 super().print(each, **options)
-        if not self._is_log:
+        if not self._is_log and any(isinstance(each, Table) for each in objects):
+            for each in objects:
+                for part in fitting(each, self.width) if isinstance(each, Table) else (each,):
+                    super().print(part, **options)
+        elif not self._is_log:
             super().print(*objects, **options)
 
 

@@ -26,6 +26,7 @@ from most_ray.records.files import REJECTED
 from most_ray.records.record import TASKS, Task
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import vocabulary_of
+from most_ray.records.units_manifest import seconds_per_unit
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def merge_shards(
     about: dict[str, dict[str, Any]] = {}
     for each in sets:
         about[each.name] = {"task": each.task, "records": len(each.store), "rejected": each.store.manifest["n_rejected"]}
+        if each.task == "tts":
+            about[each.name]["seconds_per_unit"] = seconds_per_unit(each.store.manifest.get("units"))
         about[each.name]["rejected_file"] = storage.redact(storage.join(each.store.uri, REJECTED))
     used = {"model": uri, **asdict(settings), "template": template_hash(), "units": getattr(config, "units_identity", None)}
     used = {name: storage.redact(value) if isinstance(value, str) else value for name, value in used.items()}

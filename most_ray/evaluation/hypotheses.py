@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from most_ray.io import storage
 from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.outputs import Kind, begins_with
 from most_ray.metrics.figures import RATES, TITLES
+from most_ray.metrics.notes import SHORT, short_speech_notes
+from most_ray.metrics.texts import rate_text
 from most_ray.records.record import TASKS
 
 logger = logging.getLogger(__name__)
@@ -76,9 +79,20 @@ def is_value(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, bool | int | float) and abs(value) < 1e200)  # false for NaN
 
 
+def _is_length(value: Any) -> bool:
+    """Whether a value is null, or the seconds that a unit may stand for."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e6)
+
+
 Fields = Mapping[str, Callable[[Any], bool]]  # names of fields, and whether a value may be theirs
 _FIRST: Fields = {"settings": _is_object, "sets": _is_object, "routing": _is_object}
-_ABOUT: Fields = {"task": lambda value: value in TASKS, "records": _is_count, "rejected": _is_count, "rejected_file": _is_text}
+_ABOUT: Fields = {
+    "task": lambda value: value in TASKS,
+    "records": _is_count,
+    "rejected": _is_count,
+    "rejected_file": _is_text,
+    "seconds_per_unit": _is_length,
+}
 _COMMON: Fields = {"set": _is_text, "row": _is_count, "id": _is_text, "loss": _is_loss, "supervised_tokens": _is_count}
 _SIDES: Fields = {"reference": _is_text, "hypothesis": _is_text, "ended": _is_flag, "looping": _is_flag, "foreign": _is_count}
 _SPEECH: Fields = {"text": _is_text, "recognised": _is_text, "hit_cap": _is_flag}
@@ -101,8 +115,9 @@ def evaluation_result(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, 
     by_set: dict[str, list[Row]] = {name: [] for name in header["sets"]}
     for row in rows:
         by_set[row["set"]].append(row)
-    sets = {name: {**header["sets"][name], **_section(header["sets"][name]["task"], lines)} for name, lines in by_set.items()}
-    overall = {task: _section(task, lines) for task in TASKS if (lines := [row for row in rows if row["task"] == task])}
+    seconds = {name: about.get("seconds_per_unit") for name, about in header["sets"].items()}
+    sets = {name: {**header["sets"][name], **_section(header["sets"][name]["task"], lines, seconds)} for name, lines in by_set.items()}
+    overall = {task: _section(task, lines, seconds) for task in TASKS if (lines := [row for row in rows if row["task"] == task])}
     return {
         "wer": {name.split("/", 1)[1]: section["words"]["rate"] for name, section in sets.items() if section["task"] == "asr"},
         "validation_loss": {name: section["loss"] for name, section in sets.items()},
@@ -114,14 +129,16 @@ def evaluation_result(header: dict[str, Any], rows: Sequence[Row]) -> dict[str, 
     }
 
 
-def _section(task: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _section(task: str, rows: Sequence[Row], seconds: Mapping[str, float | None]) -> dict[str, Any]:
+    """The figures of some records. `seconds`: that a unit stands for, by set, where it is known."""
     # fsum: bitwise identical in any order of the records, so for any number of ranks.
     losses, count = [row["loss"] for row in rows], sum(row["supervised_tokens"] for row in rows)
     loss = math.fsum(losses) / count if count and None not in losses else None
     perplexity = None if loss is None or loss > 700.0 else math.exp(loss)  # larger ones overflow
     section = {"task": task, "records": len(rows), "loss": loss, "perplexity": perplexity, "supervised_tokens": count}
-    figures = {"asr": _recognition, "tts": _synthesis}.get(task)
-    return section | figures(rows) if figures else section
+    if task == "tts":
+        return section | _synthesis(rows) | _lengths(rows, seconds)
+    return section | _recognition(rows) if task == "asr" else section
 
 
 def _recognition(rows: Sequence[Row]) -> dict[str, Any]:
@@ -155,6 +172,19 @@ def _synthesis(rows: Sequence[Row]) -> dict[str, Any]:
     if rows and all("heard" in row for row in rows):
         section["outside"] = error_rate(word_counts(texts, _column(rows, "normalised_heard")))
     return section
+
+
+def _lengths(rows: Sequence[Row], seconds: Mapping[str, float | None]) -> dict[str, Any]:
+    """How long the model's speech and the recordings are, and how many records are far too short."""
+    units = [[len(row[side].split()) for side in ("hypothesis", "reference")] for row in rows]
+    figures: dict[str, Any] = {"short_records": sum(generated < SHORT * recorded for generated, recorded in units)}
+    each = [seconds.get(row["set"]) for row in rows]
+    known = rows and None not in each
+    for side, name in enumerate(("generated_seconds", "recorded_seconds")):
+        lengths = [counts[side] * (one or 0.0) for counts, one in zip(units, each, strict=True)]
+        figures[name] = math.fsum(lengths) / len(lengths) if known else None
+        figures[f"{name}_median"] = statistics.median(lengths) if known else None
+    return figures
 
 
 def _column(rows: Sequence[Row], key: str) -> list[str]:
@@ -219,21 +249,24 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     """A result as lines of text, one or two for each set."""
     lines = []
     for name, section in result["sets"].items():
-        shown = [f"{TITLES[key]} {_percent(section[key])}" for key in RATES if key in section]
+        shown = [f"{TITLES[key]} {_rate_or_none(section[key])}" for key in RATES if key in section]
         shown += [f"{key} {section[key]:.{digits}f}" for key, digits in (("loss", 4), ("perplexity", 3)) if section[key] is not None]
         shares = ("empty_rate", "loop_rate", "length_cap_rate", "foreign_rate")
         shown += [f"{key.removesuffix('_rate').replace('_', ' ')} {section[key]:.1%}" for key in shares if section.get(key)]
+        if section.get("generated_seconds") is not None:
+            shown.append(f"speech {_length(section, 'generated_seconds')}, recordings {_length(section, 'recorded_seconds')}")
         lines.append(f"{name}: {'  '.join(shown)}  records {section['records']}")
         if section["rejected"]:
             lines.append(f"{name}: {section['rejected']} records were rejected, see {section['rejected_file']}")
-    return [*lines, f"selections across the modality border: {result['routing']['leaked']}"]
+    return [*lines, *short_speech_notes(result["sets"]), f"selections across the modality border: {result['routing']['leaked']}"]
 
 
-def _percent(rate: dict[str, Any]) -> str:
-    if rate["rate"] is None:
-        return "undefined (no reference words)"
-    low, high = rate["interval"]
-    return f"{rate['rate']:.2%} [{low:.2%}, {high:.2%}]"
+def _length(section: Mapping[str, Any], name: str) -> str:
+    return f"{section[name]:.2f} s on average (median {section[f'{name}_median']:.2f} s)"
+
+
+def _rate_or_none(errors: dict[str, Any]) -> str:
+    return "undefined (no reference words)" if errors["rate"] is None else rate_text(errors)
 
 
 def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
@@ -281,7 +314,7 @@ def _first_line(line: Any, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError("rescore", where, "has a number that is not finite.", _REMEDY) from error
     for name, about in line["sets"].items():
-        _check_fields(about, _ABOUT, where)
+        _check_fields({"seconds_per_unit": None, **about} if isinstance(about, dict) else about, _ABOUT, where)
         if not re.fullmatch(rf"{about['task']}/.+", name, re.DOTALL):
             raise DataError(
                 "rescore", where, f"has a set {shown(name)} of the task {about['task']}, which is not {about['task']}/NAME.", _REMEDY

@@ -23,6 +23,7 @@ ERRORS = Fixed(
 )
 
 _ASR, _TTS, _SPEECH, _OF_A_SET = ("asr",), ("tts",), ("asr", "tts"), "the figures are of one set"
+_TTS_SET = "the figures are of one set of TTS records"
 
 
 def _share(meaning: str, tasks: tuple[str, ...], title: str) -> Key:
@@ -31,6 +32,10 @@ def _share(meaning: str, tasks: tuple[str, ...], title: str) -> Key:
 
 def _rate(meaning: str, tasks: tuple[str, ...], objective: str, title: str, when: str = "") -> Key:
     return Key(ERRORS, "", meaning, when, tasks=tasks, objective=objective, title=title)
+
+
+def _seconds(meaning: str, title: str) -> Key:
+    return Key(_NUMBER, "s", f"{meaning}; null where the length of a unit is not known", tasks=_TTS, title=title)
 
 
 _GAUGES = {
@@ -48,6 +53,9 @@ _FIGURES = {
     "supervised_tokens": Key(int, "tokens", "that the loss is a mean over"),
     "rejected": Key(int, "records", "that could not be used", _OF_A_SET),
     "rejected_file": Key(str, "", "the file that lists the rejected records", _OF_A_SET),
+    "seconds_per_unit": Key(
+        _NUMBER, "s", "that a unit stands for; null: the records' units.json does not say it, or repeated units are left out", _TTS_SET
+    ),
     "words": _rate("word error rate", _ASR, "wer", "WER"),
     "characters": _rate("character error rate; counts are characters", _ASR, "cer", "CER"),
     "empty_rate": _share("of the hypotheses that are empty", _ASR, "empty"),
@@ -59,7 +67,6 @@ _FIGURES = {
     ),
     "loop_rate": _share("of the hypotheses that repeat something four times in a row, over at least eight tokens", _SPEECH, "looping"),
     "length_cap_rate": _share("of the hypotheses cut off at the length cap", _SPEECH, "length cap"),
-    "cycle": _rate("word error rate of the text that the model recognises in its own speech", _TTS, "cycle_wer", "cycle WER"),
     "outside": _rate(
         "word error rate of the text that another recogniser finds in the model's speech",
         _TTS,
@@ -67,7 +74,15 @@ _FIGURES = {
         "outside WER",
         "`task` is tts and a recogniser is configured",
     ),
+    "cycle": _rate("word error rate of the text that the model recognises in its own speech", _TTS, "cycle_wer", "cycle WER"),
     "units": _rate("unit error rate against the recording's units; counts are units", _TTS, "unit_error_rate", "unit error rate"),
+    "generated_seconds": _seconds("mean length of the model's speech", "speech, mean s"),
+    "generated_seconds_median": _seconds("median length of the model's speech", "median s"),
+    "recorded_seconds": _seconds("mean length of the recordings", "recordings, mean s"),
+    "recorded_seconds_median": _seconds("median length of the recordings", "recordings, median s"),
+    "short_records": Key(
+        int, "records", "in which the model's speech lasts less than half as long as the recording", tasks=_TTS, title="far too short"
+    ),
     "duration_ratio": Key(
         _NUMBER,
         "ratio",
@@ -80,7 +95,7 @@ _FIGURES = {
     "foreign_rate": _share("of the hypotheses that contain tokens of the other modality", _SPEECH, "foreign tokens"),
 }
 
-FIGURES = Fixed("figures", with_views(_FIGURES, "eval/{set}", ("task", "rejected_file", "confusions"), _GAUGES))
+FIGURES = Fixed("figures", with_views(_FIGURES, "eval/{set}", ("task", "rejected_file", "seconds_per_unit", "confusions"), _GAUGES))
 
 TITLES: Mapping[str, str] = {name: key.title for name, key in FIGURES.keys.items() if key.title}
 # Names as objectives of a sweep, by key: of error rates (NAME/SET), and of other figures (NAME/TASK/SET).

@@ -37,13 +37,16 @@ START: Mapping[str, Key] = {
     "threads": Key(int, "", "CPU threads of each rank"),
     "precision": Key(Literal["float32", "bfloat16", "float16"], "", "type of matrix products; sums, weights and moments are float32"),
     "exact": Key(bool, "", "the attempt continues as an uninterrupted run would: nothing that its data or steps depend on has changed"),
-    "changed": Key(list[str], "", "what has changed, settings with their values"),
+    "changed": Key(list[str], "", "what has changed since the checkpoint and makes it so, settings with their values"),
+    "also_changed": Key(list[str], "", "settings that have changed since the checkpoint and on which no step depends, with their values"),
+    "config": Key(str, "", "the file in the run's folder with the attempt's configuration"),
     "global_batch_size": Key(int, "records", "in a step"),
     "total_steps": Key(int, "steps", "the run's goal", gauge=Gauge("most_ray_total_steps", "Steps that the run is to make")),
     "command": Key(str, "", "that was typed, without credentials"),
     "first_expert_layer": Key(int, "", "index of the first layer with experts; lists by layer begin with it"),
     "experts": Key(_COUNTS, "", "the experts that tokens of the modality may use"),
     "n_experts": Key(int, "", "routed experts of a layer"),
+    "experts_per_token": Key(int, "", "routed experts that each token selects"),
     "wanted_mix": Key(Each("source", float), "share", "configured share of the source in training"),
 }
 
@@ -134,6 +137,17 @@ _TRAIN = {
         over="mean",
         ranks="rank 0",
     ),
+    "training_seconds": Key(
+        float,
+        "s",
+        "training time of the run so far: the time of all lines up to this one, of all starts; without starting up, and without steps "
+        "that a resume has cut off",
+        over="run",
+        ranks="rank 0",
+    ),
+    "run_tokens": Key(int, "tokens", "trained on by the run so far, before noise", over="run"),
+    "run_records": Key(int, "records", "trained on by the run so far", over="run"),
+    "run_tokens_per_second": Key(float, "tokens/s", "the run's speed so far: `run_tokens` over `training_seconds`", over="run"),
     "data_wait": Key(float, "s", "of step_time, waiting for the next batch", over="mean", ranks="rank 0"),
     "save_stall": Key(float, "s", "in which checkpoints held up training", over="sum", ranks="rank 0"),
     "mfu": Key(

@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from most_ray.config import Recompute
-from most_ray.console.progress import duration
 from most_ray.console.run_screens import layout_text, mix_table, print_rows
 from most_ray.console.terminal import print_line
 from most_ray.errors import count_of
 from most_ray.io import storage
+from most_ray.metrics.texts import rough_duration as duration
 from most_ray.planner.dry_run import DryRun
 from most_ray.planner.hardware import BANDWIDTH_EFFICIENCY, MATMUL_EFFICIENCY
 from most_ray.planner.layouts import USABLE_MEMORY, LayoutEstimate

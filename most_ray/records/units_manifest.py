@@ -89,6 +89,15 @@ def neighbours_of(manifest: Mapping[str, Any] | None) -> np.ndarray | None:
     return None if table is None else np.array(table, dtype=np.int64).reshape(len(table), -1)
 
 
+def seconds_per_unit(manifest: Mapping[str, Any] | None) -> float | None:
+    """The seconds that a unit stands for, by a units manifest; None where it does not say it, or where units that repeat are left out."""
+    identity = (manifest or {}).get("identity") or {}
+    rate = identity.get("rate_hz")
+    if identity.get("repeats_removed") is not False or isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
+        return None
+    return 1.0 / rate
+
+
 def _check_neighbours(table: object, n_units: int | None) -> None:
     """Raise ValueError unless `table` lists units for each of `n_units` units (None: as many as it has rows), equally many for each."""
     if not isinstance(table, list) or not 1 <= len(table) <= N_UNITS or (n_units is not None and len(table) != n_units):

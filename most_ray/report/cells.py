@@ -9,6 +9,8 @@ from typing import Literal
 
 import jiwer
 
+from most_ray.metrics import texts
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -55,17 +57,9 @@ Content = str | Cell | Difference | Player | Sequence["Content"] | None  # a seq
 Row = Sequence[Content]  # the first cell names the row
 
 
-def percent(value: float) -> str:
-    """A rate in percent, with more digits below 10%."""
-    return f"{value:.2%}" if abs(value) < 0.1 else f"{value:.1%}"
-
-
 def duration(seconds: float | None) -> str | None:
     """Seconds in the unit that suits them; None stays None."""
-    if seconds is None or seconds < 90:
-        return None if seconds is None else f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+    return None if seconds is None else texts.duration(seconds)
 
 
 def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Piece]:

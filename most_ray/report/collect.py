@@ -23,6 +23,7 @@ from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.io.yaml_values import parse_yaml
 from most_ray.metrics.columns import TrainLines, number
 from most_ray.metrics.rows import kind_of
+from most_ray.metrics.totals import COUNTED, RunClock, Totals, clock_of
 from most_ray.options import stored_values
 from most_ray.records.files import SPEECH_FOLDER, UNITS_MANIFEST, VOCODER
 
@@ -144,21 +145,20 @@ class RunData:
         return None if np.isnan(tokens).all() else np.cumsum(np.nan_to_num(tokens))
 
     @cached_property
+    def _clock(self) -> RunClock:
+        columns = [self.train.values(key).tolist() for key in COUNTED]
+        return clock_of([*self.starts[:1], *(dict(zip(COUNTED, row, strict=True)) for row in zip(*columns, strict=True))])
+
+    @property
+    def totals(self) -> Totals:
+        """The run's time, speed and amounts: the same as on its screen, in summary.json and in trackers."""
+        return self._clock.totals
+
+    @cached_property
     def seconds_so_far(self) -> np.ndarray | None:
-        """Training time up to each train line: of each attempt from its start to its last line. None where times are not recorded."""
-        starts, times, attempts = [number(start.get("time")) for start in self.starts], self.train.values("time"), self.train.attempts
-        if (
-            not len(times)
-            or np.isnan(times).any()
-            or attempts.min() < 1
-            or any(starts[index - 1] is None for index in set(attempts.tolist()))
-        ):
-            return None
-        begun = np.array([start or 0.0 for start in starts])[attempts - 1]
-        taken = np.maximum(times - begun, 0.0)  # a clock may have been set back
-        ends = np.flatnonzero(np.diff(attempts, append=-1))  # the last line of each attempt
-        before = np.concatenate(([0.0], np.cumsum(taken[ends])[:-1]))
-        return taken + np.repeat(before, np.diff(ends, prepend=-1))
+        """Training time up to each train line; None where times are not recorded."""
+        seconds = np.array(self._clock.seconds)
+        return seconds if len(seconds) and seconds[-1] > 0 else None
 
     def column(self, key: str) -> list[float | None]:
         """A value of each train line; None where a line lacks it."""

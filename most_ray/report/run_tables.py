@@ -12,8 +12,11 @@ from functools import partial
 from typing import Any
 
 from most_ray.config import RunConfig
+from most_ray.errors import count_of
 from most_ray.metrics.figures import FIGURES, RATES, TITLES
-from most_ray.report.cells import Cell, Content, Difference, Row, align, duration, percent
+from most_ray.metrics.notes import run_notes
+from most_ray.metrics.texts import bounds, percent
+from most_ray.report.cells import Cell, Content, Difference, Row, align, duration
 from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, number
 from most_ray.report.curves import attempt_place, run_colour
 
@@ -24,7 +27,21 @@ _TASKS = {"asr": "Recognition", "tts": "Synthesis", "text": "Text"}  # in the pa
 # Figures of an evaluation, by task: the columns of the tables of the last evaluation.
 _COLUMNS = {
     "asr": ("words", "characters", "empty_rate", "loop_rate", "length_cap_rate"),
-    "tts": ("units", "cycle", "outside", "duration_ratio", "loop_rate", "end_of_audio_rate", "length_cap_rate", "foreign_rate"),
+    "tts": (
+        "outside",
+        "cycle",
+        "generated_seconds",
+        "generated_seconds_median",
+        "recorded_seconds",
+        "recorded_seconds_median",
+        "short_records",
+        "duration_ratio",
+        "units",
+        "loop_rate",
+        "end_of_audio_rate",
+        "length_cap_rate",
+        "foreign_rate",
+    ),
     "text": ("perplexity",),
 }
 # Of figures that count failures, the value that says there were none.
@@ -74,6 +91,7 @@ def content(runs: Runs) -> dict[str, Any]:
         "summary": summary(runs, tiles),
         "checks": checks(runs, tiles),
         "attempts": attempts(runs),
+        "notes": notes(runs),
         "absent": absent(runs),
         "evaluations": [table for task in _TASKS if (table := last_evaluations(runs, task))],
         "samples": samples(runs),
@@ -89,13 +107,8 @@ def run_names(runs: Runs) -> list[Cell]:
 
 def rate(found: Rate, small: str = "") -> Cell:
     """A rate with its interval."""
-    bounds = ", ".join(_bounds(found))
-    return Cell(percent(found.value), "strong", f"[{bounds}]" if bounds else "", small)
-
-
-def _bounds(found: Rate) -> list[str]:
-    """The ends of a rate's interval; empty where they are unknown."""
-    return [] if found.low is None or found.high is None else [percent(found.low), percent(found.high)]
+    ends = ", ".join(bounds((found.low, found.high)))
+    return Cell(percent(found.value), "strong", f"[{ends}]" if ends else "", small)
 
 
 def _counted(found: Rate) -> Content:
@@ -119,13 +132,14 @@ def summary(runs: Runs, tiles: Sequence[Tile] = ()) -> list[Row]:
         ("Epochs", lambda run: _last(run, "epoch", "{:.2f}")),
         *(
             (f"{TITLES[what]}, {_set_name(name)}", partial(_last_rate, name=name, what=what))
-            for task, what in (("asr", "words"), ("asr", "characters"), ("tts", "units"), ("tts", "cycle"))
+            for task, what in (("asr", "words"), ("asr", "characters"), ("tts", "outside"), ("tts", "cycle"), ("tts", "units"))
             for name in sorted({name for run in runs if run.last_evaluation for name in run.last_evaluation.names(task)})
         ),
         ("Loss, last line", lambda run: _last(run, "loss", "{:.4f}")),
-        ("Tokens trained on", lambda run: _known(_sum(run, "tokens"), "{:,.0f}")),
-        ("Tokens per second", lambda run: _known(_speed(run), "{:,.0f}")),
-        ("Training time", lambda run: duration(_seconds(run))),
+        ("Records trained on", lambda run: _known(run.totals.records or None, "{:,.0f}")),
+        ("Tokens trained on", lambda run: _known(run.totals.tokens or None, "{:,.0f}")),
+        ("Tokens per second", lambda run: _known(run.totals.tokens_per_second, "{:,.0f}")),
+        ("Training time", lambda run: duration(run.totals.seconds or None)),
         ("From first start to last line", _wall_clock),
         ("MFU, mean", lambda run: percent(math.fsum(known) / len(known)) if (known := _column(run, "mfu")) else None),
         ("Memory, maximum", lambda run: _known(max(_column(run, "memory_gb"), default=None), "{:.1f} GB")),
@@ -157,11 +171,7 @@ def checks(runs: Runs, tiles: Sequence[Tile] = ()) -> Table:
             wrong.append((Cell(name, "mark"), *(_known(value, "{:,.0f}") for value in found)))
         elif any(value is not None for value in found):
             right.append((name, *(_known(value, "{:,.0f}") for value in found)))
-    return Table("Checks", (), wrong, right=Table(f"{_counted_as(len(right), 'check')} passed", (), right))
-
-
-def _counted_as(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
+    return Table("Checks", (), wrong, right=Table(f"{count_of(len(right), 'check')} passed", (), right))
 
 
 def attempts(runs: Runs) -> Table | None:
@@ -173,14 +183,26 @@ def attempts(runs: Runs) -> Table | None:
             step, time, changed = number(start.get("step")), number(start.get("time")), entries(start.get("changed"))
             began = None if time is None or not 0 <= time < 1e11 else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"
             exact = {True: "yes", False: "no"}.get(start.get("exact", ""))
-            cells: Row = (_known(step, "{:,.0f}"), began, ", ".join(attempt_place(start)) or None, exact, ", ".join(map(_plain, changed)))
+            also = entries(start.get("also_changed"))
+            settings = [", ".join(map(_plain, changed)), f"without effect on steps: {', '.join(map(_plain, also))}" if also else ""]
+            cells: Row = (_known(step, "{:,.0f}"), began, ", ".join(attempt_place(start)) or None, exact, "; ".join(filter(None, settings)))
             names = (f"{attempt}", shown) if len(runs) > 1 else (f"{attempt}",)
-            (wrong if changed or exact == "no" else right).append((*names, *cells))
+            (wrong if changed or also or exact == "no" else right).append((*names, *cells))
     head = ("attempt", *(["run"] if len(runs) > 1 else []), "after step", "started", "on", "exact", "changed")
     if not (wrong or right):
         return None
-    folded = Table(f"{_counted_as(len(right), 'attempt')} with nothing changed", head, right)
+    folded = Table(f"{count_of(len(right), 'attempt')} with nothing changed", head, right)
     return Table("Attempts", head if wrong else (), wrong, right=folded)
+
+
+def notes(runs: Runs) -> list[str]:
+    """Sentences about what the user should look at in each run, the same as on its last screen."""
+    found = []
+    for run in runs:
+        start, line = (run.starts[-1] if run.starts else {}), (run.train[-1] if run.train else {})
+        sets = run.last_evaluation.sets if run.last_evaluation else {}
+        found += [(f"{run.name}: " if len(runs) > 1 else "") + text for text in run_notes(start, line, sets, number(run.config.get("load_alert")))]
+    return found
 
 
 def absent(runs: Runs) -> list[str]:
@@ -218,19 +240,6 @@ def _sum(run: RunData, key: str) -> float | None:
     return math.fsum(known) if (known := _column(run, key)) else None
 
 
-def _seconds(run: RunData) -> float | None:
-    """Time spent in training itself, without what was lost between attempts."""
-    pairs = zip(run.column("tokens"), run.column("tokens_per_second"), strict=True)
-    known = [tokens / speed for tokens, speed in pairs if tokens is not None and speed]
-    return math.fsum(known) if known else None
-
-
-def _speed(run: RunData) -> float | None:
-    """Tokens per second of training."""
-    tokens, seconds = _sum(run, "tokens"), _seconds(run)
-    return tokens / seconds if tokens is not None and seconds else None
-
-
 def _wall_clock(run: RunData) -> str | None:
     """From the first start to the last line, interruptions included."""
     first, last = (number(lines[0].get("time")) if lines else None for lines in (run.starts, run.train[-1:]))
@@ -255,7 +264,7 @@ def last_evaluations(runs: Runs, task: str) -> Table | None:
         names = (_set_name(name), shown)[: len(named)]
         rows.append((*names, *fixed, *(_value(last, name, key) for key in columns)))
         folded.append((*names, *(_value(last, name, key) for key in right)))
-    below = Table(f"{_counted_as(len(right), 'check')} passed", (*named, *(TITLES[key] for key in right)), folded if right else ())
+    below = Table(f"{count_of(len(right), 'check')} passed", (*named, *(TITLES[key] for key in right)), folded if right else ())
     head = (*named, "step", "records", "loss", *(TITLES[key] for key in columns))
     return Table(f"{_TASKS[task]}, last evaluation", head, rows, right=below) if rows else None
 
@@ -287,7 +296,7 @@ def samples(runs: Runs) -> list[Table]:
         count = len(rows) + len(folded)
         about = f"{count} of {len(is_wrong):,} records, {len(wrong):,} of which are wrong" + (" in some run" if several else "")
         head: Row = ("record", *run_names(runs)) if several else ()
-        below = Table(f"{_counted_as(len(folded), 'record')} recognised without an error", head, folded)
+        below = Table(f"{count_of(len(folded), 'record')} recognised without an error", head, folded)
         tables.append(Table(name, head if rows else (), rows, about, right=below))
     return tables
 
@@ -357,18 +366,17 @@ def highlights(run: RunData) -> list[Tile]:
     """The cards of a single run: last error rates, speed and time."""
     found: list[Tile] = []
     last = run.last_evaluation
-    for task, what in (("asr", "words"), ("tts", "cycle")):
+    for task, what in (("asr", "words"), ("tts", "outside"), ("tts", "cycle")):
         for name in last.names(task) if last else ():
             if last and (value := last.rate(name, what)):
-                about = f"95%: {bounds}" if (bounds := " to ".join(_bounds(value))) else "interval not known"
+                about = f"95%: {ends}" if (ends := " to ".join(bounds((value.low, value.high)))) else "interval not known"
                 about += "" if last.step == run.step else f", at step {last.step:,}"
                 found.append(Tile(f"{TITLES[what]}, {_set_name(name)}", percent(value.value), about))
     found = found[:4]
-    if (speed := _speed(run)) is not None:
-        tokens = f"{_known(_sum(run, 'tokens'), '{:,.0f}')} tokens"
-        found.append(Tile("Tokens per second", f"{speed:,.0f}", tokens, ["Tokens trained on"]))
-    if seconds := duration(_seconds(run)):
-        found.append(Tile("Training time", seconds, _counted_as(len(run.restarts), "restart") if run.starts else "", ["Restarts"]))
+    if (speed := run.totals.tokens_per_second) is not None:
+        found.append(Tile("Tokens per second", f"{speed:,.0f}", f"{run.totals.tokens:,} tokens", ["Tokens trained on"]))
+    if seconds := duration(run.totals.seconds or None):
+        found.append(Tile("Training time", seconds, count_of(len(run.restarts), "restart") if run.starts else "", ["Restarts"]))
     if run.train:
         found.append(Tile("Steps", f"{run.step:,}", f"of {run.total_steps:,}" if run.total_steps else ""))
     return found

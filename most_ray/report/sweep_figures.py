@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from most_ray.metrics.figures import RATES
-from most_ray.report.cells import percent
+from most_ray.metrics.texts import percent
 from most_ray.report.collect import entries, mapping, number
 from most_ray.report.curves import MODALITY_COLOURS, RUN_COLOURS, Figure, axis, base_layout, error_bars, label, rounded
 from most_ray.sweep.effects import level_name

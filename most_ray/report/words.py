@@ -11,7 +11,8 @@ import numpy as np
 
 from most_ray.evaluation.wer import EditCounts, error_rate, of_records, word_counts, word_pairs
 from most_ray.metrics.figures import TITLES
-from most_ray.report.cells import Cell, Content, Row, percent
+from most_ray.metrics.texts import percent
+from most_ray.report.cells import Cell, Content, Row
 from most_ray.report.collect import Hypothesis, Rate, RunData, entries, number, rate_of
 from most_ray.report.run_tables import Table, rate, run_names
 

@@ -18,6 +18,14 @@ def saved_step(run_uri: str) -> int | None:
     return None
 
 
+def resuming_text(run_uri: str, given: str | None = None) -> str:
+    """From where the next attempt at a run goes on, to follow "The workers were lost; ". `given`: resume_from_checkpoint."""
+    step = saved_step(run_uri)
+    if step is not None:
+        return f"resuming from the checkpoint of step {step}"
+    return "starting again from resume_from_checkpoint" if given else "starting again from step 0: there is no checkpoint yet"
+
+
 def stopped_text(run_uri: str) -> str:
     """What was saved of a run that has stopped on request, to follow "was received: "."""
     step = saved_step(run_uri)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from most_ray.io import storage
 from most_ray.io.journal import evaluated_steps, read_journal
 from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.run_folder import RunFolder, local_copy
+from most_ray.metrics.notes import run_notes
+from most_ray.metrics.rows import kind_of
+from most_ray.metrics.totals import clock_of
 from most_ray.model.build import read_config
 from most_ray.optim.train_state import warmup_of
 from most_ray.records.data_card import Source, data_card
@@ -111,25 +114,24 @@ def _warn_of_version(folder: RunFolder, config: RunConfig) -> None:
             warn_of_version(uri, settings, config.normaliser)
 
 
-def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_report: WriteReport) -> dict[str, Any]:
-    """Export a run that this start has trained for `seconds`, write evaluation.json and hypotheses.jsonl (the last step's), summary.json
-    and report.html. `config`: as the user gave it. Returns the content of summary.json, in which paths are relative to the run's folder."""
+def finish_run(prepared: Prepared, config: RunConfig, write_report: WriteReport) -> dict[str, Any]:
+    """Export a run that has made its last step, write evaluation.json and hypotheses.jsonl (the last step's), summary.json and report.html.
+    `config`: as the user gave it. Returns the content of summary.json, in which paths are relative to the run's folder."""
     job, folder = prepared.job, prepared.folder
     last = catalog.step_uri(folder.checkpoints, job.total_steps)
     export_checkpoint(last, folder.local / "export")
     folder.push_folder("export", "config.json")
     folder.pull("metrics.jsonl")
-    lines = read_journal(folder.local / "metrics.jsonl", "train")
+    lines = read_journal(folder.local / "metrics.jsonl")
     summary: dict[str, Any] = {
         "name": job.config.name,
         "step": job.total_steps,
         "wer": {},
-        "loss": lines[-1]["loss"] if lines else None,
+        **_last_losses(lines),
         "records": prepared.plan.consumed(job.total_steps),
         "rejected": prepared.n_rejected,
         "inputs": inputs_digest(config),
-        "training_seconds": round(seconds, 1),
-        "tokens_per_second": round(sorted(line["tokens_per_second"] for line in lines)[len(lines) // 2]) if lines else None,
+        **_totals(lines, prepared.done_steps),
         **summary_paths(job.total_steps),
     }
     if job.has_validation:
@@ -139,10 +141,33 @@ def finish_run(prepared: Prepared, config: RunConfig, seconds: float, write_repo
             storage.write_bytes(folder.local / target, (folder.local / source).read_bytes())
         result = parse_json((folder.local / "evaluation.json").read_bytes())
         summary |= {key: result[key] for key in ("wer", "sets", "routing", "samples")}
+    newest = {kind: line for line in lines if (kind := kind_of(line)) in ("start", "train")}
+    summary["notes"] = run_notes(newest.get("start", {}), newest.get("train", {}), summary.get("sets", {}), job.config.load_alert)
     storage.write_bytes(folder.local / "summary.json", json_text(summary, indent=1).encode())
     folder.push("evaluation.json", "hypotheses.jsonl", "summary.json")
     save_report(folder, write_report)
     return summary
+
+
+def _last_losses(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The losses of a run's last line of training, of all tasks together and of each."""
+    last: Mapping[str, Any] = next((line for line in reversed(lines) if kind_of(line) == "train"), {})
+    tasks = {task: last[f"{task}_loss"] for task in TASKS if f"{task}_loss" in last}
+    return {"loss": last.get("loss"), "losses": tasks}
+
+
+def _totals(lines: Sequence[Mapping[str, Any]], first_step: int) -> dict[str, Any]:
+    """The training time, amounts and speed of a run by all its lines, and the time of those beyond `first_step`, which this start added."""
+    clock = clock_of(lines)
+    totals, speed = clock.totals, clock.totals.tokens_per_second
+    return {
+        "starts": clock.starts,
+        "training_seconds": round(totals.seconds, 1),
+        "start_seconds": round(clock.since(first_step), 1),
+        "trained_records": totals.records,
+        "tokens": totals.tokens,
+        "tokens_per_second": None if speed is None else round(speed),
+    }
 
 
 def save_report(folder: RunFolder, write_report: WriteReport) -> None:

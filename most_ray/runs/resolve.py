@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from most_ray.checkpoint import catalog, reader
-from most_ray.checkpoint.resume import changes_since, check_model
+from most_ray.checkpoint.resume import all_changes, check_model
 from most_ray.config import OPTIONS, Overlong, RunConfig
 from most_ray.data.batch import TokenLayout
 from most_ray.data.ingest import Recipe, Runner, check_rejected, ingest_directory, run_here
 from most_ray.data.ingest_plan import content_digest
-from most_ray.data.plan import Cursor, Plan, check_cursor, make_spec
+from most_ray.data.plan import Plan, make_spec
 from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
 from most_ray.distributed.devices import prefers_bf16
@@ -68,7 +68,8 @@ class Prepared:
     use_gpu: bool
     n_rejected: int  # bad records of all sources
     corrupt: list[tuple[str, str]]  # (URI, reason) of newer checkpoints, which are damaged
-    changed: list[str]  # what changed since that checkpoint and does not keep the run from continuing, by name
+    changed: list[str]  # what changed since that checkpoint and makes the run continue otherwise, settings with their values
+    also_changed: list[str] = field(default_factory=list)  # settings that changed since then and on which no step depends
 
     def job_for(self, topology: Topology, driver: str) -> Job:
         """The job of one attempt, which process `driver` starts. At any number of workers its steps hold the same records."""
@@ -137,14 +138,13 @@ def resolve_run(
         has_validation=bool(sources.validation),
         command=command_line(),
     )
-    changed, done = [], int(start["step"]) if start else 0
+    changed, also, done = list[str](), list[str](), int(start["step"]) if start else 0
     if start and uri:
-        changed = check_cursor(plan, Cursor(**start["cursor"]), start["ingredients"], config.accept_data_change)
-        changed += changes_since(uri, start, config, model_config, job.total_steps)
+        changed, also = all_changes(uri, start, plan, config, model_config, job.total_steps)
         _check_trained(uri, start, job.total_steps)
     elif uri:
         check_model(uri, model_config)
-    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, corrupt, changed)
+    return Prepared(job, plan, folder, topologies, done, use_gpu, sources.n_rejected, corrupt, changed, also)
 
 
 def _check_trained(uri: str, start: dict[str, Any], total_steps: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from most_ray.console.progress import duration
 from most_ray.console.run_screens import print_rows
 from most_ray.console.terminal import print_line
 from most_ray.io import storage
 from most_ray.metrics.figures import RATES
+from most_ray.metrics.texts import rough_duration as duration
 from most_ray.runs.job import Job
 from most_ray.sweep.ledger import Ledger, Objective, Trial, pareto, ranked
 from most_ray.sweep.measure import Affinity

@@ -17,6 +17,7 @@ import torch
 from most_ray.distributed.devices import peak_flops
 from most_ray.distributed.ranks import this_rank, world_size
 from most_ray.metrics.flops import model_flops
+from most_ray.metrics.notes import ADVICE, is_overloaded, most_load
 from most_ray.model.configuration import MostConfig
 from most_ray.model.placement import rank_load_ratio
 from most_ray.model.routing import expert_groups, load_summary
@@ -59,7 +60,8 @@ class Meter:
 
     Args:
         ranks: the experts of each expert-parallel rank (`placement.experts_of_ranks`); None: there is one rank.
-        load_alert: rank 0 logs a warning if an expert has more than so many times the mean load of its modality's experts (0: never).
+        load_alert: rank 0 logs a warning if an expert has more than so many times the mean load of its modality's experts, or nearly the
+            greatest load that there can be (0: never).
         device, dtype: where and in which type (None: float32) matrix products are computed, for their peak rate.
     """
 
@@ -214,14 +216,17 @@ class Meter:
         for modality, worst in line["expert_max_over_mean"].items():
             recent = modality in self._alerted and self._lines - self._alerted[modality] < _LINES_BETWEEN_ALERTS
             selections, experts = groups[modality]
-            if worst <= self._alert_above or recent or float(selections[0, experts].double().mean()) < _ALERT_SELECTIONS:
+            selected = self._config.num_experts_per_tok
+            if recent or not is_overloaded(worst, len(experts), selected, self._alert_above):
+                continue
+            if float(selections[0, experts].double().mean()) < _ALERT_SELECTIONS:
                 continue
             self._alerted[modality] = self._lines
             index = layers["expert_max_over_mean"][modality].index(worst)
             layer, expert = index + self._config.first_k_dense_replace, layers["busiest_expert"][modality][index]
-            text = "step %d: in layer %d expert %d has %.1f times the mean load of the %s experts (load_alert is %g). "
-            text += "Raise aux_loss_alpha or balance_bias_rate."
-            logger.warning(text, line["step"], layer, expert, worst, modality, self._alert_above)
+            text = "step %d: in layer %d expert %d has %.2f times the mean load of the %s experts, of at most %.2f (load_alert is %g). %s"
+            most = most_load(len(experts), selected)
+            logger.warning(text, line["step"], layer, expert, worst, modality, most, self._alert_above, ADVICE)
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -12,13 +13,17 @@ from typing import Any
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
+from most_ray.io import storage
 from most_ray.io.journal import Journal, journal_lines
 from most_ray.io.run_folder import RunFolder
 from most_ray.metrics.schema import undeclared_keys
+from most_ray.metrics.texts import exactness
+from most_ray.metrics.totals import RunClock, clock_of
 from most_ray.trackers.base import Tracker
 from most_ray.train.step import all_record_ids
 
 logger = logging.getLogger(__name__)
+ATTEMPTS = "attempts"  # folder in the run's folder, with the configuration of each attempt
 
 
 class RunReporter:
@@ -27,6 +32,7 @@ class RunReporter:
     Args:
         resume_step: the step that the run resumes from; later lines are cut off both files.
         about: the keys of the line of kind `start` (see docs/metrics.md).
+        config: of this attempt as YAML, kept in the run's folder; None: it is not kept.
 
     Attributes:
         evaluations: the newest line of kind `evaluation` of each step.
@@ -42,6 +48,7 @@ class RunReporter:
         rank: int,
         trackers: Sequence[Tracker],
         about: dict[str, Any],
+        config: str | None = None,
     ) -> None:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
         self._tracing, self._last = trace_records is not None, resume_step
@@ -51,19 +58,22 @@ class RunReporter:
         self._undeclared: set[str] = set()  # keys that were reported
         self._pushing = threading.Lock()  # saves push from their thread: two pushes at once could leave the older content
         self.evaluations: dict[int, dict[str, Any]] = {}
+        self._clock = RunClock()
         if rank == 0:
             folder.pull("metrics.jsonl")
             self._metrics = Journal(path := folder.local / "metrics.jsonl", resume_step)
             self.evaluations = {line["step"]: line for line in self._metrics.evaluations}
+            self._clock = clock_of(journal_lines(path, size=path.stat().st_size))
             if trace_records:
                 self._trace = Journal(Path(trace_records), resume_step)
             epoch, consumed = plan.cursor(resume_step).epoch, plan.consumed(resume_step)
-            exact = "yes" if about["exact"] else f"no, changed since: {', '.join(about['changed'])}"
-            logger.info("starting after step %d, epoch %.3f, records %s, exact: %s", resume_step, epoch, consumed, exact)
+            exact = exactness(about["changed"], about.get("also_changed", ()))
+            logger.info("starting after step %d, epoch %.3f, records %s, %s", resume_step, epoch, consumed, exact)
             for tracker in trackers:  # later lines come to them one by one
                 tracker.begin(resume_step, journal_lines(path, size=path.stat().st_size))
             mix = {name: figures["target"] for name, figures in plan.mix(resume_step).items()}
-            self._write({"kind": "start", "step": resume_step, **about, "wanted_mix": mix})
+            kept = {} if config is None else {"config": keep_config(folder, config)}
+            self._write({"kind": "start", "step": resume_step, **about, **kept, "wanted_mix": mix})
 
     def trained(self, batch: Batch) -> None:
         """Write a step's records to the trace. Collective if the run is traced."""
@@ -74,7 +84,8 @@ class RunReporter:
     def log(self, line: dict[str, Any]) -> None:
         """Write a line of the meter."""
         if line["kind"] == "train" and self._metrics:
-            line = {**line, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
+            totals = self._clock.add(line).keys()
+            line = {**line, **totals, "epoch": round(self._plan.cursor(line["step"]).epoch, 6), "mix": self._plan.mix(line["step"])}
         self._write(line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
@@ -133,3 +144,13 @@ class RunReporter:
                 journal.close()
         if self._rank == 0 and push:
             self.push()
+
+
+def keep_config(folder: RunFolder, text: str) -> str:
+    """Write an attempt's configuration beside those of earlier attempts, none of which is replaced. Returns its name in the folder."""
+    found = [entry.name for entry in storage.list_files(folder.at(ATTEMPTS), ("",))] if storage.exists(folder.at(ATTEMPTS)) else []
+    numbers = [int(match[1]) for each in found if (match := re.fullmatch(r"(\d{1,9})\.yaml", each))]
+    name = f"{ATTEMPTS}/{max(numbers, default=0) + 1:03d}.yaml"
+    storage.write_bytes(folder.local / name, text.encode())
+    folder.push(name)
+    return name

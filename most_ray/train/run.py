@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -37,7 +36,7 @@ from most_ray.console.help import HelpParser
 from most_ray.console.progress import ProgressWatcher
 from most_ray.console.run_screens import evaluation_plan, first_screen, last_screen
 from most_ray.console.streams import drop_lost_streams, open_streams
-from most_ray.console.terminal import Terminal, log_to_stderr, print_line, say, say_in_handler
+from most_ray.console.terminal import LOG_WIDTH, Terminal, log_to_stderr, print_line, say, say_in_handler
 from most_ray.distributed.ranks import this_rank
 from most_ray.distributed.stop_signals import STOPPING, interrupt_signals, stop_signals
 from most_ray.errors import EXIT_INTERRUPTED, EXIT_STOPPED, CheckpointError, ConfigError, UserError, count_of, explain_os_error
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configuration.load_config(args.config, configuration.flag_values(args))
         with explained_interrupt(config.run_uri):
-            summary = _run(config, Terminal(120), stop, lambda: _stop_on_interrupt(stop))
+            summary = _run(config, Terminal(LOG_WIDTH), stop, lambda: _stop_on_interrupt(stop))
     except KeyboardInterrupt as interrupt:
         if _number_of("RANK", 0) == 0:
             say(f"most-ray: interrupted; {interrupt}", stream=sys.stderr)
@@ -156,7 +155,6 @@ def _run(
     lock = contextlib.ExitStack()  # rank 0 holds it until the run's end
     try:
         job, prepared = _share_job(config, world, console, lock)
-        started = time.monotonic()
         if job:
             with training():
                 reached = _train(job, prepared, device, stop, console)
@@ -167,7 +165,7 @@ def _run(
         if (summary := finished_summary(prepared)) is None:
             if not is_complete(prepared):
                 raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
-            summary = finish_run(prepared, config, time.monotonic() - started, write_report)
+            summary = finish_run(prepared, config, write_report)
         last_screen(placed(summary, prepared.folder.uri), console)
         return summary
     finally:

@@ -10,10 +10,11 @@ import torch
 from transformers.distributed import DistributedConfig
 
 from most_ray.checkpoint import catalog, reader
-from most_ray.checkpoint.resume import changes_since
+from most_ray.checkpoint.resume import all_changes
+from most_ray.config import to_yaml
 from most_ray.data.batch import open_plan
 from most_ray.data.feed import StreamSpec
-from most_ray.data.plan import Cursor, Plan, check_cursor
+from most_ray.data.plan import Plan
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.determinism import set_deterministic, set_seeds
 from most_ray.distributed.ranks import this_rank, world_size
@@ -51,10 +52,12 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     model = _build_model(job, device, start)
     state = make_state(model, job.config, job.total_steps)
     meter = make_meter(state, job.config, device)
-    changed = _resume(start, state, plan, job, meter)
+    changed, also_changed = _resume(start, state, plan, job, meter)
     _check_weights(state, start, job.model_path)
-    about = _describe_attempt(job, state, device, changed)
-    reporter = RunReporter(job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about)
+    about = {**_describe_attempt(job, state, device), "exact": not changed, "changed": changed, "also_changed": also_changed}
+    reporter = RunReporter(
+        job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about, to_yaml(job.config.redacted())
+    )
     evaluations = EvaluationScheduler(attempt, reporter, hooks, meter)
     checkpoints = CheckpointManager(attempt, plan, reporter, evaluations, meter)
     ended = False
@@ -70,8 +73,8 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     return reached
 
 
-def _describe_attempt(job: Job, state: TrainState, device: torch.device, changed: list[str]) -> dict[str, Any]:
-    """Return an attempt's line of kind `start`, with what has changed since the checkpoint."""
+def _describe_attempt(job: Job, state: TrainState, device: torch.device) -> dict[str, Any]:
+    """Return an attempt's line of kind `start`, but for what has changed since the checkpoint."""
     config, topology = state.model_config, job.topology
     every, aware = list(range(config.n_routed_experts)), config.use_modality_aware_routing
     return {
@@ -80,13 +83,12 @@ def _describe_attempt(job: Job, state: TrainState, device: torch.device, changed
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": job.threads,
         "precision": "float16" if job.config.fp16 else "bfloat16" if job.config.bf16 else "float32",
-        "exact": not changed,
-        "changed": changed,
         "global_batch_size": job.plan.global_batch_size,
         "total_steps": job.total_steps,
         "command": job.command,
         "first_expert_layer": config.first_k_dense_replace,
         "n_experts": config.n_routed_experts,
+        "experts_per_token": config.num_experts_per_tok,
         "experts": {
             "text": list(config.text_expert_indices or ()) if aware else every,
             "audio": list(config.audio_expert_indices or ()) if aware else every,
@@ -136,14 +138,13 @@ def _find_start(attempt: Attempt) -> _Start:
     return _Start(uri, weights_only, step)
 
 
-def _resume(start: _Start, state: TrainState, plan: Plan, job: Job, meter: Meter) -> list[str]:
-    """Load the checkpoint to resume from. Returns what has changed since then and does not keep the run from continuing."""
+def _resume(start: _Start, state: TrainState, plan: Plan, job: Job, meter: Meter) -> tuple[list[str], list[str]]:
+    """Load the checkpoint to resume from. Returns what has changed since then, see `all_changes`."""
     if start.uri is None:
-        return []
-    changed, content = [], reader.load(start.uri, state, with_optimizer=not start.weights_only)
+        return [], []
+    changed, content = (list[str](), list[str]()), reader.load(start.uri, state, with_optimizer=not start.weights_only)
     if not start.weights_only:
-        changed = check_cursor(plan, Cursor(**content["cursor"]), content["ingredients"], job.config.accept_data_change)
-        changed += changes_since(start.uri, content, job.config, state.model_config, job.total_steps)
+        changed = all_changes(start.uri, content, plan, job.config, state.model_config, job.total_steps)
         if "meter" in content:
             meter.restore(content["meter"])
     assert state.step == start.step, "weights and data resume from the same step"

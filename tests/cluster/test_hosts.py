@@ -174,7 +174,7 @@ def test_a_host_is_cut_off_and_comes_back(hosts: Hosts, tmp_path: Path, capsys: 
     assert [len(host.workers()) for host in hosts] == [1, 1]
 
     assert run.end() == 0, run.told()
-    assert f"The workers were lost (rank 1: its node {other.address} is gone); resuming from the last checkpoint" in run.told()
+    assert f"The workers were lost (rank 1: its node {other.address} is gone); resuming from the checkpoint of step" in run.told()
     finish(straight, tmp_path, "straight")
     report = compare(Report(), tmp_path, "straight", "run")
     assert report.passed, (report, run.told())

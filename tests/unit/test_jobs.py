@@ -131,7 +131,7 @@ def test_a_job_is_stopped_by_its_runs_name(
     assert dashboard.stops == ["digits-0a1b2c-2"]
     assert capsys.readouterr().out == (
         "digits-0a1b2c-2 says: SIGTERM: was received: a checkpoint was written, the run has stopped.\n"
-        "digits-0a1b2c-2: STOPPED. Submit it again to resume from its last checkpoint.\n"
+        "digits-0a1b2c-2: STOPPED. Submit it again: it resumes from its newest checkpoint, where it has one.\n"
     )
 
 

@@ -102,7 +102,7 @@ def complete(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     prepared = prepare_small(root, max_steps=2)
     assert go(prepared)
     begin_run(prepared, prepared.job.config)
-    finish_run(prepared, prepared.job.config, 1.0, lambda *_: None)
+    finish_run(prepared, prepared.job.config, lambda *_: None)
     return prepared.job.config
 
 

@@ -290,7 +290,7 @@ def test_a_run_that_is_stopped_is_said_to_go_on(dashboard: Dashboard, capsys: py
     dashboard.jobs = [job("digits-ab", "RUNNING", train)]
     assert main(["submit", "--address", dashboard.url, "--stop", "digits-ab"]) == 0
     assert dashboard.stops == ["digits-ab"]
-    assert "digits-ab: STOPPED. Submit it again to resume from its last checkpoint." in capsys.readouterr().out
+    assert "digits-ab: STOPPED. Submit it again: it resumes from its newest checkpoint, where it has one." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["prepare units --output train", "doctor", "train --config x --dry_run H100"])

@@ -24,7 +24,7 @@ from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError, count_of
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
-from most_ray.runs.interrupts import stopped_text
+from most_ray.runs.interrupts import resuming_text, stopped_text
 from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
 from most_ray.runs.room import cluster_address
@@ -95,6 +95,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
     """
     config = prepared.job.config
     request = AutoscalerRequest(WorkerShare.of(config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
+    again = functools.partial(resuming_text, config.run_uri, config.resume_from_checkpoint)
     failures, check_nodes = FailureWindow(config.max_failures, config.failure_window_s), False
     try:
         while True:
@@ -112,14 +113,14 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
                 result = lost if error else stopped_text(config.run_uri)
                 raise run_stopped(f"was received: {result}, the run has stopped.", shutdown.name) from error
             if error is None:
-                text = f"The workers were stopped after a checkpoint ({watcher.reason}); resuming."
+                text = f"The workers were stopped after a checkpoint ({watcher.reason}); {again()}."
             elif watcher.reason == PREEMPTED or isinstance(error, PreemptionError):
-                text = "A node was taken away before a checkpoint was written; resuming from the one before."
+                text = f"A node was taken away before a checkpoint was written; {again()}."
             elif isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):  # it could not be placed
                 text = "Others took the room for the workers; looking again."
             elif failures.allows(time.monotonic()):
                 left = config.max_failures - len(failures.times)
-                text = f"The workers were lost ({cause}); resuming from the last checkpoint, {left} more allowed."
+                text = f"The workers were lost ({cause}); {again()}, {left} more allowed."
             else:
                 times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
                 rule = f"failed {times}, the last time: {cause.rstrip('.')}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -67,7 +66,6 @@ def train_run(config: RunConfig, console: Console, shutdown: ShutdownSignal, gpu
     }
     report_findings(list(itertools.chain(*walk(checks).values())), console)
     first_screen(prepared, console, validation=evaluation_plan(prepared, config.eval_inline))
-    started = time.monotonic()
     if prepared.done_steps < job.total_steps or not is_complete(prepared):
         ray_started()
         start_ray(config, prepared.topologies[0].world_size, prepared.topologies[-1].world_size, prepared.use_gpu)
@@ -79,7 +77,7 @@ def train_run(config: RunConfig, console: Console, shutdown: ShutdownSignal, gpu
     if not is_complete(prepared):
         rule = "was not reached: its checkpoint or its evaluation is missing."
         raise RunIncompleteError("step", job.total_steps, rule, "Start it again.")
-    return finish_run(prepared, config, time.monotonic() - started, write_report)
+    return finish_run(prepared, config, write_report)
 
 
 def _check_on_cluster(config: RunConfig, gpus: int, console: Console) -> None:
