@@ -22,6 +22,7 @@ from most_ray.records.record import TASKS
 
 _EVERY_S = 60.0  # seconds after which the next plain line is due
 _POLL_S = 0.5  # seconds between two looks at metrics.jsonl
+_GAP = 2  # characters between the line and the bar
 _BAR = (12, 40)  # characters: a bar is drawn where there is room for the fewest
 
 
@@ -90,7 +91,12 @@ class ProgressText:
         every = _losses(self._trained, 4, with_sum=True)
         choices = [(head, every, *pace, past, at), (head, every, *pace, at), (head, tasks[0], *pace, at), (head, tasks[0], *pace, rates)]
         choices += [(head, every, *pace, past), (head, every, *pace), *((head, each, *pace) for each in tasks)]
-        choices += [(head, tasks[2], remaining), (head, tasks[2]), (head,)]
+        choices += [
+            (head, tasks[2], _short_speed(totals.tokens_per_second), remaining),
+            (head, tasks[2], remaining),
+            (head, tasks[2]),
+            (head,),
+        ]
         return _longest(choices, width)
 
 
@@ -98,6 +104,14 @@ def _longest(choices: Iterable[tuple[str, ...]], width: int) -> str:
     """The first choice, its parts joined, that has at most `width` characters; empty if none has."""
     texts = ("  ".join(filter(None, choice)) for choice in choices)
     return next((text for text in texts if len(text) <= width), "")
+
+
+def _short_speed(speed: float | None) -> str:
+    """A speed in three digits: `1.09M tok/s`."""
+    if not speed:
+        return ""
+    size = next((size for size in (1e9, 1e6, 1e3) if speed >= size), 1.0)
+    return f"{speed / size:.3g}{ {1e9: 'G', 1e6: 'M', 1e3: 'k'}.get(size, '') } tok/s"
 
 
 def _losses(line: Mapping[str, Any], digits: int, with_sum: bool = False) -> str:
@@ -143,7 +157,7 @@ class _Bar(ProgressColumn):
 
     def render(self, task: Any) -> ProgressBar | Text:
         fewest, most = _BAR
-        room = self._console.width - len(task.fields["line"]) - 1
+        room = self._console.width - len(task.fields["line"]) - _GAP
         return ProgressBar(task.total, task.completed, min(most, room)) if room >= fewest else Text("")
 
 
@@ -170,11 +184,11 @@ class ProgressWatcher:
         for line in journal_lines(self._metrics, size=self._known) if self._known else ():
             self._text.recall(line)
         with Progress(_Line(), _Bar(self._console), console=self._console, disable=not self._console.is_terminal) as progress:
-            bar = progress.add_task("train", total=self._total, completed=self._text.step, line=self._text.line(self._console.width))
+            bar = progress.add_task("train", total=self._total, completed=self._text.step, line=self._text.line(self._console.width - _GAP))
             stopping = False
             while not stopping:
                 stopping = self._stop.wait(_POLL_S)
                 for line in self._lines.new_lines():
                     if text := self._text.update(line, time.monotonic()):
                         print_line(self._console, text)
-                progress.update(bar, completed=self._text.step, line=self._text.line(self._console.width))
+                progress.update(bar, completed=self._text.step, line=self._text.line(self._console.width - _GAP))

@@ -82,7 +82,10 @@ def prefetch(batches: Iterator[Batch], timeout_s: float, stage: Callable[[], str
                 try:
                     item = ready.get(timeout=timeout_s or None)
                 except queue.Empty:
-                    rule, remedy = f"passed without a batch: {stage()}.", "The same command tries again, from the newest checkpoint where there is one."
+                    rule, remedy = (
+                        f"passed without a batch: {stage()}.",
+                        "The same command tries again, from the newest checkpoint where there is one.",
+                    )
                     raise StreamStalledError("data_timeout_s", timeout_s, rule, remedy) from None
                 if isinstance(item, StopIteration):
                     return

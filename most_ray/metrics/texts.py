@@ -32,11 +32,14 @@ def duration(seconds: float) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """A time that is estimated: `40 s`, `12 min` or `3 h 05 min`."""
+    """A time that is estimated: `40 s`, `12 min`, `3 h 05 min` or `5 d 03 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 100 else f"{hours // 24} d {hours % 24:02d} h"
 
 
 def exactness(changed: Sequence[str], also_changed: Sequence[str]) -> str:

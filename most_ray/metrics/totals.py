@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-COUNTED = ("step", "tokens", "samples", "tokens_per_second", "step_time")  # keys of lines of kind `train`
+COUNTED = ("step", "tokens", "samples", "tokens_per_second", "step_time", "time")  # keys of lines of kind `train`
 _HALF_LIFE = 20.0  # steps after which a step's time counts half in the time left
 
 
@@ -46,6 +46,7 @@ class RunClock:
     def __init__(self) -> None:
         self._ends = [Totals()]  # up to each line
         self._starts: list[int] = []  # steps
+        self._time: float | None = None  # of the newest line, of either kind
         self._lines = 0  # since the newest start
         self._step_time: float | None = None  # seconds, of recent steps, without the first line after each start
 
@@ -79,6 +80,7 @@ class RunClock:
             self._lines = 0
         else:
             self._ends.append(self._with(line, int(step)))
+        self._time = _number(line.get("time"))
         return self.totals
 
     def _cut(self, step: int) -> None:
@@ -88,7 +90,7 @@ class RunClock:
     def _with(self, line: Mapping[str, Any], step: int) -> Totals:
         before = self.totals
         steps = step - max(before.step, 0 if len(self._ends) > 1 or not self._starts else self._starts[-1])
-        tokens, seconds = int(_number(line.get("tokens")) or 0), _seconds(line, steps)
+        tokens, seconds = int(_number(line.get("tokens")) or 0), _seconds(line, steps, self._time)
         self._pace(steps, seconds)
         return Totals(
             step,
@@ -119,12 +121,14 @@ def clock_of(lines: Iterable[Mapping[str, Any]]) -> RunClock:
     return clock
 
 
-def _seconds(line: Mapping[str, Any], steps: int) -> float | None:
-    """The time of a line's steps; None where it does not say it."""
-    tokens, speed, step_time = (_number(line.get(key)) for key in ("tokens", "tokens_per_second", "step_time"))
+def _seconds(line: Mapping[str, Any], steps: int, before: float | None) -> float | None:
+    """The time of a line's steps; None where it does not say it. `before`: the time at which they began, for lines that say no more."""
+    tokens, speed, step_time, time = (_number(line.get(key)) for key in ("tokens", "tokens_per_second", "step_time", "time"))
     if tokens and speed and tokens > 0 and speed > 0:
         return tokens / speed
-    return step_time * max(1, steps) if step_time and step_time > 0 else None
+    if step_time and step_time > 0:
+        return step_time * max(1, steps)
+    return time - before if speed is None and step_time is None and time is not None and before is not None and time > before else None
 
 
 def _number(value: Any) -> float | None:

@@ -23,7 +23,7 @@ from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.io.yaml_values import parse_yaml
 from most_ray.metrics.columns import TrainLines, number
 from most_ray.metrics.rows import kind_of
-from most_ray.metrics.totals import COUNTED, RunClock, Totals, clock_of
+from most_ray.metrics.totals import COUNTED, RunClock, Totals
 from most_ray.options import stored_values
 from most_ray.records.files import SPEECH_FOLDER, UNITS_MANIFEST, VOCODER
 
@@ -146,8 +146,14 @@ class RunData:
 
     @cached_property
     def _clock(self) -> RunClock:
+        clock, seen = RunClock(), 0
         columns = [self.train.values(key).tolist() for key in COUNTED]
-        return clock_of([*self.starts[:1], *(dict(zip(COUNTED, row, strict=True)) for row in zip(*columns, strict=True))])
+        for attempt, *row in zip(self.train.attempts.tolist(), *columns, strict=True):
+            for start in self.starts[seen:attempt]:
+                clock.add({**start, "step": clock.totals.step if seen else start.get("step")})
+            seen = max(seen, attempt)
+            clock.add(dict(zip(COUNTED, row, strict=True)))
+        return clock
 
     @property
     def totals(self) -> Totals:

@@ -201,7 +201,9 @@ def notes(runs: Runs) -> list[str]:
     for run in runs:
         start, line = (run.starts[-1] if run.starts else {}), (run.train[-1] if run.train else {})
         sets = run.last_evaluation.sets if run.last_evaluation else {}
-        found += [(f"{run.name}: " if len(runs) > 1 else "") + text for text in run_notes(start, line, sets, number(run.config.get("load_alert")))]
+        found += [
+            (f"{run.name}: " if len(runs) > 1 else "") + text for text in run_notes(start, line, sets, number(run.config.get("load_alert")))
+        ]
     return found
 
 

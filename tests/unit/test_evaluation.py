@@ -72,7 +72,7 @@ def test_a_file_scored_again_gives_the_same_numbers(
     assert hypotheses_path(tmp_path / "e.json") == written
     assert main(["evaluate", "--rescore", str(written), "--output", str(tmp_path / "again.json")]) == 0
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "e.json").read_bytes()
-    assert "asr/spoken: WER 450.00% [342.86%, 514.29%]  CER" in capsys.readouterr().out
+    assert "asr/spoken: WER 450.0% [342.9%, 514.3%]  CER" in capsys.readouterr().out
     raw = rescore(str(written), "none")
     assert raw["settings"]["normaliser"] == "none"
     assert raw["sets"]["asr/spoken"]["characters"] != evaluated.result["sets"]["asr/spoken"]["characters"]

@@ -62,7 +62,7 @@ def test_a_crowded_expert_is_named(caplog: pytest.LogCaptureFixture) -> None:
         lines(meter, result(EVEN, EVEN), result(EVEN, CROWDED, 7))
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith("step 7: in layer 2 expert 6 has 3.8 times the mean load of the audio experts")
+    assert message.startswith("step 7: in layer 2 expert 6 has 3.80 times the mean load of the audio experts")
     assert "aux_loss_alpha or balance_bias_rate" in message
 
 
@@ -80,13 +80,21 @@ def test_alerts_come_once_in_a_hundred_lines_of_each_modality(caplog: pytest.Log
 
 @pytest.mark.parametrize(
     ("alert", "audio"),
-    [(0.0, CROWDED), (3.9, CROWDED), (3.0, [0, 0, 40, 0])],
+    [(0.0, CROWDED), (3.9, [60, 50, 50, 40]), (3.0, [0, 0, 40, 0])],
     ids=["off", "below", "too few to tell"],
 )
 def test_no_alert(caplog: pytest.LogCaptureFixture, alert: float, audio: list[int]) -> None:
     with caplog.at_level(logging.WARNING):
         lines(Meter(tiny_config(), load_alert=alert), result(EVEN, audio))
     assert not caplog.records
+
+
+def test_an_expert_with_nearly_all_it_can_have_is_named_however_high_load_alert_is(caplog: pytest.LogCaptureFixture) -> None:
+    """With 2 of 4 experts selected, no load is above twice the mean."""
+    with caplog.at_level(logging.WARNING):
+        lines(Meter(tiny_config(), load_alert=4.0), result(EVEN, [95, 85, 15, 5], 7))
+    (record,) = caplog.records
+    assert "expert 4 has 1.90 times the mean load of the audio experts, of at most 2.00 (load_alert is 4). Raise" in record.getMessage()
 
 
 @pytest.mark.parametrize(("name", "value"), [("load_alert", 1.0), ("load_alert", -1.0), ("balance_bias_rate", -0.1)])

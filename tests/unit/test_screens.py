@@ -36,7 +36,7 @@ def prepared(root: Path, **changes: Any) -> Any:
     asked = {"output_dir": str(root), "name": "mine", "wandb_project": "speech", "tensorboard": True}
     job = SimpleNamespace(config=config_from(asked), total_steps=40, plan=plan.spec, threads=1, model_path=str(model))
     settings = {"job": job, "plan": plan, "folder": RunFolder(str(root / "mine")), "topologies": (Topology(1, 2, 2),)}
-    return SimpleNamespace(**{**settings, "done_steps": 0, "use_gpu": False, "n_rejected": 0, "changed": [], **changes})
+    return SimpleNamespace(**{**settings, "done_steps": 0, "use_gpu": False, "n_rejected": 0, "changed": [], "also_changed": [], **changes})
 
 
 def test_the_first_screen_says_what_will_be_done(tmp_path: Path) -> None:
@@ -107,15 +107,15 @@ def test_the_last_screen_shows_figures_of_every_task_and_where_things_lie() -> N
     console = screen()
     last_screen(SUMMARY, console)
     text = shown(console)
-    assert rows(text, "asr/takes") == [["asr/takes", "2.00%", "1.0 to 4.0", "1.10%", "4", "200", "100", "0.0272"]]
+    assert rows(text, "asr/takes") == [["asr/takes", "2.00%", "1.00% to 4.00%", "1.10%", "4 of 200", "100", "0.0272"]]
     assert rows(text, "asr/silent")[0][1:4] == ["-", "-", "-"]
-    assert rows(text, "tts/takes ")[0] == ["tts/takes", "40.00%", "12.50%", "6.2 to 25.0", "1.03", "50", "2.5000"]
+    assert rows(text, "tts/takes ")[0] == ["tts/takes", "12.5%", "6.25% to 25.0%", "40.0%", "1.03", "50", "2.5000"]
     assert rows(text, "text/books") == [["text/books", "20.09", "9", "3.0000"]]
     assert rows(text, "u[1]") == [["tts/takes u[1]", "one", "[Hu7][/Hu8]"]]
     assert rows(text, "audio")[0] == ["audio", "-", "-", "50.0%", "50.0%"]
     ends = (
         "Selections across the modality border: 0",
-        "Time:       7 min, 11,391 tokens/s",
+        "Time:       7 min 10 s of training, 11,391 tokens/s",
         "Checkpoint: runs/mine/",
         "Report:     runs/mine/",
     )
@@ -126,7 +126,7 @@ def test_the_last_screen_reads_older_and_bare_summaries() -> None:
     errors = {"wer": 0.02, "substitutions": 2, "deletions": 1, "insertions": 1, "words": 200, "records": 100}
     console = screen()
     last_screen({"sets": {"asr/takes": {"task": "asr", "records": 100, "loss": 0.0272, "errors": errors}}, "export": "there"}, console)
-    assert rows(shown(console), "asr/takes") == [["asr/takes", "2.00%", "-", "-", "4", "200", "100", "0.0272"]]
+    assert rows(shown(console), "asr/takes") == [["asr/takes", "2.00%", "-", "-", "4 of 200", "100", "0.0272"]]
     console = screen()
     last_screen({"checkpoint": "here"}, console)
     assert shown(console) == "Checkpoint: here\n"

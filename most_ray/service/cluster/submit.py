@@ -309,7 +309,9 @@ def stop(client: JobSubmissionClient, name: str, write: Write) -> int:
     if last := _stopped_line(client, target):
         write(f"{target} says: {last}\n")
     resumes = job.status == JobStatus.STOPPED and re.search(_RESUMES, job.entrypoint or "")
-    write(f"{target}: {job.status.value}.{' Submit it again: it resumes from its newest checkpoint, where it has one.' if resumes else ''}\n")
+    write(
+        f"{target}: {job.status.value}.{' Submit it again: it resumes from its newest checkpoint, where it has one.' if resumes else ''}\n"
+    )
     return 0
 
 
