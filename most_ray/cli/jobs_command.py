@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 ADDRESS_HELP = (
     "the cluster's dashboard as http://HOST:8265, or its head as HOST:6379 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, this machine)"
 )
-_COMMAND = 60  # characters of a command in the table
+_LEAST, _COMMAND = 20, 60  # characters of a command in the table
 _ENDED = 20  # jobs that have ended and are shown
 
 
@@ -80,6 +80,11 @@ def _follow(client: JobSubmissionClient, args: argparse.Namespace, write: Callab
         return 0
 
 
+def _age(job: Job, now: float) -> str:
+    age = job.age(now)
+    return "-" if age is None else duration(age)
+
+
 def show(jobs: Sequence[Job], address: str, now: float, console: Terminal) -> None:
     """Print a table of jobs: those under way, and the newest that have ended. `now`: UNIX seconds."""
     under_way = [job for job in jobs if job.under_way]
@@ -87,19 +92,12 @@ def show(jobs: Sequence[Job], address: str, now: float, console: Terminal) -> No
     if not jobs:
         say(f"{address} has no jobs. `most-ray submit` makes one.")
         return
-    table = Table(
-        "name",
-        "state",
-        Column("age", no_wrap=True),
-        Column("job", overflow="fold"),
-        Column("command", no_wrap=True),
-        title=f"Jobs of {address}",
-    )
-    for job in (*under_way, *ended[:_ENDED]):
-        age = job.age(now)
-        command = job.short_command
-        shown = command if len(command) <= _COMMAND else f"{command[:_COMMAND]}..."
-        table.add_row(job.name or "-", job.state, "-" if age is None else duration(age), job.submission, shown)
+    rows = [(job.name or "-", job.state, _age(job, now), job.submission, job.short_command) for job in (*under_way, *ended[:_ENDED])]
+    left = console.width - sum(max(map(len, column)) + 3 for column in list(zip(*rows, strict=True))[:-1]) - 4
+    most = min(_COMMAND, max(_LEAST, left))  # a command takes the rest of the line, for it is the part that one can do without
+    table = Table("name", "state", "age", Column("job", overflow="fold"), "command", title=f"Jobs of {address}")
+    for *cells, command in rows:
+        table.add_row(*cells, command if len(command) <= most else f"{command[: most - 3]}...")
     console.print(table)
     if len(ended) > _ENDED:
         say(f"{len(ended) - _ENDED} more have ended earlier; --json lists all.")

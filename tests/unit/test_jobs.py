@@ -109,6 +109,15 @@ def test_a_long_list_ends_with_the_newest_that_have_ended() -> None:
     assert "a30" in text and "a11" in text and "a10" not in text and text.index("RUNNING") < text.index("FAILED")
 
 
+def test_a_command_takes_what_a_line_has_left() -> None:
+    jobs = known(made("digits-0a1b2c", "RUNNING"), made("digits-0a1b2c-2", "FAILED"))
+    for width, shown in ((80, "train --config configs/digit..."), (120, "train --config configs/digits.yaml --max_steps 5")):
+        console = Terminal(file=io.StringIO(), width=width)
+        jobs_command.show(jobs, "http://x", 1100.0, console)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert sum(shown in line for line in lines) == 2 and len(lines) == 7 and max(map(len, lines)) <= width
+
+
 def test_jobs_as_json_are_all_and_nothing_else(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     dashboard.jobs = [made(f"run{number}-0a1b2c", "FAILED") for number in range(40)]
     assert main(["jobs", "--address", dashboard.url, "--json"]) == 0
