@@ -45,6 +45,17 @@ def submit(*before: Make, words: Sequence[str] = ("train", "--config", "c.yaml")
     return make
 
 
+def jobs(*before: Make, flags: Sequence[str] = (), address: str = NOBODY) -> Callable[[Path], Sequence[str]]:
+    """`most-ray jobs`, after what `before` does to the folder."""
+
+    def make(folder: Path) -> Sequence[str]:
+        for each in before:
+            each(folder)
+        return ["jobs", "--address", address, *flags]
+
+    return make
+
+
 def put(name: str, content: str | bytes = "sekret", mode: int = 0o600) -> Make:
     """Writes a file below the folder; below its parent, which is the home folder, where the name begins with "../"."""
 
@@ -164,6 +175,10 @@ TOKENS = [
             ("RAY_ADDRESS", train(put(HOME_TOKEN, TOKEN, 0o644)), {"RAY_ADDRESS": "auto"}),
             ("submit", submit(put(HOME_TOKEN, TOKEN, 0o644)), {}),
             ("submit --stop", submit(put(HOME_TOKEN, TOKEN, 0o644), words=("--stop", "x")), {}),
+            *(
+                (f"jobs {' '.join(flags)}", jobs(put(HOME_TOKEN, TOKEN, 0o644), flags=flags), {})
+                for flags in ((), ("--stop", "x"), ("--json",))
+            ),
         )
     ),
     Case(
@@ -197,7 +212,8 @@ FOLDERS = [
 
 ADDRESSES = [
     *(
-        Case(f"address {address!r}", submit(address=address), says, never=["sekret"], environment=CLEAN)
+        Case(f"{command} address {address!r}", make(address=address), says, never=["sekret"], environment=CLEAN)
+        for command, make in (("submit", submit), ("jobs", jobs))
         for address, says in (
             (NOBODY, "address = .*does not answer as a Ray dashboard"),
             ("http://user:sekret@127.0.0.1:1", r"\*\*\*@127.0.0.1:1.*does not answer"),
@@ -244,6 +260,23 @@ STATE = "working_dir = .*holds a cluster's state, .*which lets everyone in"
 WITHHELD = "Not sent with the job, as it may hold credentials: "
 STAYS = r"is not sent with the job, which looks for it below MOST_RAY_HOME"
 DATA = put("data/train/records.jsonl", "{}")
+JOBS = [
+    *(
+        Case(f"jobs {' '.join(flags)}", jobs(flags=flags), says, environment=CLEAN)
+        for flags, says in (
+            (("--stop", "a", "--follow", "b"), "stop: and follow exclude each other"),
+            (("--stop", "a", "--json"), "stop: and json exclude each other"),
+            (("--json", "--follow", "\x1b[31m"), "follow: and json exclude each other"),
+            (("a",), "'a'|argument.*belongs to no flag"),
+            (("--stop",), "expected one argument"),
+            (("--stpo", "a"), "Did you mean 'stop'"),
+            (("--stop", "a"), "does not answer as a Ray dashboard"),
+            (("--follow", "a"), "does not answer as a Ray dashboard"),
+            (("--json",), "does not answer as a Ray dashboard"),
+        )
+    ),
+]
+
 PACKAGES = [
     *(
         told(f"with {name!r}", put(name), says=f"{WITHHELD}{shown}\\. Copy what the job needs", never=["sekret"])
@@ -357,4 +390,4 @@ PACKAGES = [
     ),
 ]
 
-CASES = [*TOKENS, *FOLDERS, *ADDRESSES, *PACKAGES]
+CASES = [*TOKENS, *FOLDERS, *ADDRESSES, *JOBS, *PACKAGES]

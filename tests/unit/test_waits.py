@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from types import ModuleType
 
+import huggingface_hub
 import pytest
 
-from most_ray.io import waits
+from most_ray.config import config_from
+from most_ray.io import hub, storage, waits
 from most_ray.io.waits import waiting_for
+from most_ray.service.cluster import connection
 
 
 class Lines:
@@ -82,3 +87,32 @@ def test_a_screen_that_has_gone_does_not_matter() -> None:
 
     with waiting_for("x", None, gone):
         assert said.wait(30)
+
+
+def named_by(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str]:
+    """What a module says that it waits for, however short that is."""
+    named: list[str] = []
+
+    def wait(what: str, *_: object) -> contextlib.AbstractContextManager[None]:
+        named.append(what)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(module, "waiting_for", wait)
+    return named
+
+
+def test_storage_the_hub_and_a_cluster_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = named_by(monkeypatch, storage)
+    monkeypatch.setattr(storage, "_filesystem", lambda uri: (None, uri))
+    assert storage._remote("s3://bucket/x", lambda _, path: path) == "s3://bucket/x" and named == ["s3://bucket/x"]
+
+    named = named_by(monkeypatch, hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: f"/cache/{name}")
+    assert hub._fetch("a/b", "model", False) == "/cache/a/b" and named == ["the Hugging Face hub to send a/b"]
+
+    named = named_by(monkeypatch, connection)
+    monkeypatch.setattr(connection.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connection, "check_address", lambda _: (_ for _ in ()).throw(RuntimeError("asked")))
+    with pytest.raises(RuntimeError, match="asked"):
+        connection.connect(config_from({"ray_address": "10.0.0.1:6379"}), 0)
+    assert named == ["Ray at 10.0.0.1:6379"]

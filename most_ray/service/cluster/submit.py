@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 import shlex
@@ -180,7 +181,8 @@ def submit(client: JobSubmissionClient, base: str, command: Sequence[str], packa
             raise package.too_large("more than the cluster takes") from error
         if submission in dict(_ids(client, write)):  # another call was faster, or the answer was lost
             return submission, False
-        raise ConfigError("job", submission, f"was refused ({one_line(error)}).") from error
+        sent = f"{package.amount} were to be sent: `most-ray submit --what` shows the largest."
+        raise ConfigError("job", submission, f"was refused ({one_line(error)}).", sent) from error
     return submission, True
 
 
@@ -250,7 +252,7 @@ class _LogWriter:
 
 def _tail(client: JobSubmissionClient, submission: str, write: Write) -> JobDetails:
     """Write the whole log, also over connections that break or fall silent, until the job has ended. Returns the job's last state."""
-    log, warned = _LogWriter(write), False
+    log, warned = _LogWriter(write), -math.inf  # when the last line about a log that cannot be read was written
     with asyncio.Runner() as runner:
         while True:
             chunks: list[str] = []
@@ -262,7 +264,7 @@ def _tail(client: JobSubmissionClient, submission: str, write: Write) -> JobDeta
                 text, chunks[:] = "".join(chunks), []
                 position = log.take(text, position)
                 if text:
-                    last_news, warned = time.monotonic(), False
+                    last_news, warned = time.monotonic(), -math.inf
                 elif time.monotonic() - last_news >= _QUIET_S:
                     last_news = time.monotonic()
                     ended = _retrying(client, write, client.get_job_info, submission).status.is_terminal()
@@ -277,8 +279,8 @@ def _tail(client: JobSubmissionClient, submission: str, write: Write) -> JobDeta
                 except (*_NO_ANSWER, AuthenticationError):
                     write("The end of the job's log cannot be read.\n")
                 return job
-            if failure and not warned:
-                warned = True
+            if failure and time.monotonic() - warned >= _EXPLAIN_S:
+                warned = time.monotonic()
                 write("The job's log cannot be read; trying again.\n")
             time.sleep(_POLL_S)
 
