@@ -2,8 +2,20 @@
 export PYTHON TORCH TORCH_INDEX
 BIN := .venv/bin
 .NOTPARALLEL:
+.DEFAULT_GOAL := help
 
-.PHONY: train test quick bad-inputs coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock sbom audit digits-data clean asked
+.PHONY: help train test quick bad-inputs coverage test-newest test-oldest chaos cluster sweep bench an4 check docs format lock sbom audit digits-data clean asked
+
+help:  ## this list
+	@echo "make TARGET [VARIABLE=VALUE]: each sets up .venv by itself"
+	@echo
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=python3.12        the interpreter of .venv"
+	@echo "  TORCH=cuda|cpu           the build of torch (default: cuda where there is an NVIDIA GPU)"
+	@echo "  TORCH_INDEX=URL          any other build of torch"
+	@echo "  KEEP=1                   of lock: change only what must change"
+	@echo "  AN4=DIR, FSDD=DIR        recordings, of an4 and of digits-data"
 
 train: .venv/.installed  ## train on the spoken digits, evaluate, export: runs/digits
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from most_ray.console.streams import drop_stream, open_streams
-from most_ray.errors import EXIT_INTERRUPTED, ConfigError, Interrupted, UserError, explain_os_error
+from most_ray.errors import EXIT_INTERRUPTED, ConfigError, Interrupted, UserError, explain_os_error, printable
 
 if TYPE_CHECKING:
     from most_ray.cli.parser import Parser
@@ -20,12 +21,13 @@ _READER_GONE = 141  # exit code of shells for a process whose output has no read
 def build_parser() -> Parser:
     """The parser of all commands; a command's module adds its own."""
     # Imported here: it takes a second, in which an interrupt must end as in any other (see `main`).
-    from most_ray.cli import cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands
+    from most_ray.cli import about_commands, cluster_commands, evaluate_command, prepare_commands, run_commands, speech_commands
     from most_ray.cli.parser import Parser, add_commands, remember_flags
 
     parser = Parser(prog="most-ray", description="Post-train MoST on speech recognition and synthesis.")
+    about_commands.add_version(parser)
     commands = add_commands(parser, "command", "COMMAND")
-    for each in (prepare_commands, run_commands, evaluate_command, speech_commands, cluster_commands):
+    for each in (prepare_commands, run_commands, evaluate_command, speech_commands, cluster_commands, about_commands):
         each.add(commands)
     remember_flags(parser)
     return parser
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _tell("; ".join(part for part in ("most-ray: interrupted", str(error) if isinstance(error, Interrupted) else "") if part))
         code = EXIT_INTERRUPTED
+    _end_of_libraries(code)
     try:
         sys.stdout.flush()
     except OSError:
@@ -94,6 +97,16 @@ def _carry_out(args: argparse.Namespace) -> int:
 def _is_interrupt(error: BaseException | None) -> bool:
     """Whether an error is an interrupt, or what a library has made of one: extension modules end their import with their own error."""
     return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__))
+
+
+def _end_of_libraries(code: int) -> None:
+    """At a command's end, say where the lines of libraries are if it has failed, and keep them from writing after it."""
+    from most_ray.console.library_log import LIBRARIES
+
+    if (colorama := sys.modules.get("colorama.initialise")) is not None:  # it would write an escape, to terminals without colours too
+        atexit.unregister(colorama.reset_all)
+    if (path := LIBRARIES.close_file(keep=code == 1)) is not None and code == 1:
+        _tell(f"most-ray: what the libraries said is in {printable(str(path))}")
 
 
 def _tell(line: str) -> None:

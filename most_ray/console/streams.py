@@ -33,7 +33,11 @@ def drop_stream(number: int) -> None:
 
 def drop_lost_streams() -> None:
     """Let what is written to a terminal that has ended go nowhere: it would raise an error in whoever writes. Called on a signal."""
-    for number in (1, 2):
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # no stream of the system, as in a test
+            continue
         try:
             os.write(number, b"")
         except OSError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from most_ray.console.library_log import LIBRARIES, debugging, is_own
 from most_ray.console.streams import drop_stream
 from most_ray.console.tables import fitting
 from most_ray.errors import printable, redact
@@ -176,8 +178,27 @@ class LogFormatter(logging.Formatter):
         return shown_text(super().formatMessage(record))
 
 
+class _Screen(logging.StreamHandler[TextIO]):
+    """Writes to the standard error of the moment, which may be replaced: see `library_log.divert_native`."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(LogFormatter())
+        self.addFilter(lambda record: debugging() or is_own(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def log_to_stderr(level: int) -> None:
-    """Write the warnings of all libraries, and of this one, to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter())
-    logging.basicConfig(level=level, handlers=[handler])
+    """Write this program's warnings to standard error, and those of libraries to `LIBRARIES`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if debugging() else "error")  # its lines come to no handler of ours
+    root = logging.getLogger()
+    if root.handlers:  # whoever embeds this has chosen
+        return
+    root.setLevel(level)
+    root.addHandler(_Screen())
+    if not debugging():
+        root.addHandler(LIBRARIES)
+        logging.captureWarnings(True)

@@ -32,6 +32,12 @@ def stopped_text(run_uri: str) -> str:
     return "a checkpoint was written" if step is None else f"the checkpoint of step {step} was written"
 
 
+def newest_text(run_uri: str) -> str:
+    """What there is of a run whose workers have ended without a checkpoint."""
+    step = saved_step(run_uri)
+    return "there is no checkpoint yet" if step is None else f"the newest checkpoint is that of step {step}"
+
+
 @contextlib.contextmanager
 def explained_interrupt(run_uri: str) -> Iterator[None]:
     """Let a Ctrl-C that ends a run at once say what the same command resumes from. Raises Interrupted instead of KeyboardInterrupt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -147,3 +148,14 @@ def test_a_jobs_file_is_its_configuration_too(words: list[str], sent: list[str] 
 def test_a_file_and_a_flag_are_one_too_many(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="belongs to no flag, and --config"):
         build_parser().parse_args(["train", "a.yaml", "--config", "b.yaml"])
+
+
+def test_make_alone_lists_its_targets() -> None:
+    text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("  ") and "=" not in line.split()[0]]
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert targets and set(listed) == set(targets[1].split()) - {"asked"}
+    for variable in ("PYTHON", "TORCH", "TORCH_INDEX", "KEEP", "AN4", "FSDD"):
+        assert f"{variable}=" in text
+    said = subprocess.run(["make", "--dry-run", "train"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "most-ray train --config jobs/configs/digits.yaml" in said

@@ -18,7 +18,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from most_ray.cli import main
+from most_ray.console.library_log import LibraryLog
 from most_ray.console.terminal import LogFormatter, Terminal, print_line, progress_bar, say, table_lines, write_log
+from tests.conftest import ROOT
+from tests.support.terminals import TerminalCommand
 
 HOSTILE = "[/b]\x1b]52;c;cm0=\x07\x9b31m\u202e s3://user:sekret@bucket/x :smile: \udcff"
 WORDS = Path(sys.executable).with_name("most-ray")
@@ -213,3 +216,96 @@ def test_an_interrupt_while_the_command_is_loaded(module: str) -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert found.returncode == 128 + signal.SIGINT and found.stdout == b""
     assert found.stderr.decode().startswith("most-ray: interrupted") and found.stderr.count(b"\n") == 1
+
+
+_SCREEN = """
+from rich.table import Table
+from most_ray.console.terminal import Terminal, progress_bar
+console = Terminal(80)
+table = Table("a", title="b")
+table.add_row("c", style="red")
+console.print(table)
+console.print("d", style="bold red")
+with progress_bar(console, "e") as bar:
+    bar.add_task("e", total=2, completed=1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "terminal", "colours", "escapes"),
+    [
+        ({}, False, False, False),
+        ({"TERM": "xterm-256color"}, True, True, True),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, True, False, True),
+        ({"TERM": "dumb"}, True, False, False),
+        ({"FORCE_COLOR": "1", "TERM": "xterm-256color"}, False, True, True),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(
+    environment: dict[str, str], terminal: bool, colours: bool, escapes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TERM", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    if terminal:
+        command = TerminalCommand([sys.executable, "-c", _SCREEN], tmp_path, {"PYTHONPATH": str(ROOT), **environment})
+        assert command.end(60.0) == 0
+        shown = command.shown.decode()
+    else:
+        words = [sys.executable, "-c", _SCREEN]
+        shown = subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "d" in shown
+    assert bool(re.search(r"\x1b\[[0-9;]*(3[0-8]|9[0-7])[0-9;]*m", shown)) == colours
+    assert ("\x1b[" in shown) == escapes
+
+
+_NOISY = """
+import logging, os, sys, warnings
+from pathlib import Path
+from most_ray.console.library_log import LIBRARIES, divert_native
+from most_ray.console.terminal import log_to_stderr
+log_to_stderr(logging.WARNING)
+logging.getLogger("some.library").error("raw message %s", "x" * 900)
+warnings.warn("something will change", FutureWarning)
+logging.getLogger("most_ray.x").warning("ours")
+if len(sys.argv) > 1:
+    divert_native(Path(sys.argv[1]))
+os.write(2, b"*** SIGTERM received at time=1 on cpu 0 ***\\n")
+sys.stderr.write("the command's own\\n")
+logging.getLogger("most_ray.x").warning("ours again")
+print(LIBRARIES.close_file(keep=True))
+"""
+
+
+def test_what_libraries_say_goes_to_a_file(tmp_path: Path) -> None:
+    log = tmp_path / "libraries.log"
+    found = subprocess.run([sys.executable, "-c", _NOISY, str(log)], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stderr.splitlines() == ["WARNING most_ray.x: ours", "the command's own", "WARNING most_ray.x: ours again"]
+    assert found.stdout.strip() == str(log)
+    kept = log.read_text()
+    assert all(part in kept for part in ("raw message xxx", "FutureWarning: something will change", "*** SIGTERM received"))
+
+
+def test_what_libraries_say_is_shown_to_who_debugs(tmp_path: Path) -> None:
+    words, log = [sys.executable, "-c", _NOISY], tmp_path / "libraries.log"
+    environment = {**os.environ, "MOST_RAY_DEBUG": "1"}
+    found = subprocess.run([*words, str(log)], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert all(part in found.stderr for part in ("raw message xxx", "FutureWarning", "*** SIGTERM", "ours again")) and not log.exists()
+
+
+def test_without_a_run_it_is_kept_in_a_temporary_file(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", _NOISY], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert "raw message" not in found.stderr and "raw message" in Path(found.stdout.strip()).read_text()
+
+
+def test_a_file_in_which_nothing_was_said_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = LibraryLog()
+    log.write_to(tmp_path / "a.log")
+    (tmp_path / "a.log").touch()
+    assert log.close_file(keep=True) is None and not (tmp_path / "a.log").exists()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    log.temporary = True
+    log.handle(logging.LogRecord("ray", logging.ERROR, "", 0, "lost", (), None))
+    log.handle(logging.LogRecord("most_ray.x", logging.ERROR, "", 0, "ours", (), None))
+    assert (tmp_path / "a.log").read_text().endswith(" ERROR ray: lost\n")
+    assert log.close_file(keep=False) is None and not (tmp_path / "a.log").exists()

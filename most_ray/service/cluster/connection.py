@@ -13,6 +13,7 @@ import ray
 import ray.exceptions
 
 from most_ray.config import RunConfig
+from most_ray.console.library_log import divert_native
 from most_ray.distributed.stop_signals import hangup_blocked
 from most_ray.errors import ConfigError, one_line
 from most_ray.io import storage
@@ -21,7 +22,7 @@ from most_ray.runs.room import check_room, cluster_address
 from most_ray.service.cluster.address import check_address
 from most_ray.service.cluster.capacity import TASK_CPUS, WorkerShare, fitting, nodes_now
 from most_ray.service.cluster.private_files import check_ray_folder, check_token, open_token, ray_folder, require_private_token
-from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback, largest_resources, nodes_to_come
+from most_ray.service.cluster.ray_internals import has_autoscaler, keep_loopback, largest_resources, log_raylet_messages, nodes_to_come
 
 
 def start_ray(config: RunConfig, fewest: int, most: int, use_gpu: bool) -> None:
@@ -111,6 +112,7 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     Raises ConfigError where the cluster cannot be joined."""
     if ray.is_initialized():
         return
+    keep_libraries_quiet()
     # Little output, and nothing sent anywhere. No variable of Ray Train's is set: see `attempts._Trainer`.
     for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "1"}.items():
         os.environ.setdefault(name, value)
@@ -123,7 +125,7 @@ def connect(config: RunConfig, local_cpus: int) -> None:
     with waiting_for(f"Ray at {address}"):
         check_address(address)
         try:
-            joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            joined = ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             reason = f"cannot be joined ({one_line(error)[:200]})."
             raise ConfigError("ray_address", address, reason, "Check it, and that Ray runs there.") from error
@@ -131,6 +133,18 @@ def connect(config: RunConfig, local_cpus: int) -> None:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "0"  # the dashboard would show the URI's credentials
     elif joined.dashboard_url:  # without a dashboard Ray Train would complain of it every second
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+
+
+def keep_libraries_quiet() -> None:
+    """Let Ray's log lines, and what its native code writes in this process, go where those of all libraries go. By its own handler, made
+    when it is imported, they would be on the screen."""
+    if divert_native():
+        own = logging.getLogger("ray")
+        for handler in list(own.handlers):
+            own.removeHandler(handler)
+        own.setLevel(logging.WARNING)
+        own.propagate = True
+        log_raylet_messages()
 
 
 def start_local_ray(num_cpus: int, **changes: Any) -> Any:
@@ -148,7 +162,8 @@ def start_local_ray(num_cpus: int, **changes: Any) -> Any:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     keep_loopback()
     where = {"_node_ip_address": "127.0.0.1", "_temp_dir": changes.pop("_temp_dir", None) or ray_folder()}
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
+    keep_libraries_quiet()
     with hangup_blocked():
         try:
             return ray.init(**{"num_cpus": num_cpus, "object_store_memory": 512 << 20, **where, **quiet, **changes})

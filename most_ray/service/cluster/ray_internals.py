@@ -7,7 +7,11 @@ errors (training/attempts.py), and Tune's schedulers and search (tune/schedulers
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import ray
+import ray._private.worker
 from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, _enable_token_auth
 from ray._private.state import available_resources_per_node, state
@@ -17,6 +21,29 @@ from ray.experimental import internal_kv
 from most_ray.io.json_values import parse_json
 
 _MOST_OF_A_KIND = 100_000  # nodes of a kind without limit, or of a resource on a node: more than any cluster has
+
+
+def local_ray_has_ended() -> bool:
+    """Whether the Ray that this process has started has lost one of the processes that it cannot do without."""
+    node = _global_node()
+    needed = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+    return node is not None and any(kind in needed for kind, _ in node.dead_processes())
+
+
+def _global_node() -> Any:
+    return ray._private.worker._global_node
+
+
+def log_raylet_messages() -> None:
+    """Let what Ray's processes report to this one go to Ray's logger: by itself Ray prints it, a thousand characters a message."""
+
+    def log(data: dict[str, Any], ignore_prefix: bool) -> None:
+        del ignore_prefix
+        for line in data["lines"]:
+            logger.error("%s: %s", data["pid"], line)
+
+    logger = logging.getLogger("ray.raylet")
+    ray._private.worker.print_to_stdstream = log
 
 
 def kv_put(key: bytes, value: bytes) -> None:

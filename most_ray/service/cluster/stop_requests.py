@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +18,10 @@ from collections.abc import Callable, Iterator
 import ray
 
 from most_ray.console.streams import drop_lost_streams
-from most_ray.console.terminal import say_in_handler
+from most_ray.console.terminal import say, say_in_handler
 from most_ray.distributed.stop_signals import STOPPING, interrupt_signals, stop_signals
 from most_ray.errors import EXIT_STOPPED, UserError
-from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put
+from most_ray.service.cluster.ray_internals import draining_nodes, kv_delete, kv_get, kv_put, local_ray_has_ended
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0  # seconds between two looks at the key-value store
@@ -133,6 +135,34 @@ class ShutdownSignal(threading.Event):
             if threading.current_thread() is threading.main_thread():
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+
+class LocalRayWatcher:
+    """Within a block, ends this process once the Ray that it has started has ended, as where a signal went to the whole process group:
+    calls into Ray would wait a minute for it, and then end the process without a word.
+
+    Args:
+        reason: the error to report then.
+    """
+
+    def __init__(self, reason: Callable[[], UserError]) -> None:
+        self._reason, self._ended = reason, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ray-watcher", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(1.0):
+            if local_ray_has_ended() and not self._ended.wait(1.0):  # the signal may be this process's, too, and not be handled yet
+                error = self._reason()
+                with contextlib.suppress(OSError):
+                    say(f"most-ray: {error.kind}: {error}", sys.stderr)
+                    sys.stdout.flush()
+                os._exit(error.exit_code)
 
 
 class AttemptWatcher:

@@ -19,25 +19,27 @@ from ray.train.v2.api.exceptions import PreemptionError, TrainingFailedError
 from rich.console import Console
 
 from most_ray.checkpoint import catalog
+from most_ray.console.library_log import LIBRARIES
 from most_ray.console.terminal import print_line
 from most_ray.distributed.topology import Topology
 from most_ray.errors import UserError, count_of
 from most_ray.evaluation.inline import EvaluationJob
 from most_ray.io import storage
-from most_ray.runs.interrupts import resuming_text, stopped_text
+from most_ray.runs.interrupts import newest_text, resuming_text, stopped_text
 from most_ray.runs.lifecycle import is_complete
 from most_ray.runs.resolve import Prepared
 from most_ray.runs.room import cluster_address
 from most_ray.service.cluster import capacity
 from most_ray.service.cluster.capacity import TASK_CPUS, AutoscalerRequest, WorkerShare
 from most_ray.service.cluster.process_group import OnNodeAddress
-from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, ShutdownSignal, clear_run_keys, run_stopped
+from most_ray.service.cluster.stop_requests import PREEMPTED, AttemptWatcher, LocalRayWatcher, ShutdownSignal, clear_run_keys, run_stopped
 from most_ray.service.training.entry import run_worker
 from most_ray.service.training.worker import WorkerJob
 from most_ray.trackers.select import wandb_key
 from most_ray.train.attempt import claim_run
 
 logger = logging.getLogger(__name__)
+_ray_logger = logging.getLogger("ray.most_ray")  # for errors in full, which go where what Ray says goes
 _SETTLE_S = 3.0  # seconds of waiting before fewer workers than configured are used
 _RETURN_S = 20.0  # seconds of waiting before fewer workers are used than the nodes could hold
 _ANNOUNCE_S = 15.0  # seconds between lines about what is missing
@@ -93,6 +95,20 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
         RunIncompleteError: too many failures, or no room for the workers.
         UserError: raised by a rank, for something that the user can fix.
     """
+    uri = prepared.job.config.run_uri
+
+    def without_ray() -> UserError:
+        if shutdown.is_set():
+            return run_stopped(f"was received, by Ray's processes too, which have ended: {newest_text(uri)}.", shutdown.name)
+        rule = f"has ended on this machine: its processes were killed. {_see_libraries()}"
+        return RunIncompleteError("Ray", None, rule.strip(), "The same command resumes the run.")
+
+    with LocalRayWatcher(without_ray):
+        _attempts(prepared, validation, console, shutdown)
+
+
+def _attempts(prepared: Prepared, validation: EvaluationJob | None, console: Console, shutdown: ShutdownSignal) -> None:
+    """See `run_attempts`."""
     config = prepared.job.config
     request = AutoscalerRequest(WorkerShare.of(config, prepared.use_gpu), prepared.topologies[-1].world_size, TASK_CPUS)
     again = functools.partial(resuming_text, config.run_uri, config.resume_from_checkpoint)
@@ -109,7 +125,7 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
             if isinstance(cause, UserError):
                 raise cause from error
             if shutdown.is_set():
-                lost = "the workers were lost before a checkpoint could be written"
+                lost = f"the workers were lost before they could write one: {newest_text(config.run_uri)}"
                 result = lost if error else stopped_text(config.run_uri)
                 raise run_stopped(f"was received: {result}, the run has stopped.", shutdown.name) from error
             if error is None:
@@ -120,12 +136,12 @@ def run_attempts(prepared: Prepared, validation: EvaluationJob | None, console: 
                 text = "Others took the room for the workers; looking again."
             elif failures.allows(time.monotonic()):
                 left = config.max_failures - len(failures.times)
-                text = f"The workers were lost ({cause}); {again()}, {left} more allowed."
+                text = f"The workers were lost ({cause}); {again()}, {left} more allowed. {_see_libraries()}"
             else:
                 times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
                 rule = f"failed {times}, the last time: {cause.rstrip('.')}."
                 raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
-            print_line(console, text)
+            print_line(console, text.strip())
     finally:
         request.cancel()
 
@@ -219,12 +235,17 @@ def _cause(error: BaseException) -> UserError | str:
         shown[rank] = str(getattr(failure, "health_check_failure", failure)).strip()
     if (own := _first_to_fail(shown)) is not None:
         for line in shown[own].splitlines():
-            logger.error("rank %d failed: %s", own, line)
+            _ray_logger.error("rank %d failed: %s", own, line)
         return f"rank {own}: {_headline(shown[own])}"
     # A failure before the workers have started is in a task's error inside Ray Train's, whose own first lines do not name it.
     inner = getattr(error, "controller_failure", None) or error
     inner = getattr(inner, "cause", None) or inner
     return _headline(str(inner)) or repr(inner)
+
+
+def _see_libraries() -> str:
+    """Where the whole error is, as a sentence; empty where it was shown."""
+    return f"The whole error is in {LIBRARIES.path}." if LIBRARIES.path is not None and not LIBRARIES.temporary else ""
 
 
 def _first_to_fail(failures: dict[int, str]) -> int | None:

@@ -8,8 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from most_ray.config import RunConfig
+from most_ray.console.library_log import LIBRARIES_LOG, divert_native
 from most_ray.console.terminal import print_line
 from most_ray.io import storage
+from most_ray.io.run_folder import RunFolder
 from most_ray.large_imports import at_once
 from most_ray.runs.first_checks import completed_line, first_checks, unchanged_summary, workers_here
 from most_ray.runs.interrupts import explained_interrupt
@@ -29,6 +31,7 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
 
     check_local_room(config)
     with explained_interrupt(config.run_uri), ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
+        divert_native(RunFolder(config.run_uri).local / LIBRARIES_LOG)
         gpus, here = cluster_gpus(config), workers_here(config)
         print_line(console, "Starting Ray on this machine, loading torch and transformers" if here else "Loading torch and transformers")
         ray_started = start_beside(config, here) if here else lambda: None

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.config_files import SWEEP
+from most_ray.console.library_log import LIBRARIES_LOG, divert_native
 from most_ray.console.terminal import print_line
 from most_ray.errors import ConfigError
 from most_ray.io import storage
@@ -69,6 +70,7 @@ def run_sweep(sweep: Sweep, console: Console) -> dict[str, Any]:
         rule = f"is taken: {storage.redact(uri)} holds {others[0]}, and is not a sweep's."
         raise ConfigError("name", sweep.run.name, rule, "Choose another name.")
     folder = RunFolder(uri)
+    divert_native(folder.local / LIBRARIES_LOG)
     with contextlib.closing(LedgerFile(folder)) as file, ShutdownSignal().on_sigterm() as shutdown:
         return _run(sweep, folder, file, console, shutdown)
 
