@@ -64,7 +64,7 @@ def test_a_script_has_every_command_and_flag(shell: str) -> None:
 
 def completed(*words: str, folder: Path) -> list[str]:
     """What bash offers for the last of these words."""
-    code = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _most_ray; printf "%s\\n" "${COMPREPLY[@]:-}"'
+    code = 'source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _most_ray || true; printf "%s\\n" "${COMPREPLY[@]:-}"'
     path = folder / "script"
     path.write_text(script(build_parser(), "bash"))
     found = subprocess.run(["bash", "-euc", code, "bash", str(path), *words], capture_output=True, text=True, timeout=30, check=True)
