@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from most_ray.records.units_manifest import load_units_manifest
 
 _MOST_READ = 20_000  # records that are read of a source: their mean duration stands for the others'
 _MOST_SPEAKERS = 100_000
+_MOST_LICENCES, _LONGEST_LICENCE = 5, 200  # that are named of a source; characters
 _SPEAKER = ("speaker", "speaker_id", "client_id")  # columns that name a record's speaker, the first that it has
 
 Source = tuple[str, str, int | None]  # name (task/folder), directory of records, and how many of them are usable (None: unknown)
@@ -40,7 +41,8 @@ def data_card(sources: Mapping[str, Sequence[Source]]) -> dict[str, Any]:
     for use, listed in sources.items():
         found = [_read(uri) for _, uri, _ in listed]
         card[use] = [
-            {"name": name, **each.described(size), **_units_of(uri)} for (name, uri, size), each in zip(listed, found, strict=True)
+            {"name": name, **each.described(size), **_units_of(uri, each.licences)}
+            for (name, uri, size), each in zip(listed, found, strict=True)
         ]
         known[use] = set().union(*(each.speakers for each in found))
         card["speakers"][use] = len(known[use]) or None
@@ -58,6 +60,7 @@ class _Found:
     own_speed: list[float] = field(default_factory=list)  # of those at the recording's own speed
     units: int = 0
     speakers: set[str] = field(default_factory=set)
+    licences: set[str] = field(default_factory=set)
 
     def described(self, records: int | None) -> dict[str, Any]:
         """The figures of a source with so many usable records (None: as many as were read)."""
@@ -90,6 +93,9 @@ def _read(uri: str) -> _Found:
         speaker = next((str(metadata[key]) for key in _SPEAKER if metadata.get(key) not in (None, "")), None)
         if speaker is not None and len(found.speakers) < _MOST_SPEAKERS:
             found.speakers.add(speaker)
+        for licence in (metadata.get("licence"), metadata.get("license")):
+            if isinstance(licence, str) and licence.strip() and len(found.licences) < _MOST_LICENCES:
+                found.licences.add(" ".join(licence.split())[:_LONGEST_LICENCE])
     found.ended = next(records, None) is None
     return found
 
@@ -100,9 +106,10 @@ def _records(uri: str) -> Iterator[dict[str, Any]]:
         yield from (raw for _, raw in read_raw(entry.uri) if isinstance(raw, dict))
 
 
-def _units_of(uri: str) -> dict[str, Any]:
-    """What units.json beside the records of a directory says of the units and the recordings."""
+def _units_of(uri: str, licences: Collection[str]) -> dict[str, Any]:
+    """What units.json beside the records of a directory says of the units and the recordings; of the licence, where it says nothing, what
+    the records do."""
     folder = uri if storage.exists(storage.join(uri, UNITS_MANIFEST)) else storage.parent(uri)
     manifest = load_units_manifest(folder) or {}
     units = {**manifest.get("identity", {}), **({"encoder": redact(manifest["encoder"])} if "encoder" in manifest else {})}
-    return {"licence": manifest.get("licence"), "units": units or None}
+    return {"licence": manifest.get("licence") or ", ".join(sorted(licences)) or None, "units": units or None}

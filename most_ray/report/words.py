@@ -100,13 +100,13 @@ def _ranges(found: Sequence[Any], numbers: np.ndarray) -> _Groups | None:
 def _table(runs: Runs, column: str, groups: _Groups, counts: Sequence[EditCounts]) -> Table:
     """The error rates by the values of a column: in the values' order, or highest of the first run first."""
     rows: list[dict[str, list[int]]] = []  # of each run, by value
-    start, words = 0, collections.Counter[str]()
+    start, words = 0, collections.Counter[str]()  # words of the references, of the run that has most
     for each in counts:
         rows.append({})
         for row, value in enumerate(groups.values[start : start + len(each.reference)]):
             rows[-1].setdefault(value, []).append(row)
         start += len(each.reference)
-        words.update({value: int(each.reference[chosen].sum()) for value, chosen in rows[-1].items()})
+        words |= collections.Counter({value: int(each.reference[chosen].sum()) for value, chosen in rows[-1].items()})
     shown = [value for value, _ in words.most_common(_MOST_VALUES)]
     rates = {value: [_rate(own.get(value, []), each) for own, each in zip(rows, counts, strict=True)] for value in shown}
     if groups.order:
@@ -118,7 +118,7 @@ def _table(runs: Runs, column: str, groups: _Groups, counts: Sequence[EditCounts
             value or Cell("not stated", "none"),
             *(rate(found) if found else None for found in rates[value]),
             f"{words[value]:,}",
-            f"{sum(len(own.get(value, ())) for own in rows):,}",
+            f"{max(len(own.get(value, ())) for own in rows):,}",
         )
         for value in shown
     ]
@@ -137,9 +137,9 @@ def confusions(runs: Runs) -> list[Confusions]:
     """The confusions of each ASR set of each run at its last evaluation: of a small vocabulary each pair of words, else the most frequent
     substitutions, deletions and insertions."""
     found = []
-    for run in runs:
-        names = {*run.hypotheses, *(run.last_evaluation.sets if run.last_evaluation else ())}
-        for name in sorted(name for name in names if name.startswith("asr/")):
+    names = {name for run in runs for name in (*run.hypotheses, *(run.last_evaluation.sets if run.last_evaluation else ()))}
+    for name in sorted(name for name in names if name.startswith("asr/")):
+        for run in runs:
             title = name.split("/", 1)[1] + (f", {run.name}" if len(runs) > 1 else "")
             pairs, complete = _pairs(run, name)
             if not any(left != right for left, right in pairs):

@@ -76,6 +76,8 @@ FIELDS_OF_ROWS = {
     "ended": [1],
     "looping": ["no"],
     "foreign": [True],
+    "metadata": [["a"], {"a": [1]}, {"a": math.nan}, "b"],
+    "spoken": [[1], {"units": None}],
 }
 RULES = {"rejected": "field 'rejected'|not finite", "records": r"field 'records'|records of asr/a", "set": r"field 'set'|belongs to no set"}
 
@@ -183,6 +185,7 @@ def lines(**changes: Any) -> list[Any]:
 WRONG = [10**400, math.inf, "\ud800", [], {"a": [1]}, "1e9", -(10**12), None]  # where a number, a text or a mapping is expected
 HYPOTHESES = "evaluations/step-000000002.hypotheses.jsonl"
 SPOKEN = {**row(0), "set": "asr/a", "reference": ENDS_SCRIPT, "hypothesis": f"{ENDS_SCRIPT} {SECRET}", "id": ENDS_SCRIPT}
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "n_routed_experts", "num_experts_per_tok", "first_audio_token")
 CONFUSED = [["a", {"x": 1}, 1], ["a", "b", 10**400], ["a"], 7]
 ALIASES = "b0: &b0 [x, x]\n" + "".join(f"b{n}: &b{n} [*b{n - 1}, *b{n - 1}]\n" for n in range(1, 30))
 REPORTED = [
@@ -192,6 +195,19 @@ REPORTED = [
     *(reported(f"total_steps = {value!r:.12}", lines=lines(start={"total_steps": value, "topology": value})) for value in WRONG),
     reported("markup in names and samples", lines=lines(evaluation={"sets": {f"asr/{ENDS_SCRIPT}": SETS["asr/a"]}, "samples": [SPOKEN]})),
     reported("markup in hypotheses", **{HYPOTHESES: json.dumps(SPOKEN) + "\n"}),
+    *(
+        reported(f"cards.json = {value!a:.30}", **{"cards.json": json.dumps(value), "speech/units.json": json.dumps(value)})
+        for value in [*({"model": wrong, "data": wrong} for wrong in WRONG), {"data": {"training": [{"name": ENDS_SCRIPT}]}}]
+    ),
+    *(reported(f"sizes = {value!a:.12}", **{"export/config.json": json.dumps(dict.fromkeys(SIZES, value))}) for value in WRONG),
+    *(
+        reported(f"metadata and spoken = {value!a:.12}", **{HYPOTHESES: json.dumps({**SPOKEN, "metadata": value, "spoken": value}) + "\n"})
+        for value in [*WRONG, {ENDS_SCRIPT: ENDS_SCRIPT}, {"recording": ESCAPES, "start": math.nan, "units": "1 x"}]
+    ),
+    reported("a pipe as a recording", **{HYPOTHESES: json.dumps({**SPOKEN, "spoken": {"recording": "/dev/zero"}}) + "\n"}),
+    reported("markup in a command", lines=lines(start={"command": f"most-ray {ENDS_SCRIPT} {SECRET}", "time": 10**400})),
+    Case("report: no folder of recordings", lambda f: ["report", run_folder(f), "--audio", "none", "--output", "o.html"],
+         "audio = 'none': is no folder"),
     reported("a set without a slash", lines=lines(evaluation={"sets": {"a": SETS["asr/a"]}, "samples": [{**SAMPLE, "set": "a"}]})),
     reported("credentials in the configuration", **{"config.yaml": f"name: r\nval_asr_dirs: [{SECRET}]\nray_address: http://u:sekret@h\n"}),
     reported("a link in the configuration", **{"config.yaml": "name: 'javascript:alert(1)'\n"}),

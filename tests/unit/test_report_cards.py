@@ -214,7 +214,7 @@ def test_of_a_large_source_a_part_is_read(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_odd_in_records_is_no_error(tmp_path: Path) -> None:
     odd = [spoken(0, duration="long", speed=[1], speaker=["a"]), {**asr(1), "metadata": [1]}, {**asr(2), "input": 3}, 4]
     folder = write_records(tmp_path / "a", odd)
-    (folder / "records.jsonl").open("a").write("{cut off\n")
+    (folder / "records.jsonl").write_text((folder / "records.jsonl").read_text() + "{cut off\n")
     (source,) = card_of(tmp_path, train_asr_dirs=[folder])["training"]
     assert source["seconds"] is None
 
@@ -226,6 +226,17 @@ def test_units_and_licence_are_those_of_the_manifest(tmp_path: Path) -> None:
     for named in (folder, folder / "records.jsonl"):
         (source,) = data_card(sources_of(config_from({"train_asr_dirs": [str(named)]}), [1]))["training"]
         assert source["units"] == {"features": "hubert", "n_units": 6, "encoder": "s3://***@b/hubert"} and source["licence"] == "CC0 1.0"
+
+
+def test_without_a_manifest_the_licence_is_what_the_records_say(tmp_path: Path) -> None:
+    records = [
+        spoken(0, licence="CC0 1.0"),
+        spoken(1, license="CC BY  4.0"),
+        spoken(2, licence=4),
+        *(spoken(i, licence=f"{i}") for i in range(3, 20)),
+    ]
+    (source,) = card_of(tmp_path, train_asr_dirs=[write_records(tmp_path / "a", records)])["training"]
+    assert source["licence"] == "3, 4, 5, CC BY 4.0, CC0 1.0"
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def test_runs_are_compared_value_by_value(tmp_path: Path) -> None:
     (choice,) = by_columns([one, two])
     head = choice.tables[0].head
     assert [each.text if isinstance(each, Cell) else each for each in head] == ["speaker", "one", "two", "words", "records"]
-    assert cells(choice.tables[0])["s0"] == ["0.00% [0.00%, 0.00%]"] * 2 + ["40", "40"]
+    assert cells(choice.tables[0])["s0"] == ["0.00% [0.00%, 0.00%]"] * 2 + ["20", "20"]
+    assert [each.title for each in confusions([one, two]) if "dev," in each.title] == ["dev, one", "dev, two"]
 
 
 def only(run: RunData) -> Confusions:
