@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from most_ray.records.files import SPEECH_FOLDER, VOCODER
 from most_ray.speech.vocoder.fit import Example, VocoderSettings, fit_vocoder
@@ -105,6 +106,18 @@ def describe_records(run: Path) -> Path:
     _write_lines(run / "hypotheses.jsonl", [head, *rows])
     (run / "cards.json").write_text(json.dumps({"model": MODEL, "data": DATA}))
     return run
+
+
+def write_long_run(folder: Path, steps: int, seed: int = 0) -> Path:
+    """A run of very many steps: the lines of one of 1,000 steps again and again, but for its last evaluation and starts."""
+    write_run(folder, steps=1000, seed=seed, restart=300)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    often = [line for line in lines if line["kind"] in ("train", "experts")]
+    with (folder / "metrics.jsonl").open("ab") as stream:
+        for round_ in range(1, steps // 1000):
+            later = ({**line, "step": line["step"] + 1000 * round_, "time": line["time"] + 1000 * round_} for line in often)
+            stream.writelines(orjson.dumps(line) + b"\n" for line in later)
+    return folder
 
 
 def write_kit(run: Path) -> Path:

@@ -63,6 +63,8 @@
     let top = inner;
     panels.forEach(function (name, index) {
       layout["xaxis" + name].domain = [0, 1];
+      layout["yaxis" + name].title.text = layout["yaxis" + panels[0]].title.text;
+      layout["xaxis" + name].title.text = index + 1 < panels.length ? "" : layout["xaxis" + name].title.text;
       layout["yaxis" + name].domain = [Math.max(0, (top - heights[index]) / inner), top / inner];
       top -= heights[index] + gap;
     });
