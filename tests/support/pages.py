@@ -46,5 +46,10 @@ class Opened:
     def until(self, condition: str) -> None:
         """Wait for a condition in JavaScript. (Playwright's own wait evaluates text in the page, which its policy forbids.)"""
         self.page.evaluate(
-            f"() => new Promise(done => {{ const look = () => {condition} ? done() : requestAnimationFrame(look); look(); }})"
+            f"""() => new Promise((done, failed) => {{
+              const last = performance.now() + 20000;
+              const late = () => performance.now() > last;
+              const look = () => {condition} ? done() : late() ? failed(new Error("not within 20 s")) : requestAnimationFrame(look);
+              look();
+            }})"""
         )

@@ -214,7 +214,7 @@ def test_what_a_model_or_a_user_wrote_never_becomes_markup(tmp_path: Path) -> No
     made = page(collect([str(folder)]))
     elements = Elements(made)
     assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in elements.found)
-    assert len(elements.blocks) == len(elements.figures) + 3 and elements.figures
+    assert len(elements.blocks) == len(elements.figures) + 4 and elements.figures
     assert not [block for block in elements.blocks[-2:] if 'alert("1")' in block]
     assert "<img" not in made.split("<script>/**")[0]
     assert made.count("{{ 7 * 7 }}{% raw %}{# ") > 5  # no template either

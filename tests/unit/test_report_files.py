@@ -74,7 +74,7 @@ def test_the_bundle_is_what_its_script_builds() -> None:
 
 
 def test_no_file_ends_the_element_that_holds_it() -> None:
-    for name in ("plotly.min.js", "report.js"):
+    for name in ("plotly.min.js", "report.js", "first.js"):
         text = (FOLDER / "static" / name).read_bytes()
         assert not re.search(rb"</script|<!--|\r", text, re.IGNORECASE), name
     assert b"<" not in (FOLDER / "static" / "report.css").read_bytes()

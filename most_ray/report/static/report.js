@@ -32,7 +32,8 @@
     const panels = Object.keys(layout).filter(function (key) { return /^xaxis\d*$/.test(key); }).map(function (key) { return key.slice(5); });
     const width = plot.dataset.print ? 660 : plot.clientWidth;
     plot.dataset.width = width;
-    layout.width = plot.dataset.print ? width : undefined;
+    if (plot.dataset.print) layout.width = width;
+    layout.autosize = !plot.dataset.print;
     layout.uirevision = axis;  // a zoom stays until the axis is another
     if (touch) layout.dragmode = false;  // a finger scrolls the page rather than zooming
     if (width < NARROW) {
