@@ -92,7 +92,7 @@ class Terminal(Console):
 
 
 def table_lines(table: Table, width: int) -> list[str]:
-    """A table as lines that read alike in any font, at any width, and without their leading blanks: its title, then for each row
+    """A table as lines that read the same in any font, at any width, and without their leading blanks: its title, then for each row
     `- heading: cell | heading: cell ...`, in further lines from a `|` on where it is wider than `width` characters. Empty cells are left
     out."""
     lines = [shown_text(str(table.title))] if table.title else []
