@@ -27,6 +27,7 @@ from most_ray.errors import printable, redact
 
 logger = logging.getLogger(__name__)
 LOG_WIDTH = 120  # characters of a line where a run's output is no terminal
+_MOST_LOG_WIDTH = 120  # characters of a line of a table in a log
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -77,18 +78,16 @@ class Terminal(Console):
         return super().render_str(shown_text(text), **{**options, "markup": False, "emoji": False})
 
     def print(self, *objects: Any, **options: Any) -> None:
-        for each in objects if self._is_log else ():
-            if isinstance(each, Table):
-                for line in table_lines(each, self.width):
-                    print_line(self, line)
-            else:
-                super().print(each, **options)
-        if not self._is_log and any(isinstance(each, Table) for each in objects):
-            for each in objects:
-                for part in fitting(each, self.width) if isinstance(each, Table) else (each,):
-                    super().print(part, **options)
-        elif not self._is_log:
+        if not any(isinstance(each, Table) for each in objects):
             super().print(*objects, **options)
+            return
+        for each in objects:
+            if isinstance(each, Table) and self._is_log:
+                for line in table_lines(each, min(self.width, _MOST_LOG_WIDTH)):
+                    print_line(self, line)
+                continue
+            for part in fitting(each, self.width) if isinstance(each, Table) else (each,):
+                super().print(part, **options)
 
 
 def table_lines(table: Table, width: int) -> list[str]:

@@ -65,11 +65,14 @@ def sample_table() -> Table:
 def test_tables_in_a_log_name_what_each_figure_is() -> None:
     """Ray's log viewer makes one blank of several, at the beginning of a line none, and does not break lines."""
     sink = io.StringIO()
-    Terminal(40, file=sink).print(sample_table())
+    console = Terminal(40, file=sink)
+    console.print(sample_table())
+    console.print("one", "line")
     assert sink.getvalue().splitlines() == [
         "Word error rate",
         "- set: asr/takes | ok | WER: 2.50%",
         "- set: asr/a set of a long name | WER: -",
+        "one line",
     ]
 
 
