@@ -39,15 +39,19 @@ def pictures(run: str | None, runs: Sequence[str], sweep: str | None) -> dict[st
 
 
 def take(browser: Browser, page: Path, size: tuple[int, int], target: Path) -> None:
-    """A picture of the upper part of a report, cut where it would be too large."""
+    """A picture of a report, from its top or, of several runs, from their curves; cut where it would be too large."""
     width, height = size
     window = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light").new_page()
     window.goto(page.as_uri())
     window.wait_for_selector("html[data-drawn]")
-    picture = window.screenshot()
-    while len(picture) > LARGEST:
+    top = window.locator("#training").bounding_box() if window.locator("header .run").count() > 1 else None
+    start = top["y"] - 20 if top else 0
+    height = min(height, window.evaluate("document.documentElement.scrollHeight") - round(start))
+    while True:
+        picture = window.screenshot(full_page=True, clip={"x": 0, "y": start, "width": width, "height": height})
+        if len(picture) <= LARGEST:
+            break
         height -= _LOWER
-        picture = window.screenshot(clip={"x": 0, "y": 0, "width": width, "height": height})
     target.write_bytes(picture)
     window.context.close()
 

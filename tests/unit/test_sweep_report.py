@@ -384,7 +384,7 @@ def test_what_others_wrote_never_becomes_markup(tmp_path: Path) -> None:
     assert "Pareto front" in made and len(specs) >= 6
     assert made.count("{{ 7 * 7 }}{% raw %}{# ") > 20  # no template either
     assert not any(tag == "img" or "onerror" in attributes for tag, attributes in elements.found)
-    assert [tag for tag, _ in elements.found].count("script") == len(specs) + 2
+    assert [tag for tag, _ in elements.found].count("script") == len(specs) + 3
     assert "<img" not in made.split("<script>/**")[0]
     shown = " ".join(_texts(specs))
     assert not re.findall(r"<(?!/?b>|br>|/?extra>).{40}", shown)  # plotly reads markup, too
