@@ -16,7 +16,7 @@ import yaml
 
 from most_ray import config_files, options
 from most_ray.config_files import read_yaml
-from most_ray.errors import ConfigError, printable
+from most_ray.errors import ConfigError, count_of, printable
 from most_ray.io import storage
 from most_ray.io.run_folder import TRIALS
 from most_ray.options import (
@@ -377,7 +377,7 @@ def _check_together(config: RunConfig) -> None:
     for task in ("asr", "tts", "text"):
         weights, n_dirs = getattr(config, f"train_{task}_weights"), len(config.directories("train", task))
         if weights is not None and len(weights) != n_dirs:
-            raise ConfigError(f"train_{task}_weights", weights, f"needs one positive weight for each of {n_dirs} directories.")
+            raise ConfigError(f"train_{task}_weights", weights, f"needs one positive weight for each of {count_of(n_dirs, 'directory')}.")
     if config.ignore_optimizer_state and not config.resume_from_checkpoint:
         raise ConfigError("ignore_optimizer_state", True, "needs resume_from_checkpoint, the weights to start from.")
 

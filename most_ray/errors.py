@@ -139,9 +139,18 @@ def one_line(error: BaseException) -> str:
     return printable(redact(" ".join(str(error).split())))[:300]
 
 
-def count_of(number: int, what: str, plural: str = "s") -> str:
-    """A number with its noun, as `2 workers`, for every text that is shown. `plural`: what the noun of several ends with in addition."""
-    return f"{number:,} {what}{'' if number == 1 else plural}"
+def count_of(number: float, what: str) -> str:
+    """A number with its noun, as `1 file` or `2,000 entries`, for every text that is shown. `what`: the noun of one, which may have words
+    before it."""
+    shown_number = f"{number:,}" if isinstance(number, int) else f"{number:,g}"
+    return f"{shown_number} {what if number == 1 else _plural(what)}"
+
+
+def _plural(noun: str) -> str:
+    """A regular plural: of `entry` entries, of `pass` passes, of `key` keys."""
+    if noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

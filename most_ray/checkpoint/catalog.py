@@ -20,7 +20,7 @@ from most_ray.checkpoint.files import BLOCK_BYTES, DamagedFileError, read_header
 from most_ray.checkpoint.retention import steps_to_delete
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
-from most_ray.errors import CheckpointError
+from most_ray.errors import CheckpointError, count_of
 from most_ray.io import storage
 from most_ray.io.run_folder import COMMIT, STEP, find_steps, step_uri
 
@@ -84,7 +84,7 @@ def find_corruption(uri: str, rank: int = 0, world: int = 1, *, deep: bool = Fal
         if name not in sizes:
             return f"{name} is missing"
         if sizes[name] != size:
-            return f"{name} has {sizes[name]:,} bytes, not {size:,}"
+            return f"{name} has {count_of(sizes[name], 'byte')}, not {size:,}"
         if deep and number % world == rank and hash_file(storage.join(uri, name)) != digest:
             return f"{name} has other content than was written (its hash differs)"
         if number % world == rank and (reason := _find_wrong_content(uri, name, marker["step"], deep)):

@@ -21,7 +21,7 @@ from most_ray.checkpoint.content import STATE, check_state, parse_state
 from most_ray.checkpoint.files import DamagedFileError, read_header
 from most_ray.checkpoint.shards import StoredTensor, TensorShard, index_tensors, read_shards, shard_of
 from most_ray.distributed.ranks import this_rank
-from most_ray.errors import CheckpointError
+from most_ray.errors import CheckpointError, count_of
 from most_ray.io import storage
 from most_ray.model.placement import row_order
 from most_ray.model.routing import BALANCE_BIAS
@@ -102,7 +102,7 @@ def load(uri: str | Path, state: TrainState, with_optimizer: bool = True) -> dic
     n_tensors = sum(name.startswith("model.") for name in files.index)
     if n_tensors != content["n_tensors"]:
         with _explained(uri, ""):
-            raise DamagedFileError(f"{n_tensors} of {content['n_tensors']} model tensors are there")
+            raise DamagedFileError(f"{n_tensors} of {count_of(content['n_tensors'], 'model tensor')} are there")
     # Missing buffers that the run did not need before (balance biases are zeros), and random states of ranks that did not exist, keep
     # their initial values.
     shards, finishers = _state_shards(state, files.index) if with_optimizer else (model_shards(state.model), [])
@@ -166,13 +166,14 @@ class CheckpointFiles:
         shown, live = storage.redact(self._uri), {shard.name for shard in shards}
         stored = {name: tuple(entry.metadata.size) for name, entry in self.index.items()}
         if missing := sorted(live - set(stored)):
-            raise CheckpointError("checkpoint", shown, f"lacks {len(missing)} tensors, the first being {missing[0]}.")
+            raise CheckpointError("checkpoint", shown, f"lacks {count_of(len(missing), 'tensor')}, the first being {missing[0]}.")
         for shard in shards:
             if stored[shard.name] != shard.shape:
                 rule = f"holds {shard.name} in shape {stored[shard.name]}, the model has {shard.shape}."
                 raise CheckpointError("checkpoint", shown, rule)
         if unread := sorted(name for name in stored if name.startswith("model.") and name not in live):
-            raise CheckpointError("checkpoint", shown, f"holds {len(unread)} tensors unknown to the model, the first {unread[0]}.")
+            rule = f"holds {count_of(len(unread), 'tensor')} unknown to the model, the first {unread[0]}."
+            raise CheckpointError("checkpoint", shown, rule)
         with _explained(self._uri, "", FileNotFoundError):
             read_shards(shards, self.index, self._fetched)
 

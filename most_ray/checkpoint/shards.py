@@ -33,6 +33,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from most_ray.checkpoint.files import BLOCK_BYTES, CHUNKS_KEY, DamagedFileError
 from most_ray.distributed.ranks import this_rank
+from most_ray.errors import count_of
 from most_ray.io import storage
 
 _DTYPES = {  # by the names of safetensors
@@ -316,4 +317,4 @@ def _plan_reads(name: str, chunk: Chunk, stored: StoredTensor, reads: dict[str, 
         reads.setdefault(file, []).append((key, source, chunk.local[target]))
         covered += math.prod(item.lengths)
     if covered != chunk.local.numel():
-        raise DamagedFileError(f"they hold only {covered} of {chunk.local.numel()} values of {name}")
+        raise DamagedFileError(f"they hold only {covered} of {count_of(chunk.local.numel(), 'value')} of {name}")

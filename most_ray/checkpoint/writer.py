@@ -36,7 +36,7 @@ from most_ray.checkpoint.reader import random_shards, state_shards
 from most_ray.checkpoint.shards import Staging, TensorShard
 from most_ray.distributed.collectives import all_gather_or_raise
 from most_ray.distributed.ranks import this_rank, world_size
-from most_ray.errors import CheckpointError
+from most_ray.errors import CheckpointError, count_of
 from most_ray.io import storage
 from most_ray.optim.train_state import TrainState
 
@@ -302,7 +302,8 @@ class _SaveTask:
         """Raise CheckpointError unless the files of all ranks hold every value of every tensor exactly once."""
         found = sum(map(collections.Counter, written), collections.Counter())
         if wrong := sorted(name for name, count in self.values.items() if found[name] != count):
-            rule = f"would hold {found[wrong[0]]} of {self.values[wrong[0]]} values of {wrong[0]} ({len(wrong)} tensors are not whole)."
+            most, tensors = count_of(self.values[wrong[0]], "value"), count_of(len(wrong), "tensor")
+            rule = f"would hold {found[wrong[0]]} of {most} of {wrong[0]} (not whole: {tensors})."
             raise CheckpointError("checkpoint", storage.redact(self.uri), rule)
 
     def _commit(self, written: list[_Written]) -> None:

@@ -12,7 +12,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, add_commands, add_config, config_of, number, tracked
 from most_ray.console.terminal import Terminal, say
-from most_ray.errors import ConfigError, UserError, printable
+from most_ray.errors import ConfigError, UserError, count_of, printable
 from most_ray.io.hub import check_model_name
 from most_ray.large_imports import at_once
 from most_ray.options import ABOVE_0, AT_LEAST_1, MOST_SEED, NOT_NEGATIVE, SHARE, parse_number
@@ -170,14 +170,21 @@ def _units(args: argparse.Namespace) -> int:
     job = _job(args, output=args.output, **more)
     counts = prepare_units(job, _progress, _runner(args, job))
     unchanged = ": nothing has changed" if counts.get("unchanged") else ""
-    of = f" of {counts['speakers']} speakers" if counts["speakers"] else ""
-    say(f"{counts['records']} records ({counts['hours']:.2f} h){of} in {counts['units']} units: {args.output}{unchanged}")
+    of = f" of {count_of(counts['speakers'], 'speaker')}" if counts["speakers"] else ""
+    of += f" at {count_of(len(perturb), 'speed')}" if len(perturb) > 1 else ""
+    made, units = count_of(counts["records"], "record"), count_of(counts["units"], "unit")
+    say(f"{made} ({counts['hours']:.2f} h){of} in {units}: {args.output}{unchanged}")
     if counts["rejected"]:
-        say(f"{counts['rejected']} entries were rejected: {args.output / 'rejected.jsonl'}")
+        say(f"{_rejected(counts['rejected'], 'entry')}: {args.output / 'rejected.jsonl'}")
     if unread := counts.get("unread"):
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))
         say(f"of them, recordings in formats that are not read: {found}; convert them to WAV or FLAC")
     return 0
+
+
+def _rejected(number: int, what: str) -> str:
+    """`1 record was rejected`, `2 records were rejected`."""
+    return f"{count_of(number, what)} {'was' if number == 1 else 'were'} rejected"
 
 
 def _kmeans(args: argparse.Namespace) -> int:
@@ -190,7 +197,8 @@ def _kmeans(args: argparse.Namespace) -> int:
         if error.field == "fit_kmeans":  # the name of this command's flag in `prepare units`
             raise type(error)("k", error.value, error.rule, error.remedy) from error
         raise
-    say(f"{found['units']} units of {found['frames']} frames, mean squared distance {found['inertia']:.4f}: {args.output}")
+    fitted = f"{count_of(found['units'], 'unit')} of {count_of(found['frames'], 'frame')}"
+    say(f"{fitted}, mean squared distance {found['inertia']:.4f}: {args.output}")
     return 0
 
 
@@ -203,7 +211,7 @@ def _vocoder(args: argparse.Namespace) -> int:
     found = prepare_vocoder(corpus, args.records, where, column, settings, _progress, args.max_seconds, args.encoder)
     made = ": nothing has changed"
     if not found.get("unchanged"):
-        made = f" of {found['recordings']} recordings ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
+        made = f" of {count_of(found['recordings'], 'recording')} ({found['seconds'] / 60:.1f} min), voice {found['voice'] or 'of all'}"
     say(f"vocoder{made}: {args.records / 'vocoder.safetensors'}")
     return 0
 
@@ -224,9 +232,9 @@ def _tts(args: argparse.Namespace) -> int:
         check_conversion(conversion)
     for conversion in conversions:
         counts = prepare_tts(conversion)
-        say(f"{counts['records']} TTS records from {counts['files']} files in {conversion.output_dir}")
+        say(f"{count_of(counts['records'], 'TTS record')} from {count_of(counts['files'], 'file')} in {conversion.output_dir}")
         if counts["rejected"]:
-            say(f"{counts['rejected']} records were rejected: {conversion.output_dir / 'rejected.jsonl'}")
+            say(f"{_rejected(counts['rejected'], 'record')}: {conversion.output_dir / 'rejected.jsonl'}")
     return 0
 
 

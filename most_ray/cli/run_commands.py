@@ -16,7 +16,7 @@ from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
 from most_ray.cli.parser import AGAIN, add_command, add_config, check_records, config_of, naming_files, number
 from most_ray.console.help import mark
 from most_ray.console.terminal import LOG_WIDTH, Terminal, say, say_meanwhile
-from most_ray.errors import ConfigError, DataError, nearest
+from most_ray.errors import ConfigError, DataError, count_of, nearest
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
 from most_ray.io.json_values import json_text
@@ -101,7 +101,7 @@ def _init_model(args: argparse.Namespace) -> int:
             model = init_model(args.preset, (text for path in args.records for text in texts_of(path)), folder, args.seed)
         else:
             model = from_deepseek(args.from_deepseek, folder)
-    say(f"{model.num_parameters():,} parameters, vocabulary of {model.config.vocab_size}: {args.output}")
+    say(f"{count_of(model.num_parameters(), 'parameter')}, vocabulary of {model.config.vocab_size}: {args.output}")
     return 0
 
 

@@ -16,7 +16,7 @@ from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, Parser, add_command, check_model, check_records, config_of_flags, number, print_error
 from most_ray.console.terminal import say, say_meanwhile
-from most_ray.errors import ConfigError, DataError, RecordError, printable
+from most_ray.errors import ConfigError, DataError, RecordError, count_of, printable
 from most_ray.io import storage
 from most_ray.io.json_values import json_text
 from most_ray.io.outputs import Kind, begins_with, check_file, check_folder, replacing
@@ -76,7 +76,8 @@ def _model_flags(parser: Parser, optional: bool = False) -> None:
 def _transcribe(args: argparse.Namespace) -> int:
     if args.output:
         check_file("output", args.output, TRANSCRIPTS)
-    check_model(args.model)
+    config_of_flags(args, _KEYS)  # wrong numbers are said before anything is looked for
+    args.model = check_model(args.model)
     if not any(map(os.path.exists, args.recordings)):
         for path in args.recordings:
             print_error(DataError("recording", str(path), "is not there."))
@@ -97,7 +98,7 @@ def _transcribe(args: argparse.Namespace) -> int:
         with replacing("output", args.output) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
     if args.output:
-        say(f"{len(lines)} transcriptions: {args.output}" if lines else "no transcriptions: nothing was written")
+        say(f"{count_of(len(lines), 'transcription')}: {args.output}" if lines else "no transcriptions: nothing was written")
     return 0 if len(lines) == len(args.recordings) else 2
 
 
@@ -124,7 +125,7 @@ def _transcripts(
             if len(units) <= max_units:
                 found.append((path, units.tolist()))
             else:
-                rule = f"has {len(units)} units, the model has room for {max_units}."
+                rule = f"has {count_of(len(units), 'unit')}, the model has room for {max_units}."
                 print_error(DataError("recording", str(path), rule, "Cut it."))
         made = transcribe_units(forward, tokenizer, [units for _, units in found], options)
         for (path, units), transcript in zip(found, made, strict=True):
@@ -144,8 +145,9 @@ def _synthesize(args: argparse.Namespace) -> int:
     if args.text and not args.model:
         raise ConfigError("model", None, "is needed to speak a text: a model folder or a checkpoint.")
     units = _parse_units(args.units) if args.units else []
+    config_of_flags(args, _KEYS)
     if args.model:
-        check_model(args.model)
+        args.model = check_model(args.model)
     with at_once():
         from most_ray.evaluation.generate import synthesize_texts
         from most_ray.speech.units.assets import require_units_manifest
@@ -166,7 +168,7 @@ def _synthesize(args: argparse.Namespace) -> int:
     known = folder or own
     vocoder = open_vocoder(args.vocoder or str(folder), require_units_manifest(Path(known))["identity"] if known else None)
     if args.records:
-        say(f"{_synthesize_records(args, names, vocoder)} recordings: {args.output}")
+        say(f"{count_of(_synthesize_records(args, names, vocoder), 'recording')}: {args.output}")
         return 0
     if not args.units:
         forward, tokenizer = _open(args.model)
@@ -174,10 +176,10 @@ def _synthesize(args: argparse.Namespace) -> int:
         if not (units := generated.units):
             raise DataError("text", args.text, "gave no speech: the model answered without a unit.", "It may need more training.")
         if generated.stop is None:
-            say(f"most-ray: the speech was cut off after {len(units)} units", stream=sys.stderr)
+            say(f"most-ray: the speech was cut off after {count_of(len(units), 'unit')}", stream=sys.stderr)
     waves, rate = vocoder([units])
     _write_recording(args.output, waves[0], rate)
-    say(f"{len(waves[0]) / rate:.2f} s, {len(units)} units: {args.output}")
+    say(f"{len(waves[0]) / rate:.2f} s, {count_of(len(units), 'unit')}: {args.output}")
     return 0
 
 
@@ -277,7 +279,6 @@ def _assets_folder(args: argparse.Namespace) -> str:
     or was trained on other units."""
     if not args.model:
         return str(args.speech)
-    args.model = check_model(args.model)
     say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.checkpoint.export import open_description

@@ -36,9 +36,10 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     """Print the plan of a run: where it runs, its model and data, and the step that it starts from. `validation`: see `evaluation_plan`."""
     job, plan, uri = prepared.job, prepared.plan, storage.redact(prepared.folder.uri)
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
-    print_line(console, f"Run {uri}: {job.total_steps} steps of {job.plan.global_batch_size} records; {records}")
+    print_line(console, f"Run {uri}: {count_of(job.total_steps, 'step')} of {count_of(job.plan.global_batch_size, 'record')}; {records}")
     if prepared.n_rejected:
-        print_line(console, f"{prepared.n_rejected} records were rejected: {uri}/rejected.jsonl")
+        were = "was" if prepared.n_rejected == 1 else "were"
+        print_line(console, f"{count_of(prepared.n_rejected, 'record')} {were} rejected: {uri}/rejected.jsonl")
     done = prepared.done_steps
     exact = exactness(prepared.changed, prepared.also_changed)
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
@@ -88,12 +89,12 @@ def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
     config = prepared.job.config
     if not prepared.job.has_validation:
         return None
-    when = f"every {config.eval_steps} steps and at the end" if config.eval_steps else "at the end"
+    when = f"every {count_of(config.eval_steps, 'step')} and at the end" if config.eval_steps else "at the end"
     if inline:
         return f"{when}, in between steps on the training workers"
-    shared = f"sharing the {os.cpu_count() or 1} CPUs"
-    where = f"on {config.eval_gpus:g} GPUs" if config.eval_gpus else "on CPUs" if prepared.use_gpu else shared
-    tasks = f" in {config.eval_workers} tasks" if config.eval_workers > 1 else ""
+    shared = f"sharing the {count_of(os.cpu_count() or 1, 'CPU')}"
+    where = f"on {count_of(config.eval_gpus, 'GPU')}" if config.eval_gpus else "on CPUs" if prepared.use_gpu else shared
+    tasks = f" in {count_of(config.eval_workers, 'task')}" if config.eval_workers > 1 else ""
     return f"{when}, beside training{tasks}, {where}"
 
 
@@ -120,7 +121,7 @@ def layout_text(topology: Topology) -> str:
 
 def _model(config: RunConfig, model_path: str) -> str:
     size = _parameters(Path(local_copy(model_path)))
-    return storage.redact(config.model_name_or_path) + (f", {size:,} parameters" if size else "")
+    return storage.redact(config.model_name_or_path) + (f", {count_of(size, 'parameter')}" if size else "")
 
 
 def _parameters(folder: Path) -> int | None:
@@ -311,4 +312,4 @@ def print_stores(stores: Sequence[TokenStore], seconds: float, console: Console)
     console.print(table)
     for store in stores:
         print_line(console, f"{store.task}/{store.name}: {store.uri}")
-    print_line(console, f"{sum(len(store) for store in stores):,} records in {seconds:.1f} s")
+    print_line(console, f"{count_of(sum(len(store) for store in stores), 'record')} in {seconds:.1f} s")

@@ -24,7 +24,7 @@ import numpy as np
 
 from most_ray.data.ingest_plan import IngestPlan, Part, Recipe, plan_ingest
 from most_ray.data.store import PART_FILES, SCRATCH, PartWriter, TokenStore, checksummed_json, digest, file_digest, read_checksummed_json
-from most_ray.errors import DataError, RecordError, printable
+from most_ray.errors import DataError, RecordError, count_of, printable
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json, parse_lines
 from most_ray.io.outputs import open_to_readers
@@ -218,7 +218,7 @@ def check_rejected(stores: Sequence[TokenStore], limit: float, report: str | Pat
     for store in stores:
         rejected, seen = store.manifest["n_rejected"], store.manifest["n_seen"]
         if rejected > limit * seen:
-            where = f"{rejected} of {seen} records of {store.manifest['source']} are bad{_worst(store.rejected_lines())}"
+            where = f"{rejected} of {count_of(seen, 'record')} of {store.manifest['source']} are bad{_worst(store.rejected_lines())}"
             remedy = f"See {report}; fix the records or raise max_rejected_fraction."
             raise DataError("max_rejected_fraction", limit, f"is exceeded: {where}.", remedy)
     return total
@@ -266,5 +266,5 @@ def check_doubled(keys: Path, records_of: Mapping[str, int], source: str) -> Non
         places = [files[int(np.searchsorted(ends, row[0], side="right"))] for row in (before, later)]
         where = places[0] if places[0] == places[1] else " and ".join(places)
         count = round(len(later) / share)
-        text = f"{about}{count} records of {source} have an id that an earlier record has; the first such pair is in {where}"
+        text = f"{about}{count_of(count, 'record')} of {source} have an id that an earlier record has; the first such pair is in {where}"
         logger.warning("%s", printable(text))

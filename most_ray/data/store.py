@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from most_ray.errors import DataError, one_line
+from most_ray.errors import DataError, count_of, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.node_cache import node_cache
@@ -131,7 +131,7 @@ class TokenStore:
             except FileNotFoundError:
                 content = map_shard()  # other files may just have evicted it from this node's cache
             if content.size() != shard["bytes"]:
-                raise self._corrupt(index, f"has {content.size()} bytes instead of {shard['bytes']}")
+                raise self._corrupt(index, f"has {count_of(content.size(), 'byte')} instead of {shard['bytes']}")
             batch = pa.ipc.open_file(content).get_batch(0)
             batch.validate(full=True)  # offsets out of range would crash the process where they are used
             if batch.schema != _SCHEMA or batch.num_rows != shard["rows"]:
@@ -195,7 +195,7 @@ class TokenStore:
             except OSError as error:
                 raise self._corrupt(index, f"cannot be read ({error.strerror or error})") from error
             if size != shard["bytes"]:
-                raise self._corrupt(index, f"has {size} bytes instead of {shard['bytes']}")
+                raise self._corrupt(index, f"has {count_of(size, 'byte')} instead of {shard['bytes']}")
             if whole and file_digest(path) != shard["digest"]:
                 raise self._corrupt(index, "is damaged: it does not match its checksum")
         return whole

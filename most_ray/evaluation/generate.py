@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from most_ray.config import EvaluationOptions
-from most_ray.errors import DataError
+from most_ray.errors import DataError, count_of
 from most_ray.evaluation.decode import Forward, SearchOptions, decode
 from most_ray.records.record import ASR_INSTRUCTION, TTS_INSTRUCTION, Record
 from most_ray.records.template import encode_records, units_of
@@ -101,7 +101,7 @@ def _prompts(forward: Forward, tokenizer: Any, records: Sequence[Record]) -> lis
     limit = forward.model.config.max_position_embeddings
     for record, prompt in zip(records, prompts, strict=True):
         if len(prompt) >= limit:
-            reason = f"makes {len(prompt)} tokens, the model has {limit} positions."
+            reason = f"makes {count_of(len(prompt), 'token')}, the model has {count_of(limit, 'position')}."
             raise DataError("request", int(record.id) + 1, reason, "Cut it into shorter ones.")
     return prompts
 

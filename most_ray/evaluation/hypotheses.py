@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.errors import DataError, nearest, shown
+from most_ray.errors import DataError, count_of, nearest, shown
 from most_ray.evaluation.wer import (
     NORMALISER_VERSION,
     NORMALISERS,
@@ -297,7 +297,7 @@ def read_hypotheses(uri: str) -> tuple[dict[str, Any], list[Row]]:
     for name, about in header["sets"].items():
         rows, records = found[name], about["records"]
         if not (count[name] == len(rows) == records and max(rows, default=-1) == records - 1):
-            rule = f"holds {count[name]} records of {name}, {len(rows)} different ones; {records} were evaluated."
+            rule = f"holds {count_of(count[name], 'record')} of {name}, {len(rows)} different ones; {records} were evaluated."
             raise DataError("rescore", shown_uri, rule, "Take the whole file, each record once.")
     return header, lines[1:]
 

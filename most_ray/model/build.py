@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, initialization
 from transformers.distributed import DistributedConfig
 
-from most_ray.errors import CheckpointError, ConfigError, nearest, one_line
+from most_ray.errors import CheckpointError, ConfigError, count_of, nearest, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import open_to_readers
@@ -167,7 +167,7 @@ def check_vocabulary(config: MostConfig, tokenizer: PreTrainedTokenizerFast, pat
         rule += f" ({len(audio)} of them)."
         raise CheckpointError("model_name_or_path", where, rule, _OTHER_TOKENIZER)
     if (most := max(vocabulary.values())) >= config.vocab_size:
-        rule = f"has a tokenizer with ids up to {most}, and by its {CONFIG} {config.vocab_size} embeddings (vocab_size)."
+        rule = f"has a tokenizer with ids up to {most}, and by its {CONFIG} {count_of(config.vocab_size, 'embedding')} (vocab_size)."
         raise CheckpointError("model_name_or_path", where, rule, _OTHER_TOKENIZER)
     if special := audio & {ids.bos, ids.eos, ids.pad}:
         raise CheckpointError("model_name_or_path", where, f"has a tokenizer whose special token {min(special)} is an audio token.")

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
-from most_ray.errors import ConfigError, shown
+from most_ray.errors import ConfigError, count_of, shown
 from most_ray.records.model_files import IMPLEMENTATIONS
 
 FIRST_AUDIO_TOKEN = 100002  # of the original vocabulary, in which 0..100001 are text
@@ -155,13 +155,13 @@ def _check_experts(config: MostConfig) -> None:
         if outside or len(set(group)) != len(group) or not all(isinstance(expert, int) for expert in group):
             raise ConfigError(name, group, f"must hold different experts out of 0..{n_experts - 1}.")
         if top_k > len(group):
-            rule = f"is more than the {len(group)} experts of {name}."
+            rule = f"is more than the {count_of(len(group), 'expert')} of {name}."
             raise ConfigError("num_experts_per_tok", top_k, rule, "Lower it or widen the group.")
         if config.topk_method == "group_limited_greedy" and config.n_group and config.topk_group:
             size = n_experts // config.n_group
             usable = sorted(filter(None, (sum(expert // size == g for expert in group) for g in range(config.n_group))))
             if sum(usable[: config.topk_group]) < top_k:
-                rule = f"can leave a {modality} token fewer than {top_k} experts of {name}."
+                rule = f"can leave a {modality} token fewer than {count_of(top_k, 'expert')} of {name}."
                 raise ConfigError("topk_group", config.topk_group, rule, "Raise it.")
     text, audio = groups.values()
     if both := sorted(set(text) & set(audio)):

@@ -21,7 +21,7 @@ from most_ray.config import RunConfig
 from most_ray.data.batch import rank_batch
 from most_ray.data.ingest import Recipe, Runner, ingest_directory, run_here
 from most_ray.data.store import TokenStore, read_checksummed_json
-from most_ray.errors import ConfigError, DataError
+from most_ray.errors import ConfigError, DataError, count_of
 from most_ray.io import hub, storage
 from most_ray.io.run_folder import RunFolder, local_copy, model_source
 from most_ray.model.build import init_model, read_config
@@ -210,7 +210,7 @@ class _Preparation:
         sample = self.folder / f"sample-{self._samples}" / storage.base_name(directory)
         factor = sampling.copy_sample(directory, sample)
         store = sampling.ExtrapolatedStore(ingest_directory(sample, recipe, store_dir, run), factor, storage.absolute(directory))
-        self.notes.append(f"{storage.redact(directory)}: about {len(store):,} records, by the first {sampling.SAMPLE_RECORDS:,}")
+        self.notes.append(f"{storage.redact(directory)}: about {count_of(len(store), 'record')}, by the first {sampling.SAMPLE_RECORDS:,}")
         return store
 
 

@@ -35,8 +35,8 @@ def dry_screen(run: DryRun, console: Console) -> None:
         print_line(console, f"  note        {note}")
     layout = run.layout
     rows = {
-        "model": f"{run.model_name}, {run.parameters:,} parameters",
-        "steps": f"{counted}{run.total_steps:,} of {run.records:,} records",
+        "model": f"{run.model_name}, {count_of(run.parameters, 'parameter')}",
+        "steps": f"{counted}{run.total_steps:,} of {count_of(run.records, 'record')}",
         "a step": f"{about}{run.tokens:,.0f} tokens, {run.supervised:,.0f} of them supervised, in {run.packs:,.1f} rows of "
         f"{run.config.max_seq_length:,} ({run.tokens / run.packs / run.config.max_seq_length:.0%} full)",
         **{"workers" if one is layout else "at least": _workers(one) for one in reversed(run.layouts)},
@@ -45,7 +45,7 @@ def dry_screen(run: DryRun, console: Console) -> None:
         "time": f"{about}{_times(run)}; saving and evaluations are not counted",
         "checkpoints": _checkpoints(run),
     }
-    print_rows(console, rows | ({"rejected": f"{counted}{run.rejected:,} records"} if run.rejected else {}))
+    print_rows(console, rows | ({"rejected": f"{counted}{count_of(run.rejected, 'record')}"} if run.rejected else {}))
     console.print(mix_table(run.config.weight_unit, run.sources, "about " if run.about_records else "", about))
     console.print(_memory(run))
     if len(run.choices) > 1:
@@ -68,7 +68,7 @@ def _checkpoints(run: DryRun) -> str:
 
 
 def _workers(layout: LayoutEstimate) -> str:
-    passes = f"{count_of(layout.passes, 'forward pass', 'es')} a step of {count_of(layout.rows, 'row')} each"
+    passes = f"{count_of(layout.passes, 'forward pass')} a step of {count_of(layout.rows, 'row')} each"
     return f"{layout.topology.world_size}: {layout_text(layout.topology)}; {passes}"
 
 

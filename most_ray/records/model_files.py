@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from most_ray.errors import CheckpointError, UserError, one_line, printable, shown
+from most_ray.errors import CheckpointError, UserError, count_of, one_line, printable, shown
 from most_ray.io.json_values import parse_json
 from most_ray.io.uris import redact
 
@@ -152,7 +152,7 @@ def weight_shapes(folder: str | Path, field: str = "model_name_or_path") -> dict
         with read, safe_open(file, "numpy") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     if lost := sorted(named.keys() - shapes):
-        rule = f"lacks {len(lost)} tensors that its {INDEX} names, the first {lost[0]}."
+        rule = f"lacks {count_of(len(lost), 'tensor')} that its {INDEX} names, the first {lost[0]}."
         raise CheckpointError(field, redact(str(folder)), rule, _REMEDY)
     return shapes
 
@@ -162,7 +162,7 @@ def check_weight_count(wanted: int, held: Mapping[str, tuple[int, ...]], where: 
     allocated for the model, so a wrong configuration must be found before. (Which tensors differ is found when they are read.)"""
     found = sum(math.prod(shape) for shape in held.values())
     if wanted > 2 * found + (1 << 20):
-        rule = f"has a {CONFIG} that describes a model of {wanted:,} weights, and its files hold {found:,}."
+        rule = f"has a {CONFIG} that describes a model of {count_of(wanted, 'weight')}, and its files hold {found:,}."
         raise CheckpointError(field, redact(where), rule, "They belong to different models, or files are missing.")
 
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from most_ray.errors import CheckpointError, redact, shown
+from most_ray.errors import CheckpointError, count_of, redact, shown
 from most_ray.records.batch_tokenizer import BatchTokenizer
 from most_ray.records.model_files import check_chooses_no_code, loading, no_panic_output, read_json_object
 from most_ray.records.record import N_UNITS
@@ -66,7 +66,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
     """
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in AUDIO_TOKENS if token not in vocabulary]:
-        rule = f"is not in the vocabulary ({len(missing)} audio tokens are missing)."
+        rule = f"is not in the vocabulary (missing: {count_of(len(missing), 'audio token')})."
         raise CheckpointError("tokenizer", missing[0], rule, "Use init-model first.")
     base = vocabulary["[Hu0]"]
     if any(vocabulary[f"[Hu{unit}]"] != base + unit for unit in range(N_UNITS)):

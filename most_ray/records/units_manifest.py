@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.errors import DataError, one_line, shown
+from most_ray.errors import DataError, count_of, one_line, shown
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.records.files import UNITS_MANIFEST
@@ -101,7 +101,7 @@ def seconds_per_unit(manifest: Mapping[str, Any] | None) -> float | None:
 def _check_neighbours(table: object, n_units: int | None) -> None:
     """Raise ValueError unless `table` lists units for each of `n_units` units (None: as many as it has rows), equally many for each."""
     if not isinstance(table, list) or not 1 <= len(table) <= N_UNITS or (n_units is not None and len(table) != n_units):
-        found = f"those of {len(table)} units" if isinstance(table, list) else "no list"
+        found = f"those of {count_of(len(table), 'unit')}" if isinstance(table, list) else "no list"
         raise ValueError(f"has as neighbours {found}, not of {n_units or f'1..{N_UNITS}'}")
     for unit, row in enumerate(table):
         if not isinstance(row, list) or len(row) != len(table[0]) or (not row and len(table) > 1):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from most_ray.errors import count_of
 from most_ray.metrics.thinning import evenly, extremes, running_mean
 from most_ray.report.collect import RunData, entries, mapping, number
 
@@ -122,7 +123,7 @@ class Curves:
 
     def notes(self) -> list[str]:
         """What readers must know of smoothing and thinning."""
-        smooth = f"Faint: as measured; strong: mean of {self.window:,} neighbouring points." if self.window else ""
+        smooth = f"Faint: as measured; strong: mean of {count_of(self.window, 'neighbouring point')}." if self.window else ""
         thinned = "Long curves are thinned to what a screen shows: highest, lowest, first and last points are kept." if self.thinned else ""
         return [note for note in (smooth, thinned) if note]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from most_ray.errors import count_of
 from most_ray.report.collect import RunData, entries, mapping, number
 from most_ray.report.curves import MODALITY_COLOURS, Curves, Figure, axis, axis_number, base_layout, draw, panel_title, rounded
 
@@ -62,7 +63,7 @@ def load_shares(run: RunData) -> dict[str, list[list[float]]]:
 def _span(line: dict[str, Any]) -> str:
     """The steps that a line of experts counts."""
     steps = number(line.get("steps"))
-    return f"the {steps:g} steps up to {line['step']}" if steps else f"up to step {line['step']}"
+    return f"the {count_of(steps, 'step')} up to {line['step']}" if steps else f"up to step {line['step']}"
 
 
 def _extent(position: int, count: int) -> list[float]:

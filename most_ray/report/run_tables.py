@@ -296,7 +296,7 @@ def samples(runs: Runs) -> list[Table]:
             for chosen in (shown_wrong, shown_right)
         )
         count = len(rows) + len(folded)
-        about = f"{count} of {len(is_wrong):,} records, {len(wrong):,} of which are wrong" + (" in some run" if several else "")
+        about = f"{count} of {count_of(len(is_wrong), 'record')}, {len(wrong):,} of which are wrong" + (" in some run" if several else "")
         head: Row = ("record", *run_names(runs)) if several else ()
         below = Table(f"{count_of(len(folded), 'record')} recognised without an error", head, folded)
         tables.append(Table(name, head if rows else (), rows, about, right=below))

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, count_of
 from most_ray.io import storage
 from most_ray.io.run_folder import LEDGER
 from most_ray.report import sweep_figures
@@ -127,7 +127,7 @@ def tiles(sweep: Sweep) -> list[tuple[str, str, str]]:
         found.append((f"trial {sweep.best[0].number}, best {metric}", shown(metric, result.metrics[metric]), known))
     how = ", ".join(str(sweep.ledger.sweep[key]) for key in ("search", "scheduler") if sweep.ledger.sweep.get(key))
     found.append(("trials", f"{len(sweep.trials):,}", how))
-    steps = f"to the last results of {sum(len(trial.runs) for trial in sweep.trials):,} runs"
+    steps = f"to the last results of {count_of(sum(len(trial.runs) for trial in sweep.trials), 'run')}"
     found.append(("steps trained in all", f"{steps_trained(sweep.trials):,}", steps))
     return [*found, ("time spent", duration(number(sweep.ledger.spent_s)) or "–", "from each start to its last line")]
 

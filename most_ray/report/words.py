@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from most_ray.errors import count_of
 from most_ray.evaluation.wer import EditCounts, error_rate, of_records, word_counts, word_pairs
 from most_ray.metrics.figures import TITLES
 from most_ray.metrics.texts import percent
@@ -122,7 +123,7 @@ def _table(runs: Runs, column: str, groups: _Groups, counts: Sequence[EditCounts
         )
         for value in shown
     ]
-    about = f"the {len(shown)} of {len(words):,} values with most words" if len(words) > len(shown) else ""
+    about = f"the {len(shown)} of {count_of(len(words), 'value')} with most words" if len(words) > len(shown) else ""
     return Table(column, (column, *(run_names(runs) if len(runs) > 1 else ["error rate"]), "words", "records"), lines, about)
 
 

@@ -16,7 +16,7 @@ from most_ray.config import OPTIONS, RunConfig, portable_yaml
 from most_ray.data.ingest_plan import content_digest, read_units_manifest
 from most_ray.data.store import digest
 from most_ray.distributed.topology import plan_topologies
-from most_ray.errors import ConfigError, UserError
+from most_ray.errors import ConfigError, UserError, count_of
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import COMMIT, LEDGER, checkpoint_source, model_source, step_uri
@@ -102,7 +102,7 @@ def check_sizes(config: RunConfig, workers: int | None = None) -> None:
 def check_positions(config: RunConfig, positions: int) -> None:
     """Raise ConfigError for rows that are longer than the model's positions."""
     if config.max_seq_length > positions:
-        raise ConfigError("max_seq_length", config.max_seq_length, f"is beyond the model's {positions} positions.")
+        raise ConfigError("max_seq_length", config.max_seq_length, f"is beyond the model's {count_of(positions, 'position')}.")
 
 
 def _described(model: str) -> dict[str, int]:
@@ -152,4 +152,4 @@ def placed(summary: dict[str, Any], run_uri: str) -> dict[str, Any]:
 def completed_line(name: str, total_steps: int, changed: Sequence[str] = ()) -> str:
     """What a start of a run that is complete says. `changed`: settings that were not those of the run."""
     without_effect = f" Changed since, without effect: {', '.join(changed)}." if changed else ""
-    return f"The run {name!r} is complete ({total_steps} steps); nothing to do.{without_effect}"
+    return f"The run {name!r} is complete ({count_of(total_steps, 'step')}); nothing to do.{without_effect}"

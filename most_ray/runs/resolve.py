@@ -21,7 +21,7 @@ from most_ray.data.plan import check_units as one_unit_identity
 from most_ray.data.store import TokenStore
 from most_ray.distributed.devices import prefers_bf16
 from most_ray.distributed.topology import Topology, plan_topologies
-from most_ray.errors import CheckpointError, ConfigError, RecordError, nearest
+from most_ray.errors import CheckpointError, ConfigError, RecordError, count_of, nearest
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import RunFolder, checkpoint_source, local_copy, model_source
@@ -150,7 +150,8 @@ def resolve_run(
 def _check_trained(uri: str, start: dict[str, Any], total_steps: int) -> None:
     """Raise CheckpointError where a run has made all its steps and has skipped every one: its last checkpoint is its first model."""
     if start["step"] >= total_steps and start["skipped_in_row"] >= start["step"]:
-        rule = f"ends a run whose {start['step']} steps were all skipped, as losses or gradients were not finite: it has trained nothing."
+        skipped = count_of(start["step"], "step")
+        rule = f"ends a run that has trained nothing: of {skipped} all were skipped, as losses or gradients were not finite."
         raise CheckpointError("checkpoint", storage.redact(uri), rule, "See the run's warnings, and give it another name.")
 
 

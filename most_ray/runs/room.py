@@ -110,7 +110,7 @@ def check_evaluation_room(config: RunConfig, workers: str, gpus: str, training: 
     cores, needed = machine_cores(), config.eval_workers * config.eval_gpus
     if needed and (has := machine_gpus()) < training + needed:
         beside = f" beside {training:g} of the training workers" if training else ""
-        rule = f"needs {needed:g} GPUs for evaluations{beside}, this machine has {has}."
+        rule = f"needs {count_of(needed, 'GPU')} for evaluations{beside}, this machine has {has}."
         raise ConfigError(gpus, config.eval_gpus, rule, f"Lower it, {_ELSEWHERE}")
     if not needed and config.eval_workers > cores:
         rule = f"is more than this machine has room for: {count_of(cores, 'core')}."
@@ -143,5 +143,5 @@ def ranks_note(ranks: int, threads: int) -> str | None:
     cores = machine_cores()
     if ranks <= cores:
         return None
-    shared = f"{ranks} ranks of {count_of(threads, 'thread')} each share this machine's {count_of(cores, 'core')}"
+    shared = f"{count_of(ranks, 'rank')} of {count_of(threads, 'thread')} each share this machine's {count_of(cores, 'core')}"
     return f"{shared}: steps take longer than with {count_of(cores, 'rank')}"

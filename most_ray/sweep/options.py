@@ -12,7 +12,7 @@ from typing import Any, Literal
 from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.config_files import portable_yaml, read_yaml
 from most_ray.data.plan import distinct_names
-from most_ray.errors import ConfigError, nearest
+from most_ray.errors import ConfigError, count_of, nearest
 from most_ray.io import storage
 from most_ray.metrics.figures import FIGURES, OBJECTIVES, RATES
 from most_ray.metrics.schema import TRAIN
@@ -184,14 +184,14 @@ def _check(sweep: Sweep) -> None:
         raise ConfigError("trace_records", run.trace_records, rule, "Trace the winner: give it to the command that trains it.")
     trained = [objective.metric for objective in sweep.objectives if objective.metric.startswith("train/")]
     if trained and run.eval_steps and run.eval_steps % run.logging_steps:
-        rule = f"is compared every {run.eval_steps} steps, and logged every {run.logging_steps}."
+        rule = f"is compared every {count_of(run.eval_steps, 'step')}, and logged every {run.logging_steps}."
         raise ConfigError("objectives", trained[0], rule, "Let eval_steps be a multiple of logging_steps.")
     _check_ends(sweep)
     if options.search == "grid" and (endless := [d.name for d in sweep.space.dimensions if d.listed is None]):
         rule = "has infinitely many values, so it makes no grid."
         raise ConfigError(f"space.{endless[0]}", None, rule, "Use `grid: [...]`, or search: random.")
     if sweep.max_trials > _MOST_TRIALS:  # of a grid: its points
-        rule = f"is a grid of {sweep.max_trials:,} points; at most {_MOST_TRIALS:,} trials are made."
+        rule = f"is a grid of {count_of(sweep.max_trials, 'point')}; at most {_MOST_TRIALS:,} trials are made."
         raise ConfigError("space", sweep.space.names, rule, "Give max_trials, fewer values, or search: random.")
     if options.search == "tpe" and (gridded := [d.name for d in sweep.space.dimensions if d.kind == "grid"]):
         raise ConfigError(f"space.{gridded[0]}", None, "is a grid, and tpe searches none.", "Use `choice`.")

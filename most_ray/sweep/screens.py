@@ -10,6 +10,7 @@ from rich.table import Table
 
 from most_ray.console.run_screens import print_rows
 from most_ray.console.terminal import print_line
+from most_ray.errors import count_of
 from most_ray.io import storage
 from most_ray.metrics.figures import RATES
 from most_ray.metrics.texts import rough_duration as duration
@@ -28,11 +29,12 @@ def start_screen(
     """Print what the sweep is about to do, and its estimated cost."""
     options, left = sweep.options, len(ledger.in_state("open"))
     already = f"; {len(ledger.trials) - left} have ended, {left} continue" if ledger.trials else ""
-    print_line(console, f"Sweep {storage.redact(uri)}: {sweep.max_trials} trials of {job.total_steps:,} steps{already}")
+    trials = f"{count_of(sweep.max_trials, 'trial')} of {count_of(job.total_steps, 'step')}"
+    print_line(console, f"Sweep {storage.redact(uri)}: {trials}{already}")
     scheduler = {
         "none": "no early stopping",
         "asha": f"ASHA from step {sweep.grace_steps} on, one in {options.reduction_factor:g} continues",
-        "pbt": f"population based training every {sweep.perturb_steps} steps",
+        "pbt": f"population based training every {count_of(sweep.perturb_steps, 'step')}",
     }[options.scheduler]
     rows = {
         "objective": ", ".join(f"{'largest' if objective.largest else 'smallest'} {objective.metric}" for objective in sweep.objectives),
@@ -56,7 +58,7 @@ def start_screen(
 
 
 def _cost(cost: Estimate) -> str:
-    steps = f"{f'{cost.fewest_steps:,} to ' if cost.fewest_steps < cost.most_steps else ''}{cost.most_steps:,} steps"
+    steps = f"{f'{cost.fewest_steps:,} to ' if cost.fewest_steps < cost.most_steps else ''}{count_of(cost.most_steps, 'step')}"
     if cost.fewest_hours is None or cost.most_hours is None:
         return f"{steps}; their time is unknown: a step could not be timed here"
     low, high = duration(cost.fewest_hours * 3600), duration(cost.most_hours * 3600)

@@ -120,13 +120,25 @@ class Loudness:
         return [Frames(np.stack([np.abs(each).max(axis=1), each[:, 0]], axis=1)) for each in blocks]
 
 
+def test_speakers_are_counted_without_their_copies(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Copies at other speeds are other voices to the normalisation, and no other speakers; those of no chosen recording do not count."""
+    words = ["prepare", "units", "--input", str(corpus), "--output", str(tmp_path / "out"), "--num_actors", "0", *FIT]
+    for changes, said in (
+        (["--perturb", "0.9,1.0,1.1"], " of 2 speakers at 3 speeds in 12 units: "),
+        (["--perturb", "0.9,1.0,1.1"], " of 2 speakers at 3 speeds in 12 units: "),  # nothing has changed
+        (["--where", "speaker=a"], " of 1 speaker in 12 units: "),
+    ):
+        assert main([*words, *changes]) == 0
+        assert said in capsys.readouterr().out
+
+
 def test_features_that_need_no_speakers(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody is measured; where the centroids are known the recordings are heard once, and only the selected ones."""
+    """Nobody is measured, all are counted; where the centroids are known the recordings are heard once, and only the selected ones."""
     for module in (stages, preparing):
         monkeypatch.setattr(module, "open_extractor", lambda *_: Loudness())
     (corpus / "2.flac").write_bytes(b"no audio")
     counts = run(corpus, tmp_path / "o")
-    assert (counts["records"], counts["rejected"], counts["speakers"]) == (7, 1, 0)
+    assert (counts["records"], counts["rejected"], counts["speakers"]) == (7, 1, 2)
     assert "reference" not in lines_of(tmp_path / "o/units.json")[0]
     known, where = tmp_path / "o/kmeans.npy", [parse_condition("speaker=a")]
     assert run(corpus, tmp_path / "again", runner := Counting(), kmeans=known, where=where)["records"] == 3

@@ -285,6 +285,6 @@ def test_a_text_is_spoken_into_a_file(corpus: Path, tmp_path: Path, monkeypatch:
         "most_ray.evaluation.generate.synthesize_texts", lambda _, __, texts, ___: [GeneratedUnits([3, 0, 2], [], 1) for _ in texts]
     )
     said, units = tmp_path / "said.wav", tmp_path / "units.wav"
-    assert main(["synthesize", "--model", "m", "--text", "seven", "--output", str(said)]) == 0
+    assert main(["synthesize", "--model", str(tmp_path), "--text", "seven", "--output", str(said)]) == 0
     assert main(["synthesize", "--speech", str(tmp_path / "out"), "--units", "[Hu3][Hu0][Hu2]", "--output", str(units)]) == 0
     assert said.read_bytes() == units.read_bytes() and soundfile.info(said).frames > 100

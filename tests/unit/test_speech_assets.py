@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
 from most_ray import config as configuration
 from most_ray.cli import from_audio, main
-from most_ray.cli.from_audio import choose_division, run_settings
+from most_ray.cli.from_audio import choose_division, evaluation_steps, run_settings, run_text
 from most_ray.errors import CheckpointError, ConfigError, DataError
 from most_ray.records.record import parse_record, units_hash
 from most_ray.speech.corpora.audio import load_audio
@@ -282,6 +283,27 @@ def test_the_runs_configuration_is_one(tmp_path: Path, records: int, longest: in
     assert settings["max_seq_length"] >= min(4096, longest) and settings["max_steps"] >= 300
     assert settings["train_tts_dirs"] == [str(tmp_path / "train_tts")]
     assert settings["global_batch_size"] % settings["train_batch_size"] == 0
+    text = run_text(settings)
+    assert configuration.config_from(yaml.safe_load(text)) == config
+    unexplained = {line.split(":")[0] for line in text.splitlines() if "  # " not in line}
+    assert unexplained == {"name", "output_dir", "train_asr_dirs", "train_tts_dirs", "val_asr_dirs", "val_tts_dirs"}
+
+
+def test_the_first_evaluation_comes_early(tmp_path: Path) -> None:
+    """Within a minute of small data's steps; of longer runs there are thirty in all, or one every 200 steps."""
+    for seconds, steps, every in ((0.2, 300, 200), (0.6, 300, 50), (3.0, 300, 25), (0.9, 1500, 50), (0.9, 3000, 100), (0.9, 5000, 200)):
+        assert evaluation_steps(seconds, steps) == every and every <= steps
+    put(tmp_path / "train_asr" / "prepared.json", json.dumps({"records": 120, "longest": 200, "hours": 0.1}))
+    assert run_settings("mine", str(tmp_path), tmp_path)["eval_steps"] in (50, 100, 200)
+
+
+def test_names_that_yaml_would_take_for_something_else(tmp_path: Path) -> None:
+    """Whatever folders are called, the configuration names them."""
+    for name in ("a: b", "a # b", "[x", "ja", "no", "é {y}", "it's"):
+        folder = tmp_path / name
+        put(folder / "train_asr" / "prepared.json", json.dumps({"records": 2, "longest": 30}))
+        settings = run_settings(name, str(folder), folder)
+        assert yaml.safe_load(run_text(settings)) == settings
 
 
 def arguments(folder: Path, **changes: Any) -> argparse.Namespace:
@@ -328,7 +350,7 @@ def test_wrong_uses_of_from_audio(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (arguments(tmp_path / "nowhere"), {}, DataError, "is no folder"),
         (arguments(source / "0.flac"), {}, DataError, "is no folder"),
         (arguments(source, corpus="an4"), {}, DataError, "holds no etc"),
-        (arguments(alone), {}, DataError, "holds 1 recordings with text"),
+        (arguments(alone), {}, DataError, "holds 1 recording with text: some are needed"),
     ]
     for args, flags, error, message in cases:
         with pytest.raises(error, match=message):

@@ -15,7 +15,7 @@ import ray.exceptions
 from most_ray.config import RunConfig
 from most_ray.console.library_log import divert_native
 from most_ray.distributed.stop_signals import hangup_blocked
-from most_ray.errors import ConfigError, one_line
+from most_ray.errors import ConfigError, count_of, one_line
 from most_ray.io import storage
 from most_ray.io.waits import waiting_for
 from most_ray.runs.room import check_room, cluster_address
@@ -77,7 +77,7 @@ def check_evaluation_gpus(field: str, each: float, needed: float, training: floa
     workers, which are not free for evaluations. `field`: the key or flag to name, `each`: its value, the GPUs of one evaluation worker."""
     gpus = largest_resources()[0].get("GPU", 0.0)
     if gpus < training + needed:
-        rule = f"needs {needed:g} GPUs for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."
+        rule = f"needs {count_of(needed, 'GPU')} for evaluations beside {training:g} of the training workers, the cluster has {gpus:g}."
         raise ConfigError(field, each, rule, "Lower it, or use fewer workers.")
 
 

@@ -15,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from most_ray.errors import ConfigError, nearest
+from most_ray.errors import ConfigError, count_of, nearest
 from most_ray.service.cluster.ray_internals import require_token
 
 logger = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ def _unusable(base: Path) -> str | None:
             return f"cannot be written to: {existing} is no folder that you may write to."
         excess = len(os.fsencode(_above(base) / "ray")) - _FOLDER_BYTES
         if excess > 0:
-            return f"is {excess} bytes too long for Ray's sockets, whose names have at most 107."
+            return f"is {count_of(excess, 'byte')} too long for Ray's sockets, whose names have at most 107."
         for each in {*base.parents, base.resolve(), *base.resolve().parents}:
             mode = each.stat().st_mode if each.exists() else 0
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:

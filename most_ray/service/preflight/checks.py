@@ -18,7 +18,7 @@ from rich.console import Console
 from most_ray.checkpoint import catalog
 from most_ray.config import OPTIONS, RunConfig
 from most_ray.console.terminal import print_line
-from most_ray.errors import ConfigError, DataError, UserError, one_line
+from most_ray.errors import ConfigError, DataError, UserError, count_of, one_line
 from most_ray.io import storage
 from most_ray.io.outputs import failure_rule
 from most_ray.io.waits import waiting_for
@@ -184,7 +184,7 @@ def assess_nodes(answers: Sequence[NodeAnswer], own: Mapping[str, str]) -> list[
             text = f"is {skew:.0f} s off the driver's"
             findings.append(Finding("clock", "warning", report.host, text, "Let NTP or chrony set it"))
     for report in (report for _, report in reports if 0 <= report.open_files < _OPEN_FILES):
-        text = f"a process may open only {report.open_files} files"
+        text = f"a process may open only {count_of(report.open_files, 'file')}"
         findings.append(Finding("limits", "warning", report.host, text, f"Raise it to {_OPEN_FILES} or more: ulimit -n, LimitNOFILE"))
     return findings
 

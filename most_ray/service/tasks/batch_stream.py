@@ -24,7 +24,7 @@ from safetensors.numpy import save as pack_arrays
 
 from most_ray.data.batch import Batch, open_plan, rank_batch
 from most_ray.data.feed import StreamSpec, own_batches, prefetch
-from most_ray.errors import DataError
+from most_ray.errors import DataError, count_of
 from most_ray.io.json_values import parse_json
 from most_ray.service.cluster.capacity import TASK_CPUS
 from most_ray.service.cluster.ray_internals import kv_delete, kv_get, kv_put
@@ -84,7 +84,7 @@ class _FetchStatus:
         except Exception as error:  # noqa: BLE001 - whatever is raised: that Ray does not answer is the reason to report
             return f"stage cluster: Ray does not answer ({error})"
         if note is None:
-            return f"stage schedule: the task that fetches {block} has not begun ({free:g} of the cluster's {cpus:g} CPUs are free)"
+            return f"stage schedule: the task that fetches {block} has not begun (free of the cluster's {count_of(cpus, 'CPU')}: {free:g})"
         known = parse_json(note)
         return f"stage {known['stage']}: {block}, on {known['node']} for {time.time() - known['since']:.0f} s"
 

@@ -8,7 +8,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from most_ray.config import config_from
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, count_of
 from most_ray.runs.room import cluster_address, machine_cores
 from most_ray.service.cluster.connection import start_ray
 from most_ray.service.cluster.ray_internals import has_autoscaler
@@ -33,14 +33,15 @@ def pool_runner(features: FeatureSettings, num_actors: int | None, gpus_per_acto
         available = found.get("GPU", 0.0)
         gpus = float(features.uses_gpu and available > 0) if gpus_per_actor is None else gpus_per_actor
         if gpus > available:
-            raise ConfigError("gpus_per_actor", gpus, f"is more than the {available:g} GPUs of the cluster.")
+            raise ConfigError("gpus_per_actor", gpus, f"is more than the {count_of(available, 'GPU')} of the cluster.")
         if gpus > 1 and gpus != int(gpus):
             raise ConfigError("gpus_per_actor", gpus, "must be a whole number where it is above 1.")
         # A Ray that this command has started has more logical CPUs than the machine has cores.
         cores = found.get("CPU", 1.0) if cluster_address(config) else machine_cores()
         most = int(available / gpus if gpus else cores)
         if not gpus and num_actors and num_actors > most and not has_autoscaler():
-            raise ConfigError("num_actors", num_actors, f"is more than the {cores:g} CPUs of the cluster.", f"Use at most {most}.")
+            rule = f"is more than the {count_of(cores, 'CPU')} of the cluster."
+            raise ConfigError("num_actors", num_actors, rule, f"Use at most {most}.")
         return run_in_actors(work, parts, min(num_actors or most, most) if gpus else num_actors or most, gpus)
 
     return run

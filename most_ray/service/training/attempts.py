@@ -138,8 +138,8 @@ def _attempts(prepared: Prepared, validation: EvaluationJob | None, console: Con
                 left = config.max_failures - len(failures.times)
                 text = f"The workers were lost ({cause}); {again()}, {left} more allowed. {_see_libraries()}"
             else:
-                times = f"{len(failures.times)} times" + (f" within {config.failure_window_s:g} s" if config.failure_window_s else "")
-                rule = f"failed {times}, the last time: {cause.rstrip('.')}."
+                within = f" within {config.failure_window_s:g} s" if config.failure_window_s else ""
+                rule = f"failed {count_of(len(failures.times), 'time')}{within}, the last time: {cause.rstrip('.')}."
                 raise RunIncompleteError("workers", None, rule, "The same command tries again.") from error
             print_line(console, text.strip())
     finally:

@@ -24,7 +24,7 @@ from most_ray.config import OPTIONS, RunConfig, config_from
 from most_ray.config_files import SWEEP
 from most_ray.console.library_log import LIBRARIES_LOG, divert_native
 from most_ray.console.terminal import print_line
-from most_ray.errors import ConfigError
+from most_ray.errors import ConfigError, count_of
 from most_ray.io import storage
 from most_ray.io.json_values import json_text, parse_json
 from most_ray.io.run_folder import COMMIT, LEDGER, RunFolder
@@ -103,7 +103,7 @@ def _run(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console, sh
             text = f"max_hours = {sweep.options.max_hours:g} are used up; the same command with a higher value resumes."
             print_line(console, text)
     else:
-        print_line(console, f"All {len(file.ledger.trials)} trials of {sweep.run.name!r} have ended; nothing to do.")
+        print_line(console, f"All {count_of(len(file.ledger.trials), 'trial')} of {sweep.run.name!r} have ended; nothing to do.")
     return _finish(sweep, folder, file, console)
 
 
@@ -320,7 +320,7 @@ def _finish(sweep: Sweep, folder: RunFolder, file: LedgerFile, console: Console)
     if best:
         winner = {"trial": best.number, "run": best.runs[-1], "values": best.values, "step": best.step, "metrics": best.results[-1].metrics}
         value = best.metric(objective.metric)
-        why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {best.step} steps."
+        why = f"Trial {best.number} of the sweep {sweep.run.name}: {objective.metric} = {value!r} after {count_of(best.step, 'step')}."
         storage.write_bytes(folder.at(BEST), TrialBase(sweep, {}, {}).best_yaml(best, why, moves=True).encode())
     _remove_kept(folder, file)
     summary = {

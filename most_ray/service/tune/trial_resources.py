@@ -49,7 +49,8 @@ class TrialResources:
         fits = self._cluster_capacity()
         if fits < 1:
             needs = ", ".join(f"{amount:g} {name}" for name, amount in self._needs.items())
-            rule = f"is more than the cluster has room for: with {self.workers} workers of {self._share} each a trial takes {needs}."
+            several = f"with {count_of(self.workers, 'worker')} of {self._share} each"
+            rule = f"is more than the cluster has room for: {several} a trial takes {needs}."
             raise ConfigError("num_workers", self.workers, rule, "Use fewer workers, or lower cpus_per_worker.")
         self.capacity = local or fits  # trials that fit at once
         self.concurrent = min(wanted, fits, self.capacity)  # trials that will run at once

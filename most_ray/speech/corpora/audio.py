@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from most_ray.errors import DataError
+from most_ray.errors import DataError, count_of
 from most_ray.speech.corpora.containers import find_hidden_audio, find_wrong_count
 
 MAX_SECONDS = 120.0  # of an utterance: a longer one is likely a recording that was not cut into utterances
@@ -104,7 +104,7 @@ def _mix(samples: np.ndarray, path: Path) -> np.ndarray:
     if (samples.min(axis=0) == samples.max(axis=0)).all():
         raise DataError("recording", str(path), "is silence: all its samples are equal.")
     if samples.shape[1] > 1 and (mono.min() == mono.max() or _power(mono) < _CANCELLED * _power(samples)):
-        rule = f"has {samples.shape[1]} channels that cancel each other out, as in opposite phase: keep one of them."
+        rule = f"has {count_of(samples.shape[1], 'channel')} that cancel each other out, as in opposite phase: keep one of them."
         raise DataError("recording", str(path), rule)
     return mono
 
@@ -125,7 +125,8 @@ def _read(source: soundfile.SoundFile, path: Path, part: _Part, max_seconds: flo
     """The part's samples, float32 (samples, channels)."""
     rate, total = source.samplerate, source.frames
     if rate < _LEAST_HZ or rate * source.channels > _MOST_A_SECOND:
-        raise DataError("recording", str(path), f"has {source.channels} channels at {rate} Hz, which is no recording of speech.")
+        many = count_of(source.channels, "channel")
+        raise DataError("recording", str(path), f"has {many} at {rate} Hz, which is no recording of speech.")
     first, count = _range(path, part, rate, total, max_seconds)
     if part.duration is None and (rule := find_hidden_audio(path, source.format, total, rate)):
         raise DataError("recording", str(path), f"{rule}.", "Write it again.")
@@ -173,10 +174,10 @@ def _channel(samples: np.ndarray, channel: int | None, path: Path) -> np.ndarray
     if channel is None or (channel == ANY_CHANNEL and samples.shape[1] == 1):
         return samples
     if channel == ANY_CHANNEL:
-        rule = f"has {samples.shape[1]} channels, and its row means one of them: which one is not known."
+        rule = f"has {count_of(samples.shape[1], 'channel')}, and its row means one of them: which one is not known."
         raise DataError("recording", str(path), rule, "Give each channel a file of its own.")
     if channel >= samples.shape[1]:
-        raise DataError("recording", str(path), f"has {samples.shape[1]} channels and no channel {channel}, counted from 0.")
+        raise DataError("recording", str(path), f"has {count_of(samples.shape[1], 'channel')} and no channel {channel}, counted from 0.")
     return samples[:, channel : channel + 1]
 
 

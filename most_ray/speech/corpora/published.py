@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from most_ray.errors import RecordError, shown
+from most_ray.errors import RecordError, count_of, shown
 from most_ray.speech.corpora import tables
 from most_ray.speech.corpora.audio import ANY_CHANNEL
 from most_ray.speech.corpora.entries import NOT_THERE, CorpusOptions, Entries, Entry, Unusable
@@ -207,7 +207,7 @@ def _clip(table: Path, clips: Path, split: str, number: int, row: Mapping[str, s
     columns: dict[str, Any] = {"speaker": row.get("client_id", ""), "split": split}
     votes = {key: row[key] for key in ("up_votes", "down_votes") if row.get(key, "").isdecimal()}
     if wrong := next((key for key, cell in votes.items() if len(cell) > _MOST_DIGITS), None):
-        raise RecordError(f"has {wrong} of {len(votes[wrong])} digits")
+        raise RecordError(f"has {wrong} of {count_of(len(votes[wrong]), 'digit')}")
     columns |= {key: int(cell) for key, cell in votes.items()}
     columns |= {key.removesuffix("s"): row[key] for key in ("age", "gender", "accent", "accents", "locale") if key in row}
     yield Entry(table, number, path.stem, path, tables.one_line(row.get("sentence", "")), columns)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
-from most_ray.errors import DataError, RecordError, nearest
+from most_ray.errors import DataError, RecordError, count_of, nearest
 from most_ray.io.json_stream import open_compressed, read_lines
 from most_ray.speech.corpora.entries import OUTSIDE, Entries, Entry, Unusable
 
@@ -188,7 +188,7 @@ def dict_rows(path: Path, rows: Iterable[tuple[int, list[str]]], *needed: Sequen
             raise DataError(path.name, str(path), f"has no column {spellings[0]!r}.", nearest(spellings[0], header))
     for number, cells in rows:
         if len(cells) > len(header):
-            yield Unusable(str(path), number, f"has {len(cells)} cells for {len(header)} columns")
+            yield Unusable(str(path), number, f"has {len(cells)} cells for {count_of(len(header), 'column')}")
         else:
             yield number, dict(zip(header, cells, strict=False))
 

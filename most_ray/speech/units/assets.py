@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from most_ray.errors import CheckpointError, DataError, UserError
+from most_ray.errors import CheckpointError, DataError, UserError, count_of
 from most_ray.io import storage
 from most_ray.records.files import ASSET_FILES, KMEANS, SPEECH_FOLDER, UNITS_MANIFEST
 from most_ray.records.record import units_hash
@@ -70,7 +70,7 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
     if kmeans_hash(centroids) != identity["kmeans"]:
         raise DataError("kmeans", str(folder / KMEANS), "is not the one that units.json beside it names.", _REMEDY)
     if len(centroids) != identity.get("n_units", len(centroids)):
-        rule = f"holds {len(centroids)} centroids, and units.json beside it describes {identity['n_units']} units."
+        rule = f"holds {count_of(len(centroids), 'centroid')}, and units.json beside it describes {count_of(identity['n_units'], 'unit')}."
         raise DataError("kmeans", str(folder / KMEANS), rule, _REMEDY)
     try:
         settings = manifest_settings(manifest, encoder)
@@ -84,7 +84,7 @@ def open_assets(uri: str | Path, encoder: str | None = None) -> SpeechAssets:
         raise CheckpointError("features", given, f"are not those that the units were made with: {wanted}.", "Name the same one: --encoder.")
     reference = len(manifest["reference"]["mean"]) if manifest.get("reference") else extractor.width
     if not centroids.shape[1] == reference == extractor.width:
-        rule = f"has {centroids.shape[1]} features in its centroids, {reference} in its reference, and makes {extractor.width}."
+        rule = f"has {count_of(centroids.shape[1], 'feature')} in its centroids, {reference} in its reference, and makes {extractor.width}."
         raise DataError("speech", str(folder), rule, _REMEDY)
     return SpeechAssets(folder, manifest, centroids, extractor)
 

@@ -49,6 +49,7 @@ class Scan:
     columns: frozenset[str]  # of all utterances
     utterances: int
     chosen: int  # utterances that meet the conditions
+    speakers: int  # of these, where the corpus names them; a copy at another speed is of the same speaker
     bytes: int  # of the chosen utterances' recordings
     unusable_entries: int  # without recordings that a table does not list
     unread: Mapping[str, int]  # recordings in formats that are not read, by suffix
@@ -143,7 +144,8 @@ def scan_corpus(
         listed = _write_chunks(kept, chunks)
     pairs = [(speed, file, key) for speed in speeds for file, key in listed]
     parts = tuple(Part(index, str(file), speed, key) for index, (speed, file, key) in enumerate(pairs))
-    return Scan(parts, unusable, unusable_hash.hexdigest(), frozenset(columns), **counts, unread=dict(unread))
+    known = len(speakers - {""})
+    return Scan(parts, unusable, unusable_hash.hexdigest(), frozenset(columns), **counts, speakers=known, unread=dict(unread))
 
 
 def read_chunk(file: str | Path) -> list[Item]:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, Wav2Vec2FeatureExtractor
 
 from most_ray.distributed.determinism import torch_threads
-from most_ray.errors import CheckpointError, ConfigError, one_line
+from most_ray.errors import CheckpointError, ConfigError, count_of, one_line
 from most_ray.io.hub import model_folder
 from most_ray.records.model_files import check_foreign_model, loading
 from most_ray.speech.units.features import EncoderSettings, Frames
@@ -142,7 +142,7 @@ class EncoderExtractor:
             raise ConfigError("features", self.source, f"cannot be run on samples of speech ({one_line(error)}).") from error
         frames = n_long - n_short
         if frames <= 0 or (long - short) % frames:
-            raise ConfigError("features", self.source, f"gives {frames} frames in {_PROBE} s, no whole number of samples each.")
+            raise ConfigError("features", self.source, f"gives {count_of(frames, 'frame')} in {_PROBE} s, no whole number of samples each.")
         hop = (long - short) // frames
         kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
         if not self._waveform or not kernels or not strides:

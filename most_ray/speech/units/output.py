@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from most_ray.errors import ConfigError, DataError
+from most_ray.errors import ConfigError, DataError, count_of
 from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import check_file, check_folder, named
 from most_ray.records.files import KMEANS, PREPARED, REJECTED, REJECTED_LIST, UNFINISHED, UNITS_MANIFEST, VOCODER
@@ -116,7 +116,7 @@ def check_rejected(scan: Scan, summaries: Sequence[Mapping[str, Any]], limit: fl
         return share
     with scan.unusable.open(encoding="utf-8") as lines:
         first = parse_json(lines.readline()) if scan.unusable_entries else next(e for summary in summaries for e in summary["rejected"])
-    where = f"{scan.unusable_entries + failed} entries cannot be used; the first, {first['file']}, {first['reason']}"
+    where = f"{count_of(scan.unusable_entries + failed, 'entry')} cannot be used; the first, {first['file']}, {first['reason']}"
     remedy = f"{f'See {report}; fix' if report else 'Fix'} them, or raise max_rejected_fraction."
     raise DataError("max_rejected_fraction", MOST_REJECTED if limit is None else limit, f"is exceeded: {where}.", remedy)
 

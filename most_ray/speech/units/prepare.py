@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from most_ray.errors import ConfigError, DataError, UserError
+from most_ray.errors import ConfigError, DataError, UserError, count_of
 from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import check_file
 from most_ray.records.record import N_UNITS
@@ -93,7 +93,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
         key = _job_key(job, scan, features_key, centroids)
         if (done := find_prepared(job.output, key)) and done.get("rejected_share", 0.0) <= _limit(job):
             shutil.rmtree(scratch, ignore_errors=True)
-            return {**done, "unchanged": True}
+            return {**done, "speakers": scan.speakers, "unchanged": True}
         stages = _Stages(job, scan, scratch, runner(scan.bytes), progress)
         statistics = stages.collect(extractor, features_key, fit=centroids is None)
         if centroids is None:
@@ -105,7 +105,7 @@ def prepare_units(job: UnitsJob, progress: Progress, runner: ChooseRunner = lamb
         if statistics.speakers:
             manifest["reference"] = _reference(statistics.speakers)
         written = publish_records(job.corpus.directory, job.output, scan, task, manifest, centroids, job.max_rejected_fraction)
-        result = {**written, "speakers": len(statistics.speakers), "units": len(centroids), "corpus": task.corpus}
+        result = {**written, "speakers": scan.speakers, "units": len(centroids), "corpus": task.corpus}
         mark_prepared(job.output, {"key": key, **result})
         shutil.rmtree(scratch, ignore_errors=True)
     return result
@@ -159,7 +159,7 @@ def _known_centroids(job: UnitsJob, extractor: Extractor) -> np.ndarray | None:
         return None
     centroids = clustering.load_kmeans(job.kmeans, extractor.identity)
     if centroids.shape[1] != extractor.width:
-        reason = f"was fitted on {centroids.shape[1]} features, the settings give {extractor.width}."
+        reason = f"was fitted on {count_of(centroids.shape[1], 'feature')}, the settings give {extractor.width}."
         raise DataError("kmeans", str(job.kmeans), reason, "Name the --features that it was fitted on.")
     return centroids
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCodeHifiGan
 from transformers.models.seamless_m4t_v2.modeling_seamless_m4t_v2 import SeamlessM4Tv2CodeHifiGan
 
-from most_ray.errors import CheckpointError
+from most_ray.errors import CheckpointError, count_of
 from most_ray.io.hub import model_folder
 from most_ray.records.model_files import check_foreign_model, loading, read_json_object, weight_files
 from most_ray.speech.units.clustering import remove_repeats
@@ -53,7 +53,8 @@ class CodeHifiGan:
             with torch.device("meta"):
                 self._model = _MODELS[config.model_type](config)
         if n_units is not None and n_units > self.n_units:
-            raise CheckpointError("vocoder", source, f"knows {self.n_units} units, fewer than the {n_units} it is to speak.", _REMEDY)
+            rule = f"knows {count_of(self.n_units, 'unit')}, fewer than the {n_units} it is to speak."
+            raise CheckpointError("vocoder", source, rule, _REMEDY)
         if not 0 <= speaker < n_speakers:
             raise CheckpointError("speaker", speaker, f"is none of the voices 0..{n_speakers - 1} of {source}.")
         self._speaker = torch.tensor([[speaker]])
