@@ -42,7 +42,7 @@ _FEWEST_STEPS, _MOST_STEPS = 300, 5000  # of a run: up to some hours on a small 
 _EVERY = (25, 50, 100, 200)  # steps between evaluations, one of these
 _FIRST_S, _EVALUATIONS = 45.0, 30  # seconds to the first evaluation, where a run has no more than so many
 _TOKENS, _TOKENS_A_SECOND = 20, 50  # of a record, beside its speech, and of a second of speech, about
-_SPEED = 8_000  # tokens that two cores train on in a second, about
+_STEP_S, _SPEED = 0.2, 8_000  # seconds of any step, and tokens of it in each further second, on two cores, about
 _REASONS = {  # why a key of run.yaml has its value, for whoever changes it
     "model_name_or_path": "about a million parameters: learns on a CPU",
     "asr_tts_mix_ratio": "share of recognition; the rest is synthesis, so that the model speaks too",
@@ -225,5 +225,5 @@ def run_settings(name: str, output: str, data: Path) -> dict[str, Any]:
         "weight_decay": 0.1,
         "asr_loss_weight": 10,
         "save_steps": 200,
-        "eval_steps": evaluation_steps(batch * tokens / _SPEED, max_steps),
+        "eval_steps": evaluation_steps(_STEP_S + batch * tokens / _SPEED, max_steps),
     }

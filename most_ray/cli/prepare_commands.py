@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from most_ray import config as configuration
 from most_ray.cli.job_files import as_given, to_read, to_write
 from most_ray.cli.parser import AGAIN, CONTINUES, Parser, add_command, add_commands, add_config, config_of, number, tracked
+from most_ray.console.help import mark
 from most_ray.console.terminal import Terminal, say
 from most_ray.errors import ConfigError, UserError, count_of, printable
 from most_ray.io.hub import check_model_name
@@ -38,12 +39,15 @@ def add(commands: Any) -> None:
     units.add_argument("--fit_kmeans", metavar="K", help="fit K centroids to the recordings instead (auto: as many as they support)")
     _fit_flags(units)
     units.add_argument("--perturb", default="1.0", help="speeds at which each recording is used, as 0.9,1.0,1.1 (default: 1.0)")
-    units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units")
-    units.add_argument("--licence", help="of the recordings and texts, for units.json and reports (default: a published corpus' own)")
+    mark(units.add_argument("--keep_repeats", action="store_true", help="do not remove repeated units"), level="all")
+    mark(
+        units.add_argument("--licence", help="of the recordings and texts, for units.json and reports (default: a published corpus' own)"),
+        level="all",
+    )
     text = "end with an error where a larger share of the corpus' entries cannot be used (default: 0.5, if they are more than six)"
-    units.add_argument("--max_rejected_fraction", action=number(float, SHARE), help=text)
+    mark(units.add_argument("--max_rejected_fraction", action=number(float, SHARE), help=text), level="all")
     text = "file format of the records (default: jsonl.gz)"
-    units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help=text)
+    mark(units.add_argument("--form", choices=["jsonl.gz", "jsonl", "json"], default="jsonl.gz", help=text), level="all")
 
     kmeans = add_command(prepare, "kmeans", _kmeans, "centroids for the units of recordings", CONTINUES)
     _corpus_flags(kmeans)
@@ -77,31 +81,48 @@ def add(commands: Any) -> None:
 
 
 def _corpus_flags(parser: Parser, features: bool = True) -> None:
+    parser.listing = ("layouts of folders, for --corpus", {name: layout.files for name, layout in LAYOUTS.items()})
     parser.add_argument("--corpus", choices=list(LAYOUTS), default="folder", help="layout of the input (default: folder)")
     parser.add_argument("--input", type=to_read(Path), required=True, help="the corpus' folder")
     parser.add_argument("--splits", nargs="+", default=[], help="splits of a published corpus (default: all; Common Voice: validated)")
-    parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)")
+    mark(
+        parser.add_argument("--casing", choices=["cased", "upper"], default="cased", help="which of LibriHeavy's texts (default: cased)"),
+        level="all",
+    )
     parser.add_argument("--name", help="data set name, the start of each id (default: the corpus' or the input folder's)")
     text = "use only these utterances; != excludes, commas separate values"
     parser.add_argument("--where", nargs="+", default=[], metavar="COLUMN=VALUE", help=text)
-    parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)")
+    mark(
+        parser.add_argument("--speaker_column", default="speaker", help="column with the speaker of an utterance (default: speaker)"),
+        level="all",
+    )
     parser.add_argument("--max_seconds", action=number(float, ABOVE_0), default=120.0, help="reject longer utterances (default: 120)")
     if features:
         text = f"{', '.join(KINDS)}, or KIND:NAME_OR_DIR:LAYER as hubert:hf:facebook/hubert-base-ls960:9 (default: mfcc)"
         parser.add_argument("--features", default="mfcc", help=text)
         text = "processes that share the work, through Ray (default: one per GPU or core for large inputs, else 0: none)"
-        parser.add_argument("--num_actors", action=number(int, NOT_NEGATIVE, _MOST_ACTORS), help=text)
+        mark(parser.add_argument("--num_actors", action=number(int, NOT_NEGATIVE, _MOST_ACTORS), help=text), level="all")
         text = "GPUs of each process; 0.5 lets two share one (default: 1 for encoders where there are GPUs)"
-        parser.add_argument("--gpus_per_actor", action=number(float, NOT_NEGATIVE), help=text)
-        parser.add_argument("--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else Ray is started on this machine)")
+        mark(parser.add_argument("--gpus_per_actor", action=number(float, NOT_NEGATIVE), help=text), level="all")
+        mark(
+            parser.add_argument(
+                "--ray_address", help="cluster to use (default: the one of RAY_ADDRESS, else Ray is started on this machine)"
+            ),
+            level="all",
+        )
 
 
 def _fit_flags(parser: Parser) -> None:
-    parser.add_argument("--algorithm", choices=["minibatch", "lloyd"], default="minibatch", help="of the k-means (default: minibatch)")
-    parser.add_argument(
-        "--fit_frames", action=number(int, AT_LEAST_1), default=200_000, help="frames to fit it to, drawn at random (default: 200000)"
+    mark(
+        parser.add_argument("--algorithm", choices=["minibatch", "lloyd"], default="minibatch", help="of the k-means (default: minibatch)"),
+        level="all",
     )
-    parser.add_argument("--seed", action=number(int, NOT_NEGATIVE, (1 << 32) - 1), default=0, help="of the k-means (default: 0)")
+    text = "frames to fit it to, drawn at random (default: 200000)"
+    mark(parser.add_argument("--fit_frames", action=number(int, AT_LEAST_1), default=200_000, help=text), level="all")
+    mark(
+        parser.add_argument("--seed", action=number(int, NOT_NEGATIVE, (1 << 32) - 1), default=0, help="of the k-means (default: 0)"),
+        level="all",
+    )
 
 
 def _job(args: argparse.Namespace, **more: Any) -> UnitsJob:

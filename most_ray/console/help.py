@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from most_ray.errors import ConfigError
@@ -48,6 +48,7 @@ class HelpParser(argparse.ArgumentParser):
     """A parser whose help shows what `level_of` its flags says."""
 
     _everything = False
+    listing: tuple[str, Mapping[str, str]] | None = None  # shown below the flags: a title, and names with a text each
 
     def __init__(self, *args: Any, add_help: bool = True, **keywords: Any) -> None:
         super().__init__(*args, **{"formatter_class": _Formatter, **keywords, "allow_abbrev": False, "add_help": False})
@@ -73,10 +74,23 @@ class HelpParser(argparse.ArgumentParser):
                 text = super().format_help()
             finally:
                 self.usage, self.epilog = usage, epilog
+        text += self._listed()
         formatter = self._get_formatter()
         for part in filter(None, rest):
             formatter.add_text(part)
         return text + ("\n" + formatter.format_help() if any(rest) else "")
+
+    def _listed(self) -> str:
+        """The listing, as flags are listed."""
+        if self.listing is None:
+            return ""
+        (title, rows), width = self.listing, self._get_formatter()._width
+        indent = " " * _HELP_COLUMN
+        lines = [
+            textwrap.fill(text, width, initial_indent=f"  {name}".ljust(_HELP_COLUMN), subsequent_indent=indent)
+            for name, text in rows.items()
+        ]
+        return "\n".join(["", f"{title}:", *lines, ""])
 
     @contextlib.contextmanager
     def _as_shown(self) -> Iterator[None]:

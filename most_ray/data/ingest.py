@@ -266,5 +266,6 @@ def check_doubled(keys: Path, records_of: Mapping[str, int], source: str) -> Non
         places = [files[int(np.searchsorted(ends, row[0], side="right"))] for row in (before, later)]
         where = places[0] if places[0] == places[1] else " and ".join(places)
         count = round(len(later) / share)
-        text = f"{about}{count_of(count, 'record')} of {source} have an id that an earlier record has; the first such pair is in {where}"
+        share_ids = f"{count_of(count, 'record')} of {source} {'has' if count == 1 else 'have'} an id that an earlier record has"
+        text = f"{about}{share_ids}; the first such pair is in {where}"
         logger.warning("%s", printable(text))

@@ -213,7 +213,7 @@ RECORDINGS = [  # a recording beside three good ones: its name and content, why 
     ("two aiffs", "x.aiff", 2 * encoded(wave(1.0), "AIFF"), "joined|cannot be read"),
     ("two cafs", "x.caf", 2 * encoded(wave(1.0), "CAF"), "joined"),
     ("half of a sphere file", "x.sph", encoded(wave(1.0), "NIST")[:17000], "cut off"),
-    ("a rate of 7 Hz", "x.wav", wav(PCM[:1600], rate=7), "1 channels at 7 Hz"),
+    ("a rate of 7 Hz", "x.wav", wav(PCM[:1600], rate=7), "1 channel at 7 Hz"),
     ("a rate of 2 GHz", "x.wav", wav(PCM, rate=0x7FFFFFFF), "channels at 2147483647 Hz|cannot be read"),
     ("1,000 channels", "x.wav", wav(PCM * 4, channels=1000), "1000 channels at 16000 Hz"),
     ("no channels", "x.wav", wav(PCM, channels=0), "cannot be read"),
@@ -580,12 +580,12 @@ CASES = [
     refused(
         "one of four, not allowed",
         beside("x.wav", b"x"),
-        "max_rejected_fraction = 0.1: is exceeded: 1 entries",
+        "max_rejected_fraction = 0.1: is exceeded: 1 entry",
         "--max_rejected_fraction",
         "0.1",
     ),
     refused(
-        "one row of four, not allowed", table(TSV + "x.wav\ta\tb\n"), "is exceeded: 1 entries.*not there", "--max_rejected_fraction", "0.1"
+        "one row of four, not allowed", table(TSV + "x.wav\ta\tb\n"), "is exceeded: 1 entry.*not there", "--max_rejected_fraction", "0.1"
     ),
     refused("a share of nan", good, "max_rejected_fraction", "--max_rejected_fraction", "nan"),
     refused("a share above 1", good, "max_rejected_fraction", "--max_rejected_fraction", "7"),

@@ -227,9 +227,7 @@ TOLD = [
         "",
         never=["WARNING"],
     ),
-    told(
-        "ids twice", {"r.jsonl": SOME, "x.jsonl": [{**SOME[0], "output": "eight"}, *OTHERS]}, "1 records of .* have an id that an earlier"
-    ),
+    told("ids twice", {"r.jsonl": SOME, "x.jsonl": [{**SOME[0], "output": "eight"}, *OTHERS]}, "1 record of .* has an id that an earlier"),
     told("a file with its records twice", {"r.jsonl": SOME + SOME}, "4 records of .* have an id that an earlier"),
     told("a subset", {"r.jsonl": SOME, "x.jsonl": SOME[:2]}, "2 records of .* have an id that an earlier"),
     told(

@@ -102,7 +102,7 @@ RESCORED = [
     bad_line("UTF-16", "h.jsonl", json.dumps(header()).encode("utf-16")),
     bad_line("a picture", "is not JSON", b"\x89PNG\x00\x1a" + bytes(range(256))),
     bad_line("a record twice", "holds 2 records of asr/a, 1 different", header(), row(0), row(0)),
-    bad_line("a record too few", "holds 1 records of asr/a", header(), row(1)),
+    bad_line("a record too few", "holds 1 record of asr/a", header(), row(1)),
     bad_line("a gap", "2 were evaluated", header(), row(0), row(2)),
     bad_line("heard in a list", "field .heard.", header(), row(0), row(1, heard=["one"])),
     Case("rescore: unknown normaliser", rescore(header(settings={"normaliser": ESCAPES}), row(0), row(1)), ["normaliser", SHOWN]),

@@ -230,7 +230,7 @@ def test_evaluations_that_fail_are_told_and_made_by_the_next_start(folder: Path,
 
 
 def test_gpus_for_evaluations_that_the_cluster_has_not_are_missed_at_the_start(folder: Path, ray_cluster: str) -> None:
-    with pytest.raises(ConfigError, match=r"eval_gpus = 1\.0: needs 1 GPUs for evaluations beside 0 of the training workers"):
+    with pytest.raises(ConfigError, match=r"eval_gpus = 1\.0: needs 1 GPU for evaluations beside 0 of the training workers"):
         run(folder, "without-gpus", eval_gpus=1, max_steps=3, warmup_steps=1)
 
 

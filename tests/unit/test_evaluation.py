@@ -313,7 +313,7 @@ def _future(lines: list[str]) -> list[str]:
         (_other_set, ":2.*belongs to no set of line 1"),
         (_future, "has format 9"),
         (lambda _: [], "is empty"),
-        (_short, r"holds 1 records of text/written, 1 different ones; 2 were evaluated"),
+        (_short, r"holds 1 record of text/written, 1 different ones; 2 were evaluated"),
         (_doubled, r"holds 3 records of text/written, 2 different ones; 2 were evaluated"),
         (_replaced('"reference": "zero zero"', '"reference": null'), ":2.*has None in field 'reference'"),
         (_replaced('"set": "asr/spoken"', '"set": ["asr"]'), ":2.*in field 'set'"),

@@ -43,8 +43,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         ({"threads_per_worker": 64}, 0, r"threads_per_worker = 64: .*4 cores for 1 worker\. Use at most 4,"),
         ({"num_workers": 2, "threads_per_worker": 3}, 0, r"threads_per_worker = 3: .*for 2 workers\. Use at most 2,"),
         ({"eval_workers": 64}, 0, r"eval_workers = 64: .*4 cores\. Use at most 4,"),
-        ({"eval_gpus": 1}, 0, r"eval_gpus = 1\.0: needs 1 GPUs for evaluations, this machine has 0\."),
-        ({"eval_gpus": 1, "num_workers": 2}, 2, r"eval_gpus = 1\.0: needs 1 GPUs for evaluations beside 2 of the training workers"),
+        ({"eval_gpus": 1}, 0, r"eval_gpus = 1\.0: needs 1 GPU for evaluations, this machine has 0\."),
+        ({"eval_gpus": 1, "num_workers": 2}, 2, r"eval_gpus = 1\.0: needs 1 GPU for evaluations beside 2 of the training workers"),
     ],
 )
 def test_a_run_that_asks_for_more_than_there_is_is_refused(machine: dict[str, int], values: dict[str, Any], gpus: int, says: str) -> None:

@@ -167,7 +167,7 @@ def test_an_index_leads_to_files_of_its_folder_only(model: Path) -> None:
     again = load_model(str(model))
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"model.ghost": "a.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that its model\.safetensors\.index\.json names, the first model\.ghost"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor that its model\.safetensors\.index\.json names, the first model\.ghost"):
         load_model(str(model))
     for wrong in ("../m/a.safetensors", "/etc/passwd", "a.bin", 7, None):
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names | {"lm_head.weight": wrong}}))

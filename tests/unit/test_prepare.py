@@ -16,7 +16,7 @@ import soundfile
 from most_ray.cli import main
 from most_ray.data.ingest import Recipe, ingest_directory
 from most_ray.records.record import parse_record, units_hash
-from most_ray.speech.corpora.corpus import CorpusOptions, parse_condition
+from most_ray.speech.corpora.corpus import LAYOUTS, CorpusOptions, parse_condition
 from most_ray.speech.units import clustering, corpus_parts, stages
 from most_ray.speech.units import prepare as preparing
 from most_ray.speech.units.clustering import load_kmeans, save_kmeans
@@ -118,6 +118,17 @@ class Loudness:
     def __call__(self, waves: Sequence[np.ndarray]) -> list[Frames]:
         blocks = [wave[: len(wave) // 320 * 320].reshape(-1, 320) for wave in waves]
         return [Frames(np.stack([np.abs(each).max(axis=1), each[:, 0]], axis=1)) for each in blocks]
+
+
+def test_the_help_shows_the_layouts_of_folders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On one screen, for every layout that is read: what its folder holds."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["prepare", "units", "--help"])
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 60 and max(map(len, shown.splitlines())) <= 80
+    listed = " ".join(shown.partition("layouts of folders")[2].split())
+    assert all(f"{name} {layout.files}" in listed and layout.files for name, layout in LAYOUTS.items())
 
 
 def test_speakers_are_counted_without_their_copies(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -316,5 +316,5 @@ def test_the_share_is_that_of_what_was_chosen(tmp_path: Path, capsys: pytest.Cap
     (corpus / "transcripts.tsv").write_text("\n".join([*rows[:3], "gone.flac\ta\tx\ttrain", *rows[-2:]]) + "\n")
     chosen = ("--fit_kmeans", "5", "--where", "split=test", "--max_rejected_fraction")
     assert len(prepare(corpus, tmp_path / "o", *chosen, "0.2")) == 2
-    assert "1 entries cannot be used" in refused(capsys, *units_command(corpus, tmp_path / "p", *chosen, "0.19"))
+    assert "1 entry cannot be used" in refused(capsys, *units_command(corpus, tmp_path / "p", *chosen, "0.19"))
     assert not (tmp_path / "p").exists()

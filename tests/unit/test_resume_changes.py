@@ -137,7 +137,7 @@ def test_a_run_whose_every_step_is_skipped_is_not_complete(tmp_path: Path, monke
 
 
 def test_such_a_run_of_an_earlier_version_is_not_complete_either() -> None:
-    with pytest.raises(CheckpointError, match=r"^checkpoint = 's3://\*\*\*@b/c': ends a run whose 4 steps were all skipped"):
+    with pytest.raises(CheckpointError, match=r"^checkpoint = 's3://\*\*\*@b/c': ends a run that has trained nothing: of 4 steps all were"):
         _check_trained("s3://u:p@b/c", {"step": 4, "skipped_in_row": 4}, 4)
     _check_trained("c", {"step": 4, "skipped_in_row": 3}, 4)
     _check_trained("c", {"step": 4, "skipped_in_row": 4}, 5)

@@ -71,11 +71,11 @@ def test_settings_without_a_split_are_the_values(tmp_path: Path) -> None:
     ("space", "changes", "model", "said"),
     [
         ({"audio_experts": 8}, {}, {}, r"audio_experts = 8: must be in 1\.\.7"),
-        ({"audio_experts": 7}, {}, {}, "num_experts_per_tok = 2: is more than the 1 experts of text_expert_indices"),
+        ({"audio_experts": 7}, {}, {}, "num_experts_per_tok = 2: is more than the 1 expert of text_expert_indices"),
         ({"num_experts_per_tok": 5}, {}, {}, "num_experts_per_tok = 5: is more than the 4 experts of text_expert_indices"),
         ({"num_experts_per_tok": 9}, {"use_modality_aware_routing": False}, {}, r"num_experts_per_tok = 9: must be in 1\.\.8"),
         ({"audio_experts": 6}, {"num_experts_per_tok": 3}, {}, "num_experts_per_tok = 3: is more than the 2 experts"),
-        ({"audio_expert_indices": {"choice": [[7]]}}, {}, {}, "num_experts_per_tok = 2: is more than the 1 experts of audio"),
+        ({"audio_expert_indices": {"choice": [[7]]}}, {}, {}, "num_experts_per_tok = 2: is more than the 1 expert of audio"),
         ({"audio_expert_indices": {"choice": [[6, 7]]}}, {"text_expert_indices": [0, 1, 2]}, {}, r"experts \[3, 4, 5\] are in no group"),
         ({"text_expert_indices": {"choice": [[0, 8]]}}, {}, {}, r"text_expert_indices = \[0, 8\]: must hold different experts"),
         ({"train_asr_weights": {"choice": [[1, 2]]}}, {}, {}, "train_asr_weights = .*needs one positive weight"),

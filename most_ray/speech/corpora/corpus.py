@@ -19,10 +19,10 @@ from most_ray.io.json_values import check_depth
 from most_ray.records.record import holds_units
 from most_ray.speech.corpora.entries import NOT_THERE, CorpusOptions, Entries, Entry, Unusable
 from most_ray.speech.corpora.published import PUBLISHED, Layout
-from most_ray.speech.corpora.user_folder import TABLES, read_user_folder
+from most_ray.speech.corpora.user_folder import TABLES, USER_FILES, read_user_folder
 
 FOLD = "fold"  # a column that every utterance has
-LAYOUTS: Mapping[str, Layout] = MappingProxyType({"folder": Layout(read_user_folder, TABLES), **PUBLISHED})
+LAYOUTS: Mapping[str, Layout] = MappingProxyType({"folder": Layout(read_user_folder, TABLES, files=USER_FILES), **PUBLISHED})
 
 
 @dataclass(frozen=True)

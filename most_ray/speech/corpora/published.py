@@ -294,14 +294,28 @@ class Layout:
     read: Callable[[CorpusOptions], Entries]
     signs: tuple[str, ...]  # glob patterns: a folder in which one of them finds a file is taken for a corpus of this layout
     licence: str = ""  # under which its recordings and texts are published; empty: unknown
+    files: str = ""  # what such a folder holds, for the help of commands: a few words
 
 
 PUBLISHED = {
-    "librispeech": Layout(read_librispeech, ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt"), "CC BY 4.0"),
-    "libriheavy": Layout(
-        read_libriheavy, (f"{_CUTS}*.jsonl.gz", f"{_CUTS}*.jsonl"), "recordings: public domain (LibriVox); texts: Apache 2.0"
+    "librispeech": Layout(
+        read_librispeech,
+        ("*/*/*.trans.txt", "*/*/*/*.trans.txt", "LibriSpeech/*/*/*/*.trans.txt"),
+        "CC BY 4.0",
+        "[SPLIT/]SPEAKER/CHAPTER/*.flac, *.trans.txt",
     ),
-    "common_voice": Layout(read_common_voice, ("validated.tsv",), "CC0 1.0"),
-    "voxpopuli": Layout(read_voxpopuli, ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv"), "CC0 1.0"),
-    "an4": Layout(read_an4, ("etc/*.fileids",), "BSD-style, Carnegie Mellon University"),
+    "libriheavy": Layout(
+        read_libriheavy,
+        (f"{_CUTS}*.jsonl.gz", f"{_CUTS}*.jsonl"),
+        "recordings: public domain (LibriVox); texts: Apache 2.0",
+        "libriheavy_cuts_SPLIT.jsonl.gz, Libri-Light beside",
+    ),
+    "common_voice": Layout(read_common_voice, ("validated.tsv",), "CC0 1.0", "validated.tsv or SPLIT.tsv, clips/*.mp3"),
+    "voxpopuli": Layout(
+        read_voxpopuli,
+        ("asr_*.tsv", "transcribed_data/*/asr_*.tsv", "*/asr_*.tsv"),
+        "CC0 1.0",
+        "asr_SPLIT.tsv, the recordings in folders by year",
+    ),
+    "an4": Layout(read_an4, ("etc/*.fileids",), "BSD-style, Carnegie Mellon University", "etc/*.fileids, etc/*.transcription, wav/"),
 }

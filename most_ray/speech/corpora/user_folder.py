@@ -17,6 +17,7 @@ from most_ray.speech.corpora.entries import CorpusOptions, Entries, Entry, Unusa
 from most_ray.speech.corpora.stretches import read_stretch
 
 TABLES = ("transcripts.tsv", "transcripts.jsonl", "metadata.csv", "metadata.jsonl")
+USER_FILES = "recordings with transcripts.tsv (columns path, text), or NAME.txt beside each"  # for the help of commands
 _PATH, _TEXT = ("path", "file_name", "audio_filepath"), ("text", "transcription")  # spellings of columns: ours, Hugging Face's, NeMo's
 AUDIO = frozenset(  # suffixes of what libsndfile reads
     {".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph"}
