@@ -28,14 +28,14 @@ _DOTTED = re.compile(r"\.\.?(/|$)")
 _BESIDE = ("environment.json", LEDGER, COMMIT)  # of which one is in each folder that such a file is written to
 OWN, SWEEP = "config.yaml", "sweep.yaml"  # in the folder of a run, and of a sweep
 _BESIDE_OWN = {OWN: "metrics.jsonl", SWEEP: LEDGER}  # what such a folder has beside it
-_PACKAGE = Path(__file__).resolve().parent
-# The folder that `jobs` is in: of an installed package the package itself, of a checkout its root.
-_ROOT = _PACKAGE if (_PACKAGE / "jobs" / "configs").is_dir() else _PACKAGE.parent
+_PACKAGE = Path(__file__).resolve().parent  # in which `jobs` holds the shipped configurations and their data
+_CONFIGS = _PACKAGE / "jobs" / "configs"
 
 
-def shipped_names() -> list[str]:
-    """Names of the configurations that the package ships."""
-    return sorted(path.stem for path in (_ROOT / "jobs" / "configs").glob("*.yaml"))
+def shipped_names(kind: str = "") -> list[str]:
+    """Names of the configurations that the package ships: those of a `kind`, "run" or "sweep", or all."""
+    names = sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
+    return [name for name in names if kind in ("", "sweep" if name.startswith("sweep-") else "run")]
 
 
 def is_shipped(uri: str | Path) -> bool:
@@ -56,9 +56,9 @@ def read_yaml(uri: str | Path, options: Mapping[str, Option] = {}) -> dict[str, 
     """
     shown = storage.redact(str(uri))
     if is_shipped(uri):
-        path = _ROOT / "jobs" / "configs" / f"{str(uri).removesuffix('.yaml')}.yaml"
-        return _changed(_mapping(shown, path.read_bytes()), options, _in_package)
-    content = _content(str(uri), shown)
+        content = (_CONFIGS / f"{str(uri).removesuffix('.yaml')}.yaml").read_bytes()
+        return _changed(_mapping(shown, content), options, _in_package)
+    content = _content(str(uri), shown, "sweep" if "base" in options else "run")
     values = _mapping(shown, content)
     if content.startswith(_PORTABLE.encode()):
         folder = storage.parent(storage.absolute(expand("config", str(uri))))
@@ -66,16 +66,18 @@ def read_yaml(uri: str | Path, options: Mapping[str, Option] = {}) -> dict[str, 
             rule = "is a copy of a run's configuration, in which paths that begin with a dot are relative to the run's folder."
             raise ConfigError("config", shown, rule, "Name the file in that folder; or write these paths out, and delete the first line.")
         values = _changed(values, options, partial(_beside, folder))
+    elif _is_in_package(uri):
+        values = _changed(values, options, _in_package_if_missing)
     return {**values, **_own_place(uri)} if options else values
 
 
-def _content(uri: str, shown: str) -> bytes:
-    """The content of a configuration file. Raises ConfigError, which says what is shipped where the file is missing."""
+def _content(uri: str, shown: str, kind: str) -> bytes:
+    """The content of a configuration file. Raises ConfigError, which says what is shipped of a kind where the file is missing."""
     try:
         return _read_piped(uri) if _PIPED.fullmatch(uri) else storage.read_small(expand("config", uri), MAX_BYTES)
     except (OSError, DataError) as error:
         missing = isinstance(error, FileNotFoundError)
-        remedy = f"Check the path, or name a shipped one: {', '.join(shipped_names())}." if missing else ""
+        remedy = f"Check the path, or name a shipped one: {', '.join(shipped_names(kind))}." if missing else ""
         raise ConfigError("config", shown, f"cannot be read ({error}).", remedy) from error
 
 
@@ -115,10 +117,20 @@ def _changed(values: dict[str, Any], options: Mapping[str, Option], change: Any)
 
 def _in_package(option: Option, text: str) -> str:
     """A path of a shipped configuration: the package's own file where it has one, unless that is what it means here already."""
-    own = _ROOT / text
+    own = _PACKAGE / text
     if not (option.location and option.location.access == "read" and _DOTTED.match(text) is None and own.exists()):
         return text
     return text if Path(text).exists() and Path(text).samefile(own) else str(own)
+
+
+def _is_in_package(uri: str | Path) -> bool:
+    """Whether a file is a shipped configuration, by its path, as `base` of a shipped sweep names one."""
+    return not storage.is_remote(str(uri)) and Path(uri).resolve().parent == _CONFIGS.resolve()
+
+
+def _in_package_if_missing(option: Option, text: str) -> str:
+    """`_in_package` for what does not exist where the command runs."""
+    return text if storage.is_remote(text) or Path(text).exists() else _in_package(option, text)
 
 
 def _beside(folder: str, _option: Option, text: str) -> str:

@@ -15,6 +15,7 @@ from most_ray.cli import jobs_command
 from most_ray.cli.job_files import as_given
 from most_ray.cli.parser import Parser, add_command, add_config, config_of, naming_files
 from most_ray.config import OPTIONS, RunConfig
+from most_ray.config_files import is_shipped
 from most_ray.console.terminal import Terminal, say, write_log
 from most_ray.errors import ConfigError, nearest
 from most_ray.io import storage
@@ -142,7 +143,7 @@ def _check_command(command: list[str], folder: Path) -> _Job:
     run = _run_of(args)
     name, uri = _identity(args, run)
     config = str(args.config) if getattr(args, "config", None) else None
-    inner = _inner(config, folder) if config and not storage.is_remote(config) else None
+    inner = _inner(config, folder) if config and not storage.is_remote(config) and not is_shipped(config) else None
     if inner:
         command = _with_config(command, args, inner)
     resumes = args.command == "sweep" or (args.command == "train" and args.dry_run is None)
@@ -176,7 +177,7 @@ def _run_of(args: argparse.Namespace) -> RunConfig | None:
             run = load_sweep(args.config, flag_values(args)).run
         else:
             run = configuration.load_config(args.config, configuration.flag_values(args))
-    if args.config and not storage.is_remote(args.config):
+    if args.config and not storage.is_remote(args.config) and not is_shipped(args.config):
         redacted = run.redacted()
         _check_secrets(args.config, {name: str(value) for name, value in vars(run).items() if value != getattr(redacted, name)})
     return run

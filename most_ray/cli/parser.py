@@ -17,6 +17,7 @@ from rich.progress import TimeRemainingColumn
 
 from most_ray import config as configuration
 from most_ray.cli.job_files import PathFlag, resolve_paths
+from most_ray.config_files import is_shipped, shipped_names
 from most_ray.console.help import HelpParser
 from most_ray.console.terminal import print_line, progress_bar, say
 from most_ray.errors import ConfigError, DataError, UserError, nearest
@@ -86,8 +87,8 @@ class Parser(HelpParser):
 
 
 def _is_configuration(word: str) -> bool:
-    """Whether a word is the name of a YAML file."""
-    return word.endswith((".yaml", ".yml"))
+    """Whether a word is the name of a YAML file, or of a shipped configuration."""
+    return word.endswith((".yaml", ".yml")) or is_shipped(word)
 
 
 def _divided(parser: Parser, words: list[str]) -> list[str]:
@@ -119,9 +120,10 @@ def _take_file(parsed: argparse.Namespace) -> None:
     parsed.config = parsed.file if parsed.config is None else parsed.config
 
 
-def add_config(parser: Parser, text: str, kind: Any, needed: bool = False) -> None:
+def add_config(parser: Parser, text: str, kind: Any, needed: bool = False, shipped: str = "") -> None:
     """Add the two ways to name a command's configuration, FILE and --config FILE. `text`: what it is, `kind`: the type of its path,
-    `needed`: whether the command does nothing without."""
+    `needed`: whether the command does nothing without, `shipped`: the kind of those that the package ships, see `shipped_names`."""
+    text = f"{text}, or a shipped one by its name: {', '.join(shipped_names(shipped))}" if shipped else text
     parser.add_argument("file", nargs="?", type=kind, metavar="FILE", help="the same as --config FILE")
     parser.add_argument("--config", type=kind, metavar="FILE", help=text)
     parser.set_defaults(needs_file=needed)

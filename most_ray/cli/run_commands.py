@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     train = add_command(
         commands, "train", _train, "train a run in OUTPUT_DIR/NAME; the same name resumes", "the same command starts or resumes the run"
     )
-    add_config(train, "YAML file of a run's keys; flags overrule it", as_given(str))
+    add_config(train, "YAML file of a run's keys, which flags overrule", as_given(str), shipped="run")
     text = "describe the run with its memory, checkpoints and time on a DEVICE, as H100 or cpu, and start nothing"
     default = "(default: this machine's GPU or CPU; H100 for a run on GPUs where there is none)"
     dry_run = train.add_argument("--dry_run", nargs="?", const="", metavar="DEVICE", help=f"{text} {default}")
@@ -77,7 +77,7 @@ def add(commands: Any) -> None:
         "both ends included; short forms: 2..6, [a, b], a | b."
     )
     text = "YAML file with `space`, any of the sweep's keys, and any of a run's, which apply to all trials; flags overrule it"
-    add_config(sweep, text, as_given(str), needed=True)
+    add_config(sweep, text, as_given(str), needed=True, shipped="sweep")
     sweep_options.add_flags(sweep)
     configuration.add_flags(sweep, "elsewhere")
 
