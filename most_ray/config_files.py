@@ -43,12 +43,13 @@ def is_shipped(uri: str | Path) -> bool:
     return str(uri).removesuffix(".yaml") in shipped_names() and not Path(uri).is_file()
 
 
-def read_yaml(uri: str | Path, options: Mapping[str, Option] = {}) -> dict[str, Any]:
+def read_yaml(uri: str | Path, options: Mapping[str, Option] = {}, of_package: bool = False) -> dict[str, Any]:
     """The keys and values of a configuration, as `parse_yaml` reads them: of a file, or of a shipped one by its name.
 
     Args:
         options: those that are paths get them as they are to be opened, where the file names them relative to something else than the
             working directory. A config.yaml in a run's folder is of that run, wherever the folder was when it was written.
+        of_package: a shipped configuration names it, so that the data is the package's own, as that of a shipped one is.
 
     Raises:
         ConfigError: the file is missing, is not YAML that is read (see `parse_yaml`), or is no mapping; or it is a copy of a file whose
@@ -66,8 +67,8 @@ def read_yaml(uri: str | Path, options: Mapping[str, Option] = {}) -> dict[str, 
             rule = "is a copy of a run's configuration, in which paths that begin with a dot are relative to the run's folder."
             raise ConfigError("config", shown, rule, "Name the file in that folder; or write these paths out, and delete the first line.")
         values = _changed(values, options, partial(_beside, folder))
-    elif _is_in_package(uri):
-        values = _changed(values, options, _in_package_if_missing)
+    elif of_package:
+        values = _changed(values, options, _in_package)
     return {**values, **_own_place(uri)} if options else values
 
 
@@ -121,16 +122,6 @@ def _in_package(option: Option, text: str) -> str:
     if not (option.location and option.location.access == "read" and _DOTTED.match(text) is None and own.exists()):
         return text
     return text if Path(text).exists() and Path(text).samefile(own) else str(own)
-
-
-def _is_in_package(uri: str | Path) -> bool:
-    """Whether a file is a shipped configuration, by its path, as `base` of a shipped sweep names one."""
-    return not storage.is_remote(str(uri)) and Path(uri).resolve().parent == _CONFIGS.resolve()
-
-
-def _in_package_if_missing(option: Option, text: str) -> str:
-    """`_in_package` for what does not exist where the command runs."""
-    return text if storage.is_remote(text) or Path(text).exists() else _in_package(option, text)
 
 
 def _beside(folder: str, _option: Option, text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from most_ray.config import OPTIONS, RunConfig, config_from
-from most_ray.config_files import portable_yaml, read_yaml
+from most_ray.config_files import is_shipped, portable_yaml, read_yaml
 from most_ray.data.plan import distinct_names
 from most_ray.errors import ConfigError, count_of, nearest
 from most_ray.io import storage
@@ -128,7 +128,7 @@ def load_sweep(path: str | Path | None, flags: Mapping[str, Any]) -> Sweep:
     check_names(given, [*SWEEP_OPTIONS, *OPTIONS, "space"])
     options = SweepOptions(**parse_values(SWEEP_OPTIONS, {name: value for name, value in given.items() if name in SWEEP_OPTIONS}))
     own = {name: value for name, value in given.items() if name in OPTIONS}
-    base = read_yaml(options.base, OPTIONS) if options.base else {}
+    base = read_yaml(options.base, OPTIONS, path is not None and is_shipped(path)) if options.base else {}
     values = {"name": "sweep", **{name: value for name, value in base.items() if name != "name"}, **own}
     run = config_from(values)
     space = parse_space(raw_space)
