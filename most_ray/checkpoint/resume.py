@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
-from most_ray.config import OPTIONS, RunConfig, to_yaml
+from most_ray.config import OPTIONS, RunConfig, portable_yaml, to_yaml
 from most_ray.data.plan import Cursor, Plan, check_cursor
 from most_ray.errors import CheckpointError, shown
 from most_ray.io import storage
@@ -90,11 +90,13 @@ def other_changes(uri: str, config: RunConfig, changed: Sequence[str], same_data
         same_data: steps hold the records that they held (then no setting has changed them).
     """
     stored = stored_values(OPTIONS, parse_yaml(storage.read_bytes(storage.join(uri, "config.yaml"))))
-    now = stored_values(OPTIONS, parse_yaml(to_yaml(config.redacted())))
+    # Paths as the checkpoint of this version has them, and as earlier versions have written them.
+    portable, absolute = (stored_values(OPTIONS, parse_yaml(text)) for text in (portable_yaml(config, uri), to_yaml(config.redacted())))
     named = {*_SETTINGS, *_OWN, *(option.name for option in OPTIONS.values() if option.learns)}
     named |= _OF_LENGTH if any(each.startswith("total_steps ") for each in changed) else set()
-    pairs = {name: (stored[name], now.get(name)) for name in OPTIONS if name in stored and name not in named}
-    found = {name: f"{name} ({shown(old)} -> {shown(new)})" for name, (old, new) in pairs.items() if old != new}
+    known = [name for name in OPTIONS if name in stored and name not in named]
+    other = [name for name in known if stored[name] not in (portable.get(name), absolute.get(name))]
+    found = {name: f"{name} ({shown(stored[name])} -> {shown(portable.get(name))})" for name in other}
     of_data = [name for name in found if name in _OF_DATA and not same_data]
     return [found[name] for name in of_data], [text for name, text in found.items() if name not in of_data]
 

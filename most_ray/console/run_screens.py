@@ -21,8 +21,8 @@ from most_ray.errors import count_of
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.run_folder import local_copy
-from most_ray.metrics.figures import TITLES
-from most_ray.metrics.texts import bounds, duration, exactness, percent
+from most_ray.metrics.figures import FIGURES, TITLES
+from most_ray.metrics.texts import bounds, duration, exactness, figure_text, percent
 from most_ray.trackers.select import tracker_notes
 
 if TYPE_CHECKING:
@@ -186,11 +186,11 @@ def _rate(part: str) -> Callable[[Figures], str]:
     return lambda figures: _percent((figures.get(part) or {}).get("rate"))
 
 
-def _value(name: str, form: str = ",") -> Callable[[Figures], str]:
-    return lambda figures: _number(figures.get(name), form)
+def _value(name: str) -> Callable[[Figures], str]:
+    return lambda figures: figure_text(figures.get(name), FIGURES.keys[name].unit) or "-"
 
 
-_RECORDS_LOSS = {TITLES["records"]: _value("records"), TITLES["loss"]: _value("loss", ".4f")}
+_RECORDS_LOSS = {TITLES["records"]: _value("records"), TITLES["loss"]: _value("loss")}
 _LENGTHS = ("generated_seconds", "generated_seconds_median", "recorded_seconds", "recorded_seconds_median")
 _TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by task: the title, and the columns with the texts of their cells
     "asr": (
@@ -211,12 +211,12 @@ _TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by ta
             TITLES["cycle"]: _rate("cycle"),
             "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
             TITLES["units"]: _rate("units"),
-            **{TITLES[name]: _value(name, ".2f") for name in (*_LENGTHS, "duration_ratio")},
+            **{TITLES[name]: _value(name) for name in (*_LENGTHS, "duration_ratio")},
             TITLES["short_records"]: _value("short_records"),
             **_RECORDS_LOSS,
         },
     ),
-    "text": ("Text", {TITLES["perplexity"]: _value("perplexity", ",.2f"), **_RECORDS_LOSS}),
+    "text": ("Text", {TITLES["perplexity"]: _value("perplexity"), **_RECORDS_LOSS}),
 }
 
 
@@ -260,10 +260,6 @@ def _percent(rate: float | None) -> str:
 
 def _interval(rates: Figures) -> str:
     return " to ".join(bounds(rates.get("interval"))) or "-"
-
-
-def _number(value: float | None, form: str = ",") -> str:
-    return "-" if value is None else f"{value:{form}}"
 
 
 def _samples(samples: list[dict[str, Any]]) -> Table | None:

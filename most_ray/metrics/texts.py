@@ -23,6 +23,13 @@ def rate_text(errors: Mapping[str, Any]) -> str:
     return percent(errors["rate"]) + (f" [{ends}]" if ends else "")
 
 
+def figure_text(value: float | None, unit: str) -> str | None:
+    """A figure of an evaluation, by the unit that it is declared with; None stays None."""
+    if value is None or unit == "share":
+        return None if value is None else percent(value)
+    return f"{value:,.0f}" if unit == "records" else f"{value:.4f}" if unit == "nats per token" else f"{value:,.2f}"
+
+
 def duration(seconds: float) -> str:
     """A time that was measured: `40.0 s`, `6 min 56 s` or `3 h 05 min`."""
     if seconds < 90:

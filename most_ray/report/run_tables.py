@@ -15,7 +15,7 @@ from most_ray.config import RunConfig
 from most_ray.errors import count_of
 from most_ray.metrics.figures import FIGURES, RATES, TITLES
 from most_ray.metrics.notes import run_notes
-from most_ray.metrics.texts import bounds, percent
+from most_ray.metrics.texts import bounds, figure_text, percent
 from most_ray.report.cells import Cell, Content, Difference, Row, align, duration
 from most_ray.report.collect import Evaluation, Hypothesis, Rate, RunData, entries, number
 from most_ray.report.curves import attempt_place, run_colour
@@ -277,7 +277,7 @@ def _value(evaluation: Evaluation, name: str, key: str) -> Content:
         found = evaluation.rate(name, key)
         return _counted(found) if found else None
     value = number(evaluation.sets.get(name, {}).get(key))
-    return _known(value, "{:.3f}") if value is None or FIGURES.keys[key].unit != "share" else percent(value)
+    return figure_text(value, FIGURES.keys[key].unit)
 
 
 def samples(runs: Runs) -> list[Table]:

@@ -127,11 +127,10 @@ def finish_run(prepared: Prepared, config: RunConfig, write_report: WriteReport)
         "name": job.config.name,
         "step": job.total_steps,
         "wer": {},
-        **_last_losses(lines),
         "records": prepared.plan.consumed(job.total_steps),
         "rejected": prepared.n_rejected,
         "inputs": inputs_digest(config),
-        **_totals(lines, prepared.done_steps),
+        **training_figures(lines, prepared.done_steps),
         **summary_paths(job.total_steps),
     }
     if job.has_validation:
@@ -149,18 +148,15 @@ def finish_run(prepared: Prepared, config: RunConfig, write_report: WriteReport)
     return summary
 
 
-def _last_losses(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The losses of a run's last line of training, of all tasks together and of each."""
+def training_figures(lines: Sequence[Mapping[str, Any]], first_step: int) -> dict[str, Any]:
+    """What summary.json says of a run's training, by all its lines of metrics.jsonl: last losses, time, amounts, speed; and the training
+    time of the steps beyond `first_step`, which the last start of the command has made."""
     last: Mapping[str, Any] = next((line for line in reversed(lines) if kind_of(line) == "train"), {})
-    tasks = {task: last[f"{task}_loss"] for task in TASKS if f"{task}_loss" in last}
-    return {"loss": last.get("loss"), "losses": tasks}
-
-
-def _totals(lines: Sequence[Mapping[str, Any]], first_step: int) -> dict[str, Any]:
-    """The training time, amounts and speed of a run by all its lines, and the time of those beyond `first_step`, which this start added."""
     clock = clock_of(lines)
     totals, speed = clock.totals, clock.totals.tokens_per_second
     return {
+        "loss": last.get("loss"),
+        "losses": {task: last[f"{task}_loss"] for task in TASKS if f"{task}_loss" in last},
         "starts": clock.starts,
         "training_seconds": round(totals.seconds, 1),
         "start_seconds": round(clock.since(first_step), 1),

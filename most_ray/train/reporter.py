@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from most_ray.config import RunConfig, portable_yaml
 from most_ray.data.batch import Batch
 from most_ray.data.plan import Plan
 from most_ray.errors import DataError
@@ -32,7 +33,7 @@ class RunReporter:
     Args:
         resume_step: the step that the run resumes from; later lines are cut off both files.
         about: the keys of the line of kind `start` (see docs/metrics.md).
-        config: of this attempt as YAML, kept in the run's folder; None: it is not kept.
+        config: of this attempt, kept in the run's folder; None: it is not kept.
 
     Attributes:
         evaluations: the newest line of kind `evaluation` of each step.
@@ -48,7 +49,7 @@ class RunReporter:
         rank: int,
         trackers: Sequence[Tracker],
         about: dict[str, Any],
-        config: str | None = None,
+        config: RunConfig | None = None,
     ) -> None:
         self._plan, self._rank, self._folder, self._trackers = plan, rank, folder, trackers
         self._tracing, self._last = trace_records is not None, resume_step
@@ -146,11 +147,11 @@ class RunReporter:
             self.push()
 
 
-def keep_config(folder: RunFolder, text: str) -> str:
+def keep_config(folder: RunFolder, config: RunConfig) -> str:
     """Write an attempt's configuration beside those of earlier attempts, none of which is replaced. Returns its name in the folder."""
     found = [entry.name for entry in storage.list_files(folder.at(ATTEMPTS), ("",))] if storage.exists(folder.at(ATTEMPTS)) else []
     numbers = [int(match[1]) for each in found if (match := re.fullmatch(r"(\d{1,9})\.yaml", each))]
     name = f"{ATTEMPTS}/{max(numbers, default=0) + 1:03d}.yaml"
-    storage.write_bytes(folder.local / name, text.encode())
+    storage.write_bytes(folder.local / name, portable_yaml(config, folder.at(ATTEMPTS)).encode())
     folder.push(name)
     return name

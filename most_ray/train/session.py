@@ -11,7 +11,6 @@ from transformers.distributed import DistributedConfig
 
 from most_ray.checkpoint import catalog, reader
 from most_ray.checkpoint.resume import all_changes
-from most_ray.config import to_yaml
 from most_ray.data.batch import open_plan
 from most_ray.data.feed import StreamSpec
 from most_ray.data.plan import Plan
@@ -55,9 +54,7 @@ def run_rank(job: Job, device: torch.device, hooks: TrainHooks) -> bool:
     changed, also_changed = _resume(start, state, plan, job, meter)
     _check_weights(state, start, job.model_path)
     about = {**_describe_attempt(job, state, device), "exact": not changed, "changed": changed, "also_changed": also_changed}
-    reporter = RunReporter(
-        job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about, to_yaml(job.config.redacted())
-    )
+    reporter = RunReporter(job.config.trace_records, plan, attempt.folder, state.step, attempt.rank, hooks.trackers, about, job.config)
     evaluations = EvaluationScheduler(attempt, reporter, hooks, meter)
     checkpoints = CheckpointManager(attempt, plan, reporter, evaluations, meter)
     ended = False

@@ -158,6 +158,7 @@ def _start(step: int, time: float, steps: int, workers: int) -> dict[str, Any]:
         "first_expert_layer": 1,
         "experts": GROUPS,
         "n_experts": EXPERTS,
+        "experts_per_token": 2,
         "wanted_mix": WANTED,
     }
 
@@ -177,6 +178,7 @@ def _train(step: int, steps: int, draw: random.Random, time: float, scale: float
         "grad_norm": None if step == 77 else 0.4 + 3 * math.exp(-8 * step / steps) + abs(draw.gauss(0, 0.15)),
         "learning_rate": 3e-4 * min(step / 40, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
         "tokens": 20000,
+        "samples": 64,
         "tokens_per_second": speed,
         "step_time": 20000 / speed,
         "data_wait": 0.02 * draw.random(),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from most_ray.checkpoint import catalog
@@ -42,9 +43,35 @@ def prepare(two_steps: Path, tmp_path: Path) -> Prepare:
 
 def test_nothing_has_changed(prepare: Prepare) -> None:
     prepared = prepare(save_steps=1, keep_last=3, logging_steps=1, max_skipped_steps=7)
-    assert (prepared.done_steps, prepared.changed) == (2, [])
+    said = ["max_skipped_steps (20 -> 7)", "save_steps (2 -> 1)", "keep_last (100 -> 3)"]
+    assert (prepared.done_steps, prepared.changed, prepared.also_changed) == (2, [], said)
     assert go(prepared)
-    assert [line["exact"] for line in lines_of(prepared, "start")] == [True, True]
+    first, second = lines_of(prepared, "start")
+    assert [line["exact"] for line in (first, second)] == [True, True]
+    assert (first["also_changed"], second["also_changed"]) == ([], said), "what changes no step is named too"
+    kept = [yaml.safe_load((prepared.folder.local / line["config"]).read_text()) for line in (first, second)]
+    assert [line["config"] for line in (first, second)] == ["attempts/001.yaml", "attempts/002.yaml"]
+    assert [each["save_steps"] for each in kept] == [2, 1] and kept[0].keys() == kept[1].keys()
+
+
+def test_a_setting_of_the_data_is_named_with_its_values_and_is_not_exact(prepare: Prepare) -> None:
+    prepared = prepare(seed=5, accept_data_change=True, threads_per_worker=1, logging_steps=2)
+    assert prepared.changed == ["seed (0 -> 5)"]
+    assert prepared.also_changed == ["accept_data_change (False -> True)", "logging_steps (1 -> 2)"]
+
+
+def test_a_changed_length_is_named_once(prepare: Prepare) -> None:
+    prepared = prepare(max_steps=6)
+    assert (prepared.changed, prepared.also_changed) == (["total_steps (4 -> 6)"], [])
+
+
+def test_credentials_are_in_no_kept_configuration_and_in_no_change(prepare: Prepare) -> None:
+    prepared = prepare(ray_address="ray://user:secret@there:10001", save_steps=3)
+    assert not go(prepared, stop_at=3)
+    written = (prepared.folder.local / "attempts" / "002.yaml").read_text()
+    changes = [*prepared.also_changed, *lines_of(prepared, "start")[-1]["also_changed"]]
+    assert "ray://***@there:10001" in written and any("ray://***@there:10001" in each for each in changes)
+    assert "secret" not in written and not any("secret" in each for each in changes)
 
 
 @pytest.mark.parametrize(
