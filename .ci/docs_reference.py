@@ -72,7 +72,9 @@ def command_line_markdown() -> str:
     parser = build_parser()
     commands = list(_commands(parser))
     summary = _table(("Command", "What it does"), [(f"[`{command.prog}`](#{_anchor(command.prog)})", text) for command, text in commands])
-    lines = ["# Command line", "", f"{parser.description}", "", *summary, ""]
+    flags = [action for action in parser._actions if action.option_strings and not isinstance(action, argparse._HelpAction)]
+    alone = [_sentence(f"`{parser.prog} {action.option_strings[0]}`: {action.help}") for action in flags]
+    lines = ["# Command line", "", f"{parser.description}", "", *summary, "", *alone, ""]
     return "\n".join((*lines, *(line for command, _ in commands for line in _command(command)))).rstrip() + "\n"
 
 
