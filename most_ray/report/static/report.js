@@ -161,8 +161,12 @@
       draw(plots.filter(function (plot) { return plot.dataset.over; }));
     });
   });
+  let settled = 0;  // a timer: figures are drawn again once a window that is being resized rests
   window.addEventListener("resize", function () {
-    draw(plots.filter(function (plot) { return Math.abs(plot.clientWidth - plot.dataset.width) > 20; }));
+    clearTimeout(settled);
+    settled = setTimeout(function () {
+      draw(plots.filter(function (plot) { return plot.clientWidth > 0 && Math.abs(plot.clientWidth - plot.dataset.width) > 20; }));
+    }, 150);
   });
 
   let folded = [];
