@@ -18,6 +18,8 @@ _MODALITIES = ("text", "audio")
 
 def number(value: Any) -> float | None:
     """The value where it is a finite number whose sums stay finite, else None."""
+    if type(value) is float:  # the usual case, of which a report reads millions
+        return value if -1e200 < value < 1e200 else None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1e200 else None  # false for NaN

@@ -298,7 +298,7 @@ def marks(run: RunData, before: str = "") -> list[dict[str, Any]]:
         {
             "step": int(step),
             "attempt": attempt,
-            "changed": bool(entries(start.get("changed"))),
+            "changed": bool(entries(start.get("changed")) or entries(start.get("also_changed"))),
             "text": "<br>".join(map(label, textwrap.wrap(before + resume_text(attempt, step, start), 90))),
         }
         for attempt, start in enumerate(run.restarts, 2)
@@ -310,7 +310,8 @@ def resume_text(attempt: int, step: float, start: dict[str, Any]) -> str:
     """An attempt in one line: where it resumed, on what, and what had changed."""
     parts = [f"attempt {attempt}, after step {step:,.0f}", *attempt_place(start)]
     parts += ["not exact"] if start.get("exact") is False else []
-    parts += ["changed: " + ", ".join(map(str, changed))] if (changed := entries(start.get("changed"))) else []
+    for key, title in (("changed", "changed"), ("also_changed", "changed without effect on steps")):
+        parts += [f"{title}: {', '.join(map(str, found))}"] if (found := entries(start.get(key))) else []
     return ", ".join(parts)
 
 
