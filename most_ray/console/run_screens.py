@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from most_ray.config import RunConfig
-from most_ray.console.terminal import print_line
+from most_ray.console.terminal import print_line, print_words
 from most_ray.data.store import TokenStore
 from most_ray.distributed.topology import Topology
 from most_ray.errors import count_of
@@ -36,14 +36,14 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     """Print the plan of a run: where it runs, its model and data, and the step that it starts from. `validation`: see `evaluation_plan`."""
     job, plan, uri = prepared.job, prepared.plan, storage.redact(prepared.folder.uri)
     records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
-    print_line(console, f"Run {uri}: {count_of(job.total_steps, 'step')} of {count_of(job.plan.global_batch_size, 'record')}; {records}")
+    print_words(console, f"Run {uri}: {count_of(job.total_steps, 'step')} of {count_of(job.plan.global_batch_size, 'record')}; {records}")
     if prepared.n_rejected:
         were = "was" if prepared.n_rejected == 1 else "were"
         print_line(console, f"{count_of(prepared.n_rejected, 'record')} {were} rejected: {uri}/rejected.jsonl")
     done = prepared.done_steps
     exact = exactness(prepared.changed, prepared.also_changed)
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
-    print_line(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
+    print_words(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
     mix = plan.mix(job.total_steps)
     tokens = sum(part["tokens"] for part in mix.values())
     rows = {
@@ -101,7 +101,7 @@ def evaluation_plan(prepared: Prepared, inline: bool) -> str | None:
 def print_rows(console: Console, rows: Mapping[str, str]) -> None:
     """Print a line for each name and its text."""
     for name, text in rows.items():
-        print_line(console, f"  {name:<11} {text}")
+        print_words(console, f"  {name:<11} {text}", " " * 14)
 
 
 def where(topologies: Sequence[Topology], threads: int, use_gpu: bool) -> str:
@@ -150,10 +150,10 @@ def last_screen(summary: Figures, console: Console) -> None:
     if summary.get("routing"):
         print_line(console, f"Selections across the modality border: {summary['routing']['leaked']}")
     for note in summary.get("notes", []):
-        print_line(console, f"Note: {note}")
+        print_words(console, f"Note: {note}")
     for name, text in (("Training:", _trained(summary)), ("Time:", _time(summary))):
         if text:
-            print_line(console, f"{name:<11} {text}")
+            print_words(console, f"{name:<11} {text}", " " * 12)
     for name in ("checkpoint", "export", "report"):
         if summary.get(name):
             print_line(console, f"{name.capitalize() + ':':<11} {summary[name]}")
@@ -191,7 +191,6 @@ def _value(name: str) -> Callable[[Figures], str]:
 
 
 _RECORDS_LOSS = {TITLES["records"]: _value("records"), TITLES["loss"]: _value("loss")}
-_LENGTHS = ("generated_seconds", "generated_seconds_median", "recorded_seconds", "recorded_seconds_median")
 _TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by task: the title, and the columns with the texts of their cells
     "asr": (
         "Word error rate",
@@ -211,7 +210,9 @@ _TABLES: dict[str, tuple[str, dict[str, Callable[[Figures], str]]]] = {  # by ta
             TITLES["cycle"]: _rate("cycle"),
             "95 % interval": lambda figures: _interval(figures.get("cycle") or {}),
             TITLES["units"]: _rate("units"),
-            **{TITLES[name]: _value(name) for name in (*_LENGTHS, "duration_ratio")},
+            "speech s (median)": lambda figures: _length(figures, "generated_seconds"),
+            "recordings s (median)": lambda figures: _length(figures, "recorded_seconds"),
+            TITLES["duration_ratio"]: _value("duration_ratio"),
             TITLES["short_records"]: _value("short_records"),
             **_RECORDS_LOSS,
         },
@@ -246,6 +247,12 @@ def _words(figures: Figures) -> Figures:
     if "substitutions" in words:
         words["wrong"] = words["substitutions"] + words["deletions"] + words["insertions"]
     return words
+
+
+def _length(figures: Figures, name: str) -> str:
+    """A mean length and the median in seconds, as `0.33 (0.31)`."""
+    mean, median = (figure_text(figures.get(key), "s") for key in (name, f"{name}_median"))
+    return "-" if mean is None or median is None else f"{mean} ({median})"
 
 
 def _errors(words: Figures) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
 from most_ray.errors import printable, redact
 
@@ -53,7 +54,7 @@ def _part(
     for column in (0, *block):
         heading = "\n".join(textwrap.wrap(headings[column], max(1, widths[column]), break_long_words=column == 0))
         like = table.columns[column]
-        part.add_column(heading, justify=like.justify, style=like.style, overflow="fold", no_wrap=column > 0, width=widths[column])
+        part.add_column(Text(heading), justify=like.justify, style=like.style, overflow="fold", no_wrap=column > 0, width=widths[column])
     for row in zip(*(cells[column] for column in (0, *block)), strict=True):
         part.add_row(*row)
     return part

@@ -69,7 +69,7 @@ class Terminal(Console):
 
     def __init__(self, log_width: int | None = None, **options: Any) -> None:
         file = options.pop("file", None) or _Output()
-        self._is_log = not (file.isatty() or options.get("force_terminal") or options.get("width"))
+        self.is_log = not (file.isatty() or options.get("force_terminal") or options.get("width"))
         width = options.pop("width", None) or (None if file.isatty() else log_width)
         super().__init__(file=cast(IO[str], file), width=width, markup=False, highlight=False, emoji=False, **options)
 
@@ -82,7 +82,7 @@ class Terminal(Console):
             super().print(*objects, **options)
             return
         for each in objects:
-            if isinstance(each, Table) and self._is_log:
+            if isinstance(each, Table) and self.is_log:
                 for line in table_lines(each, min(self.width, _MOST_LOG_WIDTH)):
                     print_line(self, line)
                 continue
@@ -136,6 +136,14 @@ def progress_bar(console: Console, before: str, *after: str | ProgressColumn) ->
 def print_line(console: Console, text: str) -> None:
     """Print text as it is: without markup or highlighting, and without breaking lines."""
     console.print(shown_text(text), highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def print_words(console: Console, text: str, indent: str = "  ") -> None:
+    """Print text as `print_line` does, on a screen broken between words where it is wider, and continued behind `indent`."""
+    wrap = isinstance(console, Terminal) and not console.is_log
+    more = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
+    for line in textwrap.wrap(shown_text(text), console.width, **more) if wrap else [text]:  # type: ignore[arg-type]
+        print_line(console, line)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
