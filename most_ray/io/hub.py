@@ -24,6 +24,7 @@ _FOLDERS = {
     "most-v2": "deepseek-ai/DeepSeek-V2",
 }
 _TRAINED = ("model_name_or_path", "model")  # fields of models that have been made for speech
+_RUNS = "runs/"  # the default output_dir: a run is meant, though there is none yet
 _ANSWER_S = 8.0  # seconds for the hub to answer the first question; the library itself would wait for minutes
 # Files of a model's repository, at its root, that are fetched: weights in safetensors, configurations and tokenizers, no code.
 _FILES = ("model.safetensors", "model-*-of-*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -78,7 +79,7 @@ def missing_model(source: str, field: str = "model_name_or_path", known: Collect
         is_folder = source != base
         rule = "does not exist." if is_folder else rule
         remedy = _make(base, source if is_folder else "models/most")
-    elif source.startswith((".", "/", "~")) or (folder and os.path.isdir(folder)):
+    elif source.startswith((".", "/", "~", _RUNS)) or (folder and os.path.isdir(folder)):
         rule = "does not exist."
         others = [entry.name for entry in os.scandir(folder) if entry.is_dir()] if os.path.isdir(folder or ".") else []
         close = difflib.get_close_matches(name, others, n=1)

@@ -131,6 +131,7 @@ def test_a_misspelt_path_is_no_name_on_the_hub(run: Path, monkeypatch: pytest.Mo
         ("runs/digits/exprot", "Did you mean 'runs/digits/export'?"),
         ("runs/most", "Check the path."),
         ("./nowhere/at/all", "Check the path."),
+        ("runs/none/export", "Check the path."),
         (str(run.parent / "digit"), f"Did you mean '{run}'?"),
     ):
         with pytest.raises(CheckpointError) as error:
