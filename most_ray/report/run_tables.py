@@ -175,7 +175,7 @@ def checks(runs: Runs, tiles: Sequence[Tile] = ()) -> Table:
 
 
 def attempts(runs: Runs) -> Table | None:
-    """The starts of each run that resumed; those that went on exactly, with nothing changed, are folded away. None: no run resumed."""
+    """The starts of each run that resumed; those that resumed exactly, with nothing changed, are folded away. None: no run resumed."""
     wrong: list[Row] = []
     right: list[Row] = []
     for run, shown in zip(runs, run_names(runs), strict=True):
