@@ -136,20 +136,20 @@ def naming_files(args: argparse.Namespace) -> Iterator[None]:
         yield
     except ConfigError as error:
         name = str(getattr(args, "config", None) or "")
-        if error.field != "config" or error.remedy or not name or storage.is_remote(name) or Path(name).exists():
+        if error.field != "config" or not name or storage.is_remote(name) or Path(name).exists():
             raise
-        raise ConfigError("config", error.value, error.rule, _files_remedy(name, args)) from error
+        raise ConfigError("config", error.value, error.rule, _files_remedy(name, args) or error.remedy or "Name a YAML file.") from error
 
 
 def _files_remedy(name: str, args: argparse.Namespace) -> str:
-    """What may be meant by a configuration that does not exist: a flag without its dashes, or a file of a similar name, also one of those
-    that are shipped."""
+    """What may be meant by a configuration that does not exist: a flag without its dashes, or a file of a similar name; empty where there
+    is none."""
     if given := difflib.get_close_matches(name.lstrip("-").replace("-", "_"), args.known_flags, n=1, cutoff=0.8):
         return f"Did you mean --{given[0]}?"
     folders = [Path(name).parent, Path("jobs/configs")]
     files = {path.stem: str(path) for folder in reversed(folders) if folder.is_dir() for path in sorted(folder.glob("*.y*ml"))}
     close = difflib.get_close_matches(Path(name).stem, files, n=1, cutoff=0.6)
-    return f"Did you mean {files[close[0]]!r}?" if close else "Name a YAML file."
+    return f"Did you mean {files[close[0]]!r}?" if close else ""
 
 
 class _NumberAction(argparse.Action):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError
 from rich.console import Console
@@ -92,7 +93,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, reasons: list[str], complete: list[bo
         return SimpleNamespace(reason=made[-1]), None
 
     monkeypatch.setattr(attempts, "_attempt", attempt)
-    monkeypatch.setattr(attempts, "_wait_for_resources", lambda *_: None)
+    monkeypatch.setattr(attempts, "_wait_for_resources", lambda *_: PREPARED.topologies[0])
     monkeypatch.setattr(attempts, "is_complete", lambda _: complete[len(made) - 1])
     attempts.run_attempts(PREPARED, None, Console(quiet=True), terminated)  # type: ignore[arg-type]
     return len(made)
@@ -135,11 +136,11 @@ def test_what_is_said_of_a_loss_may_hold_brackets(monkeypatch: pytest.MonkeyPatc
     """gloo's errors begin with a path in brackets, which a console would take for a mark that is closed."""
     lost = ControllerError(RuntimeError("[/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456"))
     endings = [(SimpleNamespace(reason=None), lost), (SimpleNamespace(reason=None), None)]
-    monkeypatch.setattr(attempts, "_wait_for_resources", lambda *args: None)
+    monkeypatch.setattr(attempts, "_wait_for_resources", lambda *_: PREPARED.topologies[0])
     monkeypatch.setattr(attempts, "_attempt", lambda *args: endings.pop(0))
     console = Console(record=True, width=300)
     run_attempts(PREPARED, None, console, ShutdownSignal())  # type: ignore[arg-type]
-    assert "([/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456); resuming" in console.export_text()
+    assert "([/third_party/gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456); starting again" in console.export_text()
 
 
 def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_grows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +158,7 @@ def test_room_is_wished_for_as_long_as_a_run_needs_it_and_only_where_a_cluster_g
             said.append(self.requester)
 
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(capacity, "DefaultAutoscalingCoordinator", Coordinator)
+    monkeypatch.setattr(default_autoscaling_coordinator, "DefaultAutoscalingCoordinator", Coordinator)
     monkeypatch.setattr(capacity.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(capacity, "has_autoscaler", lambda: False)
     for grows, expected in ((False, 0), (True, 3)):
