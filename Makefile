@@ -75,6 +75,7 @@ bench: .venv/.installed-dev  ## all benchmarks: data, training against its peers
 	$(BIN)/python -m tests.benchmarks.ingest
 	$(BIN)/python -m tests.benchmarks.packing
 	$(BIN)/python -m tests.benchmarks.resume
+	$(BIN)/python -m tests.benchmarks.startup
 	$(BIN)/most-ray train --config jobs/configs/digits.yaml --max_steps 60 --output_dir runs/bench --name digits --val_asr_dirs ""
 	$(BIN)/python -m tests.benchmarks.stream --run runs/bench/digits
 	$(BIN)/python -m tests.benchmarks.save
