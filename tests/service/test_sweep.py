@@ -24,6 +24,7 @@ from ray.util.state import list_actors, list_placement_groups
 from rich.console import Console
 
 from most_ray.cli import main
+from most_ray.config import load_config
 from most_ray.errors import ConfigError
 from most_ray.service.training.attempts import RunIncompleteError
 from most_ray.service.tune import runner as driver
@@ -134,8 +135,8 @@ def test_four_trials_on_room_for_one(fake: None, tmp_path: Path) -> None:
     assert starts(tmp_path, "four") == {"001": 1, "002": 1, "003": 1, "004": 1}
     left = " ".join(sorted(path.name for path in (tmp_path / "four").iterdir()))
     assert left == "best.yaml report.html start summary.json sweep.yaml trials trials.jsonl"
-    best = yaml.safe_load((tmp_path / "four" / "best.yaml").read_text())
-    assert (best["learning_rate"], best["name"], best["output_dir"]) == (0.01, "four-best-002", str(tmp_path))
+    best = load_config(str(tmp_path / "four" / "best.yaml"))
+    assert (best.learning_rate, best.name, os.path.realpath(best.output_dir)) == (0.01, "four-best-002", os.path.realpath(tmp_path))
     assert json.loads((tmp_path / "four" / "summary.json").read_text())["best"]["trial"] == 2
     assert_nothing_left(tmp_path)
 
