@@ -26,14 +26,13 @@ def run_training(config: RunConfig, console: Console) -> dict[str, Any]:
     if (summary := unchanged_summary(config)) is not None:
         print_line(console, completed_line(config.name, summary["step"]))
         return summary
-    from most_ray.service.cluster.connection import check_local, check_local_room, cluster_gpus, start_beside  # Ray, half a second
+    from most_ray.service.cluster.connection import check_local_room, cluster_gpus, start_beside  # Ray, half a second
     from most_ray.service.cluster.stop_requests import ShutdownSignal
 
     check_local_room(config)
-    check_local(config)  # before the lock makes the run's folder
     with explained_interrupt(config.run_uri), ShutdownSignal().on_sigterm() as shutdown, RunLock(config.run_uri, "trained"):
-        divert_native(RunFolder(config.run_uri).local / LIBRARIES_LOG)
         gpus, here = cluster_gpus(config), workers_here(config)
+        divert_native(RunFolder(config.run_uri).local / LIBRARIES_LOG)  # makes the folder
         print_line(console, "Starting Ray on this machine, loading torch and transformers" if here else "Loading torch and transformers")
         ray_started = start_beside(config, here) if here else lambda: None
         with at_once():
