@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,7 +179,8 @@ def test_a_new_metric_needs_its_declaration_alone(generator: ModuleType, monkeyp
         in generator.docs_metrics.metrics_markdown()
     )
     assert gauge in [each.gauge for each in nested(schema.TRAIN)]
-    run: Any = SimpleNamespace(name="r", steps=[1.0], column=lambda name: [line[name]] if name == "novel" else [None])
+    lines = SimpleNamespace(values=lambda name: np.array([line.get(name, np.nan)], dtype=float))
+    run: Any = SimpleNamespace(name="r", steps=np.array([1.0]), train=lines)
     assert [figure.title for make in _declared("Speed") if (figure := make([run]))] == ["Novelty"]
 
 
