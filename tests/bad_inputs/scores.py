@@ -317,7 +317,7 @@ SPEECH = [
     Case("synthesize: bytes that are no text", spoken("--text", "a\udcffb", model=True), [r"text = 'a\\udcffb'", "UTF-8"]),
     Case("synthesize: units as a text", spoken("--text", "[Hu7][Hu8]", model=True), ["text = ", "--units"]),
     Case("synthesize: units in a text", spoken("--text", "one [Hu7]", model=True), "text = "),
-    Case("synthesize: a long text", spoken("--text", "one " * 9000, model=True), ["request = 1: makes", "4096 positions"]),
+    Case("synthesize: a long text", spoken("--text", "one " * 9000, model=True), ["request = 1: makes", "4,?096 positions"]),
     Case("synthesize: text and units", spoken("--text", "one", "--units", "[Hu7]"), "not allowed"),
     Case("synthesize: unit 9999", spoken("--units", "[Hu9999]"), "units = "),
     Case("synthesize: no units", spoken("--units", "seven"), "units = 'seven'"),

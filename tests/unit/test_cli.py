@@ -53,7 +53,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--text_expert_indices", "0,1,2", "--audio_expert_indices", "4,5,6,7"], "experts [3] are in no group"),
         (["--text_expert_indices", "0", "--audio_expert_indices", "1,2,3,4,5,6,7"], "more than the 1 experts"),
         (["--max_seq_length", "30"], "max_rejected_fraction"),
-        (["--max_seq_length", "100000"], "beyond the model's 4096 positions"),
+        (["--max_seq_length", "100000"], "beyond the model's 4,096 positions"),
         (["--asr_tts_mix_ratio", "1"], "gives no share to train_tts_dirs"),
         (["--learning_rate", "fast"], "is not a number"),
         (["--resume_from_checkpoint", "/nowhere"], "missing or was never completed"),

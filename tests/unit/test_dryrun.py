@@ -341,7 +341,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--train_asr_dirs", "nowhere", "nowhere"], "names a directory twice"),
         (["--num_workers", "4", "--ep_size", "3"], "Use one of [1, 2, 4]"),
         (["--text_expert_indices", "0,1,2", "--audio_expert_indices", "4,5,6,9"], "must hold different experts out of 0..7"),
-        (["--max_seq_length", "5000"], "beyond the model's 4096 positions"),
+        (["--max_seq_length", "5000"], "beyond the model's 4,096 positions"),
         (["--keep_best", "1", "--eval_steps", "5", "--best_metric", "wer/other"], "is measured on no validation set"),
         (["--model_name_or_path", "./nowhere"], "does not exist. Check the path. A dry run does not use the network."),
         (["--model_name_or_path", "nobody/nothing"], "neither a folder nor in this machine's cache"),
