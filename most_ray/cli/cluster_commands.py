@@ -163,7 +163,7 @@ def _with_config(command: list[str], args: argparse.Namespace, inner: str) -> li
         with contextlib.suppress(ConfigError):
             if build_parser().parse_args(changed).file is None:
                 return changed
-    raise ConfigError("argument", str(args.file), "cannot be told from the values of flags.", "Name it by --config.")
+    raise ConfigError("argument", str(args.file), "could also be the value of a flag.", "Name it by --config.")
 
 
 def _run_of(args: argparse.Namespace) -> RunConfig | None:

@@ -65,7 +65,7 @@ def _described(word: _Word) -> str:
 
 
 def _patterns(commands: list[_Command]) -> list[str]:
-    """The paths of commands as a space lies before their last word, in double quotes."""
+    """The paths of commands with a space before their last word, in double quotes."""
     return [f'"{each.path}"' if " " in each.path else f'" {each.path}"' for each in commands if each.path]
 
 

@@ -46,7 +46,7 @@ _STEP_S, _SPEED = 0.2, 8_000  # seconds of any step, and tokens of it in each fu
 _REASONS = {  # why a key of run.yaml has its value, for whoever changes it
     "model_name_or_path": "about a million parameters: learns on a CPU",
     "asr_tts_mix_ratio": "share of recognition; the rest is synthesis, so that the model speaks too",
-    "unit_swap_prob": "with the next two: units differ a little at every use, which helps with speakers it has not heard",
+    "unit_swap_prob": "with the next two: units differ a little at every use, which helps with speakers that are not in the training data",
     "unit_replace_prob": "a unit becomes any other",
     "unit_drop_prob": "a unit is left out",
     "max_seq_length": "tokens of a row: room for the longest recording",

@@ -139,7 +139,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def print_words(console: Console, text: str, indent: str = "  ") -> None:
-    """Print text as `print_line` does, on a screen broken between words where it is wider, and continued behind `indent`."""
+    """Print text as `print_line` does, on a screen broken between words where it is wider, and continued after `indent`."""
     wrap = isinstance(console, Terminal) and not console.is_log
     more = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
     for line in textwrap.wrap(shown_text(text), console.width, **more) if wrap else [text]:  # type: ignore[arg-type]

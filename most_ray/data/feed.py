@@ -42,7 +42,7 @@ def local_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
 
 
 def own_batches(spec: StreamSpec, first: int, last: int) -> Iterator[Batch]:
-    """Batches of steps first..last, each built in this process when it is asked for. DataError: a shard is damaged."""
+    """Batches of steps first..last, each built in this process when it is requested. DataError: a shard is damaged."""
     if first <= last:
         plan = open_plan(spec.plan)
         for step in range(first, last + 1):

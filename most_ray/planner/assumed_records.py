@@ -44,7 +44,7 @@ def write_assumed(folder: Path, task: Task, longest: int, number: int) -> None:
 def _content(task: Task, tokens: int, draw: np.random.Generator) -> dict[str, str]:
     """What a record with about so many tokens in its input and output says."""
     if task == "text":
-        return {"instruction": "Go on.", "input": _words(tokens // 2, draw), "output": _words(tokens - tokens // 2, draw)}
+        return {"instruction": "Continue.", "input": _words(tokens // 2, draw), "output": _words(tokens - tokens // 2, draw)}
     words = max(1, tokens // (_UNITS_PER_WORD + 1))
     said, speech = _words(words, draw), units_to_text(draw.integers(0, N_UNITS, tokens - words).tolist())
     if task == "asr":

@@ -118,7 +118,7 @@ class _Preparation:
         self.notes: list[str] = []  # what the run's figures are based on
         self.sampled = False  # some records were counted by samples
         self.stand_in = False  # the model's tokenizer was replaced by one trained on the records
-        self._assumed: dict[str, Path] = {}  # where records lie that stand in for those of a directory that does not exist
+        self._assumed: dict[str, Path] = {}  # where the records are that stand in for those of a directory that does not exist
         directories = {d: task for use in ("val", "train") for task in TASKS for d in config.directories(use, task)}
         for directory in (d for d in directories if not storage.exists(d)):
             target = folder / f"assumed-{len(self._assumed)}" / storage.base_name(directory)

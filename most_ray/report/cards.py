@@ -86,7 +86,7 @@ def _experts(run: RunData) -> Content:
         return None
     groups = [entries(run.model.get(f"{what}_expert_indices")) for what in ("text", "audio")]
     aware = run.model.get("use_modality_aware_routing", True) and all(groups)
-    of = f": {len(groups[0])} for text, {len(groups[1])} for speech" if aware else ", for text and speech alike"
+    of = f": {len(groups[0])} for text, {len(groups[1])} for speech" if aware else ", for both text and speech"
     return f"{routed:.0f} routed{of}" + (f"; {shared:.0f} shared" if shared else "")
 
 

@@ -75,7 +75,7 @@ def recordings(runs: Sequence[RunData], given: Path | None = None) -> list[Voice
 
 
 def _heard(run: RunData, given: Path | None) -> list[_Heard]:
-    """At most ten records of a run, sets by turns, the worst of each first, and at most a minute of them."""
+    """At most ten records of a run, alternating between the sets, the worst of each first, and at most a minute of them."""
     chosen = _worst_recognised(run)
     waves: list[Wave | None] = []
     for name, entry in chosen:

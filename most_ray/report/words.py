@@ -1,4 +1,4 @@
-"""Which words are taken for which, and for whom: error rates by the columns of the records' metadata, and confusions of words."""
+"""Error rates by the columns of the records' metadata, such as the speaker, and confusions of words."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _Groups:
 
 
 def _groups(found: Sequence[Any]) -> _Groups | None:
-    """The records' values of a column, as they are shown, "" where a record has none; None where the column does not tell groups apart."""
+    """The records' values of a column, as they are shown, "" where a record has none; None where the column does not separate groups."""
     stated = [value for value in found if value is not None]
     numbers = [value for each in stated if (value := number(each)) is not None]
     if len(numbers) == len(stated) and len(set(numbers)) > _FEW_NUMBERS:

@@ -72,7 +72,7 @@ def check_no_sweep(config: RunConfig) -> None:
 
 
 def known_workers(config: RunConfig) -> tuple[int, ...] | None:
-    """The fewest and the most workers that a configuration asks for; None where only the cluster knows them."""
+    """The fewest and the most workers that a configuration requests; None where only the cluster knows them."""
     if cluster_address(config):
         return config.num_workers
     gpus = machine_gpus()
@@ -90,7 +90,7 @@ def workers_here(config: RunConfig) -> int | None:
 
 
 def check_sizes(config: RunConfig, workers: int | None = None) -> None:
-    """Raise TopologyError where workers and experts do not fit the sizes that are asked for, ConfigError for rows that are longer than the
+    """Raise TopologyError where workers and experts do not fit the sizes that are requested, ConfigError for rows that are longer than the
     model's positions; as far as these are known without torch."""
     model, numbers = _described(config.model_name_or_path), (workers,) if workers else known_workers(config)
     if numbers and (n_experts := model.get("n_routed_experts")):

@@ -19,7 +19,7 @@ def saved_step(run_uri: str) -> int | None:
 
 
 def resuming_text(run_uri: str, given: str | None = None) -> str:
-    """From where the next attempt at a run goes on, to follow "The workers were lost; ". `given`: resume_from_checkpoint."""
+    """The step that the next attempt at a run resumes from, to follow "The workers were lost; ". `given`: resume_from_checkpoint."""
     step = saved_step(run_uri)
     if step is not None:
         return f"resuming from the checkpoint of step {step}"

@@ -1,4 +1,4 @@
-"""Whether what a command asks for fits on this machine, decided before Ray or torch is imported: workers, threads, GPUs, evaluations.
+"""Whether what a command requests fits on this machine, decided before Ray or torch is imported: workers, threads, GPUs, evaluations.
 
 Of a cluster that is named, its nodes decide (service/cluster/connection.py).
 """
@@ -44,7 +44,7 @@ def uses_gpus(config: RunConfig, gpus: int) -> bool:
 
 
 def workers_of(config: RunConfig, use_gpu: bool, gpus: int) -> tuple[int, int]:
-    """The fewest and the most workers that a configuration asks for: without a number, one for each of `gpus` GPUs, or one."""
+    """The fewest and the most workers that a configuration requests: without a number, one for each of `gpus` GPUs, or one."""
     given = config.num_workers or ((max(1, gpus) if use_gpu else 1),)
     return given[0], given[-1]
 
@@ -56,7 +56,7 @@ def workers_that_fit(config: RunConfig, use_gpu: bool) -> int:
 
 
 def check_room(config: RunConfig) -> None:
-    """Raise ConfigError where a run on this machine asks for more workers, threads or GPUs than it has: its processes would take turns, or
+    """Raise ConfigError where a run on this machine requests more workers, threads or GPUs than it has: its processes would take turns, or
     wait without end. Nothing is refused where a cluster is named, or the run is complete."""
     if cluster_address(config):
         return
@@ -99,7 +99,7 @@ def no_gpu() -> ConfigError:
 
 
 def check_evaluation_room(config: RunConfig, workers: str, gpus: str, training: float = 0.0) -> None:
-    """Raise ConfigError where evaluations on this machine ask for more processes or GPUs than it has; nothing where a cluster is named.
+    """Raise ConfigError where evaluations on this machine request more processes or GPUs than it has; nothing where a cluster is named.
 
     Args:
         workers, gpus: the key or flag to name for `eval_workers` and for `eval_gpus`.
@@ -118,7 +118,7 @@ def check_evaluation_room(config: RunConfig, workers: str, gpus: str, training: 
 
 
 def check_actors(actors: int | None, gpus_each: float | None, may_use_gpus: bool, address: str | None) -> None:
-    """Raise ConfigError where a pool of actors on this machine asks for more than it has; nothing where a cluster is named.
+    """Raise ConfigError where a pool of actors on this machine requests more than it has; nothing where a cluster is named.
 
     Args:
         actors: how many (None: as many as fit).

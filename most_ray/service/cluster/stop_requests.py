@@ -166,7 +166,7 @@ class LocalRayWatcher:
 
 
 class AttemptWatcher:
-    """While an attempt runs, tells `shutdown` when its workers have begun, and asks it to stop when the job is to end, a node of it is
+    """While an attempt runs, informs `shutdown` when its workers have begun, and asks it to stop when the job is to end, a node of it is
     draining, or more workers would fit, which `can_grow` says, called from the watching thread every `every_s` seconds. `driver`: the
     attempt's name in the key-value store."""
 
