@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
-from most_ray.config import OPTIONS, RunConfig, portable_yaml, to_yaml
+from most_ray.config import OPTIONS, DataOptions, RunConfig, portable_yaml, to_yaml
 from most_ray.data.plan import Cursor, Plan, check_cursor
 from most_ray.errors import CheckpointError, shown
 from most_ray.io import storage
@@ -23,13 +24,12 @@ from most_ray.io.yaml_values import parse_yaml
 from most_ray.model.build import RoutingOverrides, config_json, read_config
 from most_ray.model.configuration import MostConfig
 from most_ray.options import stored_values
-from most_ray.records.record import TASKS
 
 # Settings from which it follows which records a step holds, see `data.plan.Plan.ingredients`.
-_OF_DATA = {"asr_tts_mix_ratio", "text_mix_ratio", "weight_unit", "unit_swap_prob", "unit_replace_prob", "unit_drop_prob", "max_seq_length"}
-_OF_DATA |= {f"train_{task}_{what}" for task in TASKS for what in ("dirs", "weights")} | {"seed", "global_batch_size", "overlong"}
-_OF_LENGTH = {"max_steps", "epochs", "epochs_of"}
-_OWN = {"name", "output_dir", "resume_from_checkpoint", "ignore_optimizer_state"}  # of each run, or of each start
+_OF_DATA = {each.name for each in fields(DataOptions) if not each.name.startswith("val_") and not OPTIONS[each.name].inert}
+_OF_DATA = (_OF_DATA | {"seed", "global_batch_size"}) - {"accept_data_change", "trace_records"}
+_OF_LENGTH = {name for name in OPTIONS if name == "max_steps" or name.startswith("epochs")}
+_OF_EACH_RUN, _OF_EACH_START = {"name", "output_dir"}, {"resume_from_checkpoint", "ignore_optimizer_state"}
 # Fields of a model that a run may set: a change of one is a changed setting.
 _SETTINGS = tuple(name for name in RoutingOverrides.__annotations__ if name in OPTIONS)
 # Fields that no output of the forward pass depends on.
@@ -92,7 +92,7 @@ def other_changes(uri: str, config: RunConfig, changed: Sequence[str], same_data
     stored = stored_values(OPTIONS, parse_yaml(storage.read_bytes(storage.join(uri, "config.yaml"))))
     # Paths as the checkpoint of this version has them, and as earlier versions have written them.
     portable, absolute = (stored_values(OPTIONS, parse_yaml(text)) for text in (portable_yaml(config, uri), to_yaml(config.redacted())))
-    named = {*_SETTINGS, *_OWN, *(option.name for option in OPTIONS.values() if option.learns)}
+    named = {*_SETTINGS, *_OF_EACH_RUN, *_OF_EACH_START, *(option.name for option in OPTIONS.values() if option.learns)}
     named |= _OF_LENGTH if any(each.startswith("total_steps ") for each in changed) else set()
     known = [name for name in OPTIONS if name in stored and name not in named]
     other = [name for name in known if stored[name] not in (portable.get(name), absolute.get(name))]

@@ -20,6 +20,7 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from most_ray.data.plan import Plan
+from most_ray.service.cluster import connection
 from tests.conftest import ROOT
 from tests.support.builders import make_plan, tiny_model
 from tests.support.fresh import FreshPython
@@ -132,8 +133,11 @@ def told() -> Iterator[list[object]]:
 
 @pytest.fixture(autouse=True)
 def without_ray() -> Iterator[None]:
-    """No unit test starts Ray: many of Ray's calls do by themselves, and the tests behind would find it running."""
-    yield
+    """No unit test starts Ray: many of Ray's calls do by themselves, and the tests behind would find it running. Nor does a run, which
+    begins to before it has found every mistake."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "start_beside", lambda config, workers: lambda: None)
+        yield
     ray = sys.modules.get("ray")
     if ray and ray.is_initialized():
         ray.shutdown()

@@ -51,7 +51,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--num_workers", "3", "--cpus_per_worker", "0.1", "--ep_size", "2"], "Use one of [1]"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path"),
         (["--text_expert_indices", "0,1,2", "--audio_expert_indices", "4,5,6,7"], "experts [3] are in no group"),
-        (["--text_expert_indices", "0", "--audio_expert_indices", "1,2,3,4,5,6,7"], "more than the 1 experts"),
+        (["--text_expert_indices", "0", "--audio_expert_indices", "1,2,3,4,5,6,7"], "more than the 1 expert of"),
         (["--max_seq_length", "30"], "max_rejected_fraction"),
         (["--max_seq_length", "100000"], "beyond the model's 4,096 positions"),
         (["--asr_tts_mix_ratio", "1"], "gives no share to train_tts_dirs"),

@@ -321,7 +321,7 @@ def subparser(words: list[str]) -> tuple[Parser, list[str]]:
     found, rest = parser(), list(words)
     while rest:
         below = next((action.choices for action in found._actions if isinstance(action.choices, dict)), None)
-        if below is None:
+        if below is None or rest[0].startswith("--"):
             break
         assert rest[0] in below, f"no command {rest[0]}"
         found = below[rest.pop(0)]
@@ -365,7 +365,9 @@ def test_messages_of_wrong_set_ups_are_those_of_the_code() -> None:
     source = " ".join(" ".join(path.read_text(encoding="utf-8").split()) for path in files).replace('" f"', "").replace('" "', "")
     table = (ROOT / "docs" / "cluster" / "what-breaks.md").read_text(encoding="utf-8").split("| set-up |")[1]
     messages = re.findall(r"`([^`]*)`", " ".join(line.split("|")[2] for line in table.splitlines()[2:] if line.startswith("|")))
-    clauses = [part.strip() for text in messages for part in re.split(r"[.:,'\[\]()]|\d+|\b(?:on )?HOST\b|\bGPU\b|\bRAY_PORT\b", text)]
+    clauses = [
+        part.strip() for text in messages for part in re.split(r"[.:,'\[\]()]|\d+|\b(?:on )?HOST\b|\bGPU\b|\bRAY_PORT\b|\bbytes\b", text)
+    ]
     of_the_system = ("No space left on device", "Read-only file system")
     said = [
         clause

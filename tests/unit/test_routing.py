@@ -55,7 +55,7 @@ def test_the_originals_router(shared: Path, case: str) -> None:
         ({"text_expert_indices": [0, 1, 2], "audio_expert_indices": [4, 5, 6, 7]}, r"experts \[3\] are in no group"),
         ({"text_expert_indices": [0, 1, 2, 3], "audio_expert_indices": [4, 5, 6, 8]}, "different experts out of 0..7"),
         ({"text_expert_indices": [0, 0, 2, 3], "audio_expert_indices": [4, 5, 6, 7, 1]}, "different experts"),
-        ({"text_expert_indices": [0], "audio_expert_indices": [1, 2, 3, 4, 5, 6, 7]}, "more than the 1 experts of text"),
+        ({"text_expert_indices": [0], "audio_expert_indices": [1, 2, 3, 4, 5, 6, 7]}, "more than the 1 expert of text_expert_indices"),
         ({"num_experts_per_tok": 9, "use_modality_aware_routing": False}, "1..8"),
         ({"num_experts_per_tok": None}, "1..8"),
         ({"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "topk_group"),

@@ -258,7 +258,7 @@ def test_a_full_disk_ends_an_engine_without_ray_in_a_line(monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "/runs/r/metrics.jsonl")
 
-    monkeypatch.setattr(engine, "train", full)
+    monkeypatch.setattr(engine, "_run", full)
     monkeypatch.setattr(engine.signal, "signal", lambda *_: None)
     assert engine.main([]) == 2
     rule = "file = '/runs/r/metrics.jsonl': cannot be used (No space left on device). Free some space there, or name another place."

@@ -22,6 +22,7 @@ from most_ray.options import to_plain
 from most_ray.runs.first_checks import first_checks, inputs_digest, unchanged_summary
 from most_ray.runs.lifecycle import begin_run, finish_run
 from most_ray.service.cluster import connection
+from most_ray.service.cluster.connection import start_beside
 from tests.support.runs import go, prepare_small
 
 LARGE = ("torch", "transformers", "ray", "scipy", "sympy", "pandas", "torchao", "sklearn")
@@ -174,7 +175,7 @@ def test_ray_starts_beside_and_its_error_comes_where_it_is_waited_for(monkeypatc
     """Its thread lives on: Linux would end Ray's processes together with the thread that has started them."""
     threads: list[threading.Thread] = []
     monkeypatch.setattr(connection, "connect", lambda config, cpus: threads.append(threading.current_thread()))
-    connection.start_beside(RunConfig(), 2)()
+    start_beside(RunConfig(), 2)()
     assert threads[0] is not threading.main_thread()
     assert threads[0].is_alive()
 
@@ -182,6 +183,6 @@ def test_ray_starts_beside_and_its_error_comes_where_it_is_waited_for(monkeypatc
         raise ConfigError("ray_address", None, f"needs {cpus} CPUs.")
 
     monkeypatch.setattr(connection, "connect", refuse)
-    wait = connection.start_beside(RunConfig(), 2)
+    wait = start_beside(RunConfig(), 2)
     with pytest.raises(ConfigError, match="needs 4 CPUs"):
         wait()
