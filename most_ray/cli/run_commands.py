@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -187,7 +188,8 @@ def _export(args: argparse.Namespace) -> int:
     from most_ray.checkpoint import catalog
 
     checkpoint = checkpoint_source(args.checkpoint)
-    catalog.read_marker(checkpoint)  # raises CheckpointError before the libraries are loaded
+    if not os.path.lexists(args.output):  # what is there is looked at first, and needs the libraries
+        catalog.read_marker(checkpoint)
     say_meanwhile("Loading torch and transformers")
     with at_once():
         from most_ray.checkpoint.export import export_checkpoint

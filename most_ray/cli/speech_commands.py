@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from most_ray.evaluation.generate import GenerationOptions, Transcript
     from most_ray.speech.units.assets import SpeechAssets
 
+_NOTHING = "no transcriptions: nothing was written"
 _AT_ONCE = 32  # recordings in a batch
 _PROMPT = 64  # tokens of a prompt without its speech, and of a short answer
 _KEYS = {key: key for key in ("num_beams", "max_new_tokens", "max_new_units")}  # flags that are keys of the configuration
@@ -81,6 +82,8 @@ def _transcribe(args: argparse.Namespace) -> int:
     if not any(map(os.path.exists, args.recordings)):
         for path in args.recordings:
             print_error(DataError("recording", str(path), "is not there."))
+        if args.output:
+            say(_NOTHING)
         return 2
     options = _generation_options(args)
     folder = _assets_folder(args)
@@ -98,7 +101,7 @@ def _transcribe(args: argparse.Namespace) -> int:
         with replacing("output", args.output) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
     if args.output:
-        say(f"{count_of(len(lines), 'transcription')}: {args.output}" if lines else "no transcriptions: nothing was written")
+        say(f"{count_of(len(lines), 'transcription')}: {args.output}" if lines else _NOTHING)
     return 0 if len(lines) == len(args.recordings) else 2
 
 

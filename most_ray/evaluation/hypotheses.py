@@ -365,6 +365,8 @@ def _located(header: dict[str, Any], uri: str) -> dict[str, Any]:
 
 def _found(folder: str, way: str) -> str:
     """`storage.located` of what is there; else the text as it is, which may be a name on a hub, or any text in a damaged file."""
+    if storage.is_remote(way):  # what is elsewhere is not looked for
+        return way
     try:
         place = storage.located(folder, way)
         return storage.redact(place) if storage.exists(place) else way

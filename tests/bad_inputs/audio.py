@@ -486,7 +486,7 @@ CASES = [
     told(
         "votes of 5,000 digits",
         common_voice(CLIP + f"x\tg0.wav\tgood\t2\nx\tg1.wav\tbad\t{'9' * 5000}\n"),
-        keeps(["good"], "up_votes of 5000 digits"),
+        keeps(["good"], "up_votes of 5,000 digits"),
         layout="common_voice",
     ),
     told(
