@@ -134,8 +134,8 @@ def train(config: configuration.RunConfig, console: Console | None = None, stop:
         stop: set it from another thread to stop the run after its current step, with a checkpoint.
 
     Returns:
-        The content of summary.json, in which paths are relative to the run's folder; on ranks other than 0 an empty dictionary. None where
-        the run was stopped before its goal.
+        The content of summary.json, with paths that can be opened from here; on ranks other than 0 an empty dictionary. None where the run
+        was stopped before its goal.
 
     Raises:
         UserError: something that the user can fix.
@@ -166,8 +166,9 @@ def _run(
             if not is_complete(prepared):
                 raise CheckpointError("step", prepared.job.total_steps, "was not reached: its checkpoint or its evaluation is missing.")
             summary = finish_run(prepared, config, write_report)
-        last_screen(placed(summary, prepared.folder.uri), console)
-        return summary
+        shown = placed(summary, prepared.folder.uri)
+        last_screen(shown, console)
+        return shown
     finally:
         lock.close()
         if dist.is_initialized():

@@ -106,7 +106,7 @@ def test_the_stages_of_a_stalled_stream_are_told(ray_cluster: str, tmp_path: Pat
     command = [sys.executable, "-m", "tests.support.stalled_streams", ray_cluster, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     unscheduled, endless, own = ended.stdout.splitlines() or [ended.stderr]
-    assert re.search(r"stage schedule: .*steps 3 to 4 has not begun \([\d.]+ of the cluster's [\d.]+ CPUs", unscheduled)
+    assert re.search(r"stage schedule: .*steps 3 to 4 has not begun \(free of the cluster's [\d.]+ CPUs: [\d.]+\)", unscheduled)
     assert re.search(r"stage read \(records from the token store\): steps 3 to 4, on .* for \d+ s", endless)
     assert re.search(r"stage read \(records from the token store\): steps 1 to 2, on .*, in the training process", own)
 
