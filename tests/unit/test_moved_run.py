@@ -66,7 +66,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_records(root / "data" / "spoken", [tts(i, 4) for i in range(2)])
     write_records(root / "data" / "written", [text(i) for i in range(2)])
     summary = train(config_from(values(root)))
-    assert summary == json.loads((root / "old" / "first" / "summary.json").read_bytes())
+    first = root / "old" / "first"
+    assert summary == placed(json.loads((first / "summary.json").read_bytes()), str(first))
     return root
 
 
@@ -137,7 +138,7 @@ def test_a_moved_run_that_was_stopped_resumes_at_its_own_place(made: Path, moved
     (moved / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] < 2))
     untouched = {path: path.stat().st_mtime_ns for path in (made / "old").rglob("*")}
     summary = train(load_config(moved / "config.yaml"))
-    assert summary is not None and (moved / summary["export"] / "config.json").exists()
+    assert summary is not None and Path(summary["export"]) == moved / "export" and (moved / "export" / "config.json").exists()
     expected = json.loads((made / "old" / "first" / "summary.json").read_bytes())
     same = expected.keys() - MEASURED - {"training_seconds", "start_seconds", "starts", "name"}
     assert {key: summary[key] for key in same} == {key: expected[key] for key in same} and summary["name"] == "second"
