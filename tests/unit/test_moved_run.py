@@ -139,7 +139,7 @@ def test_a_moved_run_that_was_stopped_resumes_at_its_own_place(made: Path, moved
     untouched = {path: path.stat().st_mtime_ns for path in (made / "old").rglob("*")}
     summary = train(load_config(moved / "config.yaml"))
     assert summary is not None and Path(summary["export"]) == moved / "export" and (moved / "export" / "config.json").exists()
-    expected = json.loads((made / "old" / "first" / "summary.json").read_bytes())
+    expected = placed(json.loads((made / "old" / "first" / "summary.json").read_bytes()), str(moved))
     same = expected.keys() - MEASURED - {"training_seconds", "start_seconds", "starts", "name"}
     assert {key: summary[key] for key in same} == {key: expected[key] for key in same} and summary["name"] == "second"
     assert untouched == {path: path.stat().st_mtime_ns for path in (made / "old").rglob("*")}
