@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -16,6 +18,9 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # read when Ray is imported: a call without Ray is an error, and starts none
+# Whoever runs the tests in the background has it ignored, and so have the commands that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("busy", deadline=None)  # cores are shared: a slow example is no failure
 settings.load_profile("busy")
 ROOT = Path(__file__).resolve().parents[1]
