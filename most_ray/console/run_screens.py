@@ -35,7 +35,7 @@ _MOST_EXPERTS = 16  # the most experts that have a column each
 def first_screen(prepared: Prepared, console: Console, *, validation: str | None) -> None:
     """Print the plan of a run: where it runs, its model and data, and the step that it starts from. `validation`: see `evaluation_plan`."""
     job, plan, uri = prepared.job, prepared.plan, storage.redact(prepared.folder.uri)
-    records = ", ".join(f"{len(store)} {store.task} ({store.name})" for store in plan.stores)
+    records = ", ".join(f"{len(store):,} {store.task} ({store.name})" for store in plan.stores)
     print_words(console, f"Run {uri}: {count_of(job.total_steps, 'step')} of {count_of(job.plan.global_batch_size, 'record')}; {records}")
     if prepared.n_rejected:
         were = "was" if prepared.n_rejected == 1 else "were"
@@ -43,7 +43,8 @@ def first_screen(prepared: Prepared, console: Console, *, validation: str | None
     done = prepared.done_steps
     exact = exactness(prepared.changed, prepared.also_changed)
     verb, epoch = "Resuming" if done else "Starting", plan.cursor(done).epoch
-    print_words(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on {plan.consumed(done)}, {exact}")
+    trained = ", ".join(f"{count:,} {name}" for name, count in plan.consumed(done).items())
+    print_words(console, f"{verb} after step {done}, epoch {epoch:.3f}, records trained on: {trained}; {exact}")
     mix = plan.mix(job.total_steps)
     tokens = sum(part["tokens"] for part in mix.values())
     rows = {

@@ -45,7 +45,7 @@ def test_the_first_screen_says_what_will_be_done(tmp_path: Path) -> None:
     first_screen(prepared(tmp_path), console, validation="at the end, beside training, sharing the 2 CPUs")
     text = shown(console)
     assert f"Run {tmp_path}/mine: 40 steps of 6 records; 23 asr (a), 17 tts (b)\n" in text
-    assert "Starting after step 0, epoch 0.000, records trained on {'asr/a': 0, 'tts/b': 0}, exact: yes\n" in text
+    assert "Starting after step 0, epoch 0.000, records trained on: 0 asr/a, 0 tts/b; exact: yes\n" in text
     assert "where       2 workers: 1 replica x 2 shards, expert parallel 2; CPU, 1 thread each\n" in text
     assert "model       tiny, 607 parameters\n" in text and "evaluation  at the end, beside training, sharing the 2 CPUs\n" in text
     words = " ".join(text.split())
