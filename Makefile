@@ -36,7 +36,7 @@ test: .venv/.installed-dev .venv-floor/.installed  ## all tests
 	PYTHONPATH=.venv-floor $(BIN)/python -m pytest $(XDIST) $(FLOOR); floor=$$?; \
 	test $$ray = 0 -a $$all = 0 -a $$floor = 0
 
-quick: .venv/.installed-dev  ## the unit tests that take no more than seconds each: under 3 minutes on two cores
+quick: .venv/.installed-dev  ## the unit tests that take no more than seconds each: about 3 minutes on two cores
 	$(BIN)/python -m pytest -q $(XDIST) -m "not slow and not s3" tests/unit
 
 bad-inputs: .venv/.installed-dev  ## every command on hundreds of bad inputs, each in a process and a folder of its own

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from most_ray.errors import ConfigError, nearest
+
 # Fields of MostConfig by preset; `text_vocab_size` is that of the tokenizer without audio tokens.
 PRESETS: dict[str, dict[str, Any]] = {
     # About 1 M parameters: learns spoken digits in minutes on two cores.
@@ -14,3 +16,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096, "norm_topk_prob": True, "aux_loss_alpha": 0.001,
     },
 }  # fmt: skip
+
+
+def check_preset(name: str) -> None:
+    """Raise ConfigError for a name that no preset has."""
+    if name not in PRESETS:
+        raise ConfigError("preset", name, "is not known.", nearest(name, PRESETS))

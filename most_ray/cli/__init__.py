@@ -88,7 +88,7 @@ def _carry_out(args: argparse.Namespace) -> int:
     """Run a parsed command. Raises Interrupted where an interrupt ends it, with what the command itself says of that, if anything."""
     try:
         return int(args.run(args))
-    except BaseException as error:
+    except BaseException as error:  # libraries turn an interrupt into errors of any kind; all others are raised again
         if isinstance(error, Interrupted) or not _is_interrupt(error):
             raise
         raise Interrupted(args.interrupted) from error

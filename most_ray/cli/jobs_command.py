@@ -20,8 +20,6 @@ from most_ray.io.json_values import json_text
 from most_ray.metrics.texts import rough_duration as duration
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
-
     from most_ray.service.cluster.jobs import Job
 
 ADDRESS_HELP = (
@@ -65,7 +63,7 @@ def _to_stderr(text: str) -> None:
     say(text.rstrip("\n"), sys.stderr)
 
 
-def _follow(client: JobSubmissionClient, args: argparse.Namespace, write: Callable[[str], Any]) -> int:
+def _follow(client: Any, args: argparse.Namespace, write: Callable[[str], Any]) -> int:
     """Show the log of the job that is named. Returns the job's own exit code, 0 where it was left by Ctrl-C."""
     from most_ray.service.cluster import submit as service
     from most_ray.service.cluster.jobs import find_job

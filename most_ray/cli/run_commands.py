@@ -17,7 +17,7 @@ from most_ray.cli.job_files import as_given, resolve_paths, to_read, to_write
 from most_ray.cli.parser import AGAIN, add_command, add_config, check_records, config_of, naming_files, number
 from most_ray.console.help import mark
 from most_ray.console.terminal import LOG_WIDTH, Terminal, say, say_meanwhile
-from most_ray.errors import ConfigError, DataError, count_of, nearest
+from most_ray.errors import ConfigError, DataError, count_of
 from most_ray.io import storage
 from most_ray.io.journal import TRACE
 from most_ray.io.json_values import json_text
@@ -25,7 +25,7 @@ from most_ray.io.outputs import check_file, check_new_folder, replacing, replaci
 from most_ray.io.run_folder import checkpoint_source
 from most_ray.large_imports import at_once
 from most_ray.options import MOST_SEED, NOT_NEGATIVE
-from most_ray.presets import PRESETS
+from most_ray.presets import check_preset
 
 _MOST_PLANNED = 1_000_000  # steps that `plan` lists at once
 
@@ -87,8 +87,8 @@ def _init_model(args: argparse.Namespace) -> int:
     if (args.preset is None) == (args.from_deepseek is None):
         raise ConfigError("preset", args.preset, "or from_deepseek is needed to start from, exactly one of them.")
     check_records("records", args.records)
-    if args.preset and args.preset not in PRESETS:
-        raise ConfigError("preset", args.preset, "is not known.", nearest(args.preset, PRESETS))
+    if args.preset:
+        check_preset(args.preset)
     if args.preset and not args.records:
         raise ConfigError("records", None, "is needed with preset: the tokenizer learns from the records' text.")
     check_new_folder("output", args.output)

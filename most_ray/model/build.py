@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast, initialization
 from transformers.distributed import DistributedConfig
 
-from most_ray.errors import CheckpointError, ConfigError, count_of, nearest, one_line
+from most_ray.errors import CheckpointError, count_of, one_line
 from most_ray.io import storage
 from most_ray.io.json_values import parse_json
 from most_ray.io.outputs import open_to_readers
@@ -26,7 +26,7 @@ from most_ray.model.configuration import MostConfig, OriginalMostConfig, parse_c
 from most_ray.model.modeling import MostForCausalLM
 from most_ray.model.placement import place_experts
 from most_ray.model.routing import BALANCE_BIAS
-from most_ray.presets import PRESETS
+from most_ray.presets import PRESETS, check_preset
 from most_ray.records.model_files import CONFIG, check_model_files, check_weight_count, loading, read_json_object, warn_once, weight_shapes
 from most_ray.records.template import template_hash
 from most_ray.records.tokenizer import AUDIO_TOKENS, add_audio_tokens, load_tokenizer, token_ids, train_tokenizer
@@ -73,8 +73,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def init_model(preset: str, texts: Iterable[str], output: Path, seed: int = 0) -> MostForCausalLM:
     """Create a model of a preset's size with random weights and a tokenizer trained on `texts`, and save both to `output`."""
-    if preset not in PRESETS:
-        raise ConfigError("preset", preset, "is not known.", nearest(preset, PRESETS))
+    check_preset(preset)
     settings = dict(PRESETS[preset])
     tokenizer = train_tokenizer(texts, settings.pop("text_vocab_size"))
     ids = token_ids(tokenizer)

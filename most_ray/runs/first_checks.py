@@ -29,8 +29,8 @@ from most_ray.runs.output_checks import check_outputs
 from most_ray.runs.room import cluster_address, machine_gpus, uses_gpus, workers_of, workers_that_fit
 
 
-def first_checks(config: RunConfig, workers: int | None = None) -> None:
-    """Find the mistakes that no library is needed for. Raises UserError. `workers`: their number, where it is fixed already."""
+def first_checks(config: RunConfig) -> None:
+    """Find the mistakes that no library is needed for. Raises UserError."""
     check_outputs(config)
     check_directories(config)
     check_no_sweep(config)
@@ -40,7 +40,7 @@ def first_checks(config: RunConfig, workers: int | None = None) -> None:
     if config.model_name_or_path not in PRESETS:
         model_source(config.model_name_or_path, known=PRESETS)
     check_evaluators(config)
-    check_sizes(config, workers)
+    check_sizes(config)
 
 
 def check_directories(config: RunConfig, must_exist: bool = True) -> None:
@@ -89,10 +89,10 @@ def workers_here(config: RunConfig) -> int | None:
     return max(fewest, min(most, workers_that_fit(config, use_gpu)))
 
 
-def check_sizes(config: RunConfig, workers: int | None = None) -> None:
+def check_sizes(config: RunConfig) -> None:
     """Raise TopologyError where workers and experts do not fit the sizes that are requested, ConfigError for rows that are longer than the
     model's positions; as far as these are known without torch."""
-    model, numbers = _described(config.model_name_or_path), (workers,) if workers else known_workers(config)
+    model, numbers = _described(config.model_name_or_path), known_workers(config)
     if numbers and (n_experts := model.get("n_routed_experts")):
         plan_topologies(numbers[0], numbers[-1], config.ep_size, config.dp_replicate_size, n_experts)
     if positions := model.get("max_position_embeddings"):

@@ -11,18 +11,20 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
 
 from most_ray.config import RunConfig, config_from, to_yaml
-from most_ray.errors import ConfigError, TopologyError, UserError
+from most_ray.errors import ConfigError, UserError
 from most_ray.large_imports import at_once
 from most_ray.options import to_plain
 from most_ray.runs.first_checks import first_checks, inputs_digest, unchanged_summary
 from most_ray.runs.lifecycle import begin_run, finish_run
 from most_ray.service.cluster import connection
 from most_ray.service.cluster.connection import start_beside
+from most_ray.service.training import attempts
 from tests.support.runs import go, prepare_small
 
 LARGE = ("torch", "transformers", "ray", "scipy", "sympy", "pandas", "torchao", "sklearn")
@@ -148,11 +150,15 @@ def test_a_run_of_an_earlier_version_is_looked_at_closely(complete: RunConfig) -
     path.write_text(before, encoding="utf-8")
 
 
-def test_sizes_are_checked_for_the_workers_that_torchrun_has_started(tmp_path: Path) -> None:
-    values = {"model_name_or_path": "tiny", "train_asr_dirs": [str(DIGITS / "train_asr")], "output_dir": str(tmp_path), "ep_size": 2}
-    first_checks(config_from(values), workers=2)
-    with pytest.raises(TopologyError, match="ep_size = 2"):
-        first_checks(config_from(values), workers=3)
+def test_on_a_ray_of_this_process_the_controller_has_no_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else none of the processes that Ray holds ready could be used."""
+    options: list[dict[str, Any]] = []
+    monkeypatch.setattr(attempts.ray, "remote", lambda **given: options.append(given) or (lambda actor: MagicMock()))
+    monkeypatch.setattr(attempts.ray, "get", lambda reference: reference)
+    trainer = attempts._Trainer.__new__(attempts._Trainer)
+    trainer.own_ray = True
+    trainer._initialize_and_run_controller()
+    assert options == [{"num_cpus": 0}]
 
 
 def test_imports_at_once_leave_the_collector_as_it_was() -> None:
